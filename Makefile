@@ -1,0 +1,18 @@
+.PHONY: install check test bench build
+
+install:
+	python -m pip install -e ".[dev]"
+
+check:
+	python -m ruff check
+	python -m ruff format --check
+	python -m mypy
+
+test:
+	python -m pytest -q -n 2
+
+bench:
+	set -e; for question in benchmarks/bench_*.py; do python "$$question"; done
+
+build:
+	python -m pip wheel --no-deps --wheel-dir dist .

@@ -1,0 +1,72 @@
+"""Cost: milliseconds that removing a component saves on the target."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from unetc.artifacts.profile import Cost, Estimate, Treatment
+from unetc.backend import Array, Backend, Program
+from unetc.graph.gated import GatedGraph
+from unetc.graph.specialise import specialise
+from unetc.progress import OnProgress, Progress
+from unetc.timing import interleaved_ms
+
+from .damage import estimate
+
+
+def measure_costs(
+    gated: GatedGraph,
+    backend: Backend,
+    *,
+    batch: int,
+    sample_shape: tuple[int, int, int],
+    rounds: int,
+    on_progress: OnProgress,
+) -> tuple[Estimate, tuple[Cost, ...]]:
+    """Time the full graph against the graph specialised without each component.
+
+    Each component's graph takes turns with the full one, so that slow moments of the machine fall on both.
+
+    Args:
+        gated: The graph.
+        backend: The target.
+        batch: Batch size to time.
+        sample_shape: [channel, height, width].
+        rounds: Timed repetitions of each pair.
+        on_progress: Told after each component.
+
+    Returns:
+        Milliseconds per call of the full graph, and what each component's removal saves of it. The saved time is the
+        median of the differences of a pair; the interval is over rounds.
+    """
+    no_means = np.zeros(gated.channels, dtype=np.float32)
+    weights = load_file(gated.weights)
+
+    def load(treatments: dict[str, Treatment]) -> Program:
+        engine = specialise(gated, treatments, no_means)
+        return backend.load(engine.graph, engine.select(weights))
+
+    sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
+    inputs: dict[str, Array] = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
+    output = np.empty_like(sample)
+    full = partial(load({}), inputs, output)
+    full_times: list[float] = []
+    costs: list[Cost] = []
+    for component in gated.components:
+        without = partial(load({component.name: Treatment.DROP}), inputs, output)
+        times = interleaved_ms([full, without], rounds=rounds)
+        full_times.extend(times[:, 0])
+        costs.append(Cost(component=component.name, saved_ms=_around_median(times[:, 0] - times[:, 1])))
+        on_progress(Progress(stage="timing", done=len(costs), total=len(gated.components)))
+    return _around_median(np.array(full_times)), tuple(costs)
+
+
+def _around_median(values: NDArray[np.float64]) -> Estimate:
+    """Centre the 95 % interval of the mean on the median, which a single slow moment does not move."""
+    interval = estimate(values)
+    median, half = float(np.median(values)), interval.high - interval.mean
+    return Estimate(mean=median, low=median - half, high=median + half)

@@ -1,0 +1,75 @@
+"""How far one batch of samples is from another, per sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from unetc.backend import Array
+from unetc.errors import ShapeMismatch
+
+VALUE_RANGE = 2.0
+"""Samples lie in [-1, 1]."""
+
+PSNR_CAP_DB = 100.0
+"""PSNR of equal images; infinity has no mean."""
+
+
+def relative_l2(reference: Array, candidate: Array) -> NDArray[np.float64]:
+    """Measure the norm of the difference over the norm of the reference.
+
+    Args:
+        reference: Samples of the full model, [batch, channel, height, width].
+        candidate: Samples to compare, same shape.
+
+    Returns:
+        [batch] dimensionless, 0 = same.
+
+    Raises:
+        ShapeMismatch: If the shapes differ.
+    """
+    difference = np.linalg.norm(_flat(candidate, reference), axis=1)
+    norm = np.linalg.norm(_flat(reference), axis=1)
+    result: NDArray[np.float64] = difference / np.maximum(norm, 1e-12)
+    return result
+
+
+def psnr(reference: Array, candidate: Array) -> NDArray[np.float64]:
+    """Measure the peak signal-to-noise ratio in dB, [batch], capped at 100 dB; 2 is the peak-to-peak range.
+
+    Raises:
+        ShapeMismatch: If the shapes differ.
+    """
+    error = np.mean(_flat(candidate, reference) ** 2, axis=1)
+    floor = VALUE_RANGE**2 / 10 ** (PSNR_CAP_DB / 10)
+    result: NDArray[np.float64] = 10 * np.log10(VALUE_RANGE**2 / np.maximum(error, floor))
+    return result
+
+
+def ssim(reference: Array, candidate: Array) -> NDArray[np.float64]:
+    """Measure the structural similarity, [batch], 1 = same.
+
+    Raises:
+        ShapeMismatch: If the shapes differ.
+
+    Source:
+        Wang et al. 2004, eq. (13); torchmetrics with its Gaussian window of 11 pixels.
+    """
+    _flat(candidate, reference)
+    values = structural_similarity_index_measure(
+        torch.from_numpy(np.ascontiguousarray(candidate)),
+        torch.from_numpy(np.ascontiguousarray(reference)),
+        reduction="none",
+        data_range=VALUE_RANGE,
+    )
+    assert isinstance(values, torch.Tensor)
+    return values.double().reshape(len(reference)).numpy()
+
+
+def _flat(samples: Array, minus: Array | None = None) -> NDArray[np.float64]:
+    if minus is not None and samples.shape != minus.shape:
+        raise ShapeMismatch(f"cannot compare samples of shape {samples.shape} with {minus.shape}; expected the same.")
+    flat = samples.reshape(len(samples), -1).astype(np.float64)
+    return flat if minus is None else flat - minus.reshape(len(minus), -1)

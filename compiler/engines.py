@@ -1,0 +1,47 @@
+"""Specialise the engines of a plan."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Profile
+from unetc.errors import PlanError
+from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.graph.specialise import specialise
+
+
+def compile_engines(gated: GatedGraph, plan: Plan, profile: Profile) -> tuple[SerialisedGraph, ...]:
+    """Specialise one graph per engine of a plan.
+
+    Raises:
+        PlanError: If the plan belongs to another model or profile.
+        CompileError: If a graph cannot be specialised.
+    """
+    if plan.model.sha256 != profile.model.sha256 or plan.profile_sha256 != profile.sha256():
+        raise PlanError(
+            f"the plan was made from another profile (of {plan.model.name}) than the one given (of "
+            f"{profile.model.name}). Plan again from this profile."
+        )
+    means = np.stack([np.frombuffer(row, dtype="<f4") for row in profile.means])
+    return tuple(
+        specialise(gated, assignment.treatments, _means_of(plan, engine, profile, means))
+        for engine, assignment in enumerate(plan.engines)
+    )
+
+
+def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Average the branch means over the bins where an engine runs, weighted by their steps."""
+    weights = np.array(
+        [
+            float(bin.steps)
+            if any(engine in phase.cycle and phase.low <= bin.low < phase.high for phase in plan.phases)
+            else 0.0
+            for bin in profile.bins
+        ]
+    )
+    if not weights.any():
+        return means[0]
+    averaged: NDArray[np.float32] = np.asarray(weights @ means.astype(np.float64) / weights.sum(), dtype=np.float32)
+    return averaged

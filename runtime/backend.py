@@ -1,0 +1,44 @@
+"""Find a backend by the name of a target."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from enum import StrEnum
+
+from unetc.backend import Backend
+from unetc.errors import SessionError
+
+
+class Memory(StrEnum):
+    """What a backend spends on weights."""
+
+    FAST = "fast"
+    """Every engine packs its own copy of the weights for speed."""
+    LOW = "low"
+    """All engines read one copy of the weights."""
+
+
+BACKENDS: Mapping[str, str] = {
+    "onnxruntime:cpu": "unetc.runtime.backends.onnxruntime",
+    "null": "unetc.runtime.backends.null",
+}
+"""Module of each target's backend; imported on first use."""
+
+
+def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> Backend:
+    """Open the backend of a target.
+
+    Args:
+        target: A key of `BACKENDS`.
+        threads: Number of CPU threads; 0 lets the backend choose.
+        memory: What to spend on weights.
+
+    Raises:
+        SessionError: If no backend has this name.
+        MissingDependency: If its library is not installed.
+    """
+    if target not in BACKENDS:
+        raise SessionError(f"no backend for target {target!r}. Available: {', '.join(BACKENDS)}.")
+    backend: Backend = importlib.import_module(BACKENDS[target]).open_backend(threads=threads, memory=memory)
+    return backend

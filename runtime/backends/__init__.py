@@ -1,0 +1,1 @@
+"""One backend a file; each module has `open_backend(threads, memory)`."""

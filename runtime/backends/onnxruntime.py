@@ -1,0 +1,81 @@
+"""onnxruntime on the CPU.
+
+`memory="fast"` lets every session pack its own copy of the weights. `memory="low"` shares one copy: prepacking and the
+layout changes that would copy convolution weights are switched off, which costs some speed.
+
+Threads never spin: a session's idle threads would otherwise burn the cores while another session's engine runs, which
+made switching engines twice as slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetc.backend import Array
+from unetc.errors import MissingDependency, SessionError
+
+from ..backend import Memory
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise MissingDependency("target onnxruntime:cpu needs onnxruntime: pip install 'unetc[cpu]'") from error
+
+
+class OnnxRuntimeProgram:
+    """One session with its inputs and output bound to the caller's arrays."""
+
+    def __init__(self, session: Any, owned: tuple[Any, ...]) -> None:
+        self._session = session
+        self._owned = owned  # shared initializers: must live as long as the session
+        self._inputs = tuple(value.name for value in session.get_inputs())
+        (self._output,) = (value.name for value in session.get_outputs())
+
+    def __call__(self, inputs: Mapping[str, Array], output: Array) -> None:
+        """Run; inputs are read and the output is written in place, nothing is copied."""
+        binding = self._session.io_binding()
+        for name in self._inputs:
+            binding.bind_cpu_input(name, inputs[name])
+        binding.bind_output(self._output, "cpu", 0, np.float32, output.shape, output.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own unrelated classes
+            raise SessionError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+
+
+class OnnxRuntimeBackend:
+    """Loads ONNX graphs into CPU sessions."""
+
+    def __init__(self, *, threads: int, memory: Memory) -> None:
+        self._threads = threads
+        self._memory = memory
+        self._shared: dict[str, Any] = {}
+
+    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> OnnxRuntimeProgram:
+        """Load a graph; its external initializers are handed over from memory, no file is opened."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._memory is Memory.LOW:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        for name, array in weights.items():
+            if name not in self._shared:
+                self._shared[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        values = [self._shared[name] for name in weights]
+        options.add_external_initializers(list(weights), values)
+        try:
+            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own unrelated classes
+            raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
+        return OnnxRuntimeProgram(session, tuple(values))
+
+
+def open_backend(*, threads: int, memory: Memory) -> OnnxRuntimeBackend:
+    """Open the backend."""
+    return OnnxRuntimeBackend(threads=threads, memory=memory)

@@ -1,0 +1,112 @@
+"""Open a bundle: every byte is hashed before anything parses it, and no path leaves the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from unetc.artifacts.manifest import DIGEST, MANIFEST, BundleEngine, Manifest
+from unetc.artifacts.record import MAX_JSON_BYTES
+from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.solver.table import SolverTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A verified bundle in memory."""
+
+    path: Path
+    manifest: Manifest
+    graphs: dict[str, bytes]
+    """ONNX graphs by their path in the bundle."""
+    weights: dict[str, NDArray[np.generic]]
+    """Initializers by name, shared by all graphs."""
+    solver: SolverTables
+    profile: bytes
+    """JSON of the profile that the plan was made from."""
+
+    def weights_of(self, engine: BundleEngine) -> dict[str, NDArray[np.generic]]:
+        """Pick the initializers that one engine reads."""
+        unused = frozenset(engine.unused_weights)
+        return {name: array for name, array in self.weights.items() if name not in unused}
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Read and verify a bundle.
+
+        Raises:
+            ArtifactError: If there is no bundle at the path or a file cannot be read.
+            CorruptArtifactError: If any byte is not what was built, or a file is a link or lies outside the folder.
+            SchemaVersionError: If another version of unetc built it.
+        """
+        if not path.is_dir():
+            raise ArtifactError(f"{path} is not a bundle folder. `unetc build MODEL -o {path}` makes one.")
+        if not (path / MANIFEST).exists():
+            raise ArtifactError(
+                f"{path} has no {MANIFEST}: it is not a bundle, or building it was interrupted. Build it again."
+            )
+        data = _read_plain(path, MANIFEST, MAX_JSON_BYTES)
+        expected = _read_plain(path, DIGEST, 256).decode("ascii", errors="replace").strip()
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise CorruptArtifactError(
+                f"{path / MANIFEST} does not match {DIGEST}: it was edited. Build the bundle again."
+            )
+        manifest = Manifest.from_json(data, str(path / MANIFEST))
+        contents = {
+            record.path: _read_verified(path, record.path, record.bytes, record.sha256) for record in manifest.files
+        }
+        try:
+            weights = load(contents[manifest.weights])
+            rows = np.load(io.BytesIO(contents[manifest.solver_file]), allow_pickle=False)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise CorruptArtifactError(f"{path}: {error}. Build the bundle again.") from error
+        return cls(
+            path=path,
+            manifest=manifest,
+            graphs={engine.graph: contents[engine.graph] for engine in manifest.all_engines()},
+            weights=weights,
+            solver=SolverTables.from_array(manifest.solver, rows),
+            profile=contents[manifest.profile],
+        )
+
+
+def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:
+    data = _read_plain(root, name, size)
+    if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptArtifactError(f"{root / name} is not what was built (its hash differs). Build the bundle again.")
+    return data
+
+
+def _read_plain(root: Path, name: str, limit: int) -> bytes:
+    """Read at most `limit` bytes of a regular file with one name, no part of whose path inside the bundle is a link."""
+    path = root
+    try:
+        for part in name.split("/"):
+            path = path / part
+            if stat.S_ISLNK(path.lstat().st_mode):
+                raise CorruptArtifactError(f"{path} is a link; a bundle holds only plain files. Copy the real files.")
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise CorruptArtifactError(
+                    f"{path} is not a plain file of its own (or has a second hard link). Copy the bundle."
+                )
+            if status.st_size > limit:
+                raise CorruptArtifactError(
+                    f"{path} has {status.st_size} bytes, expected at most {limit}. Build the bundle again."
+                )
+            return file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise CorruptArtifactError(f"{path} is missing. Build the bundle again.") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error

@@ -1,0 +1,181 @@
+"""Sample from a bundle: one loop over the steps, switching engines by noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unetc.artifacts.manifest import BundleEngine, Control
+from unetc.artifacts.plan import Plan
+from unetc.backend import Array, Backend, Program
+from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
+from unetc.solver.noise import initial_noise
+from unetc.solver.table import SolverTable, SolverTables
+from unetc.solver.trajectory import Trajectory
+
+from .backend import Memory, open_backend
+from .bundle import Bundle
+
+FULL_ENGINE = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What `on_step` is told after each step."""
+
+    index: int
+    steps: int
+    timestep: float
+    engine: int
+    sample: Array
+    """[batch, channel, height, width]; the next step overwrites nothing in it."""
+
+
+class Session:
+    """Loaded engines and the plan that says which one runs when; `unetc.load` opens one."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        programs: Sequence[Program],
+        solver: SolverTables,
+        sample_shape: tuple[int, int, int],
+        steps: int,
+    ) -> None:
+        """Put a session together.
+
+        Args:
+            plan: Which engine runs at which noise level.
+            programs: One loaded engine per engine of the plan.
+            solver: The solver for every number of steps.
+            sample_shape: [channel, height, width] of one sample.
+            steps: Default number of steps.
+        """
+        self.plan = plan
+        self.solver = solver
+        self.sample_shape = sample_shape
+        self.steps = steps
+        self._programs = tuple(programs)
+
+    @classmethod
+    def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
+        """Load the engines of a bundle, or of one of its controls."""
+        manifest = bundle.manifest
+        engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
+        return cls(
+            plan=control.plan if control else manifest.plan,
+            programs=[backend.load(bundle.graphs[engine.graph], bundle.weights_of(engine)) for engine in engines],
+            solver=bundle.solver,
+            sample_shape=manifest.sample_shape,
+            steps=manifest.steps,
+        )
+
+    def schedule(self, steps: int) -> tuple[int, ...]:
+        """Tell which engine serves each step when sampling with a number of steps."""
+        return self.plan.schedule(self.solver.table(steps).log_snr.tolist())
+
+    def sample(
+        self,
+        batch: int = 1,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        first_index: int = 0,
+        noise: Array | None = None,
+        lossless: bool = False,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Array:
+        """Sample from noise.
+
+        Args:
+            batch: Number of samples.
+            seed: Seed of the noise; sample k of a seed is the same whatever the batch.
+            steps: Number of denoiser calls; the bundle's default when not given.
+            first_index: Index of the first sample within the seed.
+            noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
+            lossless: Run the full engine at every step.
+            on_step: Called after every step.
+
+        Returns:
+            Samples [batch, channel, height, width], float32, in the range the model was trained on (mostly -1 to 1).
+
+        Raises:
+            SessionError: If the bundle has no solver table for this number of steps.
+            ShapeMismatch: If the noise does not fit the model.
+            NonFiniteError: If an engine produces NaN or infinity.
+        """
+        table = self.solver.table(self.steps if steps is None else steps)
+        channels, height, width = self.sample_shape
+        if noise is None:
+            if batch < 1:
+                raise ShapeMismatch(f"cannot sample a batch of {batch}; expected at least 1.")
+            noise = initial_noise(seed, range(first_index, first_index + batch), (channels, height, width))
+        elif noise.ndim != 4 or noise.shape[1] != channels or len(noise) < 1:
+            raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
+        schedule = (FULL_ENGINE,) * table.steps if lossless else self.schedule(table.steps)
+        return self._denoise(table, schedule, noise, seed, first_index, on_step)
+
+    def _denoise(
+        self,
+        table: SolverTable,
+        schedule: tuple[int, ...],
+        noise: Array,
+        seed: int,
+        first_index: int,
+        on_step: Callable[[Step], None] | None,
+    ) -> Array:
+        trajectory = Trajectory.start(table, noise)
+        indices = range(first_index, first_index + len(noise))
+        for i, engine in enumerate(schedule):
+            timestep = float(table.timesteps[i])
+
+            def predict(sample: Array, engine: int = engine, timestep: float = timestep) -> Array:
+                return self._predict(engine, sample, timestep)
+
+            trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
+            if not np.isfinite(trajectory.predictions[0]).all():
+                raise NonFiniteError(
+                    f"engine {engine} produced NaN or infinity in step {i} of {len(schedule)}. "
+                    "Check the noise given; `lossless=True` samples with the full model."
+                )
+            if on_step is not None:
+                step = Step(index=i, steps=len(schedule), timestep=timestep, engine=engine, sample=trajectory.sample)
+                on_step(step)
+        return trajectory.sample
+
+    def _predict(self, engine: int, sample: Array, timestep: float) -> Array:
+        prediction = np.empty_like(sample)
+        timesteps = np.full(len(sample), timestep, dtype=np.float32)
+        self._programs[engine]({"sample": sample, "timestep": timesteps}, prediction)
+        return prediction
+
+
+def load(
+    path: str | Path, *, target: str | None = None, threads: int | None = None, memory: Memory | str = Memory.FAST
+) -> Session:
+    """Open a bundle for sampling.
+
+    Args:
+        path: The bundle's folder.
+        target: Where to run; the target it was built for when not given.
+        threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
+        memory: "fast" gives every engine its own packed weights, "low" shares one copy.
+
+    Raises:
+        ArtifactError: If the bundle cannot be read or is damaged.
+        SessionError: If the target or the memory mode is unknown.
+        MissingDependency: If the backend's library is not installed.
+    """
+    if memory not in tuple(Memory):
+        raise SessionError(f"unknown memory mode {memory!r}. Expected one of: {', '.join(Memory)}.")
+    bundle = Bundle.open(Path(path))
+    backend = open_backend(
+        target or bundle.manifest.target,
+        threads=bundle.manifest.threads if threads is None else threads,
+        memory=Memory(memory),
+    )
+    return Session.of(bundle, backend)

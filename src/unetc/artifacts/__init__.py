@@ -1,0 +1,30 @@
+"""The nouns of unetc: frozen, typed, saved as JSON. No module here imports torch, onnx or a backend."""
+
+from unetc.artifacts.manifest import BundleEngine, Control, FileRecord, Manifest, Measurement
+from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
+from unetc.artifacts.profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile, Treatment
+from unetc.artifacts.verification import ControlResult, EngineUse, Verification
+
+__all__ = [
+    "Assignment",
+    "Bin",
+    "BundleEngine",
+    "Component",
+    "Control",
+    "ControlResult",
+    "Cost",
+    "Damage",
+    "Effect",
+    "EngineUse",
+    "Estimate",
+    "FileRecord",
+    "Manifest",
+    "Measurement",
+    "ModelReference",
+    "Phase",
+    "Plan",
+    "Prediction",
+    "Profile",
+    "Treatment",
+    "Verification",
+]

@@ -1,0 +1,103 @@
+"""Manifest: the table of contents of a bundle, written last, with a hash for every other byte of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Damage, ModelReference, Treatment
+from unetc.artifacts.record import Artifact, Record, require
+from unetc.solver.table import SolverHeader
+
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
+"""Holds the hash of the manifest, so that its own bytes are covered too."""
+
+
+class FileRecord(Record, frozen=True, kw_only=True):
+    """One file of the bundle."""
+
+    path: str
+    """Relative, with forward slashes, inside the bundle."""
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        """Refuse a path that could reach outside the bundle."""
+        parts = PurePosixPath(self.path).parts
+        plain = re.fullmatch(r"[A-Za-z0-9_.\-/]+", self.path) and not self.path.startswith("/")
+        require(bool(plain) and ".." not in parts and self.path == "/".join(parts), f"unsafe path {self.path!r}")
+        require(self.bytes >= 0, "a size is not negative")
+        require(bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "a sha256 has 64 hexadecimal digits")
+
+
+class BundleEngine(Record, frozen=True, kw_only=True):
+    """One compiled graph."""
+
+    graph: str
+    """Path of the ONNX graph; its weights are in the bundle's one weights file."""
+    unused_weights: tuple[str, ...]
+    """Tensors of the weights file that the graph does not read."""
+    treatments: dict[str, Treatment]
+    step_ms: float
+    """Median milliseconds per call, measured on the target at the manifest's batch."""
+
+
+class Measurement(Record, frozen=True, kw_only=True):
+    """What joint sampling measured against the full model."""
+
+    time_ratio: float
+    """Time of the schedule / time of the full model, dimensionless."""
+    damage: Damage
+
+
+class Control(Record, frozen=True, kw_only=True):
+    """A plan of the same cost made by a simpler rule, kept for comparison."""
+
+    name: str
+    plan: Plan
+    engines: tuple[BundleEngine, ...]
+
+
+class Manifest(Artifact, frozen=True, kw_only=True):
+    """Everything a session needs to know about a bundle."""
+
+    unetc: str
+    model: ModelReference
+    target: str
+    threads: int
+    sample_shape: tuple[int, int, int]
+    """[channel, height, width] the model was trained for."""
+    batch: int
+    """Batch of all times in this manifest."""
+    steps: int
+    """Default number of steps."""
+    weights: str
+    profile: str
+    """Path of the profile that the plan was made from."""
+    solver: SolverHeader
+    solver_file: str
+    plan: Plan
+    engines: tuple[BundleEngine, ...]
+    """One per engine of the plan, in its order."""
+    controls: tuple[Control, ...]
+    measured: Measurement
+    used_seeds: tuple[int, ...]
+    """Seeds that analysis and build have seen; `verify` uses others."""
+    notes: tuple[str, ...]
+    """What the build did to meet the budget, in words."""
+    files: tuple[FileRecord, ...]
+
+    def __post_init__(self) -> None:
+        """Check that everything named is listed."""
+        listed = {file.path for file in self.files}
+        require(len(listed) == len(self.files), "a file is listed twice")
+        require(len({path.lower() for path in listed}) == len(listed), "two paths differ only in case")
+        named = {self.weights, self.profile, self.solver_file, *(engine.graph for engine in self.all_engines())}
+        require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
+        require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+
+    def all_engines(self) -> tuple[BundleEngine, ...]:
+        """List the engines of the plan and of the controls."""
+        return self.engines + tuple(engine for control in self.controls for engine in control.engines)

@@ -1,0 +1,149 @@
+"""Profile: what an analysis measured about one model on one target."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from unetc.artifacts.record import Artifact, Record, finite, require
+
+
+class Treatment(StrEnum):
+    """What happens to a component in a step."""
+
+    KEEP = "keep"
+    """It is computed."""
+    DROP = "drop"
+    """Its branch contributes nothing."""
+    MEAN = "mean"
+    """Its branch contributes its calibrated mean per channel."""
+    HOLD = "hold"
+    """It contributes what it produced at the last step that computed it."""
+
+
+class ModelReference(Record, frozen=True, kw_only=True):
+    """Which model an artifact belongs to."""
+
+    name: str
+    """What the user typed: a built-in name, a folder or a Hub id."""
+    sha256: str
+    """Hash of the denoiser's configuration, its weights and the scheduler's configuration."""
+    pipeline: str
+    """Class of the pipeline."""
+    denoiser: str
+    """Class of the denoiser."""
+
+
+class Component(Record, frozen=True, kw_only=True):
+    """A place in the graph where a branch joins the trunk."""
+
+    name: str
+    kind: Literal["residual", "skip", "level"]
+    owner: str
+    """Path of the module that owns the join."""
+    index: int
+    """Row of the component in the gate input."""
+    channels: int
+    """Width of the branch."""
+    axis: int
+    """Axis of the channels in the branch."""
+    nested: tuple[str, ...]
+    """Components that are only computed for this one's branch; they go with it."""
+    offset: int
+    """Where the means of the component start in the concatenated means."""
+
+    @property
+    def rank(self) -> int:
+        """Number of axes of the branch: channels come second in images and last in token sequences."""
+        return 4 if self.axis == 1 else 3
+
+
+class Bin(Record, frozen=True, kw_only=True):
+    """A range of noise levels, in log-SNR, low inclusive and high exclusive; the outer bins are open-ended."""
+
+    low: float
+    high: float
+    steps: int
+    """Number of steps of the analysed schedule that lie in the bin."""
+
+
+class Estimate(Record, frozen=True, kw_only=True):
+    """A mean with its 95 % confidence interval (Student t over samples)."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        """Check that the interval encloses the mean."""
+        require(finite(self.mean, self.low, self.high), f"an estimate must be finite, got {self}")
+        require(self.low <= self.mean <= self.high, f"an interval must enclose its mean, got {self}")
+
+
+class Damage(Record, frozen=True, kw_only=True):
+    """How far the final output is from the original model's, at the same noise."""
+
+    relative_l2: Estimate
+    """Norm of the difference / norm of the original, per sample, dimensionless."""
+    psnr: Estimate
+    """Peak signal-to-noise ratio in dB over the value range 2; capped at 100 dB."""
+    ssim: Estimate
+    """Structural similarity, 1 = same."""
+
+
+class Effect(Record, frozen=True, kw_only=True):
+    """The damage of giving one component one treatment in one bin, all else kept."""
+
+    component: str
+    treatment: Treatment
+    bin: int
+    damage: Damage
+
+
+class Cost(Record, frozen=True, kw_only=True):
+    """Time that removing one component saves: full graph minus the graph specialised without it."""
+
+    component: str
+    saved_ms: Estimate
+    """Milliseconds per denoiser call at the profile's batch; the interval is over repetitions."""
+
+
+class Profile(Artifact, frozen=True, kw_only=True):
+    """Damage of every component at every noise level, and its cost on the target."""
+
+    unetc: str
+    model: ModelReference
+    scheduler: str
+    steps: int
+    samples: int
+    seed: int
+    target: str
+    threads: int
+    batch: int
+    """Batch of the cost measurement."""
+    sample_shape: tuple[int, int, int]
+    """[channel, height, width] of one sample."""
+    components: tuple[Component, ...]
+    bins: tuple[Bin, ...]
+    full_ms: Estimate
+    """Milliseconds per denoiser call of the original model."""
+    costs: tuple[Cost, ...]
+    effects: tuple[Effect, ...]
+    means: tuple[bytes, ...]
+    """Per bin, the concatenated branch means of all components: little-endian float32, [channel of all components]."""
+
+    def __post_init__(self) -> None:
+        """Check that the parts refer to each other."""
+        names = {component.name for component in self.components}
+        require(len(names) == len(self.components), "component names must be unique")
+        require(all(effect.component in names for effect in self.effects), "an effect names an unknown component")
+        require(all(cost.component in names for cost in self.costs), "a cost names an unknown component")
+        require(all(0 <= effect.bin < len(self.bins) for effect in self.effects), "an effect names an unknown bin")
+        width = 4 * sum(component.channels for component in self.components)
+        require(len(self.means) == len(self.bins), "there must be one row of means per bin")
+        require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
+        require(bool(self.bins) and self.full_ms.mean > 0, "a profile needs bins and a positive time")
+
+    def bin_of(self, log_snr: float) -> int:
+        """Find the bin of a noise level; the outer bins reach to infinity."""
+        return sum(1 for bin in self.bins[1:] if log_snr >= bin.low)

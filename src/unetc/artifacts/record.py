@@ -1,0 +1,159 @@
+"""What all artifacts share: strict JSON in and out, and writing that is never half done."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import msgspec
+
+from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
+
+MAX_JSON_BYTES = 256 * 2**20
+"""Larger files are refused before they are parsed."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen value that knows its JSON form; unknown or missing fields are errors."""
+
+
+class Artifact(Record, frozen=True, kw_only=True):
+    """A record that is saved as a file of its own and carries the version of its layout."""
+
+    SCHEMA: ClassVar[int] = 1
+    schema: int = 1
+
+    def to_json(self) -> bytes:
+        """Encode as JSON; the same value always gives the same bytes."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+    def sha256(self) -> str:
+        """Hash the JSON form."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the JSON form in one atomic step.
+
+        Raises:
+            ArtifactError: If the folder cannot be written or the disk is full; nothing is left behind.
+        """
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, data: bytes, origin: str) -> Self:
+        """Decode and validate.
+
+        Args:
+            data: The JSON text.
+            origin: What to call it in an error, mostly its path.
+
+        Raises:
+            CorruptArtifactError: If this is not such an artifact.
+            SchemaVersionError: If another version of unetc wrote it.
+        """
+        what = f"{origin} is not a valid {cls.__name__.lower()}"
+        try:
+            version = msgspec.json.decode(data, type=_Versioned).schema
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise CorruptArtifactError(f"{what}: {error}. Make it again with unetc.") from error
+        if version != cls.SCHEMA:
+            raise SchemaVersionError(
+                f"{origin} has schema {version}, this unetc reads schema {cls.SCHEMA}. "
+                "Make the file again, or install the version of unetc that wrote it."
+            )
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise CorruptArtifactError(f"{what}: {error}. Make it again with unetc.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and validate a file.
+
+        Raises:
+            ArtifactError: If it cannot be read.
+            CorruptArtifactError: If it is not such an artifact.
+        """
+        return cls.from_json(read_bounded(path, MAX_JSON_BYTES), str(path))
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a record whose fields contradict each other.
+
+    Raises:
+        ValueError: If the condition does not hold. Decoding turns it into a `CorruptArtifactError`.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def finite(*values: float) -> bool:
+    """Tell whether all values are finite numbers."""
+    return all(math.isfinite(value) for value in values)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Raises:
+        ArtifactError: If it is missing, unreadable or larger.
+    """
+    try:
+        if (size := path.stat().st_size) > limit:
+            raise ArtifactError(f"{path} has {size} bytes, more than the {limit} that are read. It is not from unetc.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before any work is done, a file that cannot be written.
+
+    Raises:
+        ArtifactError: If the folder cannot be made or written, or the path is a folder.
+    """
+    try:
+        if path.is_dir():
+            raise ArtifactError(f"cannot write {path}: it is a folder. Give the path of a file.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror}. Choose a folder that can be written.") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it holds all of `data` or does not change.
+
+    Raises:
+        ArtifactError: If the folder cannot be written or the disk is full.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ArtifactError(
+            f"cannot write {path}: {error.strerror}. Choose a folder that can be written and has room."
+        ) from error
+
+
+def to_builtins(value: object) -> Any:
+    """Turn a record into plain dictionaries and lists, for `--json` output."""
+    return msgspec.to_builtins(value)

@@ -1,0 +1,70 @@
+"""Verification: what a bundle does on seeds nobody has seen, beside simpler ways to save the same time."""
+
+from __future__ import annotations
+
+from unetc.artifacts.profile import Damage, ModelReference
+from unetc.artifacts.record import Artifact, Record
+
+
+class ControlResult(Record, frozen=True, kw_only=True):
+    """One simpler way to save time, measured in the same run on the same noise."""
+
+    time_ratio: float
+    """Time of the control / time of the full model, dimensionless."""
+    damage: Damage
+    description: str
+
+
+class EngineUse(Record, frozen=True, kw_only=True):
+    """One engine of the plan as it was used."""
+
+    step_ms: float
+    """Median milliseconds per denoiser call."""
+    steps: int
+    """How many of the steps it served."""
+    removed: int
+    """How many components it does not compute."""
+
+
+class Verification(Artifact, frozen=True, kw_only=True):
+    """Measured time and damage of a bundle, with controls at equal measured time."""
+
+    unetc: str
+    model: ModelReference
+    plan_sha256: str
+    """Hash of the plan that was verified."""
+    target: str
+    threads: int
+    environment: dict[str, str]
+    budget: float
+    scheduler: str
+    steps: int
+    samples: int
+    seed: int
+    rounds: int
+    """Repetitions of each timing; sampling runs of full, plan and controls take turns."""
+    full_ms: float
+    """Median milliseconds of one whole sampling run of the full model at the bundle's batch."""
+    time_ratio: float
+    """Median over rounds of (time of the plan / time of the full model), both through the same runtime."""
+    time_ratio_p10: float
+    time_ratio_p90: float
+    damage: Damage
+    controls: dict[str, ControlResult]
+    engines: tuple[EngineUse, ...]
+    disk_bytes: int
+    """Weights and graphs of the plan's engines, the full one included."""
+    full_disk_bytes: int
+    """Weights and graph of the full model alone."""
+
+    def beaten_by(self) -> tuple[str, ...]:
+        """Name the controls that do less damage at no more time.
+
+        Timings spread, so a control counts as no slower up to the plan's 90th percentile.
+        """
+        return tuple(
+            name
+            for name, control in self.controls.items()
+            if control.damage.relative_l2.mean < self.damage.relative_l2.mean
+            and control.time_ratio <= self.time_ratio_p90
+        )

@@ -1,0 +1,33 @@
+"""The contract between engines and whoever runs them; implemented in `unetc.runtime.backends`.
+
+The analyzer is handed a backend too, so costs and damages are measured by the code that ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+class Program(Protocol):
+    """One loaded graph."""
+
+    def __call__(self, inputs: Mapping[str, Array], output: Array) -> None:
+        """Run the graph and write its one output into `output`, which has the right shape.
+
+        Inputs are C-contiguous; those that the graph does not read are ignored.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """Loads graphs on one device."""
+
+    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
+        """Load an ONNX graph; `weights` holds exactly its external initializers, by name."""
+        ...

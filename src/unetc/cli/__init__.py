@@ -1,0 +1,24 @@
+"""The command line: one thin function per command, each calling one function of the library."""
+
+from __future__ import annotations
+
+import sys
+
+from unetc.errors import UnetcError
+
+
+def main() -> None:
+    """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
+    from unetc.cli.app import app
+
+    try:
+        app()
+    except UnetcError as error:
+        print(f"unetc: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("unetc: interrupted; run the same command again to continue.", file=sys.stderr)
+        sys.exit(130)
+
+
+__all__ = ["main"]

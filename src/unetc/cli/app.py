@@ -1,0 +1,325 @@
+"""The commands and their options. Heavy imports stay inside the commands, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import unetc
+
+if TYPE_CHECKING:
+    from unetc.analyzer.analysis import AnalysisOptions
+
+app = typer.Typer(
+    name="unetc",
+    help="Measure which parts of a diffusion model matter at which noise level, and build one pruned engine per phase.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Built-in model (digits), diffusers folder, or Hub id.", metavar="MODEL")]
+BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Scheduler = Annotated[str, typer.Option(help="ddim, ddpm, euler or dpmsolver++.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoiser calls per sample.")]
+Samples = Annotated[int, typer.Option(min=1, help="Trajectories every ablation is measured on.")]
+Bins = Annotated[int, typer.Option(min=1, help="Noise levels that are told apart.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+Target = Annotated[str, typer.Option(help="Where engines run; costs are measured there.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the target [default: all cores].")]
+Batch = Annotated[int, typer.Option(min=1, help="Batch size at which time is measured.")]
+Budget = Annotated[float, typer.Option(help="Share of the time to save, in [0, 1).")]
+MaxEngines = Annotated[int, typer.Option(min=1, help="Most engines beside the full model.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder for captures and partial results [default: $UNETC_CACHE or ~/.cache/unetc]."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(unetc.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def analyze(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")] = Path("profile.json"),
+    scheduler: Scheduler = "ddim",
+    steps: Steps = 50,
+    samples: Samples = 16,
+    bins: Bins = 8,
+    seed: Seed = 0,
+    target: Target = "onnxruntime:cpu",
+    threads: Threads = None,
+    batch: Batch = 8,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Measure damage and cost of every component at every noise level. Interrupted, the same command continues."""
+    from unetc.artifacts.record import check_writable
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.workflow.build import analyze_model
+
+    check_writable(output)
+    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch)
+    with progress() as on_progress:
+        profile = analyze_model(model, options, cache=_cache(cache), on_progress=on_progress)
+    profile.save(output)
+    if as_json:
+        print_json(summary.profile_facts(profile, output))
+    else:
+        OUT.print(summary.profile_table(profile))
+        OUT.print(f"wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(help="Profile from `unetc analyze`.", metavar="PROFILE")],
+    budget: Budget = 0.27,
+    max_engines: MaxEngines = 4,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Plan to write.")] = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Choose what to remove at which noise level. Pure: the same profile and options give the same bytes."""
+    from unetc.artifacts.profile import Profile
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json
+    from unetc.compiler.planner import PlanOptions, make_plan
+
+    made = make_plan(Profile.load(profile), PlanOptions(budget=budget, max_engines=max_engines))
+    made.save(output)
+    if as_json:
+        print_json(made)
+    else:
+        OUT.print(summary.plan_table(made))
+        OUT.print(f"wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def build(
+    model: Model,
+    budget: Budget = 0.27,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")] = Path("bundle"),
+    max_engines: MaxEngines = 4,
+    quality_gate: Annotated[
+        str | None, typer.Option(help="Refuse a worse build: psnr>=DB, ssim>=VALUE or relative-l2<=VALUE.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Build this plan of the profile as it is, whatever the budget.")
+    ] = None,
+    controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True,
+    scheduler: Scheduler = "ddim",
+    steps: Steps = 50,
+    samples: Samples = 16,
+    bins: Bins = 8,
+    seed: Seed = 0,
+    target: Target = "onnxruntime:cpu",
+    threads: Threads = None,
+    batch: Batch = 8,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle that saves the budget in measured time, running what is missing, analysis included."""
+    from unetc.artifacts.plan import Plan
+    from unetc.artifacts.profile import Profile
+    from unetc.cli import summary
+    from unetc.cli.output import ERR, OUT, print_json, progress
+    from unetc.compiler.planner import PlanOptions
+    from unetc.workflow.build import BuildOptions
+    from unetc.workflow.build import build as build_bundle
+    from unetc.workflow.gate import QualityGate
+
+    options = BuildOptions(
+        plan=PlanOptions(budget=budget, max_engines=max_engines),
+        analysis=_analysis(scheduler, steps, samples, bins, seed, target, threads, batch),
+        steps=steps,
+        gate=QualityGate.parse(quality_gate) if quality_gate else None,
+        controls=controls,
+    )
+    known = Profile.load(profile) if profile else None
+    given = Plan.load(plan) if plan else None
+    with progress() as on_progress:
+        manifest = build_bundle(
+            model, output, options, cache=_cache(cache), profile=known, plan=given, on_progress=on_progress
+        )
+    for note in manifest.notes:
+        ERR.print(note, soft_wrap=True)
+    if as_json:
+        print_json(summary.bundle_facts(manifest, output))
+    else:
+        OUT.print(summary.bundle_table(manifest))
+        OUT.print(f"wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def sample(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")] = Path("samples.png"),
+    batch: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls [default: the bundle's].")] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Run the full model at every step.")] = False,
+    memory: Annotated[str, typer.Option(help="fast, or low: all engines share one copy of the weights.")] = "fast",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Sample from a bundle into one picture. Needs no torch."""
+    import time
+
+    from unetc.artifacts.record import write_atomically
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.report.pictures import grid, png_bytes
+    from unetc.runtime.session import load
+
+    session = load(bundle, memory=memory, threads=threads)
+    with progress() as on_progress:
+        start = time.perf_counter()
+        images = session.sample(
+            batch, seed=seed, steps=steps, lossless=lossless, on_step=summary.step_progress(on_progress)
+        )
+        seconds = time.perf_counter() - start
+    write_atomically(output, png_bytes(grid(images)))
+    if as_json:
+        print_json({"output": str(output), "shape": list(images.shape), "seconds": seconds})
+    else:
+        OUT.print(f"{len(images)} samples in {seconds:.2f} s; wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Verification to write as JSON.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches that every contender samples, in turns.")] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size [default: the bundle's].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="A seed that the build has not used.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure time and damage on new seeds, beside simpler ways to save the same time."""
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.runtime.bundle import Bundle
+    from unetc.workflow.verify import VerifyOptions
+    from unetc.workflow.verify import verify as verify_bundle
+
+    opened = Bundle.open(bundle)
+    with progress() as on_progress:
+        result = verify_bundle(opened, VerifyOptions(rounds=rounds, batch=batch, seed=seed), on_progress)
+    if output is not None:
+        result.save(output)
+    if as_json:
+        print_json(result)
+    else:
+        OUT.print(summary.verification_table(result))
+
+
+@app.command()
+def report(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
+    verification: Annotated[
+        Path | None, typer.Option(help="Result of `unetc verify -o` [default: verify now].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page: damage map with the plan, samples, controls, time line."""
+    from unetc.artifacts.verification import Verification
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.workflow.report import write_report
+
+    known = Verification.load(verification) if verification else None
+    with progress() as on_progress:
+        write_report(bundle, output, verification=known, on_progress=on_progress)
+    if as_json:
+        print_json({"output": str(output), "bytes": output.stat().st_size})
+    else:
+        OUT.print(f"wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Bundle folder, profile or plan.", metavar="PATH")],
+    as_json: Json = False,
+) -> None:
+    """Show what a bundle, a profile or a plan holds."""
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json
+
+    artifact = summary.open_artifact(path)
+    if as_json:
+        print_json(summary.facts(artifact, path))
+    else:
+        OUT.print(summary.render(artifact))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check which libraries and targets work here, and say how to get those that do not."""
+    from unetc.cli import summary
+    from unetc.cli.diagnosis import diagnose
+    from unetc.cli.output import OUT, print_json
+
+    findings = diagnose()
+    if as_json:
+        print_json({"findings": [finding.__dict__ for finding in findings]})
+    else:
+        OUT.print(summary.diagnosis_table(findings))
+    if not all(finding.works for finding in findings if finding.needed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("unetc-demo"),
+    budget: Budget = 0.27,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Analyse, build, verify and report the built-in model `digits`, in a few minutes on two cores."""
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.workflow.demo import run_demo
+
+    with progress() as on_progress:
+        result = run_demo(output, budget=budget, cache=_cache(cache), on_progress=on_progress)
+    if as_json:
+        print_json(result.verification)
+        return
+    OUT.print(summary.verification_table(result.verification))
+    OUT.print("\nLook at:")
+    for path, meaning in result.files:
+        OUT.print(f"  {path}  {meaning}", soft_wrap=True)
+
+
+def _analysis(
+    scheduler: str, steps: int, samples: int, bins: int, seed: int, target: str, threads: int | None, batch: int
+) -> AnalysisOptions:
+    from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.environment import cores
+
+    return AnalysisOptions(
+        scheduler=scheduler,
+        steps=steps,
+        samples=samples,
+        bins=bins,
+        seed=seed,
+        target=target,
+        threads=threads or cores(),
+        batch=batch,
+    )
+
+
+def _cache(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    return Path(os.environ.get("UNETC_CACHE") or Path.home() / ".cache" / "unetc")

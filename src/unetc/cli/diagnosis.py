@@ -1,0 +1,67 @@
+"""Find out what works on this machine."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from unetc.environment import describe
+from unetc.errors import UnetcError
+from unetc.runtime.backend import BACKENDS, open_backend
+
+_STAGES = {
+    "analyze, plan, build, verify": ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics"),
+    "report": ("matplotlib", "jinja2"),
+}
+_EXTRAS = {"analyze, plan, build, verify": "compile", "report": "report"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that works here or does not."""
+
+    name: str
+    works: bool
+    needed: bool
+    detail: str
+
+
+def diagnose() -> list[Finding]:
+    """Try every backend and every library that a command needs."""
+    machine = ", ".join(
+        f"{key} {value}" for key, value in describe().items() if key in ("processor", "cores", "python")
+    )
+    findings = [Finding(name="machine", works=True, needed=True, detail=machine)]
+    findings += [_try_backend(target) for target in BACKENDS if target != "null"]
+    findings += [_try_stage(stage, libraries) for stage, libraries in _STAGES.items()]
+    return findings
+
+
+def _try_backend(target: str) -> Finding:
+    try:
+        open_backend(target, threads=1)
+    except UnetcError as error:
+        return Finding(name=f"target {target}", works=False, needed=True, detail=str(error))
+    return Finding(name=f"target {target}", works=True, needed=True, detail=_version(target.split(":")[0]))
+
+
+def _try_stage(stage: str, libraries: tuple[str, ...]) -> Finding:
+    missing = []
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            missing.append(f"{library} ({error})")
+    if missing:
+        detail = f"{', '.join(missing)}: pip install 'unetc[{_EXTRAS[stage]}]'"
+        return Finding(name=stage, works=False, needed=False, detail=detail)
+    return Finding(name=stage, works=True, needed=False, detail=", ".join(_version(name) for name in libraries))
+
+
+def _version(library: str) -> str:
+    name = library.replace("_", "-")
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return name

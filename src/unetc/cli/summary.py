@@ -1,0 +1,216 @@
+"""Turn artifacts into tables for people and facts for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from unetc.artifacts.manifest import MANIFEST, Manifest
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Damage, Profile
+from unetc.artifacts.record import read_bounded, to_builtins
+from unetc.artifacts.verification import Verification
+from unetc.cli.output import table
+from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.progress import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from unetc.cli.diagnosis import Finding
+    from unetc.runtime.session import Step
+
+
+def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification:
+    """Open a bundle folder (every byte checked), a profile, a plan or a verification.
+
+    Raises:
+        ArtifactError: If it is none of them.
+    """
+    if path.is_dir() or path.name == MANIFEST:
+        from unetc.runtime.bundle import Bundle
+
+        return Bundle.open(path if path.is_dir() else path.parent).manifest
+    data = read_bounded(path, 2**28)
+    for kind in (Profile, Plan, Verification):
+        try:
+            return kind.from_json(data, str(path))
+        except CorruptArtifactError:
+            continue
+    raise ArtifactError(f"{path} is not a bundle, profile, plan or verification of unetc.")
+
+
+def render(artifact: Profile | Plan | Manifest | Verification) -> RenderableType:
+    """Show any artifact as a table."""
+    match artifact:
+        case Profile():
+            return profile_table(artifact)
+        case Plan():
+            return plan_table(artifact)
+        case Manifest():
+            return bundle_table(artifact)
+        case Verification():
+            return verification_table(artifact)
+
+
+def facts(artifact: Profile | Plan | Manifest | Verification, path: Path) -> dict[str, object]:
+    """Reduce any artifact to what a program would ask of it."""
+    match artifact:
+        case Profile():
+            return profile_facts(artifact, path)
+        case Manifest():
+            return bundle_facts(artifact, path)
+        case _:
+            plain: dict[str, object] = to_builtins(artifact)
+            return plain
+
+
+def profile_facts(profile: Profile, path: Path) -> dict[str, object]:
+    """Summarise a profile: for every component its cost and its least damage per bin."""
+    least = _least_damage(profile)
+    costs = {cost.component: cost.saved_ms.mean for cost in profile.costs}
+    return {
+        "profile": str(path),
+        "model": to_builtins(profile.model),
+        "target": profile.target,
+        "full_ms": profile.full_ms.mean,
+        "bins": to_builtins(profile.bins),
+        "components": [
+            {
+                "name": component.name,
+                "kind": component.kind,
+                "saved_ms": costs[component.name],
+                "least_relative_l2": [least[component.name, b] for b in range(len(profile.bins))],
+            }
+            for component in profile.components
+        ],
+    }
+
+
+def profile_table(profile: Profile) -> Table:
+    """Lay out cost and damage of every component; bins run from high noise to low."""
+    least = _least_damage(profile)
+    costs = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
+    rows = [
+        [escape(component.name), f"{costs[component.name]:.1%}"]
+        + [f"{least[component.name, b]:.3f}" for b in range(len(profile.bins))]
+        for component in profile.components
+    ]
+    return table(
+        f"{escape(profile.model.name)}: time saved by removing a component, and the relative L2 damage of doing so per "
+        f"noise level (log-SNR); {profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}",
+        ["component", "saves", *(f"≥{bin.low:.1f}" for bin in profile.bins)],
+        rows,
+    )
+
+
+def _least_damage(profile: Profile) -> dict[tuple[str, int], float]:
+    least: dict[tuple[str, int], float] = {}
+    for effect in profile.effects:
+        key = effect.component, effect.bin
+        least[key] = min(least.get(key, float("inf")), effect.damage.relative_l2.mean)
+    return least
+
+
+def plan_table(plan: Plan) -> Table:
+    """Lay out the phases of a plan."""
+    rows = [
+        [
+            f"{'-∞' if i == 0 else format(phase.low, '.2f')} to "
+            f"{'∞' if i == len(plan.phases) - 1 else format(phase.high, '.2f')}",
+            " → ".join("full" if engine == 0 else f"engine {engine}" for engine in phase.cycle),
+            ", ".join(
+                f"{escape(name)} ({treatment})" for name, treatment in plan.engines[phase.cycle[-1]].treatments.items()
+            )
+            or "nothing",
+        ]
+        for i, phase in enumerate(plan.phases)
+    ]
+    title = (
+        f"plan for {escape(plan.model.name)}, budget {plan.budget:.0%}: predicted time ratio "
+        f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}"
+    )
+    return table(title, ["log-SNR", "runs", "removed"], rows)
+
+
+def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
+    """Summarise a bundle."""
+    return {
+        "bundle": str(path),
+        "model": to_builtins(manifest.model),
+        "target": manifest.target,
+        "scheduler": manifest.solver.scheduler,
+        "steps": manifest.steps,
+        "budget": manifest.plan.budget,
+        "measured": to_builtins(manifest.measured),
+        "engines": [
+            {"graph": e.graph, "step_ms": e.step_ms, "treatments": to_builtins(e.treatments)} for e in manifest.engines
+        ],
+        "phases": to_builtins(manifest.plan.phases),
+        "notes": list(manifest.notes),
+        "bytes": sum(record.bytes for record in manifest.files),
+    }
+
+
+def bundle_table(manifest: Manifest) -> RenderableType:
+    """Lay out the engines and the plan of a bundle."""
+    sizes = {record.path: record.bytes for record in manifest.files}
+    rows = [
+        [engine.graph, f"{engine.step_ms:.2f}", str(len(engine.treatments)), f"{sizes[engine.graph] / 1000:.0f}"]
+        for engine in manifest.engines
+    ]
+    measured = manifest.measured
+    title = (
+        f"bundle of {escape(manifest.model.name)} for {manifest.target}: time ratio {measured.time_ratio:.3f}, "
+        f"{_damage(measured.damage)}; {sum(sizes.values()) / 1e6:.1f} MB"
+    )
+    engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
+    return Group(engines, plan_table(manifest.plan))
+
+
+def verification_table(result: Verification) -> Table:
+    """Lay out the plan beside its controls; a control that beats it is red."""
+    rows = [["the plan", f"{result.time_ratio:.3f}", *_damage_cells(result.damage)]]
+    beaten_by = result.beaten_by()
+    for name, control in result.controls.items():
+        cells = [escape(control.description), f"{control.time_ratio:.3f}", *_damage_cells(control.damage)]
+        rows.append([f"[red]{cell}[/red]" for cell in cells] if name in beaten_by else cells)
+    title = (
+        f"{escape(result.model.name)}: {result.samples} new samples, {result.scheduler} {result.steps} steps, "
+        f"{result.target}; disk {result.disk_bytes / result.full_disk_bytes:.3f} × one model"
+    )
+    return table(title, ["at equal noise", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
+
+
+def diagnosis_table(findings: Sequence[Finding]) -> Table:
+    """Lay out what works here."""
+    rows = [
+        [
+            f.name,
+            "[green]works[/green]" if f.works else ("[red]missing[/red]" if f.needed else "missing"),
+            escape(f.detail),
+        ]
+        for f in findings
+    ]
+    return table("unetc on this machine", ["", "", ""], rows)
+
+
+def step_progress(on_progress: OnProgress) -> Callable[[Step], None]:
+    """Report steps of a session as progress."""
+
+    def report(step: Step) -> None:
+        on_progress(Progress(stage="sampling", done=step.index + 1, total=step.steps))
+
+    return report
+
+
+def _damage(damage: Damage) -> str:
+    return f"relative L2 {damage.relative_l2.mean:.4f}, PSNR {damage.psnr.mean:.1f} dB, SSIM {damage.ssim.mean:.4f}"
+
+
+def _damage_cells(damage: Damage) -> list[str]:
+    l2 = damage.relative_l2
+    return [f"{l2.mean:.4f} ({l2.low:.4f}–{l2.high:.4f})", f"{damage.psnr.mean:.1f}", f"{damage.ssim.mean:.4f}"]

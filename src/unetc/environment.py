@@ -1,0 +1,39 @@
+"""Describe the machine and the libraries a figure was measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LIBRARIES = ("numpy", "onnxruntime", "torch", "diffusers", "onnx", "scipy")
+
+
+def cores() -> int:
+    """Count the CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> dict[str, str]:
+    """List operating system, processor, cores, Python and library versions."""
+    facts = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(cores()),
+        "python": platform.python_version(),
+    }
+    for library in LIBRARIES:
+        try:
+            facts[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

@@ -1,0 +1,240 @@
+"""Find the components of a denoiser from the structure of its graph.
+
+A component is an edge where a branch joins the trunk. Three joins exist in diffusion denoisers:
+
+- residual: `add(trunk, branch)`, where the branch was computed from the trunk, or both from one tensor and the trunk
+only
+  by linear operations (a 1x1 shortcut, a resampling);
+- skip: `cat([trunk, skip])`, where the trunk was computed from the skip;
+- level: the trunk of such a `cat` when it has just come up from a lower resolution. Without it everything below goes.
+
+Names come from the modules that own the nodes, so no architecture needs code of its own here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import msgspec
+import torch
+from torch import fx
+
+from unetc.artifacts.profile import Component
+
+ATEN = torch.ops.aten
+_UPSAMPLINGS = {
+    ATEN.upsample_nearest2d.vec,
+    ATEN.upsample_nearest2d.default,
+    ATEN.upsample_bilinear2d.vec,
+    ATEN.conv_transpose2d.input,
+}
+_LINEAR = {
+    "conv2d",
+    "convolution",
+    "linear",
+    "addmm",
+    "avg_pool2d",
+    "upsample_nearest2d",
+    "conv_transpose2d",
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "unsqueeze",
+    "contiguous",
+    "clone",
+    "to",
+    "pad",
+    "dropout",
+    "div",
+    "mul",
+    "gate",
+}
+"""Operations a trunk may pass between the common ancestor and the join."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A component and the edge its gate belongs on."""
+
+    component: Component
+    join: fx.Node
+    branch: fx.Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Edge:
+    kind: Literal["residual", "skip", "level"]
+    join: fx.Node
+    branch: fx.Node
+    name: str
+    axis: int
+
+
+def discover(graph: fx.Graph, sample: fx.Node, root: str) -> tuple[Site, ...]:
+    """Find every component of a graph, in the order it is computed.
+
+    Args:
+        graph: A graph from `torch.export`, with shapes in `meta["val"]`.
+        sample: The placeholder of the noisy sample; only what depends on it can be a component.
+        root: Path of the denoiser in `nn_module_stack`; left out of the names.
+    """
+    flow = _Dataflow(graph, sample, root)
+    edges = [edge for node in graph.nodes for edge in flow.edges_into(node)]
+    shared = Counter(edge.name for edge in edges)
+    taken: Counter[str] = Counter()
+    sites: list[Site] = []
+    offset = 0
+    for edge in edges:
+        name = flow.name_by_branch(edge) if shared[edge.name] > 1 else edge.name
+        taken[name] += 1
+        channels = int(edge.branch.meta["val"].shape[edge.axis])
+        component = Component(
+            name=name if taken[name] == 1 else f"{name}#{taken[name]}",
+            kind=edge.kind,
+            owner=flow.owner(edge.join),
+            index=len(sites),
+            channels=channels,
+            axis=edge.axis,
+            offset=offset,
+            nested=(),
+        )
+        offset += channels
+        sites.append(Site(component=component, join=edge.join, branch=edge.branch))
+    return tuple(flow.with_nested(site, sites) for site in sites)
+
+
+class _Dataflow:
+    """Ancestor sets of a graph, as bit masks over node positions, and the questions asked of them."""
+
+    def __init__(self, graph: fx.Graph, sample: fx.Node, root: str) -> None:
+        self._nodes = list(graph.nodes)
+        self._position = {node: i for i, node in enumerate(self._nodes)}
+        self._prefix = f"{root}."
+        self._ancestors: dict[fx.Node, int] = {}
+        self._sampled = 0
+        for i, node in enumerate(self._nodes):
+            mask = 0
+            for parent in node.all_input_nodes:
+                mask |= self._ancestors[parent] | 1 << self._position[parent]
+            self._ancestors[node] = mask
+            if node is sample or mask >> self._position[sample] & 1:
+                self._sampled |= 1 << i
+
+    def owner(self, node: fx.Node) -> str:
+        """Name the innermost module that computes a node, relative to the denoiser."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        return str(stack[-1][0]).removeprefix(self._prefix) if stack else ""
+
+    def edges_into(self, node: fx.Node) -> Iterator[_Edge]:
+        """Yield the gated edges of one join, none if the node is not a join."""
+        if node.target is ATEN.add.Tensor and len(node.args) == 2:
+            branch = self._residual_branch(node, *node.args)  # type: ignore[arg-type]
+            if branch is not None:
+                axis = 1 if branch.meta["val"].ndim == 4 else branch.meta["val"].ndim - 1
+                yield _Edge(kind="residual", join=node, branch=branch, name=self.owner(node), axis=axis)
+        elif parts := self._skip_join(node):
+            trunk, skip, axis = parts
+            if upsampling := self._upsampling_since_last_join(trunk):
+                yield _Edge(kind="level", join=node, branch=trunk, name=f"level:{self.owner(upsampling)}", axis=axis)
+            source = self.owner(skip)
+            consumer = next((owner for user in node.users if (owner := self.owner(user))), self.owner(node))
+            target = consumer.rpartition(".")[0] or consumer
+            yield _Edge(kind="skip", join=node, branch=skip, name=f"skip:{source}→{target}", axis=axis)
+
+    def with_nested(self, site: Site, sites: list[Site]) -> Site:
+        """Note which components are computed for this one's branch only."""
+        live = self._live_without(site)
+        nested = tuple(other.component.name for other in sites if other is not site and other.join not in live)
+        return replace(site, component=msgspec.structs.replace(site.component, nested=nested))
+
+    def _live_without(self, site: Site) -> set[fx.Node]:
+        """Collect what the output still needs when the edge branch → join is cut."""
+        pending = [node for node in self._nodes if node.op == "output"]
+        live: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node not in live:
+                live.add(node)
+                cut = site.branch if node is site.join else None
+                pending.extend(parent for parent in node.all_input_nodes if parent is not cut)
+        return live
+
+    def name_by_branch(self, edge: _Edge) -> str:
+        """Name one of several joins of a module after the child that computes its branch."""
+        owner, node = self.owner(edge.join), edge.branch
+        while True:
+            inner = self.owner(node)
+            if inner.startswith(f"{owner}."):
+                return f"{owner}.{inner.removeprefix(f'{owner}.').split('.')[0]}"
+            parents = [parent for parent in node.all_input_nodes if self._depends_on_sample(parent)]
+            if inner != owner or not parents:
+                return edge.name
+            node = parents[0]
+
+    def _depends_on_sample(self, node: object) -> bool:
+        return isinstance(node, fx.Node) and bool(self._sampled >> self._position[node] & 1)
+
+    def _before(self, earlier: fx.Node, later: fx.Node) -> bool:
+        return bool(self._ancestors[later] >> self._position[earlier] & 1)
+
+    def _residual_branch(self, join: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:
+        if not (self._depends_on_sample(left) and self._depends_on_sample(right)):
+            return None
+        shape = join.meta["val"].shape
+        if len(shape) < 3 or left.meta["val"].shape != shape or right.meta["val"].shape != shape:
+            return None
+        if self._before(left, right):
+            return right
+        if self._before(right, left):
+            return left
+        linear = [side for side in (left, right) if self._linear_since_fork(side, left, right)]
+        if len(linear) != 1:
+            return None
+        return right if linear[0] is left else left
+
+    def _linear_since_fork(self, side: fx.Node, left: fx.Node, right: fx.Node) -> bool:
+        common = self._ancestors[left] & self._ancestors[right] & self._sampled
+        between = (self._ancestors[side] | 1 << self._position[side]) & self._sampled & ~common
+        return all(_operation(self._nodes[i]) in _LINEAR for i in _bits(between))
+
+    def _skip_join(self, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+        """Read a join `cat([trunk, skip])` as (trunk, skip, axis), whatever the order of its parts."""
+        if node.target is not ATEN.cat.default or len(node.args) < 2:
+            return None
+        parts, axis = node.args[0], node.args[1]
+        if not isinstance(parts, (list, tuple)) or not isinstance(axis, int) or len(parts) != 2:
+            return None
+        first, second = parts
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+            return None
+        if not self._depends_on_sample(first) or not self._depends_on_sample(second) or node.meta["val"].ndim < 3:
+            return None
+        axis %= node.meta["val"].ndim
+        if self._before(second, first):
+            return first, second, axis
+        return (second, first, axis) if self._before(first, second) else None
+
+    def _upsampling_since_last_join(self, trunk: fx.Node) -> fx.Node | None:
+        reach = self._ancestors[trunk] | 1 << self._position[trunk]
+        for i in reversed(list(_bits(reach & self._sampled))):
+            node: fx.Node = self._nodes[i]
+            if node.target in _UPSAMPLINGS:
+                return node
+            if self._skip_join(node):
+                return None
+        return None
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
+def _operation(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]

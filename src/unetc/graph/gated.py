@@ -1,0 +1,294 @@
+"""GatedGraph: a gated denoiser as one ONNX graph over one weights file, kept in a folder.
+
+Every engine of a bundle is specialised from this graph, so all of them read the same initializers from the same weights
+file. The weights lie in a safetensors file; the ONNX external-data records point into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from unetc.artifacts.profile import Component
+from unetc.artifacts.record import Artifact, write_atomically
+from unetc.errors import ArtifactError, CompileError
+from unetc.graph.capture import GATES, MEANS, OUTPUT, Capture
+from unetc.graph.gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
+
+OPSET = 23
+"""Has Attention, GroupNormalization and RMSNormalization as operators: one node where older opsets need ten."""
+
+WEIGHTS = "weights.safetensors"
+BRANCH_MEANS = "branch_means"
+"""Output of an observing graph."""
+
+_GRAPH = "gated.onnx"
+_RECORD = "gated.json"
+_INLINE_BELOW_BYTES = 64
+"""Smaller initializers stay inside each graph: shapes, scalars."""
+
+
+class GatedRecord(Artifact, frozen=True, kw_only=True):
+    """What the folder holds beside the graph."""
+
+    components: tuple[Component, ...]
+    inputs: tuple[str, ...]
+    dynamic_size: bool
+    graph_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SerialisedGraph:
+    """An ONNX graph as bytes, with the names of the initializers it expects from the weights file."""
+
+    graph: bytes
+    weights: frozenset[str]
+
+    def select(self, weights: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Pick what the graph needs from all weights."""
+        return {name: array for name, array in weights.items() if name in self.weights}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedGraph:
+    """A gated denoiser: the model, its components and where its weights are."""
+
+    model: ir.Model
+    components: tuple[Component, ...]
+    inputs: tuple[str, ...]
+    dynamic_size: bool
+    folder: Path
+    """Holds the weights file the model's initializers point into."""
+
+    @property
+    def weights(self) -> Path:
+        """Path of the weights file."""
+        return self.folder / WEIGHTS
+
+    @property
+    def channels(self) -> int:
+        """Total width of all components, the length of the means input."""
+        return sum(component.channels for component in self.components)
+
+    def runnable(self) -> SerialisedGraph:
+        """Serialise with the gates defined as a function, so that a runtime can execute it with any gates."""
+        return serialise(self.model)
+
+    def observing(self) -> SerialisedGraph:
+        """Serialise with every branch's mean per channel, over batch and positions, in place of the prediction.
+
+        The output is [channel of all components], in the order of the means input.
+        """
+        model = self.model.clone()
+        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        means = [_mean_of(model.graph, gates[component.index], component) for component in self.components]
+        joined = ir.node("Concat", means, {"axis": 0})
+        model.graph.append(joined)
+        output = joined.outputs[0]
+        output.name, output.dtype, output.shape = BRANCH_MEANS, ir.DataType.FLOAT, ir.Shape([self.channels])
+        model.graph.outputs[:] = [output]
+        common.RemoveUnusedNodesPass()(model)
+        return serialise(model)
+
+    @classmethod
+    def build(cls, capture: Capture, folder: Path) -> GatedGraph:
+        """Export a capture to ONNX and save it in a folder, which appears whole or not at all.
+
+        Raises:
+            CompileError: If the export fails.
+            ArtifactError: If the folder cannot be written.
+        """
+        model = _export(capture)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
+        try:
+            _externalise(model, temporary / WEIGHTS)
+            graph = ir.to_proto(model).SerializeToString()
+            (temporary / _GRAPH).write_bytes(graph)
+            record = GatedRecord(
+                components=capture.components,
+                inputs=capture.inputs,
+                dynamic_size=capture.dynamic_size,
+                graph_sha256=hashlib.sha256(graph).hexdigest(),
+                weights_sha256=_hash(temporary / WEIGHTS),
+            )
+            write_atomically(temporary / _RECORD, record.to_json())
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> GatedGraph:
+        """Open a saved gated graph.
+
+        Raises:
+            ArtifactError: If a file is missing or not what was written.
+        """
+        record = GatedRecord.load(folder / _RECORD)
+        graph = (folder / _GRAPH).read_bytes()
+        if hashlib.sha256(graph).hexdigest() != record.graph_sha256 or _hash(folder / WEIGHTS) != record.weights_sha256:
+            raise ArtifactError(f"the cached graph {folder} is damaged. Delete this folder; it is made again.")
+        model = ir.load(folder / _GRAPH)
+        return cls(
+            model=model,
+            components=record.components,
+            inputs=record.inputs,
+            dynamic_size=record.dynamic_size,
+            folder=folder,
+        )
+
+
+def serialise(model: ir.Model) -> SerialisedGraph:
+    """Turn a graph into bytes; large initializers stay in the weights file."""
+    external = {
+        str(name)
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return SerialisedGraph(graph=ir.to_proto(model).SerializeToString(), weights=frozenset(external))
+
+
+def is_gate(node: ir.Node) -> bool:
+    """Tell whether a node is a gate."""
+    return node.op_type == OPERATOR and node.domain == DOMAIN
+
+
+def gate_index(gate: ir.Node) -> int:
+    """Read which component a gate belongs to."""
+    return gate.attributes["index"].as_ints()[0]
+
+
+def _mean_of(graph: ir.Graph, gate: ir.Node, component: Component) -> ir.Value:
+    """Add the mean of a gate's branch over all axes but the channels."""
+    axes = np.array([i for i in range(component.rank) if i != component.axis], dtype=np.int64)
+    value = ir.val(f"axes.{component.index}", const_value=ir.tensor(axes))
+    graph.register_initializer(value)
+    node = ir.node("ReduceMean", [gate.inputs[0], value], {"keepdims": 0})
+    graph.append(node)
+    return node.outputs[0]
+
+
+def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
+    """Load the graph cached in a folder; when there is none, or it is damaged, call `capture` and build it."""
+    try:
+        return GatedGraph.load(folder)
+    except (ArtifactError, OSError):
+        return GatedGraph.build(capture(), folder)
+
+
+def _export(capture: Capture) -> ir.Model:
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                capture.program,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[*capture.inputs, GATES, MEANS],
+                output_names=[OUTPUT],
+                custom_translation_table=TRANSLATIONS,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise CompileError(f"ONNX export failed: {str(error).splitlines()[0]}.") from error
+    assert program is not None
+    model = program.model
+    gates = sum(1 for node in model.graph if is_gate(node))
+    if gates != len(capture.components):
+        raise CompileError(
+            f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report it."
+        )
+    common.ClearMetadataAndDocStringPass()(model)
+    for value in model.graph.inputs:
+        value.metadata_props.clear()
+    model.functions.clear()
+    function = onnx_function(OPSET)
+    model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = 1
+    model.producer_name, model.producer_version = "unetc", ""
+    return model
+
+
+def _externalise(model: ir.Model, path: Path) -> None:
+    """Move the initializers into one safetensors file and let the model point into it."""
+    values = {
+        str(name): value
+        for name, value in sorted(model.graph.initializers.items())
+        if value.const_value is not None
+        and value.const_value.nbytes >= _INLINE_BELOW_BYTES
+        and value.const_value.dtype.is_floating_point()
+    }
+    arrays = {name: np.ascontiguousarray(value.const_value.numpy()) for name, value in values.items()}  # type: ignore[union-attr]
+    save_file(arrays, path)
+    for name, (begin, end) in tensor_ranges(path).items():
+        tensor = values[name].const_value
+        assert tensor is not None
+        values[name].const_value = ir.ExternalTensor(
+            WEIGHTS,
+            begin,
+            end - begin,
+            tensor.dtype,
+            shape=ir.Shape(arrays[name].shape),
+            name=name,
+            base_dir=path.parent,
+        )
+
+
+def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Read where each tensor of a safetensors file begins and ends, in bytes from the start of the file.
+
+    Source:
+        https://huggingface.co/docs/safetensors/index#format
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    first = 8 + length
+    return {
+        name: (first + entry["data_offsets"][0], first + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks about libraries that are not needed here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,58 @@
+"""The whole way on the built-in model, small enough for a coffee break."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts.record import write_atomically
+from unetc.artifacts.verification import Verification
+from unetc.compiler.planner import PlanOptions
+from unetc.progress import OnProgress, ignore
+from unetc.report.pictures import grid, png_bytes
+from unetc.runtime.bundle import Bundle
+from unetc.runtime.session import load
+
+from .build import BuildOptions, build
+from .report import write_report
+from .verify import VerifyOptions, verify
+
+MODEL = "digits"
+
+ANALYSIS = AnalysisOptions(steps=25, samples=6)
+"""Smaller than the defaults of `unetc analyze`; the plan is stated in log-SNR, so it serves 50 steps all the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demo:
+    """What the demo made."""
+
+    verification: Verification
+    files: tuple[tuple[Path, str], ...]
+
+
+def run_demo(output: Path, *, budget: float, cache: Path, on_progress: OnProgress = ignore) -> Demo:
+    """Analyse, build, verify and report `digits` into a folder.
+
+    Raises:
+        UnetcError: As the single commands do.
+    """
+    bundle, report, verification, samples = (
+        output / name for name in ("bundle", "report.html", "verification.json", "samples.png")
+    )
+    options = BuildOptions(plan=PlanOptions(budget=budget), analysis=ANALYSIS)
+    build(MODEL, bundle, options, cache=cache, on_progress=on_progress)
+    result = verify(Bundle.open(bundle), VerifyOptions(rounds=5), on_progress)
+    result.save(verification)
+    write_report(bundle, report, verification=result, on_progress=on_progress)
+    write_atomically(samples, png_bytes(grid(load(bundle).sample(36, seed=0))))
+    return Demo(
+        verification=result,
+        files=(
+            (report, "damage map with the plan, samples, controls (open in a browser)"),
+            (samples, "samples of the pruned model"),
+            (bundle, f"the bundle: unetc sample {bundle}"),
+            (verification, "the figures above"),
+        ),
+    )

@@ -1,0 +1,48 @@
+"""Quality gates: `psnr>=30`, `ssim>=0.9`, `relative-l2<=0.05`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from unetc.artifacts.profile import Damage
+from unetc.errors import PlanError
+
+_HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "relative-l2": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityGate:
+    """A bound on the measured mean damage."""
+
+    metric: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> QualityGate:
+        """Read a gate as typed.
+
+        Raises:
+            PlanError: If it is not `metric>=number` or `metric<=number` in the metric's own direction.
+        """
+        match = re.fullmatch(r"\s*([a-z0-9-]+)\s*(>=|<=)\s*([-+.0-9e]+)\s*", text)
+        if match and match[1] in _HIGHER_IS_BETTER and (match[2] == ">=") == _HIGHER_IS_BETTER[match[1]]:
+            try:
+                return cls(metric=match[1], bound=float(match[3]))
+            except ValueError:
+                pass
+        raise PlanError(f"cannot read the quality gate {text!r}. Expected psnr>=DB, ssim>=VALUE or relative-l2<=VALUE.")
+
+    def value(self, damage: Damage) -> float:
+        """Read the metric's mean."""
+        estimates = {"psnr": damage.psnr, "ssim": damage.ssim, "relative-l2": damage.relative_l2}
+        return estimates[self.metric].mean
+
+    def passes(self, damage: Damage) -> bool:
+        """Tell whether a damage is within the bound."""
+        value = self.value(damage)
+        return value >= self.bound if _HIGHER_IS_BETTER[self.metric] else value <= self.bound
+
+    def __str__(self) -> str:
+        """Write the gate as typed."""
+        return f"{self.metric}{'>=' if _HIGHER_IS_BETTER[self.metric] else '<='}{self.bound:g}"

@@ -1,0 +1,68 @@
+"""Get everything that analysis and build need of a model: its gated graph, its solver, the target."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+import unetc
+from unetc.errors import ArtifactError
+from unetc.graph.capture import capture
+from unetc.graph.gated import OPSET, GatedGraph, open_or_build
+from unetc.models import Model, find_model
+from unetc.progress import OnProgress, Progress, ignore
+from unetc.solver.extract import STEP_COUNTS, extract_all, make_scheduler
+from unetc.solver.table import SolverTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A model, captured."""
+
+    model: Model
+    gated: GatedGraph
+    work: Path
+    """Folder for partial results about this model."""
+
+
+def prepare(name: str, cache: Path, on_progress: OnProgress = ignore) -> Prepared:
+    """Find a model and capture it, or read the capture that an earlier command left in the cache.
+
+    Raises:
+        ModelError: If there is no such model or it is not supported.
+        CompileError: If it cannot be exported.
+        ArtifactError: If the cache cannot be written.
+    """
+    model = find_model(name)
+    versions = (unetc.__version__, version("torch"), version("onnxscript"), OPSET)
+    key = hashlib.sha256(repr((model.reference.sha256, versions)).encode()).hexdigest()[:24]
+    work = cache / key
+    on_progress(Progress(stage="capture", done=0, total=1))
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work / "graph.lock"):
+            gated = open_or_build(work / "graph", lambda: capture(model.load_denoiser()))
+    except OSError as error:
+        raise ArtifactError(f"cannot write the cache {work}: {error.strerror}. Choose another with --cache.") from error
+    on_progress(Progress(stage="capture", done=1, total=1))
+    return Prepared(model=model, gated=gated, work=work)
+
+
+def prepare_solver(
+    model: Model, scheduler: str, counts: tuple[int, ...] = (), on_progress: OnProgress = ignore
+) -> SolverTables:
+    """Extract a scheduler's tables for many step counts, those asked for included.
+
+    Raises:
+        ModelError: If the scheduler is unknown or cannot be expressed as a table.
+    """
+    wanted = sorted({*STEP_COUNTS, *counts})
+
+    def report(done: int, total: int) -> None:
+        on_progress(Progress(stage="solver", done=done, total=total))
+
+    return extract_all(make_scheduler(scheduler, model.scheduler_config), scheduler, wanted, report)

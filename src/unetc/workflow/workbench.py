@@ -1,0 +1,113 @@
+"""Turn plans into loaded engines and measure them jointly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from unetc.analyzer.damage import measure_damage
+from unetc.artifacts.manifest import Measurement
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Profile
+from unetc.backend import Backend, Program
+from unetc.compiler.engines import compile_engines
+from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.runtime.session import FULL_ENGINE, Session
+from unetc.solver.table import SolverTables
+from unetc.timing import interleaved_ms
+
+ENGINE_ROUNDS = 15
+SAMPLING_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A plan with its engines, loaded and timed."""
+
+    plan: Plan
+    graphs: tuple[SerialisedGraph, ...]
+    session: Session
+    step_ms: tuple[float, ...]
+    """Median milliseconds per call of every engine."""
+    time_ratio: float
+    """Time of the schedule's engine calls / as many calls of the full engine."""
+
+    @property
+    def saving(self) -> float:
+        """Share of the full model's time that is saved."""
+        return 1 - self.time_ratio
+
+
+class Workbench:
+    """Compiles and measures plans of one profile on one backend."""
+
+    def __init__(
+        self, gated: GatedGraph, profile: Profile, solver: SolverTables, backend: Backend, *, steps: int
+    ) -> None:
+        """Set up for a profile; `steps` is the number of steps that plans are measured at."""
+        self.profile = profile
+        self.solver = solver
+        self.steps = steps
+        self._gated = gated
+        self._backend = backend
+        self._weights = load_file(gated.weights)
+
+    def compile(self, plan: Plan) -> Candidate:
+        """Specialise, load and time the engines of a plan, each in turn with the others.
+
+        Raises:
+            CompileError: If a graph cannot be specialised.
+        """
+        graphs = compile_engines(self._gated, plan, self.profile)
+        programs = [self._backend.load(graph.graph, graph.select(self._weights)) for graph in graphs]
+        times = self._time(programs)
+        session = Session(
+            plan=plan,
+            programs=programs,
+            solver=self.solver,
+            sample_shape=self.profile.sample_shape,
+            steps=self.steps,
+        )
+        used = session.schedule(self.steps)
+        ratio = np.median(times[:, used].sum(axis=1) / (times[:, FULL_ENGINE] * len(used)))
+        return Candidate(
+            plan=plan,
+            graphs=graphs,
+            session=session,
+            step_ms=tuple(np.median(times, axis=0).tolist()),
+            time_ratio=float(ratio),
+        )
+
+    def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
+        """Sample with the plan and with the full model in turns, on the same noise.
+
+        Args:
+            candidate: What to measure.
+            seed: Seed of the noise, one that the profile has not seen.
+        """
+        batch = self.profile.batch
+        ratios: list[float] = []
+        full: list[NDArray[np.float32]] = []
+        pruned: list[NDArray[np.float32]] = []
+        for i in range(SAMPLING_ROUNDS):
+            sample = partial(candidate.session.sample, batch, seed=seed, first_index=i * batch)
+            times = interleaved_ms(
+                [lambda s=sample: full.append(s(lossless=True)), lambda s=sample: pruned.append(s())],  # type: ignore[misc]
+                rounds=1,
+                warmup=0,
+            )
+            ratios.append(float(times[0, 1] / times[0, 0]))
+        damage = measure_damage(np.concatenate(full), np.concatenate(pruned))
+        return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
+
+    def _time(self, programs: Sequence[Program]) -> NDArray[np.float64]:
+        batch = self.profile.batch
+        sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
+        inputs = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
+        output = np.empty_like(sample)
+        return interleaved_ms([partial(program, inputs, output) for program in programs], rounds=ENGINE_ROUNDS)

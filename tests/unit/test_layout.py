@@ -1,0 +1,170 @@
+"""The package list, the layers and the rules of the house, checked on the files themselves."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import itertools
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+
+STAGES = {"analyzer", "compiler", "runtime"}
+SHARED = {"", "__version__", "artifacts", "backend", "environment", "errors", "progress", "solver", "timing"}
+EVERYTHING_BELOW = SHARED | STAGES | {"graph", "models", "report"}
+MAY_IMPORT = {
+    "errors": set(),
+    "progress": set(),
+    "timing": set(),
+    "environment": set(),
+    "backend": set(),
+    "solver": {"errors"},
+    "artifacts": {"errors", "solver"},
+    "graph": SHARED,
+    "models": SHARED,
+    "report": SHARED,
+    "analyzer": SHARED | {"graph"},
+    "compiler": SHARED | {"graph"},
+    "runtime": SHARED,
+    "workflow": EVERYTHING_BELOW,
+    "cli": EVERYTHING_BELOW | {"workflow"},
+}
+"""What a layer, a direct child of unetc, may import besides itself.
+
+The facade, "", may import everything, and others may ask it for unetc.__version__.
+"""
+
+HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch"}
+"""Libraries of the extra `compile`: what runs where samples are drawn does without them."""
+
+LIGHT = (
+    "unetc.artifacts",
+    "unetc.backend",
+    "unetc.errors",
+    "unetc.runtime",
+    "unetc.solver.noise",
+    "unetc.solver.table",
+)
+
+
+def modules() -> dict[str, Path]:
+    """Find every module of unetc by its import name; the links in src/unetc are not followed."""
+    found = {}
+    for package, folder in SETUPTOOLS["package-dir"].items():
+        for path in (ROOT / folder).rglob("*.py"):
+            name = ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
+    """List (line, absolute dotted name) of what a module imports, inside functions too, or takes from the facade."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "unetc":
+            yield node.lineno, f"unetc.{node.attr}"
+
+
+def layer(name: str) -> str:
+    """Name the layer of a dotted name: unetc.solver.table belongs to solver, unetc itself to ''."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def scripts() -> dict[str, Path]:
+    """Find the Python files that are not installed, by their path."""
+    return {str(path): path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+
+
+def test_the_package_list_is_what_is_on_disk() -> None:
+    folders = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
+    assert sorted(SETUPTOOLS["packages"]) == sorted(folders)
+    assert [package for package in SETUPTOOLS["packages"] if package not in modules()] == [], "no __init__.py"
+
+
+def test_layers_import_only_what_lies_below_them() -> None:
+    assert {layer(name) for name in modules()} == {"", *MAY_IMPORT}
+    offences = [
+        f"{path}:{line}: {layer(name)} may not import {target}"
+        for name, path in modules().items()
+        if name != "unetc"
+        for line, target in imports(name, path)
+        if target.split(".")[0] == "unetc" and layer(target) not in MAY_IMPORT[layer(name)] | {layer(name)}
+    ]
+    assert offences == []
+
+
+def test_stages_are_imported_as_part_of_unetc() -> None:
+    offences = [
+        f"{path}:{line}: {target} makes a second copy of unetc.{target}"
+        for name, path in (modules() | scripts()).items()
+        for line, target in imports(name, path)
+        if target.split(".")[0] in STAGES
+    ]
+    assert offences == []
+
+
+def test_what_samples_never_imports_a_compile_time_library() -> None:
+    offences = [
+        f"{path}:{line}: {target}"
+        for name, path in modules().items()
+        if name.startswith(LIGHT)
+        for line, target in imports(name, path)
+        if target.split(".")[0] in HEAVY
+    ]
+    assert offences == []
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    requirements = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
+    distributions = importlib.metadata.packages_distributions()
+    offences = [
+        f"{path}:{line}: {target}"
+        for name, path in modules().items()
+        for line, target in imports(name, path)
+        if (library := target.split(".")[0]) not in {*sys.stdlib_module_names, "unetc"}
+        and declared.isdisjoint(distribution.lower().replace("_", "-") for distribution in distributions[library])
+    ]
+    assert offences == []
+
+
+def test_modules_are_named_after_their_subject() -> None:
+    empty_names = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
+    assert [str(path) for path in modules().values() if path.stem.strip("_") in empty_names] == []
+
+
+def test_nothing_that_is_read_can_run_code() -> None:
+    benchmarks = {name: path for name, path in scripts().items() if path.is_relative_to(ROOT / "benchmarks")}
+    offences = []
+    for name, path in (modules() | benchmarks).items():
+        offences += [
+            f"{path}:{line}: imports {target}"
+            for line, target in imports(name, path)
+            if target.split(".")[0] in {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+            or target == "torch.load"
+        ]
+        offences += [
+            f"{path}:{node.lineno}: calls {ast.unparse(node.func)}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and runs_code(node, may_load=name in benchmarks)
+        ]
+    assert offences == []
+
+
+def runs_code(call: ast.Call, *, may_load: bool) -> bool:
+    """Tell whether a call can execute what it is given; torch.load cannot with weights_only=True."""
+    function = ast.unparse(call.func)
+    weights_only = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+    return function in {"eval", "exec"} or (function == "torch.load" and not (may_load and weights_only))
