@@ -42,6 +42,6 @@ def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float
         ]
     )
     if not weights.any():
-        return means[0]
-    averaged: NDArray[np.float32] = np.asarray(weights @ means.astype(np.float64) / weights.sum(), dtype=np.float32)
-    return averaged
+        weights += 1  # the full engine of a plan that never runs it
+    averaged: NDArray[np.float64] = np.average(means.astype(np.float64), axis=0, weights=weights)
+    return averaged.astype(np.float32)

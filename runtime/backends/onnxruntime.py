@@ -53,7 +53,7 @@ class OnnxRuntimeBackend:
     def __init__(self, *, threads: int, memory: Memory) -> None:
         self._threads = threads
         self._memory = memory
-        self._shared: dict[str, Any] = {}
+        self._shared: dict[int, tuple[Any, Any]] = {}
 
     def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> OnnxRuntimeProgram:
         """Load a graph; its external initializers are handed over from memory, no file is opened."""
@@ -64,16 +64,19 @@ class OnnxRuntimeBackend:
         if self._memory is Memory.LOW:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.add_session_config_entry("session.disable_prepacking", "1")
-        for name, array in weights.items():
-            if name not in self._shared:
-                self._shared[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        values = [self._shared[name] for name in weights]
+        values = [self._share(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
         try:
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unrelated classes
             raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
         return OnnxRuntimeProgram(session, tuple(values))
+
+    def _share(self, array: NDArray[np.generic]) -> Any:
+        """Wrap an array once, however many engines read it; keeping the array keeps its identity its own."""
+        if id(array) not in self._shared:
+            self._shared[id(array)] = array, onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return self._shared[id(array)][1]
 
 
 def open_backend(*, threads: int, memory: Memory) -> OnnxRuntimeBackend:
