@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import PurePosixPath
 
@@ -13,6 +14,13 @@ from unetc.solver.table import SolverHeader
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 """Holds the hash of the manifest, so that its own bytes are covered too."""
+SOLVER_ROWS = "rows"
+"""Name of the one array in the solver file."""
+
+
+def digest_of(manifest: bytes) -> bytes:
+    """Make the contents of the file that vouches for a manifest."""
+    return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()
 
 
 class FileRecord(Record, frozen=True, kw_only=True):
@@ -59,6 +67,10 @@ class Control(Record, frozen=True, kw_only=True):
     plan: Plan
     engines: tuple[BundleEngine, ...]
 
+    def __post_init__(self) -> None:
+        """Check that every engine of the plan is there."""
+        require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+
 
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
@@ -97,6 +109,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         named = {self.weights, self.profile, self.solver_file, *(engine.graph for engine in self.all_engines())}
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+        require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
+        require(bool(self.used_seeds), "a bundle names the seeds it was made with")
 
     def all_engines(self) -> tuple[BundleEngine, ...]:
         """List the engines of the plan and of the controls."""

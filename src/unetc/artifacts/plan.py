@@ -42,7 +42,7 @@ class Prediction(Record, frozen=True, kw_only=True):
     time_ratio: float
     """Planned / full time of the denoiser calls."""
     relative_l2: float
-    """Upper bound of the damage: the sum of the single damages."""
+    """Root of the sum of squares of the single damages, each at its upper 95 % bound."""
 
 
 class Plan(Artifact, frozen=True, kw_only=True):

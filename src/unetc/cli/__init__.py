@@ -6,6 +6,16 @@ import sys
 
 from unetc.errors import UnetcError
 
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    **dict.fromkeys(
+        ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics", "filelock", "huggingface_hub"),
+        "compile",
+    ),
+    **dict.fromkeys(("matplotlib", "jinja2"), "report"),
+}
+"""Which extra brings a library."""
+
 
 def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
@@ -15,6 +25,12 @@ def main() -> None:
         app()
     except UnetcError as error:
         print(f"unetc: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").split(".")[0]
+        if library not in _EXTRAS:
+            raise
+        print(f"unetc: this command needs {library}: pip install 'unetc[{_EXTRAS[library]}]'", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("unetc: interrupted; run the same command again to continue.", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from unetc.artifacts.record import Record, to_builtins
 from unetc.progress import OnProgress
 from unetc.progress import Progress as Report
 
-OUT = Console(highlight=False)
+_PLAIN_WIDTH = 160
+"""Columns of a table that goes into a file or a pipe."""
+
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 ERR = Console(stderr=True, highlight=False)
 
 _LINE_EVERY_S = 10.0

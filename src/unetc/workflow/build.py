@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from safetensors.numpy import save
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions, analyze
-from unetc.artifacts.manifest import BundleEngine, Control, FileRecord, Manifest, Measurement
+from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, FileRecord, Manifest, Measurement
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner import PlanOptions
@@ -32,7 +30,7 @@ from .workbench import Candidate, Workbench
 
 PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "weights.safetensors"
-SOLVER_FILE = "solver.npy"
+SOLVER_FILE = "solver.safetensors"
 GATE_SEARCH_STEPS = 5
 """Halvings of the interval in which the largest budget that passes a gate is searched."""
 
@@ -228,7 +226,7 @@ def _write(
     contents: dict[str, bytes | Path] = {
         WEIGHTS_FILE: prepared.gated.weights,
         PROFILE_FILE: profile.to_json(),
-        SOLVER_FILE: _npy(rows),
+        SOLVER_FILE: save({SOLVER_ROWS: rows}),
     }
     known = fitted.candidate.graphs[FULL_ENGINE].weights
 
@@ -280,9 +278,3 @@ def _record(
         treatments=candidate.plan.engines[engine].treatments,
         step_ms=candidate.step_ms[engine],
     )
-
-
-def _npy(rows: NDArray[np.float64]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
-    return buffer.getvalue()
