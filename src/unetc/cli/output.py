@@ -70,11 +70,11 @@ def print_json(value: Record | dict[str, object]) -> None:
     print(json.dumps(to_builtins(value), indent=2))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Lay out a table; all columns but the first are right-aligned."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> Table:
+    """Lay out a table; the first `words` columns are left-aligned, the numbers after them right-aligned."""
     result = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        result.add_column(column, justify="left" if i < words else "right", overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result

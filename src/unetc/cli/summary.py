@@ -133,7 +133,7 @@ def plan_table(plan: Plan) -> Table:
         f"plan for {escape(plan.model.name)}, budget {plan.budget:.0%}: predicted time ratio "
         f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}"
     )
-    return table(title, ["log-SNR", "runs", "removed"], rows)
+    return table(title, ["log-SNR", "runs", "removed"], rows, words=3)
 
 
 def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
@@ -195,7 +195,7 @@ def diagnosis_table(findings: Sequence[Finding]) -> Table:
         ]
         for f in findings
     ]
-    return table("unetc on this machine", ["", "", ""], rows)
+    return table("unetc on this machine", ["", "", ""], rows, words=3)
 
 
 def step_progress(on_progress: OnProgress) -> Callable[[Step], None]:
