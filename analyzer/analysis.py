@@ -86,8 +86,7 @@ def analyze(
         sample_shape: [channel, height, width].
         options: How to analyse.
         work: Folder for partial results. A second call with the same arguments continues from them: damages are equal
-        bit
-            by bit, and times already measured are not measured again.
+            bit by bit, and times already measured are not measured again.
         on_progress: Told how far the work is.
 
     Raises:
@@ -140,7 +139,7 @@ def _timing(
     path = work / _key("cost", options.target, options.threads, options.batch, options.rounds) / "timing.json"
     try:
         return msgspec.json.decode(read_bounded(path, 2**26), type=_Timing)
-    except (ArtifactError, msgspec.MsgspecError):
+    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         full_ms, costs = measure_costs(
             gated,
             backend,

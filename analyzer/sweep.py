@@ -118,7 +118,7 @@ def run_sweep(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) -> 
     done = 0
     for job, weight in zip(jobs, weights, strict=True):
         path = work / f"bin{job.bin:02d}-job{job.number:04d}.json"
-        result = _read(path)
+        result = _read(path, job)
         if result is None:
             result = _run(sweep, base, job)
             write_atomically(path, msgspec.json.encode(result))
@@ -136,12 +136,14 @@ def _jobs(sweep: Sweep) -> Iterator[_Job]:
             yield _Job(bin=b, number=number, ablations=tuple(ablations[start : start + size]))
 
 
-def _read(path: Path) -> tuple[Effect, ...] | None:
+def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
     """Read a finished job; a missing or damaged file means that it has to run again."""
     try:
-        return msgspec.json.decode(read_bounded(path, 2**26), type=tuple[Effect, ...])
-    except (ArtifactError, msgspec.MsgspecError):
+        result = msgspec.json.decode(read_bounded(path, 2**26), type=tuple[Effect, ...])
+    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
+    measured = [(effect.component, effect.treatment, effect.bin) for effect in result]
+    return result if measured == [(name, treatment, job.bin) for name, treatment in job.ablations] else None
 
 
 def _run(sweep: Sweep, base: Base, job: _Job) -> tuple[Effect, ...]:

@@ -207,7 +207,7 @@ def main() -> None:
     """Train, evaluate and write the model folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=3500, help="optimiser steps in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODEL, help="model folder to write")
     options = parser.parse_args()

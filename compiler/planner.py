@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,8 @@ class PlanOptions:
             raise PlanError(f"a budget is the share of time to save, in [0, 1); got {self.budget}. Try 0.27.")
         if self.max_engines < 1:
             raise PlanError(f"max-engines must be at least 1, got {self.max_engines}.")
+        if self.max_phases is not None and self.max_phases < 1:
+            raise PlanError(f"max-phases must be at least 1, got {self.max_phases}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +125,6 @@ class Removal:
                 squared += float(tables[columns[c]][c])
         return Prediction(time_ratio=1 - saved / float(self.steps.sum()), relative_l2=float(np.sqrt(squared)))
 
-    def most(self) -> float:
-        """Predict the share of time saved when every component is removed everywhere."""
-        inner = {i for _, i in self.nested}
-        return float(sum(saved for c, saved in enumerate(self.saved) if c not in inner))
-
 
 def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0) -> Plan:
     """Plan what to remove at which noise level.
@@ -185,11 +183,7 @@ def _segments(bins: int) -> list[tuple[int, int]]:
 def _solve(
     removal: Removal, segments: list[tuple[int, int]], options: PlanOptions
 ) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Solve the program with HiGHS and return the removed components of every used segment.
-
-    Source:
-        Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5; scipy.optimize.milp.
-    """
+    """Solve the program and return the removed components of every used segment."""
     components = len(removal.names)
     count = len(segments)
     width = components + 2  # columns of a segment: x[c] ..., z, y
@@ -208,30 +202,20 @@ def _solve(
     rows.add({s * width + components: 1.0 for s in range(count)}, 0, options.max_engines)
     if options.max_phases is not None:
         rows.add({s * width + width - 1: 1.0 for s in range(count)}, 0, options.max_phases)
-    savings = {
-        s * width + c: float(steps[s] * removal.saved[c])
-        for s in range(count)
-        for c in range(components)
-        if removal.saved[c] > 0
-    }
-    rows.add(savings, options.budget * float(removal.steps.sum()), np.inf)
-    objective = np.zeros(count * width)
-    unit = damage[np.isfinite(damage)].max(initial=1e-12)
-    for s in range(count):
-        objective[s * width : s * width + components] = np.where(np.isfinite(damage[s]), damage[s] / unit, 1e6)
-        objective[s * width + components + 1] = 1e-9  # among equals prefer few phases
-    result = milp(
-        objective,
-        constraints=rows.constraint(),
-        integrality=np.ones(count * width),
-        bounds=Bounds(0, 1),
-        options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-4},
-    )
+    saving, objective, allowed = np.zeros((3, count, width))
+    saving[:, :components] = np.outer(steps, removal.saved)
+    objective[:, :components] = np.where(np.isfinite(damage), damage, 0)
+    allowed[:, :components] = np.isfinite(damage) & (saving[:, :components] > 0)
+    allowed[:, components:] = 1
+    bounds = Bounds(0, allowed.ravel())
+    structure = rows.constraint()
+    enough = LinearConstraint(saving.reshape(1, -1), options.budget * float(removal.steps.sum()), np.inf)
+    result = _minimise(objective.ravel(), [structure, enough], bounds)
     if result.x is None:
+        most = saving.ravel() @ _minimise(-saving.ravel(), [structure], bounds).x / removal.steps.sum()
         raise PlanError(
-            f"no plan saves {options.budget:.0%} of the time with at most {options.max_engines} engines "
-            f"(solver: {result.message}). The most that removing everything saves is {removal.most():.0%}. "
-            "Ask for a smaller budget."
+            f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines "
+            f"(solver: {result.message}). The most that such a plan saves is {most:.1%}. Ask for a smaller budget."
         )
     values = result.x.reshape(count, width) > 0.5
     return {
@@ -239,6 +223,27 @@ def _solve(
         for s, segment in enumerate(segments)
         if values[s, -1]
     }
+
+
+def _minimise(objective: NDArray[np.float64], constraints: list[LinearConstraint], bounds: Bounds) -> Any:
+    """Solve a program in zeros and ones; `x` of the result is None if there is no solution.
+
+    HiGHS stops at an absolute gap of 1e-6 as well as at the relative one. So the optimum of the relaxed program, which
+    is close to the optimum sought, is made the unit.
+
+    Source:
+        Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5; scipy.optimize.milp.
+    """
+    scaled = objective / (np.abs(objective).max() or 1.0)
+    relaxed = milp(scaled, constraints=constraints, bounds=bounds)
+    unit = max(abs(relaxed.fun or 0.0), 1e-6)
+    return milp(
+        scaled / unit,
+        constraints=constraints,
+        integrality=np.ones(len(objective)),
+        bounds=bounds,
+        options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-4},
+    )
 
 
 class _Rows:

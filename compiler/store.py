@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from unetc.artifacts.manifest import DIGEST, MANIFEST, FileRecord, Manifest
+from unetc.artifacts.manifest import DIGEST, MANIFEST, FileRecord, Manifest, digest_of
 from unetc.errors import ArtifactError
 
 
@@ -19,8 +19,11 @@ def check_destination(path: Path) -> None:
     Raises:
         ArtifactError: If the folder cannot be written, or something that is not a bundle is there.
     """
+    path = Path(os.path.realpath(path))
     try:
-        if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        bundle = all((path / name).is_file() for name in (MANIFEST, DIGEST))
+        empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not bundle and not empty:
             raise ArtifactError(f"{path} exists and is not a bundle; it is not overwritten. Choose another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -43,12 +46,14 @@ def write_bundle(
         ArtifactError: If the folder cannot be written or the disk is full; nothing is left behind.
     """
     check_destination(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    path = Path(os.path.realpath(path))
+    temporary: Path | None = None
     try:
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         records = tuple(_write(temporary, name, content) for name, content in sorted(contents.items()))
         finished = manifest(records)
         data = finished.to_json()
-        _write(temporary, DIGEST, f"{hashlib.sha256(data).hexdigest()}\n".encode())
+        _write(temporary, DIGEST, digest_of(data))
         _write(temporary, MANIFEST, data)
         temporary.chmod(0o755)
         _replace(path, temporary)
@@ -57,7 +62,8 @@ def write_bundle(
             f"cannot write the bundle {path}: {error.strerror}. Choose a folder that can be written and has room."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return finished
 
 
@@ -73,15 +79,15 @@ def _write(root: Path, name: str, content: bytes | Path) -> FileRecord:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """Put the new folder in the place of the old one; a crash in between leaves one of them complete."""
+    """Put the new folder in the place of the old one; a crash between the two renames leaves both, beside the place."""
     if not path.exists():
         os.replace(temporary, path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    old = temporary.with_name(f"{temporary.name}.old")
     os.replace(path, old)
     try:
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from unetc.artifacts.manifest import DIGEST, MANIFEST, BundleEngine, Manifest
+from unetc.artifacts.manifest import DIGEST, MANIFEST, SOLVER_ROWS, BundleEngine, Manifest, digest_of
 from unetc.artifacts.record import MAX_JSON_BYTES
-from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.errors import ArtifactError, CorruptArtifactError, SessionError
 from unetc.solver.table import SolverTables
 
 
@@ -48,15 +47,14 @@ class Bundle:
             CorruptArtifactError: If any byte is not what was built, or a file is a link or lies outside the folder.
             SchemaVersionError: If another version of unetc built it.
         """
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
             raise ArtifactError(f"{path} is not a bundle folder. `unetc build MODEL -o {path}` makes one.")
         if not (path / MANIFEST).exists():
             raise ArtifactError(
                 f"{path} has no {MANIFEST}: it is not a bundle, or building it was interrupted. Build it again."
             )
         data = _read_plain(path, MANIFEST, MAX_JSON_BYTES)
-        expected = _read_plain(path, DIGEST, 256).decode("ascii", errors="replace").strip()
-        if hashlib.sha256(data).hexdigest() != expected:
+        if _read_plain(path, DIGEST, 256) != digest_of(data):
             raise CorruptArtifactError(
                 f"{path / MANIFEST} does not match {DIGEST}: it was edited. Build the bundle again."
             )
@@ -66,15 +64,15 @@ class Bundle:
         }
         try:
             weights = load(contents[manifest.weights])
-            rows = np.load(io.BytesIO(contents[manifest.solver_file]), allow_pickle=False)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise CorruptArtifactError(f"{path}: {error}. Build the bundle again.") from error
+            solver = SolverTables.from_array(manifest.solver, load(contents[manifest.solver_file])[SOLVER_ROWS])
+        except (SafetensorError, SessionError, ValueError, KeyError) as error:
+            raise CorruptArtifactError(f"{path} holds what unetc does not write: {error}") from error
         return cls(
             path=path,
             manifest=manifest,
             graphs={engine.graph: contents[engine.graph] for engine in manifest.all_engines()},
             weights=weights,
-            solver=SolverTables.from_array(manifest.solver, rows),
+            solver=solver,
             profile=contents[manifest.profile],
         )
 
@@ -105,7 +103,7 @@ def _read_plain(root: Path, name: str, limit: int) -> bytes:
                 raise CorruptArtifactError(
                     f"{path} has {status.st_size} bytes, expected at most {limit}. Build the bundle again."
                 )
-            return file.read(limit + 1)
+            return file.read(status.st_size)
     except FileNotFoundError as error:
         raise CorruptArtifactError(f"{path} is missing. Build the bundle again.") from error
     except OSError as error:

@@ -1,11 +1,14 @@
-"""Settings of the whole test run."""
+"""Settings of the whole test run, and the tiny model and its bundle that many tests share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # One thread per process: -n 2 does not oversubscribe two cores, and sums come out alike with and without -n. torch
@@ -47,3 +50,112 @@ def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest
     if config.getoption("require_gpu"):
         *_, reason = report.longrepr
         report.outcome, report.longrepr = "failed", f"--require-gpu, but {reason}"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of this run that all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared: Path) -> Path:
+    """Save a diffusers pipeline of 45 000 weights, drawn so that every component matters."""
+    return once(shared / "tiny-model", save_tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_build(shared: Path, tiny_model: Path) -> Path:
+    """Analyse the tiny model and build a bundle of two phases: a folder with profile.json, plan.json and bundle/."""
+    return once(shared / "tiny-build", lambda folder: build_tiny_bundle(tiny_model, folder, shared / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_build: Path) -> Path:
+    """Give the bundle of the tiny model; not to be changed, copy it."""
+    return tiny_build / "bundle"
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path, tiny_build: Path) -> Path:
+    """Give the cache that holds the capture of the tiny model."""
+    return shared / "cache"
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Make a folder, unless another worker has."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def save_tiny_model(folder: Path) -> None:
+    """Save a seeded UNet with two levels and attention; the zeros of a fresh one would hide what an ablation does.
+
+    It predicts v, which keeps rounding small with any weights; an epsilon of random weights multiplies it by 10^6 in 50
+    steps.
+    """
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, prediction_type="v_prediction")
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+
+
+def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
+    """Build a plan made by hand, so that no timing decides what is in the bundle; the controls alone are fitted."""
+    import unetc
+    from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.artifacts import Assignment, Phase, Plan, Prediction, Treatment
+    from unetc.compiler.planner import PlanOptions
+    from unetc.workflow.build import BuildOptions, analyze_model, build
+
+    analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=2, threads=1)
+    profile = analyze_model(str(model), analysis, cache=cache)
+    noisy, clean = profile.bins
+    plan = Plan(
+        unetc=unetc.__version__,
+        model=profile.model,
+        profile_sha256=profile.sha256(),
+        budget=0.3,
+        max_engines=2,
+        engines=(
+            Assignment(treatments={}),
+            Assignment(treatments={"level:up_blocks.0.upsamplers.0": Treatment.DROP}),
+            Assignment(
+                treatments={
+                    "mid_block.attentions.0": Treatment.MEAN,
+                    "skip:conv_in→up_blocks.1.resnets.1": Treatment.DROP,
+                    "up_blocks.1.resnets.0": Treatment.MEAN,
+                }
+            ),
+        ),
+        phases=(Phase(low=noisy.low, high=noisy.high, cycle=(1,)), Phase(low=clean.low, high=clean.high, cycle=(2,))),
+        prediction=Prediction(time_ratio=0.6, relative_l2=0.5),
+    )
+    options = BuildOptions(plan=PlanOptions(budget=0.3), analysis=analysis, steps=4)
+    build(str(model), folder / "bundle", options, cache=cache, profile=profile, plan=plan)
+    profile.save(folder / "profile.json")
+    plan.save(folder / "plan.json")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -60,5 +59,8 @@ def frechet_distance(left: NDArray[np.float64], right: NDArray[np.float64]) -> f
     """
     mean_gap = left.mean(axis=0) - right.mean(axis=0)
     covariances = np.cov(left, rowvar=False), np.cov(right, rowvar=False)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    return float(mean_gap @ mean_gap + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root.real))
+    # trace of the root of a product, by eigenvalues: a feature that is never active makes a covariance singular
+    values, vectors = np.linalg.eigh(covariances[0])
+    half = vectors * np.sqrt(values.clip(0))
+    cross = np.sqrt(np.linalg.eigvalsh(half.T @ covariances[1] @ half).clip(0)).sum()
+    return float(mean_gap @ mean_gap + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross)

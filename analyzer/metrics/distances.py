@@ -16,6 +16,9 @@ VALUE_RANGE = 2.0
 PSNR_CAP_DB = 100.0
 """PSNR of equal images; infinity has no mean."""
 
+WINDOW = 11
+"""Height and width of the window of SSIM, in pixels; in a smaller image it fits nowhere."""
+
 
 def relative_l2(reference: Array, candidate: Array) -> NDArray[np.float64]:
     """Measure the norm of the difference over the norm of the reference.
@@ -52,12 +55,16 @@ def ssim(reference: Array, candidate: Array) -> NDArray[np.float64]:
     """Measure the structural similarity, [batch], 1 = same.
 
     Raises:
-        ShapeMismatch: If the shapes differ.
+        ShapeMismatch: If the shapes differ, or the images are smaller than the window.
 
     Source:
         Wang et al. 2004, eq. (13); torchmetrics with its Gaussian window of 11 pixels.
     """
     _flat(candidate, reference)
+    if min(reference.shape[2:]) < WINDOW:
+        raise ShapeMismatch(
+            f"cannot compare samples of shape {reference.shape} by SSIM; expected at least {WINDOW}x{WINDOW} pixels."
+        )
     values = structural_similarity_index_measure(
         torch.from_numpy(np.ascontiguousarray(candidate)),
         torch.from_numpy(np.ascontiguousarray(reference)),

@@ -9,6 +9,7 @@ made switching engines twice as slow.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,8 +60,9 @@ class OnnxRuntimeBackend:
         """Load a graph; its external initializers are handed over from memory, no file is opened."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # failures reach the caller as exceptions, not as lines on stderr
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         if self._memory is Memory.LOW:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -135,7 +135,9 @@ def test_every_library_that_is_imported_is_declared() -> None:
         for name, path in modules().items()
         for line, target in imports(name, path)
         if (library := target.split(".")[0]) not in {*sys.stdlib_module_names, "unetc"}
-        and declared.isdisjoint(distribution.lower().replace("_", "-") for distribution in distributions[library])
+        and declared.isdisjoint(
+            distribution.lower().replace("_", "-") for distribution in distributions.get(library, [library])
+        )
     ]
     assert offences == []
 

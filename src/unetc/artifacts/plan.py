@@ -32,6 +32,7 @@ class Phase(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check the range."""
+        require(finite(self.low, self.high), f"the ends of a phase must be finite, got {self.low} to {self.high}")
         require(self.low < self.high, f"a phase must not be empty, got {self.low} to {self.high}")
         require(bool(self.cycle), "a phase needs an engine")
 

@@ -66,6 +66,10 @@ class Bin(Record, frozen=True, kw_only=True):
     steps: int
     """Number of steps of the analysed schedule that lie in the bin."""
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        require(finite(self.low, self.high) and self.low < self.high, f"a bin must not be empty, got {self}")
+
 
 class Estimate(Record, frozen=True, kw_only=True):
     """A mean with its 95 % confidence interval (Student t over samples)."""

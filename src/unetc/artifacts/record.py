@@ -29,7 +29,7 @@ class Artifact(Record, frozen=True, kw_only=True):
 
     def to_json(self) -> bytes:
         """Encode as JSON; the same value always gives the same bytes."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        return msgspec.json.format(msgspec.json.encode(self, order="deterministic"), indent=1) + b"\n"
 
     def sha256(self) -> str:
         """Hash the JSON form."""
@@ -147,11 +147,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {path}: {error.strerror}. Choose a folder that can be written and has room."
         ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def to_builtins(value: object) -> Any:

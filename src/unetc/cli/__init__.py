@@ -16,13 +16,16 @@ _EXTRAS = {
 }
 """Which extra brings a library."""
 
+_INTERRUPTED = 130
+"""What typer exits with on Ctrl-C."""
+
 
 def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
     from unetc.cli.app import app
 
     try:
-        app()
+        app(prog_name="unetc")
     except UnetcError as error:
         print(f"unetc: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
@@ -32,9 +35,10 @@ def main() -> None:
             raise
         print(f"unetc: this command needs {library}: pip install 'unetc[{_EXTRAS[library]}]'", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("unetc: interrupted; run the same command again to continue.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("unetc: interrupted; run the same command again to continue.", file=sys.stderr)
+        raise
 
 
 __all__ = ["main"]

@@ -176,12 +176,13 @@ def sample(
     """Sample from a bundle into one picture. Needs no torch."""
     import time
 
-    from unetc.artifacts.record import write_atomically
+    from unetc.artifacts.record import check_writable, write_atomically
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
     from unetc.report.pictures import grid, png_bytes
     from unetc.runtime.session import load
 
+    check_writable(output)
     session = load(bundle, memory=memory, threads=threads)
     with progress() as on_progress:
         start = time.perf_counter()
@@ -206,12 +207,15 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Measure time and damage on new seeds, beside simpler ways to save the same time."""
+    from unetc.artifacts.record import check_writable
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
     from unetc.runtime.bundle import Bundle
     from unetc.workflow.verify import VerifyOptions
     from unetc.workflow.verify import verify as verify_bundle
 
+    if output is not None:
+        check_writable(output)
     opened = Bundle.open(bundle)
     with progress() as on_progress:
         result = verify_bundle(opened, VerifyOptions(rounds=rounds, batch=batch, seed=seed), on_progress)

@@ -138,8 +138,9 @@ def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[ExportedPro
             return traced, bool(size)
         except Exception as error:  # torch.export raises many unrelated classes
             errors.append(error)
+    reason = next(iter(str(errors[-1]).splitlines()), type(errors[-1]).__name__)
     raise ModelError(
-        f"torch.export cannot trace {type(model).__name__}: {str(errors[-1]).splitlines()[0]}. "
+        f"torch.export cannot trace {type(model).__name__}: {reason}. "
         "Models with hooks, custom attention processors or data-dependent control flow cannot be captured."
     ) from errors[-1]
 

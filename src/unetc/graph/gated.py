@@ -149,8 +149,11 @@ class GatedGraph:
             ArtifactError: If a file is missing or not what was written.
         """
         record = GatedRecord.load(folder / _RECORD)
-        graph = (folder / _GRAPH).read_bytes()
-        if hashlib.sha256(graph).hexdigest() != record.graph_sha256 or _hash(folder / WEIGHTS) != record.weights_sha256:
+        try:
+            hashes = _hash(folder / _GRAPH), _hash(folder / WEIGHTS)
+        except OSError as error:
+            raise ArtifactError(f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder.") from error
+        if hashes != (record.graph_sha256, record.weights_sha256):
             raise ArtifactError(f"the cached graph {folder} is damaged. Delete this folder; it is made again.")
         model = ir.load(folder / _GRAPH)
         return cls(
@@ -196,7 +199,7 @@ def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
     """Load the graph cached in a folder; when there is none, or it is damaged, call `capture` and build it."""
     try:
         return GatedGraph.load(folder)
-    except (ArtifactError, OSError):
+    except ArtifactError:
         return GatedGraph.build(capture(), folder)
 
 
@@ -223,7 +226,7 @@ def _export(capture: Capture) -> ir.Model:
             f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report it."
         )
     common.ClearMetadataAndDocStringPass()(model)
-    for value in model.graph.inputs:
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()
     model.functions.clear()
     function = onnx_function(OPSET)

@@ -94,9 +94,8 @@ _SPREAD = "spread"
 
 def _spread(graph: ir.Graph, join: ir.Node, gate: ir.Node, value: ir.Value, component: Component) -> ir.Value:
     """Repeat a constant per channel over the batch and positions of the other part of a concatenation."""
-    computed = [value for value in join.inputs if value is not None and _is_computed(value)]
-    like = computed[0] if computed else _branch(gate)
     axis = component.axis
+    like = _shape_source(graph, join, gate, axis)
     before, after = (0, axis), (axis + 1, component.rank)
     parts = [_shape_part(join, like, *before)]
     parts.append(_initializer(graph, f"channels.{component.channels}", np.array([component.channels], dtype=np.int64)))
@@ -104,6 +103,26 @@ def _spread(graph: ir.Graph, join: ir.Node, gate: ir.Node, value: ir.Value, comp
         parts.append(_shape_part(join, like, *after))
     shape = _node(join, "Concat", parts, {"axis": 0})
     return _node(join, "Expand", [value, shape])
+
+
+def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
+    """Find a value with the batch and positions of a concatenation: a part that stays, or the first one of the graph.
+
+    Reading the shape of a removed part would compute everything below it.
+    """
+    parts = [value for value in join.inputs if value is not None]
+    if computed := [part for part in parts if _is_computed(part)]:
+        return computed[0]
+    extents = {_extent(part, axis) for part in parts} - {None}
+    values = (*graph.inputs, *(value for node in graph for value in node.outputs))
+    return next((value for value in values if _extent(value, axis) in extents), _branch(gate))
+
+
+def _extent(value: ir.Value, axis: int) -> tuple[str, ...] | None:
+    """Name the size of a value along all axes but one; equal names mean equal sizes."""
+    if value.shape is None or value.shape.has_unknown_dim():
+        return None
+    return tuple("" if i == axis else str(size) for i, size in enumerate(value.shape))
 
 
 def _is_computed(value: ir.Value) -> bool:
@@ -146,5 +165,6 @@ def _clean(model: ir.Model) -> None:
     for node in model.graph:
         node.name = None
         for value in node.outputs:
-            value.shape = value.type = None  # any runtime infers them again; they are a third of the file
+            if not value.is_graph_output():
+                value.shape = value.type = None  # any runtime infers them again; they are a third of the file
     common.NameFixPass()(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,13 +47,23 @@ class Model:
         from diffusers.utils import logging
 
         logging.set_verbosity_error()
+        what = f"cannot load the denoiser of {self.reference.name}"
+        denoiser: nn.Module
         try:
-            denoiser: nn.Module = UNet2DModel.from_pretrained(
-                self.folder / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            denoiser, report = UNet2DModel.from_pretrained(
+                self.folder / "unet",
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
         except Exception as error:  # diffusers raises many unrelated classes
-            message = str(error).strip().splitlines()[0]
-            raise ModelError(f"cannot load the denoiser of {self.reference.name}: {message}") from error
+            raise ModelError(f"{what}: {_brief(error)}.") from error
+        if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+            raise ModelError(
+                f"{what}: its weights do not fit its configuration, {strangers[0]!r} is in only one of them. "
+                "Check that unet/config.json belongs to the weights."
+            )
         return denoiser.eval().requires_grad_(False)
 
 
@@ -84,7 +95,19 @@ def find_model(name: str) -> Model:
         raise ModelError(
             f"{folder / 'unet/config.json'} names no sample_size; it is needed to draw noise of that size."
         )
-    height, width = size if isinstance(size, list) else (size, size)
+    try:
+        height, width = size if isinstance(size, list) else (size, size)
+        sample_shape = int(config.get("in_channels", 3)), int(height), int(width)  # 3 is the default of diffusers
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}; "
+            "expected whole numbers."
+        ) from error
+    if (predicted := config.get("out_channels", 3)) != sample_shape[0]:
+        raise ModelError(
+            f"{name} predicts {predicted} channels for samples of {sample_shape[0]}; expected as many. Denoisers that "
+            "predict a variance too are not supported."
+        )
     return Model(
         reference=ModelReference(
             name=name,
@@ -93,7 +116,7 @@ def find_model(name: str) -> Model:
             denoiser=denoiser_class,
         ),
         scheduler_config=scheduler_config,
-        sample_shape=(int(config["in_channels"]), int(height), int(width)),
+        sample_shape=sample_shape,
         folder=folder,
     )
 
@@ -101,7 +124,7 @@ def find_model(name: str) -> Model:
 def _find(name: str) -> Path:
     if name in BUILT_IN:
         return Path(__file__).parent / name
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ModelError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json.")
@@ -122,15 +145,14 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, authentication, missing repository: the library's classes vary
         raise ModelError(
-            f"cannot get {name!r} from the Hub: {str(error).splitlines()[0]} "
-            "Check the id and the network, or give a local folder."
+            f"cannot get {name!r} from the Hub: {_brief(error)}. Check the id and the network, or give a local folder."
         ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}. Expected a diffusers pipeline folder.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object. Expected a diffusers pipeline folder.")
@@ -144,6 +166,14 @@ def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path]
         plain = {key: value for key, value in settings.items() if not key.startswith("_") or key == "_class_name"}
         digest.update(json.dumps(plain, sort_keys=True).encode())
     for path in weights:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
     return digest.hexdigest()
+
+
+def _brief(error: Exception) -> str:
+    """Put what a library says on one line of bearable length."""
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

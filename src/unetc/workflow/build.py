@@ -108,8 +108,10 @@ def build(
     seed = profile.seed + 1
     fitted = _fit(workbench, options.plan, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
     if options.gate is not None and not options.gate.passes(fitted.measured.damage):
-        raise _gate_failed(workbench, options.plan, options.gate, fitted, seed, on_progress)
-    controls = _controls(workbench, fitted, on_progress) if options.controls and fitted.candidate.saving > 0.01 else []
+        asked = options.plan if plan is None else replace(options.plan, budget=plan.budget)
+        raise _gate_failed(workbench, asked, options.gate, fitted, seed, on_progress)
+    wanted = options.controls and fitted.candidate.saving > 0.01
+    controls = _controls(workbench, fitted, notes, on_progress) if wanted else []
     return _write(path, prepared, profile, solver, options, fitted, controls, notes, seed)
 
 
@@ -144,7 +146,7 @@ def _fit(workbench: Workbench, options: PlanOptions, notes: list[str], seed: int
     candidate, correction = fit_plan(workbench, options, notes)
     on_progress(Progress(stage="fitting the plan", done=1, total=2))
     measured = workbench.measure(candidate, seed=seed)
-    if 1 - measured.time_ratio < options.budget:
+    if 1 - measured.time_ratio < options.budget and options.budget > 0:  # without a budget noise is no shortfall
         shortfall = options.budget - (1 - measured.time_ratio)
         aim = replace(options, budget=min(0.99, options.budget + shortfall + 0.01 * options.budget))
         notes.append(f"sampling saved {1 - measured.time_ratio:.1%}, {shortfall:.1%} short; fitted to {aim.budget:.1%}")
@@ -190,8 +192,10 @@ def _gate_failed(
     )
 
 
-def _controls(workbench: Workbench, fitted: _Fitted, on_progress: OnProgress) -> list[tuple[str, Candidate]]:
-    """Make the controls, at the measured time of the plan."""
+def _controls(
+    workbench: Workbench, fitted: _Fitted, notes: list[str], on_progress: OnProgress
+) -> list[tuple[str, Candidate]]:
+    """Make the controls, at the measured time of the plan; one that cannot be made is noted and left out."""
     target, total = fitted.candidate.saving, 1 + RANDOM_PLANS
     makers: list[tuple[str, Callable[[], Candidate]]] = [
         ("uniform", lambda: fit_uniform(workbench, target, fitted.correction))
@@ -206,7 +210,10 @@ def _controls(workbench: Workbench, fitted: _Fitted, on_progress: OnProgress) ->
     controls = []
     for done, (name, make) in enumerate(makers):
         on_progress(Progress(stage="controls", done=done, total=total))
-        controls.append((name, make()))
+        try:
+            controls.append((name, make()))
+        except PlanError as error:
+            notes.append(f"left out the control {name}: {error}")
     on_progress(Progress(stage="controls", done=total, total=total))
     return controls
 

@@ -1,0 +1,506 @@
+"""The command line does the whole way, fails in one line, and prints JSON that programs can read."""
+
+from __future__ import annotations
+
+import contextlib
+import html.parser
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import unetc
+from unetc.artifacts import Manifest, Plan, Profile, Verification
+from unetc.cli import main
+
+COMMANDS = ("analyze", "plan", "build", "sample", "verify", "report", "inspect", "doctor", "demo")
+SMALL = ("--steps", "4", "--samples", "2", "--bins", "2", "--batch", "2", "--threads", "1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Parse stdout, which must hold nothing but one strict JSON value."""
+        assert self.code == 0, self.err
+        return json.loads(self.out, parse_constant=pytest.fail)
+
+    @property
+    def error(self) -> str:
+        """The message of a failure: exactly one line on stderr, nothing on stdout, no traceback."""
+        assert self.code == 1
+        assert self.out == ""
+        assert self.err.startswith("unetc: ")
+        assert self.err.count("\n") == 1
+        assert self.err.endswith("\n")
+        return self.err
+
+
+def run(*arguments: object) -> Result:
+    """Run a command in this process, which has imported torch already."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["unetc", *map(str, arguments)]
+    code: Any = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def run_alone(*arguments: object, **environment: str) -> Result:
+    """Run a command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from unetc.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | environment,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder, offline."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def damaged(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle with one wrong bit in its weights."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "damaged"))
+    weights = bytearray((bundle / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (bundle / "weights.safetensors").write_bytes(weights)
+    return bundle
+
+
+@dataclass(frozen=True)
+class Way:
+    """What every command of the whole way printed, and the folder it worked in."""
+
+    folder: Path
+    results: dict[str, Result]
+
+
+@pytest.fixture(scope="module")
+def way(tiny_model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Way:
+    """Go the whole way once, from the model to the report."""
+    folder = tmp_path_factory.mktemp("way")
+    bundle = folder / "bundle"
+    commands: dict[str, tuple[object, ...]] = {
+        "analyze": (tiny_model, *SMALL, "--cache", cache, "-o", folder / "profile.json"),
+        "plan": (folder / "profile.json", "--budget", "0.2", "--max-engines", "2", "-o", folder / "plan.json"),
+        "build": (
+            *(tiny_model, "--profile", folder / "profile.json", "--plan", folder / "plan.json"),
+            *("--steps", 4, "--cache", cache, "-o", bundle),
+        ),
+        "inspect": (bundle,),
+        "sample": (bundle, "--batch", 5, "--seed", 3, "--steps", 7, "-o", folder / "samples.png"),
+        "verify": (bundle, "--rounds", 3, "-o", folder / "verification.json"),
+        "report": (bundle, "--verification", folder / "verification.json", "-o", folder / "report.html"),
+    }
+    results = {}
+    for command, arguments in commands.items():
+        results[command] = run(command, *arguments, "--json")
+        assert results[command].code == 0, results[command].err
+    return Way(folder, results)
+
+
+def test_every_step_of_the_way_prints_json(way: Way) -> None:
+    for command, result in way.results.items():
+        assert isinstance(result.json, dict), command
+        assert "Traceback" not in result.err
+
+
+def test_the_profile_names_every_component_with_cost_and_damage(way: Way) -> None:
+    facts, profile = way.results["analyze"].json, Profile.load(way.folder / "profile.json")
+    assert facts["profile"] == str(way.folder / "profile.json")
+    assert facts["target"] == profile.target == "onnxruntime:cpu"
+    assert [entry["name"] for entry in facts["components"]] == [component.name for component in profile.components]
+    assert len(profile.components) == 17
+    for entry in facts["components"]:
+        assert len(entry["least_relative_l2"]) == 2
+        assert all(value > 0 for value in entry["least_relative_l2"])
+
+
+def test_the_plan_is_printed_and_saved_and_the_same_again(way: Way) -> None:
+    made = Plan.load(way.folder / "plan.json")
+    assert way.results["plan"].json["budget"] == made.budget == 0.2
+    assert made.profile_sha256 == Profile.load(way.folder / "profile.json").sha256()
+    assert 1 <= len(made.engines) - 1 <= 2
+    assert made.prediction.time_ratio <= 0.8
+    for name in ("again.json", "and-again.json"):
+        run_alone("plan", way.folder / "profile.json", "--budget", "0.2", "--max-engines", "2", "-o", name)
+        assert Path(name).read_bytes() == (way.folder / "plan.json").read_bytes()
+
+
+def test_the_bundle_holds_the_plan_as_it_was_given(way: Way) -> None:
+    manifest = unetc.Bundle.open(way.folder / "bundle").manifest
+    assert manifest.plan == Plan.load(way.folder / "plan.json")
+    assert manifest.steps == 4
+    facts = way.results["build"].json
+    assert facts["bundle"] == str(way.folder / "bundle")
+    assert facts["measured"]["time_ratio"] > 0
+    assert facts["measured"]["damage"]["relative_l2"]["mean"] > 0
+    assert way.results["inspect"].json == facts
+    files = [path for path in (way.folder / "bundle").rglob("*") if path.is_file()]
+    unlisted = sum((way.folder / "bundle" / name).stat().st_size for name in ("manifest.json", "manifest.sha256"))
+    assert facts["bytes"] == sum(path.stat().st_size for path in files) - unlisted
+
+
+def test_the_samples_are_the_sessions(way: Way) -> None:
+    facts = way.results["sample"].json
+    assert facts["shape"] == [5, 1, 16, 16]
+    assert facts["seconds"] > 0
+    with Image.open(way.folder / "samples.png") as picture:
+        pixels = np.asarray(picture.convert("L"), dtype=np.int64)
+    session = unetc.load(way.folder / "bundle")
+    expected = ((session.sample(5, seed=3, steps=7)[:, 0] + 1) * 127.5).round()
+    tiles = [
+        np.abs(pixels[top : top + 16, left : left + 16] - expected[0])
+        for top in range(pixels.shape[0] - 15)
+        for left in range(pixels.shape[1] - 15)
+    ]
+    assert min(tile.max() for tile in tiles) <= 1  # the first sample is somewhere in the picture
+
+
+def test_the_verification_says_time_damage_controls_engines_and_size(way: Way) -> None:
+    printed = way.results["verify"].json
+    assert json.loads((way.folder / "verification.json").read_bytes()) == printed
+    result = Verification.load(way.folder / "verification.json")
+    manifest = unetc.Bundle.open(way.folder / "bundle").manifest
+    assert result.plan_sha256 == manifest.plan.sha256()
+    assert printed["time_ratio_p10"] <= printed["time_ratio"] <= printed["time_ratio_p90"]
+    assert {"fewer_steps", "random"} <= {*printed["controls"]} <= {"fewer_steps", "uniform", "random"}
+    damages = [printed["damage"], *(control["damage"] for control in printed["controls"].values())]
+    for damage in damages:
+        assert {*damage} == {"relative_l2", "psnr", "ssim"}
+        for estimate in damage.values():
+            assert estimate["low"] < estimate["mean"] < estimate["high"]
+        assert damage["relative_l2"]["mean"] > 0
+    assert len(printed["engines"]) == len(manifest.engines)
+    assert sum(engine["steps"] for engine in printed["engines"]) == printed["steps"] == 4
+    assert [engine["removed"] for engine in printed["engines"]] == [len(e.treatments) for e in manifest.engines]
+    assert printed["samples"] == 3 * 2
+    assert printed["seed"] not in manifest.used_seeds
+    assert printed["full_disk_bytes"] < printed["disk_bytes"] < 2 * printed["full_disk_bytes"]
+    assert {"python", "onnxruntime", "cores"} <= {*printed["environment"]}
+
+
+def test_the_report_is_one_page_that_loads_nothing(way: Way) -> None:
+    page = (way.folder / "report.html").read_text()
+    assert way.results["report"].json == {
+        "output": str(way.folder / "report.html"),
+        "bytes": (way.folder / "report.html").stat().st_size,
+    }
+    addresses: list[str] = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            addresses.extend(value or "" for name, value in attrs if name in ("src", "href"))
+
+    Reader().feed(page)
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert "mid_block.attentions.0" in page
+
+
+def test_people_get_tables_and_the_names_of_what_was_written(way: Way, cache: Path, tiny_model: Path) -> None:
+    bundle = way.folder / "bundle"
+    for path, words in (
+        ("profile.json", "mid_block.attentions.0"),
+        ("plan.json", "log-SNR"),
+        ("verification.json", "fewer steps"),
+        ("bundle", "engines/full.onnx"),
+        ("bundle/manifest.json", "engines/full.onnx"),
+    ):
+        shown = run("inspect", way.folder / path)
+        assert shown.code == 0, shown.err
+        assert words in shown.out
+    for written, arguments in (
+        ("plan.json", ("plan", way.folder / "profile.json", "--budget", "0.1")),
+        ("samples.png", ("sample", bundle, "--batch", 1)),
+        ("profile.json", ("analyze", tiny_model, *SMALL, "--cache", cache)),
+    ):
+        result = run(*arguments)
+        assert (result.code, Path(written).is_file()) == (0, True), result.err
+        assert f"wrote {written}" in result.out
+        assert not result.out.startswith("{")
+
+
+def test_an_analysis_is_continued_from_the_cache(way: Way, cache: Path, tiny_model: Path) -> None:
+    result = run("analyze", tiny_model, *SMALL, "--cache", cache, "-o", "again.json", "--json")
+    assert result.code == 0
+    assert Path("again.json").read_bytes() == (way.folder / "profile.json").read_bytes()
+
+
+def test_sampling_options_reach_the_session(tiny_bundle: Path) -> None:
+    def sample(*options: object) -> bytes:
+        result = run("sample", tiny_bundle, "--batch", 2, "-o", "out.png", *options)
+        assert result.code == 0, result.err
+        return Path("out.png").read_bytes()
+
+    plain = sample()
+    assert sample("--seed", 0, "--steps", 4, "--threads", 1) == plain
+    for options in (("--seed", 1), ("--steps", 20), ("--lossless",)):
+        assert sample(*options) != plain
+    assert run("sample", tiny_bundle, "--memory", "low").code == 0
+
+
+def test_sampling_needs_neither_torch_nor_any_other_compile_time_library(tiny_bundle: Path, tmp_path: Path) -> None:
+    blocked = ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torchmetrics", "matplotlib", "jinja2")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {(*blocked, 'filelock', 'huggingface_hub')}:\n"
+        "            raise ModuleNotFoundError(f'{name} is blocked', name=name)\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+    )
+    python_path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    result = run_alone("sample", tiny_bundle, "--batch", 2, "-o", "light.png", "--json", PYTHONPATH=python_path)
+    assert result.json["shape"] == [2, 1, 16, 16]
+    run("sample", tiny_bundle, "--batch", 2, "-o", "heavy.png")
+    assert Path("light.png").read_bytes() == Path("heavy.png").read_bytes()
+    assert run_alone("inspect", tiny_bundle, "--json", PYTHONPATH=python_path).code == 0
+    refused = run_alone("verify", tiny_bundle, PYTHONPATH=python_path)
+    assert "pip install 'unetc[compile]'" in refused.error
+    assert "pip install 'unetc[compile]'" in run_alone("build", "digits", PYTHONPATH=python_path).error
+
+
+def test_help_lists_every_command_and_every_command_has_help() -> None:
+    overview = run("--help")
+    assert overview.code == 0
+    for command in COMMANDS:
+        assert command in overview.out
+        for flag in ("--help", "-h"):
+            shown = run(command, flag)
+            assert shown.code == 0
+            assert f"unetc {command}" in shown.out
+            assert "--json" in shown.out
+    assert run("--version").out.strip() == unetc.__version__
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("paint",),
+        ("analyze",),
+        ("plan", "profile.json", "--budget", "much"),
+        ("plan", "profile.json", "--max-engines", "0"),
+        ("build", "digits", "--colour", "red"),
+        ("analyze", "digits", "--steps", "0"),
+        ("analyze", "digits", "--seed", "-1"),
+        ("sample", "bundle", "--batch", "0"),
+        ("sample", "bundle", "--threads", "0"),
+        ("verify", "bundle", "--rounds", "0"),
+        ("verify", "a", "b"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert "Usage: unetc" in result.out + result.err
+    assert "Traceback" not in result.err
+
+
+def wrong_pipeline(tiny_model: Path) -> Path:
+    """Copy a model and call it something that unetc does not know."""
+    folder = Path(shutil.copytree(tiny_model, "wrong"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    return folder
+
+
+def other_model(tiny_model: Path) -> Path:
+    """Copy a model and change one weight."""
+    folder = Path(shutil.copytree(tiny_model, "other"))
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    return folder
+
+
+FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
+    "unknown model": (lambda at: ("build", "nonsense"), "no model 'nonsense'"),
+    "unknown Hub id": (lambda at: ("analyze", "nobody/nothing"), "cannot get 'nobody/nothing' from the Hub"),
+    "folder that is no model": (lambda at: ("analyze", at.empty), "no model_index.json"),
+    "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "StableDiffusionPipeline; supported"),
+    "unknown scheduler": (
+        lambda at: ("analyze", at.model, "--scheduler", "magic", "--cache", at.cache),
+        "unknown scheduler 'magic'",
+    ),
+    "unknown target": (
+        lambda at: ("analyze", at.model, "--target", "cuda", "--cache", at.cache),
+        "no backend for target 'cuda'",
+    ),
+    "more bins than steps": (lambda at: ("analyze", at.model, "--steps", 2, "--bins", 3), "use fewer bins"),
+    "budget of more than all": (lambda at: ("build", at.model, "--budget", "1.5"), "got 1.5"),
+    "budget of more than all, plan": (lambda at: ("plan", at.profile, "--budget", "1.5"), "got 1.5"),
+    "negative budget": (lambda at: ("demo", "--budget", "-0.1"), "got -0.1"),
+    "budget that nothing meets": (lambda at: ("plan", at.profile, "--budget", "0.99"), "Ask for a smaller budget"),
+    "unknown gate": (lambda at: ("build", at.model, "--quality-gate", "fid<=3"), "cannot read the quality gate"),
+    "profile of another model": (
+        lambda at: ("build", other_model(at.model), "--profile", at.profile, "--cache", at.cache),
+        "the profile is of",
+    ),
+    "plan of another profile": (
+        lambda at: (
+            *("build", at.model, "--profile", at.way.folder / "profile.json", "--cache", at.cache),
+            *("--plan", at.build / "plan.json"),
+        ),
+        "the plan was made from another profile",
+    ),
+    "missing profile": (lambda at: ("plan", "missing.json"), "cannot read missing.json"),
+    "missing plan": (lambda at: ("build", at.model, "--plan", "missing.json"), "cannot read missing.json"),
+    "plan in place of a profile": (lambda at: ("plan", at.build / "plan.json"), "is not a valid profile"),
+    "damaged bundle, sample": (lambda at: ("sample", at.damaged), "weights.safetensors"),
+    "damaged bundle, verify": (lambda at: ("verify", at.damaged), "weights.safetensors"),
+    "damaged bundle, report": (lambda at: ("report", at.damaged), "weights.safetensors"),
+    "damaged bundle, inspect": (lambda at: ("inspect", at.damaged), "weights.safetensors"),
+    "missing bundle": (lambda at: ("sample", "missing"), "missing is not a bundle folder"),
+    "bundle name that is too long": (lambda at: ("sample", "x" * 300), "is not a bundle folder"),
+    "nothing to inspect": (lambda at: ("inspect", "missing"), "cannot read missing"),
+    "something else to inspect": (lambda at: ("inspect", at.model / "model_index.json"), "is not a bundle, profile"),
+    "unknown number of steps": (lambda at: ("sample", at.bundle, "--steps", 101), "Nearest: 100 or 150"),
+    "unknown memory": (lambda at: ("sample", at.bundle, "--memory", "huge"), "unknown memory mode 'huge'"),
+    "used seed": (lambda at: ("verify", at.bundle, "--seed", "1"), "seed 1 was used"),
+    "seed of the profile": (lambda at: ("verify", at.bundle, "--seed", "0"), "seed 0 was used"),
+    "verification of another bundle": (
+        lambda at: ("report", at.bundle, "--verification", at.way.folder / "verification.json"),
+        "the verification is of another bundle",
+    ),
+    "missing verification": (lambda at: ("report", at.bundle, "--verification", "v.json"), "cannot read v.json"),
+    "unwritable profile": (lambda at: ("analyze", "digits", "-o", at.file / "profile.json"), "cannot write"),
+    "unwritable plan": (lambda at: ("plan", at.profile, "-o", at.file / "plan.json"), "cannot write"),
+    "unwritable bundle": (lambda at: ("build", "digits", "-o", at.file / "bundle"), "cannot write"),
+    "unwritable cache": (lambda at: ("analyze", at.model, "--cache", at.file / "cache"), "cannot write the cache"),
+    "unwritable picture": (lambda at: ("sample", at.bundle, "-o", at.file / "out.png"), "cannot write"),
+    "unwritable verification": (lambda at: ("verify", at.bundle, "-o", at.file / "v.json"), "cannot write"),
+    "unwritable report": (lambda at: ("report", at.bundle, "-o", at.file / "r.html"), "cannot write"),
+    "a folder in place of a picture": (lambda at: ("sample", at.bundle, "-o", at.empty), "it is a folder"),
+    "a bundle over something else": (lambda at: ("build", at.model, "-o", at.model), "is not a bundle; it is not"),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the things are that commands fail on."""
+
+    model: Path
+    build: Path
+    cache: Path
+    way: Way
+    damaged: Path
+    empty: Path
+    file: Path
+
+    @property
+    def bundle(self) -> Path:
+        """A bundle that is whole."""
+        return self.build / "bundle"
+
+    @property
+    def profile(self) -> Path:
+        """The profile of the model."""
+        return self.build / "profile.json"
+
+
+@pytest.fixture
+def places(tiny_model: Path, tiny_build: Path, cache: Path, way: Way, damaged: Path, tmp_path: Path) -> Places:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    return Places(tiny_model, tiny_build, cache, way, damaged, tmp_path / "empty", tmp_path / "file")
+
+
+@pytest.mark.parametrize(("make", "words"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["", "json"])
+def test_a_failure_is_one_line_and_exits_with_1(
+    places: Places, make: Callable[[Places], tuple[object, ...]], words: str, as_json: tuple[str, ...]
+) -> None:
+    assert words in run(*make(places), *as_json).error
+    assert places.file.read_text() == "mine"
+    assert list(places.empty.iterdir()) == []
+    left = {path.name for path in Path().iterdir()} - {"wrong", "other"}
+    assert left == set()
+
+
+def test_an_unwritable_place_is_noticed_before_the_work(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: object, **__: object) -> None:
+        pytest.fail("worked first")
+
+    for function in ("analyzer.analysis.analyze", "runtime.session.Session.sample", "runtime.bundle.Bundle.open"):
+        monkeypatch.setattr(f"unetc.{function}", work)
+    for command, subject in (("analyze", places.model), ("build", places.model), ("sample", places.bundle)):
+        assert "cannot write" in run(command, subject, "-o", places.file / "out").error
+    for command in ("verify", "report"):
+        assert "cannot write" in run(command, places.bundle, "-o", places.file / "out").error
+
+
+def test_a_failure_in_a_process_of_its_own_is_the_same(places: Places) -> None:
+    assert "weights.safetensors" in run_alone("sample", places.damaged).error
+    assert "got 1.5" in run_alone("plan", places.profile, "--budget", "1.5").error
+    assert run_alone("paint").code == 2
+
+
+def test_a_bug_shows_its_traceback(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("unetc.runtime.session.load", break_down)
+    with pytest.raises(ZeroDivisionError):
+        run("sample", tiny_bundle)
+
+
+def test_an_interrupt_is_one_line_and_exits_with_130(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("unetc.runtime.session.load", interrupt)
+    result = run("sample", tiny_bundle)
+    assert result.code == 130
+    assert result.err.splitlines() == ["unetc: interrupted; run the same command again to continue."]
+
+
+def test_the_doctor_finds_what_is_needed() -> None:
+    findings = {finding["name"]: finding for finding in run("doctor", "--json").json["findings"]}
+    assert findings["target onnxruntime:cpu"]["works"]
+    assert "onnxruntime" in findings["target onnxruntime:cpu"]["detail"]
+    assert all(finding["works"] for finding in findings.values())
+    shown = run("doctor")
+    assert (shown.code, "works" in shown.out) == (0, True)
+
+
+def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:
+    manifest = Manifest.load(tiny_bundle / "manifest.json")
+    printed = run("inspect", tiny_bundle, "--json").json
+    assert printed["measured"]["time_ratio"] == manifest.measured.time_ratio
+    assert [engine["graph"] for engine in printed["engines"]] == [engine.graph for engine in manifest.engines]

@@ -1,0 +1,170 @@
+"""The law at budget 0: without removals, unetc samples what the diffusers pipeline samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import unetc
+from unetc.artifacts import Assignment, Measurement, Phase, Plan, Prediction, Profile
+from unetc.backend import Array
+from unetc.compiler.planner import PlanOptions
+from unetc.graph.specialise import specialise
+from unetc.models import find_model
+from unetc.runtime.backend import open_backend
+from unetc.runtime.session import Session
+from unetc.solver.extract import extract_all, make_scheduler
+from unetc.solver.noise import initial_noise, step_noise
+from unetc.workflow.build import BuildOptions, build
+from unetc.workflow.prepare import prepare
+from unetc.workflow.workbench import Candidate, Workbench
+
+diffusers: Any = untyped_diffusers
+
+TOLERANCE = 1e-4
+"""Of samples in -1 to 1. Both sides compute in float32 and sum in other orders, and each step passes on its error."""
+
+SEED, BATCH = 11, 3
+
+
+def pipeline_of(name: str) -> Any:
+    """Load a pipeline as a user of diffusers does."""
+    pipeline = diffusers.DDPMPipeline.from_pretrained(find_model(name).folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_ddim(name: str, steps: int, noise: Array, monkeypatch: pytest.MonkeyPatch, **config: str) -> Array:
+    """Sample with diffusers' DDIM pipeline, from noise that is handed to it."""
+    pipeline = pipeline_of(name)
+    scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **config)
+    pipeline = diffusers.DDIMPipeline(unet=pipeline.unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    with monkeypatch.context() as patch:
+        draw_from(patch, "diffusers.pipelines.ddim.pipeline_ddim", iter([noise]))
+        return in_range(pipeline(batch_size=len(noise), num_inference_steps=steps, eta=0.0, output_type="np"))
+
+
+def run_ddpm(name: str, steps: int, noise: list[Array], monkeypatch: pytest.MonkeyPatch) -> Array:
+    """Sample with diffusers' DDPM pipeline, from initial noise and noise of every step that are handed to it."""
+    source = iter(noise)
+    with monkeypatch.context() as patch:
+        draw_from(patch, "diffusers.pipelines.ddpm.pipeline_ddpm", source)
+        draw_from(patch, "diffusers.schedulers.scheduling_ddpm", source)
+        output = pipeline_of(name)(batch_size=len(noise[0]), num_inference_steps=steps, output_type="np")
+    assert list(source) == [], "diffusers has drawn noise less often than it was thought to"
+    return in_range(output)
+
+
+def draw_from(patch: pytest.MonkeyPatch, module: str, source: Iterator[Array]) -> None:
+    def draw(shape: tuple[int, ...], **_: object) -> torch.Tensor:
+        noise = torch.from_numpy(next(source))
+        assert noise.shape == torch.Size(shape)
+        return noise
+
+    patch.setattr(f"{module}.randn_tensor", draw)
+
+
+def in_range(output: Any) -> Array:
+    """Undo the scaling and the order of axes that a pipeline ends with; the clipping to -1 to 1 stays."""
+    samples: Array = (2 * output.images - 1).transpose(0, 3, 1, 2)
+    return samples
+
+
+def assert_same(samples: Array, expected: Array) -> None:
+    assert (np.abs(expected) < 0.99).mean() > 0.05, "clipping would hide every difference"
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
+    assert np.abs(np.clip(samples, -1, 1) - expected).max() <= TOLERANCE
+
+
+def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: str) -> Session:
+    """Put together a session of the full engine and one solver table."""
+    prepared = prepare(name, cache)
+    gated, model = prepared.gated, prepared.model
+    engine = specialise(gated, {}, np.zeros(gated.channels, np.float32))
+    program = open_backend("onnxruntime:cpu", threads=1).load(engine.graph, engine.select(load_file(gated.weights)))
+    plan = Plan(
+        unetc=unetc.__version__,
+        model=model.reference,
+        profile_sha256="0" * 64,
+        budget=0.0,
+        max_engines=1,
+        engines=(Assignment(treatments={}),),
+        phases=(Phase(low=-30.0, high=30.0, cycle=(0,)),),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+    )
+    solver = extract_all(make_scheduler(scheduler, model.scheduler_config | config), scheduler, [steps])
+    return Session(plan=plan, programs=[program], solver=solver, sample_shape=model.sample_shape, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [4, 20, 50])
+def test_lossless_sampling_is_the_ddim_pipeline(
+    tiny_model: Path, tiny_bundle: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = unetc.load(tiny_bundle)
+    noise = initial_noise(SEED, range(BATCH), session.sample_shape)
+    expected = run_ddim(str(tiny_model), steps, noise, monkeypatch)
+    assert_same(session.sample(noise=noise, steps=steps, lossless=True), expected)
+    assert_same(session.sample(BATCH, seed=SEED, steps=steps, lossless=True), expected)
+    assert np.abs(session.sample(noise=noise, steps=steps) - expected).max() > 0.1  # what the plan removes is seen
+
+
+@pytest.mark.parametrize(("prediction", "steps"), [("sample", 20), ("epsilon", 4)])
+def test_other_predictions_are_sampled_as_by_the_pipeline(
+    tiny_model: Path, cache: Path, prediction: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few steps for epsilon: with random weights it multiplies rounding tenfold in four, a millionfold in fifty."""
+    session = full_session(str(tiny_model), cache, "ddim", steps, prediction_type=prediction)
+    noise = initial_noise(SEED, range(BATCH), session.sample_shape)
+    expected = run_ddim(str(tiny_model), steps, noise, monkeypatch, prediction_type=prediction)
+    assert_same(session.sample(noise=noise), expected)
+
+
+def test_a_bundle_of_budget_zero_is_the_ddim_pipeline(
+    tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", (20,))  # the other tables are not looked at
+    measure = Workbench.measure
+
+    def measure_late(bench: Workbench, candidate: Candidate, *, seed: int) -> Measurement:
+        """Let a slow moment of the machine fall on the plan: it is no reason to remove anything."""
+        return msgspec.structs.replace(measure(bench, candidate, seed=seed), time_ratio=1.05)
+
+    monkeypatch.setattr(Workbench, "measure", measure_late)
+    options = BuildOptions(plan=PlanOptions(budget=0.0), steps=20)
+    profile = Profile.load(tiny_build / "profile.json")
+    manifest = build(str(tiny_model), tmp_path / "bundle", options, cache=cache, profile=profile)
+    assert manifest.plan.engines == (Assignment(treatments={}),)
+    assert manifest.measured.damage.relative_l2.mean == 0
+    session = unetc.load(tmp_path / "bundle")
+    noise = initial_noise(SEED, range(BATCH), session.sample_shape)
+    samples = session.sample(noise=noise)
+    np.testing.assert_array_equal(samples, session.sample(noise=noise, lossless=True))
+    assert_same(samples, run_ddim(str(tiny_model), 20, noise, monkeypatch))
+
+
+def test_a_stochastic_session_is_the_ddpm_pipeline(
+    tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 20
+    session = full_session(str(tiny_model), cache, "ddpm", steps)
+    noise = [initial_noise(SEED, range(BATCH), session.sample_shape)]
+    noise += [step_noise(SEED, range(BATCH), step, session.sample_shape) for step in range(steps - 1)]
+    expected = run_ddpm(str(tiny_model), steps, noise, monkeypatch)
+    assert_same(session.sample(BATCH, seed=SEED), expected)
+    assert np.abs(session.sample(noise=noise[0], seed=SEED + 1) - expected).max() > 0.1  # the steps' noise matters
+
+
+@pytest.mark.slow
+def test_the_model_that_ships_is_its_ddim_pipeline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = full_session("digits", cache, "ddim", 20)
+    noise = initial_noise(SEED, range(BATCH), session.sample_shape)
+    assert_same(session.sample(noise=noise), run_ddim("digits", 20, noise, monkeypatch))

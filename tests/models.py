@@ -1,0 +1,235 @@
+"""Tiny denoisers with random weights, one per kind of block, captured once per process, and inputs that fit them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from torch import nn
+
+from unetc.backend import Array, Program
+from unetc.graph.capture import CONTEXT, GATES, MEANS, SAMPLE, TIMESTEP, Capture, capture
+from unetc.graph.gated import GatedGraph, SerialisedGraph, open_or_build
+from unetc.runtime.backend import open_backend
+
+diffusers: Any = untyped_diffusers
+
+CONTEXT_WIDTH = 12
+
+_UNCONDITIONAL: Mapping[str, Any] = {
+    "sample_size": 16,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "block_out_channels": (8, 16),
+}
+_CONDITIONAL: Mapping[str, Any] = {**_UNCONDITIONAL, "cross_attention_dim": CONTEXT_WIDTH}
+
+ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "attention": (
+        "UNet2DModel",
+        {
+            **_UNCONDITIONAL,
+            "in_channels": 2,
+            "out_channels": 2,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        },
+    ),
+    # Its first downsampler and its first upsampler are residual blocks, the others are convolutions.
+    "resampling": (
+        "UNet2DModel",
+        {
+            **_UNCONDITIONAL,
+            "in_channels": 1,
+            "out_channels": 1,
+            "block_out_channels": (8, 8, 16),
+            "resnet_time_scale_shift": "scale_shift",
+            "downsample_type": "resnet",
+            "upsample_type": "resnet",
+            "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        },
+    ),
+    "cross-attention": (
+        "UNet2DConditionModel",
+        {
+            **_CONDITIONAL,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+    ),
+    # As in GLIDE and DeepFloyd IF: text joins the keys and values of self-attention, the variance is predicted too.
+    "added-kv": (
+        "UNet2DConditionModel",
+        {
+            **_CONDITIONAL,
+            "in_channels": 3,
+            "out_channels": 6,
+            "resnet_time_scale_shift": "scale_shift",
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        },
+    ),
+}
+"""Class and configuration of each denoiser, by name."""
+
+
+def new_denoiser(architecture: str) -> nn.Module:
+    """Build a denoiser; it has the same weights every time."""
+    name, config = ARCHITECTURES[architecture]
+    denoiser: nn.Module = getattr(diffusers, name)(**config)
+    condition_well(denoiser, seed=0)
+    return denoiser.eval()
+
+
+def condition_well(model: nn.Module, seed: int) -> None:
+    """Make every part of a model count, and no part blow up rounding errors.
+
+    Fresh models have layers that put out zero. And removals may leave a group of channels that is nearly constant: there
+    ONNX, which defines the variance of a GroupNormalization as E[x²] − E[x]², has no digit right but for a large epsilon.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.data = noise / math.sqrt(parameter[0].numel())
+        else:
+            parameter.data = 0.2 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
+    for module in model.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.eps = 0.1
+
+
+class Tiny:
+    """One architecture: its denoiser, capture, gated graph and weights, each made when it is first asked for."""
+
+    def __init__(self, architecture: str, folder: Path) -> None:
+        self.architecture = architecture
+        self._folder = folder
+        self._name, self._config = ARCHITECTURES[architecture]
+
+    def __repr__(self) -> str:
+        return self.architecture
+
+    @functools.cached_property
+    def denoiser(self) -> nn.Module:
+        """The denoiser."""
+        return new_denoiser(self.architecture)
+
+    @functools.cached_property
+    def capture(self) -> Capture:
+        """Its capture; this takes seconds."""
+        return capture(self.denoiser)
+
+    @functools.cached_property
+    def reference(self) -> nn.Module:
+        """The gated graph in torch."""
+        return self.capture.reference()
+
+    @functools.cached_property
+    def gated(self) -> GatedGraph:
+        """The gated graph in ONNX, from the folder if another test or process has built it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / f"{self.architecture}.lock"):
+            return open_or_build(self._folder / self.architecture, lambda: self.capture)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of all components."""
+        return tuple(component.name for component in self.gated.components)
+
+    @functools.cached_property
+    def weights(self) -> Mapping[str, NDArray[np.generic]]:
+        """Content of the weights file."""
+        return load_file(self.gated.weights)
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, str]:
+        """Name of the parameter that each tensor of the weights file holds; the exporter transposes and renames some."""
+        parameters = {name: parameter.numpy() for name, parameter in self.denoiser.named_parameters()}
+        transposed = {(array.T.shape, array.T.tobytes()): name for name, array in parameters.items()}
+        found = {}
+        for name, array in self.weights.items():
+            own_name = name.removeprefix("model.")
+            if own_name in parameters:
+                np.testing.assert_array_equal(array, parameters[own_name])
+                found[name] = own_name
+            else:
+                found[name] = transposed[array.shape, array.tobytes()]
+        return found
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The gated graph in onnxruntime."""
+        return self.load(self.gated.runnable())
+
+    @property
+    def stride(self) -> int:
+        """What height and width must be multiples of."""
+        levels = len(self._config["block_out_channels"])
+        return 1 << levels - 1
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        """Load a graph in onnxruntime."""
+        return open_backend("onnxruntime:cpu", threads=1).load(graph.graph, graph.select(self.weights))
+
+    def inputs(self, *, batch: int, height: int, width: int, tokens: int = 5, seed: int = 0) -> dict[str, Array]:
+        """Draw inputs of the denoiser, every sample with a timestep of its own."""
+        rng = np.random.default_rng(seed)
+        channels = self._config.get("in_channels", 4)
+        inputs = {
+            SAMPLE: rng.standard_normal((batch, channels, height, width), dtype=np.float32),
+            TIMESTEP: rng.uniform(0, 999, batch).astype(np.float32),
+        }
+        if self._name == "UNet2DConditionModel":
+            inputs[CONTEXT] = rng.standard_normal((batch, tokens, CONTEXT_WIDTH), dtype=np.float32)
+        return inputs
+
+    def run(self, program: Program, inputs: Mapping[str, Array]) -> Array:
+        """Run a loaded graph; what it does not write stays NaN."""
+        batch, _, height, width = inputs[SAMPLE].shape
+        output = np.full((batch, self._config.get("out_channels", 4), height, width), np.nan, dtype=np.float32)
+        program(inputs, output)
+        return output
+
+    @torch.no_grad()
+    def run_reference(self, inputs: Mapping[str, Array]) -> Array:
+        """Run the gated graph in torch."""
+        values = [torch.from_numpy(inputs[name]) for name in (*self.capture.inputs, GATES, MEANS)]
+        output: Array = self.reference(*values).numpy()
+        return output
+
+    @torch.no_grad()
+    def run_denoiser(self, inputs: Mapping[str, Array]) -> Array:
+        """Run the denoiser as diffusers does."""
+        output: Array = self.denoiser(
+            **{name: torch.from_numpy(array) for name, array in inputs.items()}
+        ).sample.numpy()
+        return output
+
+
+@functools.cache
+def tiny_of(architecture: str, folder: Path) -> Tiny:
+    """Share an architecture between the tests of a process, and its gated graph with those of other processes.
+
+    Args:
+        architecture: A key of `ARCHITECTURES`.
+        folder: Where the processes of a test run keep what they share.
+    """
+    return Tiny(architecture, folder / "architectures")
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    """Measure the largest difference, relative to the largest number expected."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

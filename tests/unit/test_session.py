@@ -1,0 +1,354 @@
+"""A session samples what its plan says: reproducibly, at any number of steps, from any thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import unetc
+from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
+from unetc.backend import Array
+from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
+from unetc.runtime import session as session_module
+from unetc.runtime.backend import open_backend
+from unetc.runtime.bundle import Bundle
+from unetc.runtime.session import Session, Step
+from unetc.solver.noise import initial_noise
+from unetc.solver.table import SolverTables, update
+
+SHAPE = (1, 16, 16)
+ROUNDING = 1e-4
+"""Of samples in -1 to 1. Sums of another batch, packing or number of threads are rounded in another order."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle: Path) -> Session:
+    return unetc.load(tiny_bundle)
+
+
+def session_of(programs: list[Any], solver: SolverTables, phases: tuple[Phase, ...]) -> Session:
+    """Put together a session of programs that are not engines."""
+    plan = Plan(
+        unetc="0",
+        model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
+        profile_sha256="0" * 64,
+        budget=0.0,
+        max_engines=9,
+        engines=tuple(Assignment(treatments={str(i): Treatment.DROP} if i else {}) for i in range(len(programs))),
+        phases=phases,
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+    )
+    return Session(plan=plan, programs=programs, solver=solver, sample_shape=SHAPE, steps=4)
+
+
+class Recorder:
+    """A program that predicts a number and keeps what it was called with."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+        self.calls: list[tuple[Array, Array]] = []
+
+    def __call__(self, inputs: Mapping[str, Array], output: Array) -> None:
+        self.calls.append((inputs["sample"].copy(), inputs["timestep"].copy()))
+        output.fill(self.value)
+
+
+def test_samples_are_images_of_the_model(session: Session) -> None:
+    samples = session.sample(3, seed=1, steps=7)
+    assert samples.shape == (3, *SHAPE)
+    assert samples.dtype == np.float32
+    assert np.abs(samples).max() <= 1 + 1e-6  # this scheduler clips
+    assert samples.std() > 0.1
+
+
+def test_the_default_number_of_steps_is_the_bundles(session: Session, bundle: Bundle) -> None:
+    assert bundle.manifest.steps == session.steps == 4
+    np.testing.assert_array_equal(session.sample(seed=5), session.sample(seed=5, steps=4))
+
+
+def test_the_same_seed_gives_the_same_bits(session: Session, tiny_bundle: Path) -> None:
+    first = session.sample(4, seed=7, steps=20)
+    np.testing.assert_array_equal(first, session.sample(4, seed=7, steps=20))
+    np.testing.assert_array_equal(first, unetc.load(tiny_bundle).sample(4, seed=7, steps=20))
+    assert np.abs(first - session.sample(4, seed=8, steps=20)).max() > 0.1
+
+
+def test_a_sample_depends_on_seed_and_index_alone(session: Session) -> None:
+    whole = session.sample(6, seed=3, steps=7)
+    for first, count in ((0, 1), (0, 3), (2, 4), (5, 1)):
+        part = session.sample(count, seed=3, steps=7, first_index=first)
+        np.testing.assert_allclose(part, whole[first : first + count], atol=ROUNDING)
+    assert np.abs(whole[0] - whole[1]).max() > 0.1
+
+
+def test_noise_that_is_given_replaces_the_seed(session: Session) -> None:
+    noise = initial_noise(3, range(2), SHAPE)
+    np.testing.assert_array_equal(session.sample(noise=noise, seed=9), session.sample(2, seed=3))
+    before = noise.copy()
+    session.sample(noise=noise)
+    np.testing.assert_array_equal(noise, before)
+    transposed = np.ascontiguousarray(noise.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)  # not C-contiguous
+    np.testing.assert_array_equal(session.sample(noise=transposed), session.sample(noise=noise))
+    np.testing.assert_array_equal(session.sample(noise=noise.astype(np.float64)), session.sample(noise=noise))
+
+
+def test_a_model_that_is_convolutional_samples_other_sizes(session: Session) -> None:
+    noise = initial_noise(0, range(2), (1, 32, 24))
+    assert session.sample(noise=noise, steps=2).shape == (2, 1, 32, 24)
+
+
+def test_lossless_runs_the_full_engine_at_every_step(session: Session, bundle: Bundle) -> None:
+    used: list[int] = []
+    lossless = session.sample(2, seed=1, steps=7, lossless=True, on_step=lambda step: used.append(step.engine))
+    assert used == [0] * 7
+    recorders = [Recorder() for _ in bundle.manifest.engines]
+    session_of(list(recorders), bundle.solver, bundle.manifest.plan.phases).sample(2, steps=7, lossless=True)
+    assert [len(recorder.calls) for recorder in recorders] == [7, 0, 0]
+    assert np.abs(lossless - session.sample(2, seed=1, steps=7)).max() > 0.1  # so the plan does remove something
+
+
+def test_sampling_is_the_solver_around_the_engines(session: Session, bundle: Bundle) -> None:
+    table = bundle.solver.table(7)
+    sample = initial_noise(2, range(2), SHAPE) * np.float32(table.initial_scale)
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    programs = [backend.load(bundle.graphs[e.graph], bundle.weights_of(e)) for e in bundle.manifest.engines]
+    for i, engine in enumerate(bundle.manifest.plan.schedule(table.log_snr.tolist())):
+        prediction = np.empty_like(sample)
+        programs[engine]({"sample": sample, "timestep": np.full(2, table.timesteps[i], np.float32)}, prediction)
+        sample = update(table, i, [sample], [prediction])
+    np.testing.assert_array_equal(session.sample(2, seed=2, steps=7), sample)
+
+
+@pytest.mark.parametrize("steps", [7, 20, 50, 100])
+def test_any_number_of_steps_passes_the_phases_in_order(session: Session, bundle: Bundle, steps: int) -> None:
+    schedule = session.schedule(steps)
+    assert len(schedule) == steps
+    assert list(schedule) == sorted(schedule)
+    assert {*schedule} == {1, 2}
+    boundary = bundle.manifest.plan.phases[1].low
+    assert schedule.count(1) == np.count_nonzero(bundle.solver.table(steps).log_snr < boundary)
+    part = session.schedule(1000).count(1) / 1000  # whatever the number of steps, the same part of the way
+    assert abs(schedule.count(1) / steps - part) <= 1 / steps
+    used: list[int] = []
+    session.sample(1, steps=steps, on_step=lambda step: used.append(step.engine))
+    assert tuple(used) == schedule
+
+
+@given(
+    edges=st.lists(st.floats(-20, 20), min_size=2, max_size=6, unique=True),
+    cycles=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=5, max_size=5),
+    levels=st.lists(st.floats(-30, 30), min_size=1, max_size=50, unique=True),
+)
+def test_every_step_has_one_engine_of_its_phase(
+    edges: list[float], cycles: list[list[int]], levels: list[float]
+) -> None:
+    phases = tuple(
+        Phase(low=low, high=high, cycle=tuple(cycle))
+        for (low, high), cycle in zip(itertools.pairwise(sorted(edges)), cycles, strict=False)
+    )
+    plan = session_of([None] * 4, None, phases).plan  # type: ignore[arg-type]
+    levels = sorted(levels)
+    schedule = plan.schedule(levels)
+    assert len(schedule) == len(levels)
+    for phase in phases:  # the outer phases are open-ended
+        first, last = phase is phases[0], phase is phases[-1]
+        inside = [
+            engine
+            for engine, level in zip(schedule, levels, strict=True)
+            if (first or level >= phase.low) and (last or level < phase.high)
+        ]
+        assert inside == list(itertools.islice(itertools.cycle(phase.cycle), len(inside)))
+
+
+def test_an_unknown_number_of_steps_names_the_nearest(session: Session) -> None:
+    with pytest.raises(SessionError, match="100 or 150"):
+        session.sample(steps=101)
+    with pytest.raises(SessionError, match="1000"):
+        session.schedule(5000)
+    with pytest.raises(SessionError):
+        session.sample(steps=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 16, 16), (0, 1, 16, 16), (16, 16), (), (1, 1, 1, 16, 16)])
+def test_noise_of_a_wrong_shape_is_refused(session: Session, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeMismatch, match="expected"):
+        session.sample(noise=np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("size", [(15, 15), (17, 16), (0, 16)])
+def test_a_size_the_model_cannot_halve_is_an_error_of_unetc(
+    session: Session, size: tuple[int, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SessionError):
+        session.sample(noise=np.zeros((1, 1, *size), np.float32))
+    assert capfd.readouterr().err == ""  # the library says nothing beside what it raises
+    session.sample()
+
+
+def test_a_batch_or_seed_out_of_range_is_refused(session: Session) -> None:
+    for batch in (0, -1):
+        with pytest.raises(ShapeMismatch, match="at least 1"):
+            session.sample(batch)
+    for arguments in ({"seed": -1}, {"seed": 2**64}, {"first_index": -1}):
+        with pytest.raises(SessionError, match="from 0 to"):
+            session.sample(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_noise_that_is_not_finite_is_named_with_its_step(session: Session, value: float) -> None:
+    noise = initial_noise(0, range(3), SHAPE)
+    noise[1, 0, 3, 3] = value
+    with pytest.raises(NonFiniteError, match=r"engine 1 .* step 0 of 7"):
+        session.sample(noise=noise, steps=7)
+    with pytest.raises(NonFiniteError, match=r"engine 0 .* step 0 of 7"):
+        session.sample(noise=noise, steps=7, lossless=True)
+
+
+@pytest.mark.parametrize("bad", [0, 3, 6])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_engine_that_fails_later_is_named_with_its_step(bundle: Bundle, bad: int, value: float) -> None:
+    calls = 0
+
+    def program(inputs: Mapping[str, Array], output: Array) -> None:
+        nonlocal calls
+        output.fill(0.0)
+        output.flat[-1] = value if calls == bad else 0.0
+        calls += 1
+
+    broken = session_of([program], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0,)),))
+    with pytest.raises(NonFiniteError, match=f"step {bad} of 7"):
+        broken.sample(2, steps=7)
+    assert calls == bad + 1
+
+
+def test_every_step_is_reported_in_order(session: Session, bundle: Bundle) -> None:
+    steps: list[Step] = []
+    copies: list[NDArray[np.float32]] = []
+
+    def on_step(step: Step) -> None:
+        steps.append(step)
+        copies.append(step.sample.copy())
+
+    result = session.sample(2, seed=4, steps=20, on_step=on_step)
+    assert [step.index for step in steps] == list(range(20))
+    assert {step.steps for step in steps} == {20}
+    assert tuple(step.engine for step in steps) == session.schedule(20)
+    np.testing.assert_array_equal([step.timestep for step in steps], bundle.solver.table(20).timesteps)
+    for step, copy in zip(steps, copies, strict=True):
+        np.testing.assert_array_equal(step.sample, copy)  # no later step wrote into it
+    np.testing.assert_array_equal(steps[-1].sample, result)
+    np.testing.assert_array_equal(result, session.sample(2, seed=4, steps=20))
+
+
+def test_what_on_step_raises_ends_the_sampling(session: Session) -> None:
+    def cancel(step: Step) -> None:
+        if step.index == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        session.sample(steps=7, on_step=cancel)
+    session.sample(steps=7)
+
+
+def test_engines_see_the_scaled_sample_and_one_timestep_per_sample(bundle: Bundle) -> None:
+    recorder = Recorder(0.5)
+    session_of([recorder], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0,)),)).sample(3, steps=7)
+    table = bundle.solver.table(7)
+    assert len(recorder.calls) == 7
+    for (sample, timestep), expected in zip(recorder.calls, table.timesteps, strict=True):
+        assert sample.shape == (3, *SHAPE)
+        np.testing.assert_array_equal(timestep, np.full(3, expected, np.float32))
+    np.testing.assert_array_equal(recorder.calls[0][0], initial_noise(0, range(3), SHAPE))
+
+
+def test_low_memory_and_threads_change_nothing_but_rounding(session: Session, tiny_bundle: Path) -> None:
+    fast = session.sample(3, seed=2, steps=20)
+    for options in ({"memory": "low"}, {"threads": 2}, {"threads": 0}, {"memory": "low", "threads": 2}):
+        other = unetc.load(tiny_bundle, **options)  # type: ignore[arg-type]
+        np.testing.assert_allclose(other.sample(3, seed=2, steps=20), fast, atol=ROUNDING)
+
+
+def test_low_memory_shares_one_copy_of_the_weights(bundle: Bundle) -> None:
+    backend: Any = open_backend("onnxruntime:cpu", threads=1, memory=session_module.Memory.LOW)
+    Session.of(bundle, backend)
+    assert len(backend._shared) == len(bundle.weights)
+
+
+def test_the_backend_is_opened_as_asked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def note(target: str, **options: Any) -> Any:
+        asked.append((target, options))
+        return open_backend("null", **options)
+
+    monkeypatch.setattr(session_module, "open_backend", note)
+    unetc.load(tiny_bundle)
+    unetc.load(tiny_bundle, threads=3, memory="low", target="null")
+    unetc.load(str(tiny_bundle), threads=0)
+    assert asked == [
+        ("onnxruntime:cpu", {"threads": 1, "memory": "fast"}),
+        ("null", {"threads": 3, "memory": "low"}),
+        ("onnxruntime:cpu", {"threads": 0, "memory": "fast"}),
+    ]
+
+
+def test_the_null_backend_runs_the_schedule_without_an_engine(tiny_bundle: Path, bundle: Bundle) -> None:
+    used: list[int] = []
+    null = unetc.load(tiny_bundle, target="null")
+    sample = null.sample(2, seed=6, steps=20, on_step=lambda step: used.append(step.engine))
+    assert tuple(used) == null.schedule(20)
+    table = bundle.solver.table(20)
+    expected = initial_noise(6, range(2), SHAPE)
+    for i in range(20):
+        expected = update(table, i, [expected], [np.zeros_like(expected)])
+    np.testing.assert_array_equal(sample, expected)
+
+
+def test_unknown_target_or_memory_names_those_there_are(tiny_bundle: Path) -> None:
+    with pytest.raises(SessionError, match=r"'cuda'.*onnxruntime:cpu"):
+        unetc.load(tiny_bundle, target="cuda")
+    with pytest.raises(SessionError, match=r"'tiny'.*fast, low"):
+        unetc.load(tiny_bundle, memory="tiny")
+
+
+def test_sessions_in_threads_give_the_same_bits(session: Session, tiny_bundle: Path) -> None:
+    sessions = [session, unetc.load(tiny_bundle), unetc.load(tiny_bundle, memory="low")]
+    jobs = [(number, seed, lossless) for seed in range(6) for number in range(3) for lossless in (False, True)]
+
+    def sample(job: tuple[int, int, bool]) -> Array:
+        number, seed, lossless = job
+        return sessions[number].sample(1 + seed % 3, seed=seed, steps=7, lossless=lossless)
+
+    serial = [sample(job) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        parallel = list(pool.map(sample, jobs * 3))
+    for one, other in zip(serial * 3, parallel, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_controls_sample_with_their_own_engines(session: Session, bundle: Bundle) -> None:
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    controls = {control.name: control for control in bundle.manifest.controls}
+    assert {"random-1", "random-2", "random-3"} <= {*controls}
+    for control in controls.values():
+        other = Session.of(bundle, backend, control=control)
+        assert other.plan == control.plan != session.plan
+        assert {*other.schedule(20)} <= {*range(len(control.engines))}
+        assert np.abs(other.sample(2, seed=1) - session.sample(2, seed=1)).max() > 0.01
+        np.testing.assert_array_equal(other.sample(2, seed=1, lossless=True), session.sample(2, seed=1, lossless=True))

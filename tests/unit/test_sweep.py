@@ -1,0 +1,584 @@
+"""The sweep measures what a plain loop measures, continues where it was killed, and refuses what it cannot measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.models import capture_of, gated_of
+from unetc.analyzer import analysis, sweep
+from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.analyzer.denoiser import GatedDenoiser
+from unetc.analyzer.sweep import Base, Sweep, make_bins, run_base, run_sweep
+from unetc.artifacts.profile import Bin, Effect, Estimate, ModelReference, Profile, Treatment
+from unetc.backend import Array, Backend, Program
+from unetc.errors import ProfileError
+from unetc.graph.gated import GatedGraph
+from unetc.progress import Progress, ignore
+from unetc.runtime.backend import open_backend
+from unetc.solver.extract import extract, make_scheduler
+from unetc.solver.noise import initial_noise
+from unetc.solver.table import SolverTable
+
+ARCHITECTURE = "attention"
+pytestmark = pytest.mark.xdist_group(ARCHITECTURE)  # shares the capture with the other tests of it
+
+SHAPE = (2, 16, 16)
+SAMPLES, SEED = 2, 5
+STEPS, BINS = 5, 2  # bins of 3 and 2 steps
+CONFIG: Mapping[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+CLOSE = 5e-5
+"""Largest difference between onnxruntime and torch, relative to what is compared: kernels that sum in another order
+differ by 1e-6 per call, and five steps of an untrained denoiser enlarge that."""
+
+
+def table_of(scheduler: str, steps: int = STEPS) -> SolverTable:
+    return extract(make_scheduler(scheduler, CONFIG), steps)
+
+
+def backend() -> Backend:
+    return open_backend("onnxruntime:cpu", threads=1)
+
+
+def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sweep:
+    gated, table = gated_of(ARCHITECTURE), table_of(scheduler)
+    settings = {
+        "denoiser": GatedDenoiser(gated, on or backend()),
+        "components": gated.components,
+        "table": table,
+        "bins": make_bins(table.log_snr, BINS),
+        "sample_shape": SHAPE,
+        "samples": SAMPLES,
+        "seed": SEED,
+        "rows": 5 * SAMPLES,  # not a divisor of the number of ablations: the last batch is smaller
+    }
+    return Sweep(**(settings | changes))
+
+
+@dataclass
+class Measured:
+    """A sweep and what it gave."""
+
+    sweep: Sweep
+    base: Base
+    effects: tuple[Effect, ...]
+
+
+@functools.cache
+def measured_with(scheduler: str) -> Measured:
+    with tempfile.TemporaryDirectory() as work:
+        return measure(sweep_of(scheduler), Path(work))
+
+
+@pytest.fixture(params=["ddim", "dpmsolver++"])
+def measured(request: pytest.FixtureRequest) -> Measured:
+    """Sweep once with a solver that looks at the last step only and once with one that has a history."""
+    return measured_with(request.param)
+
+
+@pytest.fixture
+def ddim() -> Measured:
+    return measured_with("ddim")
+
+
+def measure(sweep: Sweep, work: Path) -> Measured:
+    base = run_base(sweep, ignore)
+    return Measured(sweep=sweep, base=base, effects=run_sweep(sweep, base, work, ignore))
+
+
+class BranchMeans(TorchDispatchMode):
+    """Notes the mean of every branch per channel where it enters its gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, Array] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.unetc.gate.default:
+            branch, _, _, index, _, axis = args
+            self.rows[index] = branch.mean([i for i in range(branch.ndim) if i != axis]).numpy()
+        return operator(*args, **(kwargs or {}))
+
+
+@dataclass
+class Naive:
+    """Samples with the gated graph in torch and the scheduler of diffusers, one ablation at a time, from step 0."""
+
+    scheduler: str
+    means: NDArray[np.float32]
+    """[bin, channel of all components]"""
+
+    @torch.no_grad()
+    def run(self, ablation: tuple[str, Treatment] | None = None, steps: range = range(0)) -> list[Array]:
+        """Sample with an ablation in some steps; return the state before every step and the last one."""
+        components = gated_of(ARCHITECTURE).components
+        scheduler: Any = make_scheduler(self.scheduler, CONFIG)
+        scheduler.set_timesteps(STEPS)
+        sample = torch.from_numpy(initial_noise(SEED, range(SAMPLES), SHAPE)) * scheduler.init_noise_sigma
+        states = [sample.numpy()]
+        for step, timestep in enumerate(scheduler.timesteps):
+            gates = np.zeros((SAMPLES, len(components), 2), np.float32)
+            gates[..., 0] = 1
+            if ablation is not None and step in steps:
+                (index,) = (component.index for component in components if component.name == ablation[0])
+                gates[:, index] = {Treatment.DROP: (0, 0), Treatment.MEAN: (0, 1)}[ablation[1]]
+            prediction = reference()(
+                scheduler.scale_model_input(sample, timestep),
+                torch.full((SAMPLES,), float(timestep)),
+                torch.from_numpy(gates),
+                torch.from_numpy(self.means[0 if step < 3 else 1]),
+            )
+            sample = scheduler.step(prediction, timestep, sample).prev_sample
+            states.append(sample.numpy())
+        return states
+
+    @torch.no_grad()
+    def branch_means(self, states: Sequence[Array]) -> NDArray[np.float32]:
+        """Average the branches of the full model over samples, positions and the steps of each bin."""
+        scheduler: Any = make_scheduler(self.scheduler, CONFIG)
+        scheduler.set_timesteps(STEPS)
+        count = len(gated_of(ARCHITECTURE).components)
+        rows = []
+        for state, timestep in zip(states, scheduler.timesteps, strict=False):
+            gates = torch.ones(SAMPLES, count, 2) * torch.tensor([1.0, 0.0])
+            with BranchMeans() as seen:
+                sample = scheduler.scale_model_input(torch.from_numpy(state), timestep)
+                reference()(
+                    sample, torch.full((SAMPLES,), float(timestep)), gates, torch.zeros(gated_of(ARCHITECTURE).channels)
+                )
+            rows.append(np.concatenate([seen.rows[i] for i in range(count)]))
+        return np.stack([np.mean(rows[:3], axis=0), np.mean(rows[3:], axis=0)])
+
+
+@functools.cache
+def reference() -> torch.nn.Module:
+    """Return the gated graph in torch."""
+    return capture_of(ARCHITECTURE).reference()
+
+
+def naive_of(measured: Measured) -> Naive:
+    scheduler = "ddim" if measured.sweep.table.window == 1 else "dpmsolver++"
+    return Naive(scheduler=scheduler, means=measured.base.means)
+
+
+def relative_l2(reference: Array, candidate: Array) -> float:
+    """Average over samples, written out."""
+    norms = [np.linalg.norm(c - r) / np.linalg.norm(r) for r, c in zip(reference, candidate, strict=True)]
+    return float(np.mean(norms))
+
+
+def test_there_is_one_effect_for_every_component_treatment_and_bin(measured: Measured) -> None:
+    expected = [
+        (component.name, treatment, b)
+        for b in range(BINS)
+        for component in measured.sweep.components
+        for treatment in (Treatment.DROP, Treatment.MEAN)
+    ]
+    assert [(effect.component, effect.treatment, effect.bin) for effect in measured.effects] == expected
+
+
+def test_the_shared_prefix_is_the_full_models_trajectory(measured: Measured) -> None:
+    states = naive_of(measured).run()
+    scale = np.abs(states[-1]).max()
+    for b, start in enumerate(measured.base.starts):
+        history = [states[step] for step in range(measured.sweep.first_step(b), -1, -1)][: measured.sweep.table.window]
+        assert len(start.samples) == len(history)
+        for sample, expected in zip(start.samples, history, strict=True):
+            np.testing.assert_allclose(sample, expected, atol=CLOSE * scale)
+    np.testing.assert_allclose(measured.base.final, states[-1], atol=CLOSE * scale)
+
+
+def test_means_are_the_branches_averaged_over_samples_positions_and_steps(measured: Measured) -> None:
+    naive = naive_of(measured)
+    expected = naive.branch_means(naive.run()[:-1])
+    np.testing.assert_allclose(measured.base.means, expected, atol=CLOSE * np.abs(expected).max())
+
+
+def test_effects_are_those_of_a_loop_over_single_ablations(measured: Measured) -> None:
+    naive = naive_of(measured)
+    full = naive.run()[-1]
+    chosen = measured.effects[::3]  # meets both treatments and all bins
+    for effect in chosen:
+        first = measured.sweep.first_step(effect.bin)
+        steps = range(first, first + measured.sweep.bins[effect.bin].steps)
+        expected = relative_l2(full, naive.run((effect.component, effect.treatment), steps)[-1])
+        assert effect.damage.relative_l2.mean == pytest.approx(expected, abs=CLOSE), effect
+    # the comparison means something: nearly every ablation does much more than the tolerance
+    damages = np.array([effect.damage.relative_l2.mean for effect in chosen])
+    assert (damages > 10 * CLOSE).mean() > 0.8
+
+
+def test_mean_and_drop_differ(ddim: Measured) -> None:
+    damages = {(e.component, e.bin, e.treatment): e.damage.relative_l2.mean for e in ddim.effects}
+    differing = [
+        damages[name, b, Treatment.DROP] != damages[name, b, Treatment.MEAN]
+        for name, b, treatment in damages
+        if treatment is Treatment.DROP
+    ]
+    assert np.mean(differing) > 0.9
+
+
+@dataclass
+class Recorder:
+    """A backend that notes what its programs are called with."""
+
+    inner: Backend
+    calls: list[dict[str, Array]] = dataclasses.field(default_factory=list)
+
+    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
+        program = self.inner.load(graph, weights)
+
+        def run(inputs: Mapping[str, Array], output: Array) -> None:
+            self.calls.append({name: array.copy() for name, array in inputs.items()})
+            program(inputs, output)
+
+        return run
+
+
+def test_an_ablation_touches_the_steps_of_its_bin_only(tmp_path: Path) -> None:
+    recorder = Recorder(backend())
+    swept = sweep_of("ddim", on=recorder)
+    base = run_base(swept, ignore)
+    recorder.calls.clear()
+    effects = run_sweep(swept, base, tmp_path, ignore)
+    timesteps = swept.table.timesteps.tolist()
+    calls = iter(recorder.calls)
+    for b, (first, last) in enumerate([(0, 3), (3, 5)]):
+        expected = [(e.component, e.treatment) for e in effects if e.bin == b]
+        for start in range(0, len(expected), 5):
+            batch = expected[start : start + 5]
+            for step in range(first, STEPS):
+                call = next(calls)
+                assert set(call["timestep"].tolist()) == {timesteps[step]}
+                np.testing.assert_array_equal(call["means"], base.means[b])
+                gates = call["gates"].reshape(len(batch), SAMPLES, len(swept.components), 2)
+                for row, (name, treatment) in zip(gates, batch, strict=True):
+                    changed = [
+                        component.name for component in swept.components if (row[:, component.index] != [1, 0]).any()
+                    ]
+                    assert changed == ([name] if step < last else [])
+                    (index,) = (c.index for c in swept.components if c.name == name)
+                    if step < last:
+                        assert (row[:, index] == [0, treatment is Treatment.MEAN]).all()
+    assert next(calls, None) is None
+
+
+def test_an_ablation_that_keeps_does_no_damage_to_a_stochastic_trajectory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sweep, "ABLATIONS", (Treatment.KEEP,))
+    swept = sweep_of("ddpm")
+    assert swept.table.noise_coefficient.any()
+    kept = measure(swept, tmp_path)
+    # the same denoiser on the same noise; a batch of another size may sum in another order
+    assert max(effect.damage.relative_l2.high for effect in kept.effects) < 1e-4
+    assert min(effect.damage.ssim.low for effect in kept.effects) > 1 - 1e-4
+
+
+def test_a_stochastic_trajectory_has_noise_of_its_own_for_every_sample_and_seed(tmp_path: Path) -> None:
+    finals = [run_base(sweep_of("ddpm", seed=seed), ignore).final for seed in (5, 5, 6)]
+    assert relative_l2(finals[0], finals[1]) == 0
+    assert relative_l2(finals[0], finals[2]) > 0.1
+    assert relative_l2(finals[0][:1], finals[0][1:]) > 0.1
+
+
+def test_seeds_matter(ddim: Measured, tmp_path: Path) -> None:
+    other = measure(sweep_of("ddim", seed=SEED + 1), tmp_path)
+    pairs = zip(ddim.effects, other.effects, strict=True)
+    assert all(left.damage.relative_l2 != right.damage.relative_l2 for left, right in pairs)
+
+
+def test_batches_do_not_change_what_is_measured(ddim: Measured, tmp_path: Path) -> None:
+    alone = dataclasses.replace(ddim.sweep, rows=1)
+    for left, right in zip(ddim.effects, run_sweep(alone, ddim.base, tmp_path, ignore), strict=True):
+        # a batch of another size may sum in another order
+        assert left.damage.relative_l2.mean == pytest.approx(right.damage.relative_l2.mean, abs=1e-4)
+
+
+def test_more_samples_leave_the_first_ones_as_they_are() -> None:
+    few, more = (run_base(sweep_of("ddim", samples=samples), ignore) for samples in (SAMPLES, SAMPLES + 3))
+    np.testing.assert_allclose(more.final[:SAMPLES], few.final, atol=1e-5)  # another batch size, another order of sums
+
+
+def test_a_finished_sweep_is_read_and_not_run(ddim: Measured, tmp_path: Path) -> None:
+    recorder = Recorder(backend())
+    swept = sweep_of("ddim", on=recorder)
+    first = run_sweep(swept, ddim.base, tmp_path, ignore)
+    recorder.calls.clear()
+    assert run_sweep(swept, ddim.base, tmp_path, ignore) == first == ddim.effects
+    assert recorder.calls == []
+
+
+DAMAGES: Mapping[str, Callable[[bytes, bytes], bytes]] = {
+    "empty": lambda own, other: b"",
+    "truncated": lambda own, other: own[: len(own) // 2],
+    "not text": lambda own, other: own.replace(b"drop", b"\xff\xfe\xfd\xfc"),
+    "of nothing": lambda own, other: b"[]",
+    "one effect less": lambda own, other: json.dumps(json.loads(own)[1:]).encode(),
+    "of another batch": lambda own, other: other,
+    "of another bin": lambda own, other: own.replace(b'"bin":0', b'"bin":1'),
+    "not a number": lambda own, other: own.replace(b'"low":', b'"low":1e999,"old":'),
+    "out of order": lambda own, other: own.replace(b'"high":', b'"high":-1,"old":'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_partial_result_is_measured_again(
+    ddim: Measured, tmp_path: Path, damage: Callable[[bytes, bytes], bytes]
+) -> None:
+    run_sweep(ddim.sweep, ddim.base, tmp_path, ignore)
+    first, second, *_ = sorted(tmp_path.iterdir())
+    whole = first.read_bytes()
+    first.write_bytes(damage(whole, second.read_bytes()))
+    assert run_sweep(ddim.sweep, ddim.base, tmp_path, ignore) == ddim.effects
+    assert first.read_bytes() == whole
+
+
+def test_progress_rises_to_the_end(ddim: Measured, tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    run_base(ddim.sweep, reports.append)
+    run_sweep(ddim.sweep, ddim.base, tmp_path, reports.append)
+    for stage in ("full model", "ablations"):
+        done = [report.done for report in reports if report.stage == stage]
+        assert done == sorted(set(done))
+        assert done[-1] == next(report.total for report in reports if report.stage == stage)
+
+
+def estimate_of(value: float) -> Estimate:
+    return Estimate(mean=value, low=value, high=value)
+
+
+REFERENCE = ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", denoiser="UNet2DModel")
+
+
+@pytest.fixture
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the timing, which is tested elsewhere."""
+    monkeypatch.setattr(analysis, "measure_costs", lambda *_, **__: (estimate_of(10.0), ()))
+
+
+def profile_of(work: Path, gated: GatedGraph | None = None, **changes: Any) -> Profile:
+    options = AnalysisOptions(**({"steps": 2, "samples": 1, "bins": 1, "threads": 1} | changes))
+    return analyze(
+        gated or gated_of(ARCHITECTURE),
+        REFERENCE,
+        table_of(options.scheduler, options.steps),
+        backend(),
+        sample_shape=SHAPE,
+        options=options,
+        work=work,
+    )
+
+
+@pytest.mark.usefixtures("no_timing")
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"samples": 2}, {"bins": 2}, {"steps": 3}, {"scheduler": "dpmsolver++"}], ids=str
+)
+def test_other_options_do_not_take_over_partial_results(tmp_path: Path, change: dict[str, Any]) -> None:
+    before = profile_of(tmp_path / "shared")
+    changed = profile_of(tmp_path / "shared", **change)
+    assert changed.effects != before.effects
+    assert changed == profile_of(tmp_path / "fresh", **change)
+    assert profile_of(tmp_path / "shared") == before
+
+
+def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[dict[str, Any]] = []
+
+    def measure_costs(*_: object, **options: Any) -> tuple[Estimate, tuple[()]]:
+        measured.append(options)
+        return estimate_of(10.0 + len(measured)), ()
+
+    monkeypatch.setattr(analysis, "measure_costs", measure_costs)
+    monkeypatch.setattr(analysis, "run_sweep", lambda *_: ())
+    assert profile_of(tmp_path).full_ms == profile_of(tmp_path).full_ms == profile_of(tmp_path, seed=1).full_ms
+    assert len(measured) == 1
+    for count, change in enumerate([{"batch": 3}, {"rounds": 4}, {"threads": 2}, {"target": "null"}], start=2):
+        profile_of(tmp_path, **change)
+        assert len(measured) == count
+    (timing,) = (path for path in tmp_path.rglob("timing.json") if b"11.0" in path.read_bytes())
+    timing.write_bytes(b'{"full_ms": "\xff')
+    assert profile_of(tmp_path).full_ms == estimate_of(16.0)
+
+
+@pytest.mark.usefixtures("no_timing")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    gated = gated_of(ARCHITECTURE)
+    weights = {name: array.copy() for name, array in load_file(gated.weights).items()}
+    name = max(weights, key=lambda name: weights[name].size)
+    weights[name].flat[0] = value
+    save_file(weights, tmp_path / gated.weights.name)
+    broken = dataclasses.replace(gated, folder=tmp_path)
+    with pytest.raises(ProfileError, match=r"NaN or infinity at timestep \d+\. Check that the weights are finite\."):
+        profile_of(tmp_path / "work", broken)
+
+
+@pytest.mark.parametrize("name", ["steps", "samples", "bins", "threads", "batch", "rounds"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_below_one_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ProfileError, match=f"{name} must be at least 1, got {value}"):
+        AnalysisOptions(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range_are_refused(seed: int) -> None:
+    with pytest.raises(ProfileError, match=f"got {seed}"):
+        AnalysisOptions(seed=seed)
+
+
+def test_more_bins_than_steps_are_refused() -> None:
+    AnalysisOptions(steps=5, bins=5)
+    with pytest.raises(ProfileError, match="cannot cut 5 steps into 6 bins"):
+        AnalysisOptions(steps=5, bins=6)
+
+
+levels = st.lists(st.floats(1e-3, 5.0), min_size=1, max_size=60).map(lambda gaps: np.cumsum(gaps) - 10.0)
+
+
+@given(levels=levels, count=st.integers(1, 12))
+def test_bins_share_the_steps_evenly_and_name_the_bin_of_every_step(levels: NDArray[np.float64], count: int) -> None:
+    bins = make_bins(levels, count)
+    assert len(bins) == min(count, len(levels))
+    sizes = [bin.steps for bin in bins]
+    assert sum(sizes) == len(levels)
+    assert max(sizes) - min(sizes) <= 1
+    assert all(left.high == right.low for left, right in pairwise(bins))
+    assert all(bin.low < bin.high for bin in bins)
+    profile = bare_profile(bins)
+    assert [profile.bin_of(level) for level in levels] == [b for b, size in enumerate(sizes) for _ in range(size)]
+    assert (profile.bin_of(-1e9), profile.bin_of(1e9)) == (0, len(bins) - 1)
+
+
+def bare_profile(bins: tuple[Bin, ...]) -> Profile:
+    return Profile(
+        unetc="0",
+        model=REFERENCE,
+        scheduler="ddim",
+        steps=sum(bin.steps for bin in bins),
+        samples=1,
+        seed=0,
+        target="null",
+        threads=1,
+        batch=1,
+        sample_shape=SHAPE,
+        components=(),
+        bins=bins,
+        full_ms=estimate_of(1.0),
+        costs=(),
+        effects=(),
+        means=(b"",) * len(bins),
+    )
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "euler"])
+@pytest.mark.parametrize("steps", [8, 25, 50])
+def test_bins_of_a_real_schedule_begin_at_its_first_step(scheduler: str, steps: int) -> None:
+    table = table_of(scheduler, steps)
+    bins = make_bins(table.log_snr, 8)
+    assert bins[0].low == table.log_snr[0]
+    assert [bin.steps for bin in bins] == sorted((bin.steps for bin in bins), reverse=True)
+
+
+KILLED = """
+import json, os, shutil, signal, sys, time
+from pathlib import Path
+
+from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.artifacts.profile import ModelReference
+from unetc.graph.gated import GatedGraph
+from unetc.runtime.backend import open_backend
+from unetc.solver.extract import extract, make_scheduler
+
+task = json.loads(sys.argv[1])
+folder = Path(task["folder"])
+
+
+def start(work, out):
+    # a child that inherits the imports, which take longer than the sweep; none of them has started a thread
+    if child := os.fork():
+        return child
+    try:
+        options = AnalysisOptions(**task["options"])
+        analyze(
+            GatedGraph.load(Path(task["gated"])),
+            ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", denoiser="UNet2DModel"),
+            extract(make_scheduler(options.scheduler, task["config"]), options.steps),
+            open_backend("onnxruntime:cpu", threads=1),
+            sample_shape=tuple(task["shape"]),
+            options=options,
+            work=work,
+        ).save(out)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def finished():
+    return len(list((folder / "killed").rglob("bin*.json")))
+
+
+moments = []
+for count, delay in task["kills"]:
+    child = start(folder / "killed", folder / "killed.json")
+    while finished() < count and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    moments.append(finished())
+assert os.waitpid(start(folder / "killed", folder / "killed.json"), 0)[1] == 0
+# time is the one thing that never repeats: the other analysis gets the same times
+for timing in (folder / "killed").rglob("timing.json"):
+    copy = folder / "whole" / timing.relative_to(folder / "killed")
+    copy.parent.mkdir(parents=True)
+    shutil.copy(timing, copy)
+assert os.waitpid(start(folder / "whole", folder / "whole.json"), 0)[1] == 0
+print(json.dumps({"moments": moments, "all": finished()}))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -> None:
+    moments = random.Random(0)
+    # the first kill falls into loading or timing, the others between or into the writing of partial results
+    kills = [(0, moments.uniform(0.05, 0.5)), *((count, moments.uniform(0, 0.03)) for count in (1, 3, 5, 7, 9))]
+    task = {
+        "folder": str(tmp_path),
+        "gated": str(gated_of(ARCHITECTURE).folder),
+        "options": {"steps": 6, "samples": 4, "bins": 3, "threads": 1, "batch": 1, "rounds": 1},
+        "config": CONFIG,
+        "shape": SHAPE,
+        "kills": kills,
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(task)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    # most kills came in the middle, however fast the machine is
+    assert sum(0 < moment < report["all"] for moment in report["moments"]) >= 3, report
+    killed, whole = ((tmp_path / name).read_bytes() for name in ("killed.json", "whole.json"))
+    assert Profile.from_json(killed, "killed").effects
+    assert killed == whole
