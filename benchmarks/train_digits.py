@@ -168,12 +168,12 @@ def evaluate(samples: np.ndarray, classifier: DigitClassifier) -> dict[str, obje
     return {
         "samples": len(samples),
         "confident_share": float((probabilities.max(1) >= CONFIDENT).mean()),
-        "confident_share_of_real_digits": float((real_probabilities.max(1) >= CONFIDENT).mean()),
+        "confident_share_of_real_digits": round(float((real_probabilities.max(1) >= CONFIDENT).mean()), 3),
         "confidence_threshold": CONFIDENT,
         "class_shares": [round(float(s), 3) for s in np.bincount(probabilities.argmax(1), minlength=10) / len(samples)],
-        "classifier_frechet_distance": frechet_distance(features, real_features),
-        "classifier_frechet_distance_between_halves_of_the_real_digits": frechet_distance(
-            real_features[halves[::2]], real_features[halves[1::2]]
+        "classifier_frechet_distance": round(frechet_distance(features, real_features), 2),
+        "classifier_frechet_distance_between_halves_of_the_real_digits": round(
+            frechet_distance(real_features[halves[::2]], real_features[halves[1::2]]), 2
         ),
     }
 
@@ -223,7 +223,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in unet.parameters()),
         "optimiser_steps": training["steps"],
         "training_minutes": training["minutes"],
-        "training_machine": f"{torch.get_num_threads()} threads, {platform.machine()}, no GPU",
+        "training_machine": f"{torch.get_num_threads()} threads, {platform.machine()}, no GPU, shared with other work",
         "seed": options.seed,
         "classifier_accuracy_on_held_out_real_digits": round(accuracy, 4),
         **evaluate(samples, classifier),

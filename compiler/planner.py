@@ -1,14 +1,15 @@
 """The planner: minimise predicted damage subject to measured time and number of engines. Pure and deterministic.
 
-Damages of single ablations are added in squares: each ablation moves the final output in a direction of its own, and
-independent errors add so. The sum over an assignment is a prediction; `build` measures the joint plan afterwards.
+The damages of one component in consecutive bins add linearly: leaving out the same thing pushes the output the same
+way. Different components push in directions of their own, and independent errors add in squares. The total over an
+assignment is a prediction; `build` measures the joint plan afterwards.
 
 The problem is a mixed-integer linear program. The noise-level bins are cut into segments of consecutive bins; every
 segment that is used has one assignment. With y[s] = segment s is used, z[s] = it has an engine of its own, x[s, c] = it
 removes component c:
 
-    minimise    sum d2[s, c] x[s, c]                      squared damage, upper 95 % bound, summed over the segment's
-    bins subject to  every bin lies in exactly one used segment
+    minimise    sum d[s, c]^2 x[s, c]                     d: upper 95 % bound, summed over the segment's bins
+    subject to  every bin lies in exactly one used segment
                 x[s, c] <= z[s] <= y[s],   sum z[s] <= K  at most K engines beside the full one
                 x[s, c] + x[s, n] <= z[s]                 n nested in c: it is gone already
                 sum steps[s] saved[c] x[s, c] >= budget * steps * full
@@ -65,8 +66,8 @@ class Removal:
     """The profile as the planner needs it, one row per bin and one column per component."""
 
     names: tuple[str, ...]
-    squared_damage: Mapping[Treatment, NDArray[np.float64]]
-    """[bin, component] per treatment, square of the upper bound of the relative L2 damage."""
+    damage: Mapping[Treatment, NDArray[np.float64]]
+    """[bin, component] per treatment, upper bound of the relative L2 damage."""
     saved: NDArray[np.float64]
     """[component], share of the full model's time, at least 0."""
     steps: NDArray[np.int64]
@@ -79,16 +80,16 @@ class Removal:
         """Read a profile; `correction` scales all saved times to what joint measurements showed."""
         names = tuple(component.name for component in profile.components)
         position = {name: i for i, name in enumerate(names)}
-        squared = {t: np.full((len(profile.bins), len(names)), np.inf) for t in (Treatment.DROP, Treatment.MEAN)}
+        damage = {t: np.full((len(profile.bins), len(names)), np.inf) for t in (Treatment.DROP, Treatment.MEAN)}
         for effect in profile.effects:
             upper = effect.damage.relative_l2.high
-            squared[effect.treatment][effect.bin, position[effect.component]] = upper**2
+            damage[effect.treatment][effect.bin, position[effect.component]] = upper
         saved = np.zeros(len(names))
         for cost in profile.costs:
             saved[position[cost.component]] = max(0.0, cost.saved_ms.mean) / profile.full_ms.mean * correction
         return cls(
             names=names,
-            squared_damage=squared,
+            damage=damage,
             saved=saved,
             steps=np.array([bin.steps for bin in profile.bins]),
             nested=tuple(
@@ -99,11 +100,11 @@ class Removal:
         )
 
     def per_treatment(self, segment: tuple[int, int]) -> dict[Treatment, NDArray[np.float64]]:
-        """Sum the squared damage over a segment of bins, [component] per treatment."""
-        return {t: table[segment[0] : segment[1]].sum(axis=0) for t, table in self.squared_damage.items()}
+        """Square the damage of a segment of bins, summed over them, [component] per treatment."""
+        return {t: table[segment[0] : segment[1]].sum(axis=0) ** 2 for t, table in self.damage.items()}
 
     def least(self, segment: tuple[int, int]) -> NDArray[np.float64]:
-        """Sum the squared damage of the less harmful treatment over a segment of bins, [component]."""
+        """Square the damage of the less harmful treatment over a segment of bins, [component]."""
         least: NDArray[np.float64] = np.min(list(self.per_treatment(segment).values()), axis=0)
         return least
 

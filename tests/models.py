@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as untyped_diffusers
@@ -14,7 +15,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from unetc.backend import Array, Program
 from unetc.graph.capture import CONTEXT, GATES, MEANS, SAMPLE, TIMESTEP, Capture, capture
@@ -96,8 +97,8 @@ def new_denoiser(architecture: str) -> nn.Module:
 def condition_well(model: nn.Module, seed: int) -> None:
     """Make every part of a model count, and no part blow up rounding errors.
 
-    Fresh models have layers that put out zero. And removals may leave a group of channels that is nearly constant: there
-    ONNX, which defines the variance of a GroupNormalization as E[x²] − E[x]², has no digit right but for a large epsilon.
+    Fresh models have layers that put out zero. And removals may leave a group of channels that is nearly constant; ONNX
+    defines the variance in a GroupNormalization as E[x²] − E[x]², so only a large epsilon saves its digits then.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -109,6 +110,36 @@ def condition_well(model: nn.Module, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.eps = 0.1
+
+
+class Block(nn.Module):
+    """Layers by name and a function that applies them."""
+
+    def __init__(self, compute: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.compute = compute
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *values: Tensor) -> Any:
+        """Apply the function to the block and the values."""
+        return self.compute(self, *values)
+
+
+def toy_denoiser(body: nn.Module) -> nn.Module:
+    """Make a denoiser of one block, called with sample and timestep, that looks like a `UNet2DModel` of two levels."""
+
+    class UNet2DModel(nn.Module):
+        config = SimpleNamespace(sample_size=8, in_channels=4, block_out_channels=(4, 4))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
+            return (self.body(sample, timestep),)
+
+    return UNet2DModel()
 
 
 class Tiny:
@@ -156,7 +187,7 @@ class Tiny:
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, str]:
-        """Name of the parameter that each tensor of the weights file holds; the exporter transposes and renames some."""
+        """Name of the parameter in each tensor of the weights file; the exporter transposes and renames some."""
         parameters = {name: parameter.numpy() for name, parameter in self.denoiser.named_parameters()}
         transposed = {(array.T.shape, array.T.tobytes()): name for name, array in parameters.items()}
         found = {}

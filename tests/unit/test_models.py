@@ -240,21 +240,25 @@ def test_the_hash_does_not_change_with_what_libraries_note(folder: Path, name: s
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "reason"),
     [
-        OSError("We couldn't connect to the Hub.\nCheck your internet connection"),
-        ConnectionError(),
-        ValueError("x" * 5000),
+        (
+            OSError("We couldn't connect to the Hub.\nCheck your connection."),
+            "Hub. Check your connection.",
+        ),
+        (ConnectionError(), "ConnectionError."),
+        (ValueError("x" * 5000), "xxx."),
     ],
+    ids=["of two lines", "of no words", "long"],
 )
-def test_a_hub_id_without_network_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_hub_id_without_network_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
     def fail(*_: object, **__: object) -> str:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     message = refusal(lambda: find_model("owner/name"))
     assert "'owner/name'" in message
-    assert "network" in message
+    assert f"{reason} Check the id and the network" in message
 
 
 def test_a_hub_id_is_downloaded_without_anything_that_could_run_code(

@@ -152,14 +152,15 @@ class Search:
         self.names = [component.name for component in profile.components]
         self.saved = [max(0.0, cost.saved_ms.mean) / FULL_MS for cost in profile.costs]
         self.steps = [bin.steps for bin in profile.bins]
-        self.squared = {(e.component, e.bin, e.treatment): e.damage.relative_l2.high**2 for e in profile.effects}
+        self.damage = {(e.component, e.bin, e.treatment): e.damage.relative_l2.high for e in profile.effects}
         nested = [(self.names.index(c.name), self.names.index(inner)) for c in profile.components for inner in c.nested]
         sets = [tuple(c for c in range(count) if mask >> c & 1) for mask in range(2**count)]
         self.sets = [s for s in sets if not any(outer in s and inner in s for outer, inner in nested)]
 
     def squared_damage(self, first: int, last: int, removed: Sequence[int]) -> float:
         return sum(
-            min(sum(self.squared[self.names[c], b, t] for b in range(first, last)) for t in TREATMENTS) for c in removed
+            min(sum(self.damage[self.names[c], b, t] for b in range(first, last)) for t in TREATMENTS) ** 2
+            for c in removed
         )
 
     def plans(self, options: PlanOptions) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:

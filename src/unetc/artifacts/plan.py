@@ -43,7 +43,7 @@ class Prediction(Record, frozen=True, kw_only=True):
     time_ratio: float
     """Planned / full time of the denoiser calls."""
     relative_l2: float
-    """Root of the sum of squares of the single damages, each at its upper 95 % bound."""
+    """Single damages at their upper 95 % bounds: summed over a phase's bins, then added in squares over components."""
 
 
 class Plan(Artifact, frozen=True, kw_only=True):

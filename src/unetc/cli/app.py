@@ -130,6 +130,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build a bundle that saves the budget in measured time, running what is missing, analysis included."""
+    from unetc.analyzer.analysis import AnalysisOptions
     from unetc.artifacts.plan import Plan
     from unetc.artifacts.profile import Profile
     from unetc.cli import summary
@@ -141,7 +142,11 @@ def build(
 
     options = BuildOptions(
         plan=PlanOptions(budget=budget, max_engines=max_engines),
-        analysis=_analysis(scheduler, steps, samples, bins, seed, target, threads, batch),
+        analysis=(
+            AnalysisOptions()  # not used, so the numbers need not fit each other
+            if profile
+            else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch)
+        ),
         steps=steps,
         gate=QualityGate.parse(quality_gate) if quality_gate else None,
         controls=controls,

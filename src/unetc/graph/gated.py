@@ -152,7 +152,9 @@ class GatedGraph:
         try:
             hashes = _hash(folder / _GRAPH), _hash(folder / WEIGHTS)
         except OSError as error:
-            raise ArtifactError(f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder.") from error
+            raise ArtifactError(
+                f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder."
+            ) from error
         if hashes != (record.graph_sha256, record.weights_sha256):
             raise ArtifactError(f"the cached graph {folder} is damaged. Delete this folder; it is made again.")
         model = ir.load(folder / _GRAPH)

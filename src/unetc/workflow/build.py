@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 from safetensors.numpy import save
 
 import unetc
@@ -152,6 +153,7 @@ def _fit(workbench: Workbench, options: PlanOptions, notes: list[str], seed: int
         notes.append(f"sampling saved {1 - measured.time_ratio:.1%}, {shortfall:.1%} short; fitted to {aim.budget:.1%}")
         try:
             candidate, correction = fit_plan(workbench, aim, notes, correction=correction)
+            candidate = replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=options.budget))
             measured = workbench.measure(candidate, seed=seed)
         except PlanError as error:
             notes.append(f"kept the plan that is {shortfall:.1%} short: {error}")

@@ -62,11 +62,11 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         raise SessionError(f"rounds and batch must be at least 1, got {options.rounds} and {batch}.")
     backend = open_backend(manifest.target, threads=manifest.threads)
     session = Session.of(bundle, backend)
-    fewer = max(1, round(manifest.steps * manifest.measured.time_ratio))
+    fewer = _steps_of_equal_time(session, batch, seed)
     contenders: dict[str, Callable[[int], Array]] = {
         "full": partial(_sample, session, batch, seed, True, None),
         "plan": partial(_sample, session, batch, seed, False, None),
-        "fewer_steps": partial(_sample, session, batch, seed, True, _nearest(session, fewer)),
+        "fewer_steps": partial(_sample, session, batch, seed, True, fewer),
     }
     for control in manifest.controls:
         contenders[control.name] = partial(
@@ -84,7 +84,7 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
             damage=measure_damage(
                 np.concatenate([reference] * len(names)), np.concatenate([outputs[name] for name in names])
             ),
-            description=_describe(group, len(names), _nearest(session, fewer), manifest.steps),
+            description=_describe(group, len(names), fewer, manifest.steps),
         )
         for group, names in groups.items()
     }
@@ -117,8 +117,12 @@ def _sample(session: Session, batch: int, seed: int, lossless: bool, steps: int 
     return session.sample(batch, seed=seed, first_index=first, lossless=lossless, steps=steps)
 
 
-def _nearest(session: Session, steps: int) -> int:
-    return min(session.solver.counts, key=lambda count: abs(count - steps))
+def _steps_of_equal_time(session: Session, batch: int, seed: int) -> int:
+    """Find how many steps of the full model take the time of the plan; the first, untimed round warms up."""
+    calls = [partial(_sample, session, batch, seed, lossless, None, 0) for lossless in (True, False)]
+    times = interleaved_ms(calls, rounds=3, warmup=1)
+    wanted = session.steps * float(np.median(times[:, 1] / times[:, 0]))
+    return min(session.solver.counts, key=lambda count: abs(count - wanted))
 
 
 def _run(

@@ -1,0 +1,363 @@
+"""Components are found from structure alone, and named after the modules that own them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from tests.models import ARCHITECTURES, Block, Tiny, tiny_of, toy_denoiser
+from unetc.artifacts.profile import Treatment
+from unetc.errors import ModelError
+from unetc.graph.capture import Capture, capture, example_inputs
+from unetc.graph.gate import gate_values
+
+diffusers: Any = untyped_diffusers
+
+EXPECTED: Mapping[str, str] = {
+    "attention": """
+        down_blocks.0.resnets.0
+        down_blocks.1.resnets.0
+        down_blocks.1.attentions.0
+        mid_block.resnets.0
+        mid_block.attentions.0
+        mid_block.resnets.1
+        skip:down_blocks.1.attentions.0→up_blocks.0.resnets.0
+        up_blocks.0.resnets.0
+        up_blocks.0.attentions.0
+        skip:down_blocks.0.downsamplers.0.conv→up_blocks.0.resnets.1
+        up_blocks.0.resnets.1
+        up_blocks.0.attentions.1
+        level:up_blocks.0.upsamplers.0
+        skip:down_blocks.0.resnets.0→up_blocks.1.resnets.0
+        up_blocks.1.resnets.0
+        skip:conv_in→up_blocks.1.resnets.1
+        up_blocks.1.resnets.1
+    """,
+    "resampling": """
+        down_blocks.0.resnets.0
+        down_blocks.0.attentions.0
+        down_blocks.0.downsamplers.0
+        down_blocks.1.resnets.0
+        down_blocks.2.resnets.0
+        mid_block.resnets.0
+        mid_block.attentions.0
+        mid_block.resnets.1
+        skip:down_blocks.2.resnets.0→up_blocks.0.resnets.0
+        up_blocks.0.resnets.0
+        up_blocks.0.attentions.0
+        skip:down_blocks.1.downsamplers.0.conv→up_blocks.0.resnets.1
+        up_blocks.0.resnets.1
+        up_blocks.0.attentions.1
+        up_blocks.0.upsamplers.0
+        level:up_blocks.0.upsamplers.0.upsample
+        skip:down_blocks.1.resnets.0→up_blocks.1.resnets.0
+        up_blocks.1.resnets.0
+        skip:down_blocks.0.downsamplers.0→up_blocks.1.resnets.1
+        up_blocks.1.resnets.1
+        level:up_blocks.1.upsamplers.0
+        skip:down_blocks.0.attentions.0→up_blocks.2.resnets.0
+        up_blocks.2.resnets.0
+        skip:conv_in→up_blocks.2.resnets.1
+        up_blocks.2.resnets.1
+    """,
+    "cross-attention": """
+        down_blocks.0.resnets.0
+        down_blocks.0.attentions.0.transformer_blocks.0.attn1
+        down_blocks.0.attentions.0.transformer_blocks.0.attn2
+        down_blocks.0.attentions.0.transformer_blocks.0.ff
+        down_blocks.0.attentions.0
+        down_blocks.1.resnets.0
+        mid_block.resnets.0
+        mid_block.attentions.0.transformer_blocks.0.attn1
+        mid_block.attentions.0.transformer_blocks.0.attn2
+        mid_block.attentions.0.transformer_blocks.0.ff
+        mid_block.attentions.0
+        mid_block.resnets.1
+        skip:down_blocks.1.resnets.0→up_blocks.0.resnets.0
+        up_blocks.0.resnets.0
+        skip:down_blocks.0.downsamplers.0.conv→up_blocks.0.resnets.1
+        up_blocks.0.resnets.1
+        level:up_blocks.0.upsamplers.0
+        skip:down_blocks.0.attentions.0→up_blocks.1.resnets.0
+        up_blocks.1.resnets.0
+        up_blocks.1.attentions.0.transformer_blocks.0.attn1
+        up_blocks.1.attentions.0.transformer_blocks.0.attn2
+        up_blocks.1.attentions.0.transformer_blocks.0.ff
+        up_blocks.1.attentions.0
+        skip:conv_in→up_blocks.1.resnets.1
+        up_blocks.1.resnets.1
+        up_blocks.1.attentions.1.transformer_blocks.0.attn1
+        up_blocks.1.attentions.1.transformer_blocks.0.attn2
+        up_blocks.1.attentions.1.transformer_blocks.0.ff
+        up_blocks.1.attentions.1
+    """,
+    "added-kv": """
+        down_blocks.0.resnets.0
+        down_blocks.0.downsamplers.0
+        down_blocks.1.resnets.0
+        down_blocks.1.attentions.0
+        mid_block.resnets.0
+        mid_block.attentions.0
+        mid_block.resnets.1
+        skip:down_blocks.1.attentions.0→up_blocks.0.resnets.0
+        up_blocks.0.resnets.0
+        up_blocks.0.attentions.0
+        skip:down_blocks.0.downsamplers.0→up_blocks.0.resnets.1
+        up_blocks.0.resnets.1
+        up_blocks.0.attentions.1
+        up_blocks.0.upsamplers.0
+        level:up_blocks.0.upsamplers.0.upsample
+        skip:down_blocks.0.resnets.0→up_blocks.1.resnets.0
+        up_blocks.1.resnets.0
+        skip:conv_in→up_blocks.1.resnets.1
+        up_blocks.1.resnets.1
+    """,
+}
+"""Names of all components in the order they are computed."""
+
+BELOW: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "attention": {
+        "level:up_blocks.0.upsamplers.0": ("down_blocks.1.resnets.0", "up_blocks.0.attentions.1"),
+    },
+    "resampling": {
+        "level:up_blocks.0.upsamplers.0.upsample": ("down_blocks.2.resnets.0", "up_blocks.0.upsamplers.0"),
+        "level:up_blocks.1.upsamplers.0": ("down_blocks.0.downsamplers.0", "up_blocks.1.resnets.1"),
+    },
+    "cross-attention": {
+        "level:up_blocks.0.upsamplers.0": ("down_blocks.1.resnets.0", "up_blocks.0.resnets.1"),
+    },
+    "added-kv": {
+        "level:up_blocks.0.upsamplers.0.upsample": ("down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"),
+    },
+}
+"""First and last of the components that go with each level."""
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
+    return tiny_of(request.param, shared)
+
+
+def test_names_are_those_of_the_modules(tiny: Tiny) -> None:
+    assert list(tiny.names) == EXPECTED[tiny.architecture].split()
+    assert len(set(tiny.names)) == len(tiny.names)
+
+
+def test_kinds_are_told_apart(tiny: Tiny) -> None:
+    for component in tiny.gated.components:
+        prefix = component.name.partition(":")[0] if ":" in component.name else "residual"
+        assert component.kind == prefix
+
+
+def test_nested_components_are_those_computed_for_the_branch_only(tiny: Tiny) -> None:
+    below = BELOW[tiny.architecture]
+    for component in tiny.gated.components:
+        expected: tuple[str, ...] = ()
+        if component.kind == "level":
+            first, last = below[component.name]
+            expected = tiny.names[tiny.names.index(first) : tiny.names.index(last) + 1]
+        elif component.kind == "residual":
+            inner = f"{component.name}.transformer_blocks."
+            expected = tuple(name for name in tiny.names if name.startswith(inner))
+        assert component.nested == expected, component.name
+
+
+def test_rows_and_widths_follow_the_order(tiny: Tiny) -> None:
+    offset = 0
+    for index, component in enumerate(tiny.gated.components):
+        in_tokens = ".transformer_blocks." in component.name
+        assert (component.index, component.offset) == (index, offset)
+        assert (component.axis, component.rank) == ((2, 3) if in_tokens else (1, 4))
+        assert component.channels in (8, 16)
+        offset += component.channels
+    assert tiny.gated.channels == offset
+
+
+def test_owner_is_the_module_that_joins(tiny: Tiny) -> None:
+    for component in tiny.gated.components:
+        if component.kind == "residual":
+            assert component.owner in (component.name, component.name.rpartition(".")[0])
+        else:
+            assert component.owner.startswith("up_blocks.")
+
+
+def capture_block(compute: Callable[..., Any], **layers: nn.Module) -> tuple[Any, Capture]:
+    """Capture a denoiser of one block."""
+    torch.manual_seed(0)
+    block = Block(compute, **layers)
+    return block, capture(toy_denoiser(block))
+
+
+@torch.no_grad()
+def run_without(captured: Capture, *removed: str) -> tuple[Tensor, Tensor]:
+    """Run the gated graph without some components; return the sample and the output."""
+    inputs = example_inputs(toy_denoiser(nn.Identity()))
+    gates = torch.from_numpy(gate_values(captured.components, dict.fromkeys(removed, Treatment.DROP)))
+    means = torch.zeros(sum(component.channels for component in captured.components))
+    output: Tensor = captured.reference()(*inputs.values(), gates.expand(2, -1, -1), means)
+    return inputs["sample"], output
+
+
+def names_of(captured: Capture) -> list[str]:
+    return [component.name for component in captured.components]
+
+
+def conv(channels: int = 4, *, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, 4, 3, stride, padding=1)
+
+
+@pytest.mark.parametrize("branch_comes", ["first", "last"])
+def test_branch_is_the_side_computed_from_the_other(branch_comes: str) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        branch = block.conv(sample)
+        return branch + sample if branch_comes == "first" else sample + branch
+
+    _, captured = capture_block(compute, conv=conv())
+    assert names_of(captured) == ["body"]
+    sample, output = run_without(captured, "body")
+    assert torch.equal(output, sample)
+
+
+@pytest.mark.parametrize("branch_comes", ["first", "last"])
+def test_branch_is_the_side_that_is_not_linear(branch_comes: str) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        branch, trunk = block.conv(silu(sample)), block.shortcut(sample)
+        return branch + trunk if branch_comes == "first" else trunk + branch
+
+    block, captured = capture_block(compute, conv=conv(), shortcut=conv())
+    sample, output = run_without(captured, *names_of(captured))
+    torch.testing.assert_close(output, block.shortcut(sample))
+
+
+@pytest.mark.parametrize("skip_comes", ["first", "last"])
+def test_skip_is_the_part_the_other_was_computed_from(skip_comes: str) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        trunk = block.trunk(sample)
+        return block.merge(torch.cat([sample, trunk] if skip_comes == "first" else [trunk, sample], dim=1))
+
+    block, captured = capture_block(compute, trunk=conv(), merge=conv(8))
+    (component,) = captured.components
+    assert component.kind == "skip"
+    sample, output = run_without(captured, component.name)
+    trunk, nothing = block.trunk(sample), torch.zeros_like(sample)
+    torch.testing.assert_close(
+        output, block.merge(torch.cat([nothing, trunk] if skip_comes == "first" else [trunk, nothing], dim=1))
+    )
+
+
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear", "transposed"])
+def test_level_ends_where_the_trunk_comes_up(upsampling: str) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        low = block.down(sample)
+        low = low + block.inner(low)
+        return block.merge(torch.cat([block.up(low), sample], dim=1))
+
+    up = (
+        nn.ConvTranspose2d(4, 4, 2, stride=2)
+        if upsampling == "transposed"
+        else nn.Upsample(scale_factor=2, mode=upsampling)
+    )
+    block, captured = capture_block(compute, down=conv(stride=2), inner=conv(), up=up, merge=conv(8))
+    inner, level, skip = captured.components
+    assert (inner.kind, level.kind, skip.kind) == ("residual", "level", "skip")
+    assert (inner.name, level.name) == ("body", "level:body.up")
+    assert (inner.nested, level.nested, skip.nested) == ((), ("body",), ())
+    sample, output = run_without(captured, level.name)
+    torch.testing.assert_close(output, block.merge(torch.cat([torch.zeros_like(sample), sample], dim=1)))
+
+
+def test_joins_of_one_module_are_named_after_their_branches() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        for layer in (block.attention, block.feedforward, block.feedforward):
+            sample = sample + layer(sample)
+        return sample
+
+    _, captured = capture_block(compute, attention=conv(), feedforward=conv())
+    assert names_of(captured) == ["body.attention", "body.feedforward", "body.feedforward#2"]
+
+
+def test_timestep_embeddings_are_not_components() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        embedding = block.embed(timestep[:, None])[:, :, None, None]
+        hidden = block.conv(sample) + embedding
+        return sample + silu(hidden + embedding.expand_as(hidden))
+
+    _, captured = capture_block(compute, conv=conv(), embed=nn.Linear(1, 4))
+    assert names_of(captured) == ["body"]
+    sample, output = run_without(captured, "body")
+    assert torch.equal(output, sample)
+
+
+def test_context_alone_is_not_a_component(shared: Path) -> None:
+    tiny = tiny_of("cross-attention", shared)
+    assert not [name for name in tiny.names if "time" in name or "encoder_hidden" in name]
+    owners = [component.owner for component in tiny.gated.components if ".resnets." in component.owner]
+    assert len(owners) == len(set(owners)) == 7  # each adds its timestep embedding too
+
+
+@pytest.mark.parametrize("case", ["nothing joins", "both sides linear", "neither side linear", "parts unrelated"])
+def test_model_without_components_is_refused(case: str) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        left, right = block.left(sample), block.right(sample)
+        if case == "both sides linear":
+            return left + right
+        if case == "neither side linear":
+            return silu(left) + silu(right)
+        if case == "parts unrelated":
+            return block.merge(torch.cat([left, right], dim=1))
+        return right
+
+    with pytest.raises(ModelError, match="no component found in UNet2DModel"):
+        capture_block(compute, left=conv(), right=conv(), merge=conv(8))
+
+
+def test_other_classes_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"class Linear\. Supported: UNet2DModel, UNet2DConditionModel"):
+        capture(nn.Linear(1, 1))
+
+
+def test_unknown_conditions_are_refused_by_name() -> None:
+    _, config = ARCHITECTURES["added-kv"]
+    denoiser = diffusers.UNet2DConditionModel(**config, class_embed_type="timestep")
+    with pytest.raises(ModelError, match="UNet2DConditionModel with class_embed_type"):
+        capture(denoiser)
+
+
+@pytest.mark.parametrize("message", ["", "needs a label\nsecond line"])
+def test_model_that_cannot_be_traced_is_refused_with_the_reason(message: str) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        raise NotImplementedError(message)
+
+    with pytest.raises(ModelError, match=r"cannot trace UNet2DModel: \S[^\n]*$"):
+        capture_block(compute)
+
+
+def test_size_is_fixed_where_the_model_fixes_it() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        return sample + block.conv(silu(sample)) * block.places(torch.ones(1, 1)).reshape(1, 1, 8, 10)
+
+    _, fixed = capture_block(compute, conv=conv(), places=nn.Linear(1, 80))
+    assert not fixed.dynamic_size
+    _, free = capture_block(lambda block, sample, timestep: sample + block.conv(sample), conv=conv())
+    assert free.dynamic_size
+
+
+def test_capture_computes_the_model(shared: Path) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        return sample + block.conv(sample) * timestep[:, None, None, None]
+
+    block, captured = capture_block(compute, conv=conv())
+    inputs = example_inputs(toy_denoiser(nn.Identity()))
+    _, output = run_without(captured)
+    with torch.no_grad():
+        torch.testing.assert_close(output, block(*inputs.values()))
+    assert captured.inputs == tuple(inputs)
+    assert not np.isnan(output).any()
