@@ -19,16 +19,25 @@ def compile_engines(gated: GatedGraph, plan: Plan, profile: Profile) -> tuple[Se
         PlanError: If the plan belongs to another model or profile.
         CompileError: If a graph cannot be specialised.
     """
-    if plan.model.sha256 != profile.model.sha256 or plan.profile_sha256 != profile.sha256():
-        raise PlanError(
-            f"the plan was made from another profile (of {plan.model.name}) than the one given (of "
-            f"{profile.model.name}). Plan again from this profile."
-        )
+    check_plan(plan, profile)
     means = np.stack([np.frombuffer(row, dtype="<f4") for row in profile.means])
     return tuple(
         specialise(gated, assignment.treatments, _means_of(plan, engine, profile, means))
         for engine, assignment in enumerate(plan.engines)
     )
+
+
+def check_plan(plan: Plan, profile: Profile) -> None:
+    """Refuse a plan that was not made from a profile.
+
+    Raises:
+        PlanError: If the plan belongs to another model or profile.
+    """
+    if plan.model.sha256 != profile.model.sha256 or plan.profile_sha256 != profile.sha256():
+        raise PlanError(
+            f"the plan was made from another profile (of {plan.model.name}) than the one given (of "
+            f"{profile.model.name}). Plan again from this profile."
+        )
 
 
 def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float32]) -> NDArray[np.float32]:

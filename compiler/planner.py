@@ -156,15 +156,16 @@ def assemble(
     """Make a plan from an assignment per segment of bins; equal neighbours become one phase."""
     engines: list[Assignment] = [Assignment(treatments={})]
     phases: list[Phase] = []
-    merged = [(key, list(group)) for key, group in groupby(segments, key=lambda item: dict(item[1]))]
-    for treatments, group in merged:
-        assignment = Assignment(treatments=dict(sorted(treatments.items())))
+    merged: list[tuple[tuple[int, int], Mapping[str, Treatment]]] = []
+    for treatments, equal in groupby(segments, key=lambda item: dict(item[1])):
+        group = [segment for segment, _ in equal]
+        merged.append(((group[0][0], group[-1][1]), treatments))
+    for (first, last), removed in merged:
+        assignment = Assignment(treatments=dict(sorted(removed.items())))
         if assignment not in engines:
             engines.append(assignment)
-        low, high = group[0][0][0], group[-1][0][1]
-        phases.append(
-            Phase(low=profile.bins[low].low, high=profile.bins[high - 1].high, cycle=(engines.index(assignment),))
-        )
+        low, high = profile.bins[first].low, profile.bins[last - 1].high
+        phases.append(Phase(low=low, high=high, cycle=(engines.index(assignment),)))
     return Plan(
         unetc=unetc.__version__,
         model=profile.model,
@@ -173,7 +174,7 @@ def assemble(
         max_engines=options.max_engines,
         engines=tuple(engines),
         phases=tuple(phases),
-        prediction=removal.predict(segments),
+        prediction=removal.predict(merged),
     )
 
 

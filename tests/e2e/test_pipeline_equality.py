@@ -87,7 +87,7 @@ def assert_same(samples: Array, expected: Array) -> None:
 
 def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: str) -> Session:
     """Put together a session of the full engine and one solver table."""
-    prepared = prepare(name, cache)
+    prepared = prepare(find_model(name), cache)
     gated, model = prepared.gated, prepared.model
     engine = specialise(gated, {}, np.zeros(gated.channels, np.float32))
     program = open_backend("onnxruntime:cpu", threads=1).load(engine.graph, engine.select(load_file(gated.weights)))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers as untyped_diffusers
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -284,23 +283,17 @@ def test_joins_of_one_module_are_named_after_their_branches() -> None:
     assert names_of(captured) == ["body.attention", "body.feedforward", "body.feedforward#2"]
 
 
-def test_timestep_embeddings_are_not_components() -> None:
+def test_what_knows_only_the_size_of_the_sample_is_not_a_component() -> None:
     def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
         embedding = block.embed(timestep[:, None])[:, :, None, None]
         hidden = block.conv(sample) + embedding
-        return sample + silu(hidden + embedding.expand_as(hidden))
+        hidden = hidden + embedding.expand(-1, -1, *hidden.shape[2:])
+        return sample + silu(hidden + torch.ones_like(timestep)[:, None, None, None])
 
     _, captured = capture_block(compute, conv=conv(), embed=nn.Linear(1, 4))
     assert names_of(captured) == ["body"]
     sample, output = run_without(captured, "body")
     assert torch.equal(output, sample)
-
-
-def test_context_alone_is_not_a_component(shared: Path) -> None:
-    tiny = tiny_of("cross-attention", shared)
-    assert not [name for name in tiny.names if "time" in name or "encoder_hidden" in name]
-    owners = [component.owner for component in tiny.gated.components if ".resnets." in component.owner]
-    assert len(owners) == len(set(owners)) == 7  # each adds its timestep embedding too
 
 
 @pytest.mark.parametrize("case", ["nothing joins", "both sides linear", "neither side linear", "parts unrelated"])
@@ -350,7 +343,7 @@ def test_size_is_fixed_where_the_model_fixes_it() -> None:
     assert free.dynamic_size
 
 
-def test_capture_computes_the_model(shared: Path) -> None:
+def test_capture_computes_the_model() -> None:
     def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
         return sample + block.conv(sample) * timestep[:, None, None, None]
 
@@ -360,4 +353,3 @@ def test_capture_computes_the_model(shared: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(output, block(*inputs.values()))
     assert captured.inputs == tuple(inputs)
-    assert not np.isnan(output).any()

@@ -3,8 +3,7 @@
 A component is an edge where a branch joins the trunk. Three joins exist in diffusion denoisers:
 
 - residual: `add(trunk, branch)`, where the branch was computed from the trunk, or both from one tensor and the trunk
-only
-  by linear operations (a 1x1 shortcut, a resampling);
+  only by linear operations (a 1x1 shortcut, a resampling);
 - skip: `cat([trunk, skip])`, where the trunk was computed from the skip;
 - level: the trunk of such a `cat` when it has just come up from a lower resolution. Without it everything below goes.
 
@@ -117,11 +116,13 @@ class _Dataflow:
         self._ancestors: dict[fx.Node, int] = {}
         self._sampled = 0
         for i, node in enumerate(self._nodes):
-            mask = 0
+            mask = parents = 0
             for parent in node.all_input_nodes:
-                mask |= self._ancestors[parent] | 1 << self._position[parent]
-            self._ancestors[node] = mask
-            if node is sample or mask >> self._position[sample] & 1:
+                parents |= 1 << self._position[parent]
+                mask |= self._ancestors[parent]
+            self._ancestors[node] = mask | parents
+            is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
+            if node is sample or (parents & self._sampled and not is_size):
                 self._sampled |= 1 << i
 
     def owner(self, node: fx.Node) -> str:

@@ -42,7 +42,7 @@ def specialise(gated: GatedGraph, treatments: Mapping[str, Treatment], means: ND
     if unknown := sorted(treatments.keys() - known):
         raise CompileError(f"the model has no component {unknown[0]!r}. `unetc inspect` lists those it has.")
     if unsupported := sorted(set(treatments.values()) - SUPPORTED):
-        raise CompileError(f"treatment {unsupported[0]!r} cannot be specialised; expected keep, drop or mean.")
+        raise CompileError(f"treatment {str(unsupported[0])!r} cannot be specialised; expected keep, drop or mean.")
     model = gated.model.clone()
     gates = {gate_index(node): node for node in model.graph if is_gate(node)}
     removed = [c for c in gated.components if treatments.get(c.name, Treatment.KEEP) is not Treatment.KEEP]

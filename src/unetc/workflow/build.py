@@ -14,10 +14,12 @@ from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, FileRecord, Manifest, Measurement
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
+from unetc.compiler.engines import check_plan
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
 from unetc.errors import PlanError, ProfileError, QualityGateError
 from unetc.graph.gated import SerialisedGraph
+from unetc.models import Model, find_model
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import FULL_ENGINE
@@ -63,8 +65,7 @@ def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progre
         ModelError: If there is no such model or it is not supported.
         ProfileError: If it cannot be analysed.
     """
-    prepared = prepare(name, cache, on_progress)
-    return _analyze(prepared, options, on_progress)
+    return _analyze(find_model(name), options, cache, on_progress)
 
 
 def build(
@@ -99,10 +100,15 @@ def build(
         ArtifactError: If the bundle cannot be written.
     """
     check_destination(path)
-    prepared = prepare(name, cache, on_progress)
-    profile = profile or _analyze(prepared, options.analysis, on_progress)
-    _check_profile(profile, prepared)
-    solver = prepare_solver(prepared.model, profile.scheduler, (options.steps,), on_progress)
+    model = find_model(name)
+    profile = profile or _analyze(model, options.analysis, cache, on_progress)
+    _check_profile(profile, model)
+    if plan is not None:
+        check_plan(plan, profile)
+    prepared = prepare(model, cache, on_progress)
+    if profile.components != prepared.gated.components:
+        raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
+    solver = prepare_solver(model, profile.scheduler, (options.steps,), on_progress)
     backend = open_backend(profile.target, threads=profile.threads)
     workbench = Workbench(prepared.gated, profile, solver, backend, steps=options.steps)
     notes: list[str] = []
@@ -116,29 +122,30 @@ def build(
     return _write(path, prepared, profile, solver, options, fitted, controls, notes, seed)
 
 
-def _analyze(prepared: Prepared, options: AnalysisOptions, on_progress: OnProgress) -> Profile:
-    scheduler = make_scheduler(options.scheduler, prepared.model.scheduler_config)
+def _analyze(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:
+    """Analyse, having refused what can be refused before the capture, which takes long."""
+    table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
+    backend = open_backend(options.target, threads=options.threads)
+    prepared = prepare(model, cache, on_progress)
     return analyze(
         prepared.gated,
-        prepared.model.reference,
-        extract(scheduler, options.steps),
-        open_backend(options.target, threads=options.threads),
-        sample_shape=prepared.model.sample_shape,
+        model.reference,
+        table,
+        backend,
+        sample_shape=model.sample_shape,
         options=options,
         work=prepared.work,
         on_progress=on_progress,
     )
 
 
-def _check_profile(profile: Profile, prepared: Prepared) -> None:
-    reference = prepared.model.reference
+def _check_profile(profile: Profile, model: Model) -> None:
+    reference = model.reference
     if profile.model.sha256 != reference.sha256:
         raise ProfileError(
             f"the profile is of {profile.model.name} ({profile.model.sha256[:12]}), not of {reference.name} "
             f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {reference.name} -o profile.json`."
         )
-    if profile.components != prepared.gated.components:
-        raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
 
 
 def _fit(workbench: Workbench, options: PlanOptions, notes: list[str], seed: int, on_progress: OnProgress) -> _Fitted:

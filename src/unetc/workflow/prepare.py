@@ -13,7 +13,7 @@ import unetc
 from unetc.errors import ArtifactError
 from unetc.graph.capture import capture
 from unetc.graph.gated import OPSET, GatedGraph, open_or_build
-from unetc.models import Model, find_model
+from unetc.models import Model
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.solver.extract import STEP_COUNTS, extract_all, make_scheduler
 from unetc.solver.table import SolverTables
@@ -29,15 +29,14 @@ class Prepared:
     """Folder for partial results about this model."""
 
 
-def prepare(name: str, cache: Path, on_progress: OnProgress = ignore) -> Prepared:
-    """Find a model and capture it, or read the capture that an earlier command left in the cache.
+def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prepared:
+    """Capture a model, or read the capture that an earlier command left in the cache.
 
     Raises:
-        ModelError: If there is no such model or it is not supported.
+        ModelError: If it is not supported.
         CompileError: If it cannot be exported.
         ArtifactError: If the cache cannot be written.
     """
-    model = find_model(name)
     versions = (unetc.__version__, version("torch"), version("onnxscript"), OPSET)
     key = hashlib.sha256(repr((model.reference.sha256, versions)).encode()).hexdigest()[:24]
     work = cache / key
