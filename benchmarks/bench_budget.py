@@ -2,7 +2,7 @@
 
     python benchmarks/bench_budget.py            # about 7 minutes on two cores; resumes
 
-Analyses and builds the reference model as `unetc demo` does, verifies it on more samples, and writes
+Analyses the reference model on 8 trajectories of 25 steps, builds, verifies, and writes
 `results/budget.json` (the verification, its plan, the disk sizes, what the digit classifier says of the samples) and
 the pictures of the README. Full model, plan and controls sample the same noise in turns in one run.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import unetc
+from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.metrics.classifier import DigitClassifier
 from unetc.artifacts.profile import Profile
 from unetc.artifacts.record import to_builtins
@@ -27,11 +28,11 @@ from unetc.runtime.backend import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.demo import ANALYSIS
 from unetc.workflow.report import write_report
 from unetc.workflow.verify import VerifyOptions, verify
 
 HERE = Path(__file__).parent
+ANALYSIS = AnalysisOptions(steps=25, samples=8)
 PICTURES = HERE.parent / "docs/images"
 JUDGED_SAMPLES = 256
 CONFIDENT = 0.9

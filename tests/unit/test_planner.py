@@ -435,6 +435,10 @@ def test_equal_neighbours_become_one_phase_and_equal_engines_one_engine() -> Non
         (1.0, 2.0, (0,)),
         (2.0, 4.0, (1,)),
     ]
+    # and what was merged is predicted as the one phase that it is: damages of a component add over its bins
+    damage = Search(profile).damage
+    first, third, fourth = (damage["c1", b, Treatment.DROP] for b in (0, 2, 3))
+    assert plan.prediction.relative_l2 == pytest.approx(np.hypot(first, third + fourth))
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models import capture_of, gated_of
+from tests.models import Tiny, tiny_of
 from unetc.analyzer import analysis, sweep
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -40,7 +42,7 @@ from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTable
 
 ARCHITECTURE = "attention"
-pytestmark = pytest.mark.xdist_group(ARCHITECTURE)  # shares the capture with the other tests of it
+pytestmark = pytest.mark.xdist_group(ARCHITECTURE)  # one process, so one capture
 
 SHAPE = (2, 16, 16)
 SAMPLES, SEED = 2, 5
@@ -52,6 +54,14 @@ CLOSE = 5e-5
 differ by 1e-6 per call, and five steps of an untrained denoiser enlarge that."""
 
 
+@functools.cache
+def tiny() -> Tiny:
+    """Share one architecture between the tests of this file."""
+    folder = Path(tempfile.mkdtemp(prefix="unetc-sweep-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return tiny_of(ARCHITECTURE, folder)
+
+
 def table_of(scheduler: str, steps: int = STEPS) -> SolverTable:
     return extract(make_scheduler(scheduler, CONFIG), steps)
 
@@ -61,7 +71,7 @@ def backend() -> Backend:
 
 
 def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sweep:
-    gated, table = gated_of(ARCHITECTURE), table_of(scheduler)
+    gated, table = tiny().gated, table_of(scheduler)
     settings = {
         "denoiser": GatedDenoiser(gated, on or backend()),
         "components": gated.components,
@@ -131,7 +141,7 @@ class Naive:
     @torch.no_grad()
     def run(self, ablation: tuple[str, Treatment] | None = None, steps: range = range(0)) -> list[Array]:
         """Sample with an ablation in some steps; return the state before every step and the last one."""
-        components = gated_of(ARCHITECTURE).components
+        components = tiny().gated.components
         scheduler: Any = make_scheduler(self.scheduler, CONFIG)
         scheduler.set_timesteps(STEPS)
         sample = torch.from_numpy(initial_noise(SEED, range(SAMPLES), SHAPE)) * scheduler.init_noise_sigma
@@ -142,7 +152,7 @@ class Naive:
             if ablation is not None and step in steps:
                 (index,) = (component.index for component in components if component.name == ablation[0])
                 gates[:, index] = {Treatment.DROP: (0, 0), Treatment.MEAN: (0, 1)}[ablation[1]]
-            prediction = reference()(
+            prediction = tiny().reference(
                 scheduler.scale_model_input(sample, timestep),
                 torch.full((SAMPLES,), float(timestep)),
                 torch.from_numpy(gates),
@@ -157,23 +167,17 @@ class Naive:
         """Average the branches of the full model over samples, positions and the steps of each bin."""
         scheduler: Any = make_scheduler(self.scheduler, CONFIG)
         scheduler.set_timesteps(STEPS)
-        count = len(gated_of(ARCHITECTURE).components)
+        count = len(tiny().gated.components)
         rows = []
         for state, timestep in zip(states, scheduler.timesteps, strict=False):
             gates = torch.ones(SAMPLES, count, 2) * torch.tensor([1.0, 0.0])
             with BranchMeans() as seen:
                 sample = scheduler.scale_model_input(torch.from_numpy(state), timestep)
-                reference()(
-                    sample, torch.full((SAMPLES,), float(timestep)), gates, torch.zeros(gated_of(ARCHITECTURE).channels)
+                tiny().reference(
+                    sample, torch.full((SAMPLES,), float(timestep)), gates, torch.zeros(tiny().gated.channels)
                 )
             rows.append(np.concatenate([seen.rows[i] for i in range(count)]))
         return np.stack([np.mean(rows[:3], axis=0), np.mean(rows[3:], axis=0)])
-
-
-@functools.cache
-def reference() -> torch.nn.Module:
-    """Return the gated graph in torch."""
-    return capture_of(ARCHITECTURE).reference()
 
 
 def naive_of(measured: Measured) -> Naive:
@@ -380,7 +384,7 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def profile_of(work: Path, gated: GatedGraph | None = None, **changes: Any) -> Profile:
     options = AnalysisOptions(**({"steps": 2, "samples": 1, "bins": 1, "threads": 1} | changes))
     return analyze(
-        gated or gated_of(ARCHITECTURE),
+        gated or tiny().gated,
         REFERENCE,
         table_of(options.scheduler, options.steps),
         backend(),
@@ -424,7 +428,7 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("no_timing")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
-    gated = gated_of(ARCHITECTURE)
+    gated = tiny().gated
     weights = {name: array.copy() for name, array in load_file(gated.weights).items()}
     name = max(weights, key=lambda name: weights[name].size)
     weights[name].flat[0] = value
@@ -566,7 +570,7 @@ def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -
     kills = [(0, moments.uniform(0.05, 0.5)), *((count, moments.uniform(0, 0.03)) for count in (1, 3, 5, 7, 9))]
     task = {
         "folder": str(tmp_path),
-        "gated": str(gated_of(ARCHITECTURE).folder),
+        "gated": str(tiny().gated.folder),
         "options": {"steps": 6, "samples": 4, "bins": 3, "threads": 1, "batch": 1, "rounds": 1},
         "config": CONFIG,
         "shape": SHAPE,
