@@ -121,7 +121,7 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
         BundleEngine(graph=f"graphs/{i}.onnx", unused_weights=(), treatments=engine.treatments, step_ms=ms)
         for i, (engine, ms) in enumerate(zip(plan.engines, (12.5, 8.0, 6.0), strict=True))
     )
-    paths = ["weights.bin", "solver.npy", *(engine.graph for engine in engines)]
+    paths = ["weights.bin", "profile.json", "solver.safetensors", *(engine.graph for engine in engines)]
     return Manifest(
         unetc="0.1.0",
         model=profile.model,
@@ -131,10 +131,11 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
         batch=4,
         steps=20,
         weights="weights.bin",
+        profile="profile.json",
         solver=SolverHeader(
             scheduler="ddim", columns=(), clip=None, counts=(SolverCount(steps=20, start=0, initial_scale=1.0),)
         ),
-        solver_file="solver.npy",
+        solver_file="solver.safetensors",
         plan=plan,
         engines=engines,
         controls=(),
@@ -158,6 +159,7 @@ def make_verification(
     return Verification(
         unetc="0.1.0",
         model=model,
+        plan_sha256="0" * 64,
         target="onnxruntime-cpu",
         threads=2,
         environment={"cpu": "Xeon", "onnxruntime": "1.30"},
