@@ -198,7 +198,8 @@ def test_the_verification_says_time_damage_controls_engines_and_size(way: Way) -
     for damage in damages:
         assert {*damage} == {"relative_l2", "psnr", "ssim"}
         for estimate in damage.values():
-            assert estimate["low"] < estimate["mean"] < estimate["high"]
+            # not strictly: where the plan saves no time, "fewer steps" is the full model and its damage none
+            assert estimate["low"] <= estimate["mean"] <= estimate["high"]
         assert damage["relative_l2"]["mean"] > 0
     assert len(printed["engines"]) == len(manifest.engines)
     assert sum(engine["steps"] for engine in printed["engines"]) == printed["steps"] == 4
