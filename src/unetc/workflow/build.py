@@ -127,16 +127,17 @@ def _analyze(model: Model, options: AnalysisOptions, cache: Path, on_progress: O
     table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
     backend = open_backend(options.target, threads=options.threads)
     prepared = prepare(model, cache, on_progress)
-    return analyze(
-        prepared.gated,
-        model.reference,
-        table,
-        backend,
-        sample_shape=model.sample_shape,
-        options=options,
-        work=prepared.work,
-        on_progress=on_progress,
-    )
+    with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
+        return analyze(
+            prepared.gated,
+            model.reference,
+            table,
+            backend,
+            sample_shape=model.sample_shape,
+            options=options,
+            work=prepared.work,
+            on_progress=on_progress,
+        )
 
 
 def _check_profile(profile: Profile, model: Model) -> None:
