@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock
 from safetensors.numpy import save
 
 import unetc
