@@ -188,7 +188,7 @@ class Tiny:
     @functools.cached_property
     def parameters(self) -> Mapping[str, str]:
         """Name of the parameter in each tensor of the weights file; the exporter transposes and renames some."""
-        parameters = {name: parameter.numpy() for name, parameter in self.denoiser.named_parameters()}
+        parameters = {name: parameter.detach().numpy() for name, parameter in self.denoiser.named_parameters()}
         transposed = {(array.T.shape, array.T.tobytes()): name for name, array in parameters.items()}
         found = {}
         for name, array in self.weights.items():
