@@ -12,6 +12,7 @@ from unetc.artifacts.manifest import BundleEngine, Control
 from unetc.artifacts.plan import Plan
 from unetc.backend import Array, Backend, Program
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
+from unetc.held import Held
 from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTable, SolverTables
 from unetc.solver.trajectory import Trajectory
@@ -129,12 +130,13 @@ class Session:
         on_step: Callable[[Step], None] | None,
     ) -> Array:
         trajectory = Trajectory.start(table, noise)
+        held = Held()
         indices = range(first_index, first_index + len(noise))
         for i, engine in enumerate(schedule):
             timestep = float(table.timesteps[i])
 
             def predict(sample: Array, engine: int = engine, timestep: float = timestep) -> Array:
-                return self._predict(engine, sample, timestep)
+                return self._predict(engine, sample, timestep, held)
 
             trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
             if not np.isfinite(trajectory.predictions[0]).all():
@@ -147,10 +149,11 @@ class Session:
                 on_step(step)
         return trajectory.sample
 
-    def _predict(self, engine: int, sample: Array, timestep: float) -> Array:
+    def _predict(self, engine: int, sample: Array, timestep: float, held: Held) -> Array:
         prediction = np.empty_like(sample)
         timesteps = np.full(len(sample), timestep, dtype=np.float32)
-        self._programs[engine]({"sample": sample, "timestep": timesteps}, prediction)
+        inputs = {"sample": sample, "timestep": timesteps, **held.inputs(timestep)}
+        held.remember(self._programs[engine](inputs, prediction), timestep)
         return prediction
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.backend import Array, Program
+from unetc.errors import SessionError
 
 from ..backend import Memory
 
@@ -19,9 +20,18 @@ class NullBackend:
         """Ignore the graph."""
         return _predict_zeros
 
+    def to_array(self, emitted: object) -> Array:
+        """Never called: nothing is emitted.
 
-def _predict_zeros(inputs: Mapping[str, Array], output: Array) -> None:
+        Raises:
+            SessionError: Always.
+        """
+        raise SessionError("the null backend emits nothing. Use another target.")
+
+
+def _predict_zeros(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
     output.fill(0.0)
+    return {}
 
 
 def open_backend(*, threads: int, memory: Memory) -> NullBackend:

@@ -34,18 +34,25 @@ class OnnxRuntimeProgram:
         self._session = session
         self._owned = owned  # shared initializers: must live as long as the session
         self._inputs = tuple(value.name for value in session.get_inputs())
-        (self._output,) = (value.name for value in session.get_outputs())
+        self._output, *self._emitted = (value.name for value in session.get_outputs())
 
-    def __call__(self, inputs: Mapping[str, Array], output: Array) -> None:
+    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
         """Run; inputs are read and the output is written in place, nothing is copied."""
         binding = self._session.io_binding()
         for name in self._inputs:
-            binding.bind_cpu_input(name, inputs[name])
+            value = inputs[name]
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, value)
+            else:
+                binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output, "cpu", 0, np.float32, output.shape, output.ctypes.data)
+        for name in self._emitted:
+            binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own unrelated classes
             raise SessionError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+        return dict(zip(self._emitted, binding.get_outputs()[1:], strict=True)) if self._emitted else {}
 
 
 class OnnxRuntimeBackend:
@@ -73,6 +80,11 @@ class OnnxRuntimeBackend:
         except Exception as error:  # onnxruntime raises its own unrelated classes
             raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
         return OnnxRuntimeProgram(session, tuple(values))
+
+    def to_array(self, emitted: Any) -> Array:
+        """Copy an OrtValue."""
+        array: Array = emitted.numpy().copy()
+        return array
 
     def _share(self, array: NDArray[np.generic]) -> Any:
         """Wrap an array once, however many engines read it; keeping the array keeps its identity its own."""

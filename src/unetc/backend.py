@@ -17,10 +17,16 @@ Array = NDArray[np.float32]
 class Program(Protocol):
     """One loaded graph."""
 
-    def __call__(self, inputs: Mapping[str, Array], output: Array) -> None:
-        """Run the graph and write its one output into `output`, which has the right shape.
+    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+        """Run the graph and write its first output into `output`, which has the right shape.
 
-        Inputs are C-contiguous; those that the graph does not read are ignored.
+        Args:
+            inputs: C-contiguous arrays, or tensors that programs of this backend have emitted. What the graph does not
+                read is ignored.
+            output: Where to write.
+
+        Returns:
+            The graph's further outputs by name, as tensors on the device.
         """
         ...
 
@@ -30,4 +36,8 @@ class Backend(Protocol):
 
     def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
         """Load an ONNX graph; `weights` holds exactly its external initializers, by name."""
+        ...
+
+    def to_array(self, emitted: object) -> Array:
+        """Copy what a program has emitted into an array."""
         ...

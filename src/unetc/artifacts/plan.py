@@ -8,18 +8,23 @@ from itertools import pairwise
 from unetc.artifacts.profile import ModelReference, Treatment
 from unetc.artifacts.record import Artifact, Record, finite, require
 
-STEP = "step"
-"""Name of the component that is the denoiser call itself."""
-
 
 class Assignment(Record, frozen=True, kw_only=True):
     """One engine as the planner sees it: a treatment for every component; those not named are kept."""
 
     treatments: dict[str, Treatment]
+    emits: tuple[str, ...] = ()
+    """Components that it computes and hands to the engines that hold or forecast them."""
 
     def __post_init__(self) -> None:
-        """Check that only treatments that change something are named."""
+        """Check that only treatments that change something are named, and that what is emitted is computed."""
         require(Treatment.KEEP not in self.treatments.values(), "an assignment names only components it does not keep")
+        require(not self.treatments.keys() & set(self.emits), "an engine cannot emit what it does not compute")
+
+    @property
+    def reused(self) -> frozenset[str]:
+        """Components that it takes from earlier steps."""
+        return frozenset(name for name, treatment in self.treatments.items() if treatment.reuses)
 
 
 class Phase(Record, frozen=True, kw_only=True):
@@ -66,6 +71,8 @@ class Plan(Artifact, frozen=True, kw_only=True):
         require(bool(self.phases), "a plan needs a phase")
         require(0 <= self.budget < 1, f"a budget lies in [0, 1), got {self.budget}")
         require(finite(self.prediction.time_ratio, self.prediction.relative_l2), "a prediction must be finite")
+        held = frozenset().union(*(engine.reused for engine in self.engines))
+        require(held <= set(self.engines[0].emits), "engine 0 must emit whatever another engine holds or forecasts")
         for left, right in pairwise(self.phases):
             require(left.high == right.low, "phases must follow each other without a gap")
         for phase in self.phases:
@@ -78,13 +85,19 @@ class Plan(Artifact, frozen=True, kw_only=True):
             log_snr: Noise level of every step, in the order of sampling (rising).
 
         Returns:
-            One engine index per step. Inside a phase the engines of its cycle take turns.
+            One engine index per step. Inside a phase the engines of its cycle take turns. Where an engine would need
+            what no earlier step has emitted, the full engine runs instead.
         """
         chosen: list[int] = []
+        available: set[str] = set()
         previous, turn = -1, 0
         for level in log_snr:
             phase = sum(1 for later in self.phases[1:] if level >= later.low)
             turn = turn + 1 if phase == previous else 0
             previous = phase
-            chosen.append(self.phases[phase].cycle[turn % len(self.phases[phase].cycle)])
+            engine = self.phases[phase].cycle[turn % len(self.phases[phase].cycle)]
+            if not self.engines[engine].reused <= available:
+                engine = 0
+            available.update(self.engines[engine].emits)
+            chosen.append(engine)
         return tuple(chosen)

@@ -19,6 +19,17 @@ class Treatment(StrEnum):
     """Its branch contributes its calibrated mean per channel."""
     HOLD = "hold"
     """It contributes what it produced at the last step that computed it."""
+    FORECAST = "forecast"
+    """It contributes what the last two steps that computed it lead to, on a straight line over the timestep."""
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it needs what earlier steps produced."""
+        return self in (Treatment.HOLD, Treatment.FORECAST)
+
+
+STEP = "step"
+"""Name of the component that is the whole denoiser call."""
 
 
 class ModelReference(Record, frozen=True, kw_only=True):
@@ -35,10 +46,10 @@ class ModelReference(Record, frozen=True, kw_only=True):
 
 
 class Component(Record, frozen=True, kw_only=True):
-    """A place in the graph where a branch joins the trunk."""
+    """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the solver."""
 
     name: str
-    kind: Literal["residual", "skip", "level"]
+    kind: Literal["residual", "skip", "level", "step"]
     owner: str
     """Path of the module that owns the join."""
     index: int

@@ -72,13 +72,15 @@ def capture(model: nn.Module) -> Capture:
     graph = program.graph_module.graph
     placeholders = dict(zip((*inputs, GATES, MEANS), _user_placeholders(program), strict=True))
     sites = discover(graph, placeholders[SAMPLE], root="model")
-    if not sites:
+    if all(site.component.kind == "step" for site in sites):
         raise ModelError(
             f"no component found in {type(model).__name__}: no residual add and no skip connection depends on the "
             "sample. unetc works on UNet-like denoisers."
         )
     for site in sites:
-        _insert(graph, site, placeholders)
+        gated = _insert(graph, site, placeholders)
+        if site.join.op == "output":
+            program.graph_signature.replace_all_uses(site.branch.name, gated.name)
     program.graph_module.recompile()
     return Capture(
         program=program,
@@ -150,8 +152,8 @@ def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:
     return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
 
 
-def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) -> None:
-    """Replace the edge branch → join by branch → gate → join."""
+def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) -> fx.Node:
+    """Replace the edge branch → join by branch → gate → join, and return the gate."""
     component = site.component
     with graph.inserting_before(site.join):
         node = graph.call_function(
@@ -160,6 +162,7 @@ def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) ->
         )
     node.meta = {key: site.branch.meta[key] for key in ("val", "nn_module_stack") if key in site.branch.meta}
     site.join.replace_input_with(site.branch, node)
+    return node
 
 
 __all__ = ["CONTEXT", "GATES", "MEANS", "OUTPUT", "SAMPLE", "TIMESTEP", "Capture", "capture", "example_inputs", "gate"]

@@ -5,7 +5,8 @@ A component is an edge where a branch joins the trunk. Three joins exist in diff
 - residual: `add(trunk, branch)`, where the branch was computed from the trunk, or both from one tensor and the trunk
   only by linear operations (a 1x1 shortcut, a resampling);
 - skip: `cat([trunk, skip])`, where the trunk was computed from the skip;
-- level: the trunk of such a `cat` when it has just come up from a lower resolution. Without it everything below goes.
+- level: the trunk of such a `cat` when it has just come up from a lower resolution. Without it everything below goes;
+- step: the edge into the graph's output. Without it the whole denoiser call goes.
 
 Names come from the modules that own the nodes, so no architecture needs code of its own here.
 """
@@ -21,7 +22,7 @@ import msgspec
 import torch
 from torch import fx
 
-from unetc.artifacts.profile import Component
+from unetc.artifacts.profile import STEP, Component
 
 ATEN = torch.ops.aten
 _UPSAMPLINGS = {
@@ -66,7 +67,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Edge:
-    kind: Literal["residual", "skip", "level"]
+    kind: Literal["residual", "skip", "level", "step"]
     join: fx.Node
     branch: fx.Node
     name: str
@@ -137,6 +138,10 @@ class _Dataflow:
             if branch is not None:
                 axis = 1 if branch.meta["val"].ndim == 4 else branch.meta["val"].ndim - 1
                 yield _Edge(kind="residual", join=node, branch=branch, name=self.owner(node), axis=axis)
+        elif node.op == "output":
+            prediction = node.all_input_nodes[0]
+            if self._depends_on_sample(prediction):
+                yield _Edge(kind="step", join=node, branch=prediction, name=STEP, axis=1)
         elif parts := self._skip_join(node):
             trunk, skip, axis = parts
             if upsampling := self._upsampling_since_last_join(trunk):

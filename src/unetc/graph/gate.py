@@ -32,7 +32,10 @@ GATE_ROWS: Mapping[Treatment, tuple[float, float]] = {
     Treatment.KEEP: (1.0, 0.0),
     Treatment.DROP: (0.0, 0.0),
     Treatment.MEAN: (0.0, 1.0),
+    Treatment.HOLD: (1.0, 0.0),
+    Treatment.FORECAST: (1.0, 0.0),
 }
+"""What is held or forecast is kept: another tensor takes the place of the branch before the gate."""
 
 
 def gate_values(components: Sequence[Component], treatments: Mapping[str, Treatment]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -30,11 +31,15 @@ from unetc.artifacts.record import Artifact, write_atomically
 from unetc.errors import ArtifactError, CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, Capture
 from unetc.graph.gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
+from unetc.held import COMPUTED, HELD
 
 OPSET = 23
 """Has Attention, GroupNormalization and RMSNormalization as operators: one node where older opsets need ten."""
 
 WEIGHTS = "weights.safetensors"
+HOLDS = "holds"
+"""Input of a remembering graph, [batch, component]: 1 where the tensor handed in takes the place of the branch."""
+
 BRANCH_MEANS = "branch_means"
 """Output of an observing graph."""
 
@@ -46,6 +51,9 @@ _INLINE_BELOW_BYTES = 64
 
 class GatedRecord(Artifact, frozen=True, kw_only=True):
     """What the folder holds beside the graph."""
+
+    SCHEMA: ClassVar[int] = 2
+    schema: int = 2
 
     components: tuple[Component, ...]
     inputs: tuple[str, ...]
@@ -105,6 +113,27 @@ class GatedGraph:
         output.name, output.dtype, output.shape = BRANCH_MEANS, ir.DataType.FLOAT, ir.Shape([self.channels])
         model.graph.outputs[:] = [output]
         common.RemoveUnusedNodesPass()(model)
+        return serialise(model)
+
+    def remembering(self) -> SerialisedGraph:
+        """Serialise `runnable` with memory outside: every branch is an output, and any branch can be handed in.
+
+        Further inputs are `HOLDS` and one `held.INDEX` per component; further outputs one `computed.INDEX` each. What
+        `computed` gives is the branch that the graph itself has computed, whatever is held.
+        """
+        model = self.model.clone()
+        holds = ir.val(HOLDS, dtype=ir.DataType.FLOAT, shape=ir.Shape(["batch", len(self.components)]))
+        model.graph.inputs.append(holds)
+        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        for component in self.components:
+            gate = gates[component.index]
+            branch = gate.inputs[0]
+            assert branch is not None
+            held = ir.val(f"{HELD}{component.index}", type=branch.type, shape=branch.shape)
+            model.graph.inputs.append(held)
+            emit(model.graph, gate, component)
+            gate.replace_input_with(0, _choose(model.graph, gate, component, holds, held))
+        common.TopologicalSortPass()(model)
         return serialise(model)
 
     @classmethod
@@ -185,6 +214,36 @@ def is_gate(node: ir.Node) -> bool:
 def gate_index(gate: ir.Node) -> int:
     """Read which component a gate belongs to."""
     return gate.attributes["index"].as_ints()[0]
+
+
+def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
+    """Make the branch of a component an output of the graph."""
+    branch = gate.inputs[0]
+    assert branch is not None
+    node = ir.node("Identity", [branch])
+    graph.append(node)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = f"{COMPUTED}{component.index}", branch.type, branch.shape
+    graph.outputs.append(output)
+
+
+def _choose(graph: ir.Graph, gate: ir.Node, component: Component, holds: ir.Value, held: ir.Value) -> ir.Value:
+    """Choose per sample between a gate's branch and what is handed in."""
+    branch = gate.inputs[0]
+    numbers = {"index": [component.index], "shape": [-1] + [1] * (component.rank - 1)}
+    constants = {
+        name: ir.val(f"{name}.{component.index}", const_value=ir.tensor(np.array(values, dtype=np.int64)))
+        for name, values in numbers.items()
+    }
+    for constant in constants.values():
+        graph.register_initializer(constant)
+    row = ir.node("Gather", [holds, constants["index"]], {"axis": 1})
+    chosen = ir.node("Cast", row.outputs, {"to": ir.DataType.BOOL})
+    per_sample = ir.node("Reshape", [chosen.outputs[0], constants["shape"]])
+    choice = ir.node("Where", [per_sample.outputs[0], held, branch])
+    for node in (row, chosen, per_sample, choice):
+        graph.append(node)
+    return choice.outputs[0]
 
 
 def _mean_of(graph: ir.Graph, gate: ir.Node, component: Component) -> ir.Value:

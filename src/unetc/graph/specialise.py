@@ -3,11 +3,12 @@
 For every assignment, the specialised graph computes what the gated graph computes at those gates, to rounding. A kept
 gate becomes a wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and whatever only fed the branch is dead
 code. A mean becomes a bias. A `cat` keeps its width: its missing part is a constant of the trunk's height and width.
+What is held becomes an input of the graph, and what is emitted for other engines an output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -16,43 +17,56 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.errors import CompileError
-from unetc.graph.capture import GATES, MEANS
+from unetc.graph.capture import GATES, MEANS, OUTPUT, SAMPLE
 from unetc.graph.gate import DOMAIN
-from unetc.graph.gated import GatedGraph, SerialisedGraph, gate_index, is_gate, serialise
-
-SUPPORTED = frozenset({Treatment.KEEP, Treatment.DROP, Treatment.MEAN})
-"""Treatments this version can specialise."""
+from unetc.graph.gated import GatedGraph, SerialisedGraph, emit, gate_index, is_gate, serialise
+from unetc.held import EARLIER, HELD, REACH
 
 
-def specialise(gated: GatedGraph, treatments: Mapping[str, Treatment], means: NDArray[np.float32]) -> SerialisedGraph:
+def specialise(
+    gated: GatedGraph,
+    treatments: Mapping[str, Treatment],
+    means: NDArray[np.float32],
+    emits: Collection[str] = (),
+) -> SerialisedGraph:
     """Specialise a gated graph for one assignment.
 
     Args:
         gated: The graph; not changed.
         treatments: Treatment of each component by name; those not named are kept.
         means: Concatenated branch means, [channel of all components], float32; read for components treated by mean.
+        emits: Components whose branch becomes an output `computed.INDEX`, for engines that hold it.
 
     Returns:
-        A graph without gates whose large initializers still point into the gated graph's weights file.
+        A graph without gates whose large initializers still point into the gated graph's weights file. A component
+        that is held is an input `held.INDEX`; one that is forecast has `earlier.INDEX` and `reach.INDEX` besides.
 
     Raises:
-        CompileError: If a component is unknown or a treatment cannot be specialised.
+        CompileError: If a component is unknown, or one is emitted that is not computed.
     """
     known = {component.name for component in gated.components}
-    if unknown := sorted(treatments.keys() - known):
+    if unknown := sorted({*treatments, *emits} - known):
         raise CompileError(f"the model has no component {unknown[0]!r}. `unetc inspect` lists those it has.")
-    if unsupported := sorted(set(treatments.values()) - SUPPORTED):
-        raise CompileError(f"treatment {str(unsupported[0])!r} cannot be specialised; expected keep, drop or mean.")
+    given = {name: treatment for name, treatment in treatments.items() if treatment is not Treatment.KEEP}
+    if absent := sorted(given.keys() & set(emits)):
+        raise CompileError(f"an engine cannot emit {absent[0]!r}, which it does not compute ({given[absent[0]]}).")
     model = gated.model.clone()
     gates = {gate_index(node): node for node in model.graph if is_gate(node)}
-    removed = [c for c in gated.components if treatments.get(c.name, Treatment.KEEP) is not Treatment.KEEP]
     for component in gated.components:
-        if component not in removed:
-            _replace(gates[component.index].outputs[0], _branch(gates[component.index]))
-    for component in removed:
-        own = means[component.offset : component.offset + component.channels]
-        constant = own if treatments[component.name] is Treatment.MEAN else np.zeros_like(own)
-        _make_constant(model.graph, gates[component.index], component, constant)
+        if component.name in emits:
+            emit(model.graph, gates[component.index], component)
+    for component in gated.components:
+        gate = gates[component.index]
+        if component.name not in given:
+            _replace(gate.outputs[0], _branch(gate))
+        elif given[component.name].reuses:
+            _replace(gate.outputs[0], _recall(model.graph, _branch(gate), component, given[component.name]))
+    for component in gated.components:
+        if component.name in given and not given[component.name].reuses:
+            own = means[component.offset : component.offset + component.channels]
+            constant = own if given[component.name] is Treatment.MEAN else np.zeros_like(own)
+            _make_constant(model.graph, gates[component.index], component, constant)
+    _name_output(model.graph)
     _clean(model)
     return serialise(model)
 
@@ -67,11 +81,45 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: Treatment) -> ir.Value:
+    """Take what earlier steps produced as an input: held + reach * (held - earlier)."""
+
+    def take(prefix: str, shape: ir.Shape | None) -> ir.Value:
+        value = ir.val(f"{prefix}{component.index}", type=branch.type, shape=shape)
+        graph.inputs.append(value)
+        return value
+
+    held = take(HELD, branch.shape)
+    if treatment is Treatment.HOLD:
+        return held
+    change = ir.node("Sub", [held, take(EARLIER, branch.shape)])
+    ahead = ir.node("Mul", [change.outputs[0], take(REACH, ir.Shape([1]))])
+    forecast = ir.node("Add", [held, ahead.outputs[0]])
+    for node in (change, ahead, forecast):
+        graph.append(node)
+    return forecast.outputs[0]
+
+
+def _name_output(graph: ir.Graph) -> None:
+    """Give the prediction its name back, which the step's gate had."""
+    prediction = graph.outputs[0]
+    node = ir.node("Identity", [prediction])
+    graph.append(node)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = OUTPUT, prediction.type, prediction.shape
+    graph.outputs[0] = output
+
+
 def _make_constant(graph: ir.Graph, gate: ir.Node, component: Component, constant: NDArray[np.float32]) -> None:
     """Replace a gate by a constant per channel, in the form its join can take."""
-    (join,) = {use.node for use in gate.outputs[0].uses()}
     zero = not constant.any()
     shape = [1 if i != component.axis else component.channels for i in range(component.rank)]
+    if component.kind == "step":
+        value = _initializer(graph, f"mean.{component.index}", constant.reshape(shape))
+        (sample,) = (value for value in graph.inputs if value.name == SAMPLE)
+        _replace(gate.outputs[0], _repeat(graph, sample, value, component))
+        return
+    (join,) = {use.node for use in gate.outputs[0].uses()}
     if join.op_type == "Add":
         (trunk,) = (value for value in join.inputs if value is not gate.outputs[0])
         assert trunk is not None
@@ -81,7 +129,8 @@ def _make_constant(graph: ir.Graph, gate: ir.Node, component: Component, constan
             _replace(gate.outputs[0], _initializer(graph, f"mean.{component.index}", constant.reshape(shape)))
     elif join.op_type == "Concat":
         value = _initializer(graph, f"mean.{component.index}", constant.reshape(shape))
-        _replace(gate.outputs[0], _spread(graph, join, gate, value, component))
+        like = _shape_source(graph, join, gate, component.axis)
+        _replace(gate.outputs[0], _repeat(graph, like, value, component))
     else:
         raise CompileError(
             f"component {component.name!r} joins at a {join.op_type}, expected Add or Concat. Please report the model."
@@ -92,17 +141,15 @@ _SPREAD = "spread"
 """Name of the nodes that repeat a constant."""
 
 
-def _spread(graph: ir.Graph, join: ir.Node, gate: ir.Node, value: ir.Value, component: Component) -> ir.Value:
-    """Repeat a constant per channel over the batch and positions of the other part of a concatenation."""
+def _repeat(graph: ir.Graph, like: ir.Value, value: ir.Value, component: Component) -> ir.Value:
+    """Repeat a constant per channel over the batch and positions of another value."""
     axis = component.axis
-    like = _shape_source(graph, join, gate, axis)
-    before, after = (0, axis), (axis + 1, component.rank)
-    parts = [_shape_part(join, like, *before)]
+    parts = [_node(graph, "Shape", [like], {"start": 0, "end": axis})]
     parts.append(_initializer(graph, f"channels.{component.channels}", np.array([component.channels], dtype=np.int64)))
-    if after[0] < after[1]:
-        parts.append(_shape_part(join, like, *after))
-    shape = _node(join, "Concat", parts, {"axis": 0})
-    return _node(join, "Expand", [value, shape])
+    if axis + 1 < component.rank:
+        parts.append(_node(graph, "Shape", [like], {"start": axis + 1, "end": component.rank}))
+    shape = _node(graph, "Concat", parts, {"axis": 0})
+    return _node(graph, "Expand", [value, shape])
 
 
 def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
@@ -131,16 +178,10 @@ def _is_computed(value: ir.Value) -> bool:
     return producer is None or not (is_gate(producer) or producer.name == _SPREAD)
 
 
-def _shape_part(join: ir.Node, like: ir.Value, start: int, end: int) -> ir.Value:
-    return _node(join, "Shape", [like], {"start": start, "end": end})
-
-
-def _node(join: ir.Node, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
-    """Insert a node before a join and return its output."""
+def _node(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
+    """Add a node, to be sorted to its place later, and return its output."""
     node = ir.node(operator, inputs, attributes or {}, name=_SPREAD)
-    graph = join.graph
-    assert graph is not None
-    graph.insert_before(join, node)
+    graph.append(node)
     return node.outputs[0]
 
 
@@ -152,12 +193,18 @@ def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.V
     return value
 
 
+def _is_unread(value: ir.Value) -> bool:
+    """Tell whether an input was added for a component whose contribution nobody needs."""
+    added = str(value.name).startswith((HELD, EARLIER, REACH))
+    return added and not value.uses() and not value.is_graph_output()
+
+
 def _clean(model: ir.Model) -> None:
     """Remove dead nodes, unused weights and the gate inputs."""
     common.RemoveUnusedNodesPass()(model)
     if any(is_gate(node) for node in model.graph):
         raise CompileError("a gate is left in a specialised graph. Please report the model.")
-    for value in [value for value in model.graph.inputs if value.name in (GATES, MEANS)]:
+    for value in [value for value in model.graph.inputs if value.name in (GATES, MEANS) or _is_unread(value)]:
         model.graph.inputs.remove(value)
     model.functions.clear()
     model.opset_imports.pop(DOMAIN, None)

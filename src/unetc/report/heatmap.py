@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from unetc.artifacts.plan import STEP, Assignment, Plan
+from unetc.artifacts.plan import Assignment, Plan
 from unetc.artifacts.profile import Bin, Component, Effect, Profile, Treatment
 from unetc.report.charts import (
     BLANK,
@@ -37,7 +37,7 @@ from unetc.report.charts import (
 
 _RAMP = ("#fff9ee", "#fbe6c3", "#f2c792", "#dfa067", "#bd7341", "#874620")
 _DAMAGE = LinearSegmentedColormap.from_list("damage", _RAMP, 64)
-_MARKERS = {"residual": "o", "skip": "D", "level": "v"}
+_MARKERS = {"residual": "o", "skip": "D", "level": "v", "step": "s"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,6 @@ class RemovedCell:
 def removed_cells(profile: Profile, plan: Plan) -> tuple[RemovedCell, ...]:
     """List what the plan removes, by component and bin; a bin belongs to the phase that its centre lies in."""
     nested = {component.name: component.nested for component in profile.components}
-    nested[STEP] = tuple(nested)
     removed = [_removed_by(engine, nested) for engine in plan.engines]
     centres = [(low + high) / 2 for low, high in itertools.pairwise(_borders(profile.bins))]
     cells = []

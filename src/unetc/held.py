@@ -1,0 +1,55 @@
+"""What components produced at earlier steps, for one request.
+
+An engine that is refreshed *emits* the branch of a component; one that holds or forecasts it takes it as an input. The
+tensors are what the backend's programs emit: nobody but the backend looks into them, so they stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+COMPUTED = "computed."
+"""Prefix of an engine's outputs: the branch of the component with this index, as just computed."""
+HELD = "held."
+"""Prefix of an engine's inputs: the branch at the last step that computed it."""
+EARLIER = "earlier."
+"""Prefix of an engine's inputs: the branch at the step before that which computed it."""
+REACH = "reach."
+"""Prefix of an engine's inputs, [1]: how far ahead a forecast looks, in distances between `EARLIER` and `HELD`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Computed:
+    timestep: float
+    value: object
+
+
+@dataclass(slots=True)
+class Held:
+    """The last two values of every component that was emitted; made anew for each request."""
+
+    _history: dict[str, tuple[_Computed, ...]] = field(default_factory=dict)
+
+    def remember(self, emitted: Mapping[str, object], timestep: float) -> None:
+        """Take what an engine emitted at a step."""
+        for name, value in emitted.items():
+            key = name.removeprefix(COMPUTED)
+            self._history[key] = (_Computed(timestep=timestep, value=value), *self._history.get(key, ())[:1])
+
+    def inputs(self, timestep: float) -> dict[str, object]:
+        """Make the inputs of engines that hold or forecast at a step.
+
+        A component that was computed once only is held: its forecast reaches nowhere.
+        """
+        inputs: dict[str, object] = {}
+        for key, history in self._history.items():
+            latest, earlier = history[0], history[-1]
+            distance = latest.timestep - earlier.timestep
+            reach = (timestep - latest.timestep) / distance if distance else 0.0
+            inputs[HELD + key] = latest.value
+            inputs[EARLIER + key] = earlier.value
+            inputs[REACH + key] = np.array([reach], dtype=np.float32)
+        return inputs
