@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Cost, Estimate, ModelReference, Profile
+from unetc.artifacts.profile import Cost, Effect, Estimate, ModelReference, Profile
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.environment import cores
@@ -18,9 +18,11 @@ from unetc.graph.gated import GatedGraph
 from unetc.progress import OnProgress, ignore
 from unetc.solver.table import SolverTable
 
+from .ablation import ablations_of
 from .cost import measure_costs
 from .denoiser import GatedDenoiser
-from .sweep import Sweep, make_bins, run_base, run_sweep
+from .screen import choose, estimate_rest, run_screen
+from .sweep import Base, Sweep, make_bins, run_base, run_sweep, sweep_calls
 
 _CACHED_ROWS = 32
 """Samples per batch on a CPU: larger batches fall out of its caches and gain nothing."""
@@ -44,6 +46,8 @@ class AnalysisOptions:
     """Batch size of the cost measurement."""
     rounds: int = 15
     """Timed repetitions per component."""
+    decisive: int | None = 12
+    """Ablations of every bin that are carried to the final output; the others are screened. All are when None."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -54,6 +58,8 @@ class AnalysisOptions:
         for name in ("steps", "samples", "bins", "threads", "batch", "rounds"):
             if getattr(self, name) < 1:
                 raise ProfileError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.decisive is not None and self.decisive < 1:
+            raise ProfileError(f"decisive must be at least 1, or None for all, got {self.decisive}.")
         if self.bins > self.steps:
             raise ProfileError(f"cannot cut {self.steps} steps into {self.bins} bins; use fewer bins or more steps.")
         if not 0 <= self.seed < 2**63:
@@ -106,7 +112,7 @@ def analyze(
     )
     base = run_base(sweep, on_progress)
     folder = work / _key("damage", options.scheduler, options.steps, options.samples, options.bins, options.seed)
-    effects = run_sweep(sweep, base, folder, on_progress)
+    effects, calls = _damages(sweep, base, timing, options.decisive, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
         model=reference,
@@ -123,8 +129,27 @@ def analyze(
         full_ms=timing.full_ms,
         costs=timing.costs,
         effects=effects,
+        samplings=(calls + 2 * table.steps) / table.steps,
         means=tuple(row.astype("<f4").tobytes() for row in base.means),
     )
+
+
+def _damages(
+    sweep: Sweep, base: Base, timing: _Timing, decisive: int | None, folder: Path, on_progress: OnProgress
+) -> tuple[tuple[Effect, ...], int]:
+    """Screen all ablations and carry the decisive ones to the final output; also count denoiser calls per sample."""
+    if decisive is None:
+        all_of_them = tuple(
+            (ablation, b)
+            for ablation in ablations_of(sweep.components)
+            for b in range(len(sweep.bins))
+            if any(map(ablation.kind.treats, sweep.steps_of(b)))
+        )
+        return run_sweep(sweep, base, all_of_them, folder, on_progress), sweep_calls(sweep, all_of_them)
+    screen = run_screen(sweep, base, folder, on_progress)
+    chosen = choose(screen, timing.costs, timing.full_ms.mean, decisive)
+    measured = run_sweep(sweep, base, chosen, folder, on_progress)
+    return measured + estimate_rest(screen, measured), screen.calls + sweep_calls(sweep, chosen)
 
 
 def _timing(

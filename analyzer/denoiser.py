@@ -2,87 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.errors import ProfileError
 from unetc.graph.gate import gate_values
-from unetc.graph.gated import GatedGraph
-from unetc.solver.table import SolverTable
-from unetc.solver.trajectory import Trajectory
+from unetc.graph.gated import HOLDS, GatedGraph, SerialisedGraph
+from unetc.graph.specialise import specialise
+from unetc.held import EARLIER, HELD, REACH, Held
 
 
 class GatedDenoiser:
-    """A gated graph on a backend."""
+    """A gated graph on a backend, in the forms that an analysis needs; each is loaded when it is first used."""
 
     def __init__(self, gated: GatedGraph, backend: Backend) -> None:
-        """Load the graph and its observing twin."""
+        """Set up; nothing is loaded yet but the weights."""
         self._gated = gated
         self._weights = load_file(gated.weights)
-        runnable = gated.runnable()
-        self._program = backend.load(runnable.graph, runnable.select(self._weights))
-        self._observer: Program | None = None
         self._backend = backend
+        self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
     def gates(self, treatments: Mapping[str, Treatment], batch: int) -> Array:
         """Make the gates of one assignment for a batch, [batch, component, 2]."""
         return np.repeat(gate_values(self._gated.components, treatments)[None], batch, axis=0)
 
-    def advance(
-        self,
-        trajectory: Trajectory,
-        table: SolverTable,
-        step: int,
-        *,
-        gates: Array,
-        means: Array,
-        seed: int,
-        indices: NDArray[np.int64],
-    ) -> Trajectory:
-        """Make one step of a trajectory.
+    def predict(self, sample: Array, timestep: float, *, gates: Array, means: Array) -> Array:
+        """Run the denoiser.
 
         Args:
-            trajectory: Where the samples are, batch of n.
-            table: The solver.
-            step: Step index.
+            sample: What the denoiser sees, [batch, channel, height, width].
+            timestep: The scheduler's value.
             gates: [batch, component, 2].
             means: [channel of all components].
-            seed: Seed of a stochastic solver's noise.
-            indices: [batch], index of every sample within the seed.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        timestep = float(table.timesteps[step])
-
-        def predict(sample: Array) -> Array:
-            prediction = np.empty_like(sample)
-            self._program(_inputs(sample, timestep, gates, means), prediction)
-            return prediction
-
-        advanced = trajectory.advance(table, step, predict, seed=seed, indices=indices.tolist())
-        if not np.isfinite(advanced.predictions[0]).all():
-            raise ProfileError(
-                f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
-            )
-        return advanced
+        prediction = np.empty_like(sample)
+        self._program({**_inputs(sample, timestep), "gates": gates, "means": means}, prediction)
+        return _checked(prediction, timestep)
 
     def branch_means(self, sample: Array, timestep: float) -> Array:
         """Measure the mean of every branch per channel at a timestep, [channel of all components]."""
-        if self._observer is None:
-            observing = self._gated.observing()
-            self._observer = self._backend.load(observing.graph, observing.select(self._weights))
         output = np.empty(self._gated.channels, dtype=np.float32)
-        unused = np.zeros(self._gated.channels, dtype=np.float32)
-        self._observer(_inputs(sample, timestep, self.gates({}, len(sample)), unused), output)
+        gates = self.gates({}, len(sample))
+        self._observing({**_inputs(sample, timestep), "gates": gates, "means": self._no_means}, output)
         return output
 
+    def remember(self, sample: Array, timestep: float, held: Held) -> Array:
+        """Run the denoiser, all kept, and put every branch into `held`.
 
-def _inputs(sample: Array, timestep: float, gates: Array, means: Array) -> dict[str, Array]:
-    timesteps = np.full(len(sample), timestep, dtype=np.float32)
-    return {"sample": sample, "timestep": timesteps, "gates": gates, "means": means}
+        Raises:
+            ProfileError: If the denoiser produces NaN or infinity.
+        """
+        prediction = np.empty_like(sample)
+        held.remember(self._emitting(_inputs(sample, timestep), prediction), timestep)
+        return _checked(prediction, timestep)
+
+    def recall(
+        self, sample: Array, timestep: float, held: Held, *, holds: Array, forecast: Collection[int] = ()
+    ) -> Array:
+        """Run the denoiser with branches of earlier steps in place of its own.
+
+        Args:
+            sample: [batch, channel, height, width].
+            timestep: The scheduler's value.
+            held: The branches of earlier steps, of a batch of the same size.
+            holds: [batch, component], 1 where the earlier branch is taken.
+            forecast: Indices of components whose earlier branches are continued along a line.
+
+        Raises:
+            ProfileError: If the denoiser produces NaN or infinity.
+        """
+        prediction = np.empty_like(sample)
+        inputs = held.inputs(timestep)
+        for index in forecast:
+            latest, earlier = (self._backend.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
+            reach = inputs[f"{REACH}{index}"]
+            assert isinstance(reach, np.ndarray)
+            inputs[f"{HELD}{index}"] = latest + reach * (latest - earlier)
+        gates = self.gates({}, len(sample))
+        self._remembering(
+            {**_inputs(sample, timestep), "gates": gates, "means": self._no_means, HOLDS: holds, **inputs}, prediction
+        )
+        return _checked(prediction, timestep)
+
+    @cached_property
+    def _program(self) -> Program:
+        return self._load(self._gated.runnable())
+
+    @cached_property
+    def _observing(self) -> Program:
+        return self._load(self._gated.observing())
+
+    @cached_property
+    def _emitting(self) -> Program:
+        names = [component.name for component in self._gated.components]
+        return self._load(specialise(self._gated, {}, self._no_means, names))
+
+    @cached_property
+    def _remembering(self) -> Program:
+        return self._load(self._gated.remembering())
+
+    def _load(self, graph: SerialisedGraph) -> Program:
+        return self._backend.load(graph.graph, graph.select(self._weights))
+
+
+def _inputs(sample: Array, timestep: float) -> dict[str, Array]:
+    return {"sample": sample, "timestep": np.full(len(sample), timestep, dtype=np.float32)}
+
+
+def _checked(prediction: Array, timestep: float) -> Array:
+    if not np.isfinite(prediction).all():
+        raise ProfileError(
+            f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
+        )
+    return prediction

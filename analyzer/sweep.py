@@ -1,7 +1,7 @@
-"""The sweep: damage of every component × treatment × noise-level bin, resumable.
+"""The sweep: damage of ablations that reach the final output, resumable.
 
 For a bin, the ablated trajectories start from the full model's trajectory at the first step of the bin (the shared
-prefix is computed once), carry their treatment through the bin, and are finished by the full model. Several ablations
+prefix is computed once), carry their treatment through the bin and are finished by the full model. Several ablations
 ride in one batch, each with its own gates. One batch is one job; its result is one file, so a killed sweep continues
 where it was. Batches are cut the same way however often the sweep was interrupted, so the numbers are the same bit by
 bit.
@@ -9,9 +9,10 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import msgspec
@@ -23,16 +24,16 @@ from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Array
 from unetc.errors import ArtifactError
 from unetc.graph.gate import gate_values
+from unetc.held import Held
 from unetc.progress import OnProgress, Progress
 from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTable
 from unetc.solver.trajectory import Trajectory
 
-from .damage import measure_damage
+from .ablation import Ablation, Kind
+from .damage import estimate
 from .denoiser import GatedDenoiser
-
-ABLATIONS = (Treatment.DROP, Treatment.MEAN)
-"""What is tried on every component."""
+from .metrics.distances import relative_l2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,28 +50,73 @@ class Sweep:
     rows: int
     """Most samples in one batch."""
 
-    def first_step(self, bin_index: int) -> int:
-        """Find the first step of a bin."""
-        return sum(bin.steps for bin in self.bins[:bin_index])
+    @property
+    def ablations_per_batch(self) -> int:
+        """Number of ablations whose samples fit in one batch."""
+        return max(1, self.rows // self.samples)
+
+    def steps_of(self, bin_index: int) -> range:
+        """List the steps of a bin."""
+        first = sum(bin.steps for bin in self.bins[:bin_index])
+        return range(first, first + self.bins[bin_index].steps)
+
+    def indices(self, count: int) -> NDArray[np.int64]:
+        """Number the samples of a batch of `count` ablations within the seed."""
+        return np.tile(np.arange(self.samples), count)
+
+    def seen(self, trajectory: Trajectory, step: int) -> Array:
+        """Scale the current samples to what the denoiser sees at a step."""
+        return trajectory.sample * np.float32(self.table.input_scale[step])
+
+    def timestep(self, step: int) -> float:
+        """Read the scheduler's value at a step."""
+        return float(self.table.timesteps[step])
+
+    def gates(self, names: Sequence[str], treatment: Treatment) -> Array:
+        """Make the gates of a batch of ablations that give each of some components one treatment."""
+        rows = [gate_values(self.components, {name: treatment}) for name in names]
+        return np.repeat(np.stack(rows), self.samples, axis=0)
+
+    def recall(self, sample: Array, step: int, held: Held, names: Sequence[str], treatment: Treatment) -> Array:
+        """Predict for a batch of ablations that each hold or forecast one of some components."""
+        index = {component.name: component.index for component in self.components}
+        own = [index[name] for name in names]
+        marks = np.zeros((len(names), len(self.components)), dtype=np.float32)
+        marks[np.arange(len(names)), own] = 1
+        return self.denoiser.recall(
+            sample,
+            self.timestep(step),
+            held,
+            holds=np.repeat(marks, self.samples, axis=0),
+            forecast=sorted(set(own)) if treatment is Treatment.FORECAST else (),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
     """The full model's trajectory."""
 
-    starts: tuple[Trajectory, ...]
-    """State before the first step of every bin."""
-    final: Array
-    """[sample, channel, height, width]."""
+    states: tuple[Trajectory, ...]
+    """State before every step, and the last one."""
     means: NDArray[np.float32]
     """[bin, channel of all components], mean of every branch over the steps of the bin."""
+
+    @property
+    def final(self) -> Array:
+        """The full model's samples, [sample, channel, height, width]."""
+        return self.states[-1].sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     bin: int
-    number: int
-    ablations: tuple[tuple[str, Treatment], ...]
+    kind: Kind
+    names: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        key = hashlib.sha256(repr((self.kind, self.names)).encode()).hexdigest()[:16]
+        return f"bin{self.bin:02d}-{self.kind.treatment}{self.kind.period}-{key}.json"
 
 
 def make_bins(log_snr: NDArray[np.float64], count: int) -> tuple[Bin, ...]:
@@ -85,55 +131,79 @@ def make_bins(log_snr: NDArray[np.float64], count: int) -> tuple[Bin, ...]:
 
 
 def run_base(sweep: Sweep, on_progress: OnProgress) -> Base:
-    """Sample with the full model, keeping the state before every bin and the mean of every branch."""
-    indices = np.arange(sweep.samples)
+    """Sample with the full model, keeping the state before every step and the mean of every branch."""
+    indices = sweep.indices(1)
     trajectory = Trajectory.start(sweep.table, initial_noise(sweep.seed, indices.tolist(), sweep.sample_shape))
     gates = sweep.denoiser.gates({}, sweep.samples)
-    starts: list[Trajectory] = []
+    states = [trajectory]
     means: list[Array] = []
-    for b, bin in enumerate(sweep.bins):
-        starts.append(trajectory)
-        rows: list[Array] = []
-        for step in range(sweep.first_step(b), sweep.first_step(b) + bin.steps):
-            scaled = trajectory.sample * np.float32(sweep.table.input_scale[step])
-            rows.append(sweep.denoiser.branch_means(scaled, float(sweep.table.timesteps[step])))
-            trajectory = sweep.denoiser.advance(
-                trajectory, sweep.table, step, gates=gates, means=rows[-1], seed=sweep.seed, indices=indices
-            )
-            on_progress(Progress(stage="full model", done=step + 1, total=sweep.table.steps))
-        means.append(np.stack(rows).astype(np.float64).mean(axis=0).astype(np.float32))
-    return Base(starts=tuple(starts), final=trajectory.sample, means=np.stack(means))
+    for step in range(sweep.table.steps):
+        means.append(sweep.denoiser.branch_means(sweep.seen(trajectory, step), sweep.timestep(step)))
+
+        def predict(sample: Array, step: int = step) -> Array:
+            return sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=means[step])
+
+        trajectory = trajectory.advance(sweep.table, step, predict, seed=sweep.seed, indices=indices.tolist())
+        states.append(trajectory)
+        on_progress(Progress(stage="full model", done=step + 1, total=sweep.table.steps))
+    per_bin = [np.mean([means[step] for step in sweep.steps_of(b)], axis=0, dtype=np.float64) for b in _numbers(sweep)]
+    return Base(states=tuple(states), means=np.stack(per_bin).astype(np.float32))
 
 
-def run_sweep(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) -> tuple[Effect, ...]:
-    """Measure every ablation, reading from `work` what was measured before.
+def run_sweep(
+    sweep: Sweep, base: Base, chosen: Iterable[tuple[Ablation, int]], work: Path, on_progress: OnProgress
+) -> tuple[Effect, ...]:
+    """Measure ablations in bins, reading from `work` what was measured before.
 
     Raises:
         ArtifactError: If `work` cannot be written.
         ProfileError: If the denoiser produces NaN or infinity.
     """
-    jobs = tuple(_jobs(sweep))
-    weights = [sum(bin.steps for bin in sweep.bins[job.bin :]) * len(job.ablations) for job in jobs]
+    jobs = tuple(_jobs(sweep, chosen))
+    weights = [_calls(sweep, job) for job in jobs]
     effects: list[Effect] = []
     done = 0
     for job, weight in zip(jobs, weights, strict=True):
-        path = work / f"bin{job.bin:02d}-job{job.number:04d}.json"
-        result = _read(path, job)
+        result = _read(work / job.file, job)
         if result is None:
             result = _run(sweep, base, job)
-            write_atomically(path, msgspec.json.encode(result))
+            write_atomically(work / job.file, msgspec.json.encode(result))
         effects.extend(result)
         done += weight
         on_progress(Progress(stage="ablations", done=done, total=sum(weights)))
     return tuple(effects)
 
 
-def _jobs(sweep: Sweep) -> Iterator[_Job]:
-    ablations = [(component.name, treatment) for component in sweep.components for treatment in ABLATIONS]
-    size = max(1, sweep.rows // sweep.samples)
-    for b in range(len(sweep.bins)):
-        for number, start in enumerate(range(0, len(ablations), size)):
-            yield _Job(bin=b, number=number, ablations=tuple(ablations[start : start + size]))
+def sweep_calls(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> int:
+    """Count the denoiser calls per sample that `run_sweep` makes."""
+    return sum(_calls(sweep, job) for job in _jobs(sweep, chosen))
+
+
+def recall_steps(kind: Kind, first: int) -> tuple[int, ...]:
+    """List the last two steps before `first` at which a component treated so was computed."""
+    return tuple(step for step in range(first) if not kind.treats(step))[-2:]
+
+
+def _numbers(sweep: Sweep) -> range:
+    return range(len(sweep.bins))
+
+
+def _jobs(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> Iterator[_Job]:
+    def key(entry: tuple[Ablation, int]) -> tuple[int, str, int]:
+        return entry[1], entry[0].kind.treatment.value, entry[0].kind.period
+
+    size = sweep.ablations_per_batch
+    for (b, _, _), group in groupby(sorted(chosen, key=key), key):
+        alike = [ablation for ablation, _ in group]
+        for start in range(0, len(alike), size):
+            names = tuple(ablation.component for ablation in alike[start : start + size])
+            yield _Job(bin=b, kind=alike[0].kind, names=names)
+
+
+def _calls(sweep: Sweep, job: _Job) -> int:
+    first = sweep.steps_of(job.bin)[0]
+    before = len(recall_steps(job.kind, first)) if job.kind.treatment.reuses else 0
+    return (sweep.table.steps - first + before) * len(job.names)
 
 
 def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
@@ -142,30 +212,69 @@ def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
         result = msgspec.json.decode(read_bounded(path, 2**26), type=tuple[Effect, ...])
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    measured = [(effect.component, effect.treatment, effect.bin) for effect in result]
-    return result if measured == [(name, treatment, job.bin) for name, treatment in job.ablations] else None
+    measured = [(effect.component, effect.treatment, effect.period, effect.bin) for effect in result]
+    wanted = [(name, job.kind.treatment, job.kind.period, job.bin) for name in job.names]
+    return result if measured == wanted else None
 
 
 def _run(sweep: Sweep, base: Base, job: _Job) -> tuple[Effect, ...]:
-    count = len(job.ablations)
-    trajectory = base.starts[job.bin].repeat(count)
-    indices = np.tile(np.arange(sweep.samples), count)
-    ablated = np.concatenate(
-        [
-            np.repeat(gate_values(sweep.components, {name: treatment})[None], sweep.samples, axis=0)
-            for name, treatment in job.ablations
-        ]
-    )
-    kept = sweep.denoiser.gates({}, len(indices))
-    first = sweep.first_step(job.bin)
-    last = first + sweep.bins[job.bin].steps
-    for step in range(first, sweep.table.steps):
-        gates = ablated if step < last else kept
-        trajectory = sweep.denoiser.advance(
-            trajectory, sweep.table, step, gates=gates, means=base.means[job.bin], seed=sweep.seed, indices=indices
-        )
+    count, steps = len(job.names), sweep.steps_of(job.bin)
+    trajectory = base.states[steps[0]].repeat(count)
+    treated = _Removed(sweep, base, job) if not job.kind.treatment.reuses else _Reused(sweep, base, job)
+    kept = sweep.denoiser.gates({}, count * sweep.samples)
+    for step in range(steps[0], sweep.table.steps):
+
+        def predict(sample: Array, step: int = step) -> Array:
+            if step in steps:
+                return treated.predict(sample, step)
+            return sweep.denoiser.predict(sample, sweep.timestep(step), gates=kept, means=base.means[job.bin])
+
+        indices = sweep.indices(count).tolist()
+        trajectory = trajectory.advance(sweep.table, step, predict, seed=sweep.seed, indices=indices)
     finals = trajectory.sample.reshape(count, sweep.samples, *sweep.sample_shape)
     return tuple(
-        Effect(component=name, treatment=treatment, bin=job.bin, damage=measure_damage(base.final, final))
-        for (name, treatment), final in zip(job.ablations, finals, strict=True)
+        Effect(
+            component=name,
+            treatment=job.kind.treatment,
+            period=job.kind.period,
+            bin=job.bin,
+            measured=True,
+            relative_l2=estimate(relative_l2(base.final, final)),
+        )
+        for name, final in zip(job.names, finals, strict=True)
     )
+
+
+class _Removed:
+    """Predictions with one component dropped, or replaced by its mean, per ablation of a batch."""
+
+    def __init__(self, sweep: Sweep, base: Base, job: _Job) -> None:
+        self._sweep = sweep
+        self._gates = sweep.gates(job.names, job.kind.treatment)
+        self._means = base.means[job.bin]
+
+    def predict(self, sample: Array, step: int) -> Array:
+        return self._sweep.denoiser.predict(sample, self._sweep.timestep(step), gates=self._gates, means=self._means)
+
+
+class _Reused:
+    """Predictions with one component held or forecast per ablation of a batch, and computed every few steps."""
+
+    def __init__(self, sweep: Sweep, base: Base, job: _Job) -> None:
+        self._sweep = sweep
+        self._job = job
+        self._held = remembered(sweep, base, recall_steps(job.kind, sweep.steps_of(job.bin)[0]), len(job.names))
+
+    def predict(self, sample: Array, step: int) -> Array:
+        if self._job.kind.treats(step):
+            return self._sweep.recall(sample, step, self._held, self._job.names, self._job.kind.treatment)
+        return self._sweep.denoiser.remember(sample, self._sweep.timestep(step), self._held)
+
+
+def remembered(sweep: Sweep, base: Base, steps: Iterable[int], count: int) -> Held:
+    """Compute all branches at some steps of the full model's trajectory, for a batch of `count` ablations."""
+    held = Held()
+    for step in steps:
+        sample = np.concatenate([sweep.seen(base.states[step], step)] * count)
+        sweep.denoiser.remember(sample, sweep.timestep(step), held)
+    return held

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.plan import Assignment, Plan
-from unetc.artifacts.profile import Component, Profile, Treatment
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Profile
 from unetc.errors import PlanError
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.graph.specialise import specialise
@@ -27,22 +25,6 @@ def compile_engines(gated: GatedGraph, plan: Plan, profile: Profile) -> tuple[Se
         specialise(gated, assignment.treatments, _means_of(plan, engine, profile, means), assignment.emits)
         for engine, assignment in enumerate(plan.engines)
     )
-
-
-def with_emissions(
-    assignments: Sequence[Mapping[str, Treatment]], components: Sequence[Component]
-) -> tuple[Assignment, ...]:
-    """Let every engine emit what it computes and another one takes from earlier steps.
-
-    A component that is nested in one that an engine does not compute is not computed there either.
-    """
-    nested = {component.name: component.nested for component in components}
-    reused = {name for engine in assignments for name, treatment in engine.items() if treatment.reuses}
-    engines = []
-    for treatments in assignments:
-        gone = set(treatments).union(*(nested.get(name, ()) for name in treatments))
-        engines.append(Assignment(treatments=dict(sorted(treatments.items())), emits=tuple(sorted(reused - gone))))
-    return tuple(engines)
 
 
 def check_plan(plan: Plan, profile: Profile) -> None:

@@ -130,7 +130,8 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.artifacts import Assignment, Phase, Plan, Prediction, Treatment
     from unetc.compiler.planner import PlanOptions
-    from unetc.workflow.build import BuildOptions, analyze_model, build
+    from unetc.workflow.build import BuildOptions, build
+    from unetc.workflow.setup import analyze_model
 
     analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=2, threads=1)
     profile = analyze_model(str(model), analysis, cache=cache)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, ModelReference, Treatment
@@ -60,6 +62,20 @@ class Measurement(Record, frozen=True, kw_only=True):
     damage: Damage
 
 
+class EnginePair(Record, frozen=True, kw_only=True):
+    """How the damages of two engines of a plan add up; relative L2, all other steps computed in full."""
+
+    engines: tuple[int, int]
+    alone: tuple[float, float]
+    together: float
+
+    @property
+    def excess(self) -> float:
+        """Damage together / root of the sum of the squared single damages; 1 if they add up as the planner assumes."""
+        expected = math.hypot(*self.alone)
+        return self.together / expected if expected else 1.0
+
+
 class Control(Record, frozen=True, kw_only=True):
     """A plan of the same cost made by a simpler rule, kept for comparison."""
 
@@ -74,6 +90,9 @@ class Control(Record, frozen=True, kw_only=True):
 
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
+
+    SCHEMA: ClassVar[int] = 2
+    schema: int = 2
 
     unetc: str
     model: ModelReference
@@ -95,6 +114,10 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """One per engine of the plan, in its order."""
     controls: tuple[Control, ...]
     measured: Measurement
+    evaluated: tuple[Measurement, ...]
+    """Every schedule that the build has sampled on its way to the plan."""
+    pairs: tuple[EnginePair, ...]
+    """How far the damages of the plan's engines add up."""
     used_seeds: tuple[int, ...]
     """Seeds that analysis and build have seen; `verify` uses others."""
     notes: tuple[str, ...]

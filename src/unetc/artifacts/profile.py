@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 from unetc.artifacts.record import Artifact, Record, finite, require
 
@@ -107,12 +107,22 @@ class Damage(Record, frozen=True, kw_only=True):
 
 
 class Effect(Record, frozen=True, kw_only=True):
-    """The damage of giving one component one treatment in one bin, all else kept."""
+    """What the final output loses when one component has one treatment in one bin, all else kept."""
 
     component: str
     treatment: Treatment
+    period: int
+    """One step of so many computes the component all the same; 1 if none does."""
     bin: int
-    damage: Damage
+    measured: bool
+    """Whether the ablation reached the final output; if not, the damage is estimated from its local error."""
+    relative_l2: Estimate
+    """Norm of the difference / norm of the original, per sample, dimensionless."""
+
+    def __post_init__(self) -> None:
+        """Check that a period belongs to a treatment that refreshes."""
+        require(self.treatment is not Treatment.KEEP, "an effect is of a treatment that changes something")
+        require((self.period > 1) == self.treatment.reuses, "what is held or forecast has a period above 1, others 1")
 
 
 class Cost(Record, frozen=True, kw_only=True):
@@ -125,6 +135,9 @@ class Cost(Record, frozen=True, kw_only=True):
 
 class Profile(Artifact, frozen=True, kw_only=True):
     """Damage of every component at every noise level, and its cost on the target."""
+
+    SCHEMA: ClassVar[int] = 2
+    schema: int = 2
 
     unetc: str
     model: ModelReference
@@ -144,6 +157,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Milliseconds per denoiser call of the original model."""
     costs: tuple[Cost, ...]
     effects: tuple[Effect, ...]
+    samplings: float
+    """What the damages have cost: denoiser calls per sample / steps, that is, in sampling runs of the full model."""
     means: tuple[bytes, ...]
     """Per bin, the concatenated branch means of all components: little-endian float32, [channel of all components]."""
 

@@ -35,6 +35,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the tar
 Batch = Annotated[int, typer.Option(min=1, help="Batch size at which time is measured.")]
 Budget = Annotated[float, typer.Option(help="Share of the time to save, in [0, 1).")]
 MaxEngines = Annotated[int, typer.Option(min=1, help="Most engines beside the full model.")]
+Exhaustive = Annotated[
+    bool, typer.Option("--exhaustive", help="Carry every ablation to the final output; takes some ten times longer.")
+]
+Solver = Annotated[str, typer.Option(help="fast, or exact: an integer program, some hundred times slower.")]
+KnownProfile = Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")]
 Cache = Annotated[
     Path | None,
     typer.Option(help="Folder for captures and partial results [default: $UNETC_CACHE or ~/.cache/unetc]."),
@@ -60,6 +65,7 @@ def analyze(
     target: Target = "onnxruntime:cpu",
     threads: Threads = None,
     batch: Batch = 8,
+    exhaustive: Exhaustive = False,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -67,10 +73,10 @@ def analyze(
     from unetc.artifacts.record import check_writable
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
-    from unetc.workflow.build import analyze_model
+    from unetc.workflow.setup import analyze_model
 
     check_writable(output)
-    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch)
+    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, exhaustive)
     with progress() as on_progress:
         profile = analyze_model(model, options, cache=_cache(cache), on_progress=on_progress)
     profile.save(output)
@@ -86,16 +92,17 @@ def plan(
     profile: Annotated[Path, typer.Argument(help="Profile from `unetc analyze`.", metavar="PROFILE")],
     budget: Budget = 0.27,
     max_engines: MaxEngines = 4,
+    solver: Solver = "fast",
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan to write.")] = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
-    """Choose what to remove at which noise level. Pure: the same profile and options give the same bytes."""
+    """Choose what to remove or reuse at which noise level. Pure: the same profile and options give the same bytes."""
     from unetc.artifacts.profile import Profile
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json
     from unetc.compiler.planner import PlanOptions, make_plan
 
-    made = make_plan(Profile.load(profile), PlanOptions(budget=budget, max_engines=max_engines))
+    made = make_plan(Profile.load(profile), PlanOptions(budget=budget, max_engines=max_engines, solver=solver))
     made.save(output)
     if as_json:
         print_json(made)
@@ -113,10 +120,15 @@ def build(
     quality_gate: Annotated[
         str | None, typer.Option(help="Refuse a worse build: psnr>=DB, ssim>=VALUE or relative-l2<=VALUE.")
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Instead of a budget: build the fastest plan of the curve that passes, as psnr>=32."),
+    ] = None,
+    profile: KnownProfile = None,
     plan: Annotated[
         Path | None, typer.Option(help="Build this plan of the profile as it is, whatever the budget.")
     ] = None,
+    repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40,
     controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True,
     scheduler: Scheduler = "ddim",
     steps: Steps = 50,
@@ -139,7 +151,10 @@ def build(
     from unetc.workflow.build import BuildOptions
     from unetc.workflow.build import build as build_bundle
     from unetc.workflow.gate import QualityGate
+    from unetc.workflow.repair import RepairOptions
 
+    if at is not None and plan is not None:
+        raise typer.BadParameter("--at chooses a plan itself; give one of --at and --plan.")
     options = BuildOptions(
         plan=PlanOptions(budget=budget, max_engines=max_engines),
         analysis=(
@@ -149,6 +164,8 @@ def build(
         ),
         steps=steps,
         gate=QualityGate.parse(quality_gate) if quality_gate else None,
+        at=QualityGate.parse(at) if at else None,
+        repair=RepairOptions(evaluations=repair),
         controls=controls,
     )
     known = Profile.load(profile) if profile else None
@@ -164,6 +181,53 @@ def build(
     else:
         OUT.print(summary.bundle_table(manifest))
         OUT.print(f"wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def pareto(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Curve to write; a .svg is put beside it.")] = Path(
+        "pareto.json"
+    ),
+    budgets: Annotated[int, typer.Option(min=1, help="Number of budgets between 0.1 and 0.8.")] = 8,
+    max_engines: MaxEngines = 4,
+    profile: KnownProfile = None,
+    scheduler: Scheduler = "ddim",
+    steps: Steps = 50,
+    samples: Samples = 16,
+    bins: Bins = 8,
+    seed: Seed = 0,
+    target: Target = "onnxruntime:cpu",
+    threads: Threads = None,
+    batch: Batch = 8,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the least damage at any time: plan, repair and sample at many budgets; all that was sampled is kept."""
+    from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.artifacts.profile import Profile
+    from unetc.artifacts.record import check_writable, write_atomically
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.report.curve import draw
+    from unetc.workflow.pareto import ParetoOptions
+    from unetc.workflow.pareto import pareto as measure
+
+    picture = output.with_suffix(".svg")
+    check_writable(output)
+    check_writable(picture)
+    known = Profile.load(profile) if profile else None
+    analysis = AnalysisOptions() if known else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch)
+    options = ParetoOptions(budgets=budgets, steps=steps, max_engines=max_engines, analysis=analysis)
+    with progress() as on_progress:
+        curve = measure(model, options, cache=_cache(cache), profile=known, on_progress=on_progress)
+    curve.save(output)
+    write_atomically(picture, draw(curve).encode())
+    if as_json:
+        print_json(summary.pareto_facts(curve, output))
+    else:
+        OUT.print(summary.pareto_table(curve))
+        OUT.print(f"wrote {output} and {picture}", soft_wrap=True)
 
 
 @app.command()
@@ -311,12 +375,22 @@ def demo(
 
 
 def _analysis(
-    scheduler: str, steps: int, samples: int, bins: int, seed: int, target: str, threads: int | None, batch: int
+    scheduler: str,
+    steps: int,
+    samples: int,
+    bins: int,
+    seed: int,
+    target: str,
+    threads: int | None,
+    batch: int,
+    exhaustive: bool = False,
 ) -> AnalysisOptions:
+    from dataclasses import replace
+
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.environment import cores
 
-    return AnalysisOptions(
+    options = AnalysisOptions(
         scheduler=scheduler,
         steps=steps,
         samples=samples,
@@ -326,6 +400,7 @@ def _analysis(
         threads=threads or cores(),
         batch=batch,
     )
+    return replace(options, decisive=None) if exhaustive else options
 
 
 def _cache(given: Path | None) -> Path:

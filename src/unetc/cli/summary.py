@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unetc.artifacts.manifest import MANIFEST, Manifest
+from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.record import read_bounded, to_builtins
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from unetc.runtime.session import Step
 
 
-def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification:
+def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification | Pareto:
     """Open a bundle folder (every byte checked), a profile, a plan or a verification.
 
     Raises:
@@ -35,15 +36,15 @@ def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification:
 
         return Bundle.open(path if path.is_dir() else path.parent).manifest
     data = read_bounded(path, 2**28)
-    for kind in (Profile, Plan, Verification):
+    for kind in (Profile, Plan, Verification, Pareto):
         try:
             return kind.from_json(data, str(path))
         except CorruptArtifactError:
             continue
-    raise ArtifactError(f"{path} is not a bundle, profile, plan or verification of unetc.")
+    raise ArtifactError(f"{path} is not a bundle, profile, plan, verification or curve of unetc.")
 
 
-def render(artifact: Profile | Plan | Manifest | Verification) -> RenderableType:
+def render(artifact: Profile | Plan | Manifest | Verification | Pareto) -> RenderableType:
     """Show any artifact as a table."""
     match artifact:
         case Profile():
@@ -54,15 +55,19 @@ def render(artifact: Profile | Plan | Manifest | Verification) -> RenderableType
             return bundle_table(artifact)
         case Verification():
             return verification_table(artifact)
+        case Pareto():
+            return pareto_table(artifact)
 
 
-def facts(artifact: Profile | Plan | Manifest | Verification, path: Path) -> dict[str, object]:
+def facts(artifact: Profile | Plan | Manifest | Verification | Pareto, path: Path) -> dict[str, object]:
     """Reduce any artifact to what a program would ask of it."""
     match artifact:
         case Profile():
             return profile_facts(artifact, path)
         case Manifest():
             return bundle_facts(artifact, path)
+        case Pareto():
+            return pareto_facts(artifact, path)
         case _:
             plain: dict[str, object] = to_builtins(artifact)
             return plain
@@ -83,7 +88,7 @@ def profile_facts(profile: Profile, path: Path) -> dict[str, object]:
                 "name": component.name,
                 "kind": component.kind,
                 "saved_ms": costs[component.name],
-                "least_relative_l2": [least[component.name, b] for b in range(len(profile.bins))],
+                "least_relative_l2": [least.get((component.name, b)) for b in range(len(profile.bins))],
             }
             for component in profile.components
         ],
@@ -96,12 +101,13 @@ def profile_table(profile: Profile) -> Table:
     costs = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
     rows = [
         [escape(component.name), f"{costs[component.name]:.1%}"]
-        + [f"{least[component.name, b]:.3f}" for b in range(len(profile.bins))]
+        + [f"{least[component.name, b]:.3f}" if (component.name, b) in least else "–" for b in range(len(profile.bins))]
         for component in profile.components
     ]
     return table(
-        f"{escape(profile.model.name)}: time saved by removing a component, and the relative L2 damage of doing so per "
-        f"noise level (log-SNR); {profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}",
+        f"{escape(profile.model.name)}: time saved without a component, and the least relative L2 damage of removing "
+        f"or reusing it per noise level (log-SNR); {profile.samples} samples, {profile.scheduler} {profile.steps}, "
+        f"{profile.target}; cost {profile.samplings:.0f} sampling runs",
         ["component", "saves", *(f"≥{bin.low:.1f}" for bin in profile.bins)],
         rows,
     )
@@ -111,7 +117,7 @@ def _least_damage(profile: Profile) -> dict[tuple[str, int], float]:
     least: dict[tuple[str, int], float] = {}
     for effect in profile.effects:
         key = effect.component, effect.bin
-        least[key] = min(least.get(key, float("inf")), effect.damage.relative_l2.mean)
+        least[key] = min(least.get(key, float("inf")), effect.relative_l2.mean)
     return least
 
 
@@ -133,7 +139,7 @@ def plan_table(plan: Plan) -> Table:
         f"plan for {escape(plan.model.name)}, budget {plan.budget:.0%}: predicted time ratio "
         f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}"
     )
-    return table(title, ["log-SNR", "runs", "removed"], rows, words=3)
+    return table(title, ["log-SNR", "runs", "treated"], rows, words=3)
 
 
 def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
@@ -169,6 +175,28 @@ def bundle_table(manifest: Manifest) -> RenderableType:
     )
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
     return Group(engines, plan_table(manifest.plan))
+
+
+def pareto_facts(curve: Pareto, path: Path) -> dict[str, object]:
+    """Summarise a curve: its front, without the plans."""
+    return {
+        "pareto": str(path),
+        "model": to_builtins(curve.model),
+        "sampled": len(curve.points),
+        "front": [
+            {"budget": p.budget, "time_ratio": p.time_ratio, "damage": to_builtins(p.damage)} for p in curve.front()
+        ],
+    }
+
+
+def pareto_table(curve: Pareto) -> Table:
+    """Lay out the front of a curve."""
+    rows = [[f"{point.time_ratio:.3f}", *_damage_cells(point.damage)] for point in curve.front()]
+    title = (
+        f"{escape(curve.model.name)}: least damage at any time, of {len(curve.points)} plans sampled on "
+        f"{curve.samples} samples, {curve.steps} steps, {curve.target}"
+    )
+    return table(title, ["time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
 
 
 def verification_table(result: Verification) -> Table:

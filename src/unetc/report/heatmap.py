@@ -148,12 +148,12 @@ def _draw_damage(sheet: _Sheet, profile: Profile, planned: set[tuple[str, int]])
     damages = np.full((len(profile.components), len(profile.bins)), np.nan)
     least = _least_damage(profile)
     for (name, bin), effect in least.items():
-        damages[sheet.rows[name], bin] = effect.damage.relative_l2.mean
+        damages[sheet.rows[name], bin] = effect.relative_l2.mean
     norm = _damage_norm(damages)
     sheet.heat.set_facecolor(BLANK)
     sheet.heat.pcolormesh(np.ma.masked_invalid(damages), cmap=_DAMAGE, norm=norm, edgecolors="white", linewidth=0.6)
     for (name, bin), effect in least.items():
-        if (name, bin) not in planned:
+        if effect.measured and (name, bin) not in planned:
             row = sheet.rows[name]
             ink = ink_on(_DAMAGE(float(norm(damages[row, bin]))))
             sheet.write(bin, row, effect.treatment.value[0], color=ink, alpha=0.7)
@@ -161,9 +161,8 @@ def _draw_damage(sheet: _Sheet, profile: Profile, planned: set[tuple[str, int]])
 
 
 def _least_damage(profile: Profile) -> dict[tuple[str, int], Effect]:
-    """Keep the less harmful of drop and mean of every component in every bin."""
-    removals = [effect for effect in profile.effects if effect.treatment in (Treatment.DROP, Treatment.MEAN)]
-    best_first = sorted(removals, key=lambda effect: effect.damage.relative_l2.mean)
+    """Keep the least harmful treatment of every component in every bin."""
+    best_first = sorted(profile.effects, key=lambda effect: effect.relative_l2.mean)
     return {(effect.component, effect.bin): effect for effect in reversed(best_first)}
 
 

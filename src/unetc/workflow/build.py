@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock
 from safetensors.numpy import save
 
 import unetc
-from unetc.analyzer.analysis import AnalysisOptions, analyze
-from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, FileRecord, Manifest, Measurement
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, EnginePair, FileRecord, Manifest, Measurement
+from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
-from unetc.compiler.engines import check_plan
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
-from unetc.errors import PlanError, ProfileError, QualityGateError
+from unetc.errors import PlanError, QualityGateError
 from unetc.graph.gated import SerialisedGraph
-from unetc.models import Model, find_model
 from unetc.progress import OnProgress, Progress, ignore
-from unetc.runtime.backend import open_backend
 from unetc.runtime.session import FULL_ENGINE
-from unetc.solver.extract import extract, make_scheduler
-from unetc.solver.table import SolverTables
 
-from .fit import RANDOM_PLANS, fit_plan, fit_random, fit_uniform
+from .additivity import check_pairs
+from .controls import make_controls
+from .fit import fit_plan
 from .gate import QualityGate
-from .prepare import Prepared, prepare, prepare_solver
+from .pareto import ParetoOptions, fastest_passing, trace
+from .repair import RepairOptions, repair
+from .setup import Setup, set_up
 from .workbench import Candidate, Workbench
 
 PROFILE_FILE = "profile.json"
@@ -48,6 +46,9 @@ class BuildOptions:
     steps: int = 50
     """Default number of steps of the bundle; time and damage are measured at it."""
     gate: QualityGate | None = None
+    at: QualityGate | None = None
+    """Build the fastest plan of the curve that passes this, whatever the budget."""
+    repair: RepairOptions = field(default_factory=RepairOptions)
     controls: bool = True
     """Whether to put control plans beside the plan, for `verify` and the report."""
 
@@ -57,16 +58,7 @@ class _Fitted:
     candidate: Candidate
     correction: float
     measured: Measurement
-
-
-def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progress: OnProgress = ignore) -> Profile:
-    """Capture a model and measure it.
-
-    Raises:
-        ModelError: If there is no such model or it is not supported.
-        ProfileError: If it cannot be analysed.
-    """
-    return _analyze(find_model(name), options, cache, on_progress)
+    evaluated: tuple[Measurement, ...]
 
 
 def build(
@@ -101,79 +93,82 @@ def build(
         ArtifactError: If the bundle cannot be written.
     """
     check_destination(path)
-    model = find_model(name)
-    profile = profile or _analyze(model, options.analysis, cache, on_progress)
-    _check_profile(profile, model)
-    if plan is not None:
-        check_plan(plan, profile)
-    prepared = prepare(model, cache, on_progress)
-    if profile.components != prepared.gated.components:
-        raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
-    solver = prepare_solver(model, profile.scheduler, (options.steps,), on_progress)
-    backend = open_backend(profile.target, threads=profile.threads)
-    workbench = Workbench(prepared.gated, profile, solver, backend, steps=options.steps)
+    setup = set_up(
+        name,
+        analysis=options.analysis,
+        steps=options.steps,
+        cache=cache,
+        profile=profile,
+        plan=plan,
+        on_progress=on_progress,
+    )
+    workbench = setup.workbench
+    if options.at is not None:
+        curve = trace(setup, ParetoOptions(steps=options.steps, max_engines=options.plan.max_engines), on_progress)
+        plan = _at(curve, options.at)
     notes: list[str] = []
-    seed = profile.seed + 1
-    fitted = _fit(workbench, options.plan, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
+    seed = setup.profile.seed + 1
+    fitted = _fit(workbench, options, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
     if options.gate is not None and not options.gate.passes(fitted.measured.damage):
         asked = options.plan if plan is None else replace(options.plan, budget=plan.budget)
         raise _gate_failed(workbench, asked, options.gate, fitted, seed, on_progress)
     wanted = options.controls and fitted.candidate.saving > 0.01
-    controls = _controls(workbench, fitted, notes, on_progress) if wanted else []
-    return _write(path, prepared, profile, solver, options, fitted, controls, notes, seed)
+    controls: list[tuple[str, Candidate]] = []
+    if wanted:
+        controls = make_controls(workbench, fitted.candidate, fitted.correction, notes, seed, on_progress)
+    pairs = check_pairs(workbench, fitted.candidate, seed, on_progress) if wanted else ()
+    return _write(path, setup, options, fitted, controls, pairs, notes, seed)
 
 
-def _analyze(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:
-    """Analyse, having refused what can be refused before the capture, which takes long."""
-    table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
-    backend = open_backend(options.target, threads=options.threads)
-    prepared = prepare(model, cache, on_progress)
-    with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
-        return analyze(
-            prepared.gated,
-            model.reference,
-            table,
-            backend,
-            sample_shape=model.sample_shape,
-            options=options,
-            work=prepared.work,
-            on_progress=on_progress,
-        )
+def _at(curve: Pareto, gate: QualityGate) -> Plan:
+    """Pick the fastest plan that passes; what it saves becomes its budget."""
+    point = fastest_passing(curve, gate)
+    return msgspec.structs.replace(point.plan, budget=max(0.0, min(0.99, 1 - point.time_ratio)))
 
 
-def _check_profile(profile: Profile, model: Model) -> None:
-    reference = model.reference
-    if profile.model.sha256 != reference.sha256:
-        raise ProfileError(
-            f"the profile is of {profile.model.name} ({profile.model.sha256[:12]}), not of {reference.name} "
-            f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {reference.name} -o profile.json`."
-        )
-
-
-def _fit(workbench: Workbench, options: PlanOptions, notes: list[str], seed: int, on_progress: OnProgress) -> _Fitted:
-    """Fit by the engines' times, then check by sampling; if sampling misses the budget, aim higher once."""
-    on_progress(Progress(stage="fitting the plan", done=0, total=2))
-    candidate, correction = fit_plan(workbench, options, notes)
-    on_progress(Progress(stage="fitting the plan", done=1, total=2))
-    measured = workbench.measure(candidate, seed=seed)
-    if 1 - measured.time_ratio < options.budget and options.budget > 0:  # without a budget noise is no shortfall
-        shortfall = options.budget - (1 - measured.time_ratio)
-        aim = replace(options, budget=min(0.99, options.budget + shortfall + 0.01 * options.budget))
-        notes.append(f"sampling saved {1 - measured.time_ratio:.1%}, {shortfall:.1%} short; fitted to {aim.budget:.1%}")
+def _fit(workbench: Workbench, options: BuildOptions, notes: list[str], seed: int, on_progress: OnProgress) -> _Fitted:
+    """Fit by the engines' times and repair by sampling; if sampling misses the budget, aim higher once."""
+    fitted = _fit_and_repair(workbench, options, options.plan, 1.0, notes, seed, on_progress)
+    budget = options.plan.budget
+    shortfall = budget - (1 - fitted.measured.time_ratio)
+    if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
+        aim = replace(options.plan, budget=min(0.99, budget + shortfall + 0.01 * budget))
+        notes.append(f"sampling saved {budget - shortfall:.1%}, {shortfall:.1%} short; fitted to {aim.budget:.1%}")
         try:
-            candidate, correction = fit_plan(workbench, aim, notes, correction=correction)
-            candidate = replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=options.budget))
-            measured = workbench.measure(candidate, seed=seed)
+            fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress)
         except PlanError as error:
             notes.append(f"kept the plan that is {shortfall:.1%} short: {error}")
-    on_progress(Progress(stage="fitting the plan", done=2, total=2))
-    return _Fitted(candidate=candidate, correction=correction, measured=measured)
+    plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
+    return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
+
+
+def _fit_and_repair(
+    workbench: Workbench,
+    options: BuildOptions,
+    plan: PlanOptions,
+    correction: float,
+    notes: list[str],
+    seed: int,
+    on_progress: OnProgress,
+) -> _Fitted:
+    on_progress(Progress(stage="fitting the plan", done=0, total=1))
+    candidate, correction = fit_plan(workbench, plan, notes, correction=correction)
+    on_progress(Progress(stage="fitting the plan", done=1, total=1))
+    repaired = repair(workbench, candidate, plan.budget, seed, options.repair, on_progress)
+    first, last = (damage.relative_l2.mean for damage in (repaired.evaluated[0].damage, repaired.damage))
+    notes.append(
+        f"planned for a damage of {candidate.plan.prediction.relative_l2:.4f}, measured {first:.4f}; after sampling "
+        f"{len(repaired.evaluated)} schedules {last:.4f}"
+    )
+    measured = workbench.measure(repaired.candidate, seed=seed)
+    evaluated = tuple(Measurement(time_ratio=one.candidate.time_ratio, damage=one.damage) for one in repaired.evaluated)
+    return _Fitted(candidate=repaired.candidate, correction=correction, measured=measured, evaluated=evaluated)
 
 
 def _take(workbench: Workbench, plan: Plan, seed: int) -> _Fitted:
     """Measure a plan as it is."""
     candidate = workbench.compile(plan)
-    return _Fitted(candidate=candidate, correction=1.0, measured=workbench.measure(candidate, seed=seed))
+    return _Fitted(candidate=candidate, correction=1.0, measured=workbench.measure(candidate, seed=seed), evaluated=())
 
 
 def _gate_failed(
@@ -203,46 +198,20 @@ def _gate_failed(
     )
 
 
-def _controls(
-    workbench: Workbench, fitted: _Fitted, notes: list[str], on_progress: OnProgress
-) -> list[tuple[str, Candidate]]:
-    """Make the controls, at the measured time of the plan; one that cannot be made is noted and left out."""
-    target, total = fitted.candidate.saving, 1 + RANDOM_PLANS
-    makers: list[tuple[str, Callable[[], Candidate]]] = [
-        ("uniform", lambda: fit_uniform(workbench, target, fitted.correction))
-    ]
-    for i in range(RANDOM_PLANS):
-        makers.append(
-            (
-                f"random-{i + 1}",
-                lambda i=i: fit_random(workbench, target, fitted.correction, fitted.candidate.plan, i),  # type: ignore[misc]
-            )
-        )
-    controls = []
-    for done, (name, make) in enumerate(makers):
-        on_progress(Progress(stage="controls", done=done, total=total))
-        try:
-            controls.append((name, make()))
-        except PlanError as error:
-            notes.append(f"left out the control {name}: {error}")
-    on_progress(Progress(stage="controls", done=total, total=total))
-    return controls
-
-
 def _write(
     path: Path,
-    prepared: Prepared,
-    profile: Profile,
-    solver: SolverTables,
+    setup: Setup,
     options: BuildOptions,
     fitted: _Fitted,
     controls: list[tuple[str, Candidate]],
+    pairs: tuple[EnginePair, ...],
     notes: list[str],
     seed: int,
 ) -> Manifest:
-    header, rows = solver.to_array()
+    header, rows = setup.solver.to_array()
+    profile = setup.profile
     contents: dict[str, bytes | Path] = {
-        WEIGHTS_FILE: prepared.gated.weights,
+        WEIGHTS_FILE: setup.prepared.gated.weights,
         PROFILE_FILE: profile.to_json(),
         SOLVER_FILE: save({SOLVER_ROWS: rows}),
     }
@@ -279,6 +248,8 @@ def _write(
             engines=engines,
             controls=compared,
             measured=fitted.measured,
+            evaluated=fitted.evaluated,
+            pairs=pairs,
             used_seeds=(profile.seed, seed),
             notes=tuple(notes),
             files=files,

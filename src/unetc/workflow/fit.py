@@ -7,9 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Treatment
-from unetc.compiler.planner import PlanOptions, Removal, assemble, make_plan
+import unetc
+from unetc.artifacts.plan import Phase, Plan, Prediction
+from unetc.artifacts.profile import Profile, Treatment
+from unetc.compiler.choices import Choices, Mode, Part
+from unetc.compiler.emissions import with_emissions
+from unetc.compiler.planner import PlanOptions, assemble, make_plan
 from unetc.errors import PlanError
 
 from .workbench import Candidate, Workbench
@@ -18,7 +21,8 @@ TOLERANCE = 0.05
 """A saving may exceed the budget by this share of it."""
 
 ATTEMPTS = 6
-RANDOM_PLANS = 3
+RANDOM_PLANS = 5
+LONGEST_PERIOD = 10
 
 
 def fit_plan(
@@ -76,24 +80,73 @@ def fit_uniform(workbench: Workbench, target: float, correction: float) -> Candi
     return _closest(workbench, draw, target)
 
 
-def fit_random(workbench: Workbench, target: float, correction: float, like: Plan, seed: int) -> Candidate:
-    """Find a plan that removes random components in the phases of another one and saves the same measured time."""
+def fit_deep_hold(workbench: Workbench, target: float, seed: int) -> Candidate:
+    """Find the best plan that holds one level in all phases with one period: the rule of DeepCache.
+
+    For every level the shortest period that saves enough is tried, or else the longest; of those that save the target,
+    the one that does the least damage is returned, or else the one that saves most.
+
+    Source:
+        Ma et al. 2023, arXiv:2312.00858: uniform 1:N caching of the deep branch.
+    """
     profile = workbench.profile
-    removal = Removal.of(profile, correction)
-    edges = [profile.bin_of(phase.low) for phase in like.phases] + [len(profile.bins)]
-    segments = list(pairwise(edges))
+    share = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
+    tried: list[tuple[bool, float, Candidate]] = []
+    for level in (component.name for component in profile.components if component.kind == "level"):
+        for period in range(2, LONGEST_PERIOD + 1):
+            enough = share[level] * (1 - 1 / period) >= (1 - TOLERANCE / 2) * target
+            if enough or period == LONGEST_PERIOD:
+                candidate = workbench.compile(hold_everywhere(profile, level, period))
+                if candidate.saving >= (1 - TOLERANCE) * target or period == LONGEST_PERIOD:
+                    reaches = candidate.saving >= (1 - TOLERANCE) * target
+                    loss = workbench.damage(candidate, seed=seed).relative_l2.mean if reaches else -candidate.saving
+                    tried.append((not reaches, loss, candidate))
+                    break
+    if not tried:
+        raise PlanError("the model has no level that could be held.")
+    return min(tried, key=lambda entry: entry[:2])[2]
+
+
+def hold_everywhere(profile: Profile, component: str, period: int) -> Plan:
+    """Plan to compute a component at one of every `period` steps and to hold it at the others."""
+    return Plan(
+        unetc=unetc.__version__,
+        model=profile.model,
+        profile_sha256=profile.sha256(),
+        budget=0.0,
+        max_engines=1,
+        engines=with_emissions([{}, {component: Treatment.HOLD}], profile.components),
+        phases=(Phase(low=profile.bins[0].low, high=profile.bins[-1].high, cycle=(0, *[1] * (period - 1))),),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+    )
+
+
+def fit_random(workbench: Workbench, target: float, correction: float, seed: int, *, max_engines: int) -> Candidate:
+    """Find a plan that treats random components at random noise levels and saves the same measured time."""
+    choices = Choices(workbench.profile, correction)
+    bins = len(choices.steps)
 
     def draw(budget: float) -> Plan:
         generator = np.random.default_rng((seed, 0))
-        chosen: dict[tuple[int, int], dict[str, Treatment]] = {segment: {} for segment in segments}
-        pairs = [(segment, name) for segment in segments for name in removal.names]
+        cuts = generator.choice(np.arange(1, bins), size=min(max_engines, bins) - 1, replace=False)
+        edges = [0, *sorted(cuts.tolist()), bins]
+        modes = [
+            Mode(first=first, last=last, period=int(generator.choice(choices.periods)))
+            for first, last in pairwise(edges)
+        ]
+        chosen: list[dict[str, Treatment]] = [{} for _ in modes]
+        pairs = [(run, name) for run in range(len(modes)) for name in choices.names]
         for position in generator.permutation(len(pairs)):
-            segment, name = pairs[position]
-            if 1 - removal.predict(list(chosen.items())).time_ratio >= budget:
+            run, name = pairs[position]
+            parts = [Part(mode=mode, treatments=own) for mode, own in zip(modes, chosen, strict=True)]
+            if 1 - choices.predict(parts).time_ratio >= budget:
                 break
-            chosen[segment][name] = (Treatment.DROP, Treatment.MEAN)[int(generator.integers(2))]
-        options = PlanOptions(budget=min(budget, 0.99), max_engines=max(1, len(segments)))
-        return assemble(profile, options, list(chosen.items()), removal)
+            possible = choices.treatments(modes[run], name)
+            if possible:
+                chosen[run][name] = possible[int(generator.integers(len(possible)))]
+        options = PlanOptions(budget=min(budget, 0.99), max_engines=max_engines)
+        parts = [Part(mode=mode, treatments=own) for mode, own in zip(modes, chosen, strict=True)]
+        return assemble(workbench.profile, options, parts, choices)
 
     return _closest(workbench, draw, target)
 

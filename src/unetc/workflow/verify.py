@@ -29,8 +29,9 @@ HELD_OUT = 1000
 
 _DESCRIPTIONS = {
     "fewer_steps": "the full model with fewer steps",
-    "uniform": "the same removals at all noise levels, chosen by the planner",
-    "random": "random removals in the plan's phases",
+    "uniform": "the same treatment at all noise levels, chosen by the planner",
+    "deep-hold": "one level held in all phases with one period (DeepCache's rule), the best level and period",
+    "random": "random treatments of random components at random noise levels",
 }
 
 

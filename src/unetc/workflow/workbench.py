@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,16 +13,19 @@ from safetensors.numpy import load_file
 from unetc.analyzer.damage import measure_damage
 from unetc.artifacts.manifest import Measurement
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.profile import Damage, Profile
 from unetc.backend import Backend, Program
 from unetc.compiler.engines import compile_engines
 from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.held import Held
 from unetc.runtime.session import FULL_ENGINE, Session
 from unetc.solver.table import SolverTables
 from unetc.timing import interleaved_ms
 
 ENGINE_ROUNDS = 15
 SAMPLING_ROUNDS = 3
+_LOADED_ENGINES = 12
+"""Engines kept for the next plan; each has its own copy of the weights it packs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Candidate:
 
     plan: Plan
     graphs: tuple[SerialisedGraph, ...]
+    programs: tuple[Program, ...]
     session: Session
     step_ms: tuple[float, ...]
     """Median milliseconds per call of every engine."""
@@ -56,6 +60,8 @@ class Workbench:
         self._gated = gated
         self._backend = backend
         self._weights = load_file(gated.weights)
+        self._programs: dict[bytes, Program] = {}
+        self._references: dict[int, NDArray[np.float32]] = {}
 
     def compile(self, plan: Plan) -> Candidate:
         """Specialise, load and time the engines of a plan, each in turn with the others.
@@ -64,24 +70,35 @@ class Workbench:
             CompileError: If a graph cannot be specialised.
         """
         graphs = compile_engines(self._gated, plan, self.profile)
-        programs = [self._backend.load(graph.graph, graph.select(self._weights)) for graph in graphs]
+        programs = tuple(self._load(graph) for graph in graphs)
         times = self._time(programs)
-        session = Session(
-            plan=plan,
-            programs=programs,
-            solver=self.solver,
-            sample_shape=self.profile.sample_shape,
-            steps=self.steps,
-        )
+        session = self._session(plan, programs)
         used = session.schedule(self.steps)
         ratio = np.median(times[:, used].sum(axis=1) / (times[:, FULL_ENGINE] * len(used)))
         return Candidate(
             plan=plan,
             graphs=graphs,
+            programs=programs,
             session=session,
             step_ms=tuple(np.median(times, axis=0).tolist()),
             time_ratio=float(ratio),
         )
+
+    def reschedule(self, candidate: Candidate, plan: Plan) -> Candidate:
+        """Give a candidate another schedule of the same engines; its time follows from the engines' times."""
+        session = self._session(plan, candidate.programs)
+        used = session.schedule(self.steps)
+        before = candidate.session.schedule(self.steps)
+        full = candidate.step_ms[FULL_ENGINE] * len(used)
+        change = sum(candidate.step_ms[e] for e in used) - sum(candidate.step_ms[e] for e in before)
+        return replace(candidate, plan=plan, session=session, time_ratio=candidate.time_ratio + change / full)
+
+    def damage(self, candidate: Candidate, *, seed: int) -> Damage:
+        """Sample one batch with a plan and compare it with the full model's, which is sampled once per seed."""
+        batch = self.profile.batch
+        if seed not in self._references:
+            self._references[seed] = candidate.session.sample(batch, seed=seed, lossless=True)
+        return measure_damage(self._references[seed], candidate.session.sample(batch, seed=seed))
 
     def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
         """Sample with the plan and with the full model in turns, on the same noise.
@@ -105,9 +122,31 @@ class Workbench:
         damage = measure_damage(np.concatenate(full), np.concatenate(pruned))
         return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
 
+    def _session(self, plan: Plan, programs: tuple[Program, ...]) -> Session:
+        return Session(
+            plan=plan,
+            programs=programs,
+            solver=self.solver,
+            sample_shape=self.profile.sample_shape,
+            steps=self.steps,
+        )
+
+    def _load(self, graph: SerialisedGraph) -> Program:
+        """Load a graph, or find it among those loaded last."""
+        program = self._programs.pop(graph.graph, None)
+        if program is None:
+            program = self._backend.load(graph.graph, graph.select(self._weights))
+        self._programs[graph.graph] = program
+        while len(self._programs) > _LOADED_ENGINES:
+            del self._programs[next(iter(self._programs))]
+        return program
+
     def _time(self, programs: Sequence[Program]) -> NDArray[np.float64]:
         batch = self.profile.batch
         sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
-        inputs = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
+        inputs: dict[str, object] = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
         output = np.empty_like(sample)
+        held = Held()
+        held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
+        inputs |= held.inputs(500.0)
         return interleaved_ms([partial(program, inputs, output) for program in programs], rounds=ENGINE_ROUNDS)

@@ -1,0 +1,58 @@
+"""What an analysis tries: one component, one treatment, for as long as a bin of noise levels lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unetc.artifacts.profile import Component, Treatment
+
+PERIODS = (2, 4)
+"""Steps per refresh that holding and forecasting are tried with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A treatment and how often the component is computed all the same."""
+
+    treatment: Treatment
+    period: int = 1
+    """One step of so many computes the component, those whose index is a multiple of it; 1 if none does."""
+
+    def treats(self, step: int) -> bool:
+        """Tell whether a step has the treatment."""
+        return not self.treatment.reuses or step % self.period > 0
+
+    @property
+    def share(self) -> float:
+        """Share of the steps that have the treatment."""
+        return 1 - 1 / self.period if self.treatment.reuses else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """A component and what is done to it."""
+
+    component: str
+    kind: Kind
+
+
+REMOVALS = (Kind(treatment=Treatment.DROP), Kind(treatment=Treatment.MEAN))
+REUSES = tuple(
+    Kind(treatment=treatment, period=period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in PERIODS
+)
+
+
+def kinds_for(component: Component) -> tuple[Kind, ...]:
+    """List what is tried on a component; the step can only be reused."""
+    return REUSES if component.kind == "step" else REMOVALS + REUSES
+
+
+def ablations_of(components: Sequence[Component]) -> tuple[Ablation, ...]:
+    """List all ablations, those of one kind together."""
+    return tuple(
+        Ablation(component=component.name, kind=kind)
+        for kind in REMOVALS + REUSES
+        for component in components
+        if kind in kinds_for(component)
+    )

@@ -1,0 +1,156 @@
+"""The screen: rank all ablations by what they change locally, at one step of every bin.
+
+An ablation's *local error* is how far the denoiser's prediction moves at a step of the full model's own trajectory. It
+takes one call where an ablation that reaches the final output takes half a sampling run. What a local error of a bin
+does to the final output is learned from the ablations of this bin that were measured on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from unetc.artifacts.profile import Cost, Effect, Estimate, Treatment
+from unetc.artifacts.record import Record, read_bounded, write_atomically
+from unetc.errors import ArtifactError
+from unetc.held import Held
+from unetc.progress import OnProgress, Progress
+
+from .ablation import REMOVALS, REUSES, Ablation, Kind, kinds_for
+from .metrics.distances import relative_l2
+from .sweep import Base, Sweep, remembered
+
+Z_95 = 1.96
+_LEAST_SPREAD = 0.1
+"""Standard deviation of the logarithm that an estimate has at least, however well few measurements agree."""
+
+
+class _Local(Record, frozen=True, kw_only=True):
+    component: str
+    treatment: Treatment
+    period: int
+    error: float
+
+
+class _Screened(Record, frozen=True, kw_only=True):
+    calls: int
+    errors: tuple[_Local, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screen:
+    """Local errors, and what they cost."""
+
+    errors: dict[tuple[Ablation, int], float]
+    """By ablation and bin: relative change of the prediction × number of steps of the bin that are treated."""
+    calls: int
+    """Denoiser calls per sample."""
+
+
+def run_screen(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) -> Screen:
+    """Measure the local error of every ablation in every bin that has a step treated so.
+
+    Raises:
+        ArtifactError: If `work` cannot be written.
+        ProfileError: If the denoiser produces NaN or infinity.
+    """
+    errors: dict[tuple[Ablation, int], float] = {}
+    calls = 0
+    for b in range(len(sweep.bins)):
+        path = work / f"bin{b:02d}-local.json"
+        try:
+            screened = msgspec.json.decode(read_bounded(path, 2**26), type=_Screened)
+        except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+            screened = _screen_bin(sweep, base, b)
+            write_atomically(path, msgspec.json.encode(screened))
+        for local in screened.errors:
+            kind = Kind(treatment=local.treatment, period=local.period)
+            if treated := sum(map(kind.treats, sweep.steps_of(b))):
+                errors[Ablation(component=local.component, kind=kind), b] = local.error * treated
+        calls += screened.calls
+        on_progress(Progress(stage="screen", done=b + 1, total=len(sweep.bins)))
+    return Screen(errors=errors, calls=calls)
+
+
+def choose(screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int) -> tuple[tuple[Ablation, int], ...]:
+    """Choose the ablations of every bin that a plan is most likely to want: least squared error per time saved."""
+    share = {cost.component: max(0.0, cost.saved_ms.mean) / full_ms for cost in costs}
+    worth: dict[int, list[tuple[float, int, Ablation]]] = {}
+    for position, ((ablation, b), error) in enumerate(screen.errors.items()):
+        saved = share[ablation.component] * ablation.kind.share
+        if saved > 0:
+            worth.setdefault(b, []).append((error**2 / saved, position, ablation))
+    return tuple((ablation, b) for b in sorted(worth) for _, _, ablation in sorted(worth[b])[:per_bin])
+
+
+def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
+    """Estimate the final damage of what was not measured, from its local error and the measured ones of its bin.
+
+    In a bin, damage = gain x local error; the gain is the geometric mean over the ablations measured there. Intervals
+    are the scatter of all measured ablations around their bins' gains.
+    """
+    known = {
+        (Ablation(component=e.component, kind=Kind(treatment=e.treatment, period=e.period)), e.bin): e.relative_l2.mean
+        for e in measured
+    }
+    ratios: dict[int, list[float]] = {}
+    for (ablation, b), damage in known.items():
+        if damage > 0 and (error := screen.errors.get((ablation, b), 0.0)) > 0:
+            ratios.setdefault(b, []).append(float(np.log(damage / error)))
+    if not ratios:
+        return ()
+    everywhere = float(np.mean([np.mean(own) for own in ratios.values()]))
+    gains = {b: float(np.mean(own)) for b, own in ratios.items()}
+    scatter = [ratio - gains[b] for b, own in ratios.items() for ratio in own]
+    factor = float(np.exp(Z_95 * max(_LEAST_SPREAD, float(np.std(scatter)))))
+    effects = []
+    for (ablation, b), error in screen.errors.items():
+        if (ablation, b) not in known:
+            mean = float(np.exp(gains.get(b, everywhere))) * error
+            effects.append(
+                Effect(
+                    component=ablation.component,
+                    treatment=ablation.kind.treatment,
+                    period=ablation.kind.period,
+                    bin=b,
+                    measured=False,
+                    relative_l2=Estimate(mean=mean, low=mean / factor, high=mean * factor),
+                )
+            )
+    return tuple(effects)
+
+
+def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
+    """Probe the middle step of a bin; what is held there is of as many steps before as it is on average."""
+    steps = sweep.steps_of(b)
+    step = steps[len(steps) // 2]
+    seen = sweep.seen(base.states[step], step)
+    expected = base.states[step + 1].predictions[0]
+    errors: list[_Local] = []
+    calls = 0
+    for kind in REMOVALS + REUSES:
+        names = [component.name for component in sweep.components if kind in kinds_for(component)]
+        sources = [at for at in (step - kind.period // 2 - kind.period, step - kind.period // 2) if at >= 0]
+        if kind.treatment.reuses and not sources:
+            continue
+        size = min(sweep.ablations_per_batch, len(names))
+        held = remembered(sweep, base, sources, size) if kind.treatment.reuses else Held()
+        calls += size * len(sources) if kind.treatment.reuses else 0
+        for start in range(0, len(names), size):
+            own = names[start : start + size]
+            padded = [*own, *[own[-1]] * (size - len(own))]  # held tensors are of one batch size
+            sample = np.concatenate([seen] * size)
+            if kind.treatment.reuses:
+                predicted = sweep.recall(sample, step, held, padded, kind.treatment)
+            else:
+                gates = sweep.gates(padded, kind.treatment)
+                predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])
+            for name, prediction in zip(own, np.split(predicted, size), strict=False):
+                error = float(relative_l2(expected, prediction).mean())
+                errors.append(_Local(component=name, treatment=kind.treatment, period=kind.period, error=error))
+            calls += size
+    return _Screened(calls=calls, errors=tuple(errors))

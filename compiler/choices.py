@@ -1,0 +1,125 @@
+"""What a planner may choose from: damage and saved time of every component in every run of noise-level bins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetc.artifacts.plan import Prediction
+from unetc.artifacts.profile import Profile, Treatment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Mode:
+    """A run of bins, and how often its cycle computes everything."""
+
+    first: int
+    last: int
+    """Exclusive."""
+    period: int
+    """1: components are removed in every step. p > 1: components are reused in all but one of p steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a plan does in a run of bins."""
+
+    mode: Mode
+    treatments: Mapping[str, Treatment]
+
+
+class Choices:
+    """A profile as planners need it.
+
+    Damages add linearly over the bins of one component in a run, as their errors point the same way, and in squares
+    over components and runs, as these do not; `docs/decisions.md` has what was measured.
+    """
+
+    def __init__(self, profile: Profile, correction: float = 1.0) -> None:
+        """Read a profile; `correction` scales all saved times to what joint measurements showed."""
+        self.names = tuple(component.name for component in profile.components)
+        self.position = {name: i for i, name in enumerate(self.names)}
+        self.steps = np.array([bin.steps for bin in profile.bins])
+        self.nested = tuple(
+            (self.position[component.name], self.position[inner])
+            for component in profile.components
+            for inner in component.nested
+        )
+        self.whole = frozenset(self.position[c.name] for c in profile.components if c.kind == "step")
+        """Components that leave nothing to compute; an engine for them costs nothing to have."""
+        self.saved = np.zeros(len(self.names))
+        for cost in profile.costs:
+            share = max(0.0, cost.saved_ms.mean) / profile.full_ms.mean * correction
+            self.saved[self.position[cost.component]] = min(1.0, share)
+        self._damage: dict[tuple[Treatment, int], NDArray[np.float64]] = {}
+        for effect in profile.effects:
+            table = self._damage.setdefault(
+                (effect.treatment, effect.period), np.full((len(self.steps), len(self.names)), np.nan)
+            )
+            table[effect.bin, self.position[effect.component]] = effect.relative_l2.high
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Periods that were measured, 1 first."""
+        return tuple(sorted({period for _, period in self._damage} | {1}))
+
+    def treatments(self, mode: Mode, name: str) -> tuple[Treatment, ...]:
+        """List what a component can be treated with over a run."""
+        return tuple(t for t, table in self.squared(mode).items() if np.isfinite(table[self.position[name]]))
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """All runs of bins with all periods."""
+        bins = len(self.steps)
+        return tuple(
+            Mode(first=first, last=last, period=period)
+            for first in range(bins)
+            for last in range(first + 1, bins + 1)
+            for period in self.periods
+        )
+
+    def treated_steps(self, mode: Mode) -> int:
+        """Count the steps of a run that are not refreshes."""
+        steps = int(self.steps[mode.first : mode.last].sum())
+        return steps if mode.period == 1 else steps - -(-steps // mode.period)
+
+    def squared(self, mode: Mode) -> dict[Treatment, NDArray[np.float64]]:
+        """Square the damage of a run, [component] per treatment; infinite where there is no such treatment."""
+        result = {}
+        for (treatment, period), table in self._damage.items():
+            if period == mode.period:
+                rows = table[mode.first : mode.last]
+                known = ~np.isnan(rows).all(axis=0)
+                result[treatment] = np.where(known, np.nansum(rows, axis=0) ** 2, np.inf)
+        return result
+
+    def least(self, mode: Mode) -> NDArray[np.float64]:
+        """Square the damage of the least harmful treatment over a run, [component]."""
+        least: NDArray[np.float64] = np.min([np.full(len(self.names), np.inf), *self.squared(mode).values()], axis=0)
+        return least
+
+    def saving(self, mode: Mode) -> NDArray[np.float64]:
+        """Time that each component saves over a run, in steps of the full model, [component]."""
+        return self.treated_steps(mode) * self.saved
+
+    def part(self, mode: Mode, chosen: Iterable[int]) -> Part:
+        """Give each chosen component its least harmful treatment."""
+        tables = self.squared(mode)
+        treatments = {self.names[c]: min(tables, key=lambda t: float(tables[t][c])) for c in chosen}
+        return Part(mode=mode, treatments=treatments)
+
+    def predict(self, parts: Sequence[Part]) -> Prediction:
+        """Predict time and damage of what is done in each run of bins."""
+        saved, squared = 0.0, 0.0
+        for part in parts:
+            columns = {self.position[name]: treatment for name, treatment in part.treatments.items()}
+            inner = {i for outer, i in self.nested if outer in columns}
+            tables, saving = self.squared(part.mode), self.saving(part.mode)
+            for c in columns.keys() - inner:
+                saved += float(saving[c])
+                squared += float(tables[columns[c]][c])
+        return Prediction(time_ratio=1 - saved / float(self.steps.sum()), relative_l2=float(np.sqrt(squared)))

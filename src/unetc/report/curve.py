@@ -1,0 +1,58 @@
+"""The curve of a search: damage against time of every plan that was sampled, and the least damage at any time."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from unetc.artifacts.pareto import Pareto
+from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
+
+
+@styled
+def draw(curve: Pareto) -> str:
+    """Draw a curve; damage is on a logarithmic scale.
+
+    Args:
+        curve: What was sampled.
+
+    Returns:
+        Markup of the chart, an SVG that can stand alone.
+    """
+    figure = Figure((WIDTH, 4.4))
+    axes = figure.add_axes((0.07, 0.12, 0.86, 0.8))
+    front = curve.front()
+    others = [point for point in curve.points if point not in front]
+    axes.set(yscale="log", xlabel="time / time of the full model", ylabel="damage, relative L2")
+    axes.plot([p.time_ratio for p in others], [_damage(p.damage.relative_l2.mean) for p in others], "o", color=FAINT)
+    axes.plot(
+        [p.time_ratio for p in front],
+        [_damage(p.damage.relative_l2.mean) for p in front],
+        "D-",
+        color=PLAN,
+        markersize=5,
+        linewidth=1.2,
+    )
+    for point in front:
+        place = (point.time_ratio, _damage(point.damage.relative_l2.mean))
+        text = f"{point.damage.psnr.mean:.0f} dB"
+        axes.annotate(text, place, (5, 5), textcoords="offset points", color=MUTED, fontsize=7.5)
+    _finish(axes, curve)
+    return inline(figure, "Least damage at any time, of all plans that were sampled")
+
+
+def _damage(value: float) -> float:
+    """Keep a damage on a logarithmic scale."""
+    return max(value, 1e-6)
+
+
+def _finish(axes: Axes, curve: Pareto) -> None:
+    axes.grid(axis="y", which="major", color=FAINT, linewidth=0.5)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.set_title(
+        f"{curve.model.name}, {curve.steps} steps, {curve.target}: {len(curve.points)} plans, {curve.samples} samples",
+        loc="left",
+        fontsize=8,
+        color=MUTED,
+    )

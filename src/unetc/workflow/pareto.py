@@ -1,0 +1,111 @@
+"""model → curve: the least damage at any time, by planning, repairing and sampling at many budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import unetc
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts.pareto import Pareto, Point
+from unetc.artifacts.profile import Profile
+from unetc.compiler.planner import PlanOptions
+from unetc.environment import describe
+from unetc.errors import PlanError, QualityGateError
+from unetc.progress import OnProgress, Progress, ignore
+
+from .fit import fit_plan
+from .gate import QualityGate
+from .repair import RepairOptions, repair
+from .setup import Setup, set_up
+
+LEAST, MOST = 0.1, 0.8
+"""Budgets at the ends of the curve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoOptions:
+    """Which curve to draw."""
+
+    budgets: int = 8
+    """Number of budgets between 0.1 and 0.8."""
+    steps: int = 50
+    max_engines: int = 4
+    analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
+    repair: RepairOptions = field(default_factory=lambda: RepairOptions(evaluations=12, patience=6))
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            PlanError: If one is out of range.
+        """
+        if self.budgets < 1:
+            raise PlanError(f"a curve needs at least 1 budget, got {self.budgets}.")
+
+
+def pareto(
+    name: str, options: ParetoOptions, *, cache: Path, profile: Profile | None = None, on_progress: OnProgress = ignore
+) -> Pareto:
+    """Measure the curve of a model, analysing it if need be.
+
+    Raises:
+        ModelError: If there is no such model or it is not supported.
+        ProfileError: If the profile belongs to another model.
+        PlanError: If no budget can be met.
+    """
+    setup = set_up(
+        name, analysis=options.analysis, steps=options.steps, cache=cache, profile=profile, on_progress=on_progress
+    )
+    return trace(setup, options, on_progress)
+
+
+def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
+    """Plan, repair and sample at every budget; keep everything that was sampled."""
+    workbench, seed = setup.workbench, setup.profile.seed + 1
+    points: list[Point] = []
+    correction = 1.0
+    spacing = (MOST - LEAST) / max(1, options.budgets - 1)
+    for number in range(options.budgets):
+        on_progress(Progress(stage="curve", done=number, total=options.budgets))
+        budget = LEAST + number * spacing
+        plan = PlanOptions(budget=budget, max_engines=options.max_engines)
+        try:
+            candidate, correction = fit_plan(workbench, plan, [], correction=correction)
+        except PlanError:
+            break  # larger budgets cannot be met either
+        found = repair(workbench, candidate, budget, seed, options.repair, ignore)
+        points.extend(
+            Point(budget=budget, time_ratio=e.candidate.time_ratio, damage=e.damage, plan=e.candidate.plan)
+            for e in found.evaluated
+        )
+    on_progress(Progress(stage="curve", done=options.budgets, total=options.budgets))
+    if not points:
+        raise PlanError(f"no plan saves {LEAST:.0%} of the time. Analyse again on a quiet machine.")
+    return Pareto(
+        unetc=unetc.__version__,
+        model=setup.profile.model,
+        profile_sha256=setup.profile.sha256(),
+        target=setup.profile.target,
+        environment=describe(),
+        steps=options.steps,
+        samples=setup.profile.batch,
+        seed=seed,
+        points=tuple(points),
+    )
+
+
+def fastest_passing(curve: Pareto, gate: QualityGate) -> Point:
+    """Pick the fastest point of a curve that passes a quality gate.
+
+    Raises:
+        QualityGateError: If none does; the message names the best value reached.
+    """
+    passing = [point for point in curve.front() if gate.passes(point.damage)]
+    if not passing:
+        best = min(curve.points, key=lambda point: point.damage.relative_l2.mean)
+        raise QualityGateError(
+            f"no point of the curve passes {gate}: the best has {gate.metric} {gate.value(best.damage):.4g} at "
+            f"{best.time_ratio:.3f} of the time. Ask for less, or build with a small --budget. Nothing was written."
+        )
+    return passing[0]

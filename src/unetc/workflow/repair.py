@@ -1,0 +1,126 @@
+"""Repair a plan by local search on its measured damage.
+
+Single damages add up only approximately, and bins are coarser than steps. So the schedule of a plan, one engine per
+step, is changed a little at a time and sampled; what does less damage within the budget stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from unetc.artifacts.profile import Damage
+from unetc.compiler.schedule import phases_of
+from unetc.progress import OnProgress, Progress
+from unetc.runtime.session import FULL_ENGINE
+
+from .workbench import Candidate, Workbench
+
+Schedule = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairOptions:
+    """How long to search."""
+
+    evaluations: int = 40
+    """Most schedules that are sampled; 0 keeps the plan as it is."""
+    patience: int = 12
+    """Schedules in a row without gain after which the search ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A candidate that was sampled."""
+
+    candidate: Candidate
+    damage: Damage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """The best candidate, and everything that was sampled on the way."""
+
+    candidate: Candidate
+    damage: Damage
+    evaluated: tuple[Evaluated, ...]
+
+
+def repair(
+    workbench: Workbench,
+    candidate: Candidate,
+    budget: float,
+    seed: int,
+    options: RepairOptions,
+    on_progress: OnProgress,
+) -> Repaired:
+    """Search for a schedule of the same engines that saves the budget and does less damage.
+
+    Args:
+        workbench: Where to measure.
+        candidate: A plan that saves the budget.
+        budget: Share of the time that the result saves at least, by its engines' times.
+        seed: Seed of the noise that damage is measured on.
+        options: How long to search.
+        on_progress: Told how far the work is.
+    """
+    best = candidate
+    least = workbench.damage(best, seed=seed)
+    evaluated = [Evaluated(candidate=best, damage=least)]
+    tried = {best.session.schedule(workbench.steps)}
+    misses = 0
+    generator = np.random.default_rng(seed)
+    while len(evaluated) < options.evaluations and misses < options.patience:
+        changed = next(
+            (c for c in _neighbours(workbench, best, budget, generator) if _schedule(workbench, c) not in tried), None
+        )
+        if changed is None:
+            break
+        tried.add(_schedule(workbench, changed))
+        damage = workbench.damage(changed, seed=seed)
+        evaluated.append(Evaluated(candidate=changed, damage=damage))
+        better = damage.relative_l2.mean < least.relative_l2.mean
+        misses = 0 if better else misses + 1
+        if better:
+            best, least = changed, damage
+        on_progress(Progress(stage="repair", done=len(evaluated), total=options.evaluations))
+    on_progress(Progress(stage="repair", done=options.evaluations, total=options.evaluations))
+    return Repaired(candidate=best, damage=least, evaluated=tuple(evaluated))
+
+
+_PROPOSALS = 200
+"""Random changes drawn before the search gives up finding one that is new and saves the budget."""
+
+
+def _neighbours(
+    workbench: Workbench, candidate: Candidate, budget: float, generator: np.random.Generator
+) -> Iterator[Candidate]:
+    """Propose schedules that save the budget and differ in one or two steps."""
+    schedule = _schedule(workbench, candidate)
+    count = len(candidate.programs)
+    for _ in range(_PROPOSALS):
+        changed = list(schedule)
+        first, second = generator.integers(1, len(schedule), size=2)
+        move = generator.integers(3)
+        if move == 0:  # two steps change places
+            changed[first], changed[second] = changed[second], changed[first]
+        elif move == 1:  # neighbours change places
+            changed[first], changed[first - 1] = changed[first - 1], changed[first]
+        else:  # one step gets another engine, the full one as often as all others together
+            changed[first] = FULL_ENGINE if generator.integers(2) else int(generator.integers(count))
+        proposal = _reschedule(workbench, candidate, tuple(changed))
+        if proposal.saving >= budget and _schedule(workbench, proposal) == tuple(changed) != schedule:
+            yield proposal
+
+
+def _reschedule(workbench: Workbench, candidate: Candidate, schedule: Schedule) -> Candidate:
+    table = workbench.solver.table(workbench.steps)
+    phases = phases_of(schedule, table.log_snr.tolist(), candidate.plan.phases[0].low, candidate.plan.phases[-1].high)
+    return workbench.reschedule(candidate, msgspec.structs.replace(candidate.plan, phases=phases))
+
+
+def _schedule(workbench: Workbench, candidate: Candidate) -> Schedule:
+    return candidate.session.schedule(workbench.steps)

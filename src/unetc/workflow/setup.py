@@ -1,0 +1,109 @@
+"""Set up what planning by measurement needs: the profile of a model and a workbench for its plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Profile
+from unetc.compiler.engines import check_plan
+from unetc.errors import ProfileError
+from unetc.models import Model, find_model
+from unetc.progress import OnProgress, ignore
+from unetc.runtime.backend import open_backend
+from unetc.solver.extract import extract, make_scheduler
+from unetc.solver.table import SolverTables
+
+from .prepare import Prepared, prepare, prepare_solver
+from .workbench import Workbench
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A model, measured, and a workbench for plans of its profile."""
+
+    prepared: Prepared
+    profile: Profile
+    solver: SolverTables
+    workbench: Workbench
+
+
+def set_up(
+    name: str,
+    *,
+    analysis: AnalysisOptions,
+    steps: int,
+    cache: Path,
+    profile: Profile | None = None,
+    plan: Plan | None = None,
+    on_progress: OnProgress = ignore,
+) -> Setup:
+    """Analyse a model if there is no profile of it yet, and open its target.
+
+    Args:
+        name: Built-in model, diffusers folder or Hub id.
+        analysis: How to analyse when no profile is given.
+        steps: Number of steps that plans are measured at.
+        cache: Folder for captures and partial results.
+        profile: An analysis of this model.
+        plan: A plan that must be of the profile.
+        on_progress: Told how far the work is.
+
+    Raises:
+        ModelError: If there is no such model or it is not supported.
+        ProfileError: If the profile belongs to another model.
+        PlanError: If the plan belongs to another profile.
+    """
+    model = find_model(name)
+    profile = profile or analyze_found(model, analysis, cache, on_progress)
+    _check_profile(profile, model)
+    if plan is not None:
+        check_plan(plan, profile)
+    prepared = prepare(model, cache, on_progress)
+    if profile.components != prepared.gated.components:
+        raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
+    solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
+    backend = open_backend(profile.target, threads=profile.threads)
+    workbench = Workbench(prepared.gated, profile, solver, backend, steps=steps)
+    return Setup(prepared=prepared, profile=profile, solver=solver, workbench=workbench)
+
+
+def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progress: OnProgress = ignore) -> Profile:
+    """Capture a model and measure it.
+
+    Raises:
+        ModelError: If there is no such model or it is not supported.
+        ProfileError: If it cannot be analysed.
+    """
+    return analyze_found(find_model(name), options, cache, on_progress)
+
+
+def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:
+    """Analyse, having refused what can be refused before the capture, which takes long."""
+    table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
+    backend = open_backend(options.target, threads=options.threads)
+    prepared = prepare(model, cache, on_progress)
+    with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
+        return analyze(
+            prepared.gated,
+            model.reference,
+            table,
+            backend,
+            sample_shape=model.sample_shape,
+            options=options,
+            work=prepared.work,
+            on_progress=on_progress,
+        )
+
+
+def _check_profile(profile: Profile, model: Model) -> None:
+    reference = model.reference
+    if profile.model.sha256 != reference.sha256:
+        raise ProfileError(
+            f"the profile is of {profile.model.name} ({profile.model.sha256[:12]}), not of {reference.name} "
+            f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {reference.name} -o profile.json`."
+        )
