@@ -77,13 +77,13 @@ def run_screen(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) ->
 
 
 def choose(screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int) -> tuple[tuple[Ablation, int], ...]:
-    """Choose the ablations of every bin that a plan is most likely to want: least squared error per time saved."""
+    """Choose the ablations of every bin that a plan is most likely to want: least error per time saved."""
     share = {cost.component: max(0.0, cost.saved_ms.mean) / full_ms for cost in costs}
     worth: dict[int, list[tuple[float, int, Ablation]]] = {}
     for position, ((ablation, b), error) in enumerate(screen.errors.items()):
         saved = share[ablation.component] * ablation.kind.share
         if saved > 0:
-            worth.setdefault(b, []).append((error**2 / saved, position, ablation))
+            worth.setdefault(b, []).append((error / saved, position, ablation))
     return tuple((ablation, b) for b in sorted(worth) for _, _, ablation in sorted(worth[b])[:per_bin])
 
 

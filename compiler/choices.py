@@ -40,7 +40,13 @@ class Choices:
     """
 
     def __init__(self, profile: Profile, correction: float = 1.0) -> None:
-        """Read a profile; `correction` scales all saved times to what joint measurements showed."""
+        """Read a profile.
+
+        Args:
+            profile: What was measured.
+            correction: Scales the time that components save to what joint measurements showed; not that of the step,
+                which leaves nothing to add up.
+        """
         self.names = tuple(component.name for component in profile.components)
         self.position = {name: i for i, name in enumerate(self.names)}
         self.steps = np.array([bin.steps for bin in profile.bins])
@@ -51,16 +57,32 @@ class Choices:
         )
         self.whole = frozenset(self.position[c.name] for c in profile.components if c.kind == "step")
         """Components that leave nothing to compute; an engine for them costs nothing to have."""
-        self.saved = np.zeros(len(self.names))
-        for cost in profile.costs:
-            share = max(0.0, cost.saved_ms.mean) / profile.full_ms.mean * correction
-            self.saved[self.position[cost.component]] = min(1.0, share)
+        self.saved = self._consistent_shares(profile)
+        self.saved[[c for c in range(len(self.names)) if c not in self.whole]] *= correction
         self._damage: dict[tuple[Treatment, int], NDArray[np.float64]] = {}
         for effect in profile.effects:
             table = self._damage.setdefault(
                 (effect.treatment, effect.period), np.full((len(self.steps), len(self.names)), np.nan)
             )
             table[effect.bin, self.position[effect.component]] = effect.relative_l2.high
+
+    def _consistent_shares(self, profile: Profile) -> NDArray[np.float64]:
+        """Read which share of the full model's time each component saves.
+
+        Components nested in another cannot save more than it does. Measured one by one they may seem to, as noise
+        and what they share with their neighbours count for each of them; then they are scaled down.
+        """
+        shares = np.zeros(len(self.names))
+        for cost in profile.costs:
+            shares[self.position[cost.component]] = np.clip(cost.saved_ms.mean / profile.full_ms.mean, 0.0, 1.0)
+        inner: dict[int, list[int]] = {}
+        for outer, i in self.nested:
+            inner.setdefault(outer, []).append(i)
+        for outer in sorted(inner, key=lambda c: len(inner[c])):  # the innermost first
+            leaves = [c for c in inner[outer] if c not in inner]
+            if (total := float(shares[leaves].sum())) > shares[outer]:
+                shares[leaves] *= shares[outer] / total
+        return shares
 
     @property
     def periods(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from PIL import Image
 
 import unetc
 from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
+from unetc.artifacts.pareto import Pareto
 from unetc.cli import main
 
 COMMANDS = ("analyze", "plan", "build", "sample", "verify", "report", "inspect", "doctor", "demo")
@@ -121,6 +122,10 @@ def way(tiny_model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
             *(tiny_model, "--profile", folder / "profile.json", "--plan", folder / "plan.json"),
             *("--steps", 4, "--cache", cache, "-o", bundle),
         ),
+        "pareto": (
+            *(tiny_model, "--profile", folder / "profile.json", "--budgets", 2, "--steps", 4),
+            *("--cache", cache, "-o", folder / "pareto.json"),
+        ),
         "inspect": (bundle,),
         "sample": (bundle, "--batch", 5, "--seed", 3, "--steps", 7, "-o", folder / "samples.png"),
         "verify": (bundle, "--rounds", 3, "-o", folder / "verification.json"),
@@ -144,10 +149,11 @@ def test_the_profile_names_every_component_with_cost_and_damage(way: Way) -> Non
     assert facts["profile"] == str(way.folder / "profile.json")
     assert facts["target"] == profile.target == "onnxruntime:cpu"
     assert [entry["name"] for entry in facts["components"]] == [component.name for component in profile.components]
-    assert len(profile.components) == 17
+    assert len(profile.components) == 19
     for entry in facts["components"]:
         assert len(entry["least_relative_l2"]) == 2
         assert all(value > 0 for value in entry["least_relative_l2"])
+    assert {entry["name"] for entry in facts["components"]} >= {"step", "level:up_blocks.0.upsamplers.0"}
 
 
 def test_the_plan_is_printed_and_saved_and_the_same_again(way: Way) -> None:
@@ -175,6 +181,24 @@ def test_the_bundle_holds_the_plan_as_it_was_given(way: Way) -> None:
     assert facts["bytes"] == sum(path.stat().st_size for path in files) - unlisted
 
 
+def test_the_curve_is_saved_with_its_picture(way: Way) -> None:
+    facts, curve = way.results["pareto"].json, Pareto.load(way.folder / "pareto.json")
+    assert facts["sampled"] == len(curve.points) >= 2
+    assert [point["time_ratio"] for point in facts["front"]] == [point.time_ratio for point in curve.front()]
+    assert (way.folder / "pareto.svg").read_text().startswith("<svg")
+
+
+def test_the_fastest_plan_that_passes_is_built(way: Way, tiny_model: Path, cache: Path) -> None:
+    profile = way.folder / "profile.json"
+    common = (tiny_model, "--profile", profile, "--steps", 4, "--cache", cache, "--no-controls", "-o", "fast")
+    facts = run("build", *common, "--at", "relative-l2<=0.9", "--json").json
+    manifest = unetc.Bundle.open(Path("fast")).manifest
+    assert facts["budget"] == manifest.plan.budget > 0
+    refused = run("build", *common, "--at", "psnr>=99")
+    assert "no point of the curve passes" in refused.error
+    assert run("build", *common, "--at", "psnr>=30", "--plan", way.folder / "plan.json").code == 2
+
+
 def test_the_samples_are_the_sessions(way: Way) -> None:
     facts = way.results["sample"].json
     assert facts["shape"] == [5, 1, 16, 16]
@@ -193,7 +217,8 @@ def test_the_verification_says_time_damage_controls_engines_and_size(way: Way) -
     manifest = unetc.Bundle.open(way.folder / "bundle").manifest
     assert result.plan_sha256 == manifest.plan.sha256()
     assert printed["time_ratio_p10"] <= printed["time_ratio"] <= printed["time_ratio_p90"]
-    assert {"fewer_steps", "random"} <= {*printed["controls"]} <= {"fewer_steps", "uniform", "random"}
+    assert {"fewer_steps", "random", "deep-hold"} <= {*printed["controls"]}
+    assert {*printed["controls"]} <= {"fewer_steps", "uniform", "random", "deep-hold"}
     damages = [printed["damage"], *(control["damage"] for control in printed["controls"].values())]
     for damage in damages:
         assert {*damage} == {"relative_l2", "psnr", "ssim"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from tests.models import ARCHITECTURES, Block, Tiny, tiny_of, toy_denoiser
-from unetc.artifacts.profile import Treatment
+from unetc.artifacts.profile import STEP, Component, Treatment
 from unetc.errors import ModelError
 from unetc.graph.capture import Capture, capture, example_inputs
 from unetc.graph.gate import gate_values
@@ -28,6 +28,7 @@ EXPECTED: Mapping[str, str] = {
         mid_block.resnets.0
         mid_block.attentions.0
         mid_block.resnets.1
+        level:mid_block.resnets.1
         skip:down_blocks.1.attentions.0→up_blocks.0.resnets.0
         up_blocks.0.resnets.0
         up_blocks.0.attentions.0
@@ -49,6 +50,7 @@ EXPECTED: Mapping[str, str] = {
         mid_block.resnets.0
         mid_block.attentions.0
         mid_block.resnets.1
+        level:mid_block.resnets.1
         skip:down_blocks.2.resnets.0→up_blocks.0.resnets.0
         up_blocks.0.resnets.0
         up_blocks.0.attentions.0
@@ -80,6 +82,7 @@ EXPECTED: Mapping[str, str] = {
         mid_block.attentions.0.transformer_blocks.0.ff
         mid_block.attentions.0
         mid_block.resnets.1
+        level:mid_block.resnets.1
         skip:down_blocks.1.resnets.0→up_blocks.0.resnets.0
         up_blocks.0.resnets.0
         skip:down_blocks.0.downsamplers.0.conv→up_blocks.0.resnets.1
@@ -106,6 +109,7 @@ EXPECTED: Mapping[str, str] = {
         mid_block.resnets.0
         mid_block.attentions.0
         mid_block.resnets.1
+        level:mid_block.resnets.1
         skip:down_blocks.1.attentions.0→up_blocks.0.resnets.0
         up_blocks.0.resnets.0
         up_blocks.0.attentions.0
@@ -120,20 +124,24 @@ EXPECTED: Mapping[str, str] = {
         up_blocks.1.resnets.1
     """,
 }
-"""Names of all components in the order they are computed."""
+"""Names of all components but the step, in the order they are computed."""
 
 BELOW: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "attention": {
+        "level:mid_block.resnets.1": ("mid_block.resnets.0", "mid_block.resnets.1"),
         "level:up_blocks.0.upsamplers.0": ("down_blocks.1.resnets.0", "up_blocks.0.attentions.1"),
     },
     "resampling": {
+        "level:mid_block.resnets.1": ("mid_block.resnets.0", "mid_block.resnets.1"),
         "level:up_blocks.0.upsamplers.0.upsample": ("down_blocks.2.resnets.0", "up_blocks.0.upsamplers.0"),
         "level:up_blocks.1.upsamplers.0": ("down_blocks.0.downsamplers.0", "up_blocks.1.resnets.1"),
     },
     "cross-attention": {
+        "level:mid_block.resnets.1": ("mid_block.resnets.0", "mid_block.resnets.1"),
         "level:up_blocks.0.upsamplers.0": ("down_blocks.1.resnets.0", "up_blocks.0.resnets.1"),
     },
     "added-kv": {
+        "level:mid_block.resnets.1": ("mid_block.resnets.0", "mid_block.resnets.1"),
         "level:up_blocks.0.upsamplers.0.upsample": ("down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"),
     },
 }
@@ -145,20 +153,29 @@ def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
 
+def inside_step(components: Sequence[Component]) -> Sequence[Component]:
+    """Check that the last component, and no other, is the step, with all others in it; return the others."""
+    *others, step = components
+    assert (step.name, step.kind, step.owner) == (STEP, "step", "")
+    assert step.nested == tuple(component.name for component in others)
+    assert "step" not in {component.kind for component in others}
+    return others
+
+
 def test_names_are_those_of_the_modules(tiny: Tiny) -> None:
-    assert list(tiny.names) == EXPECTED[tiny.architecture].split()
+    assert list(tiny.names) == [*EXPECTED[tiny.architecture].split(), STEP]
     assert len(set(tiny.names)) == len(tiny.names)
 
 
 def test_kinds_are_told_apart(tiny: Tiny) -> None:
-    for component in tiny.gated.components:
+    for component in inside_step(tiny.gated.components):
         prefix = component.name.partition(":")[0] if ":" in component.name else "residual"
         assert component.kind == prefix
 
 
 def test_nested_components_are_those_computed_for_the_branch_only(tiny: Tiny) -> None:
     below = BELOW[tiny.architecture]
-    for component in tiny.gated.components:
+    for component in inside_step(tiny.gated.components):
         expected: tuple[str, ...] = ()
         if component.kind == "level":
             first, last = below[component.name]
@@ -175,13 +192,22 @@ def test_rows_and_widths_follow_the_order(tiny: Tiny) -> None:
         in_tokens = ".transformer_blocks." in component.name
         assert (component.index, component.offset) == (index, offset)
         assert (component.axis, component.rank) == ((2, 3) if in_tokens else (1, 4))
-        assert component.channels in (8, 16)
+        if component.kind != "step":
+            assert component.channels in (8, 16)
         offset += component.channels
     assert tiny.gated.channels == offset
 
 
+def test_step_is_the_edge_into_the_output(tiny: Tiny) -> None:
+    step = tiny.gated.components[-1]
+    out_channels: int = tiny.denoiser.config.out_channels  # type: ignore[assignment, union-attr]
+    assert inside_step(tiny.gated.components)
+    assert (step.index, step.offset) == (len(tiny.names) - 1, tiny.gated.channels - out_channels)
+    assert (step.channels, step.axis, step.rank) == (out_channels, 1, 4)
+
+
 def test_owner_is_the_module_that_joins(tiny: Tiny) -> None:
-    for component in tiny.gated.components:
+    for component in inside_step(tiny.gated.components):
         if component.kind == "residual":
             assert component.owner in (component.name, component.name.rpartition(".")[0])
         else:
@@ -206,7 +232,8 @@ def run_without(captured: Capture, *removed: str) -> tuple[Tensor, Tensor]:
 
 
 def names_of(captured: Capture) -> list[str]:
-    return [component.name for component in captured.components]
+    """Name all components but the step."""
+    return [component.name for component in inside_step(captured.components)]
 
 
 def conv(channels: int = 4, *, stride: int = 1) -> nn.Conv2d:
@@ -243,8 +270,8 @@ def test_skip_is_the_part_the_other_was_computed_from(skip_comes: str) -> None:
         return block.merge(torch.cat([sample, trunk] if skip_comes == "first" else [trunk, sample], dim=1))
 
     block, captured = capture_block(compute, trunk=conv(), merge=conv(8))
-    (component,) = captured.components
-    assert component.kind == "skip"
+    level, component = inside_step(captured.components)
+    assert (level.kind, component.kind) == ("level", "skip")  # nothing joins before, so the trunk is all below
     sample, output = run_without(captured, component.name)
     trunk, nothing = block.trunk(sample), torch.zeros_like(sample)
     torch.testing.assert_close(
@@ -265,7 +292,7 @@ def test_level_ends_where_the_trunk_comes_up(upsampling: str) -> None:
         else nn.Upsample(scale_factor=2, mode=upsampling)
     )
     block, captured = capture_block(compute, down=conv(stride=2), inner=conv(), up=up, merge=conv(8))
-    inner, level, skip = captured.components
+    inner, level, skip = inside_step(captured.components)
     assert (inner.kind, level.kind, skip.kind) == ("residual", "level", "skip")
     assert (inner.name, level.name) == ("body", "level:body.up")
     assert (inner.nested, level.nested, skip.nested) == ((), ("body",), ())
@@ -294,6 +321,13 @@ def test_what_knows_only_the_size_of_the_sample_is_not_a_component() -> None:
     assert names_of(captured) == ["body"]
     sample, output = run_without(captured, "body")
     assert torch.equal(output, sample)
+
+
+def test_without_the_step_nothing_is_predicted() -> None:
+    _, captured = capture_block(lambda block, sample, timestep: sample + block.conv(sample), conv=conv())
+    assert names_of(captured) == ["body"]
+    sample, output = run_without(captured, STEP)
+    assert torch.equal(output, torch.zeros_like(sample))
 
 
 @pytest.mark.parametrize("case", ["nothing joins", "both sides linear", "neither side linear", "parts unrelated"])

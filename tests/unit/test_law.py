@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from torch import fx
 
 from tests.models import ARCHITECTURES, Tiny, relative_error, tiny_of
-from unetc.artifacts.profile import Treatment
+from unetc.artifacts.profile import STEP, Treatment
 from unetc.backend import Array
-from unetc.graph.capture import GATES, MEANS
+from unetc.graph.capture import GATES, MEANS, OUTPUT
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.graph.specialise import specialise
@@ -39,7 +39,10 @@ ENGINES_AGREE = 1e-5
 """onnxruntime and itself: the same kernels, but a graph without gates lets it fuse more and change memory layouts."""
 
 DENSITIES = ((*[KEEP] * 18, DROP, MEAN), (*[KEEP] * 6, DROP, MEAN), (KEEP, DROP, MEAN), (DROP, MEAN), (DROP,), (MEAN,))
-"""Treatments to draw from; from few components removed to all."""
+"""Treatments to draw from, for all components but the step; from few components removed to all."""
+
+STEP_DENSITY = (*[KEEP] * 10, DROP, MEAN)
+"""Treatments of the step to draw from; without it nothing else matters, so it is mostly kept."""
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
@@ -85,7 +88,8 @@ def cases(draw: st.DrawFn, tiny: Tiny) -> Case:
 
     def assignment() -> Assignment:
         treatment = st.sampled_from(draw(st.sampled_from(DENSITIES)))
-        drawn = draw(st.lists(treatment, min_size=len(tiny.names), max_size=len(tiny.names)))
+        others = len(tiny.names) - 1
+        drawn = [*draw(st.lists(treatment, min_size=others, max_size=others)), draw(st.sampled_from(STEP_DENSITY))]
         return {name: treatment for name, treatment in zip(tiny.names, drawn, strict=True) if treatment is not KEEP}
 
     return Case(
@@ -97,6 +101,13 @@ def cases(draw: st.DrawFn, tiny: Tiny) -> Case:
         mean_scale=draw(st.sampled_from((0.5, 0.5, 0.5, 0))),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+def without_step(tiny: Tiny) -> tuple[str, ...]:
+    """Name all components but the step, which comes last."""
+    *names, step = tiny.names
+    assert step == STEP
+    return tuple(names)
 
 
 def live_weights(tiny: Tiny, removed: Collection[str]) -> tuple[set[str], bool]:
@@ -134,6 +145,7 @@ def check_self_contained(tiny: Tiny, engine: SerialisedGraph) -> None:
     assert [opset.domain for opset in model.opset_import] == [""]
     assert not model.functions
     assert [value.name for value in model.graph.input] == list(tiny.gated.inputs)
+    assert [value.name for value in model.graph.output] == [OUTPUT]
     external = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
     assert external == engine.weights <= tiny.weights.keys()
     for trace in (str(Path.cwd()), str(tiny.gated.folder), "site-packages", ".py", "Traceback", "pkg."):
@@ -184,13 +196,30 @@ def test_without_removals_the_denoiser_is_computed(tiny: Tiny, batch: int, heigh
 
 
 @pytest.mark.parametrize("treatment", [DROP, MEAN])
-def test_everything_can_be_removed(tiny: Tiny, treatment: Treatment) -> None:
-    assignment = dict.fromkeys(tiny.names, treatment)
+def test_everything_in_the_step_can_be_removed(tiny: Tiny, treatment: Treatment) -> None:
+    assignment = dict.fromkeys(without_step(tiny), treatment)
     case = Case(tiny=tiny, assignments=[assignment] * 2, height=8, width=12)
     engine = specialise(tiny.gated, assignment, case.means())
     output = tiny.run(tiny.load(engine), case.inputs())
     assert relative_error(output, tiny.run(tiny.program, case.gated_inputs())) < ENGINES_AGREE
-    assert len(engine.weights) < len(tiny.weights) / 4
+    assert 0 < len(engine.weights) < len(tiny.weights) / 4
+
+
+@pytest.mark.parametrize("treatment", [DROP, MEAN])
+@pytest.mark.parametrize("others", [KEEP, DROP, MEAN])
+def test_the_step_can_be_removed(tiny: Tiny, treatment: Treatment, others: Treatment) -> None:
+    assignment = {**dict.fromkeys(without_step(tiny), others), STEP: treatment}
+    case = Case(tiny=tiny, assignments=[assignment] * 2, height=8, width=12)
+    engine = specialise(tiny.gated, assignment, case.means())
+    check_self_contained(tiny, engine)
+    assert live_weights(tiny, {STEP}) == (set(), False)
+    assert not engine.weights
+    output = tiny.run(tiny.load(engine), case.inputs())
+    step = tiny.gated.components[-1]
+    own_means = case.means()[step.offset :].reshape(1, -1, 1, 1)
+    expected = own_means if treatment is MEAN else np.zeros_like(own_means)
+    np.testing.assert_array_equal(output, np.broadcast_to(expected, output.shape))
+    assert relative_error(output, tiny.run(tiny.program, case.gated_inputs())) < ENGINES_AGREE
 
 
 def test_every_component_matters(tiny: Tiny) -> None:
@@ -226,12 +255,13 @@ def test_concatenation_that_lost_both_parts_revives_neither(tiny: Tiny) -> None:
         assert both.weights <= one.weights
 
 
-def test_same_assignment_gives_same_bytes(tiny: Tiny) -> None:
+@pytest.mark.parametrize("step", [KEEP, MEAN])
+def test_same_assignment_gives_same_bytes(tiny: Tiny, step: Treatment) -> None:
     before = tiny.gated.runnable()
     rng = np.random.default_rng(0)
     means = rng.standard_normal(tiny.gated.channels, dtype=np.float32)
-    drawn = rng.choice(np.array([KEEP, DROP, MEAN], dtype=object), len(tiny.names))
-    assignment = dict(zip(tiny.names, drawn, strict=True))
+    drawn = rng.choice(np.array([KEEP, DROP, MEAN], dtype=object), len(tiny.names) - 1)
+    assignment = {**dict(zip(without_step(tiny), drawn, strict=True)), STEP: step}
     removed = {name: treatment for name, treatment in reversed(assignment.items()) if treatment is not KEEP}
     engine = specialise(tiny.gated, assignment, means)
     assert specialise(tiny.gated, assignment, means) == engine
@@ -244,7 +274,14 @@ def test_same_assignment_gives_same_bytes(tiny: Tiny) -> None:
 def test_engine_is_valid_onnx(tiny: Tiny, tmp_path: Path) -> None:
     skip = next(component.name for component in tiny.gated.components if component.kind == "skip")
     shutil.copy(tiny.gated.weights, tmp_path)
-    for assignment in ({}, {skip: MEAN}, dict.fromkeys(tiny.names, DROP)):
+    assignments: Sequence[Assignment] = (
+        {},
+        {skip: MEAN},
+        {STEP: MEAN},
+        dict.fromkeys(without_step(tiny), DROP),
+        dict.fromkeys(tiny.names, DROP),
+    )
+    for assignment in assignments:
         engine = specialise(tiny.gated, assignment, np.ones(tiny.gated.channels, dtype=np.float32))
         (tmp_path / "engine.onnx").write_bytes(engine.graph)
         onnx.checker.check_model(str(tmp_path / "engine.onnx"), full_check=True)

@@ -6,7 +6,6 @@ import hashlib
 import math
 import re
 from pathlib import PurePosixPath
-from typing import ClassVar
 
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, ModelReference, Treatment
@@ -90,9 +89,6 @@ class Control(Record, frozen=True, kw_only=True):
 
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
-
-    SCHEMA: ClassVar[int] = 2
-    schema: int = 2
 
     unetc: str
     model: ModelReference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import Literal
 
 from unetc.artifacts.record import Artifact, Record, finite, require
 
@@ -135,9 +135,6 @@ class Cost(Record, frozen=True, kw_only=True):
 
 class Profile(Artifact, frozen=True, kw_only=True):
     """Damage of every component at every noise level, and its cost on the target."""
-
-    SCHEMA: ClassVar[int] = 2
-    schema: int = 2
 
     unetc: str
     model: ModelReference

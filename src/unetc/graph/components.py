@@ -5,7 +5,8 @@ A component is an edge where a branch joins the trunk. Three joins exist in diff
 - residual: `add(trunk, branch)`, where the branch was computed from the trunk, or both from one tensor and the trunk
   only by linear operations (a 1x1 shortcut, a resampling);
 - skip: `cat([trunk, skip])`, where the trunk was computed from the skip;
-- level: the trunk of such a `cat` when it has just come up from a lower resolution. Without it everything below goes;
+- level: the trunk of such a `cat` when it has just come up from a lower resolution, and that of the first `cat`.
+  Without it everything below goes;
 - step: the edge into the graph's output. Without it the whole denoiser call goes.
 
 Names come from the modules that own the nodes, so no architecture needs code of its own here.
@@ -85,12 +86,13 @@ def discover(graph: fx.Graph, sample: fx.Node, root: str) -> tuple[Site, ...]:
     flow = _Dataflow(graph, sample, root)
     edges = [edge for node in graph.nodes for edge in flow.edges_into(node)]
     shared = Counter(edge.name for edge in edges)
-    taken: Counter[str] = Counter()
+    taken = Counter({STEP: 1})  # a module of this name has to take another
     sites: list[Site] = []
     offset = 0
     for edge in edges:
         name = flow.name_by_branch(edge) if shared[edge.name] > 1 else edge.name
-        taken[name] += 1
+        if edge.kind != "step":
+            taken[name] += 1
         channels = int(edge.branch.meta["val"].shape[edge.axis])
         component = Component(
             name=name if taken[name] == 1 else f"{name}#{taken[name]}",
@@ -144,8 +146,8 @@ class _Dataflow:
                 yield _Edge(kind="step", join=node, branch=prediction, name=STEP, axis=1)
         elif parts := self._skip_join(node):
             trunk, skip, axis = parts
-            if upsampling := self._upsampling_since_last_join(trunk):
-                yield _Edge(kind="level", join=node, branch=trunk, name=f"level:{self.owner(upsampling)}", axis=axis)
+            if below := self._end_of_level(trunk):
+                yield _Edge(kind="level", join=node, branch=trunk, name=f"level:{self.owner(below)}", axis=axis)
             source = self.owner(skip)
             consumer = next((owner for user in node.users if (owner := self.owner(user))), self.owner(node))
             target = consumer.rpartition(".")[0] or consumer
@@ -224,7 +226,8 @@ class _Dataflow:
             return first, second, axis
         return (second, first, axis) if self._before(first, second) else None
 
-    def _upsampling_since_last_join(self, trunk: fx.Node) -> fx.Node | None:
+    def _end_of_level(self, trunk: fx.Node) -> fx.Node | None:
+        """Find what brought the trunk up since the last join, or what computed it if there is no join before."""
         reach = self._ancestors[trunk] | 1 << self._position[trunk]
         for i in reversed(list(_bits(reach & self._sampled))):
             node: fx.Node = self._nodes[i]
@@ -232,7 +235,7 @@ class _Dataflow:
                 return node
             if self._skip_join(node):
                 return None
-        return None
+        return trunk
 
 
 def _bits(mask: int) -> Iterator[int]:

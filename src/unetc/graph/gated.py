@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -51,9 +50,6 @@ _INLINE_BELOW_BYTES = 64
 
 class GatedRecord(Artifact, frozen=True, kw_only=True):
     """What the folder holds beside the graph."""
-
-    SCHEMA: ClassVar[int] = 2
-    schema: int = 2
 
     components: tuple[Component, ...]
     inputs: tuple[str, ...]

@@ -66,7 +66,7 @@ def specialise(
             own = means[component.offset : component.offset + component.channels]
             constant = own if given[component.name] is Treatment.MEAN else np.zeros_like(own)
             _make_constant(model.graph, gates[component.index], component, constant)
-    _name_output(model.graph)
+    _name_output(model.graph, gated.model.graph.outputs[0])
     _clean(model)
     return serialise(model)
 
@@ -100,13 +100,13 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: 
     return forecast.outputs[0]
 
 
-def _name_output(graph: ir.Graph) -> None:
-    """Give the prediction its name back, which the step's gate had."""
+def _name_output(graph: ir.Graph, like: ir.Value) -> None:
+    """Give the prediction its name, type and shape back, which the step's gate had."""
     prediction = graph.outputs[0]
     node = ir.node("Identity", [prediction])
     graph.append(node)
     output = node.outputs[0]
-    output.name, output.type, output.shape = OUTPUT, prediction.type, prediction.shape
+    output.name, output.type, output.shape = OUTPUT, like.type, like.shape
     graph.outputs[0] = output
 
 
@@ -200,7 +200,8 @@ def _is_unread(value: ir.Value) -> bool:
 
 
 def _clean(model: ir.Model) -> None:
-    """Remove dead nodes, unused weights and the gate inputs."""
+    """Remove dead nodes, unused weights and inputs, and sort what was appended."""
+    common.TopologicalSortPass()(model)  # the next pass goes from the last node to the first, once
     common.RemoveUnusedNodesPass()(model)
     if any(is_gate(node) for node in model.graph):
         raise CompileError("a gate is left in a specialised graph. Please report the model.")
@@ -208,7 +209,6 @@ def _clean(model: ir.Model) -> None:
         model.graph.inputs.remove(value)
     model.functions.clear()
     model.opset_imports.pop(DOMAIN, None)
-    common.TopologicalSortPass()(model)
     for node in model.graph:
         node.name = None
         for value in node.outputs:

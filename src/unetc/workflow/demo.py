@@ -15,13 +15,15 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import load
 
 from .build import BuildOptions, build
+from .repair import RepairOptions
 from .report import write_report
 from .verify import VerifyOptions, verify
 
 MODEL = "digits"
 
-ANALYSIS = AnalysisOptions(steps=20, samples=6)
-"""Smaller than the defaults of `unetc analyze`; the plan is stated in log-SNR, so it serves 50 steps all the same."""
+ANALYSIS = AnalysisOptions(samples=4)
+"""Fewer samples than `unetc analyze` takes, so that the demo is done in minutes."""
+REPAIR = RepairOptions(evaluations=24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ def run_demo(output: Path, *, budget: float, cache: Path, on_progress: OnProgres
     bundle, report, verification, samples = (
         output / name for name in ("bundle", "report.html", "verification.json", "samples.png")
     )
-    options = BuildOptions(plan=PlanOptions(budget=budget), analysis=ANALYSIS)
+    options = BuildOptions(plan=PlanOptions(budget=budget), analysis=ANALYSIS, repair=REPAIR)
     build(MODEL, bundle, options, cache=cache, on_progress=on_progress)
     result = verify(Bundle.open(bundle), VerifyOptions(rounds=5), on_progress)
     result.save(verification)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -44,8 +45,11 @@ def fit_plan(
     """
     best: tuple[Candidate, float] | None = None
     most = 0.0
+    # aim at the middle of the accepted range: a fit to its edge would miss it half of the time
+    middle = aim = (1 + TOLERANCE / 2) * options.budget
     for attempt in range(ATTEMPTS):
-        candidate = workbench.compile(make_plan(workbench.profile, options, correction=correction))
+        asked = replace(options, budget=min(aim, 0.99))
+        candidate = workbench.compile(make_plan(workbench.profile, asked, correction=correction))
         saving = candidate.saving
         most = max(most, saving)
         if options.budget == 0:
@@ -55,19 +59,31 @@ def fit_plan(
         if options.budget <= saving <= options.budget * (1 + TOLERANCE):
             break
         predicted = 1 - candidate.plan.prediction.time_ratio
-        # aim at the middle of the accepted range: a fit to its edge would miss it half of the time
-        aim = (1 + TOLERANCE / 2) * options.budget
-        correction *= float(np.clip(saving / predicted * options.budget / aim, 0.5, 2.0))
+        by_steps = _saved_by_steps(workbench, candidate)
+        if predicted - by_steps > 0.1 * predicted:
+            correction *= float(np.clip((saving - by_steps) / (predicted - by_steps), 0.3, 2.0))
+        else:  # whole steps save what they promise, but come in runs of bins
+            aim += middle - saving
         notes.append(
             f"attempt {attempt + 1}: planned to save {predicted:.1%}, measured {saving:.1%}; "
-            f"planned again with costs scaled by {correction:.3f}"
+            f"planned again for {aim:.1%} with costs scaled by {correction:.3f}"
         )
+        if aim <= 0 or aim >= 1:
+            break
     if best is None:
         raise PlanError(
             f"no plan met the budget of {options.budget:.1%} when measured; the most that was saved is {most:.1%}. "
             "Ask for a smaller budget, or analyse again on a quiet machine."
         )
     return best
+
+
+def _saved_by_steps(workbench: Workbench, candidate: Candidate) -> float:
+    """Tell which share of the time is saved in steps that compute nothing."""
+    whole = {component.name for component in workbench.profile.components if component.kind == "step"}
+    schedule = candidate.session.schedule(workbench.steps)
+    empty = sum(1 for engine in schedule if whole & candidate.plan.engines[engine].treatments.keys())
+    return empty / len(schedule)
 
 
 def fit_uniform(workbench: Workbench, target: float, correction: float) -> Candidate:

@@ -68,7 +68,7 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
     spacing = (MOST - LEAST) / max(1, options.budgets - 1)
     for number in range(options.budgets):
         on_progress(Progress(stage="curve", done=number, total=options.budgets))
-        budget = LEAST + number * spacing
+        budget = round(LEAST + number * spacing, 4)
         plan = PlanOptions(budget=budget, max_engines=options.max_engines)
         try:
             candidate, correction = fit_plan(workbench, plan, [], correction=correction)

@@ -1,0 +1,71 @@
+"""Schedules written as phases."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
+from unetc.artifacts.profile import ModelReference, Treatment
+from unetc.compiler.schedule import phases_of
+
+ENGINES = (
+    Assignment(treatments={}, emits=("step",)),
+    Assignment(treatments={"a": Treatment.DROP}, emits=("step",)),
+    Assignment(treatments={"step": Treatment.FORECAST}),
+)
+
+
+def plan_of(phases: tuple[Phase, ...]) -> Plan:
+    return Plan(
+        unetc="0",
+        model=ModelReference(name="m", sha256="0" * 64, pipeline="-", denoiser="-"),
+        profile_sha256="0" * 64,
+        budget=0.0,
+        max_engines=2,
+        engines=ENGINES,
+        phases=phases,
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+    )
+
+
+@given(
+    schedule=st.lists(st.integers(0, 2), min_size=1, max_size=60),
+    gaps=st.lists(st.floats(0.01, 3), min_size=60, max_size=60),
+)
+def test_phases_give_the_schedule_back(schedule: list[int], gaps: list[float]) -> None:
+    schedule = [0, *schedule]  # something has to be computed first
+    levels = [sum(gaps[:i]) - 20 for i in range(len(schedule))]
+    phases = phases_of(schedule, levels, levels[0] - 1, levels[-1] + 1)
+    assert plan_of(phases).schedule(levels) == tuple(schedule)
+    assert all(left.high == right.low for left, right in itertools.pairwise(phases))
+
+
+@given(
+    cycles=st.lists(
+        st.tuples(st.sampled_from([(0,), (1,), (0, 2), (0, 2, 2), (0, 1, 2)]), st.integers(3, 6)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_cycles_are_found(cycles: list[tuple[tuple[int, ...], int]]) -> None:
+    schedule = [engine for cycle, turns in cycles for engine in cycle * turns]
+    phases = phases_of(schedule, [float(i) for i in range(len(schedule))], 0.0, 1.0)
+    # a greedy search may give a step to the phase before, which costs a phase at a seam, never more
+    assert len(phases) <= 2 * len(cycles)
+
+
+def test_a_regular_schedule_is_one_phase() -> None:
+    levels = [float(i) for i in range(12)]
+    assert [phase.cycle for phase in phases_of([0, 2, 2] * 4, levels, 0.0, 12.0)] == [(0, 2, 2)]
+    assert [phase.cycle for phase in phases_of([0] * 4 + [0, 2] * 4, levels, 0.0, 12.0)] == [(0,), (2, 0)]
+
+
+def test_a_schedule_serves_other_numbers_of_steps() -> None:
+    levels = [i / 4 for i in range(40)]
+    plan = plan_of(phases_of([0] * 20 + [0, 2] * 10, levels, 0.0, 10.0))
+    finer = plan.schedule([i / 8 for i in range(80)])
+    assert finer[:38] == (0,) * 38  # the phases change half-way between two steps
+    assert 19 <= finer.count(2) <= 22
