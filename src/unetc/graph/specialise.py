@@ -3,8 +3,8 @@
 For every assignment, the specialised graph computes what the gated graph computes at those gates, to rounding. A kept
 gate becomes a wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and whatever only fed the branch is dead
 code. A mean becomes a bias. The missing part of a `cat` is a constant of the trunk's height and width, and what reads
-the `cat` is narrowed where it can be (`slicing.py`). What is held becomes an input of the graph, and what is emitted for
-other engines an output.
+the `cat` is narrowed where it can be (`slicing.py`). What is held becomes an input of the graph, and what is emitted
+for other engines an output.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def specialise(
     if absent := sorted(given.keys() & set(emits)):
         raise CompileError(f"an engine cannot emit {absent[0]!r}, which it does not compute ({given[absent[0]]}).")
     model = gated.model.clone()
+    prediction = model.graph.outputs[0]
     gates = {gate_index(node): node for node in model.graph if is_gate(node)}
     for component in gated.components:
         if component.name in emits:
@@ -74,7 +75,7 @@ def specialise(
                 spread[repeated] = constant
     _remove_dead_nodes(model)
     slice_constants(model.graph, spread)
-    _name_output(model.graph)
+    _name_output(model.graph, like=prediction)
     _clean(model)
     return serialise(model)
 
@@ -108,13 +109,10 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: 
     return forecast.outputs[0]
 
 
-def _name_output(graph: ir.Graph) -> None:
-    """Give the prediction its name back, which the step's gate had."""
-    prediction = graph.outputs[0]
-    node = ir.node("Identity", [prediction])
-    graph.append(node)
-    output = node.outputs[0]
-    output.name, output.type, output.shape = OUTPUT, prediction.type, prediction.shape
+def _name_output(graph: ir.Graph, like: ir.Value) -> None:
+    """Give the prediction its name, type and shape back, which the step's gate had."""
+    output = add_node(graph, "Identity", [graph.outputs[0]])
+    output.name, output.type, output.shape = OUTPUT, like.type, like.shape
     graph.outputs[0] = output
 
 
