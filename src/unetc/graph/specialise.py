@@ -2,8 +2,9 @@
 
 For every assignment, the specialised graph computes what the gated graph computes at those gates, to rounding. A kept
 gate becomes a wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and whatever only fed the branch is dead
-code. A mean becomes a bias. A `cat` keeps its width: its missing part is a constant of the trunk's height and width.
-What is held becomes an input of the graph, and what is emitted for other engines an output.
+code. A mean becomes a bias. The missing part of a `cat` is a constant of the trunk's height and width, and what reads
+the `cat` is narrowed where it can be (`slicing.py`). What is held becomes an input of the graph, and what is emitted
+for other engines an output.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from unetc.errors import CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, SAMPLE
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import GatedGraph, SerialisedGraph, emit, gate_index, is_gate, serialise
+from unetc.graph.nodes import add_initializer, add_integers, add_node
+from unetc.graph.slicing import slice_constants
 from unetc.held import EARLIER, HELD, REACH
 
 
@@ -51,6 +54,7 @@ def specialise(
     if absent := sorted(given.keys() & set(emits)):
         raise CompileError(f"an engine cannot emit {absent[0]!r}, which it does not compute ({given[absent[0]]}).")
     model = gated.model.clone()
+    prediction = model.graph.outputs[0]
     gates = {gate_index(node): node for node in model.graph if is_gate(node)}
     for component in gated.components:
         if component.name in emits:
@@ -61,12 +65,17 @@ def specialise(
             _replace(gate.outputs[0], _branch(gate))
         elif given[component.name].reuses:
             _replace(gate.outputs[0], _recall(model.graph, _branch(gate), component, given[component.name]))
+    spread: dict[ir.Value, NDArray[np.float32]] = {}
     for component in gated.components:
         if component.name in given and not given[component.name].reuses:
             own = means[component.offset : component.offset + component.channels]
             constant = own if given[component.name] is Treatment.MEAN else np.zeros_like(own)
-            _make_constant(model.graph, gates[component.index], component, constant)
-    _name_output(model.graph, gated.model.graph.outputs[0])
+            repeated = _make_constant(model.graph, gates[component.index], component, constant)
+            if repeated is not None:
+                spread[repeated] = constant
+    _remove_dead_nodes(model)
+    slice_constants(model.graph, spread)
+    _name_output(model.graph, like=prediction)
     _clean(model)
     return serialise(model)
 
@@ -102,23 +111,22 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: 
 
 def _name_output(graph: ir.Graph, like: ir.Value) -> None:
     """Give the prediction its name, type and shape back, which the step's gate had."""
-    prediction = graph.outputs[0]
-    node = ir.node("Identity", [prediction])
-    graph.append(node)
-    output = node.outputs[0]
+    output = add_node(graph, "Identity", [graph.outputs[0]])
     output.name, output.type, output.shape = OUTPUT, like.type, like.shape
     graph.outputs[0] = output
 
 
-def _make_constant(graph: ir.Graph, gate: ir.Node, component: Component, constant: NDArray[np.float32]) -> None:
-    """Replace a gate by a constant per channel, in the form its join can take."""
+def _make_constant(
+    graph: ir.Graph, gate: ir.Node, component: Component, constant: NDArray[np.float32]
+) -> ir.Value | None:
+    """Replace a gate by a constant per channel, in the form its join can take; return what a `Concat` is given."""
     zero = not constant.any()
     shape = [1 if i != component.axis else component.channels for i in range(component.rank)]
     if component.kind == "step":
-        value = _initializer(graph, f"mean.{component.index}", constant.reshape(shape))
+        value = add_initializer(graph, f"mean.{component.index}", constant.reshape(shape))
         (sample,) = (value for value in graph.inputs if value.name == SAMPLE)
         _replace(gate.outputs[0], _repeat(graph, sample, value, component))
-        return
+        return None
     (join,) = {use.node for use in gate.outputs[0].uses()}
     if join.op_type == "Add":
         (trunk,) = (value for value in join.inputs if value is not gate.outputs[0])
@@ -126,15 +134,18 @@ def _make_constant(graph: ir.Graph, gate: ir.Node, component: Component, constan
         if zero:
             _replace(join.outputs[0], trunk)
         else:
-            _replace(gate.outputs[0], _initializer(graph, f"mean.{component.index}", constant.reshape(shape)))
+            _replace(gate.outputs[0], add_initializer(graph, f"mean.{component.index}", constant.reshape(shape)))
     elif join.op_type == "Concat":
-        value = _initializer(graph, f"mean.{component.index}", constant.reshape(shape))
+        value = add_initializer(graph, f"mean.{component.index}", constant.reshape(shape))
         like = _shape_source(graph, join, gate, component.axis)
-        _replace(gate.outputs[0], _repeat(graph, like, value, component))
+        repeated = _repeat(graph, like, value, component)
+        _replace(gate.outputs[0], repeated)
+        return repeated
     else:
         raise CompileError(
             f"component {component.name!r} joins at a {join.op_type}, expected Add or Concat. Please report the model."
         )
+    return None
 
 
 _SPREAD = "spread"
@@ -144,12 +155,12 @@ _SPREAD = "spread"
 def _repeat(graph: ir.Graph, like: ir.Value, value: ir.Value, component: Component) -> ir.Value:
     """Repeat a constant per channel over the batch and positions of another value."""
     axis = component.axis
-    parts = [_node(graph, "Shape", [like], {"start": 0, "end": axis})]
-    parts.append(_initializer(graph, f"channels.{component.channels}", np.array([component.channels], dtype=np.int64)))
+    parts = [_add(graph, "Shape", [like], {"start": 0, "end": axis})]
+    parts.append(add_integers(graph, component.channels))
     if axis + 1 < component.rank:
-        parts.append(_node(graph, "Shape", [like], {"start": axis + 1, "end": component.rank}))
-    shape = _node(graph, "Concat", parts, {"axis": 0})
-    return _node(graph, "Expand", [value, shape])
+        parts.append(_add(graph, "Shape", [like], {"start": axis + 1, "end": component.rank}))
+    shape = _add(graph, "Concat", parts, {"axis": 0})
+    return _add(graph, "Expand", [value, shape])
 
 
 def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
@@ -178,19 +189,9 @@ def _is_computed(value: ir.Value) -> bool:
     return producer is None or not (is_gate(producer) or producer.name == _SPREAD)
 
 
-def _node(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
-    """Add a node, to be sorted to its place later, and return its output."""
-    node = ir.node(operator, inputs, attributes or {}, name=_SPREAD)
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
-    graph.register_initializer(value)
-    return value
+def _add(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
+    """Add a node that helps to repeat a constant."""
+    return add_node(graph, operator, inputs, attributes, name=_SPREAD)
 
 
 def _is_unread(value: ir.Value) -> bool:
@@ -199,10 +200,15 @@ def _is_unread(value: ir.Value) -> bool:
     return added and not value.uses() and not value.is_graph_output()
 
 
-def _clean(model: ir.Model) -> None:
-    """Remove dead nodes, unused weights and inputs, and sort what was appended."""
-    common.TopologicalSortPass()(model)  # the next pass goes from the last node to the first, once
+def _remove_dead_nodes(model: ir.Model) -> None:
+    """Remove nodes and initializers that nothing reads, in the reverse of the order they are computed in."""
+    common.TopologicalSortPass()(model)
     common.RemoveUnusedNodesPass()(model)
+
+
+def _clean(model: ir.Model) -> None:
+    """Remove dead nodes, unused weights and the gate inputs."""
+    _remove_dead_nodes(model)
     if any(is_gate(node) for node in model.graph):
         raise CompileError("a gate is left in a specialised graph. Please report the model.")
     for value in [value for value in model.graph.inputs if value.name in (GATES, MEANS) or _is_unread(value)]:

@@ -1,0 +1,58 @@
+"""Add nodes and small constants to a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+Attributes = Mapping[str, int | float | Sequence[int]]
+
+
+def add_node(
+    graph: ir.Graph,
+    operator: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Attributes | None = None,
+    *,
+    name: str | None = None,
+) -> ir.Value:
+    """Add a node, to be sorted to its place later, and return its output."""
+    node = ir.node(operator, inputs, attributes or {}, name=name)
+    graph.append(node)
+    return node.outputs[0]
+
+
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """Add a constant, unless the graph has one of this name already, and return it."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def add_integers(graph: ir.Graph, *numbers: int) -> ir.Value:
+    """Add a constant list of integers: a shape, axes, a bound."""
+    name = "integers." + "_".join(map(str, numbers))
+    return add_initializer(graph, name, np.array(numbers, dtype=np.int64))
+
+
+def copy_node(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], **changed: int) -> ir.Value:
+    """Add a node that differs from another in its inputs and, where named, its attributes."""
+    attributes = {name: attribute for name, attribute in node.attributes.items() if name not in changed}
+    copy = ir.Node("", node.op_type, inputs, [*attributes.values(), *map(ir.AttrInt64, changed, changed.values())])
+    graph.append(copy)
+    return copy.outputs[0]
+
+
+def add_slice(graph: ir.Graph, value: ir.Value, begin: int, end: int, axis: int) -> ir.Value:
+    """Take a range of one axis."""
+    return add_node(graph, "Slice", [value, *(add_integers(graph, number) for number in (begin, end, axis))])
+
+
+def add_reshape(graph: ir.Graph, value: ir.Value, *sizes: int) -> ir.Value:
+    """Give a value a shape, where 0 keeps a size and -1 takes what is left."""
+    return add_node(graph, "Reshape", [value, add_integers(graph, *sizes)])
