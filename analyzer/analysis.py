@@ -46,7 +46,7 @@ class AnalysisOptions:
     """Batch size of the cost measurement."""
     rounds: int = 15
     """Timed repetitions per component."""
-    decisive: int | None = 12
+    decisive: int | None = 10
     """Ablations of every bin that are carried to the final output; the others are screened. All are when None."""
 
     def __post_init__(self) -> None:

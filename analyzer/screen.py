@@ -132,20 +132,22 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     expected = base.states[step + 1].predictions[0]
     errors: list[_Local] = []
     calls = 0
+    remembered_for: dict[int, Held] = {}
     for kind in REMOVALS + REUSES:
         names = [component.name for component in sweep.components if kind in kinds_for(component)]
         sources = [at for at in (step - kind.period // 2 - kind.period, step - kind.period // 2) if at >= 0]
         if kind.treatment.reuses and not sources:
             continue
-        size = min(sweep.ablations_per_batch, len(names))
-        held = remembered(sweep, base, sources, size) if kind.treatment.reuses else Held()
-        calls += size * len(sources) if kind.treatment.reuses else 0
+        size = sweep.ablations_per_batch
+        if kind.treatment.reuses and kind.period not in remembered_for:
+            remembered_for[kind.period] = remembered(sweep, base, sources, size)
+            calls += size * len(sources)
         for start in range(0, len(names), size):
             own = names[start : start + size]
             padded = [*own, *[own[-1]] * (size - len(own))]  # held tensors are of one batch size
             sample = np.concatenate([seen] * size)
             if kind.treatment.reuses:
-                predicted = sweep.recall(sample, step, held, padded, kind.treatment)
+                predicted = sweep.recall(sample, step, remembered_for[kind.period], padded, kind.treatment)
             else:
                 gates = sweep.gates(padded, kind.treatment)
                 predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])

@@ -1,0 +1,63 @@
+"""What is the least damage at any time on `digits`, and how fast can it be with a PSNR of 30 dB?
+
+    python benchmarks/bench_pareto.py            # about 6 minutes on two cores; resumes
+
+Plans, repairs and samples at eight budgets from the profile of `bench_budget.py`, then samples the fastest plan with a
+PSNR of at least 30 dB again, on held-out seeds, in turns with the full model. Writes `results/pareto.json` and the
+picture of the curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts.record import to_builtins
+from unetc.cli.output import progress
+from unetc.report.curve import draw
+from unetc.workflow.gate import QualityGate
+from unetc.workflow.pareto import ParetoOptions, fastest_passing, trace
+from unetc.workflow.setup import set_up
+from unetc.workflow.verify import HELD_OUT
+
+HERE = Path(__file__).parent
+ANALYSIS = AnalysisOptions(samples=8)
+GATE = QualityGate(metric="psnr", bound=30.0)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
+    options = parser.parse_args()
+    with progress() as on_progress:
+        setup = set_up("digits", analysis=ANALYSIS, steps=50, cache=options.work, on_progress=on_progress)
+        curve = trace(setup, ParetoOptions(), on_progress)
+        fastest = fastest_passing(curve, GATE)
+        candidate = setup.workbench.compile(fastest.plan)
+        checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT)
+    record = {
+        "command": "python benchmarks/bench_pareto.py",
+        "environment": curve.environment,
+        "target": curve.target,
+        "samples": curve.samples,
+        "points": len(curve.points),
+        "front": [{"time_ratio": p.time_ratio, "damage": to_builtins(p.damage)} for p in curve.front()],
+        "gate": str(GATE),
+        "fastest": {
+            "time_ratio": fastest.time_ratio,
+            "damage": to_builtins(fastest.damage),
+            "held_out": to_builtins(checked),
+            "plan": to_builtins(fastest.plan),
+        },
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results/pareto.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE.parent / "docs/images/pareto.svg").write_text(draw(curve))
+    print(f"fastest with {GATE}: {1 / checked.time_ratio:.2f} x, PSNR {checked.damage.psnr.mean:.1f} dB on new seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""What does the runtime cost?
+
+    python benchmarks/bench_runtime.py           # about 4 minutes on two cores
+
+Times engines of the reference model on random inputs and writes `results/runtime.json`:
+
+- additivity: time of an engine / (full time − sum of the savings, each measured with an engine of its own, of what it
+  removes and is not nested in something else it removes), for every level (there a second engine without this level
+  tells the saving, so the ratio is a control) and for random assignments of removals; all engines take turns
+- overhead: wall time of `Session.sample` / time spent inside of the engine calls, for the full model and for plans that
+  change the engine in every step
+- switching: time per step of two engines in turns − mean of their times when each runs alone, in full steps
+- memory: resident memory of a fresh process with five engines / with the full engine alone, after one call of each
+- emission: full engine that emits the branches of all components / full engine that emits none
+
+Ratios are medians over rounds of the ratio within a round. `memory` counts whole processes, libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+import unetc
+from unetc.analyzer.denoiser import GatedDenoiser
+from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
+from unetc.artifacts.profile import STEP, ModelReference, Treatment
+from unetc.backend import Array, Backend, Program
+from unetc.cli.output import progress
+from unetc.compiler.emissions import with_emissions
+from unetc.environment import cores, describe
+from unetc.graph.gated import GatedGraph
+from unetc.graph.specialise import specialise
+from unetc.models import Model, find_model
+from unetc.progress import OnProgress, Progress
+from unetc.runtime.backend import Memory, open_backend
+from unetc.runtime.session import Session
+from unetc.solver.extract import extract_all, make_scheduler
+from unetc.solver.table import SolverTables
+from unetc.timing import interleaved_ms
+from unetc.workflow.prepare import prepare
+
+HERE = Path(__file__).parent
+TIMESTEP = 500.0
+RANDOM_ASSIGNMENTS = 5
+REMOVED_SHARE = 0.25
+"""Chance of each component to be removed in a random assignment."""
+OTHERS_PER_FULL = 4
+"""How many other engines have a turn before the full one has the next; its time enters every difference of a round."""
+BLOCK = 10
+"""Steps that an engine runs alone before the next one has its turn, when switching is measured."""
+
+RESIDENT = """
+import sys
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import load_file
+from unetc.runtime.backend import Memory, open_backend
+
+memory, threads, weights, shape, *graphs = sys.argv[1:]
+backend = open_backend("onnxruntime:cpu", threads=int(threads), memory=Memory(memory))
+weights = load_file(weights)
+sample = np.zeros([int(size) for size in shape.split(",")], dtype=np.float32)
+inputs = {"sample": sample, "timestep": np.full(len(sample), 500.0, dtype=np.float32)}
+programs = []
+for graph in graphs:
+    needed = Path(graph).with_suffix(".txt").read_text().split("\\n")
+    programs.append(backend.load(Path(graph).read_bytes(), {name: weights[name] for name in needed}))
+for program in programs:
+    program(inputs, np.empty_like(sample))
+lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("Rss:")))
+"""
+"""Run in a fresh process: load engines from files, call each once, print the resident memory in kB."""
+
+Treatments = Mapping[str, Treatment]
+
+
+class Engines:
+    """Specialises and loads engines of one model, and has inputs for them."""
+
+    def __init__(self, gated: GatedGraph, backend: Backend, sample_shape: tuple[int, int, int], batch: int) -> None:
+        """Set up; the means are those of the branches on noise."""
+        self.gated = gated
+        self._backend = backend
+        self._weights = load_file(gated.weights)
+        self.sample: Array = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
+        self._inputs = {"sample": self.sample, "timestep": np.full(batch, TIMESTEP, dtype=np.float32)}
+        self._output = np.empty_like(self.sample)
+        self.means = GatedDenoiser(gated, backend).branch_means(self.sample, TIMESTEP)
+
+    def load(self, treatments: Treatments, emits: Sequence[str] = ()) -> Program:
+        """Specialise and load the engine of an assignment."""
+        graph = specialise(self.gated, treatments, self.means, emits)
+        return self._backend.load(graph.graph, graph.select(self._weights))
+
+    def call(self, program: Program) -> object:
+        """Run a program that holds nothing."""
+        return program(self._inputs, self._output)
+
+
+class Timed:
+    """A program that adds up the time it takes."""
+
+    def __init__(self, program: Program) -> None:
+        """Wrap a program."""
+        self._program = program
+        self.seconds = 0.0
+
+    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+        """Run the program."""
+        start = time.perf_counter()
+        emitted = self._program(inputs, output)
+        self.seconds += time.perf_counter() - start
+        return emitted
+
+
+def outermost(gated: GatedGraph, treatments: Treatments) -> list[str]:
+    """List what is removed and not nested in something else that is."""
+    nested = {inner for c in gated.components if c.name in treatments for inner in c.nested}
+    return [name for name in treatments if name not in nested]
+
+
+def assignments_of(gated: GatedGraph, seed: int) -> dict[str, dict[str, Treatment]]:
+    """List the assignments whose time is compared with what their parts save."""
+    chosen = {c.name: {c.name: Treatment.DROP} for c in gated.components if c.kind == "level"}
+    generator = np.random.default_rng(seed)
+    names = [component.name for component in gated.components if component.name != STEP]
+    for number in range(RANDOM_ASSIGNMENTS):
+        removed = generator.random(len(names)) < REMOVED_SHARE
+        kinds = generator.choice([Treatment.DROP, Treatment.MEAN], size=len(names))
+        chosen[f"random {number + 1}"] = {
+            name: Treatment(kind) for name, kind, gone in zip(names, kinds, removed, strict=True) if gone
+        }
+    return chosen
+
+
+def spread(values: NDArray[np.float64]) -> list[float]:
+    """Summarise rounds by median, 10th and 90th percentile."""
+    return [float(value) for value in np.percentile(values, [50, 10, 90])]
+
+
+def additivity_and_emission(
+    engines: Engines, assignments: Mapping[str, Treatments], rounds: int, on_progress: OnProgress
+) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """Time all engines of (a) and (e) in turns."""
+    gated = engines.gated
+    singles = sorted({(name, own[name]) for own in assignments.values() for name in outermost(gated, own)})
+    programs = [engines.load({}, [component.name for component in gated.components])]
+    programs += [engines.load({name: treatment}) for name, treatment in singles]
+    programs += [engines.load(own) for own in assignments.values()]
+    whole = engines.load({})
+    turns: list[Program] = []
+    for i, program in enumerate(programs):
+        turns += [program] if i % OTHERS_PER_FULL else [whole, program]
+    on_progress(Progress(stage="engines in turns", done=0, total=1))
+    times = interleaved_ms([partial(engines.call, program) for program in turns], rounds=rounds)
+    on_progress(Progress(stage="engines in turns", done=1, total=1))
+    is_whole = np.array([program is whole for program in turns])
+    full, others = np.median(times[:, is_whole], axis=1), times[:, ~is_whole]
+    without = {single: others[:, 1 + i] for i, single in enumerate(singles)}
+    rows, ratios = [], []
+    for i, (label, own) in enumerate(assignments.items()):
+        taken = others[:, 1 + len(singles) + i]
+        outer = outermost(gated, own)
+        expected = full - sum((full - without[name, own[name]] for name in outer), start=np.zeros(rounds))
+        ratios.append(spread(taken / expected)[0])
+        rows.append([label, len(outer), float(np.median(taken)), float(np.median(expected)), *spread(taken / expected)])
+    columns = ["engine", "outermost removals", "ms", "expected ms", "ratio", "10th percentile", "90th percentile"]
+    table = {"title": "Additivity: engine time and what the savings of its parts promise", "columns": columns}
+    figures: list[dict[str, object]] = [
+        {"figure": "full engine, ms per call", "value": float(np.median(full))},
+        {
+            "figure": "additivity: engine time / expected, median over engines",
+            "value": float(np.median(ratios)),
+            "goal": {"at_most": 1.03},
+        },
+        {"figure": "additivity: worst engine", "value": max(ratios), "goal": {"at_most": 1.03}},
+        {"figure": "emission: full engine that emits all / none", "value": spread(others[:, 0] / full)[0]},
+    ]
+    return figures, {**table, "rows": rows}
+
+
+def plan_of(model: ModelReference, engines: tuple[Assignment, ...], cycle: tuple[int, ...]) -> Plan:
+    """Plan one cycle of engines for all noise levels."""
+    return Plan(
+        unetc=unetc.__version__,
+        model=model,
+        profile_sha256="",
+        budget=0.0,
+        max_engines=len(engines),
+        engines=engines,
+        phases=(Phase(low=-1e6, high=1e6, cycle=cycle),),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+    )
+
+
+def overhead(
+    engines: Engines, model: Model, solver: SolverTables, steps: int, rounds: int, on_progress: OnProgress
+) -> list[dict[str, object]]:
+    """Compare the wall time of sampling with the time inside of the engines."""
+    components = engines.gated.components
+    level = next(component.name for component in components if component.kind == "level")
+    plans = {
+        "full model": plan_of(model.reference, with_emissions([{}], components), (0,)),
+        "full and without a level, in turns": plan_of(
+            model.reference, with_emissions([{}, {level: Treatment.DROP}], components), (0, 1)
+        ),
+        "full and holding a level, in turns": plan_of(
+            model.reference, with_emissions([{}, {level: Treatment.HOLD}], components), (0, 1)
+        ),
+    }
+    figures: list[dict[str, object]] = []
+    for label, plan in plans.items():
+        programs = [Timed(engines.load(engine.treatments, engine.emits)) for engine in plan.engines]
+        session = Session(plan=plan, programs=programs, solver=solver, sample_shape=model.sample_shape, steps=steps)
+        ratios = np.empty(rounds)
+        session.sample(len(engines.sample), steps=steps)
+        for i in range(rounds):
+            for program in programs:
+                program.seconds = 0.0
+            start = time.perf_counter()
+            session.sample(len(engines.sample), steps=steps, seed=i)
+            ratios[i] = (time.perf_counter() - start) / sum(program.seconds for program in programs)
+        goal = {"at_most": 1.01}
+        figures.append(
+            {"figure": f"overhead: sampling / engine calls, {label}", "value": spread(ratios)[0], "goal": goal}
+        )
+        on_progress(Progress(stage="sampling", done=len(figures), total=len(plans)))
+    return [*figures, {"figure": "overhead: cost of the timer, µs per call", "value": _timer_us()}]
+
+
+def _timer_us() -> float:
+    def nothing(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+        return inputs
+
+    calls, output = 100_000, np.empty(0, dtype=np.float32)
+    times = interleaved_ms(
+        [lambda p=program: [p({}, output) for _ in range(calls)] for program in (Timed(nothing), nothing)],  # type: ignore[misc]
+        rounds=5,
+    )
+    return float(1e3 * np.median(times[:, 0] - times[:, 1]) / calls)
+
+
+def switching(engines: Engines, rounds: int, on_progress: OnProgress) -> list[dict[str, object]]:
+    """Compare two engines in turns with each of them alone."""
+    level = next(component.name for component in engines.gated.components if component.kind == "level")
+    pair = engines.load({}), engines.load({level: Treatment.DROP})
+
+    def run(*order: int) -> None:
+        for engine in order:
+            engines.call(pair[engine])
+
+    on_progress(Progress(stage="switching", done=0, total=1))
+    # every block begins with the engine that the last one ended with, so only the blocks of turns switch
+    blocks = [(0,) * BLOCK, (0, 1) * (BLOCK // 2), (1,) * BLOCK, (1, 0) * (BLOCK // 2)]
+    times = interleaved_ms([partial(run, *order) for order in blocks], rounds=rounds) / BLOCK
+    on_progress(Progress(stage="switching", done=1, total=1))
+    alone, turns = (times[:, 0] + times[:, 2]) / 2, (times[:, 1] + times[:, 3]) / 2
+    median, low, high = spread((turns - alone) / times[:, 0])
+    return [
+        {"figure": "switching: more per step, in full steps", "value": median, "goal": {"at_most": 0.005}},
+        {"figure": "switching, 10th percentile of the rounds", "value": low},
+        {"figure": "switching, 90th percentile of the rounds", "value": high},
+    ]
+
+
+def memory(
+    engines: Engines, assignments: Mapping[str, Treatments], threads: int, work: Path, on_progress: OnProgress
+) -> list[dict[str, object]]:
+    """Measure fresh processes with no engine, the full engine and five engines."""
+    folder = work / "resident"
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [{}, *(own for label, own in assignments.items() if label.startswith("random"))][:5]
+    paths = []
+    for i, own in enumerate(chosen):
+        graph = specialise(engines.gated, own, engines.means)
+        paths.append(folder / f"{i}.onnx")
+        paths[-1].write_bytes(graph.graph)
+        paths[-1].with_suffix(".txt").write_text("\n".join(sorted(graph.weights)))
+    shape = ",".join(str(size) for size in engines.sample.shape)
+    figures: list[dict[str, object]] = []
+    for mode in Memory:
+        resident = {}
+        for count in (0, 1, len(paths)):
+            arguments = [mode.value, str(threads), engines.gated.weights, shape, *paths[:count]]
+            process = subprocess.run(
+                [sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True, check=True
+            )
+            resident[count] = int(process.stdout) / 1024
+        nothing, one, all_of_them = resident.values()
+        goal = {"goal": {"at_most": 1.2}} if mode is Memory.LOW else {}
+        figures += [
+            {"figure": f'memory="{mode}": no engine, but the weights, MiB', "value": nothing},
+            {"figure": f'memory="{mode}": the full engine, MiB', "value": one},
+            {"figure": f'memory="{mode}": {len(paths)} engines, MiB', "value": all_of_them},
+            {"figure": f'memory="{mode}": {len(paths)} engines / the full engine', "value": all_of_them / one, **goal},
+            {
+                "figure": f'memory="{mode}": each further engine, MiB',
+                "value": (all_of_them - one) / (len(paths) - 1),
+            },
+        ]
+        on_progress(Progress(stage="memory", done=len(figures) // 5, total=len(Memory)))
+    return figures
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=40,
+        help="timed repetitions; sampling has a quarter of them, switching twice as many",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random assignments")
+    options = parser.parse_args()
+    threads = cores()
+    model = find_model("digits")
+    solver = extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [options.steps])
+    with progress() as on_progress:
+        gated = prepare(model, options.work, on_progress).gated
+        backend = open_backend("onnxruntime:cpu", threads=threads)
+        engines = Engines(gated, backend, model.sample_shape, options.batch)
+        assignments = assignments_of(gated, options.seed)
+        figures, table = additivity_and_emission(engines, assignments, options.rounds, on_progress)
+        figures += overhead(engines, model, solver, options.steps, max(1, options.rounds // 4), on_progress)
+        figures += switching(engines, 2 * options.rounds, on_progress)
+        figures += memory(engines, assignments, threads, options.work, on_progress)
+    sizes = {name: getattr(options, name) for name in ("steps", "batch", "rounds", "seed")}
+    record = {
+        "command": shlex.join(["python", "benchmarks/bench_runtime.py", *sys.argv[1:]]),
+        "environment": describe(),
+        "settings": {"model": "digits", **sizes, "threads": threads},
+        "figures": figures,
+        "tables": [table],
+        "assignments": assignments,
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "runtime.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
