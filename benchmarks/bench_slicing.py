@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ CASES = (
     Case(name="Stable Diffusion, 16x16", trunk=640, skip=640, out=640, groups=32, size=16, batch=2),
     Case(name="Stable Diffusion, 16x16, uneven", trunk=1280, skip=640, out=640, groups=32, size=16, batch=2),
 )
-"""Blocks of the reference model and of Stable Diffusion; in an uneven one a group of the norm has channels of both."""
+"""Blocks of the reference model and of Stable Diffusion; in an uneven one, one group of a norm has channels of both."""
 
 
 def block(case: Case, *, with_skip: bool) -> ir.Model:
@@ -156,6 +157,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/bench_slicing.py --threads {options.threads} --rounds {options.rounds}",
         "environment": describe(),
+        "load_average": os.getloadavg(),  # of the last 1, 5 and 15 minutes; this process is 1 of it per thread
         "results": results,
     }
     (HERE / "results").mkdir(exist_ok=True)
