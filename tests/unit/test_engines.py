@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,12 +12,14 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
+from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Profile, Treatment
+from unetc.compiler.emissions import with_emissions
 from unetc.compiler.engines import compile_engines
 from unetc.errors import CompileError, PlanError
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import OPSET, GatedGraph, SerialisedGraph
+from unetc.held import Held
 from unetc.runtime.backend import open_backend
 
 MODEL = ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", denoiser="UNet2DModel")
@@ -40,6 +42,8 @@ MEANS = np.random.default_rng(0).standard_normal((len(STEPS), CHANNELS * len(COM
 DROP_FIRST = {"first": Treatment.DROP}
 MEAN_FIRST = {"first": Treatment.MEAN}
 MEAN_BOTH = {"first": Treatment.MEAN, "second": Treatment.MEAN}
+HOLD_FIRST = {"first": Treatment.HOLD}
+FORECAST_SECOND = {"second": Treatment.FORECAST}
 
 
 def exactly(value: float) -> Estimate:
@@ -62,6 +66,7 @@ PROFILE = Profile(
     full_ms=exactly(10.0),
     costs=(),
     effects=(),
+    samplings=1.0,
     means=tuple(row.tobytes() for row in MEANS),
 )
 
@@ -72,7 +77,7 @@ def gated(tmp_path: Path) -> GatedGraph:
     gate = "per_sample=[-1, 1, 1, 1], per_channel=[1, -1, 1, 1]"
     inputs = "float[b, 2, h, w] sample, float[b] timestep, float[b, c, 2] gates, float[n] means"
     text = f"""<ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": 1]>
-        tiny ({inputs}) => (float[b, 2, h, w] out_sample) {{
+        tiny ({inputs}) => (float[b, 2, h, w] out_sample) <float[b, 2, h, w] a, float[b, 2, h, w] b_> {{
             a = Neg(sample)
             gated_a = {DOMAIN}.Gate<index=[0], begin=[0], end=[2], {gate}>(a, gates, means)
             y = Add(sample, gated_a)
@@ -89,7 +94,7 @@ def gated(tmp_path: Path) -> GatedGraph:
     )
 
 
-def make_plan(engines: Sequence[dict[str, Treatment]], phases: Sequence[tuple[int, int, tuple[int, ...]]]) -> Plan:
+def make_plan(engines: Sequence[Mapping[str, Treatment]], phases: Sequence[tuple[int, int, tuple[int, ...]]]) -> Plan:
     """Make a plan of phases (first bin, last bin + 1, cycle)."""
     return Plan(
         unetc="0",
@@ -97,7 +102,7 @@ def make_plan(engines: Sequence[dict[str, Treatment]], phases: Sequence[tuple[in
         profile_sha256=PROFILE.sha256(),
         budget=0.1,
         max_engines=4,
-        engines=tuple(Assignment(treatments=treatments) for treatments in ({}, *engines)),
+        engines=with_emissions([{}, *engines], COMPONENTS),
         phases=tuple(Phase(low=float(first), high=float(last), cycle=cycle) for first, last, cycle in phases),
         prediction=Prediction(time_ratio=0.9, relative_l2=0.1),
     )
@@ -115,7 +120,8 @@ def run(graph: SerialisedGraph) -> NDArray[np.float32]:
 def average(bins: Sequence[int], component: int) -> NDArray[np.float64]:
     """Average the means of some bins, each as often as it has steps."""
     own = MEANS[:, CHANNELS * component : CHANNELS * (component + 1)].astype(np.float64)
-    return np.mean([own[b] for b in bins for _ in range(STEPS[b])], axis=0)
+    averaged: NDArray[np.float64] = np.mean([own[b] for b in bins for _ in range(STEPS[b])], axis=0)
+    return averaged
 
 
 def test_one_graph_for_each_engine_in_the_order_of_the_plan(gated: GatedGraph) -> None:
@@ -154,6 +160,52 @@ def test_the_full_engine_has_no_means(gated: GatedGraph) -> None:
     plan = make_plan([MEAN_BOTH], [(0, 4, (1,))])
     full, _ = compile_engines(gated, plan, PROFILE)
     assert run(full).tolist() == [0, 0]
+
+
+def names_of(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    return [value.name for value in values]
+
+
+def test_engines_emit_what_others_hold_and_take_what_they_hold(gated: GatedGraph) -> None:
+    plan = make_plan([HOLD_FIRST, FORECAST_SECOND, DROP_FIRST], [(0, 1, (0, 1)), (1, 3, (0, 2)), (3, 4, (3,))])
+    graphs = [onnx.load_from_string(graph.graph).graph for graph in compile_engines(gated, plan, PROFILE)]
+    ordinary = ["sample", "timestep"]
+    taken = [sorted({*names_of(graph.input)} - {*ordinary}) for graph in graphs]
+    assert taken == [[], ["held.0"], ["earlier.1", "held.1", "reach.1"], []]
+    # the prediction comes first, then what the plan says that the engine emits
+    emitted = [names_of(graph.output) for graph in graphs]
+    assert [outputs[0] for outputs in emitted] == ["out_sample"] * 4
+    assert [outputs[1:] for outputs in emitted] == [
+        ["computed.0", "computed.1"],
+        ["computed.1"],
+        ["computed.0"],
+        ["computed.1"],
+    ]
+    for assignment, outputs in zip(plan.engines, emitted, strict=True):
+        assert [f"computed.{c.index}" for c in COMPONENTS if c.name in assignment.emits] == outputs[1:]
+
+
+def test_a_plan_that_holds_nothing_emits_nothing(gated: GatedGraph) -> None:
+    plan = make_plan([DROP_FIRST, MEAN_BOTH], [(0, 2, (1,)), (2, 4, (2,))])
+    for graph in compile_engines(gated, plan, PROFILE):
+        assert names_of(onnx.load_from_string(graph.graph).graph.output) == ["out_sample"]
+
+
+def test_an_engine_computes_with_what_another_has_emitted(gated: GatedGraph) -> None:
+    reuses = [{"first": treatment, "second": Treatment.DROP} for treatment in (Treatment.HOLD, Treatment.FORECAST)]
+    plan = make_plan(reuses, [(0, 2, (0, 1)), (2, 4, (0, 2))])
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    full, holding, forecasting = (backend.load(graph.graph, {}) for graph in compile_engines(gated, plan, PROFILE))
+    one = np.ones((1, CHANNELS, 3, 3), np.float32)
+    timestep, output, held = np.zeros(1, np.float32), np.empty_like(one), Held()
+    for sample, at in ((one, 30.0), (3 * one, 20.0)):  # the first branch is -1, then -3
+        held.remember(full({"sample": sample, "timestep": timestep}, output), at)
+        assert not output.any()
+    inputs = {"sample": 7 * one, "timestep": timestep, **held.inputs(15.0)}
+    holding(inputs, output)
+    np.testing.assert_array_equal(output, (7 - 3) * one)
+    forecasting(inputs, output)
+    np.testing.assert_array_equal(output, (7 - 4) * one)
 
 
 def test_a_plan_of_another_profile_is_refused(gated: GatedGraph) -> None:

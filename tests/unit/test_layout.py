@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
-SHARED = {"", "__version__", "artifacts", "backend", "environment", "errors", "progress", "solver", "timing"}
+SHARED = {"", "__version__", "artifacts", "backend", "environment", "errors", "held", "progress", "solver", "timing"}
 EVERYTHING_BELOW = SHARED | STAGES | {"graph", "models", "report"}
 MAY_IMPORT = {
     "errors": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "timing": set(),
     "environment": set(),
     "backend": set(),
+    "held": set(),
     "solver": {"errors"},
     "artifacts": {"errors", "solver"},
     "graph": SHARED,
@@ -48,6 +49,7 @@ LIGHT = (
     "unetc.artifacts",
     "unetc.backend",
     "unetc.errors",
+    "unetc.held",
     "unetc.runtime",
     "unetc.solver.noise",
     "unetc.solver.table",

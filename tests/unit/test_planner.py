@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,19 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from unetc.artifacts.plan import Plan
+from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import (
+    STEP,
     Bin,
     Component,
     Cost,
-    Damage,
     Effect,
     Estimate,
     ModelReference,
     Profile,
     Treatment,
 )
-from unetc.compiler.planner import PlanOptions, Removal, _segments, _solve, assemble, make_plan
+from unetc.compiler.choices import Choices, Mode, Part
+from unetc.compiler.dynamic import solve_fast
+from unetc.compiler.emissions import with_emissions
+from unetc.compiler.exact import solve_exactly
+from unetc.compiler.planner import TIME_LIMIT_S, PlanOptions, assemble, make_plan
+from unetc.compiler.schedule import phases_of
 from unetc.errors import PlanError
 
 SLACK = 1e-6
@@ -35,60 +41,67 @@ GAP = 1e-3
 """How far from the best a plan may be, relative; the solver is asked for 1e-4."""
 
 FULL_MS = 80.0
-TREATMENTS = (Treatment.DROP, Treatment.MEAN)
+DROP, MEAN, HOLD, FORECAST = (Treatment.DROP, 1), (Treatment.MEAN, 1), (Treatment.HOLD, 2), (Treatment.FORECAST, 2)
+KINDS = (DROP, MEAN, HOLD, FORECAST, (Treatment.HOLD, 4))
+"""Treatments with their periods, in the order that test profiles give damages for."""
 
 
 def exactly(value: float) -> Estimate:
     return Estimate(mean=value, low=value, high=value)
 
 
-def damage_of(relative_l2: Estimate) -> Damage:
-    return Damage(relative_l2=relative_l2, psnr=exactly(30.0), ssim=exactly(0.9))
-
-
 def make_profile(
     upper: NDArray[np.float64],
-    saved: Sequence[float],
+    saved: Sequence[float] | NDArray[np.float64],
     *,
     steps: Sequence[int] | None = None,
     nested: Mapping[int, Sequence[int]] | None = None,
     mean_share: float = 0.5,
+    step: bool = False,
 ) -> Profile:
     """Make a profile.
 
     Args:
-        upper: Upper bounds of the relative L2 damage, [treatment (drop, mean), bin, component].
+        upper: Upper bounds of the relative L2 damage, [kind (the first of `KINDS`), bin, component]; NaN where nothing
+            is known.
         saved: Share of the full time that each component's removal saves.
         steps: Steps of each bin; 3 when not given.
         nested: Which components go with which.
         mean_share: The mean of every damage as a share of its upper bound.
+        step: Whether the last component is the whole call, which only reuse is known of.
     """
-    _, bins, count = upper.shape
+    kinds, bins, count = upper.shape
+    names = [f"c{c}" for c in range(count)]
+    nested = dict(nested or {})
+    if step:
+        names[-1] = STEP
+        nested[count - 1] = range(count - 1)
     components = tuple(
         Component(
-            name=f"c{c}",
-            kind="residual",
-            owner=f"c{c}",
+            name=name,
+            kind="step" if name == STEP else "residual",
+            owner=name,
             index=c,
             channels=1,
             axis=1,
             offset=c,
-            nested=tuple(f"c{inner}" for inner in (nested or {}).get(c, ())),
+            nested=tuple(names[inner] for inner in nested.get(c, ())),
         )
-        for c in range(count)
+        for c, name in enumerate(names)
     )
     effects = tuple(
         Effect(
-            component=f"c{c}",
+            component=name,
             treatment=treatment,
+            period=period,
             bin=b,
-            damage=damage_of(
-                Estimate(mean=mean_share * float(upper[t, b, c]), low=0.0, high=float(upper[t, b, c])),
-            ),
+            measured=True,
+            relative_l2=Estimate(mean=mean_share * float(upper[k, b, c]), low=0.0, high=float(upper[k, b, c])),
         )
-        for t, treatment in enumerate(TREATMENTS)
+        for k, (treatment, period) in enumerate(KINDS[:kinds])
         for b in range(bins)
-        for c in range(count)
+        for c, name in enumerate(names)
+        if not np.isnan(upper[k, b, c]) and (treatment.reuses or name != STEP)
     )
     return Profile(
         unetc="0",
@@ -104,36 +117,49 @@ def make_profile(
         components=components,
         bins=tuple(Bin(low=float(b), high=float(b + 1), steps=(steps or [3] * bins)[b]) for b in range(bins)),
         full_ms=exactly(FULL_MS),
-        costs=tuple(Cost(component=f"c{c}", saved_ms=exactly(FULL_MS * float(share))) for c, share in enumerate(saved)),
+        costs=tuple(
+            Cost(component=name, saved_ms=exactly(FULL_MS * float(share)))
+            for name, share in zip(names, saved, strict=True)
+        ),
         effects=effects,
+        samplings=1.0,
         means=tuple(np.zeros(count, "<f4").tobytes() for _ in range(bins)),
     )
 
 
-def random_profile(count: int, bins: int, seed: int, *, decades: float = 2.0) -> Profile:
+def random_profile(count: int, bins: int, seed: int, *, kinds: int = 2, decades: float = 2.0) -> Profile:
     """Make a profile whose damages spread over some decades and whose savings add up to less than all of the time."""
     generator = np.random.default_rng(seed)
-    upper = 10 ** -generator.uniform(0, decades, (2, bins, count))
+    upper = 10 ** -generator.uniform(0, decades, (kinds, bins, count))
     return make_profile(upper, generator.dirichlet(np.ones(count)) * 0.9)
 
 
 @st.composite
 def profiles(draw: st.DrawFn, *, components: int = 6, bins: int = 5) -> Profile:
-    """Draw profiles with nesting, some components without savings and some without damage."""
-    count, cuts = draw(st.integers(2, components)), draw(st.integers(1, bins))
+    """Draw profiles with nesting, some components without savings and some without damage; most have a step."""
+    step = draw(st.booleans())
+    count, cuts = draw(st.integers(2 + step, components)), draw(st.integers(1, bins))
+    kinds = draw(st.sampled_from([2, 2 + step, 4, 5]))
     amount = st.one_of(st.floats(-4, 0.2).map(lambda decade: 10.0**decade), st.just(0.0))
-    upper = np.reshape(draw(st.lists(amount, min_size=2 * cuts * count, max_size=2 * cuts * count)), (2, cuts, count))
-    saved = draw(st.lists(st.floats(-0.05, 0.4), min_size=count, max_size=count))
+    size = kinds * cuts * count
+    upper = np.reshape(draw(st.lists(amount, min_size=size, max_size=size)), (kinds, cuts, count))
     steps = draw(st.lists(st.integers(1, 5), min_size=cuts, max_size=cuts))
     # a forest: the parent of a component comes after it or is none
-    parents = [draw(st.integers(c + 1, count)) for c in range(count)]
+    roots = count - step
+    parents = [draw(st.integers(c + 1, roots)) for c in range(roots)]
     nested: dict[int, list[int]] = {}
-    for c in range(count):
+    for c in range(roots):
         outer = parents[c]
-        while outer < count:
+        while outer < roots:
             nested.setdefault(outer, []).append(c)
             outer = parents[outer]
-    return make_profile(upper, saved, steps=steps, nested=nested, mean_share=draw(st.floats(0, 1)))
+    # what is outside saves what is inside and something of its own, and all together save no more than everything
+    own = np.array(draw(st.lists(st.floats(-0.05, 0.4), min_size=count, max_size=count)))
+    own /= max(1.0, float(own.clip(0).sum()) / 0.99)
+    saved = [float(own[c] if c not in nested else own[[c, *nested[c]]].clip(0).sum()) for c in range(roots)]
+    if step:
+        saved.append(float(own.clip(0).sum()))
+    return make_profile(upper, saved, steps=steps, nested=nested, mean_share=draw(st.floats(0, 1)), step=step)
 
 
 budgets = st.floats(0.001, 0.7)
@@ -142,26 +168,46 @@ limits = st.builds(
     st.integers(1, 4),
     st.one_of(st.none(), st.integers(1, 3)),
 )
+solvers = st.sampled_from(["fast", "exact"])
 
 
 class Search:
-    """Tries every cut of the bins into phases with every set of components in each; reads the profile by itself."""
+    """Tries every cut of the bins into runs with every period and set of components; reads the profile by itself."""
 
     def __init__(self, profile: Profile) -> None:
         count = len(profile.components)
         self.names = [component.name for component in profile.components]
         self.saved = [max(0.0, cost.saved_ms.mean) / FULL_MS for cost in profile.costs]
         self.steps = [bin.steps for bin in profile.bins]
-        self.damage = {(e.component, e.bin, e.treatment): e.damage.relative_l2.high for e in profile.effects}
+        self.damage = {(e.component, e.bin, e.treatment, e.period): e.relative_l2.high for e in profile.effects}
+        self.periods = sorted({1} | {effect.period for effect in profile.effects})
         nested = [(self.names.index(c.name), self.names.index(inner)) for c in profile.components for inner in c.nested]
         sets = [tuple(c for c in range(count) if mask >> c & 1) for mask in range(2**count)]
         self.sets = [s for s in sets if not any(outer in s and inner in s for outer, inner in nested)]
 
-    def squared_damage(self, first: int, last: int, removed: Sequence[int]) -> float:
-        return sum(
-            min(sum(self.damage[self.names[c], b, t] for b in range(first, last)) for t in TREATMENTS) ** 2
-            for c in removed
-        )
+    def treated(self, first: int, last: int, period: int) -> int:
+        """Count the steps of a run that do not compute everything: all, or all but the first of every cycle."""
+        count = sum(self.steps[first:last])
+        return count if period == 1 else sum(1 for step in range(count) if step % period)
+
+    def harm(self, first: int, last: int, period: int, name: str) -> dict[Treatment, float]:
+        """Add up the damage of a component over a run, for each treatment that is known in all of its bins."""
+        found = {
+            treatment: [self.damage.get((name, b, treatment, period), np.inf) for b in range(first, last)]
+            for treatment in Treatment
+        }
+        return {treatment: sum(rows) for treatment, rows in found.items() if np.inf not in rows}
+
+    def squared_damage(self, mode: Mode, chosen: Collection[int]) -> float:
+        harms = [self.harm(mode.first, mode.last, mode.period, self.names[c]) for c in chosen]
+        return sum(min(harm.values(), default=np.inf) ** 2 for harm in harms)
+
+    def saved_share(self, mode: Mode, chosen: Collection[int]) -> float:
+        share = self.treated(mode.first, mode.last, mode.period) / sum(self.steps)
+        return share * sum(self.saved[c] for c in chosen)
+
+    def needs_engine(self, chosen: Collection[int]) -> bool:
+        return any(self.names[c] != STEP for c in chosen)
 
     def plans(self, options: PlanOptions) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Yield the share saved and the squared damage of all plans of each cut that keep to the limits."""
@@ -172,10 +218,17 @@ class Search:
                 continue
             saved, squared, engines = np.zeros(1), np.zeros(1), np.zeros(1)
             for first, last in pairwise(edges):
-                share = sum(self.steps[first:last]) / sum(self.steps)
-                saved = np.add.outer(saved, [share * sum(self.saved[c] for c in s) for s in self.sets]).ravel()
-                squared = np.add.outer(squared, [self.squared_damage(first, last, s) for s in self.sets]).ravel()
-                engines = np.add.outer(engines, [bool(s) for s in self.sets]).ravel()
+                modes = [Mode(first=first, last=last, period=period) for period in self.periods]
+                own = [
+                    (self.saved_share(mode, s), self.squared_damage(mode, s), self.needs_engine(s))
+                    for mode in modes
+                    for s in self.sets
+                ]
+                rows = np.array(own).T
+                rows = rows[:, np.isfinite(rows[1])]
+                saved, squared, engines = (
+                    np.add.outer(old, new).ravel() for old, new in zip((saved, squared, engines), rows, strict=True)
+                )
             within = engines <= options.max_engines
             yield saved[within], squared[within]
 
@@ -186,6 +239,13 @@ class Search:
     def most(self, options: PlanOptions) -> float:
         return max(float(saved.max()) for saved, _ in self.plans(options))
 
+    def total(self, chosen: Mapping[Mode, Sequence[int]]) -> tuple[float, float]:
+        """Tell the share saved and the squared damage of what a solver has chosen."""
+        return (
+            sum(self.saved_share(mode, s) for mode, s in chosen.items()),
+            sum(self.squared_damage(mode, s) for mode, s in chosen.items()),
+        )
+
 
 def try_plan(profile: Profile, options: PlanOptions) -> Plan | None:
     try:
@@ -195,14 +255,17 @@ def try_plan(profile: Profile, options: PlanOptions) -> Plan | None:
 
 
 @settings(max_examples=60)
-@given(profile=profiles(), budget=budgets, limit=limits)
-def test_a_plan_keeps_the_limits_it_was_made_for(profile: Profile, budget: float, limit: dict[str, int]) -> None:
-    plan = try_plan(profile, PlanOptions(budget=budget, **limit))
+@given(profile=profiles(), budget=budgets, limit=limits, solver=solvers)
+def test_a_plan_keeps_the_limits_it_was_made_for(
+    profile: Profile, budget: float, limit: dict[str, Any], solver: str
+) -> None:
+    plan = try_plan(profile, PlanOptions(budget=budget, solver=solver, **limit))
     if plan is None:
         return
     assert plan.prediction.time_ratio <= 1 - budget + SLACK
     assert plan.engines[0].treatments == {}
-    assert len(plan.engines) - 1 <= limit["max_engines"]
+    computing = [engine for engine in plan.engines[1:] if engine.treatments.keys() != {STEP}]
+    assert len(computing) <= limit["max_engines"]
     assert limit["max_phases"] is None or len(plan.phases) <= limit["max_phases"]
     assert len({frozenset(engine.treatments.items()) for engine in plan.engines}) == len(plan.engines)
     assert {engine for phase in plan.phases for engine in phase.cycle} >= set(range(1, len(plan.engines)))
@@ -212,9 +275,11 @@ def test_a_plan_keeps_the_limits_it_was_made_for(profile: Profile, budget: float
 
 
 @settings(max_examples=60)
-@given(profile=profiles(), budget=budgets, limit=limits)
-def test_phases_cover_every_bin_exactly_once(profile: Profile, budget: float, limit: dict[str, int]) -> None:
-    plan = try_plan(profile, PlanOptions(budget=budget, **limit))
+@given(profile=profiles(), budget=budgets, limit=limits, solver=solvers)
+def test_phases_cover_every_bin_exactly_once(
+    profile: Profile, budget: float, limit: dict[str, Any], solver: str
+) -> None:
+    plan = try_plan(profile, PlanOptions(budget=budget, solver=solver, **limit))
     if plan is None:
         return
     assert (plan.phases[0].low, plan.phases[-1].high) == (profile.bins[0].low, profile.bins[-1].high)
@@ -223,59 +288,185 @@ def test_phases_cover_every_bin_exactly_once(profile: Profile, budget: float, li
         assert sum(phase.low <= bin.low and bin.high <= phase.high for phase in plan.phases) == 1
 
 
+def bins_of(profile: Profile, phase: Phase) -> list[int]:
+    return [b for b, bin in enumerate(profile.bins) if phase.low <= bin.low < phase.high]
+
+
+def treatments_of(plan: Plan, phase: Phase) -> Mapping[str, Treatment]:
+    """Tell what the engine does that serves a phase, or all of its cycle but the refresh."""
+    return plan.engines[phase.cycle[-1]].treatments
+
+
 @settings(max_examples=60)
-@given(profile=profiles(), budget=budgets, limit=limits)
+@given(profile=profiles(), budget=budgets, limit=limits, solver=solvers)
 def test_the_prediction_is_what_the_profile_says_about_the_plan(
-    profile: Profile, budget: float, limit: dict[str, int]
+    profile: Profile, budget: float, limit: dict[str, Any], solver: str
 ) -> None:
-    plan = try_plan(profile, PlanOptions(budget=budget, **limit))
+    plan = try_plan(profile, PlanOptions(budget=budget, solver=solver, **limit))
     if plan is None:
         return
     search = Search(profile)
     saved = squared = 0.0
     for phase in plan.phases:
-        bins = [b for b, bin in enumerate(profile.bins) if phase.low <= bin.low < phase.high]
-        for name, treatment in plan.engines[phase.cycle[0]].treatments.items():
-            saved += sum(search.steps[b] for b in bins) / sum(search.steps) * search.saved[search.names.index(name)]
-            squared += sum(search.damage[name, b, treatment] for b in bins) ** 2
+        bins = bins_of(profile, phase)
+        period = len(phase.cycle)
+        for name, treatment in treatments_of(plan, phase).items():
+            share = search.treated(bins[0], bins[-1] + 1, period) / sum(search.steps)
+            saved += share * search.saved[search.names.index(name)]
+            squared += sum(search.damage[name, b, treatment, period] for b in bins) ** 2
     assert plan.prediction.time_ratio == pytest.approx(1 - saved, abs=1e-9)
     assert plan.prediction.relative_l2 == pytest.approx(np.sqrt(squared), abs=1e-9)
 
 
-@settings(max_examples=200)
-@given(profile=profiles(components=4, bins=4), budget=budgets, limit=limits)
-def test_no_plan_is_better(profile: Profile, budget: float, limit: dict[str, int]) -> None:
+def steps_of(profile: Profile) -> list[float]:
+    """Spread the steps of every bin over it."""
+    return [b + (i + 0.5) / bin.steps for b, bin in enumerate(profile.bins) for i in range(bin.steps)]
+
+
+@settings(max_examples=60)
+@given(profile=profiles(), budget=budgets, limit=limits, solver=solvers)
+def test_the_schedule_saves_the_time_that_was_predicted(
+    profile: Profile, budget: float, limit: dict[str, Any], solver: str
+) -> None:
+    plan = try_plan(profile, PlanOptions(budget=budget, solver=solver, **limit))
+    if plan is None:
+        return
+    search = Search(profile)
+    saved = [sum(search.saved[search.names.index(name)] for name in engine.treatments) for engine in plan.engines]
+    schedule = plan.schedule(steps_of(profile))
+    assert plan.prediction.time_ratio == pytest.approx(1 - np.mean([saved[engine] for engine in schedule]), abs=1e-9)
+
+
+@settings(max_examples=60)
+@given(profile=profiles(), budget=budgets, limit=limits, solver=solvers)
+def test_what_is_reused_comes_from_a_cycle_that_begins_with_the_full_engine(
+    profile: Profile, budget: float, limit: dict[str, Any], solver: str
+) -> None:
+    plan = try_plan(profile, PlanOptions(budget=budget, solver=solver, **limit))
+    if plan is None:
+        return
+    for phase in plan.phases:
+        first, *others = phase.cycle
+        reused = [engine for engine in phase.cycle if plan.engines[engine].reused]
+        assert reused == others
+        assert not others or (first == 0 and len({*others}) == 1)
+        assert len(phase.cycle) in search_periods(profile)
+    inner = {component.name: {*component.nested} for component in profile.components}
+    wanted = {name for engine in plan.engines for name in engine.reused}
+    for engine in plan.engines:
+        gone = {*engine.treatments}.union(*(inner[name] for name in engine.treatments))
+        assert set(engine.emits) == wanted - gone
+
+
+def search_periods(profile: Profile) -> list[int]:
+    return Search(profile).periods
+
+
+def solve(profile: Profile, options: PlanOptions, solver: str) -> tuple[dict[Mode, tuple[int, ...]] | None, float]:
+    """Solve as the planner does, without what it does with the result; also give the most that can be saved."""
+    choices = Choices(profile)
+    steps = float(choices.steps.sum())
+    wanted: dict[str, Any] = {
+        "saved_steps": options.budget * steps,
+        "max_engines": options.max_engines,
+        "max_phases": options.max_phases,
+    }
+    if solver == "fast":
+        return solve_fast(choices, **wanted), np.nan
+    chosen, most = solve_exactly(choices, **wanted, time_limit_s=TIME_LIMIT_S)
+    return chosen, most / steps
+
+
+def check_form(profile: Profile, chosen: Mapping[Mode, Sequence[int]], options: PlanOptions) -> None:
+    """Check that what a solver has chosen are runs that tile the bins, within the limits, and sets that may be."""
+    search = Search(profile)
+    runs = sorted(chosen)
+    assert [run.first for run in runs] + [len(profile.bins)] == [0] + [run.last for run in runs]
+    assert options.max_phases is None or len(runs) <= options.max_phases
+    assert sum(search.needs_engine(s) for s in chosen.values()) <= options.max_engines
+    assert all(tuple(s) in search.sets for s in chosen.values())
+
+
+@settings(max_examples=150)
+@given(profile=profiles(components=4, bins=3), budget=budgets, limit=limits)
+def test_no_plan_is_better(profile: Profile, budget: float, limit: dict[str, Any]) -> None:
     options = PlanOptions(budget=budget, **limit)
     search = Search(profile)
-    try:
-        chosen = _solve(Removal.of(profile), _segments(len(profile.bins)), options)
-    except PlanError:
+    chosen, most = solve(profile, options, "exact")
+    if chosen is None:
         assert search.best(options, budget + SLACK) == np.inf
+        assert most == pytest.approx(search.most(options), abs=SLACK)
         return
-    squared = sum(search.squared_damage(*segment, removed) for segment, removed in chosen.items())
+    check_form(profile, chosen, options)
+    saved, squared = search.total(chosen)
+    assert saved >= budget - SLACK
     assert squared <= search.best(options, budget + SLACK) * (1 + GAP) + 1e-12
     assert squared >= search.best(options, budget - SLACK) * (1 - 1e-9) - 1e-12
 
 
-@settings(max_examples=30)
-@given(profile=profiles(), budget=budgets, limit=limits)
-def test_every_removed_component_gets_the_less_harmful_treatment(
-    profile: Profile, budget: float, limit: dict[str, int]
+@settings(max_examples=150)
+@given(profile=profiles(components=4, bins=3), budget=budgets, limit=limits)
+def test_the_fast_solver_finds_the_best_for_the_time_it_saves(
+    profile: Profile, budget: float, limit: dict[str, Any]
 ) -> None:
-    plan = try_plan(profile, PlanOptions(budget=budget, **limit))
+    options = PlanOptions(budget=budget, **limit)
+    search = Search(profile)
+    chosen, _ = solve(profile, options, "fast")
+    if chosen is None:
+        assert search.best(options, budget + SLACK) == np.inf
+        return
+    check_form(profile, chosen, options)
+    saved, squared = search.total(chosen)
+    assert saved >= budget - 1e-9
+    assert squared >= search.best(options, budget - 1e-9) * (1 - 1e-9) - 1e-12
+    assert squared <= search.best(options, saved - 1e-9) * (1 + 1e-6) + 1e-12
+
+
+@settings(max_examples=60)
+@given(profile=profiles(components=6, bins=5), budget=budgets, limit=limits)
+def test_fast_is_never_better_than_exact_and_as_good_where_exact_saves_as_much(
+    profile: Profile, budget: float, limit: dict[str, Any]
+) -> None:
+    options = PlanOptions(budget=budget, **limit)
+    search = Search(profile)
+    fast, _ = solve(profile, options, "fast")
+    exact, most = solve(profile, options, "exact")
+    if fast is None:  # nothing that can be planned is refused, but for what rounding decides
+        assert exact is None or search.total(exact)[0] < budget + SLACK
+        return
+    assert exact is not None or most >= budget - SLACK
+    if exact is None:
+        return
+    saved, squared = search.total(fast)
+    exactly_saved, least = search.total(exact)
+    assert squared >= least * (1 - GAP) - 1e-12
+    if exactly_saved >= saved - 1e-9:
+        assert squared <= least * (1 + 1e-6) + 1e-12
+    again, _ = solve(profile, PlanOptions(budget=min(saved, 0.999) * (1 - 1e-9), **limit), "exact")
+    if saved < 0.99:
+        assert again is not None
+        assert squared == pytest.approx(search.total(again)[1], rel=GAP, abs=1e-12)
+
+
+@settings(max_examples=30)
+@given(profile=profiles(), budget=budgets, limit=limits, solver=solvers)
+def test_every_component_gets_the_least_harmful_treatment(
+    profile: Profile, budget: float, limit: dict[str, Any], solver: str
+) -> None:
+    plan = try_plan(profile, PlanOptions(budget=budget, solver=solver, **limit))
     if plan is None:
         return
     search = Search(profile)
     for phase in plan.phases:
-        bins = [b for b, bin in enumerate(profile.bins) if phase.low <= bin.low < phase.high]
-        for name, treatment in plan.engines[phase.cycle[0]].treatments.items():
-            harm = {t: sum(search.damage[name, b, t] for b in bins) for t in TREATMENTS}
+        bins = bins_of(profile, phase)
+        for name, treatment in treatments_of(plan, phase).items():
+            harm = search.harm(bins[0], bins[-1] + 1, len(phase.cycle), name)
             assert harm[treatment] <= min(harm.values()) * (1 + 1e-9)
 
 
 @settings(max_examples=20)
 @given(profile=profiles(), budget=st.floats(0, 0.5), limit=limits)
-def test_the_same_arguments_give_the_same_bytes(profile: Profile, budget: float, limit: dict[str, int]) -> None:
+def test_the_same_arguments_give_the_same_bytes(profile: Profile, budget: float, limit: dict[str, Any]) -> None:
     options = PlanOptions(budget=budget, **limit)
     first = try_plan(profile, options)
     again = try_plan(Profile.from_json(profile.to_json(), "profile"), options)
@@ -308,7 +499,8 @@ def test_one_phase_and_one_engine_are_a_uniform_plan(budget: float) -> None:
 
 def test_more_engines_never_do_more_damage() -> None:
     profile = random_profile(8, 5, seed=2)
-    damages = [make_plan(profile, PlanOptions(budget=0.3, max_engines=k)).prediction.relative_l2 for k in range(1, 6)]
+    options = [PlanOptions(budget=0.3, max_engines=k, solver="exact") for k in range(1, 6)]
+    damages = [make_plan(profile, option).prediction.relative_l2 for option in options]
     assert damages[-1] < damages[0]
     assert all(right <= left * (1 + GAP) for left, right in pairwise(damages))
 
@@ -318,7 +510,7 @@ def test_the_upper_bound_of_a_damage_decides() -> None:
         """Let c0 do less damage on average than c1, and be known to `width` only."""
         profile = make_profile(np.array([[[0.10, 0.12]]] * 2), [0.3, 0.3], mean_share=1)
         effects = tuple(
-            msgspec.structs.replace(effect, damage=damage_of(Estimate(mean=0.10, low=0.10 - width, high=0.10 + width)))
+            msgspec.structs.replace(effect, relative_l2=Estimate(mean=0.10, low=0.10 - width, high=0.10 + width))
             if effect.component == "c0"
             else effect
             for effect in profile.effects
@@ -341,14 +533,16 @@ def test_the_treatment_is_chosen_for_the_whole_phase() -> None:
 
 
 def test_an_outer_component_saves_what_it_saves_and_not_its_parts_too() -> None:
-    profile = make_profile(np.full((2, 1, 3), 0.1), [0.2, 0.2, 0.3], nested={2: [0, 1]})
-    assert make_plan(profile, PlanOptions(budget=0.25)).engines[1].treatments.keys() == {"c2"}
-    assert make_plan(profile, PlanOptions(budget=0.35)).engines[1].treatments.keys() == {"c0", "c1"}
+    profile = make_profile(np.array([[[0.1, 0.1, 0.2]]] * 2), [0.15, 0.1, 0.3], nested={2: [0, 1]})
+    assert make_plan(profile, PlanOptions(budget=0.2)).engines[1].treatments.keys() == {"c0", "c1"}
+    assert make_plan(profile, PlanOptions(budget=0.28)).engines[1].treatments.keys() == {"c2"}
+    with pytest.raises(PlanError, match=r"saves is 30\.0%"):
+        make_plan(profile, PlanOptions(budget=0.31))
 
 
 def test_a_correction_scales_what_components_save() -> None:
     profile = make_profile(np.array([[[0.1, 0.2]]] * 2), [0.2, 0.3])
-    options = PlanOptions(budget=0.2)
+    options = PlanOptions(budget=0.2, solver="exact")
     assert list(make_plan(profile, options).engines[1].treatments) == ["c0"]
     corrected = make_plan(profile, options, correction=0.7)
     assert list(corrected.engines[1].treatments) == ["c1"]
@@ -366,7 +560,7 @@ def test_a_component_whose_removal_saves_nothing_is_kept(saving: float) -> None:
 def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
     profile = random_profile(3, 2, seed=3)
     unmeasured = msgspec.structs.replace(profile, effects=tuple(e for e in profile.effects if e.component != "c1"))
-    most = 1 - Removal.of(profile).saved[1] - 0.1
+    most = 1 - Choices(profile).saved[1] - 0.1
     assert "c1" not in make_plan(unmeasured, PlanOptions(budget=most - 0.01)).engines[1].treatments
     with pytest.raises(PlanError, match=f"saves is {most:.1%}"):
         make_plan(unmeasured, PlanOptions(budget=most + 0.01))
@@ -374,7 +568,7 @@ def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
 
 @settings(max_examples=30)
 @given(profile=profiles(components=4, bins=3), limit=limits)
-def test_an_impossible_budget_names_the_most_that_can_be_saved(profile: Profile, limit: dict[str, int]) -> None:
+def test_an_impossible_budget_names_the_most_that_can_be_saved(profile: Profile, limit: dict[str, Any]) -> None:
     most = Search(profile).most(PlanOptions(budget=0.5, **limit))
     if most > 0.98:
         return
@@ -400,20 +594,22 @@ def test_budgets_that_differ_by_a_tenth_of_a_percent_are_told_apart() -> None:
         ({"budget": float("nan")}, "got nan"),
         ({"budget": 0.2, "max_engines": 0}, "max-engines must be at least 1, got 0"),
         ({"budget": 0.2, "max_phases": 0}, "max-phases must be at least 1, got 0"),
+        ({"budget": 0.2, "solver": "greedy"}, "unknown solver 'greedy'. Expected exact or fast"),
     ],
 )
-def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        PlanOptions(**options)  # type: ignore[arg-type]
+        PlanOptions(**options)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_hopeless_component_does_not_make_the_other_choices_coarse(seed: int) -> None:
+@pytest.mark.parametrize("solver", ["fast", "exact"])
+def test_a_hopeless_component_does_not_make_the_other_choices_coarse(solver: str, seed: int) -> None:
     # the solver's absolute gap of 1e-6 must stay small beside the damage of the plan, whatever the worst damage is
     profile = random_profile(12, 5, seed, decades=3.0)
-    options = PlanOptions(budget=0.15)
+    options = PlanOptions(budget=0.15, solver=solver)
     hopeless = tuple(
-        msgspec.structs.replace(effect, damage=damage_of(exactly(2.0))) if effect.component == "c0" else effect
+        msgspec.structs.replace(effect, relative_l2=exactly(2.0)) if effect.component == "c0" else effect
         for effect in profile.effects
     )
     without = tuple(effect for effect in profile.effects if effect.component != "c0")
@@ -424,11 +620,16 @@ def test_a_hopeless_component_does_not_make_the_other_choices_coarse(seed: int) 
     assert damages[1] == pytest.approx(damages[0], rel=GAP)
 
 
+def part(b: int, treatments: Mapping[str, Treatment], *, period: int = 1) -> Part:
+    """Do something in one bin."""
+    return Part(mode=Mode(first=b, last=b + 1, period=period), treatments=treatments)
+
+
 def test_equal_neighbours_become_one_phase_and_equal_engines_one_engine() -> None:
     profile = random_profile(3, 4, seed=4)
     drop = {"c1": Treatment.DROP}
-    segments = [((0, 1), drop), ((1, 2), {}), ((2, 3), drop), ((3, 4), drop)]
-    plan = assemble(profile, PlanOptions(budget=0.1), segments, Removal.of(profile))
+    parts = [part(b, own) for b, own in enumerate([drop, {}, drop, drop])]
+    plan = assemble(profile, PlanOptions(budget=0.1), parts, Choices(profile))
     assert [engine.treatments for engine in plan.engines] == [{}, drop]
     assert [(phase.low, phase.high, phase.cycle) for phase in plan.phases] == [
         (0.0, 1.0, (1,)),
@@ -437,13 +638,122 @@ def test_equal_neighbours_become_one_phase_and_equal_engines_one_engine() -> Non
     ]
     # and what was merged is predicted as the one phase that it is: damages of a component add over its bins
     damage = Search(profile).damage
-    first, third, fourth = (damage["c1", b, Treatment.DROP] for b in (0, 2, 3))
+    first, third, fourth = (damage["c1", b, *DROP] for b in (0, 2, 3))
     assert plan.prediction.relative_l2 == pytest.approx(np.hypot(first, third + fourth))
 
 
+def test_neighbours_that_differ_in_their_period_stay_apart() -> None:
+    profile = random_profile(3, 4, seed=4, kinds=5)
+    hold = {"c1": Treatment.HOLD}
+    parts = [part(0, {}, period=2), part(1, {}), part(2, hold, period=2), part(3, hold, period=4)]
+    plan = assemble(profile, PlanOptions(budget=0.1), parts, Choices(profile))
+    assert [engine.treatments for engine in plan.engines] == [{}, hold]
+    assert [(phase.low, phase.high, phase.cycle) for phase in plan.phases] == [
+        (0.0, 2.0, (0,)),
+        (2.0, 3.0, (0, 1)),
+        (3.0, 4.0, (0, 1, 1, 1)),
+    ]
+    assert [engine.emits for engine in plan.engines] == [("c1",), ()]
+
+
+def only(kind: tuple[Treatment, int], count: int = 2, bins: int = 1, value: float = 0.01) -> NDArray[np.float64]:
+    """Make one kind of treatment nearly harmless and all others very harmful."""
+    upper = np.full((len(KINDS), bins, count), 2.0)
+    upper[KINDS.index(kind)] = value
+    return upper
+
+
+@pytest.mark.parametrize("solver", ["fast", "exact"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_treatment_is_planned_with_its_own_cycle(kind: tuple[Treatment, int], solver: str) -> None:
+    profile = make_profile(only(kind), [0.4, 0.2], steps=[8])
+    plan = make_plan(profile, PlanOptions(budget=0.15, solver=solver))
+    treatment, period = kind
+    assert {*plan.engines[1].treatments.values()} == {treatment}
+    assert [phase.cycle for phase in plan.phases] == [(1,) if period == 1 else (0, *[1] * (period - 1))]
+    assert plan.engines[0].emits == (tuple(plan.engines[1].treatments) if treatment.reuses else ())
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(1, 0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 2), (5, 2 / 5)])
+def test_a_cycle_saves_in_the_steps_that_are_no_refresh(steps: int, saved: float) -> None:
+    profile = make_profile(only(HOLD, count=1), [0.5], steps=[steps])
+    choices = Choices(profile)
+    predicted = choices.predict([choices.part(Mode(first=0, last=1, period=2), [0])])
+    assert predicted.time_ratio == pytest.approx(1 - 0.5 * saved)
+
+
+@pytest.mark.parametrize("solver", ["fast", "exact"])
+def test_holding_the_whole_call_needs_no_engine_of_its_own(solver: str) -> None:
+    # the step is best held in the first bin, and c0 best dropped in the second: one engine that computes
+    upper = np.full((3, 2, 2), 2.0)
+    upper[KINDS.index(HOLD), 0, 1] = upper[KINDS.index(DROP), 1, 0] = 0.01
+    profile = make_profile(upper, [0.5, 1.0], steps=[4, 4], step=True)
+    plan = make_plan(profile, PlanOptions(budget=0.45, max_engines=1, solver=solver))
+    assert [(engine.treatments, engine.emits) for engine in plan.engines] == [
+        ({}, (STEP,)),
+        ({STEP: Treatment.HOLD}, ()),
+        ({"c0": Treatment.DROP}, (STEP,)),
+    ]
+    assert [phase.cycle for phase in plan.phases] == [(0, 1), (2,)]
+    assert plan.prediction.time_ratio == pytest.approx(1 - (2 * 1.0 + 4 * 0.5) / 8)
+
+
+def test_a_correction_leaves_the_step_alone() -> None:
+    profile = make_profile(only(HOLD, count=3), [0.3, 0.5, 1.0], step=True)
+    assert Choices(profile).saved.tolist() == pytest.approx([0.3, 0.5, 1.0])
+    assert Choices(profile, 0.5).saved.tolist() == pytest.approx([0.15, 0.25, 1.0])
+
+
+@given(shares=st.lists(st.floats(-0.1, 0.6), min_size=4, max_size=4), outer=st.floats(-0.1, 1.2))
+def test_parts_never_save_more_than_the_whole(shares: list[float], outer: float) -> None:
+    # c4 holds c0 and c1; the step holds all
+    profile = make_profile(np.full((3, 1, 6), 0.1), [*shares, outer, 1.0], nested={4: [0, 1]}, step=True)
+    saved = Choices(profile).saved
+    asked = np.clip([*shares, outer, 1.0], 0, 1)
+    assert (saved >= 0).all()
+    assert (saved <= asked + 1e-12).all()
+    assert saved[:2].sum() <= asked[4] + 1e-12
+    assert saved[:4].sum() <= 1 + 1e-12
+    assert saved[4:].tolist() == pytest.approx(asked[4:])
+    if asked[:2].sum() <= asked[4] and asked[:4].sum() <= 1:  # nothing contradicts itself
+        assert saved.tolist() == pytest.approx(asked)
+    if min(saved[:2]) > 1e-6:  # what is scaled down keeps its proportions
+        assert saved[0] / saved[1] == pytest.approx(asked[0] / asked[1])
+
+
+def test_fast_may_miss_what_lies_between_the_corners_of_the_hull() -> None:
+    # c0 alone, then both, are the corners; c1 alone is between them and above the line
+    profile = make_profile(np.array([[[0.1, 0.2]]] * 2), [0.2, 0.3])
+    plans = {s: make_plan(profile, PlanOptions(budget=0.25, solver=s)) for s in ("fast", "exact")}
+    assert {s: [*plan.engines[1].treatments] for s, plan in plans.items()} == {"fast": ["c0", "c1"], "exact": ["c1"]}
+
+
+@given(
+    schedule=st.one_of(
+        st.lists(st.integers(0, 3), min_size=1, max_size=40),
+        st.lists(
+            st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 6)), min_size=1, max_size=4
+        ).map(lambda runs: [engine for cycle, turns in runs for engine in cycle * turns]),
+    )
+)
+def test_phases_give_back_the_schedule_that_they_were_found_in(schedule: list[int]) -> None:
+    levels = [0.7 * i - 3 for i in range(len(schedule))]
+    phases = phases_of(schedule, levels, -2.0, 1.0)
+    assert phases[0].low <= levels[0]
+    assert phases[-1].high > levels[-1]
+    plan = msgspec.structs.replace(
+        make_plan(random_profile(2, 1, seed=0), PlanOptions(budget=0)),
+        engines=with_emissions([{}, *({f"c{i}": Treatment.DROP} for i in range(3))], ()),
+        phases=phases,
+    )
+    assert plan.schedule(levels) == tuple(schedule)
+    assert len(phases) <= 1 + sum(left != right for left, right in pairwise(schedule))
+
+
 @pytest.mark.slow
-def test_a_large_model_is_planned() -> None:
-    profile = random_profile(40, 8, seed=5)
+@pytest.mark.parametrize("kinds", [2, 5])
+def test_a_large_model_is_planned(kinds: int) -> None:
+    profile = random_profile(100, 8, seed=5, kinds=kinds)
     plan = make_plan(profile, PlanOptions(budget=0.27))
     assert plan.prediction.time_ratio <= 0.73 + SLACK
     assert len(plan.engines) > 2

@@ -158,18 +158,19 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(building, "fit_plan", fit_plan)
     failed = building._Fitted(
-        candidate=SimpleNamespace(),
+        candidate=SimpleNamespace(),  # type: ignore[arg-type]
         correction=1.5,
-        measured=measure(0.3, seed=7),  # type: ignore[arg-type]
+        measured=measure(0.3, seed=7),
+        evaluated=(),
     )
     gate = QualityGate.parse(f"relative-l2<={best}")
     error = building._gate_failed(
-        SimpleNamespace(measure=measure),
+        SimpleNamespace(measure=measure),  # type: ignore[arg-type]
         PlanOptions(budget=0.3),
         gate,
         failed,
         7,
-        lambda progress: None,  # type: ignore[arg-type]
+        lambda progress: None,
     )
     assert len(tried) == building.GATE_SEARCH_STEPS
     expected, width = min(best, refused), 0.3 / 2**building.GATE_SEARCH_STEPS

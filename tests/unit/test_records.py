@@ -39,6 +39,8 @@ from unetc.artifacts import (
     Treatment,
     Verification,
 )
+from unetc.artifacts.manifest import EnginePair
+from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, check_writable, read_bounded, write_atomically
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
 from unetc.solver.table import SolverCount, SolverHeader
@@ -48,11 +50,14 @@ positive = st.floats(min_value=1e-6, max_value=1e9)
 count = st.integers(min_value=1, max_value=2**63 - 1)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 digest = st.text("0123456789abcdef", min_size=64, max_size=64)
-removal = st.sampled_from([Treatment.DROP, Treatment.MEAN, Treatment.HOLD])
-treatments = st.dictionaries(text, removal, max_size=3)
+removal = st.sampled_from([Treatment.DROP, Treatment.MEAN])
+reuse = st.sampled_from([Treatment.HOLD, Treatment.FORECAST])
+treatments = st.dictionaries(text, removal | reuse, max_size=3)
 shape = st.tuples(*[st.integers(1, 64)] * 3)
 estimates = st.tuples(number, number, number).map(sorted).map(lambda v: Estimate(low=v[0], mean=v[1], high=v[2]))
 damages = st.builds(Damage, relative_l2=estimates, psnr=estimates, ssim=estimates)
+measurements = st.builds(Measurement, time_ratio=number, damage=damages)
+pairs = st.builds(EnginePair, engines=st.tuples(count, count), alone=st.tuples(number, number), together=number)
 models = st.builds(ModelReference, name=text, sha256=digest, pipeline=text, denoiser=text)
 
 
@@ -62,7 +67,13 @@ def edges(size: int) -> st.SearchStrategy[list[float]]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    engines = (Assignment(treatments={}), *draw(st.lists(st.builds(Assignment, treatments=treatments), max_size=2)))
+    others = draw(st.lists(treatments, max_size=2))
+    reused = {name for own in others for name, treatment in own.items() if treatment.reuses}
+    emitted = [draw(st.sets(st.sampled_from(sorted(reused - {*own})))) if reused - {*own} else () for own in others]
+    engines = (
+        Assignment(treatments={}, emits=tuple(sorted(reused | draw(st.sets(text, max_size=1))))),
+        *(Assignment(treatments=own, emits=tuple(sorted(e))) for own, e in zip(others, emitted, strict=True)),
+    )
     ends = draw(edges(draw(st.integers(2, 4))))
     cycle = st.lists(st.integers(0, len(engines) - 1), min_size=1, max_size=3).map(tuple)
     return Plan(
@@ -82,13 +93,14 @@ def profiles(draw: st.DrawFn) -> Profile:
     names = draw(st.lists(text, max_size=3, unique=True))
     width = draw(st.integers(1, 3))
     ends = draw(edges(draw(st.integers(2, 4))))
-    effect = st.builds(
-        Effect,
-        component=st.sampled_from(names or [""]),
-        treatment=removal,
-        bin=st.integers(0, len(ends) - 2),
-        damage=damages,
-    )
+    fields: dict[str, Any] = {
+        "component": st.sampled_from(names or [""]),
+        "bin": st.integers(0, len(ends) - 2),
+        "measured": st.booleans(),
+        "relative_l2": estimates,
+    }
+    removed = st.builds(Effect, treatment=removal, period=st.just(1), **fields)
+    reused = st.builds(Effect, treatment=reuse, period=st.integers(2, 2**63 - 1), **fields)
     return Profile(
         unetc=draw(text),
         model=draw(models),
@@ -103,7 +115,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         components=tuple(
             Component(
                 name=name,
-                kind=draw(st.sampled_from(["residual", "skip", "level"])),
+                kind=draw(st.sampled_from(["residual", "skip", "level", "step"])),
                 owner=draw(text),
                 index=i,
                 channels=width,
@@ -116,7 +128,8 @@ def profiles(draw: st.DrawFn) -> Profile:
         bins=tuple(Bin(low=low, high=high, steps=draw(count)) for low, high in itertools.pairwise(ends)),
         full_ms=draw(st.builds(Estimate, low=st.just(1e-9), mean=st.just(0.5), high=positive.map(lambda v: v + 1))),
         costs=tuple(Cost(component=name, saved_ms=draw(estimates)) for name in names),
-        effects=tuple(draw(st.lists(effect, max_size=3)) if names else ()),
+        effects=tuple(draw(st.lists(removed | reused, max_size=3)) if names else ()),
+        samplings=draw(number),
         means=tuple(draw(st.binary(min_size=n, max_size=n)) for n in [4 * width * len(names)] * (len(ends) - 1)),
     )
 
@@ -155,10 +168,28 @@ def manifests(draw: st.DrawFn) -> Manifest:
         plan=plan,
         engines=engines,
         controls=(Control(name=draw(text), plan=other, engines=others),),
-        measured=Measurement(time_ratio=draw(number), damage=draw(damages)),
+        measured=draw(measurements),
+        evaluated=tuple(draw(st.lists(measurements, max_size=2))),
+        pairs=tuple(draw(st.lists(pairs, max_size=2))),
         used_seeds=tuple(draw(st.lists(count, min_size=1, max_size=2))),
         notes=tuple(draw(st.lists(text, max_size=2))),
         files=tuple(FileRecord(path=name, bytes=draw(count), sha256=draw(digest)) for name in names),
+    )
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> Pareto:
+    points = st.builds(Point, budget=number, time_ratio=number, damage=damages, plan=plans())
+    return Pareto(
+        unetc=draw(text),
+        model=draw(models),
+        profile_sha256=draw(digest),
+        target=draw(text),
+        environment=draw(st.dictionaries(text, text, max_size=2)),
+        steps=draw(count),
+        samples=draw(count),
+        seed=draw(count),
+        points=tuple(draw(st.lists(points, min_size=1, max_size=2))),
     )
 
 
@@ -189,7 +220,20 @@ verifications = st.builds(
     full_disk_bytes=count,
 )
 
-ARTIFACTS = {"profile": profiles(), "plan": plans(), "manifest": manifests(), "verification": verifications}
+ARTIFACTS = {
+    "profile": profiles(),
+    "plan": plans(),
+    "manifest": manifests(),
+    "verification": verifications,
+    "pareto": curves(),
+}
+CLASSES: dict[str, type[Artifact]] = {
+    "profile": Profile,
+    "plan": Plan,
+    "manifest": Manifest,
+    "verification": Verification,
+    "pareto": Pareto,
+}
 every_kind = pytest.mark.parametrize("kind", ARTIFACTS)
 few = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -215,9 +259,13 @@ def test_unknown_and_missing_fields_are_refused_at_any_depth(kind: str, data: st
     free = {"treatments", "environment", "controls"}  # dictionaries of any keys
     records = [node for node, under in objects(json.loads(artifact.to_json())) if under not in free]
     chosen = data.draw(st.integers(0, len(records) - 1))
-    for change in (lambda node: node.update(stranger=1), lambda node: node.pop(sorted(node)[0])):
+    required = sorted(records[chosen].keys() - {"emits"})  # an engine that does not say what it emits emits nothing
+    for change in ({"stranger": 1}, {required[0]: ...}):
         whole = json.loads(artifact.to_json())
-        change([node for node, under in objects(whole) if under not in free][chosen])
+        node = [node for node, under in objects(whole) if under not in free][chosen]
+        changed = {name: value for name, value in (node | change).items() if value is not ...}
+        node.clear()
+        node.update(changed)
         with pytest.raises(CorruptArtifactError, match="here is not a valid"):
             type(artifact).from_json(json.dumps(whole).encode(), "here")
 
@@ -272,6 +320,18 @@ def component(name: str = "a", channels: int = 2) -> Component:
     return Component(name=name, kind="skip", owner="o", index=0, channels=channels, axis=1, nested=(), offset=0)
 
 
+def effect(**fields: Any) -> Effect:
+    defaults: dict[str, Any] = {
+        "component": "a",
+        "treatment": Treatment.DROP,
+        "period": 1,
+        "bin": 0,
+        "measured": True,
+        "relative_l2": estimate(),
+    }
+    return Effect(**defaults | fields)
+
+
 def profile(**fields: Any) -> Profile:
     defaults: dict[str, Any] = {
         "unetc": "0",
@@ -288,7 +348,8 @@ def profile(**fields: Any) -> Profile:
         "bins": (Bin(low=0.0, high=1.0, steps=4),),
         "full_ms": estimate(),
         "costs": (Cost(component="a", saved_ms=estimate()),),
-        "effects": (Effect(component="a", treatment=Treatment.DROP, bin=0, damage=damage()),),
+        "effects": (effect(),),
+        "samplings": 3.0,
         "means": (b"12345678",),
     }
     return Profile(**defaults | fields)
@@ -315,11 +376,39 @@ def manifest(**fields: Any) -> Manifest:
         "engines": engines,
         "controls": (Control(name="c", plan=plan(), engines=engines),),
         "measured": Measurement(time_ratio=0.5, damage=damage()),
+        "evaluated": (Measurement(time_ratio=0.6, damage=damage()),),
+        "pairs": (EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=6.0),),
         "used_seeds": (0,),
         "notes": (),
         "files": tuple(FileRecord(path=name, bytes=0, sha256="0" * 64) for name in ("w", "p", "s", "0", "1")),
     }
     return Manifest(**defaults | fields)
+
+
+def curve(**fields: Any) -> Pareto:
+    defaults: dict[str, Any] = {
+        "unetc": "0",
+        "model": MODEL,
+        "profile_sha256": "0" * 64,
+        "target": "t",
+        "environment": {},
+        "steps": 4,
+        "samples": 1,
+        "seed": 0,
+        "points": (point(0.5, 0.1),),
+    }
+    return Pareto(**defaults | fields)
+
+
+def point(time_ratio: float, relative_l2: float) -> Point:
+    changed = msgspec.structs.replace(damage(), relative_l2=estimate(relative_l2))
+    return Point(budget=0.1, time_ratio=time_ratio, damage=changed, plan=plan())
+
+
+def holding(*, emits: tuple[str, ...] = (), period: int = 2) -> Plan:
+    """Make a plan whose engine 1 holds `a` and whose full engine emits something."""
+    engines = (Assignment(treatments={}, emits=emits), Assignment(treatments={"a": Treatment.HOLD}))
+    return plan(engines=engines, phases=(Phase(low=0.0, high=1.0, cycle=(0, *[1] * (period - 1))),))
 
 
 def file(path: str = "x", size: int = 0, sha256: str = "0" * 64) -> FileRecord:
@@ -354,9 +443,18 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "an effect of an unknown component": lambda: profile(components=(component("b"),)),
     "a cost of an unknown component": lambda: profile(components=(component("b"),), effects=()),
     "two components of one name": lambda: profile(components=(component(),) * 2),
-    "an effect in an unknown bin": lambda: profile(
-        effects=(Effect(component="a", treatment=Treatment.DROP, bin=1, damage=damage()),)
-    ),
+    "an effect in an unknown bin": lambda: profile(effects=(effect(bin=1),)),
+    "an effect of keeping": lambda: effect(treatment=Treatment.KEEP),
+    "a period of what is dropped": lambda: effect(period=2),
+    "a period of what is replaced by its mean": lambda: effect(treatment=Treatment.MEAN, period=2),
+    "a component that is held and never refreshed": lambda: effect(treatment=Treatment.HOLD),
+    "a component that is forecast and never refreshed": lambda: effect(treatment=Treatment.FORECAST, period=1),
+    "an engine that emits what it drops": lambda: Assignment(treatments={"a": Treatment.DROP}, emits=("a",)),
+    "an engine that emits what it holds": lambda: Assignment(treatments={"a": Treatment.HOLD}, emits=("b", "a")),
+    "a full engine that does not emit what is held": lambda: holding(),
+    "a full engine that emits something else": lambda: holding(emits=("b",)),
+    "a curve without points": lambda: curve(points=()),
+    "a point at no time": lambda: point(float("nan"), 0.1),
     "means of another width": lambda: profile(components=(component(channels=3),)),
     "means of another number of bins": lambda: profile(means=()),
     "no bins": lambda: profile(bins=(), means=(), effects=()),
@@ -377,7 +475,7 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
 
 
 def test_the_records_that_are_contradicted_below_are_valid() -> None:
-    for valid in (plan(), profile(), manifest()):
+    for valid in (plan(), holding(emits=("a",)), profile(), manifest(), curve()):
         assert type(valid).from_json(valid.to_json(), "here") == valid
     file()
 
@@ -388,12 +486,46 @@ def test_contradictory_records_are_refused(make: Callable[[], object]) -> None:
         make()
 
 
+def test_only_holding_and_forecasting_reuse() -> None:
+    assert {treatment for treatment in Treatment if treatment.reuses} == {Treatment.HOLD, Treatment.FORECAST}
+    assignment = Assignment(treatments={name: Treatment(name) for name in ("drop", "mean", "hold", "forecast")})
+    assert assignment.reused == {"hold", "forecast"}
+
+
+@pytest.mark.parametrize(("together", "excess"), [(5.0, 1.0), (10.0, 2.0), (2.5, 0.5), (0.0, 0.0)])
+def test_a_pair_is_held_against_the_root_of_the_sum_of_squares(together: float, excess: float) -> None:
+    assert EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=together).excess == pytest.approx(excess)
+
+
+def test_a_pair_that_does_nothing_adds_up() -> None:
+    assert EnginePair(engines=(1, 2), alone=(0.0, 0.0), together=0.0).excess == 1
+
+
+def test_the_front_is_what_nothing_beats_in_time_and_damage() -> None:
+    best = [point(0.4, 0.3), point(0.5, 0.2), point(0.9, 0.0)]
+    others = [point(0.4, 0.5), point(0.5, 0.3), point(0.6, 0.2), point(1.0, 0.0)]
+    assert curve(points=(*others, *best[::-1])).front() == tuple(best)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=8))
+def test_every_point_is_on_the_front_or_beaten_by_one_that_is(places: list[tuple[int, int]]) -> None:
+    front = curve(points=tuple(point(*place) for place in places)).front()
+    found = [(one.time_ratio, one.damage.relative_l2.mean) for one in front]
+    assert all(fast < slow and more > less for (fast, more), (slow, less) in itertools.pairwise(found))
+    assert {*found} <= {*places}
+    assert all(any(time <= t and loss <= d for time, loss in found) for t, d in places)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         (b'"low": 0.5', b'"low": 1.5'),
         (b'"treatment": "drop"', b'"treatment": "explode"'),
         (b'"kind": "skip"', b'"kind": "attention"'),
+        (b'"treatment": "drop"', b'"treatment": "hold"'),
+        (b'"treatment": "drop"', b'"treatment": "keep"'),
+        (b'"period": 1', b'"period": 2'),
+        (b'"measured": true', b'"measured": 1'),
         (b'"bin": 0', b'"bin": 7'),
         (b'"bin": 0', b'"bin": 0.5'),
         (b'"steps": 4', b'"steps": "4"'),
@@ -412,21 +544,32 @@ def test_a_contradiction_in_a_file_is_a_corrupt_artifact(old: bytes, new: bytes)
 
 @every_kind
 def test_another_schema_version_is_told_apart_from_damage(kind: str) -> None:
-    artifact_class: type[Artifact] = {
-        "profile": Profile,
-        "plan": Plan,
-        "manifest": Manifest,
-        "verification": Verification,
-    }[kind]
-    with pytest.raises(SchemaVersionError, match="schema 2, this unetc reads schema 1"):
-        artifact_class.from_json(b'{"schema": 2, "whatever": []}', "here")
-    for damaged in (b"", b"{", b"{}", b'{"schema": 1}', b'{"schema": null}', b'{"schema": 1.5}', b"\xff", b"[" * 10**5):
+    artifact_class = CLASSES[kind]
+    own = artifact_class.SCHEMA
+    for other in (own - 1, own + 1):
+        with pytest.raises(SchemaVersionError, match=f"schema {other}, this unetc reads schema {own}"):
+            artifact_class.from_json(b'{"schema": %d, "whatever": []}' % other, "here")
+    empty = b'{"schema": %d}' % own
+    for damaged in (b"", b"{", b"{}", empty, b'{"schema": null}', b'{"schema": 1.5}', b"\xff", b"[" * 10**5):
         with pytest.raises(CorruptArtifactError, match="here is not a valid"):
             artifact_class.from_json(damaged, "here")
 
 
+def test_a_plan_that_does_not_say_what_is_emitted_emits_nothing() -> None:
+    def without_emits(whole: Plan) -> bytes:
+        text = json.loads(whole.to_json())
+        for engine in text["engines"]:
+            del engine["emits"]
+        return json.dumps(text).encode()
+
+    assert Plan.from_json(without_emits(plan()), "here") == plan()
+    with pytest.raises(CorruptArtifactError, match="engine 0 must emit"):
+        Plan.from_json(without_emits(holding(emits=("a",))), "here")
+
+
 def test_the_version_of_the_layout_is_saved() -> None:
-    assert json.loads(plan().to_json())["schema"] == Plan.SCHEMA == 1
+    for saved, schema in ((plan(), 1), (profile(), 2), (manifest(), 2), (curve(), 1)):
+        assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
 
 
 def test_records_cannot_be_changed() -> None:
@@ -450,8 +593,14 @@ def test_what_cannot_be_read_is_an_artifact_error(tmp_path: Path) -> None:
     for name in ("missing", ".", "huge", "huge/below", "a" * 300):
         with pytest.raises(ArtifactError):
             Plan.load(tmp_path / name)
+    (tmp_path / "pareto.json").write_bytes(curve().to_json())
+    with pytest.raises(CorruptArtifactError, match=r"pareto\.json is not a valid plan"):
+        Plan.load(tmp_path / "pareto.json")
+    (tmp_path / "plan.json").write_bytes(plan().to_json())
+    with pytest.raises(CorruptArtifactError, match=r"plan\.json is not a valid pareto"):
+        Pareto.load(tmp_path / "plan.json")
     (tmp_path / "profile.json").write_bytes(profile().to_json())
-    with pytest.raises(CorruptArtifactError, match=r"profile\.json is not a valid plan"):
+    with pytest.raises(SchemaVersionError, match=r"profile\.json has schema 2"):
         Plan.load(tmp_path / "profile.json")
 
 

@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from unetc.artifacts.manifest import BundleEngine, FileRecord, Manifest, Measurement
-from unetc.artifacts.plan import STEP, Assignment, Phase, Plan, Prediction
+from unetc.artifacts.manifest import BundleEngine, EnginePair, FileRecord, Manifest, Measurement
+from unetc.artifacts.pareto import Pareto, Point
+from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import (
+    STEP,
     Bin,
     Component,
     Cost,
@@ -30,6 +32,7 @@ from unetc.artifacts.profile import (
 from unetc.artifacts.verification import ControlResult, EngineUse, Verification
 from unetc.errors import ShapeMismatch
 from unetc.report import charts, heatmap, pictures
+from unetc.report import curve as charts_of_curve
 from unetc.report.page import render
 from unetc.solver.table import SolverCount, SolverHeader
 
@@ -83,11 +86,19 @@ def make_profile(count: int = 6, bins: int = 4, seed: int = 0) -> Profile:
         full_ms=estimate(12.5, 0.02),
         costs=tuple(Cost(component=c.name, saved_ms=estimate(float(rng.uniform(0.1, 1)))) for c in components),
         effects=tuple(
-            Effect(component=c.name, treatment=treatment, bin=b, damage=damage(float(rng.uniform(0.001, 0.5))))
+            Effect(
+                component=c.name,
+                treatment=treatment,
+                period=2 if treatment.reuses else 1,
+                bin=b,
+                measured=True,
+                relative_l2=estimate(float(rng.uniform(0.001, 0.5))),
+            )
             for c in components
             for b in range(bins)
-            for treatment in (Treatment.DROP, Treatment.MEAN)
+            for treatment in (Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST)
         ),
+        samplings=17.25,
         means=(b"\0" * 4 * count,) * bins,
     )
 
@@ -102,7 +113,7 @@ def make_plan(profile: Profile) -> Plan:
         budget=0.2,
         max_engines=2,
         engines=(
-            Assignment(treatments={}),
+            Assignment(treatments={}, emits=(names[2],)),
             Assignment(treatments={names[0]: Treatment.DROP, names[1]: Treatment.MEAN}),
             Assignment(treatments={names[2]: Treatment.HOLD}),
         ),
@@ -140,6 +151,8 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
         engines=engines,
         controls=(),
         measured=Measurement(time_ratio=0.77, damage=damage(0.04)),
+        evaluated=(),
+        pairs=(EnginePair(engines=(1, 2), alone=(0.03, 0.04), together=0.0625),),
         used_seeds=(1, 2),
         notes=notes,
         files=tuple(FileRecord(path=path, bytes=1, sha256="0" * 64) for path in paths),
@@ -315,13 +328,30 @@ def test_removed_cells_are_what_the_plan_removes() -> None:
 
 
 def test_holding_the_step_removes_every_component() -> None:
-    profile = make_profile(count=3)
+    profile = with_step(make_profile(count=3))
     plan = make_plan(profile)
+    full = Assignment(treatments={}, emits=(STEP,))
     held = Assignment(treatments={STEP: Treatment.HOLD})
-    plan = msgspec.structs.replace(plan, engines=(*plan.engines[:2], held))
+    plan = msgspec.structs.replace(plan, engines=(full, plan.engines[1], held))
     cells = [cell for cell in heatmap.removed_cells(profile, plan) if cell.bin == 1]
-    assert len(cells) == 3
-    assert not any(cell.named or cell.always for cell in cells)
+    assert {cell.component: cell.named for cell in cells} == {
+        component.name: component.name == STEP for component in profile.components
+    }
+    assert len(cells) == 4
+    assert not any(cell.always for cell in cells)
+    assert {cell.treatment for cell in cells} == {Treatment.HOLD}
+    assert STEP in page(profile, manifest=msgspec.structs.replace(make_manifest(profile), plan=plan))
+
+
+def with_step(profile: Profile) -> Profile:
+    """Add the component that all others go with."""
+    names = tuple(component.name for component in profile.components)
+    step = msgspec.structs.replace(
+        profile.components[0], name=STEP, kind="step", owner="", index=len(names), nested=names, offset=len(names)
+    )
+    return msgspec.structs.replace(
+        profile, components=(*profile.components, step), means=tuple(row + b"\0" * 4 for row in profile.means)
+    )
 
 
 def test_phase_applies_to_the_bins_whose_centre_it_holds() -> None:
@@ -340,6 +370,72 @@ def test_heatmap_draws_one_frame_per_run_of_cells_treated_alike() -> None:
     plan = make_plan(profile)
     letters = re.findall(">([A-Z])</text>", heatmap.draw(profile, plan))
     assert sorted(letters) == ["D", "H", "M"], "drop and mean cover two bins each"
+
+
+def letters_of(profile: Profile) -> list[str]:
+    """Read what is written in the cells that the plan keeps."""
+    return re.findall(">([a-z])</text>", heatmap.draw(profile, full_plan(profile)))
+
+
+def full_plan(profile: Profile) -> Plan:
+    plan = make_plan(profile)
+    return msgspec.structs.replace(plan, engines=plan.engines[:1], phases=(Phase(low=-FAR, high=FAR, cycle=(0,)),))
+
+
+@pytest.mark.parametrize("treatment", [Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST])
+def test_a_cell_shows_the_least_harmful_treatment(treatment: Treatment) -> None:
+    profile = make_profile(count=3)
+    least = tuple(
+        msgspec.structs.replace(effect, relative_l2=estimate(1e-4)) if effect.treatment is treatment else effect
+        for effect in profile.effects
+    )
+    assert letters_of(msgspec.structs.replace(profile, effects=least)) == [treatment.value[0]] * 3 * 4
+
+
+def test_only_what_was_measured_has_a_letter() -> None:
+    profile = make_profile(count=3)
+    some = tuple(msgspec.structs.replace(effect, measured=effect.bin == 2) for effect in profile.effects)
+    assert len(letters_of(profile)) == 3 * 4
+    assert len(letters_of(msgspec.structs.replace(profile, effects=some))) == 3
+
+
+def test_the_page_says_how_damages_add_up() -> None:
+    profile = make_profile()
+    manifest = make_manifest(profile)
+    with_pairs = " ".join(page(profile, manifest=manifest).split())
+    assert "Do damages add up?" in with_pairs
+    assert ["1 and 2", "0.0300, 0.0400", "0.0625", "1.25"] in [
+        [cell.strip() for cell in re.findall("<td[^>]*>([^<]*)</td>", row)]
+        for row in re.findall("<tr>(.*?)</tr>", with_pairs)
+    ]
+    assert "Do damages add up?" not in page(profile, manifest=msgspec.structs.replace(manifest, pairs=()))
+
+
+def test_the_page_says_what_the_analysis_has_cost(default_page: str) -> None:
+    assert "damages cost 17.2 sampling runs of the full model" in " ".join(default_page.split())
+
+
+def test_the_curve_marks_the_best_plans_and_shows_all() -> None:
+    plan = make_plan(make_profile())
+    places = [(0.5, 0.2), (0.6, 0.1), (0.55, 0.3), (0.9, 0.05), (0.95, 0.4)]
+    points = tuple(Point(budget=0.1, time_ratio=t, damage=damage(d), plan=plan) for t, d in places)
+    curve = Pareto(
+        unetc="0.1.0",
+        model=MODEL,
+        profile_sha256="cd" * 32,
+        target="onnxruntime-cpu",
+        environment={},
+        steps=20,
+        samples=8,
+        seed=1,
+        points=points,
+    )
+    drawn = charts_of_curve.draw(curve)
+    assert drawn.startswith("<svg ")
+    assert "digits, 20 steps, onnxruntime-cpu: 5 plans, 8 samples" in drawn
+    labels = re.findall(r">(\d+) dB</text>", drawn)
+    assert sorted(map(int, labels)) == sorted(round(point.damage.psnr.mean) for point in curve.front())
+    assert len(labels) == 3
 
 
 def test_large_model_stays_light_and_complete() -> None:

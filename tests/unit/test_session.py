@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction,
 from unetc.backend import Array
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
 from unetc.runtime import session as session_module
-from unetc.runtime.backend import open_backend
+from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, Step
 from unetc.solver.noise import initial_noise
@@ -40,31 +41,46 @@ def session(tiny_bundle: Path) -> Session:
     return unetc.load(tiny_bundle)
 
 
-def session_of(programs: list[Any], solver: SolverTables, phases: tuple[Phase, ...]) -> Session:
-    """Put together a session of programs that are not engines."""
-    plan = Plan(
+def plan_of(engines: Sequence[Assignment], phases: tuple[Phase, ...]) -> Plan:
+    return Plan(
         unetc="0",
         model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
         profile_sha256="0" * 64,
         budget=0.0,
         max_engines=9,
-        engines=tuple(Assignment(treatments={str(i): Treatment.DROP} if i else {}) for i in range(len(programs))),
+        engines=tuple(engines),
         phases=phases,
         prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
     )
+
+
+def dropping(count: int) -> list[Assignment]:
+    """Make engines of which each but the first drops something else."""
+    return [Assignment(treatments={str(i): Treatment.DROP} if i else {}) for i in range(count)]
+
+
+def session_of(
+    programs: list[Any], solver: SolverTables, phases: tuple[Phase, ...], engines: Sequence[Assignment] = ()
+) -> Session:
+    """Put together a session of programs that are not engines."""
+    plan = plan_of(engines or dropping(len(programs)), phases)
     return Session(plan=plan, programs=programs, solver=solver, sample_shape=SHAPE, steps=4)
 
 
 class Recorder:
-    """A program that predicts a number and keeps what it was called with."""
+    """A program that predicts a number, emits the timestep under some names, and keeps what it was called with."""
 
-    def __init__(self, value: float = 0.0) -> None:
+    def __init__(self, value: float = 0.0, emits: Sequence[str] = ()) -> None:
         self.value = value
-        self.calls: list[tuple[Array, Array]] = []
+        self.emits = emits
+        self.calls: list[dict[str, Any]] = []
 
-    def __call__(self, inputs: Mapping[str, Array], output: Array) -> None:
-        self.calls.append((inputs["sample"].copy(), inputs["timestep"].copy()))
+    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+        self.calls.append(
+            {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+        )
         output.fill(self.value)
+        return {f"computed.{name}": f"{name} at {self.calls[-1]['timestep'][0]:g}" for name in self.emits}
 
 
 def test_samples_are_images_of_the_model(session: Session) -> None:
@@ -128,7 +144,10 @@ def test_sampling_is_the_solver_around_the_engines(session: Session, bundle: Bun
     programs = [backend.load(bundle.graphs[e.graph], bundle.weights_of(e)) for e in bundle.manifest.engines]
     for i, engine in enumerate(bundle.manifest.plan.schedule(table.log_snr.tolist())):
         prediction = np.empty_like(sample)
-        programs[engine]({"sample": sample, "timestep": np.full(2, table.timesteps[i], np.float32)}, prediction)
+        assert (
+            programs[engine]({"sample": sample, "timestep": np.full(2, table.timesteps[i], np.float32)}, prediction)
+            == {}
+        )
         sample = update(table, i, [sample], [prediction])
     np.testing.assert_array_equal(session.sample(2, seed=2, steps=7), sample)
 
@@ -160,7 +179,7 @@ def test_every_step_has_one_engine_of_its_phase(
         Phase(low=low, high=high, cycle=tuple(cycle))
         for (low, high), cycle in zip(itertools.pairwise(sorted(edges)), cycles, strict=False)
     )
-    plan = session_of([None] * 4, None, phases).plan  # type: ignore[arg-type]
+    plan = plan_of(dropping(4), phases)
     levels = sorted(levels)
     schedule = plan.schedule(levels)
     assert len(schedule) == len(levels)
@@ -172,6 +191,88 @@ def test_every_step_has_one_engine_of_its_phase(
             if (first or level >= phase.low) and (last or level < phase.high)
         ]
         assert inside == list(itertools.islice(itertools.cycle(phase.cycle), len(inside)))
+
+
+@st.composite
+def reusing_plans(draw: st.DrawFn) -> Plan:
+    """Draw plans of engines that reuse some of three components, emit some of the others and take turns anyhow."""
+    names = ("a", "b", "c")
+    treatment = st.sampled_from([Treatment.DROP, Treatment.HOLD, Treatment.FORECAST])
+    treatments = draw(st.lists(st.dictionaries(st.sampled_from(names), treatment), min_size=1, max_size=3))
+    others = [
+        Assignment(treatments=own, emits=tuple(name for name in names if name not in own and draw(st.booleans())))
+        for own in treatments
+    ]
+    full = Assignment(treatments={}, emits=tuple(sorted(frozenset().union(*(engine.reused for engine in others)))))
+    cycle = st.lists(st.integers(0, len(others)), min_size=1, max_size=4).map(tuple)
+    count = draw(st.integers(1, 4))
+    phases = tuple(Phase(low=float(i), high=float(i + 1), cycle=draw(cycle)) for i in range(count))
+    return plan_of([full, *others], phases)
+
+
+@given(plan=reusing_plans(), levels=st.lists(st.floats(-1, 5), min_size=1, max_size=40, unique=True).map(sorted))
+def test_no_engine_runs_before_all_that_it_reuses_was_emitted(plan: Plan, levels: list[float]) -> None:
+    emitted: set[str] = set()
+    in_turn = msgspec.structs.replace(plan, engines=tuple(dropping(len(plan.engines)))).schedule(levels)
+    for engine, turn in zip(plan.schedule(levels), in_turn, strict=True):
+        assert plan.engines[engine].reused <= emitted
+        # and the full engine takes the turn of another only where it must
+        assert engine == (turn if plan.engines[turn].reused <= emitted else 0)
+        emitted.update(plan.engines[engine].emits)
+
+
+def test_an_engine_is_handed_what_was_emitted_last(bundle: Bundle) -> None:
+    engines = [
+        Assignment(treatments={}, emits=("a", "b")),
+        Assignment(treatments={"a": Treatment.FORECAST}, emits=("b",)),
+        Assignment(treatments={"a": Treatment.HOLD, "b": Treatment.HOLD}),
+    ]
+    programs = [Recorder(emits=engine.emits) for engine in engines]
+    session = session_of(list(programs), bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0, 1, 2)),), engines)
+    assert session.schedule(7) == (0, 1, 2, 0, 1, 2, 0)
+    session.sample(2, steps=7)
+    times = bundle.solver.table(7).timesteps.tolist()
+    full, forecasting, holding = (
+        [(c.get("held.a"), c.get("earlier.a"), c.get("held.b")) for c in p.calls] for p in programs
+    )
+
+    def names(a: int, before: int, b: int) -> tuple[str, str, str]:
+        return f"a at {times[a]:g}", f"a at {times[before]:g}", f"b at {times[b]:g}"
+
+    assert full == [(None, None, None), names(0, 0, 1), names(3, 0, 4)]
+    assert forecasting == [names(0, 0, 0), names(3, 0, 3)]
+    assert holding == [names(0, 0, 1), names(3, 0, 4)]
+    reaches = [float(call["reach.a"][0]) for call in programs[1].calls]
+    assert reaches == pytest.approx([0, (times[4] - times[3]) / (times[3] - times[0])])
+    assert {call["reach.a"].dtype for call in programs[1].calls} == {np.dtype(np.float32)}
+
+
+def test_a_request_holds_nothing_of_the_one_before(bundle: Bundle) -> None:
+    engines = [Assignment(treatments={}, emits=("a",)), Assignment(treatments={"a": Treatment.HOLD})]
+    full, holding = Recorder(emits=("a",)), Recorder()
+    session = session_of([full, holding], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(1,)),), engines)
+    for _ in range(2):
+        session.sample(steps=4)
+    assert session.schedule(4) == (0, 1, 1, 1)
+    assert ["held.a" in call for call in full.calls] == [False, False]
+    assert len(holding.calls) == 6
+    session.sample(steps=4, lossless=True)
+    assert len(full.calls) == 2 + 4
+    assert len(holding.calls) == 6
+
+
+def test_a_request_that_is_stopped_leaves_nothing_to_the_next(bundle: Bundle) -> None:
+    engines = [Assignment(treatments={}, emits=("a",)), Assignment(treatments={"a": Treatment.HOLD})]
+    full = Recorder(emits=("a",))
+    session = session_of([full, Recorder()], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0, 1)),), engines)
+
+    def cancel(step: Step) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        session.sample(steps=4, on_step=cancel)
+    session.sample(steps=4)
+    assert ["held.a" in call for call in full.calls] == [False, False, True]
 
 
 def test_an_unknown_number_of_steps_names_the_nearest(session: Session) -> None:
@@ -225,11 +326,12 @@ def test_noise_that_is_not_finite_is_named_with_its_step(session: Session, value
 def test_an_engine_that_fails_later_is_named_with_its_step(bundle: Bundle, bad: int, value: float) -> None:
     calls = 0
 
-    def program(inputs: Mapping[str, Array], output: Array) -> None:
+    def program(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
         nonlocal calls
         output.fill(0.0)
         output.flat[-1] = value if calls == bad else 0.0
         calls += 1
+        return {}
 
     broken = session_of([program], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0,)),))
     with pytest.raises(NonFiniteError, match=f"step {bad} of 7"):
@@ -271,21 +373,21 @@ def test_engines_see_the_scaled_sample_and_one_timestep_per_sample(bundle: Bundl
     session_of([recorder], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0,)),)).sample(3, steps=7)
     table = bundle.solver.table(7)
     assert len(recorder.calls) == 7
-    for (sample, timestep), expected in zip(recorder.calls, table.timesteps, strict=True):
-        assert sample.shape == (3, *SHAPE)
-        np.testing.assert_array_equal(timestep, np.full(3, expected, np.float32))
-    np.testing.assert_array_equal(recorder.calls[0][0], initial_noise(0, range(3), SHAPE))
+    for call, expected in zip(recorder.calls, table.timesteps, strict=True):
+        assert call["sample"].shape == (3, *SHAPE)
+        np.testing.assert_array_equal(call["timestep"], np.full(3, expected, np.float32))
+    np.testing.assert_array_equal(recorder.calls[0]["sample"], initial_noise(0, range(3), SHAPE))
 
 
 def test_low_memory_and_threads_change_nothing_but_rounding(session: Session, tiny_bundle: Path) -> None:
     fast = session.sample(3, seed=2, steps=20)
     for options in ({"memory": "low"}, {"threads": 2}, {"threads": 0}, {"memory": "low", "threads": 2}):
-        other = unetc.load(tiny_bundle, **options)  # type: ignore[arg-type]
+        other = unetc.load(tiny_bundle, **options)
         np.testing.assert_allclose(other.sample(3, seed=2, steps=20), fast, atol=ROUNDING)
 
 
 def test_low_memory_shares_one_copy_of_the_weights(bundle: Bundle) -> None:
-    backend: Any = open_backend("onnxruntime:cpu", threads=1, memory=session_module.Memory.LOW)
+    backend: Any = open_backend("onnxruntime:cpu", threads=1, memory=Memory.LOW)
     Session.of(bundle, backend)
     assert len(backend._shared) == len(bundle.weights)
 

@@ -73,7 +73,8 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 def fail_at(call: int, patch: pytest.MonkeyPatch, owner: Any, function: str, number: int) -> list[object]:
     """Let a function of the operating system fail at one of its calls, and return the list of its calls to come."""
-    original, calls = getattr(owner, function), []
+    original = getattr(owner, function)
+    calls: list[object] = []
 
     def fail(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)

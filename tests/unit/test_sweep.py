@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from safetensors.numpy import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import Tiny, tiny_of
-from unetc.analyzer import analysis, sweep
+from unetc.analyzer import analysis
+from unetc.analyzer.ablation import PERIODS, REMOVALS, REUSES, Ablation, Kind, ablations_of, kinds_for
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.analyzer.sweep import Base, Sweep, make_bins, run_base, run_sweep
-from unetc.artifacts.profile import Bin, Effect, Estimate, ModelReference, Profile, Treatment
+from unetc.analyzer.sweep import Base, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
+from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile, Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.errors import ProfileError
 from unetc.graph.gated import GatedGraph
@@ -72,7 +73,7 @@ def backend() -> Backend:
 
 def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sweep:
     gated, table = tiny().gated, table_of(scheduler)
-    settings = {
+    settings: dict[str, Any] = {
         "denoiser": GatedDenoiser(gated, on or backend()),
         "components": gated.components,
         "table": table,
@@ -92,6 +93,10 @@ class Measured:
     sweep: Sweep
     base: Base
     effects: tuple[Effect, ...]
+
+    @property
+    def damages(self) -> dict[tuple[str, Kind, int], float]:
+        return {(e.component, kind_of(e), e.bin): e.relative_l2.mean for e in self.effects}
 
 
 @functools.cache
@@ -113,20 +118,42 @@ def ddim() -> Measured:
 
 def measure(sweep: Sweep, work: Path) -> Measured:
     base = run_base(sweep, ignore)
-    return Measured(sweep=sweep, base=base, effects=run_sweep(sweep, base, work, ignore))
+    return Measured(sweep=sweep, base=base, effects=run_sweep(sweep, base, everything(sweep), work, ignore))
 
 
-class BranchMeans(TorchDispatchMode):
-    """Notes the mean of every branch per channel where it enters its gate."""
+def everything(sweep: Sweep) -> list[tuple[Ablation, int]]:
+    """List every ablation in every bin that has a step for it, in no useful order."""
+    return [
+        (ablation, b)
+        for ablation in ablations_of(sweep.components)
+        for b in reversed(range(BINS))
+        if any(step % ablation.kind.period or not ablation.kind.treatment.reuses for step in steps_of(b))
+    ]
 
-    def __init__(self) -> None:
-        super().__init__()
+
+def steps_of(b: int) -> range:
+    return (range(3), range(3, STEPS))[b]
+
+
+def kind_of(effect: Effect) -> Kind:
+    return Kind(treatment=effect.treatment, period=effect.period)
+
+
+class Branches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every branch where it enters its gate, and lets other tensors take the place of some."""
+
+    def __init__(self, instead: Mapping[int, torch.Tensor] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.instead = instead or {}
+        self.seen: dict[int, torch.Tensor] = {}
         self.rows: dict[int, Array] = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator is torch.ops.unetc.gate.default:
-            branch, _, _, index, _, axis = args
+            branch, gates, means, index, offset, axis = args
+            self.seen[index] = branch
             self.rows[index] = branch.mean([i for i in range(branch.ndim) if i != axis]).numpy()
+            args = (self.instead.get(index, branch), gates, means, index, offset, axis)
         return operator(*args, **(kwargs or {}))
 
 
@@ -139,28 +166,47 @@ class Naive:
     """[bin, channel of all components]"""
 
     @torch.no_grad()
-    def run(self, ablation: tuple[str, Treatment] | None = None, steps: range = range(0)) -> list[Array]:
+    def run(self, ablation: tuple[str, Kind] | None = None, steps: range = range(0)) -> list[Array]:
         """Sample with an ablation in some steps; return the state before every step and the last one."""
         components = tiny().gated.components
         scheduler: Any = make_scheduler(self.scheduler, CONFIG)
         scheduler.set_timesteps(STEPS)
         sample = torch.from_numpy(initial_noise(SEED, range(SAMPLES), SHAPE)) * scheduler.init_noise_sigma
         states = [sample.numpy()]
+        computed: list[tuple[float, torch.Tensor]] = []
         for step, timestep in enumerate(scheduler.timesteps):
             gates = np.zeros((SAMPLES, len(components), 2), np.float32)
             gates[..., 0] = 1
-            if ablation is not None and step in steps:
-                (index,) = (component.index for component in components if component.name == ablation[0])
-                gates[:, index] = {Treatment.DROP: (0, 0), Treatment.MEAN: (0, 1)}[ablation[1]]
-            prediction = tiny().reference(
-                scheduler.scale_model_input(sample, timestep),
-                torch.full((SAMPLES,), float(timestep)),
-                torch.from_numpy(gates),
-                torch.from_numpy(self.means[0 if step < 3 else 1]),
-            )
+            instead: dict[int, torch.Tensor] = {}
+            index = -1
+            if ablation is not None:
+                name, kind = ablation
+                (index,) = (component.index for component in components if component.name == name)
+                if step in steps and not kind.treatment.reuses:
+                    gates[:, index] = {Treatment.DROP: (0, 0), Treatment.MEAN: (0, 1)}[kind.treatment]
+                elif step in steps and step % kind.period:
+                    instead[index] = self.recalled(computed, kind, float(timestep))
+            with Branches(instead) as branches:
+                prediction = tiny().reference(
+                    scheduler.scale_model_input(sample, timestep),
+                    torch.full((SAMPLES,), float(timestep)),
+                    torch.from_numpy(gates),
+                    torch.from_numpy(self.means[0 if step < 3 else 1]),
+                )
+            if ablation is not None and step % ablation[1].period == 0:
+                computed.append((float(timestep), branches.seen[index]))
             sample = scheduler.step(prediction, timestep, sample).prev_sample
             states.append(sample.numpy())
         return states
+
+    @staticmethod
+    def recalled(computed: Sequence[tuple[float, torch.Tensor]], kind: Kind, timestep: float) -> torch.Tensor:
+        """Give the branch of the last refresh, or what the last two lead to on a straight line."""
+        at, latest = computed[-1]
+        if kind.treatment is Treatment.HOLD or len(computed) < 2:
+            return latest
+        before, earlier = computed[-2]
+        return latest + (timestep - at) / (at - before) * (latest - earlier)
 
     @torch.no_grad()
     def branch_means(self, states: Sequence[Array]) -> NDArray[np.float32]:
@@ -171,7 +217,7 @@ class Naive:
         rows = []
         for state, timestep in zip(states, scheduler.timesteps, strict=False):
             gates = torch.ones(SAMPLES, count, 2) * torch.tensor([1.0, 0.0])
-            with BranchMeans() as seen:
+            with Branches() as seen:
                 sample = scheduler.scale_model_input(torch.from_numpy(state), timestep)
                 tiny().reference(
                     sample, torch.full((SAMPLES,), float(timestep)), gates, torch.zeros(tiny().gated.channels)
@@ -191,23 +237,79 @@ def relative_l2(reference: Array, candidate: Array) -> float:
     return float(np.mean(norms))
 
 
-def test_there_is_one_effect_for_every_component_treatment_and_bin(measured: Measured) -> None:
-    expected = [
-        (component.name, treatment, b)
-        for b in range(BINS)
-        for component in measured.sweep.components
-        for treatment in (Treatment.DROP, Treatment.MEAN)
-    ]
-    assert [(effect.component, effect.treatment, effect.bin) for effect in measured.effects] == expected
+def test_there_is_one_effect_for_every_ablation_that_was_asked_for(measured: Measured) -> None:
+    found = [(Ablation(component=e.component, kind=kind_of(e)), e.bin) for e in measured.effects]
+    assert len(found) == len(everything(measured.sweep))
+    assert {*found} == {*everything(measured.sweep)}
+    assert all(effect.measured for effect in measured.effects)
+    for effect in measured.effects:
+        assert effect.relative_l2.low <= effect.relative_l2.mean <= effect.relative_l2.high
 
 
-def test_the_shared_prefix_is_the_full_models_trajectory(measured: Measured) -> None:
+def test_only_what_was_chosen_is_measured_and_the_same_as_among_others(ddim: Measured, tmp_path: Path) -> None:
+    chosen = everything(ddim.sweep)[::7]
+    effects = run_sweep(ddim.sweep, ddim.base, chosen, tmp_path, ignore)
+    assert {(e.component, kind_of(e), e.bin) for e in effects} == {(a.component, a.kind, b) for a, b in chosen}
+    for effect in effects:
+        # other batches may sum in another order
+        expected = ddim.damages[effect.component, kind_of(effect), effect.bin]
+        assert effect.relative_l2.mean == pytest.approx(expected, abs=1e-4)
+    assert run_sweep(ddim.sweep, ddim.base, (), tmp_path, ignore) == ()
+
+
+def test_every_component_is_removed_and_reused_but_the_step_is_reused_only() -> None:
+    components = tiny().gated.components
+    whole = [component for component in components if component.kind == "step"]
+    assert [component.name for component in whole] == [STEP]
+    assert kinds_for(whole[0]) == REUSES
+    for component in components:
+        if component.kind != "step":
+            assert kinds_for(component) == REMOVALS + REUSES
+    assert {(kind.treatment, kind.period) for kind in REMOVALS} == {(Treatment.DROP, 1), (Treatment.MEAN, 1)}
+    assert {(kind.treatment, kind.period) for kind in REUSES} == {
+        (treatment, period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in PERIODS
+    }
+    ablations = ablations_of(components)
+    assert {*ablations} == {Ablation(component=c.name, kind=kind) for c in components for kind in kinds_for(c)}
+    assert len({*ablations}) == len(ablations)
+    # those of one kind stand together, so that they can share a batch
+    assert len([kind for kind, _ in groupby(ablations, lambda a: a.kind)]) == len(REMOVALS + REUSES)
+
+
+@pytest.mark.parametrize("kind", REMOVALS + REUSES, ids=str)
+def test_the_share_of_a_kind_is_that_of_the_steps_it_treats(kind: Kind) -> None:
+    treated = [kind.treats(step) for step in range(40)]
+    assert np.mean(treated) == kind.share
+    assert [step for step in range(40) if not treated[step]] == (
+        list(range(0, 40, kind.period)) if kind.treatment.reuses else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("period", "first", "expected"),
+    [
+        (2, 0, ()),
+        (2, 1, (0,)),
+        (2, 2, (0,)),
+        (2, 3, (0, 2)),
+        (2, 8, (4, 6)),
+        (4, 4, (0,)),
+        (4, 5, (0, 4)),
+        (4, 20, (12, 16)),
+    ],
+)
+def test_what_is_remembered_are_the_last_two_refreshes(period: int, first: int, expected: tuple[int, ...]) -> None:
+    assert recall_steps(Kind(treatment=Treatment.FORECAST, period=period), first) == expected
+
+
+def test_the_states_are_the_full_models_trajectory(measured: Measured) -> None:
     states = naive_of(measured).run()
     scale = np.abs(states[-1]).max()
-    for b, start in enumerate(measured.base.starts):
-        history = [states[step] for step in range(measured.sweep.first_step(b), -1, -1)][: measured.sweep.table.window]
-        assert len(start.samples) == len(history)
-        for sample, expected in zip(start.samples, history, strict=True):
+    assert len(measured.base.states) == STEPS + 1
+    for step, state in enumerate(measured.base.states):
+        history = [states[at] for at in range(step, -1, -1)][: measured.sweep.table.window]
+        assert len(state.samples) == len(history)
+        for sample, expected in zip(state.samples, history, strict=True):
             np.testing.assert_allclose(sample, expected, atol=CLOSE * scale)
     np.testing.assert_allclose(measured.base.final, states[-1], atol=CLOSE * scale)
 
@@ -218,85 +320,148 @@ def test_means_are_the_branches_averaged_over_samples_positions_and_steps(measur
     np.testing.assert_allclose(measured.base.means, expected, atol=CLOSE * np.abs(expected).max())
 
 
-def test_effects_are_those_of_a_loop_over_single_ablations(measured: Measured) -> None:
+@pytest.mark.parametrize("kind", REMOVALS + REUSES, ids=lambda kind: f"{kind.treatment}{kind.period}")
+def test_effects_are_those_of_a_loop_over_single_ablations(measured: Measured, kind: Kind) -> None:
     naive = naive_of(measured)
     full = naive.run()[-1]
-    chosen = measured.effects[::3]  # meets both treatments and all bins
+    own = [effect for effect in measured.effects if kind_of(effect) == kind]
+    chosen = [*own[::4], *(effect for effect in own if effect.component == STEP)]  # meets all bins
+    assert {effect.bin for effect in chosen} == {0, 1}
     for effect in chosen:
-        first = measured.sweep.first_step(effect.bin)
-        steps = range(first, first + measured.sweep.bins[effect.bin].steps)
-        expected = relative_l2(full, naive.run((effect.component, effect.treatment), steps)[-1])
-        assert effect.damage.relative_l2.mean == pytest.approx(expected, abs=CLOSE), effect
-    # the comparison means something: nearly every ablation does much more than the tolerance
-    damages = np.array([effect.damage.relative_l2.mean for effect in chosen])
-    assert (damages > 10 * CLOSE).mean() > 0.8
+        expected = relative_l2(full, naive.run((effect.component, kind), steps_of(effect.bin))[-1])
+        assert effect.relative_l2.mean == pytest.approx(expected, abs=CLOSE), effect
+    # the comparison means something: most ablations do much more than the tolerance; reuse for one step is the gentlest
+    damages = np.array([effect.relative_l2.mean for effect in chosen])
+    assert (damages > 10 * CLOSE).mean() > (0.8 if kind in REMOVALS else 0.6)
 
 
-def test_mean_and_drop_differ(ddim: Measured) -> None:
-    damages = {(e.component, e.bin, e.treatment): e.damage.relative_l2.mean for e in ddim.effects}
-    differing = [
-        damages[name, b, Treatment.DROP] != damages[name, b, Treatment.MEAN]
-        for name, b, treatment in damages
-        if treatment is Treatment.DROP
+def differing(measured: Measured, one: Kind, other: Kind, b: int) -> float:
+    """Share of the components that two kinds of ablation harm differently in a bin."""
+    pairs = [
+        (damage, measured.damages[name, other, b])
+        for (name, kind, at), damage in measured.damages.items()
+        if (kind, at) == (one, b) and (name, other, b) in measured.damages
     ]
-    assert np.mean(differing) > 0.9
+    return float(np.mean([left != right for left, right in pairs]))
 
 
-@dataclass
+def test_kinds_differ(ddim: Measured) -> None:
+    drop, mean = REMOVALS
+    hold, rarely, forecast, _ = REUSES
+    assert differing(ddim, drop, mean, 0) > 0.9
+    assert differing(ddim, drop, hold, 0) > 0.9
+    assert differing(ddim, hold, rarely, 0) > 0.9
+    assert differing(ddim, hold, forecast, 1) > 0.9
+    # after a single refresh there is no line to follow
+    assert differing(ddim, hold, forecast, 0) == 0
+
+
 class Recorder:
     """A backend that notes what its programs are called with."""
 
-    inner: Backend
-    calls: list[dict[str, Array]] = dataclasses.field(default_factory=list)
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self.calls: list[dict[str, Any]] = []
+        """Inputs of every call; those that are tensors of the backend as they are."""
 
     def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
-        program = self.inner.load(graph, weights)
+        program = self._inner.load(graph, weights)
 
-        def run(inputs: Mapping[str, Array], output: Array) -> None:
-            self.calls.append({name: array.copy() for name, array in inputs.items()})
-            program(inputs, output)
+        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+            self.calls.append(
+                {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+            )
+            return program(inputs, output)
 
         return run
 
+    def to_array(self, emitted: object) -> Array:
+        return self._inner.to_array(emitted)
 
-def test_an_ablation_touches_the_steps_of_its_bin_only(tmp_path: Path) -> None:
+
+def test_a_removal_touches_the_steps_of_its_bin_only(tmp_path: Path) -> None:
     recorder = Recorder(backend())
     swept = sweep_of("ddim", on=recorder)
     base = run_base(swept, ignore)
     recorder.calls.clear()
-    effects = run_sweep(swept, base, tmp_path, ignore)
+    chosen = [(ablation, b) for ablation, b in everything(swept) if ablation.kind in REMOVALS]
+    effects = run_sweep(swept, base, chosen, tmp_path, ignore)
     timesteps = swept.table.timesteps.tolist()
     calls = iter(recorder.calls)
-    for b, (first, last) in enumerate([(0, 3), (3, 5)]):
-        expected = [(e.component, e.treatment) for e in effects if e.bin == b]
-        for start in range(0, len(expected), 5):
-            batch = expected[start : start + 5]
-            for step in range(first, STEPS):
+    for (b, treatment), group in groupby(effects, lambda e: (e.bin, e.treatment)):
+        names = [effect.component for effect in group]
+        for start in range(0, len(names), 5):
+            batch = names[start : start + 5]
+            for step in range(steps_of(b)[0], STEPS):
                 call = next(calls)
                 assert set(call["timestep"].tolist()) == {timesteps[step]}
                 np.testing.assert_array_equal(call["means"], base.means[b])
                 gates = call["gates"].reshape(len(batch), SAMPLES, len(swept.components), 2)
-                for row, (name, treatment) in zip(gates, batch, strict=True):
+                for row, name in zip(gates, batch, strict=True):
                     changed = [
                         component.name for component in swept.components if (row[:, component.index] != [1, 0]).any()
                     ]
-                    assert changed == ([name] if step < last else [])
+                    assert changed == ([name] if step in steps_of(b) else [])
                     (index,) = (c.index for c in swept.components if c.name == name)
-                    if step < last:
+                    if step in steps_of(b):
                         assert (row[:, index] == [0, treatment is Treatment.MEAN]).all()
     assert next(calls, None) is None
 
 
-def test_an_ablation_that_keeps_does_no_damage_to_a_stochastic_trajectory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sweep, "ABLATIONS", (Treatment.KEEP,))
-    swept = sweep_of("ddpm")
-    assert swept.table.noise_coefficient.any()
-    kept = measure(swept, tmp_path)
+@pytest.mark.parametrize("kind", REUSES, ids=lambda kind: f"{kind.treatment}{kind.period}")
+def test_a_reuse_refreshes_with_its_period_and_touches_the_steps_of_its_bin_only(tmp_path: Path, kind: Kind) -> None:
+    recorder = Recorder(backend())
+    swept = sweep_of("ddim", on=recorder)
+    base = run_base(swept, ignore)
+    recorder.calls.clear()
+    chosen = [(ablation, b) for ablation, b in everything(swept) if ablation.kind == kind]
+    effects = run_sweep(swept, base, chosen, tmp_path, ignore)
+    timesteps = swept.table.timesteps.tolist()
+    calls = iter(recorder.calls)
+    for b, group in groupby(effects, lambda e: e.bin):
+        names = [effect.component for effect in group]
+        for start in range(0, len(names), 5):
+            batch = names[start : start + 5]
+            refreshes = [step for step in range(steps_of(b)[0]) if step % kind.period == 0][-2:]
+            for step in (*refreshes, *range(steps_of(b)[0], STEPS)):
+                call = next(calls)
+                assert set(call["timestep"].tolist()) == {timesteps[step]}
+                if step in steps_of(b) and step % kind.period:
+                    holds = call["holds"].reshape(len(batch), SAMPLES, len(swept.components))
+                    for row, name in zip(holds, batch, strict=True):
+                        marked = {c.name for c in swept.components if row[:, c.index].all()}
+                        assert marked == {name}
+                        assert row.sum() == SAMPLES
+                else:
+                    assert "holds" not in call
+    assert next(calls, None) is None
+
+
+def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
+    recorder = Recorder(backend())
+    swept = sweep_of("ddim", on=recorder)
+    base = run_base(swept, ignore)
+    recorder.calls.clear()
+    chosen = everything(swept)[::3]
+    run_sweep(swept, base, chosen, tmp_path, ignore)
+    rows = sum(len(call["sample"]) for call in recorder.calls)
+    assert sweep_calls(swept, chosen) == rows / SAMPLES
+
+
+def test_an_ablation_that_only_refreshes_does_no_damage_to_a_stochastic_trajectory(tmp_path: Path) -> None:
+    table = table_of("ddpm")
+    assert table.noise_coefficient.any()
+    swept = sweep_of("ddpm", bins=make_bins(table.log_snr, STEPS))  # of one step each
+    chosen = [
+        (Ablation(component=component.name, kind=kind), b)
+        for component in swept.components
+        for kind in REUSES
+        for b in range(0, STEPS, kind.period)
+    ]
+    effects = run_sweep(swept, run_base(swept, ignore), chosen, tmp_path, ignore)
+    assert len(effects) == len(chosen)
     # the same denoiser on the same noise; a batch of another size may sum in another order
-    assert max(effect.damage.relative_l2.high for effect in kept.effects) < 1e-4
-    assert min(effect.damage.ssim.low for effect in kept.effects) > 1 - 1e-4
+    assert max(effect.relative_l2.high for effect in effects) < 1e-4
 
 
 def test_a_stochastic_trajectory_has_noise_of_its_own_for_every_sample_and_seed(tmp_path: Path) -> None:
@@ -309,14 +474,16 @@ def test_a_stochastic_trajectory_has_noise_of_its_own_for_every_sample_and_seed(
 def test_seeds_matter(ddim: Measured, tmp_path: Path) -> None:
     other = measure(sweep_of("ddim", seed=SEED + 1), tmp_path)
     pairs = zip(ddim.effects, other.effects, strict=True)
-    assert all(left.damage.relative_l2 != right.damage.relative_l2 for left, right in pairs)
+    assert all(left.relative_l2 != right.relative_l2 for left, right in pairs)
 
 
 def test_batches_do_not_change_what_is_measured(ddim: Measured, tmp_path: Path) -> None:
     alone = dataclasses.replace(ddim.sweep, rows=1)
-    for left, right in zip(ddim.effects, run_sweep(alone, ddim.base, tmp_path, ignore), strict=True):
+    chosen = everything(alone)
+    for left, right in zip(ddim.effects, run_sweep(alone, ddim.base, chosen, tmp_path, ignore), strict=True):
         # a batch of another size may sum in another order
-        assert left.damage.relative_l2.mean == pytest.approx(right.damage.relative_l2.mean, abs=1e-4)
+        assert (left.component, kind_of(left), left.bin) == (right.component, kind_of(right), right.bin)
+        assert left.relative_l2.mean == pytest.approx(right.relative_l2.mean, abs=1e-4)
 
 
 def test_more_samples_leave_the_first_ones_as_they_are() -> None:
@@ -327,9 +494,9 @@ def test_more_samples_leave_the_first_ones_as_they_are() -> None:
 def test_a_finished_sweep_is_read_and_not_run(ddim: Measured, tmp_path: Path) -> None:
     recorder = Recorder(backend())
     swept = sweep_of("ddim", on=recorder)
-    first = run_sweep(swept, ddim.base, tmp_path, ignore)
+    first = run_sweep(swept, ddim.base, everything(swept), tmp_path, ignore)
     recorder.calls.clear()
-    assert run_sweep(swept, ddim.base, tmp_path, ignore) == first == ddim.effects
+    assert run_sweep(swept, ddim.base, everything(swept), tmp_path, ignore) == first == ddim.effects
     assert recorder.calls == []
 
 
@@ -341,6 +508,7 @@ DAMAGES: Mapping[str, Callable[[bytes, bytes], bytes]] = {
     "one effect less": lambda own, other: json.dumps(json.loads(own)[1:]).encode(),
     "of another batch": lambda own, other: other,
     "of another bin": lambda own, other: own.replace(b'"bin":0', b'"bin":1'),
+    "of another treatment": lambda own, other: own.replace(b'"drop"', b'"mean"'),
     "not a number": lambda own, other: own.replace(b'"low":', b'"low":1e999,"old":'),
     "out of order": lambda own, other: own.replace(b'"high":', b'"high":-1,"old":'),
 }
@@ -350,18 +518,18 @@ DAMAGES: Mapping[str, Callable[[bytes, bytes], bytes]] = {
 def test_a_damaged_partial_result_is_measured_again(
     ddim: Measured, tmp_path: Path, damage: Callable[[bytes, bytes], bytes]
 ) -> None:
-    run_sweep(ddim.sweep, ddim.base, tmp_path, ignore)
+    run_sweep(ddim.sweep, ddim.base, everything(ddim.sweep), tmp_path, ignore)
     first, second, *_ = sorted(tmp_path.iterdir())
     whole = first.read_bytes()
     first.write_bytes(damage(whole, second.read_bytes()))
-    assert run_sweep(ddim.sweep, ddim.base, tmp_path, ignore) == ddim.effects
+    assert run_sweep(ddim.sweep, ddim.base, everything(ddim.sweep), tmp_path, ignore) == ddim.effects
     assert first.read_bytes() == whole
 
 
 def test_progress_rises_to_the_end(ddim: Measured, tmp_path: Path) -> None:
     reports: list[Progress] = []
     run_base(ddim.sweep, reports.append)
-    run_sweep(ddim.sweep, ddim.base, tmp_path, reports.append)
+    run_sweep(ddim.sweep, ddim.base, everything(ddim.sweep), tmp_path, reports.append)
     for stage in ("full model", "ablations"):
         done = [report.done for report in reports if report.stage == stage]
         assert done == sorted(set(done))
@@ -378,16 +546,23 @@ REFERENCE = ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", d
 @pytest.fixture
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the timing, which is tested elsewhere."""
-    monkeypatch.setattr(analysis, "measure_costs", lambda *_, **__: (estimate_of(10.0), ()))
+
+    def measure_costs(gated: GatedGraph, *_: object, **__: object) -> tuple[Estimate, tuple[Cost, ...]]:
+        # what comes later saves more, so that what is decisive is not what comes first
+        saved = [1 + component.index for component in gated.components]
+        costs = (Cost(component=c.name, saved_ms=estimate_of(s)) for c, s in zip(gated.components, saved, strict=True))
+        return estimate_of(100.0), tuple(costs)
+
+    monkeypatch.setattr(analysis, "measure_costs", measure_costs)
 
 
-def profile_of(work: Path, gated: GatedGraph | None = None, **changes: Any) -> Profile:
+def analyse(work: Path, gated: GatedGraph | None = None, on: Backend | None = None, **changes: Any) -> Profile:
     options = AnalysisOptions(**({"steps": 2, "samples": 1, "bins": 1, "threads": 1} | changes))
     return analyze(
         gated or tiny().gated,
         REFERENCE,
         table_of(options.scheduler, options.steps),
-        backend(),
+        on or backend(),
         sample_shape=SHAPE,
         options=options,
         work=work,
@@ -396,14 +571,24 @@ def profile_of(work: Path, gated: GatedGraph | None = None, **changes: Any) -> P
 
 @pytest.mark.usefixtures("no_timing")
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"samples": 2}, {"bins": 2}, {"steps": 3}, {"scheduler": "dpmsolver++"}], ids=str
+    "change",
+    [
+        {"seed": 1},
+        {"samples": 2},
+        {"bins": 2},
+        {"steps": 3},
+        {"scheduler": "dpmsolver++"},
+        {"decisive": 3},
+        {"decisive": None},
+    ],
+    ids=str,
 )
 def test_other_options_do_not_take_over_partial_results(tmp_path: Path, change: dict[str, Any]) -> None:
-    before = profile_of(tmp_path / "shared")
-    changed = profile_of(tmp_path / "shared", **change)
+    before = analyse(tmp_path / "shared")
+    changed = analyse(tmp_path / "shared", **change)
     assert changed.effects != before.effects
-    assert changed == profile_of(tmp_path / "fresh", **change)
-    assert profile_of(tmp_path / "shared") == before
+    assert changed == analyse(tmp_path / "fresh", **change)
+    assert analyse(tmp_path / "shared") == before
 
 
 def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -415,9 +600,11 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(analysis, "measure_costs", measure_costs)
     monkeypatch.setattr(analysis, "run_sweep", lambda *_: ())
+    profile_of = functools.partial(analyse, decisive=None)  # without the screen, which is tested elsewhere
     assert profile_of(tmp_path).full_ms == profile_of(tmp_path).full_ms == profile_of(tmp_path, seed=1).full_ms
     assert len(measured) == 1
-    for count, change in enumerate([{"batch": 3}, {"rounds": 4}, {"threads": 2}, {"target": "null"}], start=2):
+    changes: list[dict[str, Any]] = [{"batch": 3}, {"rounds": 4}, {"threads": 2}, {"target": "null"}]
+    for count, change in enumerate(changes, start=2):
         profile_of(tmp_path, **change)
         assert len(measured) == count
     (timing,) = (path for path in tmp_path.rglob("timing.json") if b"11.0" in path.read_bytes())
@@ -435,7 +622,40 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     save_file(weights, tmp_path / gated.weights.name)
     broken = dataclasses.replace(gated, folder=tmp_path)
     with pytest.raises(ProfileError, match=r"NaN or infinity at timestep \d+\. Check that the weights are finite\."):
-        profile_of(tmp_path / "work", broken)
+        analyse(tmp_path / "work", broken)
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_a_few_ablations_of_every_bin_are_measured_and_the_rest_is_estimated(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": STEPS, "samples": SAMPLES, "bins": BINS}
+    profile = analyse(tmp_path / "some", decisive=5, **options)
+    whole = analyse(tmp_path / "all", decisive=None, **options)
+    assert all(effect.measured for effect in whole.effects)
+    assert [sum(e.measured for e in profile.effects if e.bin == b) for b in range(BINS)] == [5] * BINS
+    places, everywhere = ([(e.component, kind_of(e), e.bin) for e in p.effects] for p in (profile, whole))
+    assert len({*places}) == len(places)
+    assert {*places} <= {*everywhere}
+    # what is missing are reuses with so long a period that the middle step of the first bin has no refresh before it
+    assert {(kind.period, b) for _, kind, b in {*everywhere} - {*places}} == {(4, 0)}
+    measured = {(e.component, kind_of(e), e.bin): e.relative_l2.mean for e in whole.effects}
+    for effect in profile.effects:
+        if effect.measured:
+            expected = measured[effect.component, kind_of(effect), effect.bin]
+            assert effect.relative_l2.mean == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_timing")
+@pytest.mark.parametrize("decisive", [4, None])
+def test_the_price_of_an_analysis_are_the_calls_it_makes(tmp_path: Path, decisive: int | None) -> None:
+    recorder = Recorder(backend())
+    profile = analyse(tmp_path, on=recorder, steps=STEPS, samples=SAMPLES, bins=BINS, decisive=decisive)
+    rows = sum(len(call["sample"]) for call in recorder.calls)
+    assert profile.samplings == pytest.approx(rows / SAMPLES / STEPS)
+
+
+def test_no_decisive_ablations_are_refused() -> None:
+    with pytest.raises(ProfileError, match="decisive must be at least 1, or None for all, got 0"):
+        AnalysisOptions(decisive=0)
 
 
 @pytest.mark.parametrize("name", ["steps", "samples", "bins", "threads", "batch", "rounds"])
@@ -491,6 +711,7 @@ def bare_profile(bins: tuple[Bin, ...]) -> Profile:
         full_ms=estimate_of(1.0),
         costs=(),
         effects=(),
+        samplings=1.0,
         means=(b"",) * len(bins),
     )
 
