@@ -1,0 +1,348 @@
+"""The screen finds what an ablation changes in one step, and learns from measured ones what that does in the end."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.models import Tiny, tiny_of
+from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, Kind, ablations_of
+from unetc.analyzer.denoiser import GatedDenoiser
+from unetc.analyzer.screen import Z_95, Screen, choose, estimate_rest, run_screen
+from unetc.analyzer.sweep import Base, Sweep, make_bins, run_base
+from unetc.artifacts.profile import STEP, Cost, Effect, Estimate, Treatment
+from unetc.backend import Array, Backend, Program
+from unetc.held import Held
+from unetc.progress import Progress, ignore
+from unetc.runtime.backend import open_backend
+from unetc.solver.extract import extract, make_scheduler
+
+ARCHITECTURE = "attention"
+pytestmark = pytest.mark.xdist_group(ARCHITECTURE)  # one process, so one capture
+
+SHAPE = (2, 16, 16)
+SAMPLES, SEED = 2, 5
+STEPS = 8
+BINS = (range(4), range(4, 8))
+PROBED = (2, 6)
+"""The middle step of every bin."""
+
+DROP, HOLD = Kind(treatment=Treatment.DROP), Kind(treatment=Treatment.HOLD, period=2)
+KINDS = REMOVALS + REUSES
+
+
+@functools.cache
+def tiny() -> Tiny:
+    """Share one architecture between the tests of this file."""
+    folder = Path(tempfile.mkdtemp(prefix="unetc-screen-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return tiny_of(ARCHITECTURE, folder)
+
+
+class Counter:
+    """A backend that counts the samples that its programs are called with."""
+
+    def __init__(self) -> None:
+        self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
+        self.rows = 0
+
+    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
+        program = self._inner.load(graph, weights)
+
+        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+            self.rows += len(output)
+            return program(inputs, output)
+
+        return run
+
+    def to_array(self, emitted: object) -> Array:
+        return self._inner.to_array(emitted)
+
+
+def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2) -> Sweep:
+    """Make a sweep; the last batch of a kind is smaller than the others."""
+    table = extract(make_scheduler("ddim", {"beta_schedule": "scaled_linear"}), steps)
+    return Sweep(
+        denoiser=GatedDenoiser(tiny().gated, backend),
+        components=tiny().gated.components,
+        table=table,
+        bins=make_bins(table.log_snr, bins),
+        sample_shape=SHAPE,
+        samples=SAMPLES,
+        seed=SEED,
+        rows=rows,
+    )
+
+
+@functools.cache
+def swept() -> tuple[Sweep, Base]:
+    sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1))
+    return sweep, run_base(sweep, ignore)
+
+
+@functools.cache
+def screened() -> Screen:
+    with tempfile.TemporaryDirectory() as work:
+        return run_screen(*swept(), Path(work), ignore)
+
+
+def test_every_ablation_is_screened_in_every_bin() -> None:
+    assert {*screened().errors} == {(a, b) for a in ablations_of(tiny().gated.components) for b in range(len(BINS))}
+    assert all(np.isfinite(error) and error >= 0 for error in screened().errors.values())
+    assert np.mean([error > 0 for error in screened().errors.values()]) > 0.9
+
+
+def relative_l2(reference: Array, candidate: Array) -> float:
+    """Average over samples, written out."""
+    norms = [np.linalg.norm(c - r) / np.linalg.norm(r) for r, c in zip(reference, candidate, strict=True)]
+    return float(np.mean(norms))
+
+
+def alone(ablation: Ablation, b: int) -> float:
+    """Find the local error of one ablation with calls of its own."""
+    sweep, base = swept()
+    denoiser, kind, step = sweep.denoiser, ablation.kind, PROBED[b]
+
+    def at(step: int) -> tuple[Array, float]:
+        return base.states[step].sample, float(sweep.table.timesteps[step])
+
+    full = denoiser.predict(*at(step), gates=denoiser.gates({}, SAMPLES), means=base.means[b])
+    if kind.treatment.reuses:
+        held = Held()
+        for source in (step - kind.period // 2 - kind.period, step - kind.period // 2):
+            if source >= 0:
+                denoiser.remember(*at(source), held)
+        (index,) = (c.index for c in sweep.components if c.name == ablation.component)
+        holds = np.zeros((SAMPLES, len(sweep.components)), np.float32)
+        holds[:, index] = 1
+        forecast = [index] if kind.treatment is Treatment.FORECAST else []
+        changed = denoiser.recall(*at(step), held, holds=holds, forecast=forecast)
+    else:
+        gates = denoiser.gates({ablation.component: kind.treatment}, SAMPLES)
+        changed = denoiser.predict(*at(step), gates=gates, means=base.means[b])
+    return relative_l2(full, changed) * sum(kind.treats(step) for step in BINS[b])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.treatment}{kind.period}")
+def test_a_local_error_is_the_change_of_one_prediction_times_the_treated_steps(kind: Kind) -> None:
+    own = [entry for entry in screened().errors if entry[0].kind == kind]
+    for ablation, b in [*own[::5], *(entry for entry in own if entry[0].component == STEP)]:
+        # another batch size, another order of sums
+        assert screened().errors[ablation, b] == pytest.approx(alone(ablation, b), rel=1e-3, abs=1e-5)
+
+
+def test_no_error_is_counted_where_no_step_is_treated(tmp_path: Path) -> None:
+    sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1), steps=4, bins=4)  # of one step each
+    screen = run_screen(sweep, run_base(sweep, ignore), tmp_path, ignore)
+    for ablation, b in screen.errors:
+        assert ablation.kind.treats(b)
+    assert {b for ablation, b in screen.errors if ablation.kind == DROP} == {0, 1, 2, 3}
+    assert {b for ablation, b in screen.errors if ablation.kind == HOLD} == {1, 3}
+
+
+def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
+    counter = Counter()
+    sweep = sweep_on(counter)
+    base = run_base(sweep, ignore)
+    counter.rows = 0
+    assert run_screen(sweep, base, tmp_path, ignore).calls == counter.rows / SAMPLES
+
+
+def test_a_finished_screen_is_read_and_not_run(tmp_path: Path) -> None:
+    counter = Counter()
+    sweep = sweep_on(counter)
+    base = run_base(sweep, ignore)
+    first = run_screen(sweep, base, tmp_path, ignore)
+    counter.rows = 0
+    assert run_screen(sweep, base, tmp_path, ignore) == first == screened()
+    assert counter.rows == 0
+
+
+DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
+    "empty": lambda own: b"",
+    "truncated": lambda own: own[: len(own) // 2],
+    "not text": lambda own: own.replace(b"drop", b"\xff\xfe\xfd\xfc"),
+    "of another kind": lambda own: b"[]",
+    "without calls": lambda own: own.replace(b'"calls"', b'"bells"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_screen_that_was_cut_off_continues_to_the_same_bits(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    run_screen(*swept(), tmp_path, ignore)
+    first, second = sorted(tmp_path.iterdir())
+    whole = second.read_bytes()
+    second.write_bytes(damage(whole))
+    assert run_screen(*swept(), tmp_path, ignore) == screened()
+    assert second.read_bytes() == whole
+    first.unlink()
+    assert run_screen(*swept(), tmp_path, ignore) == screened()
+
+
+def test_progress_rises_to_the_end(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    run_screen(*swept(), tmp_path, reports.append)
+    assert [(report.stage, report.done, report.total) for report in reports] == [("screen", 1, 2), ("screen", 2, 2)]
+
+
+NAMES = ("a", "b", "c", "d")
+ablations = st.builds(Ablation, component=st.sampled_from(NAMES), kind=st.sampled_from(KINDS))
+entries = st.tuples(ablations, st.integers(0, 2))
+amounts = st.floats(1e-6, 1e3)
+screens = st.dictionaries(entries, st.one_of(amounts, st.just(0.0)), min_size=1, max_size=30).map(
+    lambda errors: Screen(errors=errors, calls=0)
+)
+shares = st.fixed_dictionaries({name: st.one_of(st.floats(1e-3, 1), st.sampled_from([0.0, -0.2])) for name in NAMES})
+
+
+def costs_of(saved: Mapping[str, float], full_ms: float = 80.0) -> list[Cost]:
+    return [
+        Cost(component=name, saved_ms=Estimate(mean=full_ms * share, low=full_ms * share, high=full_ms * share))
+        for name, share in saved.items()
+    ]
+
+
+@given(screen=screens, saved=shares, per_bin=st.integers(1, 6))
+def test_what_is_chosen_does_the_least_local_error_for_the_time_it_saves(
+    screen: Screen, saved: dict[str, float], per_bin: int
+) -> None:
+    def worth(entry: tuple[Ablation, int]) -> float:
+        ablation, _ = entry
+        return screen.errors[entry] / (saved[ablation.component] * ablation.kind.share)
+
+    chosen = choose(screen, costs_of(saved), 80.0, per_bin)
+    assert len({*chosen}) == len(chosen)
+    assert {*chosen} <= {*screen.errors}
+    assert all(saved[ablation.component] > 0 for ablation, _ in chosen)
+    for b in range(3):
+        own = [entry for entry in chosen if entry[1] == b]
+        possible = [entry for entry in screen.errors if entry[1] == b and saved[entry[0].component] > 0]
+        assert len(own) == min(per_bin, len(possible))
+        left = [worth(entry) for entry in possible if entry not in own]
+        assert not left or max(map(worth, own)) <= min(left) * (1 + 1e-9)
+
+
+def test_a_reuse_saves_only_where_it_is_no_refresh() -> None:
+    rarely = Kind(treatment=Treatment.HOLD, period=4)
+    # of equal error, that which leaves out most; the error of the removal is 0.9 of it for 3/4 of its time
+    errors = {
+        (Ablation(component="a", kind=kind), 0): error for kind, error in ((HOLD, 1.0), (rarely, 1.0), (DROP, 1.2))
+    }
+    ranked = [
+        [ablation.kind for ablation, _ in choose(Screen(errors=errors, calls=0), costs_of({"a": 0.5}), 80.0, count)]
+        for count in (1, 2, 3)
+    ]
+    assert ranked == [[DROP], [DROP, rarely], [DROP, rarely, HOLD]]
+
+
+def test_equal_worth_is_chosen_in_the_order_of_the_screen() -> None:
+    errors = {(Ablation(component=name, kind=DROP), 0): 1.0 for name in "cab"}
+    chosen = choose(Screen(errors=errors, calls=0), costs_of({"a": 0.1, "b": 0.1, "c": 0.1}), 80.0, 2)
+    assert [ablation.component for ablation, _ in chosen] == ["c", "a"]
+
+
+def effect_of(entry: tuple[Ablation, int], damage: float) -> Effect:
+    ablation, b = entry
+    return Effect(
+        component=ablation.component,
+        treatment=ablation.kind.treatment,
+        period=ablation.kind.period,
+        bin=b,
+        measured=True,
+        relative_l2=Estimate(mean=damage, low=0.5 * damage, high=2 * damage),
+    )
+
+
+def entry_of(effect: Effect) -> tuple[Ablation, int]:
+    kind = Kind(treatment=effect.treatment, period=effect.period)
+    return Ablation(component=effect.component, kind=kind), effect.bin
+
+
+@st.composite
+def partly_measured(draw: st.DrawFn) -> tuple[Screen, tuple[Effect, ...]]:
+    screen = draw(screens)
+    known = draw(st.lists(st.sampled_from(list(screen.errors)), unique=True))
+    damages = draw(st.lists(st.one_of(amounts, st.just(0.0)), min_size=len(known), max_size=len(known)))
+    return screen, tuple(map(effect_of, known, damages))
+
+
+def ratios_of(screen: Screen, measured: tuple[Effect, ...]) -> dict[int, list[float]]:
+    """List damage / local error of what was measured, by bin."""
+    found: dict[int, list[float]] = {}
+    for effect in measured:
+        error, damage = screen.errors[entry_of(effect)], effect.relative_l2.mean
+        if error and damage:
+            found.setdefault(effect.bin, []).append(damage / error)
+    return found
+
+
+def geometric_mean(values: list[float]) -> float:
+    return float(np.prod(np.array(values) ** (1 / len(values))))
+
+
+@given(known=partly_measured())
+def test_all_and_only_what_was_not_measured_is_estimated(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+    screen, measured = known
+    rest = estimate_rest(screen, measured)
+    assert not any(effect.measured for effect in rest)
+    missing = {*screen.errors} - {*map(entry_of, measured)}
+    # with nothing to learn from nothing is said
+    assert {*map(entry_of, rest)} == (missing if ratios_of(screen, measured) else set())
+    assert len({*map(entry_of, rest)}) == len(rest)
+
+
+@given(known=partly_measured())
+def test_estimates_are_the_local_error_times_the_gain_of_their_bin(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+    screen, measured = known
+    gains = {b: geometric_mean(ratios) for b, ratios in ratios_of(screen, measured).items()}
+    for effect in estimate_rest(screen, measured):
+        gain = gains.get(
+            effect.bin, geometric_mean(list(gains.values()))
+        )  # a bin without measurements is like the others
+        assert effect.relative_l2.mean == pytest.approx(gain * screen.errors[entry_of(effect)], rel=1e-6)
+
+
+@given(known=partly_measured())
+def test_intervals_are_as_wide_as_what_was_measured_scatters(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+    screen, measured = known
+    ratios = ratios_of(screen, measured)
+    scatter = [np.log(ratio / geometric_mean(own)) for own in ratios.values() for ratio in own]
+    for effect in estimate_rest(screen, measured):
+        interval = effect.relative_l2
+        assert interval.low <= interval.mean <= interval.high
+        if screen.errors[entry_of(effect)]:
+            width = np.exp(Z_95 * max(0.1, float(np.std(scatter))))
+            assert interval.high / interval.mean == pytest.approx(width, rel=1e-6)
+            assert interval.mean / interval.low == pytest.approx(width, rel=1e-6)
+
+
+def test_wide_scatter_makes_wide_intervals() -> None:
+    errors = {(Ablation(component=name, kind=kind), 0): 1.0 for name in NAMES for kind in (DROP, HOLD)}
+    first, second, *_ = errors
+
+    def width(one: float, other: float) -> float:
+        measured = (effect_of(first, one), effect_of(second, other))
+        (interval, *_) = (effect.relative_l2 for effect in estimate_rest(Screen(errors=errors, calls=0), measured))
+        return interval.high / interval.low
+
+    assert 1 < width(1.0, 1.0) < width(1.0, 2.0) < width(1.0, 8.0)
+    assert width(1.0, 1.0) == width(3.0, 3.0)
+
+
+def test_a_screen_of_the_tiny_model_is_filled_up() -> None:
+    chosen = list(screened().errors)[::9]
+    measured = tuple(effect_of(entry, 3 * error) for entry in chosen if (error := screened().errors[entry]))
+    rest = estimate_rest(screened(), measured)
+    assert len(measured) + len(rest) == len(screened().errors)
+    for effect in rest:
+        assert effect.relative_l2.mean == pytest.approx(3 * screened().errors[entry_of(effect)])
