@@ -81,7 +81,7 @@ def choose(screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int) 
     share = {cost.component: max(0.0, cost.saved_ms.mean) / full_ms for cost in costs}
     worth: dict[int, list[tuple[float, int, Ablation]]] = {}
     for position, ((ablation, b), error) in enumerate(screen.errors.items()):
-        saved = share[ablation.component] * ablation.kind.share
+        saved = share.get(ablation.component, 0.0) * ablation.kind.share
         if saved > 0:
             worth.setdefault(b, []).append((error / saved, position, ablation))
     return tuple((ablation, b) for b in sorted(worth) for _, _, ablation in sorted(worth[b])[:per_bin])
@@ -135,7 +135,8 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     remembered_for: dict[int, Held] = {}
     for kind in REMOVALS + REUSES:
         names = [component.name for component in sweep.components if kind in kinds_for(component)]
-        sources = [at for at in (step - kind.period // 2 - kind.period, step - kind.period // 2) if at >= 0]
+        latest = max(0, step - kind.period // 2)
+        sources = [at for at in (latest - kind.period, latest) if 0 <= at < step]
         if kind.treatment.reuses and not sources:
             continue
         size = sweep.ablations_per_batch

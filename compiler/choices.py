@@ -58,7 +58,8 @@ class Choices:
         self.whole = frozenset(self.position[c.name] for c in profile.components if c.kind == "step")
         """Components that leave nothing to compute; an engine for them costs nothing to have."""
         self.saved = self._consistent_shares(profile)
-        self.saved[[c for c in range(len(self.names)) if c not in self.whole]] *= correction
+        components = [c for c in range(len(self.names)) if c not in self.whole]
+        self.saved[components] = np.minimum(1.0, self.saved[components] * correction)
         self._damage: dict[tuple[Treatment, int], NDArray[np.float64]] = {}
         for effect in profile.effects:
             table = self._damage.setdefault(
@@ -115,8 +116,9 @@ class Choices:
         for (treatment, period), table in self._damage.items():
             if period == mode.period:
                 rows = table[mode.first : mode.last]
-                known = ~np.isnan(rows).all(axis=0)
-                result[treatment] = np.where(known, np.nansum(rows, axis=0) ** 2, np.inf)
+                worst = np.fmax.reduce(rows)  # what a bin that was not measured counts as
+                total = np.where(np.isnan(rows), worst, rows).sum(axis=0)
+                result[treatment] = np.where(np.isnan(worst), np.inf, total**2)
         return result
 
     def least(self, mode: Mode) -> NDArray[np.float64]:

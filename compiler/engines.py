@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.profile import Bin, Profile
 from unetc.errors import PlanError
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.graph.specialise import specialise
@@ -42,15 +42,14 @@ def check_plan(plan: Plan, profile: Profile) -> None:
 
 def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float32]) -> NDArray[np.float32]:
     """Average the branch means over the bins where an engine runs, weighted by their steps."""
-    weights = np.array(
-        [
-            float(bin.steps)
-            if any(engine in phase.cycle and phase.low <= bin.low < phase.high for phase in plan.phases)
-            else 0.0
-            for bin in profile.bins
-        ]
-    )
+    weights = np.array([bin.steps * _share(plan, engine, bin) for bin in profile.bins])
     if not weights.any():
         weights += 1  # the full engine of a plan that never runs it
     averaged: NDArray[np.float64] = np.average(means.astype(np.float64), axis=0, weights=weights)
     return averaged.astype(np.float32)
+
+
+def _share(plan: Plan, engine: int, bin: Bin) -> float:
+    """Tell which part of a bin lies in phases that run an engine."""
+    overlaps = [min(bin.high, p.high) - max(bin.low, p.low) for p in plan.phases if engine in p.cycle]
+    return sum(max(0.0, overlap) for overlap in overlaps) / (bin.high - bin.low)

@@ -33,6 +33,7 @@ from .workbench import Candidate, Workbench
 PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "weights.safetensors"
 SOLVER_FILE = "solver.safetensors"
+SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
 GATE_SEARCH_STEPS = 5
 """Halvings of the interval in which the largest budget that passes a gate is searched."""
 
@@ -186,7 +187,8 @@ def _gate_failed(
         on_progress(Progress(stage="searching a budget that passes", done=step, total=GATE_SEARCH_STEPS))
         try:
             candidate, _ = fit_plan(workbench, replace(options, budget=middle), [], correction=failed.correction)
-            passes = gate.passes(workbench.measure(candidate, seed=seed).damage)
+            repaired = repair(workbench, candidate, middle, seed, SEARCH_REPAIR, ignore)
+            passes = gate.passes(workbench.measure(repaired.candidate, seed=seed).damage)
         except PlanError:
             passes = False
         low, high = (middle, high) if passes else (low, middle)

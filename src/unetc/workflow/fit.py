@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 
 import unetc
@@ -52,6 +53,7 @@ def fit_plan(
         candidate = workbench.compile(make_plan(workbench.profile, asked, correction=correction))
         saving = candidate.saving
         most = max(most, saving)
+        candidate = replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=options.budget))
         if options.budget == 0:
             return candidate, correction
         if saving >= options.budget and (best is None or saving < best[0].saving):

@@ -84,6 +84,8 @@ def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progre
 
 def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:
     """Analyse, having refused what can be refused before the capture, which takes long."""
+    if options.target == "null":
+        raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
     table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
     backend = open_backend(options.target, threads=options.threads)
     prepared = prepare(model, cache, on_progress)
