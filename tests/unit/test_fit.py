@@ -156,7 +156,8 @@ def test_the_measured_saving_meets_the_budget_whatever_the_profile_got_wrong(tru
     candidate, correction = fit_plan(bench(machine), PlanOptions(budget=0.2, solver=solver), notes)
     assert 0.2 <= candidate.saving <= 0.2 * (1 + TOLERANCE) + SHARE * truth  # the grain
     assert len(machine.compiled) <= ATTEMPTS
-    assert candidate.plan in machine.compiled
+    assert candidate.plan.budget == 0.2
+    assert candidate.plan.phases in [plan.phases for plan in machine.compiled]
     if abs(truth - 1) > 0.15:
         assert notes
         assert correction == pytest.approx(truth, rel=0.2)

@@ -156,7 +156,12 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
         assert seed == 7
         return Measurement(time_ratio=1 - candidate, damage=damage(relative_l2=candidate))
 
+    def repair(workbench: object, candidate: float, budget: float, *others: object) -> SimpleNamespace:
+        assert candidate == budget
+        return SimpleNamespace(candidate=candidate)
+
     monkeypatch.setattr(building, "fit_plan", fit_plan)
+    monkeypatch.setattr(building, "repair", repair)
     failed = building._Fitted(
         candidate=SimpleNamespace(),  # type: ignore[arg-type]
         correction=1.5,

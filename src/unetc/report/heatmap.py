@@ -55,7 +55,8 @@ class RemovedCell:
 
 def removed_cells(profile: Profile, plan: Plan) -> tuple[RemovedCell, ...]:
     """List what the plan removes, by component and bin; a bin belongs to the phase that its centre lies in."""
-    nested = {component.name: component.nested for component in profile.components}
+    # with the step everything goes; hatching the whole column would say no more
+    nested = {component.name: component.nested for component in profile.components if component.kind != "step"}
     removed = [_removed_by(engine, nested) for engine in plan.engines]
     centres = [(low + high) / 2 for low, high in itertools.pairwise(_borders(profile.bins))]
     cells = []

@@ -23,7 +23,7 @@ from unetc.solver.table import SolverTables
 from unetc.timing import interleaved_ms
 
 ENGINE_ROUNDS = 15
-SAMPLING_ROUNDS = 3
+SAMPLING_ROUNDS = 5
 _LOADED_ENGINES = 12
 """Engines kept for the next plan; each has its own copy of the weights it packs."""
 
