@@ -18,7 +18,7 @@ from unetc.artifacts.record import to_builtins
 from unetc.cli.output import progress
 from unetc.report.curve import draw
 from unetc.workflow.gate import QualityGate
-from unetc.workflow.pareto import ParetoOptions, fastest_passing, trace
+from unetc.workflow.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.workflow.setup import set_up
 from unetc.workflow.verify import HELD_OUT
 
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     with progress() as on_progress:
         setup = set_up("digits", analysis=ANALYSIS, steps=50, cache=options.work, on_progress=on_progress)
-        curve = trace(setup, ParetoOptions(), on_progress)
+        curve = refine(setup, trace(setup, ParetoOptions(), on_progress), GATE, ParetoOptions(), on_progress)
         fastest = fastest_passing(curve, GATE)
         candidate = setup.workbench.compile(fastest.plan)
         checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT)

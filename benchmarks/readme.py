@@ -22,8 +22,8 @@ def figures(result: dict[str, Any]) -> str:
     """Write one table per budget and what each means in a sentence."""
     first = next(iter(result["budgets"].values()))["verification"]
     lines = [
-        f"`digits`, {first['scheduler'].upper()} {first['steps']} steps, {first['samples']} samples on seeds that neither "
-        f"analysis nor build has seen, {first['target']}, {first['threads']} threads "
+        f"`digits`, {first['scheduler'].upper()} {first['steps']} steps, {first['samples']} samples on seeds that "
+        f"neither analysis nor build has seen, {first['target']}, {first['threads']} threads "
         f"({first['environment']['processor']}). Time ratio = time / time of the full model, both through the same "
         "runtime in turns; damage at the same noise, with 95 % intervals. A control that beats the plan is bold.",
         "",

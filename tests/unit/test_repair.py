@@ -16,7 +16,7 @@ from unetc.report.curve import draw
 from unetc.workflow.additivity import check_pairs
 from unetc.workflow.fit import fit_deep_hold, fit_plan, fit_random, hold_everywhere
 from unetc.workflow.gate import QualityGate
-from unetc.workflow.pareto import ParetoOptions, fastest_passing, trace
+from unetc.workflow.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.workflow.repair import RepairOptions, repair
 from unetc.workflow.setup import Setup, set_up
 
@@ -109,6 +109,16 @@ def test_the_fastest_point_that_passes_is_picked(curve: Pareto) -> None:
     assert fastest_passing(curve, gate) == middle
     with pytest.raises(QualityGateError, match="no point"):
         fastest_passing(curve, QualityGate(metric="psnr", bound=99.0))
+
+
+def test_the_gap_behind_the_fastest_point_that_passes_is_searched(curve: Pareto, setup: Setup) -> None:
+    front = curve.front()
+    gate = QualityGate(metric="relative-l2", bound=front[len(front) // 2].damage.relative_l2.mean)
+    options = ParetoOptions(budgets=3, steps=STEPS, repair=RepairOptions(evaluations=1))
+    refined = refine(setup, curve, gate, options, ignore)
+    assert refined.points[: len(curve.points)] == curve.points
+    assert len(refined.points) > len(curve.points)
+    assert fastest_passing(refined, gate).time_ratio <= fastest_passing(curve, gate).time_ratio
 
 
 def test_the_curve_is_drawn(curve: Pareto) -> None:

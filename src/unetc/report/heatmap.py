@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Assignment, Plan
-from unetc.artifacts.profile import Bin, Component, Effect, Profile, Treatment
+from unetc.artifacts.profile import STEP, Bin, Component, Effect, Profile, Treatment
 from unetc.report.charts import (
     BLANK,
     FAINT,
@@ -55,8 +55,7 @@ class RemovedCell:
 
 def removed_cells(profile: Profile, plan: Plan) -> tuple[RemovedCell, ...]:
     """List what the plan removes, by component and bin; a bin belongs to the phase that its centre lies in."""
-    # with the step everything goes; hatching the whole column would say no more
-    nested = {component.name: component.nested for component in profile.components if component.kind != "step"}
+    nested = {component.name: component.nested for component in profile.components}
     removed = [_removed_by(engine, nested) for engine in plan.engines]
     centres = [(low + high) / 2 for low, high in itertools.pairwise(_borders(profile.bins))]
     cells = []
@@ -188,8 +187,13 @@ def _draw_scales(sheet: _Sheet, norm: LogNorm, borders: Sequence[float]) -> None
 
 
 def _draw_removed(sheet: _Sheet, cells: Sequence[RemovedCell]) -> None:
-    """Frame what the plan removes; neighbouring bins that are treated alike share a frame."""
-    ordered = sorted(cells, key=lambda cell: (sheet.rows[cell.component], cell.bin))
+    """Frame what the plan removes; neighbouring bins that are treated alike share a frame.
+
+    With the step everything goes; hatching its whole column would say no more.
+    """
+    whole = {cell.bin for cell in cells if cell.component == STEP}
+    shown = [cell for cell in cells if cell.named or cell.bin not in whole]
+    ordered = sorted(shown, key=lambda cell: (sheet.rows[cell.component], cell.bin))
     for _, run in itertools.groupby(enumerate(ordered), _frame_of):
         first, *others = (cell for _, cell in run)
         _draw_frame(sheet, first, 1 + len(others))

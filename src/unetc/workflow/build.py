@@ -25,7 +25,7 @@ from .additivity import check_pairs
 from .controls import make_controls
 from .fit import fit_plan
 from .gate import QualityGate
-from .pareto import ParetoOptions, fastest_passing, trace
+from .pareto import ParetoOptions, fastest_passing, refine, trace
 from .repair import RepairOptions, repair
 from .setup import Setup, set_up
 from .workbench import Candidate, Workbench
@@ -105,7 +105,8 @@ def build(
     )
     workbench = setup.workbench
     if options.at is not None:
-        curve = trace(setup, ParetoOptions(steps=options.steps, max_engines=options.plan.max_engines), on_progress)
+        tracing = ParetoOptions(steps=options.steps, max_engines=options.plan.max_engines)
+        curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
         plan = _at(curve, options.at)
     notes: list[str] = []
     seed = setup.profile.seed + 1

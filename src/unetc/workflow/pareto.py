@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts.pareto import Pareto, Point
@@ -21,6 +23,8 @@ from .setup import Setup, set_up
 
 LEAST, MOST = 0.1, 0.8
 """Budgets at the ends of the curve."""
+REFINEMENTS = 4
+"""Halvings of the gap behind the fastest point that passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +65,19 @@ def pareto(
 
 
 def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
-    """Plan, repair and sample at every budget; keep everything that was sampled."""
-    workbench, seed = setup.workbench, setup.profile.seed + 1
+    """Plan, repair and sample at every budget; keep everything that was sampled.
+
+    Raises:
+        PlanError: If no budget can be met.
+    """
     points: list[Point] = []
-    correction = 1.0
     spacing = (MOST - LEAST) / max(1, options.budgets - 1)
     for number in range(options.budgets):
         on_progress(Progress(stage="curve", done=number, total=options.budgets))
-        budget = round(LEAST + number * spacing, 4)
-        plan = PlanOptions(budget=budget, max_engines=options.max_engines)
         try:
-            candidate, correction = fit_plan(workbench, plan, [], correction=correction)
+            points.extend(_sample_budget(setup, options, round(LEAST + number * spacing, 4)))
         except PlanError:
             break  # larger budgets cannot be met either
-        found = repair(workbench, candidate, budget, seed, options.repair, ignore)
-        points.extend(
-            Point(budget=budget, time_ratio=e.candidate.time_ratio, damage=e.damage, plan=e.candidate.plan)
-            for e in found.evaluated
-        )
     on_progress(Progress(stage="curve", done=options.budgets, total=options.budgets))
     if not points:
         raise PlanError(f"no plan saves {LEAST:.0%} of the time. Analyse again on a quiet machine.")
@@ -90,9 +89,41 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
         environment=describe(),
         steps=options.steps,
         samples=setup.profile.batch,
-        seed=seed,
+        seed=setup.profile.seed + 1,
         points=tuple(points),
     )
+
+
+def refine(setup: Setup, curve: Pareto, gate: QualityGate, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
+    """Add points between the fastest one that passes a quality gate and the next budget, by halving.
+
+    Raises:
+        QualityGateError: If no point passes.
+    """
+    low = 1 - fastest_passing(curve, gate).time_ratio
+    high = min((point.budget for point in curve.points if point.budget > low), default=MOST)
+    points = list(curve.points)
+    for step in range(REFINEMENTS):
+        on_progress(Progress(stage="fastest that passes", done=step, total=REFINEMENTS))
+        middle = round((low + high) / 2, 4)
+        try:
+            found = _sample_budget(setup, options, middle)
+        except PlanError:
+            found = []
+        points.extend(found)
+        low, high = (middle, high) if any(gate.passes(point.damage) for point in found) else (low, middle)
+    on_progress(Progress(stage="fastest that passes", done=REFINEMENTS, total=REFINEMENTS))
+    return msgspec.structs.replace(curve, points=tuple(points))
+
+
+def _sample_budget(setup: Setup, options: ParetoOptions, budget: float) -> list[Point]:
+    plan = PlanOptions(budget=budget, max_engines=options.max_engines)
+    candidate, _ = fit_plan(setup.workbench, plan, [])
+    found = repair(setup.workbench, candidate, budget, setup.profile.seed + 1, options.repair, ignore)
+    return [
+        Point(budget=budget, time_ratio=e.candidate.time_ratio, damage=e.damage, plan=e.candidate.plan)
+        for e in found.evaluated
+    ]
 
 
 def fastest_passing(curve: Pareto, gate: QualityGate) -> Point:
