@@ -23,7 +23,7 @@ MODEL = "digits"
 
 ANALYSIS = AnalysisOptions(samples=4)
 """Fewer samples than `unetc analyze` takes, so that the demo is done in minutes."""
-REPAIR = RepairOptions(evaluations=24)
+REPAIR = RepairOptions(evaluations=14, patience=8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
