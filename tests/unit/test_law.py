@@ -152,14 +152,14 @@ def check_self_contained(tiny: Tiny, engine: SerialisedGraph) -> None:
         assert trace.encode() not in engine.graph
 
 
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_gated_graph_computes_in_onnx_what_it_computes_in_torch(tiny: Tiny, data: st.DataObject) -> None:
     inputs = data.draw(cases(tiny)).gated_inputs()
     assert relative_error(tiny.run(tiny.program, inputs), tiny.run_reference(inputs)) < LIBRARIES_AGREE
 
 
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataObject) -> None:
     case = data.draw(cases(tiny))
@@ -171,7 +171,7 @@ def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataO
         assert engine.weights == live or lost
 
 
-@settings(max_examples=76)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_engine_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:
     case = data.draw(cases(tiny))

@@ -100,7 +100,7 @@ class Reference:
         return {int(name.removeprefix(COMPUTED)): np.full_like(value, np.nan) for name, value in computed.items()}
 
 
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_sequence_of_engines_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:
     assignments: list[dict[str, Treatment]] = [{}]  # the first step computes everything

@@ -21,9 +21,9 @@ from .verify import VerifyOptions, verify
 
 MODEL = "digits"
 
-ANALYSIS = AnalysisOptions(samples=4)
+ANALYSIS = AnalysisOptions(samples=3)
 """Fewer samples than `unetc analyze` takes, so that the demo is done in minutes."""
-REPAIR = RepairOptions(evaluations=14, patience=8)
+REPAIR = RepairOptions(evaluations=8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ def run_demo(output: Path, *, budget: float, cache: Path, on_progress: OnProgres
     )
     options = BuildOptions(plan=PlanOptions(budget=budget), analysis=ANALYSIS, repair=REPAIR)
     build(MODEL, bundle, options, cache=cache, on_progress=on_progress)
-    result = verify(Bundle.open(bundle), VerifyOptions(rounds=5), on_progress)
+    result = verify(Bundle.open(bundle), VerifyOptions(rounds=4), on_progress)
     result.save(verification)
     write_report(bundle, report, verification=result, on_progress=on_progress)
     write_atomically(samples, png_bytes(grid(load(bundle).sample(36, seed=0))))
