@@ -33,6 +33,7 @@ from unetc.backend import Array, Backend
 from unetc.cli.output import progress
 from unetc.environment import cores, describe
 from unetc.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
+from unetc.graph.nodes import add_name
 from unetc.held import COMPUTED, Held
 from unetc.models import find_model
 from unetc.progress import OnProgress, Progress
@@ -81,11 +82,7 @@ def _emit_trunk(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
     assert join.op_type == "Add", f"{component.name} joins at {join.op_type}"
     (trunk,) = (value for value in join.inputs if value is not gate.outputs[0])
     assert trunk is not None
-    node = ir.node("Identity", [trunk])
-    graph.append(node)
-    output = node.outputs[0]
-    output.name, output.type, output.shape = f"{TRUNK}{component.index}", trunk.type, trunk.shape
-    graph.outputs.append(output)
+    graph.outputs.append(add_name(graph, trunk, f"{TRUNK}{component.index}", like=trunk))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

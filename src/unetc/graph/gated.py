@@ -30,6 +30,7 @@ from unetc.artifacts.record import Artifact, write_atomically
 from unetc.errors import ArtifactError, CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, Capture
 from unetc.graph.gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
+from unetc.graph.nodes import add_integers, add_name, add_node, add_reshape
 from unetc.held import COMPUTED, HELD
 
 OPSET = 23
@@ -103,9 +104,7 @@ class GatedGraph:
         model = self.model.clone()
         gates = {gate_index(node): node for node in model.graph if is_gate(node)}
         means = [_mean_of(model.graph, gates[component.index], component) for component in self.components]
-        joined = ir.node("Concat", means, {"axis": 0})
-        model.graph.append(joined)
-        output = joined.outputs[0]
+        output = add_node(model.graph, "Concat", means, {"axis": 0})
         output.name, output.dtype, output.shape = BRANCH_MEANS, ir.DataType.FLOAT, ir.Shape([self.channels])
         model.graph.outputs[:] = [output]
         common.RemoveUnusedNodesPass()(model)
@@ -216,40 +215,21 @@ def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
     """Make the branch of a component an output of the graph."""
     branch = gate.inputs[0]
     assert branch is not None
-    node = ir.node("Identity", [branch])
-    graph.append(node)
-    output = node.outputs[0]
-    output.name, output.type, output.shape = f"{COMPUTED}{component.index}", branch.type, branch.shape
-    graph.outputs.append(output)
+    graph.outputs.append(add_name(graph, branch, f"{COMPUTED}{component.index}", like=branch))
 
 
 def _choose(graph: ir.Graph, gate: ir.Node, component: Component, holds: ir.Value, held: ir.Value) -> ir.Value:
     """Choose per sample between a gate's branch and what is handed in."""
-    branch = gate.inputs[0]
-    numbers = {"index": [component.index], "shape": [-1] + [1] * (component.rank - 1)}
-    constants = {
-        name: ir.val(f"{name}.{component.index}", const_value=ir.tensor(np.array(values, dtype=np.int64)))
-        for name, values in numbers.items()
-    }
-    for constant in constants.values():
-        graph.register_initializer(constant)
-    row = ir.node("Gather", [holds, constants["index"]], {"axis": 1})
-    chosen = ir.node("Cast", row.outputs, {"to": ir.DataType.BOOL})
-    per_sample = ir.node("Reshape", [chosen.outputs[0], constants["shape"]])
-    choice = ir.node("Where", [per_sample.outputs[0], held, branch])
-    for node in (row, chosen, per_sample, choice):
-        graph.append(node)
-    return choice.outputs[0]
+    row = add_node(graph, "Gather", [holds, add_integers(graph, component.index)], {"axis": 1})
+    chosen = add_node(graph, "Cast", [row], {"to": ir.DataType.BOOL})
+    per_sample = add_reshape(graph, chosen, -1, *[1] * (component.rank - 1))
+    return add_node(graph, "Where", [per_sample, held, gate.inputs[0]])
 
 
 def _mean_of(graph: ir.Graph, gate: ir.Node, component: Component) -> ir.Value:
     """Add the mean of a gate's branch over all axes but the channels."""
-    axes = np.array([i for i in range(component.rank) if i != component.axis], dtype=np.int64)
-    value = ir.val(f"axes.{component.index}", const_value=ir.tensor(axes))
-    graph.register_initializer(value)
-    node = ir.node("ReduceMean", [gate.inputs[0], value], {"keepdims": 0})
-    graph.append(node)
-    return node.outputs[0]
+    axes = add_integers(graph, *(i for i in range(component.rank) if i != component.axis))
+    return add_node(graph, "ReduceMean", [gate.inputs[0], axes], {"keepdims": 0})
 
 
 def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:

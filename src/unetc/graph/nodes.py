@@ -25,6 +25,13 @@ def add_node(
     return node.outputs[0]
 
 
+def add_name(graph: ir.Graph, value: ir.Value, name: str, like: ir.Value) -> ir.Value:
+    """Give a value a name, and the type and shape of another, as an output of a graph needs them."""
+    named = add_node(graph, "Identity", [value])
+    named.name, named.type, named.shape = name, like.type, like.shape
+    return named
+
+
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
     """Add a constant, unless the graph has one of this name already, and return it."""
     if name in graph.initializers:

@@ -21,7 +21,7 @@ from unetc.errors import CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, SAMPLE
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import GatedGraph, SerialisedGraph, emit, gate_index, is_gate, serialise
-from unetc.graph.nodes import add_initializer, add_integers, add_node
+from unetc.graph.nodes import add_initializer, add_integers, add_name, add_node
 from unetc.graph.slicing import slice_constants
 from unetc.held import EARLIER, HELD, REACH
 
@@ -75,7 +75,8 @@ def specialise(
                 spread[repeated] = constant
     _remove_dead_nodes(model)
     slice_constants(model.graph, spread)
-    _name_output(model.graph, like=prediction)
+    # the prediction gets its name, type and shape back, which the step's gate had
+    model.graph.outputs[0] = add_name(model.graph, model.graph.outputs[0], OUTPUT, like=prediction)
     _clean(model)
     return serialise(model)
 
@@ -101,19 +102,9 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: 
     held = take(HELD, branch.shape)
     if treatment is Treatment.HOLD:
         return held
-    change = ir.node("Sub", [held, take(EARLIER, branch.shape)])
-    ahead = ir.node("Mul", [change.outputs[0], take(REACH, ir.Shape([1]))])
-    forecast = ir.node("Add", [held, ahead.outputs[0]])
-    for node in (change, ahead, forecast):
-        graph.append(node)
-    return forecast.outputs[0]
-
-
-def _name_output(graph: ir.Graph, like: ir.Value) -> None:
-    """Give the prediction its name, type and shape back, which the step's gate had."""
-    output = add_node(graph, "Identity", [graph.outputs[0]])
-    output.name, output.type, output.shape = OUTPUT, like.type, like.shape
-    graph.outputs[0] = output
+    change = add_node(graph, "Sub", [held, take(EARLIER, branch.shape)])
+    ahead = add_node(graph, "Mul", [change, take(REACH, ir.Shape([1]))])
+    return add_node(graph, "Add", [held, ahead])
 
 
 def _make_constant(
