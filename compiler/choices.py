@@ -76,14 +76,19 @@ class Choices:
         shares = np.zeros(len(self.names))
         for cost in profile.costs:
             shares[self.position[cost.component]] = np.clip(cost.saved_ms.mean / profile.full_ms.mean, 0.0, 1.0)
-        inner: dict[int, list[int]] = {}
-        for outer, i in self.nested:
-            inner.setdefault(outer, []).append(i)
-        for outer in sorted(inner, key=lambda c: len(inner[c])):  # the innermost first
-            leaves = [c for c in inner[outer] if c not in inner]
+        for outer, members in self.inner.items():
+            leaves = [c for c in members if c not in self.inner]
             if (total := float(shares[leaves].sum())) > shares[outer]:
                 shares[leaves] *= shares[outer] / total
         return shares
+
+    @cached_property
+    def inner(self) -> dict[int, list[int]]:
+        """What is nested in each component that has something nested in it; the innermost ones first."""
+        inner: dict[int, list[int]] = {}
+        for outer, i in self.nested:
+            inner.setdefault(outer, []).append(i)
+        return dict(sorted(inner.items(), key=lambda item: len(item[1])))
 
     @property
     def periods(self) -> tuple[int, ...]:

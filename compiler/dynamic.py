@@ -10,13 +10,19 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .choices import Choices, Mode
 
 _HALVINGS = 50
+
+
+_Costs = Mapping[Mode, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Least squared damage and saved time of every component in each mode, whatever the price."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +49,11 @@ def solve_fast(
     Returns:
         The chosen components by run, or None if no price saves enough.
     """
+    costs = {mode: (choices.least(mode), choices.saving(mode)) for mode in choices.modes}
     low, high = 0.0, 1.0
     best = None
     for _ in range(80):
-        best = _cheapest(choices, high, max_engines, max_phases)
+        best = _cheapest(choices, costs, high, max_engines, max_phases)
         if best[0] >= saved_steps:
             break
         high *= 4
@@ -55,7 +62,7 @@ def solve_fast(
     found = best
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        candidate = _cheapest(choices, middle, max_engines, max_phases)
+        candidate = _cheapest(choices, costs, middle, max_engines, max_phases)
         if candidate[0] >= saved_steps:
             high = middle
             if candidate[1] < found[1]:
@@ -66,11 +73,11 @@ def solve_fast(
 
 
 def _cheapest(
-    choices: Choices, price: float, max_engines: int, max_phases: int | None
+    choices: Choices, costs: _Costs, price: float, max_engines: int, max_phases: int | None
 ) -> tuple[float, float, dict[Mode, tuple[int, ...]]]:
     """Minimise squared damage − price × saved time; return time saved, squared damage and the chosen sets."""
     bins = len(choices.steps)
-    sets = {mode: _best_set(choices, mode, price) for mode in choices.modes}
+    sets = {mode: _best_set(choices.inner, *costs[mode], price) for mode in choices.modes}
     phases = min(bins, max_phases or bins)
     # best[b][e][p]: the least value of the first b bins with at most e engines and exactly p runs
     value = np.full((bins + 1, max_engines + 1, phases + 1), np.inf)
@@ -96,27 +103,25 @@ def _cheapest(
     return saved, sum(sets[mode].squared for mode in chosen), chosen
 
 
-def _best_set(choices: Choices, mode: Mode, price: float) -> _Best:
+def _best_set(
+    inner: Mapping[int, Sequence[int]], squared: NDArray[np.float64], saving: NDArray[np.float64], price: float
+) -> _Best:
     """Choose the components of one run at a price; of one and those nested in it either can be chosen, not both."""
-    squared, saving = choices.least(mode), choices.saving(mode)
     value = np.where(
         np.isfinite(squared) & (saving > 0), np.where(np.isfinite(squared), squared, 0) - price * saving, 0
     )
-    inner: dict[int, list[int]] = {}
-    for outer, i in choices.nested:
-        inner.setdefault(outer, []).append(i)
     chosen = {c for c in range(len(value)) if value[c] < 0}
-    for outer in sorted(inner, key=lambda c: len(inner[c])):  # the innermost first
-        held = chosen & set(inner[outer])
+    for outer, members in inner.items():
+        held = chosen & set(members)
         if outer in chosen:
             if value[outer] <= sum(value[c] for c in held):
                 chosen -= held
             else:
                 chosen.discard(outer)
-    members = tuple(sorted(chosen))
+    best = tuple(sorted(chosen))
     return _Best(
-        value=float(sum(value[c] for c in members)),
-        squared=float(sum(squared[c] for c in members)),
-        saved=float(sum(saving[c] for c in members)),
-        chosen=members,
+        value=float(sum(value[c] for c in best)),
+        squared=float(sum(squared[c] for c in best)),
+        saved=float(sum(saving[c] for c in best)),
+        chosen=best,
     )
