@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import combinations
 
-import msgspec
-
 from unetc.artifacts.manifest import EnginePair
-from unetc.compiler.schedule import phases_of
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.session import FULL_ENGINE
 
@@ -26,7 +23,7 @@ def check_pairs(
         seed: Seed of the noise.
         on_progress: Told how far the work is.
     """
-    used = sorted({*candidate.session.schedule(workbench.steps)} - {FULL_ENGINE})
+    used = sorted({*workbench.schedule(candidate)} - {FULL_ENGINE})
     pairs = list(combinations(used, 2))
     if not pairs:
         return ()
@@ -45,8 +42,5 @@ def check_pairs(
 
 def _damage_of(workbench: Workbench, candidate: Candidate, engines: Collection[int], seed: int) -> float:
     """Measure the relative L2 damage of a plan's schedule with all engines but some replaced by the full one."""
-    log_snr = workbench.solver.table(workbench.steps).log_snr.tolist()
-    schedule = [e if e in engines else FULL_ENGINE for e in candidate.session.schedule(workbench.steps)]
-    phases = phases_of(schedule, log_snr, candidate.plan.phases[0].low, candidate.plan.phases[-1].high)
-    reduced = workbench.reschedule(candidate, msgspec.structs.replace(candidate.plan, phases=phases))
-    return workbench.damage(reduced, seed=seed).relative_l2.mean
+    schedule = [engine if engine in engines else FULL_ENGINE for engine in workbench.schedule(candidate)]
+    return workbench.damage(workbench.reschedule(candidate, schedule), seed=seed).relative_l2.mean

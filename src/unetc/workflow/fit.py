@@ -115,8 +115,8 @@ def fit_deep_hold(workbench: Workbench, target: float, seed: int) -> Candidate:
             enough = share[level] * (1 - 1 / period) >= (1 - TOLERANCE / 2) * target
             if enough or period == LONGEST_PERIOD:
                 candidate = workbench.compile(hold_everywhere(profile, level, period))
-                if candidate.saving >= (1 - TOLERANCE) * target or period == LONGEST_PERIOD:
-                    reaches = candidate.saving >= (1 - TOLERANCE) * target
+                reaches = candidate.saving >= (1 - TOLERANCE) * target
+                if reaches or period == LONGEST_PERIOD:
                     loss = workbench.damage(candidate, seed=seed).relative_l2.mean if reaches else -candidate.saving
                     tried.append((not reaches, loss, candidate))
                     break

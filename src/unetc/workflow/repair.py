@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from unetc.artifacts.profile import Damage
-from unetc.compiler.schedule import phases_of
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.session import FULL_ENGINE
 
 from .workbench import Candidate, Workbench
-
-Schedule = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +66,16 @@ def repair(
     best = candidate
     least = workbench.damage(best, seed=seed)
     evaluated = [Evaluated(candidate=best, damage=least)]
-    tried = {best.session.schedule(workbench.steps)}
+    tried = {workbench.schedule(best)}
     misses = 0
     generator = np.random.default_rng(seed)
     while len(evaluated) < options.evaluations and misses < options.patience:
         changed = next(
-            (c for c in _neighbours(workbench, best, budget, generator) if _schedule(workbench, c) not in tried), None
+            (c for c in _neighbours(workbench, best, budget, generator) if workbench.schedule(c) not in tried), None
         )
         if changed is None:
             break
-        tried.add(_schedule(workbench, changed))
+        tried.add(workbench.schedule(changed))
         damage = workbench.damage(changed, seed=seed)
         evaluated.append(Evaluated(candidate=changed, damage=damage))
         better = damage.relative_l2.mean < least.relative_l2.mean
@@ -99,7 +95,7 @@ def _neighbours(
     workbench: Workbench, candidate: Candidate, budget: float, generator: np.random.Generator
 ) -> Iterator[Candidate]:
     """Propose schedules that save the budget and differ in one or two steps."""
-    schedule = _schedule(workbench, candidate)
+    schedule = workbench.schedule(candidate)
     count = len(candidate.programs)
     for _ in range(_PROPOSALS):
         changed = list(schedule)
@@ -111,16 +107,6 @@ def _neighbours(
             changed[first], changed[first - 1] = changed[first - 1], changed[first]
         else:  # one step gets another engine, the full one as often as all others together
             changed[first] = FULL_ENGINE if generator.integers(2) else int(generator.integers(count))
-        proposal = _reschedule(workbench, candidate, tuple(changed))
-        if proposal.saving >= budget and _schedule(workbench, proposal) == tuple(changed) != schedule:
+        proposal = workbench.reschedule(candidate, changed)
+        if proposal.saving >= budget and workbench.schedule(proposal) == tuple(changed) != schedule:
             yield proposal
-
-
-def _reschedule(workbench: Workbench, candidate: Candidate, schedule: Schedule) -> Candidate:
-    table = workbench.solver.table(workbench.steps)
-    phases = phases_of(schedule, table.log_snr.tolist(), candidate.plan.phases[0].low, candidate.plan.phases[-1].high)
-    return workbench.reschedule(candidate, msgspec.structs.replace(candidate.plan, phases=phases))
-
-
-def _schedule(workbench: Workbench, candidate: Candidate) -> Schedule:
-    return candidate.session.schedule(workbench.steps)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -16,6 +17,7 @@ from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.backend import Backend, Program
 from unetc.compiler.engines import compile_engines
+from unetc.compiler.schedule import phases_of
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.held import Held
 from unetc.runtime.session import FULL_ENGINE, Session
@@ -84,11 +86,20 @@ class Workbench:
             time_ratio=float(ratio),
         )
 
-    def reschedule(self, candidate: Candidate, plan: Plan) -> Candidate:
-        """Give a candidate another schedule of the same engines; its time follows from the engines' times."""
+    def schedule(self, candidate: Candidate) -> tuple[int, ...]:
+        """Tell which engine of a candidate serves each step."""
+        return candidate.session.schedule(self.steps)
+
+    def reschedule(self, candidate: Candidate, schedule: Sequence[int]) -> Candidate:
+        """Give a candidate another schedule of the same engines; its time follows from the engines' times.
+
+        An engine that would need what no step before has emitted is replaced by the full one.
+        """
+        outer = candidate.plan.phases
+        phases = phases_of(schedule, self.solver.table(self.steps).log_snr.tolist(), outer[0].low, outer[-1].high)
+        plan = msgspec.structs.replace(candidate.plan, phases=phases)
         session = self._session(plan, candidate.programs)
-        used = session.schedule(self.steps)
-        before = candidate.session.schedule(self.steps)
+        used, before = session.schedule(self.steps), self.schedule(candidate)
         full = candidate.step_ms[FULL_ENGINE] * len(used)
         change = sum(candidate.step_ms[e] for e in used) - sum(candidate.step_ms[e] for e in before)
         return replace(candidate, plan=plan, session=session, time_ratio=candidate.time_ratio + change / full)
