@@ -128,7 +128,8 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     """Probe the middle step of a bin; what is held there is of as many steps before as it is on average."""
     steps = sweep.steps_of(b)
     step = steps[len(steps) // 2]
-    seen = sweep.seen(base.states[step], step)
+    size = sweep.ablations_per_batch
+    sample = np.concatenate([sweep.seen(base.states[step], step)] * size)
     expected = base.states[step + 1].predictions[0]
     errors: list[_Local] = []
     calls = 0
@@ -139,14 +140,12 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
         sources = [at for at in (latest - kind.period, latest) if 0 <= at < step]
         if kind.treatment.reuses and not sources:
             continue
-        size = sweep.ablations_per_batch
         if kind.treatment.reuses and kind.period not in remembered_for:
             remembered_for[kind.period] = remembered(sweep, base, sources, size)
             calls += size * len(sources)
         for start in range(0, len(names), size):
             own = names[start : start + size]
             padded = [*own, *[own[-1]] * (size - len(own))]  # held tensors are of one batch size
-            sample = np.concatenate([seen] * size)
             if kind.treatment.reuses:
                 predicted = sweep.recall(sample, step, remembered_for[kind.period], padded, kind.treatment)
             else:

@@ -146,7 +146,9 @@ def run_base(sweep: Sweep, on_progress: OnProgress) -> Base:
         trajectory = trajectory.advance(sweep.table, step, predict, seed=sweep.seed, indices=indices.tolist())
         states.append(trajectory)
         on_progress(Progress(stage="full model", done=step + 1, total=sweep.table.steps))
-    per_bin = [np.mean([means[step] for step in sweep.steps_of(b)], axis=0, dtype=np.float64) for b in _numbers(sweep)]
+    per_bin = [
+        np.mean([means[step] for step in sweep.steps_of(b)], axis=0, dtype=np.float64) for b in range(len(sweep.bins))
+    ]
     return Base(states=tuple(states), means=np.stack(per_bin).astype(np.float32))
 
 
@@ -180,12 +182,8 @@ def sweep_calls(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> int:
 
 
 def recall_steps(kind: Kind, first: int) -> tuple[int, ...]:
-    """List the last two steps before `first` at which a component treated so was computed."""
+    """List the last two steps before `first` at which a component treated so was computed; none if it is removed."""
     return tuple(step for step in range(first) if not kind.treats(step))[-2:]
-
-
-def _numbers(sweep: Sweep) -> range:
-    return range(len(sweep.bins))
 
 
 def _jobs(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> Iterator[_Job]:
@@ -202,8 +200,7 @@ def _jobs(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> Iterator[_Job
 
 def _calls(sweep: Sweep, job: _Job) -> int:
     first = sweep.steps_of(job.bin)[0]
-    before = len(recall_steps(job.kind, first)) if job.kind.treatment.reuses else 0
-    return (sweep.table.steps - first + before) * len(job.names)
+    return (sweep.table.steps - first + len(recall_steps(job.kind, first))) * len(job.names)
 
 
 def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
