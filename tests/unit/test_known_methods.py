@@ -6,8 +6,9 @@ paper says, in the same sampling loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,21 +85,43 @@ def sample_by_plan(tiny: Tiny, plan: Plan) -> Array:
     return sample(tiny, predict)
 
 
-def sample_with_hooks(tiny: Tiny, reused: Mapping[str, Callable[[int], bool]]) -> Array:
-    """Sample in torch; a module named in `reused` puts out what it last computed at the steps that say so."""
-    kept: dict[str, object] = {}
+Hook = Callable[[int, Any, Any], Any]
+"""Step, what a module was given, and its output → what it puts out instead."""
+
+
+def reusing(at: Callable[[int], bool]) -> Hook:
+    """Put out what was last computed, at the steps that say so."""
+    kept: list[Any] = []
+
+    def replace(step: int, _given: Any, output: Any) -> Any:
+        if not at(step):
+            kept[:] = [output]
+        return kept[0]
+
+    return replace
+
+
+def reusing_branch(steps: Collection[int]) -> Hook:
+    """Add to the input what was last added to it, at some steps."""
+    kept: list[Any] = []
+
+    def replace(step: int, given: Any, output: Any) -> Any:
+        if step not in steps:
+            kept[:] = [output[0] - given[0]]
+            return output
+        return (given[0] + kept[0],)
+
+    return replace
+
+
+def sample_with_hooks(tiny: Tiny, hooks: Mapping[str, Hook]) -> Array:
+    """Sample in torch, with the outputs of some modules replaced."""
     now = 0
 
-    def hook(name: str) -> Callable[[torch.nn.Module, object, object], object]:
-        def replace(_module: torch.nn.Module, _given: object, output: object) -> object:
-            if reused[name](now):
-                return kept[name]
-            kept[name] = output
-            return output
+    def bind(hook: Hook) -> Callable[[torch.nn.Module, Any, Any], Any]:
+        return lambda _module, given, output: hook(now, given, output)
 
-        return replace
-
-    handles = [tiny.denoiser.get_submodule(name).register_forward_hook(hook(name)) for name in reused]
+    handles = [tiny.denoiser.get_submodule(name).register_forward_hook(bind(hook)) for name, hook in hooks.items()]
 
     def predict(step: int, inputs: Mapping[str, Array]) -> Array:
         nonlocal now
@@ -114,7 +137,8 @@ def sample_with_hooks(tiny: Tiny, reused: Mapping[str, Callable[[int], bool]]) -
 
 def check(tiny: Tiny, plan: Plan, reused: Mapping[str, Callable[[int], bool]]) -> None:
     """Check that plan and hooks sample the same, and that reuse changes something at all."""
-    by_plan, by_hooks = sample_by_plan(tiny, plan), sample_with_hooks(tiny, reused)
+    hooks = {name: reusing(at) for name, at in reused.items()}
+    by_plan, by_hooks = sample_by_plan(tiny, plan), sample_with_hooks(tiny, hooks)
     full = sample_with_hooks(tiny, {})
     assert relative_error(by_plan, by_hooks) < LIBRARIES_AGREE
     assert relative_error(by_plan, full) > 10 * LIBRARIES_AGREE
@@ -165,44 +189,11 @@ def test_block_caching(tiny: Tiny) -> None:
     assert schedule[:5] == (0, 3, 1, 2, 0)
     # a transformer's residual branch is what the hook below replaces: output minus input of the module
     by_plan = sample_by_plan(tiny, plan)
-    by_hooks = sample_with_branches(tiny, transformers[:2], [{1, 2, 5, 6}, {1, 3, 5, 7}])
+    by_hooks = sample_with_hooks(
+        tiny, dict(zip(transformers[:2], map(reusing_branch, [{1, 2, 5, 6}, {1, 3, 5, 7}]), strict=True))
+    )
     assert relative_error(by_plan, by_hooks) < LIBRARIES_AGREE
     assert relative_error(by_plan, sample_with_hooks(tiny, {})) > 10 * LIBRARIES_AGREE
-
-
-def sample_with_branches(tiny: Tiny, modules: Sequence[str], held: Sequence[set[int]]) -> Array:
-    """Sample in torch; modules add to their input what they last added, at the steps given for each."""
-    kept: dict[str, torch.Tensor] = {}
-    now = 0
-
-    def hook(
-        name: str, steps: set[int]
-    ) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], object]:
-        def replace(
-            _module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
-        ) -> object:
-            if now in steps:
-                return (given[0] + kept[name],)
-            kept[name] = output[0] - given[0]
-            return output
-
-        return replace
-
-    handles = [
-        tiny.denoiser.get_submodule(name).register_forward_hook(hook(name, steps))  # type: ignore[arg-type]
-        for name, steps in zip(modules, held, strict=True)
-    ]
-
-    def predict(step: int, inputs: Mapping[str, Array]) -> Array:
-        nonlocal now
-        now = step
-        return tiny.run_denoiser(inputs)
-
-    try:
-        return sample(tiny, predict)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def test_a_start_in_the_middle_computes_what_it_would_hold(tiny: Tiny) -> None:
