@@ -12,6 +12,7 @@ import unetc
 from unetc.artifacts.profile import Cost, Effect, Estimate, ModelReference, Profile
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.backend import Backend
+from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.environment import cores
 from unetc.errors import ArtifactError, ProfileError
 from unetc.graph.gated import GatedGraph
@@ -78,6 +79,8 @@ def analyze(
     backend: Backend,
     *,
     sample_shape: tuple[int, int, int],
+    conditions: Conditions = UNCONDITIONAL,
+    prompts: tuple[str, ...] = (),
     options: AnalysisOptions,
     work: Path,
     on_progress: OnProgress = ignore,
@@ -90,6 +93,8 @@ def analyze(
         table: The solver of `options.scheduler` at `options.steps`.
         backend: The target, opened.
         sample_shape: [channel, height, width].
+        conditions: What the samples are conditioned on; sample k has row k, modulo the number of rows.
+        prompts: The conditions in words, for people.
         options: How to analyse.
         work: Folder for partial results. A second call with the same arguments continues from them: damages are equal
             bit by bit, and times already measured are not measured again.
@@ -99,9 +104,9 @@ def analyze(
         ArtifactError: If `work` cannot be written.
         ProfileError: If the denoiser produces NaN or infinity.
     """
-    timing = _timing(gated, backend, sample_shape, options, work, on_progress)
+    timing = _timing(gated, backend, conditions, sample_shape, options, work, on_progress)
     sweep = Sweep(
-        denoiser=GatedDenoiser(gated, backend),
+        denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples))),
         components=gated.components,
         table=table,
         bins=make_bins(table.log_snr, options.bins),
@@ -111,7 +116,8 @@ def analyze(
         rows=_CACHED_ROWS,
     )
     base = run_base(sweep, on_progress)
-    folder = work / _key("damage", options.scheduler, options.steps, options.samples, options.bins, options.seed)
+    numbers = (options.steps, options.samples, options.bins, options.seed)
+    folder = work / _key("damage", options.scheduler, *numbers, conditions.sha256())
     effects, calls = _damages(sweep, base, timing, options.decisive, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
@@ -124,6 +130,8 @@ def analyze(
         threads=options.threads,
         batch=options.batch,
         sample_shape=sample_shape,
+        prompts=prompts,
+        guidance_scale=conditions.scale,
         components=gated.components,
         bins=sweep.bins,
         full_ms=timing.full_ms,
@@ -155,19 +163,22 @@ def _damages(
 def _timing(
     gated: GatedGraph,
     backend: Backend,
+    conditions: Conditions,
     sample_shape: tuple[int, int, int],
     options: AnalysisOptions,
     work: Path,
     on_progress: OnProgress,
 ) -> _Timing:
     """Measure costs, or read those an interrupted analysis has measured: time is the one thing that never repeats."""
-    path = work / _key("cost", options.target, options.threads, options.batch, options.rounds) / "timing.json"
+    numbers = (options.threads, options.batch, options.rounds)
+    path = work / _key("cost", options.target, *numbers, conditions.shapes()) / "timing.json"
     try:
         return msgspec.json.decode(read_bounded(path, 2**26), type=_Timing)
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         full_ms, costs = measure_costs(
             gated,
             backend,
+            conditions=conditions,
             batch=options.batch,
             sample_shape=sample_shape,
             rounds=options.rounds,

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from unetc.artifacts.profile import Cost, Estimate, Treatment
-from unetc.backend import Array, Backend, Program
+from unetc.backend import Backend, Program
+from unetc.conditions import Conditions
 from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.progress import OnProgress, Progress
@@ -22,6 +23,7 @@ def measure_costs(
     gated: GatedGraph,
     backend: Backend,
     *,
+    conditions: Conditions,
     batch: int,
     sample_shape: tuple[int, int, int],
     rounds: int,
@@ -35,7 +37,8 @@ def measure_costs(
     Args:
         gated: The graph.
         backend: The target.
-        batch: Batch size to time.
+        conditions: What samples are conditioned on.
+        batch: Number of samples per call.
         sample_shape: [channel, height, width].
         rounds: Timed repetitions of each pair.
         on_progress: Told after each component.
@@ -52,8 +55,8 @@ def measure_costs(
         return backend.load(engine.graph, engine.select(weights))
 
     sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
-    inputs: dict[str, Array] = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
-    output = np.empty_like(sample)
+    inputs = conditions.take(range(batch)).widen(sample, 500.0)
+    output = np.empty((len(inputs["sample"]), gated.predicted_channels, *sample_shape[1:]), dtype=np.float32)
     full = partial(load({}), inputs, output)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
+from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ProfileError
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import HOLDS, GatedGraph, SerialisedGraph
@@ -20,9 +22,16 @@ from unetc.held import EARLIER, HELD, REACH, Held
 class GatedDenoiser:
     """A gated graph on a backend, in the forms that an analysis needs; each is loaded when it is first used."""
 
-    def __init__(self, gated: GatedGraph, backend: Backend) -> None:
-        """Set up; nothing is loaded yet but the weights."""
+    def __init__(self, gated: GatedGraph, backend: Backend, conditions: Conditions = UNCONDITIONAL) -> None:
+        """Set up; nothing is loaded yet but the weights.
+
+        Args:
+            gated: The graph.
+            backend: Where to run it.
+            conditions: Those of each sample; a batch is the samples, or all of them several times.
+        """
         self._gated = gated
+        self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
         self._weights = load_file(gated.weights)
         self._backend = backend
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
@@ -40,18 +49,19 @@ class GatedDenoiser:
             gates: [batch, component, 2].
             means: [channel of all components].
 
+        Returns:
+            The prediction, guided; it has further channels where the denoiser predicts a variance too.
+
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        prediction = np.empty_like(sample)
-        self._program({**_inputs(sample, timestep), "gates": gates, "means": means}, prediction)
-        return _checked(prediction, timestep)
+        return self._run(self._program, sample, timestep, {"gates": gates}, {"means": means})[0]
 
     def branch_means(self, sample: Array, timestep: float) -> Array:
         """Measure the mean of every branch per channel at a timestep, [channel of all components]."""
         output = np.empty(self._gated.channels, dtype=np.float32)
-        gates = self.gates({}, len(sample))
-        self._observing({**_inputs(sample, timestep), "gates": gates, "means": self._no_means}, output)
+        inputs = self._conditions(len(sample)).widen(sample, timestep, gates=self.gates({}, len(sample)))
+        self._observing({**inputs, "means": self._no_means}, output)
         return output
 
     def remember(self, sample: Array, timestep: float, held: Held) -> Array:
@@ -60,9 +70,9 @@ class GatedDenoiser:
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        prediction = np.empty_like(sample)
-        held.remember(self._emitting(_inputs(sample, timestep), prediction), timestep)
-        return _checked(prediction, timestep)
+        prediction, emitted = self._run(self._emitting, sample, timestep, {}, {})
+        held.remember(emitted, timestep)
+        return prediction
 
     def recall(
         self, sample: Array, timestep: float, held: Held, *, holds: Array, forecast: Collection[int] = ()
@@ -79,18 +89,34 @@ class GatedDenoiser:
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        prediction = np.empty_like(sample)
         inputs = held.inputs(timestep)
         for index in forecast:
             latest, earlier = (self._backend.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
             reach = inputs[f"{REACH}{index}"]
             assert isinstance(reach, np.ndarray)
             inputs[f"{HELD}{index}"] = latest + reach * (latest - earlier)
-        gates = self.gates({}, len(sample))
-        self._remembering(
-            {**_inputs(sample, timestep), "gates": gates, "means": self._no_means, HOLDS: holds, **inputs}, prediction
-        )
-        return _checked(prediction, timestep)
+        rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
+        return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
+
+    def _run(
+        self,
+        program: Program,
+        sample: Array,
+        timestep: float,
+        rows: Mapping[str, Array],
+        others: Mapping[str, object],
+    ) -> tuple[Array, Mapping[str, object]]:
+        """Run a form of the graph with inputs per sample and others; return the guided prediction and what is emitted."""
+        conditions = self._conditions(len(sample))
+        inputs = conditions.widen(sample, timestep, **rows)
+        shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
+        prediction = np.empty(shape, dtype=np.float32)
+        emitted = program({**inputs, **others}, prediction)
+        if not np.isfinite(prediction).all():
+            raise ProfileError(
+                f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
+            )
+        return conditions.guide(prediction, sample.shape[1]), emitted
 
     @cached_property
     def _program(self) -> Program:
@@ -112,14 +138,3 @@ class GatedDenoiser:
     def _load(self, graph: SerialisedGraph) -> Program:
         return self._backend.load(graph.graph, graph.select(self._weights))
 
-
-def _inputs(sample: Array, timestep: float) -> dict[str, Array]:
-    return {"sample": sample, "timestep": np.full(len(sample), timestep, dtype=np.float32)}
-
-
-def _checked(prediction: Array, timestep: float) -> Array:
-    if not np.isfinite(prediction).all():
-        raise ProfileError(
-            f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
-        )
-    return prediction

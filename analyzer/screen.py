@@ -151,6 +151,7 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
             else:
                 gates = sweep.gates(padded, kind.treatment)
                 predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])
+            predicted = predicted[:, : expected.shape[1]]  # a predicted variance is no part of what is compared
             for name, prediction in zip(own, np.split(predicted, size), strict=False):
                 error = float(relative_l2(expected, prediction).mean())
                 errors.append(_Local(component=name, treatment=kind.treatment, period=kind.period, error=error))

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.environment import describe
-from unetc.graph.capture import SAMPLE
+from unetc.graph.denoisers import SAMPLE
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import OPSET, GatedGraph, SerialisedGraph, serialise
 from unetc.graph.specialise import specialise

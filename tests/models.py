@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from unetc.backend import Array, Backend, Program
-from unetc.graph.capture import CONTEXT, GATES, MEANS, SAMPLE, TIMESTEP, Capture, capture
+from unetc.graph.capture import GATES, MEANS, Capture, capture
+from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP
 from unetc.graph.gated import GatedGraph, SerialisedGraph, open_or_build
 from unetc.runtime.backend import open_backend
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tests.models import ARCHITECTURES, Block, Tiny, tiny_of, toy_denoiser
+from tests.models import ARCHITECTURES, Block, Tiny, new_denoiser, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component, Treatment
 from unetc.errors import ModelError
-from unetc.graph.capture import Capture, capture, example_inputs
+from unetc.graph.capture import Capture, capture
+from unetc.graph.denoisers import denoiser_of
 from unetc.graph.gate import gate_values
 
 diffusers: Any = untyped_diffusers
@@ -221,10 +222,15 @@ def capture_block(compute: Callable[..., Any], **layers: nn.Module) -> tuple[Any
     return block, capture(toy_denoiser(block))
 
 
+def example_inputs() -> dict[str, Tensor]:
+    """Make the inputs that a toy denoiser is captured with."""
+    return {item.name: item.example for item in denoiser_of(toy_denoiser(nn.Identity())).inputs}
+
+
 @torch.no_grad()
 def run_without(captured: Capture, *removed: str) -> tuple[Tensor, Tensor]:
     """Run the gated graph without some components; return the sample and the output."""
-    inputs = example_inputs(toy_denoiser(nn.Identity()))
+    inputs = example_inputs()
     gates = torch.from_numpy(gate_values(captured.components, dict.fromkeys(removed, Treatment.DROP)))
     means = torch.zeros(sum(component.channels for component in captured.components))
     output: Tensor = captured.reference()(*inputs.values(), gates.expand(2, -1, -1), means)
@@ -351,10 +357,28 @@ def test_other_classes_are_refused_by_name() -> None:
         capture(nn.Linear(1, 1))
 
 
-def test_unknown_conditions_are_refused_by_name() -> None:
-    _, config = ARCHITECTURES["added-kv"]
-    denoiser = diffusers.UNet2DConditionModel(**config, class_embed_type="timestep")
-    with pytest.raises(ModelError, match="UNet2DConditionModel with class_embed_type"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"time_cond_proj_dim": 8}, "UNet2DConditionModel with time_cond_proj_dim"),
+        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}, "UNet2DConditionModel with image_proj conditions"),
+        ({"addition_embed_type": "image", "encoder_hid_dim": 8}, "addition_embed_type 'image'"),
+    ],
+)
+def test_conditions_that_are_not_supported_are_refused_by_name(config: Mapping[str, Any], message: str) -> None:
+    denoiser = diffusers.UNet2DConditionModel(**ARCHITECTURES["added-kv"][1], **config)
+    with pytest.raises(ModelError, match=message):
+        capture(denoiser)
+
+
+def test_hooks_and_patches_are_refused_by_name() -> None:
+    denoiser = new_denoiser("attention")
+    hook = denoiser.get_submodule("mid_block").register_forward_hook(lambda *values: None)
+    with pytest.raises(ModelError, match="UNet2DModel has hooks on mid_block"):
+        capture(denoiser)
+    hook.remove()
+    denoiser.get_submodule("up_blocks.0").b1 = 1.1  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"FreeU switched on \(up_blocks.0\)"):
         capture(denoiser)
 
 
@@ -382,7 +406,7 @@ def test_capture_computes_the_model() -> None:
         return sample + block.conv(sample) * timestep[:, None, None, None]
 
     block, captured = capture_block(compute, conv=conv())
-    inputs = example_inputs(toy_denoiser(nn.Identity()))
+    inputs = example_inputs()
     _, output = run_without(captured)
     with torch.no_grad():
         torch.testing.assert_close(output, block(*inputs.values()))

@@ -19,7 +19,7 @@ from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import ModelReference, Treatment
 from unetc.backend import Array
 from unetc.compiler.emissions import with_emissions
-from unetc.graph.capture import CONTEXT, SAMPLE, TIMESTEP
+from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP
 from unetc.graph.specialise import specialise
 from unetc.held import Held
 

@@ -21,7 +21,8 @@ from unetc.artifacts.profile import STEP, Treatment
 from unetc.backend import Array
 from unetc.compiler.emissions import with_emissions
 from unetc.errors import CompileError
-from unetc.graph.capture import GATES, MEANS, TIMESTEP
+from unetc.graph.capture import GATES, MEANS
+from unetc.graph.denoisers import TIMESTEP
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import HOLDS
 from unetc.graph.specialise import specialise

@@ -148,6 +148,10 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Batch of the cost measurement."""
     sample_shape: tuple[int, int, int]
     """[channel, height, width] of one sample."""
+    prompts: tuple[str, ...]
+    """What the samples are conditioned on, in words: sample k has prompt k, modulo their number. Empty if on nothing."""
+    guidance_scale: float
+    """Of classifier-free guidance, dimensionless; 1 if there is none."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
     full_ms: Estimate

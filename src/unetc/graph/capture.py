@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,17 +13,11 @@ from torch.export import Dim, ExportedProgram
 from unetc.artifacts.profile import Component
 from unetc.errors import ModelError
 from unetc.graph.components import Site, discover
+from unetc.graph.denoisers import SAMPLE, Denoiser, denoiser_of
 from unetc.graph.gate import gate
 
-SAMPLE, TIMESTEP, CONTEXT, GATES, MEANS, OUTPUT = (
-    "sample",
-    "timestep",
-    "encoder_hidden_states",
-    "gates",
-    "means",
-    "out_sample",
-)
-"""Input and output names of the graph; those of the denoiser follow diffusers."""
+GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
+"""Names of the graph's further inputs and of its output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,34 +36,20 @@ class Capture:
         return self.program.module()
 
 
-class _Denoiser(nn.Module):
-    """Give a diffusers UNet the signature of the gated graph: positional inputs, one tensor out."""
-
-    def __init__(self, model: nn.Module, inputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = inputs
-
-    def forward(self, *values: Tensor) -> Tensor:
-        named = dict(zip(self.inputs, values, strict=False))  # gates and means follow; the gates are put in later
-        output: Tensor = self.model(**named, return_dict=False)[0]
-        return output
-
-
 def capture(model: nn.Module) -> Capture:
-    """Trace a diffusers UNet and gate every component.
+    """Trace a denoiser and gate every component.
 
     Args:
-        model: A `UNet2DModel` or `UNet2DConditionModel` on the CPU; switched to evaluation mode.
+        model: A denoiser of diffusers on the CPU; switched to evaluation mode.
 
     Raises:
         ModelError: If the class is not supported, or the trace fails, or no component is found.
     """
-    model = model.eval().requires_grad_(False)
-    inputs = example_inputs(model)
-    program, dynamic_size = _export(model, inputs)
+    denoiser = denoiser_of(model.eval().requires_grad_(False))
+    names = tuple(item.name for item in denoiser.inputs)
+    program, dynamic_size = _export(denoiser)
     graph = program.graph_module.graph
-    placeholders = dict(zip((*inputs, GATES, MEANS), _user_placeholders(program), strict=True))
+    placeholders = dict(zip((*names, GATES, MEANS), _user_placeholders(program), strict=True))
     sites = discover(graph, placeholders[SAMPLE], root="model")
     if all(site.component.kind == "step" for site in sites):
         raise ModelError(
@@ -85,64 +64,31 @@ def capture(model: nn.Module) -> Capture:
     return Capture(
         program=program,
         components=tuple(site.component for site in sites),
-        inputs=tuple(inputs),
+        inputs=names,
         dynamic_size=dynamic_size,
     )
 
 
-def example_inputs(model: nn.Module) -> Mapping[str, Tensor]:
-    """Make inputs that fit a denoiser: batch 2, height and width different where the model allows it.
-
-    Raises:
-        ModelError: If the class is not one this version captures.
-    """
-    supported = ("UNet2DModel", "UNet2DConditionModel")
-    name = type(model).__name__
-    if name not in supported:
-        raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(supported)}.")
-    config: Any = model.config
-    size = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (32,))[0]
-    stride = 2 ** (len(config.block_out_channels) - 1)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        SAMPLE: torch.randn(2, config.in_channels, size, size + stride, generator=generator),
-        TIMESTEP: torch.tensor([10.0, 500.0]),
-    }
-    if name == "UNet2DConditionModel":
-        needed = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-        if unsupported := [key for key in needed if getattr(config, key, None) is not None]:
-            raise ModelError(
-                f"cannot capture {name} with {', '.join(unsupported)}: this condition is not supported yet."
-            )
-        width = config.cross_attention_dim
-        inputs[CONTEXT] = torch.randn(2, 5, width if isinstance(width, int) else width[0], generator=generator)
-    return inputs
-
-
-def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[ExportedProgram, bool]:
-    """Trace with dynamic batch, height and width; with fixed height and width if the model does not allow that."""
-    values = (*inputs.values(), torch.ones(2, 3, 2), torch.zeros(7))
-    dynamic = Dim.DYNAMIC
-    batch = {0: dynamic}
-    shapes: dict[str, dict[int, object]] = {name: dict(batch) for name in inputs}
-    if CONTEXT in shapes:
-        shapes[CONTEXT][1] = dynamic
-    shapes |= {GATES: {0: dynamic, 1: dynamic}, MEANS: {0: dynamic}}
+def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
+    """Trace with dynamic batch, height and width; with fixed sizes if the model does not allow that."""
+    values = (*(item.example for item in denoiser.inputs), torch.ones(2, 3, 2), torch.zeros(7))
+    gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
     errors: list[Exception] = []
-    for size in ({2: dynamic, 3: dynamic}, {}):
-        shapes[SAMPLE] = batch | size
+    for dynamic_size in (True, False):
+        shapes: list[dict[int, object]] = [
+            dict.fromkeys((0, *(item.dynamic if dynamic_size or item.name != SAMPLE else ())), Dim.DYNAMIC)
+            for item in denoiser.inputs
+        ]
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                traced = torch.export.export(
-                    _Denoiser(model, tuple(inputs)), values, dynamic_shapes=(tuple(shapes.values()),)
-                )
-            return traced, bool(size)
+                traced = torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),))
+            return traced, dynamic_size
         except Exception as error:  # torch.export raises many unrelated classes
             errors.append(error)
     reason = next(iter(str(errors[-1]).splitlines()), type(errors[-1]).__name__)
     raise ModelError(
-        f"torch.export cannot trace {type(model).__name__}: {reason}. "
+        f"torch.export cannot trace {type(denoiser.model).__name__}: {reason}. "
         "Models with hooks, custom attention processors or data-dependent control flow cannot be captured."
     ) from errors[-1]
 
@@ -165,4 +111,4 @@ def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) ->
     return node
 
 
-__all__ = ["CONTEXT", "GATES", "MEANS", "OUTPUT", "SAMPLE", "TIMESTEP", "Capture", "capture", "example_inputs", "gate"]
+__all__ = ["GATES", "MEANS", "OUTPUT", "Capture", "capture", "gate"]

@@ -92,6 +92,11 @@ class GatedGraph:
         """Total width of all components, the length of the means input."""
         return sum(component.channels for component in self.components)
 
+    @property
+    def predicted_channels(self) -> int:
+        """Width of the prediction: that of a sample, and of a variance where the denoiser predicts one."""
+        return next(component.channels for component in self.components if component.kind == "step")
+
     def runnable(self) -> SerialisedGraph:
         """Serialise with the gates defined as a function, so that a runtime can execute it with any gates."""
         return serialise(self.model)

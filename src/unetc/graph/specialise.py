@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.errors import CompileError
-from unetc.graph.capture import GATES, MEANS, OUTPUT, SAMPLE
+from unetc.graph.capture import GATES, MEANS, OUTPUT
+from unetc.graph.denoisers import SAMPLE
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import GatedGraph, SerialisedGraph, emit, gate_index, is_gate, serialise
 from unetc.graph.nodes import add_initializer, add_integers, add_name, add_node

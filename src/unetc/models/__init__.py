@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unetc.artifacts.profile import ModelReference
+from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ModelError
 
 if TYPE_CHECKING:
@@ -21,10 +23,16 @@ if TYPE_CHECKING:
 BUILT_IN = ("digits",)
 """Models that ship with unetc."""
 
-PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines whose denoiser needs nothing but noise and a timestep."""
 
-DENOISERS = ("UNet2DModel",)
+GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
+"""Pipelines whose denoiser is conditioned on text, with the guidance scale that diffusers gives them."""
+
+PIPELINES = (*UNCONDITIONAL_PIPELINES, *GUIDANCE)
+
+PROMPTS = "prompts.txt"
+"""One prompt a line: in a model's folder those to measure it on; beside this module those of models without their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +42,63 @@ class Model:
     reference: ModelReference
     scheduler_config: dict[str, Any]
     sample_shape: tuple[int, int, int]
-    """[channel, height, width] the denoiser was trained for."""
+    """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
     folder: Path
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the denoiser takes more than noise and a timestep."""
+        return self.reference.pipeline in GUIDANCE
+
+    @property
+    def guidance_scale(self) -> float:
+        """The usual scale of classifier-free guidance; 1 where there is none."""
+        return GUIDANCE.get(self.reference.pipeline, 1.0)
+
+    def prompts(self) -> tuple[str, ...]:
+        """Read the prompts to measure the model on; none if it takes none."""
+        if not self.conditional:
+            return ()
+        own = self.folder / PROMPTS
+        return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        """Turn prompts into conditions.
+
+        Raises:
+            ModelError: If the model takes no prompts, or its text encoders cannot be loaded.
+            MissingDependency: If transformers is not installed.
+        """
+        if not self.conditional:
+            if prompts:
+                raise ModelError(f"{self.reference.name} takes no prompts; it is a {self.reference.pipeline}.")
+            return UNCONDITIONAL
+        from .text import encode_prompts
+
+        factor = self.decoder_factor()
+        size = self.sample_shape[1] * factor, self.sample_shape[2] * factor
+        return encode_prompts(
+            self.folder, self.reference.pipeline, prompts, guidance_scale=guidance_scale, size=size
+        )
+
+    def decoder_factor(self) -> int:
+        """Tell how many pixels of the image one latent pixel is, along each side; 1 if samples are images."""
+        if not self.conditional:
+            return 1
+        levels = _read_json(self.folder / "vae/config.json").get("block_out_channels", [0])
+        return int(2 ** (len(levels) - 1))
+
+    def load_decoder(self) -> nn.Module | None:
+        """Load what turns samples into images, [batch, 3, height, width] in -1 to 1; None if samples are images.
+
+        Raises:
+            ModelError: If its weights do not fit its configuration.
+        """
+        if not self.conditional:
+            return None
+        from diffusers import AutoencoderKL
+
+        return self._load(AutoencoderKL, "vae")
 
     def load_denoiser(self) -> nn.Module:
         """Load the denoiser in evaluation mode.
@@ -43,15 +106,19 @@ class Model:
         Raises:
             ModelError: If its weights do not fit its configuration.
         """
-        from diffusers import UNet2DModel
+        import diffusers
+
+        return self._load(getattr(diffusers, self.reference.denoiser), "unet")
+
+    def _load(self, kind: Any, part: str) -> nn.Module:
         from diffusers.utils import logging
 
         logging.set_verbosity_error()
-        what = f"cannot load the denoiser of {self.reference.name}"
-        denoiser: nn.Module
+        what = f"cannot load the {part} of {self.reference.name}"
+        model: nn.Module
         try:
-            denoiser, report = UNet2DModel.from_pretrained(
-                self.folder / "unet",
+            model, report = kind.from_pretrained(
+                self.folder / part,
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
@@ -62,9 +129,24 @@ class Model:
         if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
             raise ModelError(
                 f"{what}: its weights do not fit its configuration, {strangers[0]!r} is in only one of them. "
-                "Check that unet/config.json belongs to the weights."
+                f"Check that {part}/config.json belongs to the weights."
             )
-        return denoiser.eval().requires_grad_(False)
+        return model.float().eval().requires_grad_(False)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read one prompt a line; empty lines are skipped.
+
+    Raises:
+        ModelError: If the file cannot be read or holds no prompt.
+    """
+    try:
+        prompts = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read prompts from {path}: {error}. Expected a text file with one a line.") from error
+    if not prompts:
+        raise ModelError(f"{path} holds no prompt. Expected one a line.")
+    return prompts
 
 
 def find_model(name: str) -> Model:
@@ -83,8 +165,9 @@ def find_model(name: str) -> Model:
         raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
     entry = index.get("unet")
     denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
-    if denoiser_class not in DENOISERS:
-        raise ModelError(f"{name} has {denoiser_class} as its unet; supported denoisers: {', '.join(DENOISERS)}.")
+    expected = "UNet2DConditionModel" if pipeline in GUIDANCE else "UNet2DModel"
+    if denoiser_class != expected:
+        raise ModelError(f"{name} has {denoiser_class} as its unet; a {pipeline} is supported with {expected}.")
     config = _read_json(folder / "unet/config.json")
     weights = sorted((folder / "unet").glob("*.safetensors"))
     if not weights:
@@ -141,8 +224,10 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        parts = ["model_index.json", PROMPTS, "scheduler/*.json", "tokenizer*/*"]
+        parts += [f"{part}/*.{kind}" for part in ("unet", "vae", "text_encoder*") for kind in ("json", "safetensors")]
+        variants = ["*.fp16.*", "*non_ema*"]
+        return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=variants))
     except Exception as error:  # network, authentication, missing repository: the library's classes vary
         raise ModelError(
             f"cannot get {name!r} from the Hub: {_brief(error)}. Check the id and the network, or give a local folder."

@@ -1,0 +1,95 @@
+"""Prompts → conditions, by the text encoders of a pipeline folder and diffusers' own code for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unetc.conditions import Conditions
+from unetc.errors import MissingDependency, ModelError
+
+
+def encode_prompts(
+    folder: Path,
+    pipeline: str,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float,
+    size: tuple[int, int],
+) -> Conditions:
+    """Encode prompts, and the empty prompt to be led away from when there is guidance.
+
+    Args:
+        folder: A pipeline folder with tokenizers and text encoders.
+        pipeline: Its class, one of `TEXT_PIPELINES`.
+        prompts: One per row.
+        guidance_scale: Of classifier-free guidance; 1 or less is none.
+        size: Height and width of the images in pixels, which SDXL is told.
+
+    Raises:
+        ModelError: If the text encoders cannot be loaded.
+        MissingDependency: If transformers is not installed.
+    """
+    import torch
+
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency("encoding prompts needs transformers: pip install 'unetc[compile]'") from error
+    with torch.no_grad():
+        return TEXT_PIPELINES[pipeline](_load(folder, pipeline), list(prompts), guidance_scale, size)
+
+
+def _load(folder: Path, pipeline: str) -> Any:
+    """Load a pipeline without denoiser and decoder."""
+    import diffusers
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return getattr(diffusers, pipeline).from_pretrained(
+            folder,
+            unet=None,
+            vae=None,
+            use_safetensors=True,
+            local_files_only=True,
+            **({"safety_checker": None, "feature_extractor": None} if pipeline == "StableDiffusionPipeline" else {}),
+        )
+    except Exception as error:  # diffusers and transformers raise many unrelated classes
+        raise ModelError(f"cannot load the text encoders of {folder}: {' '.join(str(error).split())[:300]}.") from error
+
+
+def _stable_diffusion(pipeline: Any, prompts: list[str], scale: float, size: tuple[int, int]) -> Conditions:
+    guided = scale > 1
+    own, negative = pipeline.encode_prompt(prompts, "cpu", 1, guided)
+    return _conditions({"encoder_hidden_states": own}, {"encoder_hidden_states": negative}, scale)
+
+
+def _stable_diffusion_xl(pipeline: Any, prompts: list[str], scale: float, size: tuple[int, int]) -> Conditions:
+    guided = scale > 1
+    own, negative, own_pooled, negative_pooled = pipeline.encode_prompt(
+        prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=guided
+    )
+    times = own.new_tensor([[*size, 0, 0, *size]]).repeat(len(prompts), 1)  # original size, crop, target size
+    return _conditions(
+        {"encoder_hidden_states": own, "text_embeds": own_pooled, "time_ids": times},
+        {"encoder_hidden_states": negative, "text_embeds": negative_pooled, "time_ids": times},
+        scale,
+    )
+
+
+def _conditions(own: Mapping[str, Any], negative: Mapping[str, Any], scale: float) -> Conditions:
+    def arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        return {name: np.ascontiguousarray(value.float().numpy()) for name, value in values.items()}
+
+    return Conditions(own=arrays(own), negative=arrays(negative) if scale > 1 else {}, scale=max(1.0, scale))
+
+
+TEXT_PIPELINES = {
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+}
+"""How the text encoders of each class of pipeline are asked."""
