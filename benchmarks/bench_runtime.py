@@ -224,7 +224,14 @@ def overhead(
     figures: list[dict[str, object]] = []
     for label, plan in plans.items():
         programs = [Timed(engines.load(engine.treatments, engine.emits)) for engine in plan.engines]
-        session = Session(plan=plan, programs=programs, solver=solver, sample_shape=model.sample_shape, steps=steps)
+        session = Session(
+            plan=plan,
+            full=programs[0],
+            programs=programs,
+            solver=solver,
+            sample_shape=model.sample_shape,
+            steps=steps,
+        )
         ratios = np.empty(rounds)
         session.sample(len(engines.sample), steps=steps)
         for i in range(rounds):

@@ -1,4 +1,4 @@
-"""Specialise the engines of a plan."""
+"""Specialise the full model and the engines of a plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from unetc.artifacts.profile import Bin, Profile
 from unetc.errors import PlanError
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.graph.specialise import specialise
+
+
+def compile_full(gated: GatedGraph) -> SerialisedGraph:
+    """Specialise the full model: it keeps everything and emits nothing."""
+    return specialise(gated, {}, np.zeros(gated.channels, dtype=np.float32))
 
 
 def compile_engines(gated: GatedGraph, plan: Plan, profile: Profile) -> tuple[SerialisedGraph, ...]:
@@ -44,7 +49,7 @@ def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float
     """Average the branch means over the bins where an engine runs, weighted by their steps."""
     weights = np.array([bin.steps * _share(plan, engine, bin) for bin in profile.bins])
     if not weights.any():
-        weights += 1  # the full engine of a plan that never runs it
+        weights += 1  # an engine that never runs
     averaged: NDArray[np.float64] = np.average(means.astype(np.float64), axis=0, weights=weights)
     return averaged.astype(np.float32)
 

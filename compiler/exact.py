@@ -25,7 +25,7 @@ def solve_exactly(
     Args:
         choices: What can be chosen.
         saved_steps: Time to save, in steps of the full model.
-        max_engines: Most engines beside the full one and those that compute nothing.
+        max_engines: Most engines beside engine 0 and those that compute nothing.
         max_phases: Most runs; no limit when None.
         time_limit_s: The best choice so far is returned after this many seconds.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from .backend import Memory, open_backend
 from .bundle import Bundle
 
 FULL_ENGINE = 0
+"""The engine of a plan that computes everything, and emits what the others reuse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +33,24 @@ class Step:
     steps: int
     timestep: float
     engine: int
+    """Index in the plan; 0 for the full model."""
     sample: Array
     """[batch, channel, height, width]; the next step overwrites nothing in it."""
+
+
+class LoadedLater:
+    """A program that is loaded when it is first called."""
+
+    def __init__(self, load: Callable[[], Program]) -> None:
+        self._load = load
+
+    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+        """Run the program."""
+        return self._program(inputs, output)
+
+    @cached_property
+    def _program(self) -> Program:
+        return self._load()
 
 
 class Session:
@@ -42,6 +60,7 @@ class Session:
         self,
         *,
         plan: Plan,
+        full: Program,
         programs: Sequence[Program],
         solver: SolverTables,
         sample_shape: tuple[int, int, int],
@@ -51,6 +70,7 @@ class Session:
 
         Args:
             plan: Which engine runs at which noise level.
+            full: The full model.
             programs: One loaded engine per engine of the plan.
             solver: The solver for every number of steps.
             sample_shape: [channel, height, width] of one sample.
@@ -60,16 +80,27 @@ class Session:
         self.solver = solver
         self.sample_shape = sample_shape
         self.steps = steps
+        self._full = full
         self._programs = tuple(programs)
 
     @classmethod
     def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
-        """Load the engines of a bundle, or of one of its controls."""
+        """Load the engines of a bundle, or of one of its controls.
+
+        The full model is loaded when it is first asked for, unless it is an engine of the plan anyway.
+        """
         manifest = bundle.manifest
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
+
+        def load(engine: BundleEngine) -> Program:
+            return backend.load(bundle.graphs[engine.graph], bundle.weights_of(engine))
+
+        programs = [load(engine) for engine in engines]
+        emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph
         return cls(
             plan=control.plan if control else manifest.plan,
-            programs=[backend.load(bundle.graphs[engine.graph], bundle.weights_of(engine)) for engine in engines],
+            full=programs[FULL_ENGINE] if emits_nothing else LoadedLater(partial(load, manifest.full)),
+            programs=programs,
             solver=bundle.solver,
             sample_shape=manifest.sample_shape,
             steps=manifest.steps,
@@ -98,7 +129,7 @@ class Session:
             steps: Number of denoiser calls; the bundle's default when not given.
             first_index: Index of the first sample within the seed.
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
-            lossless: Run the full engine at every step.
+            lossless: Run the full model at every step.
             on_step: Called after every step.
 
         Returns:
@@ -117,13 +148,15 @@ class Session:
             noise = initial_noise(seed, range(first_index, first_index + batch), (channels, height, width))
         elif noise.ndim != 4 or noise.shape[1] != channels or len(noise) < 1:
             raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
-        schedule = (FULL_ENGINE,) * table.steps if lossless else self.schedule(table.steps)
-        return self._denoise(table, schedule, noise, seed, first_index, on_step)
+        schedule = (0,) * table.steps if lossless else self.schedule(table.steps)
+        programs = (self._full,) if lossless else self._programs
+        return self._denoise(table, schedule, programs, noise, seed, first_index, on_step)
 
     def _denoise(
         self,
         table: SolverTable,
         schedule: tuple[int, ...],
+        programs: tuple[Program, ...],
         noise: Array,
         seed: int,
         first_index: int,
@@ -135,8 +168,8 @@ class Session:
         for i, engine in enumerate(schedule):
             timestep = float(table.timesteps[i])
 
-            def predict(sample: Array, engine: int = engine, timestep: float = timestep) -> Array:
-                return self._predict(engine, sample, timestep, held)
+            def predict(sample: Array, program: Program = programs[engine], timestep: float = timestep) -> Array:
+                return _predict(program, sample, timestep, held)
 
             trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
             if not np.isfinite(trajectory.predictions[0]).all():
@@ -149,12 +182,13 @@ class Session:
                 on_step(step)
         return trajectory.sample
 
-    def _predict(self, engine: int, sample: Array, timestep: float, held: Held) -> Array:
-        prediction = np.empty_like(sample)
-        timesteps = np.full(len(sample), timestep, dtype=np.float32)
-        inputs = {"sample": sample, "timestep": timesteps, **held.inputs(timestep)}
-        held.remember(self._programs[engine](inputs, prediction), timestep)
-        return prediction
+
+def _predict(program: Program, sample: Array, timestep: float, held: Held) -> Array:
+    prediction = np.empty_like(sample)
+    timesteps = np.full(len(sample), timestep, dtype=np.float32)
+    inputs = {"sample": sample, "timestep": timesteps, **held.inputs(timestep)}
+    held.remember(program(inputs, prediction), timestep)
+    return prediction
 
 
 def load(

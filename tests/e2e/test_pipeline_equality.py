@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 import unetc
 from unetc.artifacts import Assignment, Measurement, Phase, Plan, Prediction, Profile
 from unetc.backend import Array
+from unetc.compiler.engines import compile_full
 from unetc.compiler.planner import PlanOptions
-from unetc.graph.specialise import specialise
 from unetc.models import find_model
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import Session
@@ -86,10 +86,10 @@ def assert_same(samples: Array, expected: Array) -> None:
 
 
 def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: str) -> Session:
-    """Put together a session of the full engine and one solver table."""
+    """Put together a session of the full model and one solver table."""
     prepared = prepare(find_model(name), cache)
     gated, model = prepared.gated, prepared.model
-    engine = specialise(gated, {}, np.zeros(gated.channels, np.float32))
+    engine = compile_full(gated)
     program = open_backend("onnxruntime:cpu", threads=1).load(engine.graph, engine.select(load_file(gated.weights)))
     plan = Plan(
         unetc=unetc.__version__,
@@ -102,7 +102,9 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
         prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
     )
     solver = extract_all(make_scheduler(scheduler, model.scheduler_config | config), scheduler, [steps])
-    return Session(plan=plan, programs=[program], solver=solver, sample_shape=model.sample_shape, steps=steps)
+    return Session(
+        plan=plan, full=program, programs=[program], solver=solver, sample_shape=model.sample_shape, steps=steps
+    )
 
 
 @pytest.mark.parametrize("steps", [4, 20, 50])

@@ -129,7 +129,13 @@ class Machine:
         saving = float(np.mean([self.saved_by(plan, engine) for engine in schedule]))
         session = SimpleNamespace(schedule=lambda steps: schedule)
         return Candidate(
-            plan=plan, graphs=(), programs=(), session=cast(Any, session), step_ms=(), time_ratio=1 - saving
+            plan=plan,
+            graphs=(),
+            programs=(),
+            session=cast(Any, session),
+            full_ms=1.0,
+            step_ms=(),
+            time_ratio=1 - saving,
         )
 
     def saved_by(self, plan: Plan, engine: int) -> float:

@@ -145,9 +145,10 @@ def manifests(draw: st.DrawFn) -> Manifest:
         )
 
     plan, other = draw(plans()), draw(plans())
+    full = engine(Assignment(treatments={}), "engines/full.onnx")
     engines = tuple(engine(assignment, f"engines/{i}.onnx") for i, assignment in enumerate(plan.engines))
     others = tuple(engine(assignment, f"controls/{i}.onnx") for i, assignment in enumerate(other.engines))
-    names = ["w", "p", "s", *(e.graph for e in engines), *(e.graph for e in others)]
+    names = ["w", "p", "s", full.graph, *(e.graph for e in engines), *(e.graph for e in others)]
     counts = draw(
         st.lists(st.builds(SolverCount, steps=count, start=count, initial_scale=positive), min_size=1, max_size=2)
     )
@@ -165,6 +166,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             scheduler=draw(text), columns=("timesteps",), clip=draw(st.none() | positive), counts=tuple(counts)
         ),
         solver_file="s",
+        full=full,
         plan=plan,
         engines=engines,
         controls=(Control(name=draw(text), plan=other, engines=others),),
@@ -372,6 +374,7 @@ def manifest(**fields: Any) -> Manifest:
         "profile": "p",
         "solver": SolverHeader(scheduler="ddim", columns=(), clip=None, counts=()),
         "solver_file": "s",
+        "full": engines[0],
         "plan": plan(),
         "engines": engines,
         "controls": (Control(name="c", plan=plan(), engines=engines),),
@@ -569,7 +572,7 @@ def test_a_plan_that_does_not_say_what_is_emitted_emits_nothing() -> None:
 
 def test_the_version_of_the_layout_is_saved() -> None:
     for saved in (plan(), profile(), manifest(), curve()):
-        assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == 2
+        assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == 3
 
 
 def test_records_cannot_be_changed() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts.pareto import Pareto
+from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner import PlanOptions
 from unetc.errors import QualityGateError
@@ -27,6 +29,24 @@ ANALYSIS = AnalysisOptions(steps=STEPS, samples=2, bins=4, batch=2, rounds=2, th
 @pytest.fixture(scope="module")
 def setup(tiny_model: Path, cache: Path) -> Setup:
     return set_up(str(tiny_model), analysis=ANALYSIS, steps=STEPS, cache=cache)
+
+
+def test_time_is_measured_against_a_model_that_emits_nothing(setup: Setup) -> None:
+    plan = hold_everywhere(setup.profile, "step", 2)
+    emitting = setup.workbench.compile(plan)
+    assert b"computed." in emitting.graphs[0].graph
+    assert b"computed." not in setup.workbench.full.graph
+    always = setup.workbench.reschedule(emitting, [0] * STEPS)
+    assert always.time_ratio == pytest.approx(
+        emitting.time_ratio
+        + (STEPS * emitting.step_ms[0] - sum(emitting.step_ms[e] for e in setup.workbench.schedule(emitting)))
+        / (STEPS * emitting.full_ms)
+    )
+    silent = msgspec.structs.replace(plan, engines=(Assignment(treatments={}),), phases=always.plan.phases)
+    full = setup.workbench.compile(silent)
+    assert full.graphs == (setup.workbench.full,)
+    assert full.time_ratio == 1
+    assert full.step_ms == (full.full_ms,)
 
 
 def test_repair_never_does_more_damage_and_keeps_the_budget(setup: Setup) -> None:

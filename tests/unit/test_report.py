@@ -147,6 +147,7 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
             scheduler="ddim", columns=(), clip=None, counts=(SolverCount(steps=20, start=0, initial_scale=1.0),)
         ),
         solver_file="solver.safetensors",
+        full=engines[0],
         plan=plan,
         engines=engines,
         controls=(),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import unetc
 from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
-from unetc.backend import Array
+from unetc.backend import Array, Backend, Program
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
 from unetc.runtime import session as session_module
 from unetc.runtime.backend import Memory, open_backend
@@ -64,7 +64,7 @@ def session_of(
 ) -> Session:
     """Put together a session of programs that are not engines."""
     plan = plan_of(engines or dropping(len(programs)), phases)
-    return Session(plan=plan, programs=programs, solver=solver, sample_shape=SHAPE, steps=4)
+    return Session(plan=plan, full=programs[0], programs=programs, solver=solver, sample_shape=SHAPE, steps=4)
 
 
 class Recorder:
@@ -127,13 +127,16 @@ def test_a_model_that_is_convolutional_samples_other_sizes(session: Session) -> 
     assert session.sample(noise=noise, steps=2).shape == (2, 1, 32, 24)
 
 
-def test_lossless_runs_the_full_engine_at_every_step(session: Session, bundle: Bundle) -> None:
+def test_lossless_runs_the_full_model_at_every_step(session: Session, bundle: Bundle) -> None:
     used: list[int] = []
     lossless = session.sample(2, seed=1, steps=7, lossless=True, on_step=lambda step: used.append(step.engine))
     assert used == [0] * 7
     recorders = [Recorder() for _ in bundle.manifest.engines]
-    session_of(list(recorders), bundle.solver, bundle.manifest.plan.phases).sample(2, steps=7, lossless=True)
-    assert [len(recorder.calls) for recorder in recorders] == [7, 0, 0]
+    full, plan = Recorder(), bundle.manifest.plan
+    Session(plan=plan, full=full, programs=recorders, solver=bundle.solver, sample_shape=SHAPE, steps=7).sample(
+        lossless=True
+    )
+    assert (len(full.calls), [len(recorder.calls) for recorder in recorders]) == (7, [0, 0, 0])
     assert np.abs(lossless - session.sample(2, seed=1, steps=7)).max() > 0.1  # so the plan does remove something
 
 
@@ -442,6 +445,43 @@ def test_sessions_in_threads_give_the_same_bits(session: Session, tiny_bundle: P
         parallel = list(pool.map(sample, jobs * 3))
     for one, other in zip(serial * 3, parallel, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+class Counter:
+    """A backend that counts the graphs it has loaded."""
+
+    def __init__(self) -> None:
+        self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
+        self.loaded = 0
+
+    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
+        self.loaded += 1
+        return self._inner.load(graph, weights)
+
+    def to_array(self, emitted: object) -> Array:
+        return self._inner.to_array(emitted)
+
+
+def test_the_full_model_is_loaded_when_it_is_first_asked_for(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    (holding,) = (control for control in manifest.controls if control.name == "deep-hold")
+    counter = Counter()
+    session = Session.of(bundle, counter, control=holding)
+    session.sample()
+    assert counter.loaded == len(holding.engines) == 2
+    for _ in range(2):
+        session.sample(lossless=True)
+        assert counter.loaded == 3
+    counter = Counter()  # this plan reuses nothing, so its engine 0 is the full model
+    Session.of(bundle, counter).sample(lossless=True)
+    assert counter.loaded == len(manifest.engines)
+
+
+def test_an_engine_that_emits_is_not_the_full_model(bundle: Bundle) -> None:
+    (holding,) = (control for control in bundle.manifest.controls if control.name == "deep-hold")
+    emitting = bundle.graphs[holding.engines[0].graph]
+    assert b"computed." in emitting
+    assert b"computed." not in bundle.graphs[bundle.manifest.full.graph]
 
 
 def test_controls_sample_with_their_own_engines(session: Session, bundle: Bundle) -> None:

@@ -105,6 +105,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """Path of the profile that the plan was made from."""
     solver: SolverHeader
     solver_file: str
+    full: BundleEngine
+    """The full model, which emits nothing: what `lossless` runs, and what all time ratios are measured against."""
     plan: Plan
     engines: tuple[BundleEngine, ...]
     """One per engine of the plan, in its order."""
@@ -127,10 +129,11 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         require(len({path.lower() for path in listed}) == len(listed), "two paths differ only in case")
         named = {self.weights, self.profile, self.solver_file, *(engine.graph for engine in self.all_engines())}
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
+        require(not self.full.treatments, "the full model keeps every component")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
         require(bool(self.used_seeds), "a bundle names the seeds it was made with")
 
     def all_engines(self) -> tuple[BundleEngine, ...]:
-        """List the engines of the plan and of the controls."""
-        return self.engines + tuple(engine for control in self.controls for engine in control.engines)
+        """List the full model, the engines of the plan and those of the controls."""
+        return (self.full, *self.engines, *(engine for control in self.controls for engine in control.engines))

@@ -13,7 +13,7 @@ class Point(Record, frozen=True, kw_only=True):
     budget: float
     """The budget whose search met it."""
     time_ratio: float
-    """Time of the plan's engine calls / as many of the full engine."""
+    """Time of the plan's engine calls / as many of the full model."""
     damage: Damage
     plan: Plan
 

@@ -52,7 +52,7 @@ class Prediction(Record, frozen=True, kw_only=True):
 
 
 class Plan(Artifact, frozen=True, kw_only=True):
-    """Engines and the schedule that maps noise level to engine. Engine 0 is always the full model."""
+    """Engines and the schedule that maps noise level to engine. Engine 0 always computes everything."""
 
     unetc: str
     model: ModelReference
@@ -67,7 +67,7 @@ class Plan(Artifact, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check that phases tile the noise levels and name engines that exist."""
-        require(bool(self.engines) and not self.engines[0].treatments, "engine 0 must be the full model")
+        require(bool(self.engines) and not self.engines[0].treatments, "engine 0 must compute everything")
         require(bool(self.phases), "a plan needs a phase")
         require(0 <= self.budget < 1, f"a budget lies in [0, 1), got {self.budget}")
         require(finite(self.prediction.time_ratio, self.prediction.relative_l2), "a prediction must be finite")
@@ -86,7 +86,7 @@ class Plan(Artifact, frozen=True, kw_only=True):
 
         Returns:
             One engine index per step. Inside a phase the engines of its cycle take turns. Where an engine would need
-            what no earlier step has emitted, the full engine runs instead.
+            what no earlier step has emitted, engine 0 runs instead.
         """
         chosen: list[int] = []
         available: set[str] = set()

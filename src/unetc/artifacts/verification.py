@@ -53,7 +53,7 @@ class Verification(Artifact, frozen=True, kw_only=True):
     controls: dict[str, ControlResult]
     engines: tuple[EngineUse, ...]
     disk_bytes: int
-    """Weights and graphs of the plan's engines, the full one included."""
+    """Weights and graphs of the full model and of the plan's engines."""
     full_disk_bytes: int
     """Weights and graph of the full model alone."""
 

@@ -152,6 +152,7 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "steps": manifest.steps,
         "budget": manifest.plan.budget,
         "measured": to_builtins(manifest.measured),
+        "full": {"graph": manifest.full.graph, "step_ms": manifest.full.step_ms},
         "engines": [
             {"graph": e.graph, "step_ms": e.step_ms, "treatments": to_builtins(e.treatments)} for e in manifest.engines
         ],
@@ -164,9 +165,10 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
 def bundle_table(manifest: Manifest) -> RenderableType:
     """Lay out the engines and the plan of a bundle."""
     sizes = {record.path: record.bytes for record in manifest.files}
+    listed = {engine.graph: engine for engine in (manifest.full, *manifest.engines)}
     rows = [
         [engine.graph, f"{engine.step_ms:.2f}", str(len(engine.treatments)), f"{sizes[engine.graph] / 1000:.0f}"]
-        for engine in manifest.engines
+        for engine in listed.values()
     ]
     measured = manifest.measured
     title = (

@@ -32,7 +32,7 @@ PLAN, BETTER = "#0b62a8", "#c1121f"
 WIDTH = 10.6
 """Inches; every chart has the width of the page."""
 _ENGINES = ("#6e7781", "#0b62a8", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#b8a000")
-"""The full model, engine 0, is grey; the others are after Okabe and Ito, without their red."""
+"""Engine 0, which computes everything, is grey; the others are after Okabe and Ito, without their red."""
 _SVG_LIMIT = 2**20
 """Characters; a heavier chart becomes a PNG."""
 _STYLE: dict[Any, Any] = {
@@ -57,25 +57,26 @@ styled = matplotlib.rc_context(_STYLE)
 
 
 @styled
-def timeline(schedule: Sequence[int], log_snr: Sequence[float], engine_ms: Sequence[float]) -> str:
+def timeline(schedule: Sequence[int], log_snr: Sequence[float], engine_ms: Sequence[float], full_ms: float) -> str:
     """Draw the time of every denoiser call of a run.
 
     Args:
         schedule: Engine of every step.
         log_snr: Noise level of every step.
-        engine_ms: Milliseconds per call of every engine; the first is the full model.
+        engine_ms: Milliseconds per call of every engine.
+        full_ms: Milliseconds per call of the full model.
 
     Returns:
         Markup of the chart.
     """
     figure = Figure((WIDTH, 2.5))
     axes = figure.add_axes((0.06, 0.19, 0.925, 0.6))
-    full, highest, count = engine_ms[0], max(engine_ms), len(schedule)
+    highest, count = max(full_ms, *engine_ms), len(schedule)
     style: dict[str, Any] = {"width": 1, "edgecolor": "white", "linewidth": 0.7 if count <= 120 else 0}
-    axes.bar(range(count), full, color=BLANK, **style)
+    axes.bar(range(count), full_ms, color=BLANK, **style)
     axes.bar(range(count), [engine_ms[e] for e in schedule], color=[engine_colour(e) for e in schedule], **style)
-    axes.axhline(full, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-    axes.text(count - 0.5, full + highest * 0.03, f"full model, {number(full)} ms", ha="right", va="bottom")
+    axes.axhline(full_ms, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+    axes.text(count - 0.5, full_ms + highest * 0.03, f"full model, {number(full_ms)} ms", ha="right", va="bottom")
     axes.set(xlim=(-0.6, count - 0.4), ylim=(0, highest * 1.16), xlabel="step", ylabel="ms per denoiser call")
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))

@@ -67,7 +67,9 @@ def render(
         fewer=_fewer_steps(verification),
         reused_seed=verification.seed in manifest.used_seeds,
         heatmap=Markup(heatmap.draw(profile, manifest.plan)),
-        timeline=Markup(charts.timeline(schedule, log_snr.tolist(), [engine.step_ms for engine in engines])),
+        timeline=Markup(
+            charts.timeline(schedule, log_snr.tolist(), [engine.step_ms for engine in engines], manifest.full.step_ms)
+        ),
         controls_chart=Markup(charts.controls(verification, better)),
     )
 
@@ -140,7 +142,7 @@ def _engine_rows(manifest: Manifest, verification: Verification) -> tuple[_Engin
             ranges="; ".join(_range(plan, phase) for phase in plan.phases if number in phase.cycle),
             steps=use.steps,
             step_ms=use.step_ms,
-            ratio=use.step_ms / verification.engines[0].step_ms,
+            ratio=use.step_ms / manifest.full.step_ms,
             removed=use.removed,
             named=_by_treatment(engine.treatments),
         )

@@ -41,6 +41,6 @@ def check_pairs(
 
 
 def _damage_of(workbench: Workbench, candidate: Candidate, engines: Collection[int], seed: int) -> float:
-    """Measure the relative L2 damage of a plan's schedule with all engines but some replaced by the full one."""
+    """Measure the relative L2 damage of a plan's schedule with all engines but some replaced by engine 0."""
     schedule = [engine if engine in engines else FULL_ENGINE for engine in workbench.schedule(candidate)]
     return workbench.damage(workbench.reschedule(candidate, schedule), seed=seed).relative_l2.mean

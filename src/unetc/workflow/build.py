@@ -13,13 +13,12 @@ from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, EnginePair, FileRecord, Manifest, Measurement
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.profile import Profile, Treatment
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
 from unetc.errors import PlanError, QualityGateError
 from unetc.graph.gated import SerialisedGraph
 from unetc.progress import OnProgress, Progress, ignore
-from unetc.runtime.session import FULL_ENGINE
 
 from .additivity import check_pairs
 from .controls import make_controls
@@ -221,23 +220,24 @@ def _write(
         PROFILE_FILE: profile.to_json(),
         SOLVER_FILE: save({SOLVER_ROWS: rows}),
     }
-    known = fitted.candidate.graphs[FULL_ENGINE].weights
-
+    full = setup.workbench.full
     names: dict[bytes, str] = {}
 
-    def add(prefix: str, candidate: Candidate) -> tuple[BundleEngine, ...]:
-        """Give every graph a file, equal ones the same; full engines differ in what they emit."""
-        engines = []
-        for i, graph in enumerate(candidate.graphs):
-            own = f"{prefix}full.onnx" if i == FULL_ENGINE else f"{prefix}{i}.onnx"
-            name = names.setdefault(graph.graph, own)
-            contents[name] = graph.graph
-            engines.append(_record(name, candidate, i, graph, known))
-        return tuple(engines)
+    def add(name: str, graph: SerialisedGraph, treatments: dict[str, Treatment], step_ms: float) -> BundleEngine:
+        """Give a graph a file, equal ones the same."""
+        path = names.setdefault(graph.graph, name)
+        contents[path] = graph.graph
+        unused = tuple(sorted(full.weights - graph.weights))
+        return BundleEngine(graph=path, unused_weights=unused, treatments=treatments, step_ms=step_ms)
 
-    engines = add("engines/", fitted.candidate)
+    def add_all(prefix: str, candidate: Candidate) -> tuple[BundleEngine, ...]:
+        made = zip(candidate.graphs, candidate.plan.engines, candidate.step_ms, strict=True)
+        return tuple(add(f"{prefix}{i}.onnx", graph, own.treatments, ms) for i, (graph, own, ms) in enumerate(made))
+
+    model = add("engines/full.onnx", full, {}, fitted.candidate.full_ms)
+    engines = add_all("engines/", fitted.candidate)
     compared = tuple(
-        Control(name=name, plan=candidate.plan, engines=add(f"controls/{name}-", candidate))
+        Control(name=name, plan=candidate.plan, engines=add_all(f"controls/{name}-", candidate))
         for name, candidate in controls
     )
 
@@ -254,6 +254,7 @@ def _write(
             profile=PROFILE_FILE,
             solver=header,
             solver_file=SOLVER_FILE,
+            full=model,
             plan=fitted.candidate.plan,
             engines=engines,
             controls=compared,
@@ -266,14 +267,3 @@ def _write(
         )
 
     return write_bundle(path, contents, manifest)
-
-
-def _record(
-    name: str, candidate: Candidate, engine: int, graph: SerialisedGraph, known: frozenset[str]
-) -> BundleEngine:
-    return BundleEngine(
-        graph=name,
-        unused_weights=tuple(sorted(known - graph.weights)),
-        treatments=candidate.plan.engines[engine].treatments,
-        step_ms=candidate.step_ms[engine],
-    )

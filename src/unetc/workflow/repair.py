@@ -105,7 +105,7 @@ def _neighbours(
             changed[first], changed[second] = changed[second], changed[first]
         elif move == 1:  # neighbours change places
             changed[first], changed[first - 1] = changed[first - 1], changed[first]
-        else:  # one step gets another engine, the full one as often as all others together
+        else:  # one step gets another engine, engine 0 as often as all others together
             changed[first] = FULL_ENGINE if generator.integers(2) else int(generator.integers(count))
         proposal = workbench.reschedule(candidate, changed)
         if proposal.saving >= budget and workbench.schedule(proposal) == tuple(changed) != schedule:

@@ -19,7 +19,7 @@ from unetc.errors import SessionError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import FULL_ENGINE, Session
+from unetc.runtime.session import Session
 from unetc.timing import interleaved_ms
 
 Array = NDArray[np.float32]
@@ -109,8 +109,8 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         damage=measure_damage(reference, outputs["plan"]),
         controls=controls,
         engines=_engine_uses(manifest, session),
-        disk_bytes=_disk_bytes(manifest, [engine.graph for engine in manifest.engines]),
-        full_disk_bytes=_disk_bytes(manifest, [manifest.engines[FULL_ENGINE].graph]),
+        disk_bytes=_disk_bytes(manifest, [manifest.full.graph, *(engine.graph for engine in manifest.engines)]),
+        full_disk_bytes=_disk_bytes(manifest, [manifest.full.graph]),
     )
 
 

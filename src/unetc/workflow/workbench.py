@@ -16,7 +16,7 @@ from unetc.artifacts.manifest import Measurement
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.backend import Backend, Program
-from unetc.compiler.engines import compile_engines
+from unetc.compiler.engines import compile_engines, compile_full
 from unetc.compiler.schedule import phases_of
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.held import Held
@@ -38,10 +38,12 @@ class Candidate:
     graphs: tuple[SerialisedGraph, ...]
     programs: tuple[Program, ...]
     session: Session
+    full_ms: float
+    """Median milliseconds per call of the full model, timed in turns with the engines."""
     step_ms: tuple[float, ...]
     """Median milliseconds per call of every engine."""
     time_ratio: float
-    """Time of the schedule's engine calls / as many calls of the full engine."""
+    """Time of the schedule's engine calls / as many calls of the full model."""
 
     @property
     def saving(self) -> float:
@@ -59,6 +61,7 @@ class Workbench:
         self.profile = profile
         self.solver = solver
         self.steps = steps
+        self.full = compile_full(gated)
         self._gated = gated
         self._backend = backend
         self._weights = load_file(gated.weights)
@@ -66,22 +69,23 @@ class Workbench:
         self._references: dict[int, NDArray[np.float32]] = {}
 
     def compile(self, plan: Plan) -> Candidate:
-        """Specialise, load and time the engines of a plan, each in turn with the others.
+        """Specialise, load and time the engines of a plan, each in turn with the others and with the full model.
 
         Raises:
             CompileError: If a graph cannot be specialised.
         """
         graphs = compile_engines(self._gated, plan, self.profile)
-        programs = tuple(self._load(graph) for graph in graphs)
-        times = self._time(programs)
+        full, *programs = (self._load(graph) for graph in (self.full, *graphs))
+        full_times, times = self._time(full, programs)
         session = self._session(plan, programs)
         used = session.schedule(self.steps)
-        ratio = np.median(times[:, used].sum(axis=1) / (times[:, FULL_ENGINE] * len(used)))
+        ratio = np.median(times[:, used].sum(axis=1) / (full_times * len(used)))
         return Candidate(
             plan=plan,
             graphs=graphs,
-            programs=programs,
+            programs=tuple(programs),
             session=session,
+            full_ms=float(np.median(full_times)),
             step_ms=tuple(np.median(times, axis=0).tolist()),
             time_ratio=float(ratio),
         )
@@ -93,14 +97,14 @@ class Workbench:
     def reschedule(self, candidate: Candidate, schedule: Sequence[int]) -> Candidate:
         """Give a candidate another schedule of the same engines; its time follows from the engines' times.
 
-        An engine that would need what no step before has emitted is replaced by the full one.
+        An engine that would need what no step before has emitted is replaced by engine 0.
         """
         outer = candidate.plan.phases
         phases = phases_of(schedule, self.solver.table(self.steps).log_snr.tolist(), outer[0].low, outer[-1].high)
         plan = msgspec.structs.replace(candidate.plan, phases=phases)
         session = self._session(plan, candidate.programs)
         used, before = session.schedule(self.steps), self.schedule(candidate)
-        full = candidate.step_ms[FULL_ENGINE] * len(used)
+        full = candidate.full_ms * len(used)
         change = sum(candidate.step_ms[e] for e in used) - sum(candidate.step_ms[e] for e in before)
         return replace(candidate, plan=plan, session=session, time_ratio=candidate.time_ratio + change / full)
 
@@ -133,9 +137,10 @@ class Workbench:
         damage = measure_damage(np.concatenate(full), np.concatenate(pruned))
         return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
 
-    def _session(self, plan: Plan, programs: tuple[Program, ...]) -> Session:
+    def _session(self, plan: Plan, programs: Sequence[Program]) -> Session:
         return Session(
             plan=plan,
+            full=self._load(self.full),
             programs=programs,
             solver=self.solver,
             sample_shape=self.profile.sample_shape,
@@ -152,7 +157,8 @@ class Workbench:
             del self._programs[next(iter(self._programs))]
         return program
 
-    def _time(self, programs: Sequence[Program]) -> NDArray[np.float64]:
+    def _time(self, full: Program, programs: Sequence[Program]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Measure milliseconds per call in turns: [round] of the full model and [round, program] of the others."""
         batch = self.profile.batch
         sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
         inputs: dict[str, object] = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
@@ -160,4 +166,6 @@ class Workbench:
         held = Held()
         held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
         inputs |= held.inputs(500.0)
-        return interleaved_ms([partial(program, inputs, output) for program in programs], rounds=ENGINE_ROUNDS)
+        distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
+        times = interleaved_ms([partial(program, inputs, output) for program in distinct], rounds=ENGINE_ROUNDS)
+        return times[:, 0], times[:, [distinct.index(program) for program in programs]]
