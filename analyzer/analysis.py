@@ -49,6 +49,10 @@ class AnalysisOptions:
     """Timed repetitions per component."""
     decisive: int | None = 10
     """Ablations of every bin that are carried to the final output; the others are screened. All are when None."""
+    prompts: tuple[str, ...] = ()
+    """What a model that takes prompts is measured on; its own list when empty."""
+    guidance_scale: float | None = None
+    """Of classifier-free guidance, dimensionless; what the pipeline usually has when None."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -63,6 +67,8 @@ class AnalysisOptions:
             raise ProfileError(f"decisive must be at least 1, or None for all, got {self.decisive}.")
         if self.bins > self.steps:
             raise ProfileError(f"cannot cut {self.steps} steps into {self.bins} bins; use fewer bins or more steps.")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < 1000:
+            raise ProfileError(f"a guidance scale is at least 1, which is none; got {self.guidance_scale}.")
         if not 0 <= self.seed < 2**63:
             raise ProfileError(f"a seed lies in [0, 2^63), got {self.seed}.")
 
@@ -94,7 +100,7 @@ def analyze(
         backend: The target, opened.
         sample_shape: [channel, height, width].
         conditions: What the samples are conditioned on; sample k has row k, modulo the number of rows.
-        prompts: The conditions in words, for people.
+        prompts: The conditions in words, and further ones that are kept for `verify`.
         options: How to analyse.
         work: Folder for partial results. A second call with the same arguments continues from them: damages are equal
             bit by bit, and times already measured are not measured again.
@@ -131,6 +137,7 @@ def analyze(
         batch=options.batch,
         sample_shape=sample_shape,
         prompts=prompts,
+        used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
         components=gated.components,
         bins=sweep.bins,

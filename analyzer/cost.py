@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from unetc.artifacts.profile import Cost, Estimate, Treatment
 from unetc.backend import Backend, Program
-from unetc.conditions import Conditions
+from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.progress import OnProgress, Progress
@@ -23,7 +23,7 @@ def measure_costs(
     gated: GatedGraph,
     backend: Backend,
     *,
-    conditions: Conditions,
+    conditions: Conditions = UNCONDITIONAL,
     batch: int,
     sample_shape: tuple[int, int, int],
     rounds: int,

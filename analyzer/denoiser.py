@@ -106,7 +106,7 @@ class GatedDenoiser:
         rows: Mapping[str, Array],
         others: Mapping[str, object],
     ) -> tuple[Array, Mapping[str, object]]:
-        """Run a form of the graph with inputs per sample and others; return the guided prediction and what is emitted."""
+        """Run a form of the graph; return the guided prediction and what is emitted."""
         conditions = self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
@@ -137,4 +137,3 @@ class GatedDenoiser:
 
     def _load(self, graph: SerialisedGraph) -> Program:
         return self._backend.load(graph.graph, graph.select(self._weights))
-

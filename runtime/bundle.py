@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from safetensors.numpy import load
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST, SOLVER_ROWS, BundleEngine, Manifest, digest_of
 from unetc.artifacts.record import MAX_JSON_BYTES
-from unetc.errors import ArtifactError, CorruptArtifactError, SessionError
+from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
 from unetc.solver.table import SolverTables
 
 
@@ -30,6 +32,8 @@ class Bundle:
     weights: dict[str, NDArray[np.generic]]
     """Initializers by name, shared by all graphs."""
     solver: SolverTables
+    conditions: Conditions
+    """Of the prompts in the manifest; `UNCONDITIONAL` if there are none."""
     profile: bytes
     """JSON of the profile that the plan was made from."""
 
@@ -65,16 +69,24 @@ class Bundle:
         try:
             weights = load(contents[manifest.weights])
             solver = SolverTables.from_array(manifest.solver, load(contents[manifest.solver_file])[SOLVER_ROWS])
-        except (SafetensorError, SessionError, ValueError, KeyError) as error:
+            conditions = _conditions(manifest, contents)
+        except (SafetensorError, SessionError, ShapeMismatch, ValueError, KeyError) as error:
             raise CorruptArtifactError(f"{path} holds what unetc does not write: {error}") from error
         return cls(
             path=path,
             manifest=manifest,
-            graphs={engine.graph: contents[engine.graph] for engine in manifest.all_engines()},
+            graphs={path: contents[path] for path in manifest.graphs()},
             weights=weights,
             solver=solver,
+            conditions=conditions,
             profile=contents[manifest.profile],
         )
+
+
+def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions:
+    if manifest.conditioning is None:
+        return UNCONDITIONAL
+    return Conditions.from_arrays(load(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale)
 
 
 def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:

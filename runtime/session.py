@@ -12,6 +12,7 @@ import numpy as np
 from unetc.artifacts.manifest import BundleEngine, Control
 from unetc.artifacts.plan import Plan
 from unetc.backend import Array, Backend, Program
+from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
 from unetc.held import Held
 from unetc.solver.noise import initial_noise
@@ -20,6 +21,7 @@ from unetc.solver.trajectory import Trajectory
 
 from .backend import Memory, open_backend
 from .bundle import Bundle
+from .decoder import Decoder
 
 FULL_ENGINE = 0
 """The engine of a plan that computes everything, and emits what the others reuse."""
@@ -65,6 +67,9 @@ class Session:
         solver: SolverTables,
         sample_shape: tuple[int, int, int],
         steps: int,
+        predicted_channels: int | None = None,
+        conditions: Conditions = UNCONDITIONAL,
+        decoder: Decoder | None = None,
     ) -> None:
         """Put a session together.
 
@@ -75,11 +80,17 @@ class Session:
             solver: The solver for every number of steps.
             sample_shape: [channel, height, width] of one sample.
             steps: Default number of steps.
+            predicted_channels: Width of what the denoiser predicts; that of a sample when not given.
+            conditions: What samples are conditioned on by default: sample k on row k, modulo their number.
+            decoder: What turns samples into images; none if they are images.
         """
         self.plan = plan
         self.solver = solver
         self.sample_shape = sample_shape
         self.steps = steps
+        self.conditions = conditions
+        self._predicted_channels = predicted_channels or sample_shape[0]
+        self._decoder = decoder
         self._full = full
         self._programs = tuple(programs)
 
@@ -96,6 +107,7 @@ class Session:
             return backend.load(bundle.graphs[engine.graph], bundle.weights_of(engine))
 
         programs = [load(engine) for engine in engines]
+        decoder = manifest.decoder
         emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph
         return cls(
             plan=control.plan if control else manifest.plan,
@@ -104,6 +116,9 @@ class Session:
             solver=bundle.solver,
             sample_shape=manifest.sample_shape,
             steps=manifest.steps,
+            predicted_channels=manifest.predicted_channels,
+            conditions=bundle.conditions,
+            decoder=Decoder(backend.load(bundle.graphs[decoder.graph], {}), decoder.scale) if decoder else None,
         )
 
     def schedule(self, steps: int) -> tuple[int, ...]:
@@ -118,7 +133,9 @@ class Session:
         steps: int | None = None,
         first_index: int = 0,
         noise: Array | None = None,
+        conditions: Conditions | None = None,
         lossless: bool = False,
+        latents: bool = False,
         on_step: Callable[[Step], None] | None = None,
     ) -> Array:
         """Sample from noise.
@@ -129,7 +146,9 @@ class Session:
             steps: Number of denoiser calls; the bundle's default when not given.
             first_index: Index of the first sample within the seed.
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
+            conditions: What the batch is conditioned on, one row per sample; those of the bundle when not given.
             lossless: Run the full model at every step.
+            latents: Give back what has been sampled as it is, where a decoder would make an image of it.
             on_step: Called after every step.
 
         Returns:
@@ -137,7 +156,7 @@ class Session:
 
         Raises:
             SessionError: If the bundle has no solver table for this number of steps.
-            ShapeMismatch: If the noise does not fit the model.
+            ShapeMismatch: If the noise does not fit the model, or the conditions the noise.
             NonFiniteError: If an engine produces NaN or infinity.
         """
         table = self.solver.table(self.steps if steps is None else steps)
@@ -148,9 +167,19 @@ class Session:
             noise = initial_noise(seed, range(first_index, first_index + batch), (channels, height, width))
         elif noise.ndim != 4 or noise.shape[1] != channels or len(noise) < 1:
             raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
+        indices = range(first_index, first_index + len(noise))
+        if conditions is None:
+            conditions = self.conditions.take(indices)
+        elif (rows := conditions.rows) not in (None, len(noise)):
+            raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
         schedule = (0,) * table.steps if lossless else self.schedule(table.steps)
         programs = (self._full,) if lossless else self._programs
-        return self._denoise(table, schedule, programs, noise, seed, first_index, on_step)
+        sampled = self._denoise(table, schedule, programs, noise, conditions, seed, indices, on_step)
+        return sampled if latents else self.decode(sampled)
+
+    def decode(self, sampled: Array) -> Array:
+        """Turn what has been sampled into images, [batch, channel, height, width]; they may be the same."""
+        return sampled if self._decoder is None else self._decoder(sampled)
 
     def _denoise(
         self,
@@ -158,18 +187,18 @@ class Session:
         schedule: tuple[int, ...],
         programs: tuple[Program, ...],
         noise: Array,
+        conditions: Conditions,
         seed: int,
-        first_index: int,
+        indices: Sequence[int],
         on_step: Callable[[Step], None] | None,
     ) -> Array:
         trajectory = Trajectory.start(table, noise)
         held = Held()
-        indices = range(first_index, first_index + len(noise))
         for i, engine in enumerate(schedule):
             timestep = float(table.timesteps[i])
 
             def predict(sample: Array, program: Program = programs[engine], timestep: float = timestep) -> Array:
-                return _predict(program, sample, timestep, held)
+                return self._predict(program, sample, timestep, conditions, held)
 
             trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
             if not np.isfinite(trajectory.predictions[0]).all():
@@ -182,13 +211,12 @@ class Session:
                 on_step(step)
         return trajectory.sample
 
-
-def _predict(program: Program, sample: Array, timestep: float, held: Held) -> Array:
-    prediction = np.empty_like(sample)
-    timesteps = np.full(len(sample), timestep, dtype=np.float32)
-    inputs = {"sample": sample, "timestep": timesteps, **held.inputs(timestep)}
-    held.remember(program(inputs, prediction), timestep)
-    return prediction
+    def _predict(self, program: Program, sample: Array, timestep: float, conditions: Conditions, held: Held) -> Array:
+        inputs = conditions.widen(sample, timestep)
+        shape = (len(inputs["sample"]), self._predicted_channels, *sample.shape[2:])
+        prediction = np.empty(shape, dtype=np.float32)
+        held.remember(program({**inputs, **held.inputs(timestep)}, prediction), timestep)
+        return conditions.guide(prediction, sample.shape[1])
 
 
 def load(

@@ -48,12 +48,19 @@ class Conditions:
         if self.negative:
             wanted, got = ({name: array.shape for name, array in side.items()} for side in (self.own, self.negative))
             if wanted != got:
-                raise ShapeMismatch(f"negative conditions have the shapes {got}; expected those of the others, {wanted}.")
+                raise ShapeMismatch(
+                    f"negative conditions have the shapes {got}; expected those of the others, {wanted}."
+                )
 
     @property
     def guided(self) -> bool:
         """Whether every call has twice the batch."""
         return bool(self.negative)
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows; None without conditions, which fit any batch."""
+        return next((len(array) for array in self.own.values()), None)
 
     def take(self, rows: Sequence[int]) -> Conditions:
         """Pick rows, the same ones as often as asked; a row counts modulo how many there are."""

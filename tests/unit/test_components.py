@@ -361,7 +361,10 @@ def test_other_classes_are_refused_by_name() -> None:
     ("config", "message"),
     [
         ({"time_cond_proj_dim": 8}, "UNet2DConditionModel with time_cond_proj_dim"),
-        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}, "UNet2DConditionModel with image_proj conditions"),
+        (
+            {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8},
+            "UNet2DConditionModel with image_proj conditions",
+        ),
         ({"addition_embed_type": "image", "encoder_hid_dim": 8}, "addition_embed_type 'image'"),
     ],
 )

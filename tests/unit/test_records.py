@@ -39,7 +39,7 @@ from unetc.artifacts import (
     Treatment,
     Verification,
 )
-from unetc.artifacts.manifest import EnginePair
+from unetc.artifacts.manifest import BundleDecoder, Conditioning, EnginePair
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, check_writable, read_bounded, write_atomically
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
@@ -58,6 +58,13 @@ estimates = st.tuples(number, number, number).map(sorted).map(lambda v: Estimate
 damages = st.builds(Damage, relative_l2=estimates, psnr=estimates, ssim=estimates)
 measurements = st.builds(Measurement, time_ratio=number, damage=damages)
 pairs = st.builds(EnginePair, engines=st.tuples(count, count), alone=st.tuples(number, number), together=number)
+conditionings = st.builds(
+    Conditioning,
+    file=st.just("c"),
+    prompts=st.lists(text, min_size=1, max_size=3).map(tuple),
+    used=st.just(1),
+    guidance_scale=positive,
+)
 models = st.builds(ModelReference, name=text, sha256=digest, pipeline=text, denoiser=text)
 
 
@@ -148,7 +155,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     full = engine(Assignment(treatments={}), "engines/full.onnx")
     engines = tuple(engine(assignment, f"engines/{i}.onnx") for i, assignment in enumerate(plan.engines))
     others = tuple(engine(assignment, f"controls/{i}.onnx") for i, assignment in enumerate(other.engines))
-    names = ["w", "p", "s", full.graph, *(e.graph for e in engines), *(e.graph for e in others)]
+    names = ["w", "p", "s", "c", "d", full.graph, *(e.graph for e in engines), *(e.graph for e in others)]
     counts = draw(
         st.lists(st.builds(SolverCount, steps=count, start=count, initial_scale=positive), min_size=1, max_size=2)
     )
@@ -158,6 +165,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         target=draw(text),
         threads=draw(count),
         sample_shape=draw(shape),
+        predicted_channels=draw(count),
+        conditioning=draw(st.none() | conditionings),
+        decoder=draw(st.none() | st.builds(BundleDecoder, graph=st.just("d"), scale=count)),
         batch=draw(count),
         steps=draw(count),
         weights="w",
@@ -368,6 +378,7 @@ def manifest(**fields: Any) -> Manifest:
         "target": "t",
         "threads": 1,
         "sample_shape": (1, 2, 2),
+        "predicted_channels": 1,
         "batch": 1,
         "steps": 4,
         "weights": "w",

@@ -87,6 +87,32 @@ class Control(Record, frozen=True, kw_only=True):
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
 
 
+class Conditioning(Record, frozen=True, kw_only=True):
+    """What samples of the bundle are conditioned on unless they are given conditions of their own."""
+
+    file: str
+    """Path of the encoded prompts."""
+    prompts: tuple[str, ...]
+    """In words; sample k has prompt k, modulo their number."""
+    used: int
+    """Analysis and build have seen the first so many; `verify` uses the others, if there are any."""
+    guidance_scale: float
+    """Of classifier-free guidance, dimensionless; 1 if there is none."""
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        require(0 < self.used <= len(self.prompts), "a bundle with prompts was made with some of them")
+
+
+class BundleDecoder(Record, frozen=True, kw_only=True):
+    """What turns samples into images."""
+
+    graph: str
+    """Path of the ONNX graph, weights inside."""
+    scale: int
+    """Pixels of the image per pixel of a sample, along each side."""
+
+
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
@@ -96,6 +122,12 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
+    predicted_channels: int
+    """Width of what the denoiser predicts; that of a sample, or more where it predicts a variance too."""
+    conditioning: Conditioning | None = None
+    """None if the denoiser gets noise and timestep alone."""
+    decoder: BundleDecoder | None = None
+    """None if samples are images."""
     batch: int
     """Batch of all times in this manifest."""
     steps: int
@@ -127,7 +159,9 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         listed = {file.path for file in self.files}
         require(len(listed) == len(self.files), "a file is listed twice")
         require(len({path.lower() for path in listed}) == len(listed), "two paths differ only in case")
-        named = {self.weights, self.profile, self.solver_file, *(engine.graph for engine in self.all_engines())}
+        named = {self.weights, self.profile, self.solver_file, *self.graphs()}
+        if self.conditioning is not None:
+            named.add(self.conditioning.file)
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
         require(not self.full.treatments, "the full model keeps every component")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
@@ -137,3 +171,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     def all_engines(self) -> tuple[BundleEngine, ...]:
         """List the full model, the engines of the plan and those of the controls."""
         return (self.full, *self.engines, *(engine for control in self.controls for engine in control.engines))
+
+    def graphs(self) -> frozenset[str]:
+        """Name every file that a backend loads."""
+        engines = frozenset(engine.graph for engine in self.all_engines())
+        return engines if self.decoder is None else engines | {self.decoder.graph}

@@ -148,9 +148,11 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Batch of the cost measurement."""
     sample_shape: tuple[int, int, int]
     """[channel, height, width] of one sample."""
-    prompts: tuple[str, ...]
-    """What the samples are conditioned on, in words: sample k has prompt k, modulo their number. Empty if on nothing."""
-    guidance_scale: float
+    prompts: tuple[str, ...] = ()
+    """What samples are conditioned on, in words; empty if on nothing."""
+    used_prompts: int = 0
+    """The first so many were used: sample k had prompt k, modulo this number. The others are for `verify`."""
+    guidance_scale: float = 1.0
     """Of classifier-free guidance, dimensionless; 1 if there is none."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
@@ -173,6 +175,7 @@ class Profile(Artifact, frozen=True, kw_only=True):
         width = 4 * sum(component.channels for component in self.components)
         require(len(self.means) == len(self.bins), "there must be one row of means per bin")
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
+        require(0 <= self.used_prompts <= len(self.prompts), "no more prompts can be used than there are")
         require(bool(self.bins) and self.full_ms.mean > 0, "a profile needs bins and a positive time")
 
     def bin_of(self, log_snr: float) -> int:

@@ -39,6 +39,13 @@ Exhaustive = Annotated[
     bool, typer.Option("--exhaustive", help="Carry every ablation to the final output; takes some ten times longer.")
 ]
 Solver = Annotated[str, typer.Option(help="fast, or exact: an integer program, some hundred times slower.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Prompts to measure on, one a line; the last quarter is kept for verify [default: the model's]."),
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Of classifier-free guidance; 1 is none [default: the pipeline's].")
+]
 KnownProfile = Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")]
 Cache = Annotated[
     Path | None,
@@ -65,6 +72,8 @@ def analyze(
     target: Target = "onnxruntime:cpu",
     threads: Threads = None,
     batch: Batch = 8,
+    prompts: Prompts = None,
+    guidance_scale: GuidanceScale = None,
     exhaustive: Exhaustive = False,
     cache: Cache = None,
     as_json: Json = False,
@@ -76,7 +85,9 @@ def analyze(
     from unetc.workflow.setup import analyze_model
 
     check_writable(output)
-    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, exhaustive)
+    options = _analysis(
+        scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, exhaustive
+    )
     with progress() as on_progress:
         profile = analyze_model(model, options, cache=_cache(cache), on_progress=on_progress)
     profile.save(output)
@@ -138,6 +149,8 @@ def build(
     target: Target = "onnxruntime:cpu",
     threads: Threads = None,
     batch: Batch = 8,
+    prompts: Prompts = None,
+    guidance_scale: GuidanceScale = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -160,7 +173,7 @@ def build(
         analysis=(
             AnalysisOptions()  # not used, so the numbers need not fit each other
             if profile
-            else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch)
+            else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
         ),
         steps=steps,
         gate=QualityGate.parse(quality_gate) if quality_gate else None,
@@ -200,6 +213,8 @@ def pareto(
     target: Target = "onnxruntime:cpu",
     threads: Threads = None,
     batch: Batch = 8,
+    prompts: Prompts = None,
+    guidance_scale: GuidanceScale = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -217,7 +232,11 @@ def pareto(
     check_writable(output)
     check_writable(picture)
     known = Profile.load(profile) if profile else None
-    analysis = AnalysisOptions() if known else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch)
+    analysis = (
+        AnalysisOptions()
+        if known
+        else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+    )
     options = ParetoOptions(budgets=budgets, steps=steps, max_engines=max_engines, analysis=analysis)
     with progress() as on_progress:
         curve = measure(model, options, cache=_cache(cache), profile=known, on_progress=on_progress)
@@ -383,12 +402,15 @@ def _analysis(
     target: str,
     threads: int | None,
     batch: int,
+    prompts: Path | None,
+    guidance_scale: float | None,
     exhaustive: bool = False,
 ) -> AnalysisOptions:
     from dataclasses import replace
 
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.environment import cores
+    from unetc.models import read_prompts
 
     options = AnalysisOptions(
         scheduler=scheduler,
@@ -399,6 +421,8 @@ def _analysis(
         target=target,
         threads=threads or cores(),
         batch=batch,
+        prompts=read_prompts(prompts) if prompts else (),
+        guidance_scale=guidance_scale,
     )
     return replace(options, decisive=None) if exhaustive else options
 

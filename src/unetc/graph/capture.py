@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from unetc.artifacts.profile import Component
@@ -82,8 +82,7 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                traced = torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),))
-            return traced, dynamic_size
+                return torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),)), dynamic_size
         except Exception as error:  # torch.export raises many unrelated classes
             errors.append(error)
     reason = next(iter(str(errors[-1]).splitlines()), type(errors[-1]).__name__)

@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """Call the model; what follows its own inputs (the gates, put in later) is ignored."""
-        named = {item.name: value for item, value in zip(self.inputs, values, strict=False)}
+        named: dict[str, Any] = {item.name: value for item, value in zip(self.inputs, values, strict=False)}
         added = {name: named.pop(name) for name in (POOLED, TIME_IDS) if name in named}
         if added:
             named["added_cond_kwargs"] = added

@@ -247,7 +247,7 @@ def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
 
 def _export(capture: Capture) -> ir.Model:
     try:
-        with _quiet():
+        with quietly():
             program = torch.onnx.export(
                 capture.program,
                 dynamo=True,
@@ -326,7 +326,7 @@ def _hash(path: Path) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence the exporter's remarks about libraries that are not needed here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -32,7 +32,7 @@ GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
 PIPELINES = (*UNCONDITIONAL_PIPELINES, *GUIDANCE)
 
 PROMPTS = "prompts.txt"
-"""One prompt a line: in a model's folder those to measure it on; beside this module those of models without their own."""
+"""Prompts to measure a model on, one a line; the file beside this module is for models without their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +75,13 @@ class Model:
             return UNCONDITIONAL
         from .text import encode_prompts
 
-        factor = self.decoder_factor()
-        size = self.sample_shape[1] * factor, self.sample_shape[2] * factor
-        return encode_prompts(
-            self.folder, self.reference.pipeline, prompts, guidance_scale=guidance_scale, size=size
-        )
+        _, height, width = self.sample_shape
+        size = height * self.decoder_scale, width * self.decoder_scale
+        return encode_prompts(self.folder, self.reference.pipeline, prompts, guidance_scale=guidance_scale, size=size)
 
-    def decoder_factor(self) -> int:
-        """Tell how many pixels of the image one latent pixel is, along each side; 1 if samples are images."""
+    @property
+    def decoder_scale(self) -> int:
+        """Number of pixels of the image per pixel of a sample, along each side; 1 if samples are images."""
         if not self.conditional:
             return 1
         levels = _read_json(self.folder / "vae/config.json").get("block_out_channels", [0])

@@ -46,9 +46,11 @@ def encode_prompts(
 def _load(folder: Path, pipeline: str) -> Any:
     """Load a pipeline without denoiser and decoder."""
     import diffusers
-    from diffusers.utils import logging
+    import transformers
 
-    logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     try:
         return getattr(diffusers, pipeline).from_pretrained(
             folder,

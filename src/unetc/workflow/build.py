@@ -10,7 +10,17 @@ from safetensors.numpy import save
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
-from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, EnginePair, FileRecord, Manifest, Measurement
+from unetc.artifacts.manifest import (
+    SOLVER_ROWS,
+    BundleDecoder,
+    BundleEngine,
+    Conditioning,
+    Control,
+    EnginePair,
+    FileRecord,
+    Manifest,
+    Measurement,
+)
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile, Treatment
@@ -32,6 +42,8 @@ from .workbench import Candidate, Workbench
 PROFILE_FILE = "profile.json"
 WEIGHTS_FILE = "weights.safetensors"
 SOLVER_FILE = "solver.safetensors"
+CONDITIONS_FILE = "conditions.safetensors"
+DECODER_FILE = "decoder.onnx"
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
 GATE_SEARCH_STEPS = 5
 """Halvings of the interval in which the largest budget that passes a gate is searched."""
@@ -220,6 +232,10 @@ def _write(
         PROFILE_FILE: profile.to_json(),
         SOLVER_FILE: save({SOLVER_ROWS: rows}),
     }
+    if setup.conditions.rows:
+        contents[CONDITIONS_FILE] = save(setup.conditions.to_arrays())
+    if setup.prepared.decoder is not None:
+        contents[DECODER_FILE] = setup.prepared.decoder
     full = setup.workbench.full
     names: dict[bytes, str] = {}
 
@@ -248,6 +264,18 @@ def _write(
             target=profile.target,
             threads=profile.threads,
             sample_shape=profile.sample_shape,
+            predicted_channels=setup.prepared.gated.predicted_channels,
+            conditioning=Conditioning(
+                file=CONDITIONS_FILE,
+                prompts=profile.prompts,
+                used=profile.used_prompts,
+                guidance_scale=profile.guidance_scale,
+            )
+            if setup.conditions.rows
+            else None,
+            decoder=BundleDecoder(graph=DECODER_FILE, scale=setup.prepared.model.decoder_scale)
+            if setup.prepared.decoder is not None
+            else None,
             batch=profile.batch,
             steps=options.steps,
             weights=WEIGHTS_FILE,

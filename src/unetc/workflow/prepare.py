@@ -10,8 +10,10 @@ from pathlib import Path
 from filelock import FileLock
 
 import unetc
+from unetc.artifacts.record import write_atomically
 from unetc.errors import ArtifactError
 from unetc.graph.capture import capture
+from unetc.graph.decoder import export_decoder
 from unetc.graph.gated import OPSET, GatedGraph, open_or_build
 from unetc.models import Model
 from unetc.progress import OnProgress, Progress, ignore
@@ -25,6 +27,8 @@ class Prepared:
 
     model: Model
     gated: GatedGraph
+    decoder: bytes | None
+    """ONNX graph that turns samples into images; None if samples are images."""
     work: Path
     """Folder for partial results about this model."""
 
@@ -45,10 +49,24 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / "graph.lock"):
             gated = open_or_build(work / "graph", lambda: capture(model.load_denoiser()))
+            decoder = _decoder(model, work)
     except OSError as error:
         raise ArtifactError(f"cannot write the cache {work}: {error.strerror}. Choose another with --cache.") from error
     on_progress(Progress(stage="capture", done=1, total=1))
-    return Prepared(model=model, gated=gated, work=work)
+    return Prepared(model=model, gated=gated, decoder=decoder, work=work)
+
+
+def _decoder(model: Model, work: Path) -> bytes | None:
+    """Export the decoder, or read what an earlier command has exported."""
+    if (autoencoder := model.load_decoder()) is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in autoencoder.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    path = work / f"decoder-{digest.hexdigest()[:16]}.onnx"
+    if not path.exists():
+        write_atomically(path, export_decoder(autoencoder))
+    return path.read_bytes()
 
 
 def prepare_solver(

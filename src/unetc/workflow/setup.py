@@ -11,15 +11,20 @@ from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
 from unetc.compiler.engines import check_plan
+from unetc.conditions import Conditions
 from unetc.errors import ProfileError
 from unetc.models import Model, find_model
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.backend import open_backend
+from unetc.runtime.decoder import Decoder
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.table import SolverTables
 
 from .prepare import Prepared, prepare, prepare_solver
 from .workbench import Workbench
+
+HELD_OUT_SHARE = 4
+"""One of so many prompts is kept for `verify`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,8 @@ class Setup:
     prepared: Prepared
     profile: Profile
     solver: SolverTables
+    conditions: Conditions
+    """Of all prompts of the profile."""
     workbench: Workbench
 
 
@@ -68,8 +75,17 @@ def set_up(
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
     backend = open_backend(profile.target, threads=profile.threads)
-    workbench = Workbench(prepared.gated, profile, solver, backend, steps=steps)
-    return Setup(prepared=prepared, profile=profile, solver=solver, workbench=workbench)
+    conditions = model.encode(profile.prompts, profile.guidance_scale)
+    workbench = Workbench(
+        prepared.gated,
+        profile,
+        solver,
+        backend,
+        steps=steps,
+        conditions=conditions.take(range(profile.used_prompts)),
+        decoder=Decoder(backend.load(prepared.decoder, {}), model.decoder_scale) if prepared.decoder else None,
+    )
+    return Setup(prepared=prepared, profile=profile, solver=solver, conditions=conditions, workbench=workbench)
 
 
 def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progress: OnProgress = ignore) -> Profile:
@@ -88,6 +104,10 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
     table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
     backend = open_backend(options.target, threads=options.threads)
+    prompts = options.prompts or model.prompts()
+    scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
+    conditions = model.encode(used, scale)
     prepared = prepare(model, cache, on_progress)
     with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
         return analyze(
@@ -96,6 +116,8 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
             table,
             backend,
             sample_shape=model.sample_shape,
+            conditions=conditions,
+            prompts=prompts,
             options=options,
             work=prepared.work,
             on_progress=on_progress,

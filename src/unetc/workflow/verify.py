@@ -14,6 +14,7 @@ import unetc
 from unetc.analyzer.damage import measure_damage
 from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.verification import ControlResult, EngineUse, Verification
+from unetc.conditions import Conditions
 from unetc.environment import describe
 from unetc.errors import SessionError
 from unetc.progress import OnProgress, Progress, ignore
@@ -63,17 +64,24 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         raise SessionError(f"rounds and batch must be at least 1, got {options.rounds} and {batch}.")
     backend = open_backend(manifest.target, threads=manifest.threads)
     session = Session.of(bundle, backend)
-    fewer = _steps_of_equal_time(session, batch, seed)
+    conditions = _held_out(manifest, bundle.conditions)
+
+    def sample(session: Session, first: int, *, lossless: bool = False, steps: int | None = None) -> Array:
+        own = conditions.take(range(first, first + batch))
+        return session.sample(
+            batch, seed=seed, steps=steps, first_index=first, conditions=own, lossless=lossless, latents=True
+        )
+
+    fewer = _steps_of_equal_time(session, partial(sample, session, 0))
     contenders: dict[str, Callable[[int], Array]] = {
-        "full": partial(_sample, session, batch, seed, True, None),
-        "plan": partial(_sample, session, batch, seed, False, None),
-        "fewer_steps": partial(_sample, session, batch, seed, True, fewer),
+        "full": partial(sample, session, lossless=True),
+        "plan": partial(sample, session),
+        "fewer_steps": partial(sample, session, lossless=True, steps=fewer),
     }
     for control in manifest.controls:
-        contenders[control.name] = partial(
-            _sample, Session.of(bundle, backend, control=control), batch, seed, False, None
-        )
-    times, outputs = _run(contenders, options.rounds, on_progress)
+        contenders[control.name] = partial(sample, Session.of(bundle, backend, control=control))
+    times, sampled = _run(contenders, options.rounds, on_progress)
+    outputs = {name: session.decode(latents) for name, latents in sampled.items()}
     ratios = {name: row / times["full"] for name, row in times.items()}
     reference = outputs["full"]
     groups: dict[str, list[str]] = {}
@@ -114,13 +122,17 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
     )
 
 
-def _sample(session: Session, batch: int, seed: int, lossless: bool, steps: int | None, first: int) -> Array:
-    return session.sample(batch, seed=seed, first_index=first, lossless=lossless, steps=steps)
+def _held_out(manifest: Manifest, conditions: Conditions) -> Conditions:
+    """Pick the prompts that neither analysis nor build has seen; all if there are no others."""
+    if manifest.conditioning is None:
+        return conditions
+    count, used = len(manifest.conditioning.prompts), manifest.conditioning.used
+    return conditions.take(range(used if used < count else 0, count))
 
 
-def _steps_of_equal_time(session: Session, batch: int, seed: int) -> int:
+def _steps_of_equal_time(session: Session, sample: Callable[..., Array]) -> int:
     """Find how many steps of the full model take the time of the plan; the first, untimed round warms up."""
-    calls = [partial(_sample, session, batch, seed, lossless, None, 0) for lossless in (True, False)]
+    calls = [partial(sample, lossless=lossless) for lossless in (True, False)]
     times = interleaved_ms(calls, rounds=3, warmup=1)
     wanted = session.steps * float(np.median(times[:, 1] / times[:, 0]))
     return min(session.solver.counts, key=lambda count: abs(count - wanted))

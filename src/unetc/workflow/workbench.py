@@ -18,8 +18,10 @@ from unetc.artifacts.profile import Damage, Profile
 from unetc.backend import Backend, Program
 from unetc.compiler.engines import compile_engines, compile_full
 from unetc.compiler.schedule import phases_of
+from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.graph.gated import GatedGraph, SerialisedGraph
 from unetc.held import Held
+from unetc.runtime.decoder import Decoder
 from unetc.runtime.session import FULL_ENGINE, Session
 from unetc.solver.table import SolverTables
 from unetc.timing import interleaved_ms
@@ -55,13 +57,33 @@ class Workbench:
     """Compiles and measures plans of one profile on one backend."""
 
     def __init__(
-        self, gated: GatedGraph, profile: Profile, solver: SolverTables, backend: Backend, *, steps: int
+        self,
+        gated: GatedGraph,
+        profile: Profile,
+        solver: SolverTables,
+        backend: Backend,
+        *,
+        steps: int,
+        conditions: Conditions = UNCONDITIONAL,
+        decoder: Decoder | None = None,
     ) -> None:
-        """Set up for a profile; `steps` is the number of steps that plans are measured at."""
+        """Set up for a profile.
+
+        Args:
+            gated: The graph.
+            profile: What was measured of it.
+            solver: The profile's scheduler.
+            backend: The profile's target.
+            steps: Number of steps that plans are measured at.
+            conditions: What samples are conditioned on; sample k on row k, modulo their number.
+            decoder: What turns samples into images, on which damage is measured.
+        """
         self.profile = profile
         self.solver = solver
         self.steps = steps
         self.full = compile_full(gated)
+        self._conditions = conditions
+        self._decoder = decoder
         self._gated = gated
         self._backend = backend
         self._weights = load_file(gated.weights)
@@ -127,14 +149,14 @@ class Workbench:
         full: list[NDArray[np.float32]] = []
         pruned: list[NDArray[np.float32]] = []
         for i in range(SAMPLING_ROUNDS):
-            sample = partial(candidate.session.sample, batch, seed=seed, first_index=i * batch)
+            sample = partial(candidate.session.sample, batch, seed=seed, first_index=i * batch, latents=True)
             times = interleaved_ms(
                 [lambda s=sample: full.append(s(lossless=True)), lambda s=sample: pruned.append(s())],  # type: ignore[misc]
                 rounds=1,
                 warmup=0,
             )
             ratios.append(float(times[0, 1] / times[0, 0]))
-        damage = measure_damage(np.concatenate(full), np.concatenate(pruned))
+        damage = measure_damage(*(candidate.session.decode(np.concatenate(parts)) for parts in (full, pruned)))
         return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
 
     def _session(self, plan: Plan, programs: Sequence[Program]) -> Session:
@@ -145,6 +167,9 @@ class Workbench:
             solver=self.solver,
             sample_shape=self.profile.sample_shape,
             steps=self.steps,
+            predicted_channels=self._gated.predicted_channels,
+            conditions=self._conditions,
+            decoder=self._decoder,
         )
 
     def _load(self, graph: SerialisedGraph) -> Program:
@@ -161,8 +186,9 @@ class Workbench:
         """Measure milliseconds per call in turns: [round] of the full model and [round, program] of the others."""
         batch = self.profile.batch
         sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
-        inputs: dict[str, object] = {"sample": sample, "timestep": np.full(batch, 500.0, dtype=np.float32)}
-        output = np.empty_like(sample)
+        inputs: dict[str, object] = {**self._conditions.take(range(batch)).widen(sample, 500.0)}
+        rows = 2 * batch if self._conditions.guided else batch
+        output = np.empty((rows, self._gated.predicted_channels, *sample.shape[2:]), dtype=np.float32)
         held = Held()
         held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
         inputs |= held.inputs(500.0)

@@ -1,0 +1,26 @@
+"""Turn latents into images with the decoder of a bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unetc.backend import Array, Program
+
+_CHANNELS = 3
+
+
+class Decoder:
+    """A loaded decoder."""
+
+    def __init__(self, program: Program, scale: int) -> None:
+        """Wrap a program; `scale` is the number of pixels per latent pixel along each side."""
+        self._program = program
+        self._scale = scale
+
+    def __call__(self, sampled: Array) -> Array:
+        """Decode latents [batch, channel, height, width], one after the other: activations are large at full size."""
+        batch, _, height, width = sampled.shape
+        images = np.empty((batch, _CHANNELS, height * self._scale, width * self._scale), dtype=np.float32)
+        for i in range(batch):
+            self._program({"sample": np.ascontiguousarray(sampled[i : i + 1])}, images[i : i + 1])
+        return images

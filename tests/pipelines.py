@@ -1,0 +1,96 @@
+"""Tiny pipelines with random weights, complete with tokenizer, text encoder and autoencoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import transformers as untyped_transformers
+
+from tests.models import condition_well
+
+diffusers: Any = untyped_diffusers
+transformers: Any = untyped_transformers
+
+WORDS = ("a", "red", "blue", "square", "circle", "large", "small")
+_LENGTH = 6
+_WIDTH = 16
+
+
+def save_stable_diffusion(folder: Path) -> Path:
+    """Save a `StableDiffusionPipeline` of 16x16 latents and 32x32 images."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        block_out_channels=(8, 16),
+        cross_attention_dim=_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    autoencoder = diffusers.AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    tokenizer = _tokenizer(folder.parent / "words")
+    encoder = _text_encoder(tokenizer)
+    for seed, model in enumerate((unet, autoencoder, encoder)):
+        condition_well(model, seed)
+    diffusers.StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    (folder / "prompts.txt").write_text("a red square\na blue circle\na large red circle\na small blue square\n")
+    return folder
+
+
+def _tokenizer(folder: Path) -> Any:
+    """Make a tokenizer that knows letters and `WORDS`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(set("".join(WORDS)))
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            pair = f"{parts[0]} {parts[1]}"
+            parts[:2] = [parts[0] + parts[1]]
+            if pair not in merges:
+                merges.append(pair)
+            if parts[0] not in tokens:
+                tokens.append(parts[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    return transformers.CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=_LENGTH
+    )
+
+
+def _text_encoder(tokenizer: Any) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=2 * _WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=_LENGTH,
+        projection_dim=_WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return transformers.CLIPTextModel(config)
