@@ -14,10 +14,10 @@ from unetc.artifacts.manifest import SOLVER_ROWS, BundleEngine, Control, EngineP
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile, Treatment
+from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
 from unetc.errors import PlanError, QualityGateError
-from unetc.graph.gated import SerialisedGraph
 from unetc.progress import OnProgress, Progress, ignore
 
 from .additivity import check_pairs
@@ -30,7 +30,6 @@ from .setup import Setup, set_up
 from .workbench import Candidate, Workbench
 
 PROFILE_FILE = "profile.json"
-WEIGHTS_FILE = "weights.safetensors"
 SOLVER_FILE = "solver.safetensors"
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
 GATE_SEARCH_STEPS = 5
@@ -216,7 +215,7 @@ def _write(
     header, rows = setup.solver.to_array()
     profile = setup.profile
     contents: dict[str, bytes | Path] = {
-        WEIGHTS_FILE: setup.prepared.gated.weights,
+        WEIGHTS: setup.prepared.gated.weights,
         PROFILE_FILE: profile.to_json(),
         SOLVER_FILE: save({SOLVER_ROWS: rows}),
     }
@@ -250,7 +249,7 @@ def _write(
             sample_shape=profile.sample_shape,
             batch=profile.batch,
             steps=options.steps,
-            weights=WEIGHTS_FILE,
+            weights=WEIGHTS,
             profile=PROFILE_FILE,
             solver=header,
             solver_file=SOLVER_FILE,

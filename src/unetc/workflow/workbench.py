@@ -9,16 +9,15 @@ from functools import partial
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from unetc.analyzer.damage import measure_damage
 from unetc.artifacts.manifest import Measurement
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
-from unetc.backend import Backend, Program
+from unetc.backend import Backend, Program, SerialisedGraph
 from unetc.compiler.engines import compile_engines, compile_full
 from unetc.compiler.schedule import phases_of
-from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.graph.gated import GatedGraph
 from unetc.held import Held
 from unetc.runtime.session import FULL_ENGINE, Session
 from unetc.solver.table import SolverTables
@@ -63,8 +62,7 @@ class Workbench:
         self.steps = steps
         self.full = compile_full(gated)
         self._gated = gated
-        self._backend = backend
-        self._weights = load_file(gated.weights)
+        self._loader = backend.open_weights(gated.weights.read_bytes())
         self._programs: dict[bytes, Program] = {}
         self._references: dict[int, NDArray[np.float32]] = {}
 
@@ -151,7 +149,7 @@ class Workbench:
         """Load a graph, or find it among those loaded last."""
         program = self._programs.pop(graph.graph, None)
         if program is None:
-            program = self._backend.load(graph.graph, graph.select(self._weights))
+            program = self._loader.load(graph)
         self._programs[graph.graph] = program
         while len(self._programs) > _LOADED_ENGINES:
             del self._programs[next(iter(self._programs))]
