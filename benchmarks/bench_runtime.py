@@ -68,8 +68,6 @@ RESIDENT = """
 import sys
 from pathlib import Path
 import numpy as np
-import torch
-from diffusers import UNet2DModel
 from unetc.backend import SerialisedGraph
 from unetc.runtime.backend import Memory, open_backend
 
@@ -90,8 +88,8 @@ print(kilobytes["Rss"], kilobytes["Pss"])
 """
 """Run in a fresh process: load engines from files, call each once, print Rss and Pss in kB.
 
-Rss counts a page once for every mapping of it, so pages that the sessions of one process share count as often as there are
-sessions. Pss divides a page by the number of its mappings: it is what the process really takes.
+Rss counts a page once for every mapping of it, so pages that the sessions of one process share count as often as there
+are sessions. Pss divides a page by the number of its mappings: it is what the process really takes.
 """
 
 LARGE = {
