@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from unetc.artifacts.profile import Cost, Estimate, Treatment
 from unetc.backend import Backend, Program
@@ -48,11 +47,10 @@ def measure_costs(
         of the share that is saved, of the median time of the full graph. The intervals are over rounds.
     """
     no_means = np.zeros(gated.channels, dtype=np.float32)
-    weights = load_file(gated.weights)
+    loader = backend.open_weights(gated.weights.read_bytes())
 
     def load(treatments: dict[str, Treatment]) -> Program:
-        engine = specialise(gated, treatments, no_means)
-        return backend.load(engine.graph, engine.select(weights))
+        return loader.load(specialise(gated, treatments, no_means))
 
     sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
     inputs = conditions.take(range(batch)).widen(sample, 500.0)

@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ProfileError
 from unetc.graph.gate import gate_values
-from unetc.graph.gated import HOLDS, GatedGraph, SerialisedGraph
+from unetc.graph.gated import HOLDS, GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.held import EARLIER, HELD, REACH, Held
 
@@ -32,8 +31,8 @@ class GatedDenoiser:
         """
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
-        self._weights = load_file(gated.weights)
         self._backend = backend
+        self._loader = backend.open_weights(gated.weights.read_bytes())
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
     def gates(self, treatments: Mapping[str, Treatment], batch: int) -> Array:
@@ -120,20 +119,17 @@ class GatedDenoiser:
 
     @cached_property
     def _program(self) -> Program:
-        return self._load(self._gated.runnable())
+        return self._loader.load(self._gated.runnable())
 
     @cached_property
     def _observing(self) -> Program:
-        return self._load(self._gated.observing())
+        return self._loader.load(self._gated.observing())
 
     @cached_property
     def _emitting(self) -> Program:
         names = [component.name for component in self._gated.components]
-        return self._load(specialise(self._gated, {}, self._no_means, names))
+        return self._loader.load(specialise(self._gated, {}, self._no_means, names))
 
     @cached_property
     def _remembering(self) -> Program:
-        return self._load(self._gated.remembering())
-
-    def _load(self, graph: SerialisedGraph) -> Program:
-        return self._backend.load(graph.graph, graph.select(self._weights))
+        return self._loader.load(self._gated.remembering())

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.metrics.distances import relative_l2
@@ -60,7 +59,7 @@ class TracedDenoiser:
         for component in components:
             _emit_trunk(model.graph, gates[component.index], component)
         graph = serialise(model)
-        self._program = backend.load(graph.graph, graph.select(load_file(gated.weights)))
+        self._program = backend.open_weights(gated.weights.read_bytes()).load(graph)
         self._backend = backend
         self._gates = np.tile(np.array([1, 0], dtype=np.float32), (len(gated.components), 1))
         self._means = np.zeros(gated.channels, dtype=np.float32)

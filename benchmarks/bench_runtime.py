@@ -10,7 +10,8 @@ Times engines of the reference model on random inputs and writes `results/runtim
 - overhead: wall time of `Session.sample` / time spent inside of the engine calls, for the full model and for plans that
   change the engine in every step
 - switching: time per step of two engines in turns − mean of their times when each runs alone, in full steps
-- memory: resident memory of a fresh process with five engines / with the full engine alone, after one call of each
+- memory: of a fresh process with five engines / with the full engine alone, after one call of each; of `digits`, whose
+  weights are small beside what onnxruntime itself takes, and of a random UNet whose weights outweigh it
 - emission: full engine that emits the branches of all components / full engine that emits none
 
 Ratios are medians over rounds of the ratio within a round. `memory` counts whole processes, libraries included.
@@ -29,8 +30,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import UNet2DModel
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 import unetc
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -40,7 +42,8 @@ from unetc.backend import Array, Backend, Program
 from unetc.cli.output import progress
 from unetc.compiler.emissions import with_emissions
 from unetc.environment import cores, describe
-from unetc.graph.gated import GatedGraph
+from unetc.graph.capture import capture
+from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.graph.specialise import specialise
 from unetc.models import Model, find_model
 from unetc.progress import OnProgress, Progress
@@ -65,24 +68,40 @@ RESIDENT = """
 import sys
 from pathlib import Path
 import numpy as np
-from safetensors.numpy import load_file
+from unetc.backend import SerialisedGraph
 from unetc.runtime.backend import Memory, open_backend
 
 memory, threads, weights, shape, *graphs = sys.argv[1:]
 backend = open_backend("onnxruntime:cpu", threads=int(threads), memory=Memory(memory))
-weights = load_file(weights)
+loader = backend.open_weights(Path(weights).read_bytes())
 sample = np.zeros([int(size) for size in shape.split(",")], dtype=np.float32)
 inputs = {"sample": sample, "timestep": np.full(len(sample), 500.0, dtype=np.float32)}
 programs = []
 for graph in graphs:
-    needed = Path(graph).with_suffix(".txt").read_text().split("\\n")
-    programs.append(backend.load(Path(graph).read_bytes(), {name: weights[name] for name in needed}))
+    needed = frozenset(Path(graph).with_suffix(".txt").read_text().split("\\n"))
+    programs.append(loader.load(SerialisedGraph(graph=Path(graph).read_bytes(), weights=needed)))
 for program in programs:
     program(inputs, np.empty_like(sample))
-lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-print(next(int(line.split()[1]) for line in lines if line.startswith("Rss:")))
+lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+print(kilobytes["Rss"], kilobytes["Pss"])
 """
-"""Run in a fresh process: load engines from files, call each once, print the resident memory in kB."""
+"""Run in a fresh process: load engines from files, call each once, print Rss and Pss in kB.
+
+Rss counts a page once for every mapping of it, so pages that the sessions of one process share count as often as there
+are sessions. Pss divides a page by the number of its mappings: it is what the process really takes.
+"""
+
+LARGE = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (96, 192, 384),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+"""Configuration of a UNet2DModel of 95 MiB."""
 
 Treatments = Mapping[str, Treatment]
 
@@ -93,8 +112,7 @@ class Engines:
     def __init__(self, gated: GatedGraph, backend: Backend, sample_shape: tuple[int, int, int], batch: int) -> None:
         """Set up; the means are those of the branches on noise."""
         self.gated = gated
-        self._backend = backend
-        self._weights = load_file(gated.weights)
+        self._loader = backend.open_weights(gated.weights.read_bytes())
         self.sample: Array = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
         self._inputs = {"sample": self.sample, "timestep": np.full(batch, TIMESTEP, dtype=np.float32)}
         self._output = np.empty_like(self.sample)
@@ -102,8 +120,7 @@ class Engines:
 
     def load(self, treatments: Treatments, emits: Sequence[str] = ()) -> Program:
         """Specialise and load the engine of an assignment."""
-        graph = specialise(self.gated, treatments, self.means, emits)
-        return self._backend.load(graph.graph, graph.select(self._weights))
+        return self._loader.load(specialise(self.gated, treatments, self.means, emits))
 
     def call(self, program: Program) -> object:
         """Run a program that holds nothing."""
@@ -283,13 +300,24 @@ def switching(engines: Engines, rounds: int, on_progress: OnProgress) -> list[di
     ]
 
 
+def large_model(work: Path) -> GatedGraph:
+    """Capture a UNet with 95 MiB of random weights; memory does not depend on what they are."""
+    torch.manual_seed(0)
+    return open_or_build(work / "large", lambda: capture(UNet2DModel(**LARGE).eval()))
+
+
 def memory(
-    engines: Engines, assignments: Mapping[str, Treatments], threads: int, work: Path, on_progress: OnProgress
+    label: str,
+    engines: Engines,
+    assignments: Mapping[str, Treatments],
+    threads: int,
+    work: Path,
+    on_progress: OnProgress,
 ) -> list[dict[str, object]]:
     """Measure fresh processes with no engine, the full engine and five engines."""
-    folder = work / "resident"
+    folder = work / "resident" / label
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = [{}, *(own for label, own in assignments.items() if label.startswith("random"))][:5]
+    chosen = [{}, *(own for name, own in assignments.items() if name.startswith("random"))][:5]
     paths = []
     for i, own in enumerate(chosen):
         graph = specialise(engines.gated, own, engines.means)
@@ -298,27 +326,27 @@ def memory(
         paths[-1].with_suffix(".txt").write_text("\n".join(sorted(graph.weights)))
     shape = ",".join(str(size) for size in engines.sample.shape)
     figures: list[dict[str, object]] = []
-    for mode in Memory:
-        resident = {}
-        for count in (0, 1, len(paths)):
+    for done, mode in enumerate(Memory):
+        on_progress(Progress(stage=f"memory of {label}", done=done, total=len(Memory)))
+        counts = (0, 1, len(paths))
+        resident = []
+        for count in counts:
             arguments = [mode.value, str(threads), engines.gated.weights, shape, *paths[:count]]
             process = subprocess.run(
                 [sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True, check=True
             )
-            resident[count] = int(process.stdout) / 1024
-        nothing, one, all_of_them = resident.values()
-        goal = {"goal": {"at_most": 1.2}} if mode is Memory.LOW else {}
-        figures += [
-            {"figure": f'memory="{mode}": no engine, but the weights, MiB', "value": nothing},
-            {"figure": f'memory="{mode}": the full engine, MiB', "value": one},
-            {"figure": f'memory="{mode}": {len(paths)} engines, MiB', "value": all_of_them},
-            {"figure": f'memory="{mode}": {len(paths)} engines / the full engine', "value": all_of_them / one, **goal},
-            {
-                "figure": f'memory="{mode}": each further engine, MiB',
-                "value": (all_of_them - one) / (len(paths) - 1),
-            },
-        ]
-        on_progress(Progress(stage="memory", done=len(figures) // 5, total=len(Memory)))
+            resident.append([int(kilobytes) / 1024 for kilobytes in process.stdout.split()])
+        for measure, (nothing, one, everything) in zip(("Rss", "Pss"), zip(*resident, strict=True), strict=True):
+            what = f'memory="{mode}", {label}, {measure}'
+            goal = {"goal": {"at_most": 1.2}} if (mode, measure) == (Memory.LOW, "Pss") else {}
+            figures += [
+                {"figure": f"{what}: no engine, but the weights, MiB", "value": nothing},
+                {"figure": f"{what}: the full engine, MiB", "value": one},
+                {"figure": f"{what}: {len(paths)} engines, MiB", "value": everything},
+                {"figure": f"{what}: {len(paths)} engines / the full engine", "value": everything / one, **goal},
+                {"figure": f"{what}: each further engine, MiB", "value": (everything - one) / (len(paths) - 1)},
+            ]
+    on_progress(Progress(stage=f"memory of {label}", done=len(Memory), total=len(Memory)))
     return figures
 
 
@@ -348,7 +376,10 @@ def main() -> None:
         figures, table = additivity_and_emission(engines, assignments, options.rounds, on_progress)
         figures += overhead(engines, model, solver, options.steps, max(1, options.rounds // 4), on_progress)
         figures += switching(engines, 2 * options.rounds, on_progress)
-        figures += memory(engines, assignments, threads, options.work, on_progress)
+        figures += memory("digits", engines, assignments, threads, options.work, on_progress)
+        large = Engines(large_model(options.work), backend, (3, 32, 32), 1)
+        drawn = assignments_of(large.gated, options.seed)
+        figures += memory("95 MiB", large, drawn, threads, options.work, on_progress)
     sizes = {name: getattr(options, name) for name in ("steps", "batch", "rounds", "seed")}
     record = {
         "command": shlex.join(["python", "benchmarks/bench_runtime.py", *sys.argv[1:]]),

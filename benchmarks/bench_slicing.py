@@ -18,18 +18,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from safetensors.numpy import save
 
 from unetc.artifacts.profile import Component, Treatment
+from unetc.backend import SerialisedGraph
 from unetc.environment import describe
 from unetc.graph.denoisers import SAMPLE
 from unetc.graph.gate import DOMAIN
-from unetc.graph.gated import OPSET, GatedGraph, SerialisedGraph, serialise
+from unetc.graph.gated import OPSET, GatedGraph, serialise
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import Memory, open_backend
 from unetc.timing import interleaved_ms
 
 HERE = Path(__file__).parent
 SKIP = "skip"
+NO_WEIGHTS = save({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +129,10 @@ def measure(case: Case, *, memory: Memory, threads: int, rounds: int) -> dict[st
         )
     }
     output = np.empty((case.batch, case.out, case.size, case.size), dtype=np.float32)
-    backend = open_backend("onnxruntime:cpu", threads=threads, memory=memory)
+    loader = open_backend("onnxruntime:cpu", threads=threads, memory=memory).open_weights(NO_WEIGHTS)
 
     def call(graph: SerialisedGraph) -> Callable[[], object]:
-        program = backend.load(graph.graph, {})
+        program = loader.load(graph)
         return lambda: program(inputs, output)
 
     graphs = dict(engines(case))

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Bin, Profile
+from unetc.backend import SerialisedGraph
 from unetc.errors import PlanError
-from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 
 

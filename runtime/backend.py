@@ -16,7 +16,7 @@ class Memory(StrEnum):
     FAST = "fast"
     """Every engine packs its own copy of the weights for speed."""
     LOW = "low"
-    """All engines read one copy of the weights."""
+    """All engines read one copy of the weights, mapped from a private temporary file."""
 
 
 BACKENDS: Mapping[str, str] = {

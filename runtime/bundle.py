@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST, SOLVER_ROWS, BundleEngine, Manifest, digest_of
 from unetc.artifacts.record import MAX_JSON_BYTES
+from unetc.backend import SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
 from unetc.solver.table import SolverTables
@@ -29,18 +28,19 @@ class Bundle:
     manifest: Manifest
     graphs: dict[str, bytes]
     """ONNX graphs by their path in the bundle."""
-    weights: dict[str, NDArray[np.generic]]
-    """Initializers by name, shared by all graphs."""
+    weights: bytes
+    """The weights file, which all graphs read."""
+    tensors: frozenset[str]
+    """Names of what is in the weights file."""
     solver: SolverTables
     conditions: Conditions
     """Of the prompts in the manifest; `UNCONDITIONAL` if there are none."""
     profile: bytes
     """JSON of the profile that the plan was made from."""
 
-    def weights_of(self, engine: BundleEngine) -> dict[str, NDArray[np.generic]]:
-        """Pick the initializers that one engine reads."""
-        unused = frozenset(engine.unused_weights)
-        return {name: array for name, array in self.weights.items() if name not in unused}
+    def graph_of(self, engine: BundleEngine) -> SerialisedGraph:
+        """Give the graph of an engine, with the names of what it reads of the weights."""
+        return SerialisedGraph(graph=self.graphs[engine.graph], weights=self.tensors.difference(engine.unused_weights))
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -67,7 +67,7 @@ class Bundle:
             record.path: _read_verified(path, record.path, record.bytes, record.sha256) for record in manifest.files
         }
         try:
-            weights = load(contents[manifest.weights])
+            tensors = frozenset(load(contents[manifest.weights]))
             solver = SolverTables.from_array(manifest.solver, load(contents[manifest.solver_file])[SOLVER_ROWS])
             conditions = _conditions(manifest, contents)
         except (SafetensorError, SessionError, ShapeMismatch, ValueError, KeyError) as error:
@@ -76,7 +76,8 @@ class Bundle:
             path=path,
             manifest=manifest,
             graphs={path: contents[path] for path in manifest.graphs()},
-            weights=weights,
+            weights=contents[manifest.weights],
+            tensors=tensors,
             solver=solver,
             conditions=conditions,
             profile=contents[manifest.profile],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from safetensors.numpy import save
 
-from unetc.backend import Array, Program
+from unetc.backend import Array, Backend, SerialisedGraph
 
 _CHANNELS = 3
 
@@ -12,9 +13,16 @@ _CHANNELS = 3
 class Decoder:
     """A loaded decoder."""
 
-    def __init__(self, program: Program, scale: int) -> None:
-        """Wrap a program; `scale` is the number of pixels per latent pixel along each side."""
-        self._program = program
+    def __init__(self, graph: bytes, scale: int, backend: Backend) -> None:
+        """Load an ONNX graph with its weights inside.
+
+        Args:
+            graph: Latents in, images out.
+            scale: Pixels per latent pixel along each side.
+            backend: Where to run it.
+        """
+        loader = backend.open_weights(save({}))
+        self._program = loader.load(SerialisedGraph(graph=graph, weights=frozenset()))
         self._scale = scale
 
     def __call__(self, sampled: Array) -> Array:

@@ -103,22 +103,21 @@ class Session:
         manifest = bundle.manifest
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
 
-        def load(engine: BundleEngine) -> Program:
-            return backend.load(bundle.graphs[engine.graph], bundle.weights_of(engine))
-
-        programs = [load(engine) for engine in engines]
         decoder = manifest.decoder
+        loader = backend.open_weights(bundle.weights)
+        programs = [loader.load(bundle.graph_of(engine)) for engine in engines]
         emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph
+        later = LoadedLater(partial(loader.load, bundle.graph_of(manifest.full)))
         return cls(
             plan=control.plan if control else manifest.plan,
-            full=programs[FULL_ENGINE] if emits_nothing else LoadedLater(partial(load, manifest.full)),
+            full=programs[FULL_ENGINE] if emits_nothing else later,
             programs=programs,
             solver=bundle.solver,
             sample_shape=manifest.sample_shape,
             steps=manifest.steps,
             predicted_channels=manifest.predicted_channels,
             conditions=bundle.conditions,
-            decoder=Decoder(backend.load(bundle.graphs[decoder.graph], {}), decoder.scale) if decoder else None,
+            decoder=Decoder(bundle.graphs[decoder.graph], decoder.scale, backend) if decoder else None,
         )
 
     def schedule(self, steps: int) -> tuple[int, ...]:
@@ -228,7 +227,7 @@ def load(
         path: The bundle's folder.
         target: Where to run; the target it was built for when not given.
         threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
-        memory: "fast" gives every engine its own packed weights, "low" shares one copy.
+        memory: "fast" gives every engine its own packed weights, "low" shares one copy in a private temporary file.
 
     Raises:
         ArtifactError: If the bundle cannot be read or is damaged.

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from unetc.backend import Array, Backend, Program
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.graph.capture import GATES, MEANS, Capture, capture
 from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP
-from unetc.graph.gated import GatedGraph, SerialisedGraph, open_or_build
+from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.runtime.backend import open_backend
 
 diffusers: Any = untyped_diffusers
@@ -214,11 +214,15 @@ class Tiny:
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph in onnxruntime."""
-        return self._backend.load(graph.graph, graph.select(self.weights))
+        return self._loader.load(graph)
 
     @functools.cached_property
     def _backend(self) -> Backend:
         return open_backend("onnxruntime:cpu", threads=1)
+
+    @functools.cached_property
+    def _loader(self) -> Loader:
+        return self._backend.open_weights(self.gated.weights.read_bytes())
 
     def inputs(self, *, batch: int, height: int, width: int, tokens: int = 5, seed: int = 0) -> dict[str, Array]:
         """Draw inputs of the denoiser, every sample with a timestep of its own."""

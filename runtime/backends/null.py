@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-from numpy.typing import NDArray
-
-from unetc.backend import Array, Program
+from unetc.backend import Array, Loader, Program, SerialisedGraph
 from unetc.errors import SessionError
 
 from ..backend import Memory
@@ -16,7 +13,11 @@ from ..backend import Memory
 class NullBackend:
     """Load anything, compute nothing."""
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
+    def open_weights(self, weights: bytes) -> Loader:
+        """Ignore the weights."""
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
         """Ignore the graph."""
         return _predict_zeros
 

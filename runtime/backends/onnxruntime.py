@@ -1,7 +1,11 @@
 """onnxruntime on the CPU.
 
-`memory="fast"` lets every session pack its own copy of the weights. `memory="low"` shares one copy: prepacking and the
-layout changes that would copy convolution weights are switched off, which costs some speed.
+`memory="fast"` hands the weights over from memory, and every session packs its own copy of them. `memory="low"` lets
+onnxruntime map them from a file, so all sessions read the same pages, and they share one arena for what they compute:
+prepacking and the layout changes that would copy convolution weights are switched off, which costs some speed.
+
+What is mapped is what was verified: the bytes handed over are written to a file of their own in a private folder. The
+bundle's file could be changed after its hash was checked.
 
 Threads never spin: a session's idle threads would otherwise burn the cores while another session's engine runs, which
 made switching engines twice as slow.
@@ -9,14 +13,19 @@ made switching engines twice as slow.
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from safetensors.numpy import load
 
-from unetc.backend import Array
+from unetc.backend import WEIGHTS, Array, Loader, SerialisedGraph
 from unetc.errors import MissingDependency, SessionError
 
 from ..backend import Memory
@@ -30,9 +39,9 @@ except ImportError as error:
 class OnnxRuntimeProgram:
     """One session with its inputs and output bound to the caller's arrays."""
 
-    def __init__(self, session: Any, owned: tuple[Any, ...]) -> None:
+    def __init__(self, session: Any, weights: object) -> None:
         self._session = session
-        self._owned = owned  # shared initializers: must live as long as the session
+        self._weights = weights  # must live as long as the session
         self._inputs = tuple(value.name for value in session.get_inputs())
         self._output, *self._emitted = (value.name for value in session.get_outputs())
 
@@ -55,42 +64,88 @@ class OnnxRuntimeProgram:
         return dict(zip(self._emitted, binding.get_outputs()[1:], strict=True)) if self._emitted else {}
 
 
+class HandingLoader:
+    """Hands the weights over from memory; no file is opened."""
+
+    def __init__(self, weights: bytes, threads: int) -> None:
+        self._threads = threads
+        self._values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in load(weights).items()}
+
+    def load(self, graph: SerialisedGraph) -> OnnxRuntimeProgram:
+        """Load a graph."""
+        values = {name: value for name, value in self._values.items() if name in graph.weights}
+        options = _options(self._threads, os.devnull)
+        options.add_external_initializers(list(values), list(values.values()))
+        return OnnxRuntimeProgram(_session(graph, options), values)
+
+
+class MappingLoader:
+    """Maps the weights from a private folder, which goes with the last program that reads them."""
+
+    def __init__(self, weights: bytes, threads: int) -> None:
+        self._threads = threads
+        _register_arena()
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="unetc-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            (self._folder / WEIGHTS).write_bytes(weights)
+        except OSError as error:
+            raise SessionError(
+                f"cannot write {len(weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
+                'Set TMPDIR to a folder with room, or load with memory="fast".'
+            ) from error
+
+    def load(self, graph: SerialisedGraph) -> OnnxRuntimeProgram:
+        """Load a graph."""
+        options = _options(self._threads, str(self._folder))
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        return OnnxRuntimeProgram(_session(graph, options), self)
+
+
+@functools.cache
+def _register_arena() -> None:
+    """Register the arena of this process; a second one would take its place."""
+    place = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    as_requested = onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1})  # the default grows in powers of two
+    onnxruntime.create_and_register_allocator(place, as_requested)
+
+
+def _options(threads: int, folder: str) -> Any:
+    """Make the options of a session that finds external weights in a folder."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # failures reach the caller as exceptions, not as lines on stderr
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return options
+
+
+def _session(graph: SerialisedGraph, options: Any) -> Any:
+    try:
+        return onnxruntime.InferenceSession(graph.graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own unrelated classes
+        raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
+
+
 class OnnxRuntimeBackend:
     """Loads ONNX graphs into CPU sessions."""
 
     def __init__(self, *, threads: int, memory: Memory) -> None:
         self._threads = threads
-        self._memory = memory
-        self._shared: dict[int, tuple[Any, Any]] = {}
+        self._loader = MappingLoader if memory is Memory.LOW else HandingLoader
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> OnnxRuntimeProgram:
-        """Load a graph; its external initializers are handed over from memory, no file is opened."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 4  # failures reach the caller as exceptions, not as lines on stderr
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-        if self._memory is Memory.LOW:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        values = [self._share(array) for array in weights.values()]
-        options.add_external_initializers(list(weights), values)
-        try:
-            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own unrelated classes
-            raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
-        return OnnxRuntimeProgram(session, tuple(values))
+    def open_weights(self, weights: bytes) -> Loader:
+        """Keep the weights in memory, or write them to a private file that sessions map."""
+        return self._loader(weights, self._threads)
 
     def to_array(self, emitted: Any) -> Array:
         """Copy an OrtValue."""
         array: Array = emitted.numpy().copy()
         return array
-
-    def _share(self, array: NDArray[np.generic]) -> Any:
-        """Wrap an array once, however many engines read it; keeping the array keeps its identity its own."""
-        if id(array) not in self._shared:
-            self._shared[id(array)] = array, onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        return self._shared[id(array)][1]
 
 
 def open_backend(*, threads: int, memory: Memory) -> OnnxRuntimeBackend:

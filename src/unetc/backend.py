@@ -6,12 +6,24 @@ The analyzer is handed a backend too, so costs and damages are measured by the c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+
+WEIGHTS = "weights.safetensors"
+"""What graphs call the file that their external initializers lie in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SerialisedGraph:
+    """An ONNX graph as bytes, with the names of the initializers it expects from the weights file."""
+
+    graph: bytes
+    weights: frozenset[str]
 
 
 class Program(Protocol):
@@ -31,11 +43,19 @@ class Program(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """Loads graphs on one device."""
+class Loader(Protocol):
+    """Loads graphs that read one weights file."""
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
-        """Load an ONNX graph; `weights` holds exactly its external initializers, by name."""
+    def load(self, graph: SerialisedGraph) -> Program:
+        """Load a graph."""
+        ...
+
+
+class Backend(Protocol):
+    """Runs graphs on one device."""
+
+    def open_weights(self, weights: bytes) -> Loader:
+        """Take a weights file, whole, in the form that loading graphs needs."""
         ...
 
     def to_array(self, emitted: object) -> Array:

@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 import unetc
 from unetc.artifacts import Assignment, Measurement, Phase, Plan, Prediction, Profile
@@ -89,8 +88,8 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
     """Put together a session of the full model and one solver table."""
     prepared = prepare(find_model(name), cache)
     gated, model = prepared.gated, prepared.model
-    engine = compile_full(gated)
-    program = open_backend("onnxruntime:cpu", threads=1).load(engine.graph, engine.select(load_file(gated.weights)))
+    loader = open_backend("onnxruntime:cpu", threads=1).open_weights(gated.weights.read_bytes())
+    program = loader.load(compile_full(gated))
     plan = Plan(
         unetc=unetc.__version__,
         model=model.reference,

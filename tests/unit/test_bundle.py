@@ -10,6 +10,7 @@ import pickle
 import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import safetensors.numpy
@@ -127,7 +129,8 @@ def test_it_opens_and_holds_what_was_built(tiny_bundle: Path) -> None:
     assert {*files(tiny_bundle)} == listed | {MANIFEST, DIGEST}
     assert len(opened.manifest.engines) == 3
     assert opened.graphs[ENGINE] == (tiny_bundle / ENGINE).read_bytes()
-    assert {*opened.weights_of(opened.manifest.engines[1])} < {*opened.weights}
+    assert opened.weights == (tiny_bundle / WEIGHTS).read_bytes()
+    assert opened.graph_of(opened.manifest.engines[1]).weights < opened.tensors
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, append])
@@ -429,6 +432,26 @@ def test_weights_that_do_not_fit_the_engines_are_refused(bundle: Path) -> None:
         forge(bundle, WEIGHTS, safetensors.numpy.save(other))
         with pytest.raises(SessionError, match="cannot load an engine"):
             unetc.load(bundle)
+
+
+def test_mapped_weights_that_are_too_short_are_refused(bundle: Path) -> None:
+    forge(bundle, WEIGHTS, safetensors.numpy.save({"other": np.zeros(3, np.float32)}))
+    with pytest.raises(SessionError, match="cannot load an engine"):
+        unetc.load(bundle, memory="low")
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_an_engine_that_maps_another_file_is_refused(bundle: Path, tmp_path: Path, absolute: bool) -> None:
+    """A secret of the machine must not become a weight, which a sample could give away."""
+    secret = shutil.copy(bundle / WEIGHTS, tmp_path / "secret")
+    model = onnx.load(bundle / ENGINE, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(secret) if absolute else os.path.relpath(secret, tempfile.gettempdir() + "/folder")
+    forge(bundle, ENGINE, model.SerializeToString())
+    with pytest.raises(SessionError, match="cannot load an engine"):
+        unetc.load(bundle, memory="low")
 
 
 def test_an_engine_reads_no_file_of_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Profile, Treatment
+from unetc.backend import SerialisedGraph
 from unetc.compiler.emissions import with_emissions
 from unetc.compiler.engines import compile_engines
 from unetc.errors import CompileError, PlanError
 from unetc.graph.gate import DOMAIN
-from unetc.graph.gated import OPSET, GatedGraph, SerialisedGraph
+from unetc.graph.gated import OPSET, GatedGraph
 from unetc.held import Held
 from unetc.runtime.backend import open_backend
 
@@ -38,6 +40,7 @@ COMPONENTS = tuple(
     for i, name in enumerate(("first", "second"))
 )
 STEPS = (4, 3, 2, 1)
+NO_WEIGHTS = save({})
 MEANS = np.random.default_rng(0).standard_normal((len(STEPS), CHANNELS * len(COMPONENTS))).astype("<f4")
 DROP_FIRST = {"first": Treatment.DROP}
 MEAN_FIRST = {"first": Treatment.MEAN}
@@ -111,7 +114,7 @@ def make_plan(engines: Sequence[Mapping[str, Treatment]], phases: Sequence[tuple
 def run(graph: SerialisedGraph) -> NDArray[np.float32]:
     """Run a graph on zeros: the branches are zero, so what comes out is the sum of the means, per channel."""
     output = np.full((1, CHANNELS, 3, 3), np.nan, dtype=np.float32)
-    program = open_backend("onnxruntime:cpu", threads=1).load(graph.graph, {})
+    program = open_backend("onnxruntime:cpu", threads=1).open_weights(NO_WEIGHTS).load(graph)
     program({"sample": np.zeros_like(output), "timestep": np.zeros(1, np.float32)}, output)
     assert (output == output[:, :, :1, :1]).all()
     return output[0, :, 0, 0]
@@ -194,8 +197,8 @@ def test_a_plan_that_holds_nothing_emits_nothing(gated: GatedGraph) -> None:
 def test_an_engine_computes_with_what_another_has_emitted(gated: GatedGraph) -> None:
     reuses = [{"first": treatment, "second": Treatment.DROP} for treatment in (Treatment.HOLD, Treatment.FORECAST)]
     plan = make_plan(reuses, [(0, 2, (0, 1)), (2, 4, (0, 2))])
-    backend = open_backend("onnxruntime:cpu", threads=1)
-    full, holding, forecasting = (backend.load(graph.graph, {}) for graph in compile_engines(gated, plan, PROFILE))
+    loader = open_backend("onnxruntime:cpu", threads=1).open_weights(NO_WEIGHTS)
+    full, holding, forecasting = (loader.load(graph) for graph in compile_engines(gated, plan, PROFILE))
     one = np.ones((1, CHANNELS, 3, 3), np.float32)
     timestep, output, held = np.zeros(1, np.float32), np.empty_like(one), Held()
     for sample, at in ((one, 30.0), (3 * one, 20.0)):  # the first branch is -1, then -3

@@ -22,10 +22,10 @@ from torch import fx
 
 from tests.models import ARCHITECTURES, Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import STEP, Treatment
-from unetc.backend import Array
+from unetc.backend import Array, SerialisedGraph
 from unetc.graph.capture import GATES, MEANS, OUTPUT
 from unetc.graph.gate import gate_values
-from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 
 KEEP, DROP, MEAN = Treatment.KEEP, Treatment.DROP, Treatment.MEAN

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from tests.models import Tiny, tiny_of
 from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, Kind, ablations_of
@@ -21,7 +20,7 @@ from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.screen import Z_95, Screen, choose, estimate_rest, run_screen
 from unetc.analyzer.sweep import Base, Sweep, make_bins, run_base
 from unetc.artifacts.profile import STEP, Cost, Effect, Estimate, Treatment
-from unetc.backend import Array, Backend, Program
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.held import Held
 from unetc.progress import Progress, ignore
 from unetc.runtime.backend import open_backend
@@ -56,8 +55,12 @@ class Counter:
         self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
         self.rows = 0
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
-        program = self._inner.load(graph, weights)
+    def open_weights(self, weights: bytes) -> Loader:
+        self._loader = self._inner.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        program = self._loader.load(graph)
 
         def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
             self.rows += len(output)

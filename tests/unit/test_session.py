@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +22,7 @@ from numpy.typing import NDArray
 
 import unetc
 from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
-from unetc.backend import Array, Backend, Program
+from unetc.backend import WEIGHTS, Array, Backend, Loader, Program, SerialisedGraph
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
 from unetc.runtime import session as session_module
 from unetc.runtime.backend import Memory, open_backend
@@ -144,7 +149,8 @@ def test_sampling_is_the_solver_around_the_engines(session: Session, bundle: Bun
     table = bundle.solver.table(7)
     sample = initial_noise(2, range(2), SHAPE) * np.float32(table.initial_scale)
     backend = open_backend("onnxruntime:cpu", threads=1)
-    programs = [backend.load(bundle.graphs[e.graph], bundle.weights_of(e)) for e in bundle.manifest.engines]
+    loader = backend.open_weights(bundle.weights)
+    programs = [loader.load(bundle.graph_of(engine)) for engine in bundle.manifest.engines]
     for i, engine in enumerate(bundle.manifest.plan.schedule(table.log_snr.tolist())):
         prediction = np.empty_like(sample)
         assert (
@@ -389,10 +395,63 @@ def test_low_memory_and_threads_change_nothing_but_rounding(session: Session, ti
         np.testing.assert_allclose(other.sample(3, seed=2, steps=20), fast, atol=ROUNDING)
 
 
-def test_low_memory_shares_one_copy_of_the_weights(bundle: Bundle) -> None:
-    backend: Any = open_backend("onnxruntime:cpu", threads=1, memory=Memory.LOW)
-    Session.of(bundle, backend)
-    assert len(backend._shared) == len(bundle.weights)
+def mapped_weights() -> list[Path]:
+    """List the weights files that this process maps, one for each mapping."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [Path(line.split(maxsplit=5)[5]) for line in lines if line.endswith(WEIGHTS)]
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the folder in which a session in low memory makes its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def load_low(bundle: Bundle) -> Session:
+    return Session.of(bundle, open_backend("onnxruntime:cpu", threads=1, memory=Memory.LOW))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_low_memory_maps_the_weights_from_one_private_file(bundle: Bundle, private: Path) -> None:
+    session = load_low(bundle)
+    (folder,) = private.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert (folder / WEIGHTS).read_bytes() == bundle.weights
+    mappings = [path for path in mapped_weights() if path == folder / WEIGHTS]
+    assert len(mappings) >= len(bundle.manifest.engines)
+    assert session.sample().shape == (1, *SHAPE)
+
+
+def test_the_private_file_goes_with_the_session(bundle: Bundle, private: Path) -> None:
+    session = load_low(bundle)
+    assert len([*private.iterdir()]) == 1
+    del session
+    gc.collect()
+    assert [*private.iterdir()] == []
+
+
+@pytest.mark.parametrize("memory", Memory)
+def test_weights_that_are_edited_after_loading_change_nothing(
+    tiny_bundle: Path, tmp_path: Path, memory: Memory
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    session = unetc.load(copy, memory=memory)
+    before = session.sample(seed=1)
+    weights = copy / WEIGHTS
+    size = weights.stat().st_size
+    with weights.open("r+b") as file:  # the same file, as someone would who knows that it is mapped
+        file.write(bytes(size))
+    np.testing.assert_array_equal(session.sample(seed=1), before)
+    assert np.isfinite(session.sample(seed=1, lossless=True)).all()
+
+
+def test_weights_that_cannot_be_written_say_where(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(SessionError, match=r"nowhere.*TMPDIR"):
+        open_backend("onnxruntime:cpu", threads=1, memory=Memory.LOW).open_weights(bundle.weights)
 
 
 def test_the_backend_is_opened_as_asked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,9 +513,13 @@ class Counter:
         self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
         self.loaded = 0
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
+    def open_weights(self, weights: bytes) -> Loader:
+        self._loader = self._inner.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
         self.loaded += 1
-        return self._inner.load(graph, weights)
+        return self._loader.load(graph)
 
     def to_array(self, emitted: object) -> Array:
         return self._inner.to_array(emitted)

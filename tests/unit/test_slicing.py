@@ -16,10 +16,10 @@ import pytest
 
 from tests.models import Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import Component, Treatment
-from unetc.backend import Array
+from unetc.backend import Array, SerialisedGraph
 from unetc.graph.capture import GATES, MEANS
 from unetc.graph.gate import DOMAIN, gate_values, onnx_function
-from unetc.graph.gated import OPSET, GatedGraph, SerialisedGraph
+from unetc.graph.gated import OPSET, GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import Memory, open_backend
 
@@ -311,7 +311,7 @@ def test_onnxruntime_slices_the_weights_when_it_loads(
     monkeypatch.setattr(onnxruntime, "SessionOptions", saving_options)
     engine = specialise(tiny.gated, {name: treatment}, np.linspace(-1, 1, tiny.gated.channels, dtype=np.float32))
     backend = open_backend("onnxruntime:cpu", threads=1, memory=memory)
-    backend.load(engine.graph, engine.select(tiny.weights))
+    backend.open_weights(tiny.gated.weights.read_bytes()).load(engine)
     graph = onnx.load(path).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     constant = [node.op_type for node in graph.node if all(value in shapes for value in node.input if value)]

@@ -33,7 +33,7 @@ from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.sweep import Base, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
 from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile, Treatment
-from unetc.backend import Array, Backend, Program
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.errors import ProfileError
 from unetc.graph.gated import GatedGraph
 from unetc.progress import Progress, ignore
@@ -364,8 +364,12 @@ class Recorder:
         self.calls: list[dict[str, Any]] = []
         """Inputs of every call; those that are tensors of the backend as they are."""
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
-        program = self._inner.load(graph, weights)
+    def open_weights(self, weights: bytes) -> Loader:
+        self._loader = self._inner.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        program = self._loader.load(graph)
 
         def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
             self.calls.append(

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,11 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
+from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.errors import ArtifactError, CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, Capture
 from unetc.graph.gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
@@ -36,7 +36,6 @@ from unetc.held import COMPUTED, HELD
 OPSET = 23
 """Has Attention, GroupNormalization and RMSNormalization as operators: one node where older opsets need ten."""
 
-WEIGHTS = "weights.safetensors"
 HOLDS = "holds"
 """Input of a remembering graph, [batch, component]: 1 where the tensor handed in takes the place of the branch."""
 
@@ -57,18 +56,6 @@ class GatedRecord(Artifact, frozen=True, kw_only=True):
     dynamic_size: bool
     graph_sha256: str
     weights_sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SerialisedGraph:
-    """An ONNX graph as bytes, with the names of the initializers it expects from the weights file."""
-
-    graph: bytes
-    weights: frozenset[str]
-
-    def select(self, weights: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Pick what the graph needs from all weights."""
-        return {name: array for name, array in weights.items() if name in self.weights}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

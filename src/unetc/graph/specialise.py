@@ -17,11 +17,12 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Component, Treatment
+from unetc.backend import SerialisedGraph
 from unetc.errors import CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT
 from unetc.graph.denoisers import SAMPLE
 from unetc.graph.gate import DOMAIN
-from unetc.graph.gated import GatedGraph, SerialisedGraph, emit, gate_index, is_gate, serialise
+from unetc.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
 from unetc.graph.nodes import add_initializer, add_integers, add_name, add_node
 from unetc.graph.slicing import slice_constants
 from unetc.held import EARLIER, HELD, REACH

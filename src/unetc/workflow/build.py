@@ -24,10 +24,10 @@ from unetc.artifacts.manifest import (
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile, Treatment
+from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
 from unetc.errors import PlanError, QualityGateError
-from unetc.graph.gated import SerialisedGraph
 from unetc.progress import OnProgress, Progress, ignore
 
 from .additivity import check_pairs
@@ -40,7 +40,6 @@ from .setup import Setup, set_up
 from .workbench import Candidate, Workbench
 
 PROFILE_FILE = "profile.json"
-WEIGHTS_FILE = "weights.safetensors"
 SOLVER_FILE = "solver.safetensors"
 CONDITIONS_FILE = "conditions.safetensors"
 DECODER_FILE = "decoder.onnx"
@@ -228,7 +227,7 @@ def _write(
     header, rows = setup.solver.to_array()
     profile = setup.profile
     contents: dict[str, bytes | Path] = {
-        WEIGHTS_FILE: setup.prepared.gated.weights,
+        WEIGHTS: setup.prepared.gated.weights,
         PROFILE_FILE: profile.to_json(),
         SOLVER_FILE: save({SOLVER_ROWS: rows}),
     }
@@ -278,7 +277,7 @@ def _write(
             else None,
             batch=profile.batch,
             steps=options.steps,
-            weights=WEIGHTS_FILE,
+            weights=WEIGHTS,
             profile=PROFILE_FILE,
             solver=header,
             solver_file=SOLVER_FILE,

@@ -83,7 +83,7 @@ def set_up(
         backend,
         steps=steps,
         conditions=conditions.take(range(profile.used_prompts)),
-        decoder=Decoder(backend.load(prepared.decoder, {}), model.decoder_scale) if prepared.decoder else None,
+        decoder=Decoder(prepared.decoder, model.decoder_scale, backend) if prepared.decoder else None,
     )
     return Setup(prepared=prepared, profile=profile, solver=solver, conditions=conditions, workbench=workbench)
 

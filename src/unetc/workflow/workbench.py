@@ -9,17 +9,16 @@ from functools import partial
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from unetc.analyzer.damage import measure_damage
 from unetc.artifacts.manifest import Measurement
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
-from unetc.backend import Backend, Program
+from unetc.backend import Backend, Program, SerialisedGraph
 from unetc.compiler.engines import compile_engines, compile_full
 from unetc.compiler.schedule import phases_of
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.graph.gated import GatedGraph, SerialisedGraph
+from unetc.graph.gated import GatedGraph
 from unetc.held import Held
 from unetc.runtime.decoder import Decoder
 from unetc.runtime.session import FULL_ENGINE, Session
@@ -85,8 +84,7 @@ class Workbench:
         self._conditions = conditions
         self._decoder = decoder
         self._gated = gated
-        self._backend = backend
-        self._weights = load_file(gated.weights)
+        self._loader = backend.open_weights(gated.weights.read_bytes())
         self._programs: dict[bytes, Program] = {}
         self._references: dict[int, NDArray[np.float32]] = {}
 
@@ -176,7 +174,7 @@ class Workbench:
         """Load a graph, or find it among those loaded last."""
         program = self._programs.pop(graph.graph, None)
         if program is None:
-            program = self._backend.load(graph.graph, graph.select(self._weights))
+            program = self._loader.load(graph)
         self._programs[graph.graph] = program
         while len(self._programs) > _LOADED_ENGINES:
             del self._programs[next(iter(self._programs))]
