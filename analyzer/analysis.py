@@ -47,7 +47,7 @@ class AnalysisOptions:
     """Batch size of the cost measurement."""
     rounds: int = 15
     """Timed repetitions per component."""
-    decisive: int | None = 10
+    decisive: int | None = 7
     """Ablations of every bin that are carried to the final output; the others are screened. All are when None."""
     prompts: tuple[str, ...] = ()
     """What a model that takes prompts is measured on; its own list when empty."""

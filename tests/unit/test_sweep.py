@@ -790,7 +790,7 @@ print(json.dumps({"moments": moments, "all": finished()}))
 def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -> None:
     moments = random.Random(0)
     # the first kill falls into loading or timing, the others between or into the writing of partial results
-    kills = [(0, moments.uniform(0.05, 0.5)), *((count, moments.uniform(0, 0.03)) for count in (1, 3, 5, 7, 9))]
+    kills = [(0, moments.uniform(0.05, 0.5)), *((count, moments.uniform(0, 0.03)) for count in (2, 5, 8))]
     task = {
         "folder": str(tmp_path),
         "gated": str(tiny().gated.folder),
@@ -805,7 +805,7 @@ def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     # most kills came in the middle, however fast the machine is
-    assert sum(0 < moment < report["all"] for moment in report["moments"]) >= 3, report
+    assert sum(0 < moment < report["all"] for moment in report["moments"]) >= 2, report
     killed, whole = ((tmp_path / name).read_bytes() for name in ("killed.json", "whole.json"))
     assert Profile.from_json(killed, "killed").effects
     assert killed == whole
