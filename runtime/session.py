@@ -164,11 +164,11 @@ class Session:
         trajectory = Trajectory.start(table, noise)
         held = Held()
         indices = range(first_index, first_index + len(noise))
+        timesteps = np.repeat(table.timesteps[:, None], len(noise), axis=1)
         for i, engine in enumerate(schedule):
-            timestep = float(table.timesteps[i])
 
-            def predict(sample: Array, program: Program = programs[engine], timestep: float = timestep) -> Array:
-                return _predict(program, sample, timestep, held)
+            def predict(sample: Array, program: Program = programs[engine], timesteps: Array = timesteps[i]) -> Array:
+                return _predict(program, sample, timesteps, held)
 
             trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
             if not np.isfinite(trajectory.predictions[0]).all():
@@ -177,14 +177,14 @@ class Session:
                     "Check the noise given; `lossless=True` samples with the full model."
                 )
             if on_step is not None:
-                step = Step(index=i, steps=len(schedule), timestep=timestep, engine=engine, sample=trajectory.sample)
-                on_step(step)
+                timestep = table.timesteps.item(i)
+                on_step(Step(index=i, steps=len(schedule), timestep=timestep, engine=engine, sample=trajectory.sample))
         return trajectory.sample
 
 
-def _predict(program: Program, sample: Array, timestep: float, held: Held) -> Array:
+def _predict(program: Program, sample: Array, timesteps: Array, held: Held) -> Array:
     prediction = np.empty_like(sample)
-    timesteps = np.full(len(sample), timestep, dtype=np.float32)
+    timestep = timesteps.item(0)
     inputs = {"sample": sample, "timestep": timesteps, **held.inputs(timestep)}
     held.remember(program(inputs, prediction), timestep)
     return prediction
