@@ -10,9 +10,9 @@ Times engines of the reference model on random inputs and writes `results/runtim
 - overhead: wall time of `Session.sample` / time spent inside of the engine calls, for the full model and for plans that
   change the engine in every step
 - switching: time per step of two engines in turns − mean of their times when each runs alone, in full steps
-- memory: of a fresh process with five engines / with the full engine alone, after one call of each; of `digits`, whose
+- memory: of a fresh process with five engines / with the full model alone, after one call of each; of `digits`, whose
   weights are small beside what onnxruntime itself takes, and of a random UNet whose weights outweigh it
-- emission: full engine that emits the branches of all components / full engine that emits none
+- emission: full model that emits the branches of all components / the full model
 
 Ratios are medians over rounds of the ratio within a round. `memory` counts whole processes, libraries included.
 """
@@ -197,14 +197,14 @@ def additivity_and_emission(
     columns = ["engine", "outermost removals", "ms", "expected ms", "ratio", "10th percentile", "90th percentile"]
     table = {"title": "Additivity: engine time and what the savings of its parts promise", "columns": columns}
     figures: list[dict[str, object]] = [
-        {"figure": "full engine, ms per call", "value": float(np.median(full))},
+        {"figure": "full model, ms per call", "value": float(np.median(full))},
         {
             "figure": "additivity: engine time / expected, median over engines",
             "value": float(np.median(ratios)),
             "goal": {"at_most": 1.03},
         },
         {"figure": "additivity: worst engine", "value": max(ratios), "goal": {"at_most": 1.03}},
-        {"figure": "emission: full engine that emits all / none", "value": spread(others[:, 0] / full)[0]},
+        {"figure": "emission: full model that emits all / none", "value": spread(others[:, 0] / full)[0]},
     ]
     return figures, {**table, "rows": rows}
 
@@ -314,7 +314,7 @@ def memory(
     work: Path,
     on_progress: OnProgress,
 ) -> list[dict[str, object]]:
-    """Measure fresh processes with no engine, the full engine and five engines."""
+    """Measure fresh processes with no engine, the full model and five engines."""
     folder = work / "resident" / label
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [{}, *(own for name, own in assignments.items() if name.startswith("random"))][:5]
@@ -341,9 +341,9 @@ def memory(
             goal = {"goal": {"at_most": 1.2}} if (mode, measure) == (Memory.LOW, "Pss") else {}
             figures += [
                 {"figure": f"{what}: no engine, but the weights, MiB", "value": nothing},
-                {"figure": f"{what}: the full engine, MiB", "value": one},
+                {"figure": f"{what}: the full model, MiB", "value": one},
                 {"figure": f"{what}: {len(paths)} engines, MiB", "value": everything},
-                {"figure": f"{what}: {len(paths)} engines / the full engine", "value": everything / one, **goal},
+                {"figure": f"{what}: {len(paths)} engines / the full model", "value": everything / one, **goal},
                 {"figure": f"{what}: each further engine, MiB", "value": (everything - one) / (len(paths) - 1)},
             ]
     on_progress(Progress(stage=f"memory of {label}", done=len(Memory), total=len(Memory)))

@@ -194,7 +194,7 @@ class Session:
         trajectory = Trajectory.start(table, noise)
         held = Held()
         for i, engine in enumerate(schedule):
-            timestep = float(table.timesteps[i])
+            timestep = table.timesteps.item(i)
 
             def predict(sample: Array, program: Program = programs[engine], timestep: float = timestep) -> Array:
                 return self._predict(program, sample, timestep, conditions, held)
@@ -206,8 +206,7 @@ class Session:
                     "Check the noise given; `lossless=True` samples with the full model."
                 )
             if on_step is not None:
-                step = Step(index=i, steps=len(schedule), timestep=timestep, engine=engine, sample=trajectory.sample)
-                on_step(step)
+                on_step(Step(index=i, steps=len(schedule), timestep=timestep, engine=engine, sample=trajectory.sample))
         return trajectory.sample
 
     def _predict(self, program: Program, sample: Array, timestep: float, conditions: Conditions, held: Held) -> Array:

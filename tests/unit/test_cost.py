@@ -11,13 +11,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from unetc import timing
 from unetc.analyzer.cost import measure_costs
 from unetc.artifacts.profile import Component, Cost, Estimate
-from unetc.backend import Array, Program
+from unetc.backend import Array, Loader, Program, SerialisedGraph
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import OPSET, GatedGraph
 from unetc.progress import Progress, ignore
@@ -97,8 +96,11 @@ class Machine:
     slowness: Callable[[int], float] = lambda call: 1.0
     """How many times slower the machine is at its n-th call."""
 
-    def load(self, graph: bytes, weights: Mapping[str, NDArray[np.generic]]) -> Program:
-        nodes = sum(node.op_type == "Neg" for node in onnx.load_from_string(graph).graph.node)
+    def open_weights(self, weights: bytes) -> Loader:
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        nodes = sum(node.op_type == "Neg" for node in onnx.load_from_string(graph.graph).graph.node)
 
         def program(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
             sample, timestep = (inputs[name] for name in ("sample", "timestep"))

@@ -120,25 +120,29 @@ def update(
     """
     if not 0 <= step < table.steps:
         raise SessionError(f"there is no step {step} among the {table.steps} steps of this sampler.")
-    result: NDArray[Any] = _combine(table.sample_coefficients[step], samples)
-    result = result + _combine(table.prediction_coefficients[step], predictions)
-    if (weight := float(table.denoised_coefficient[step])) != 0:
-        p, q = float(table.denoised_sample[step]), float(table.denoised_prediction[step])
-        result = result + weight * (p * samples[0] + q * predictions[0]).clip(-table.clip, table.clip)
-    if (weight := float(table.noise_coefficient[step])) != 0:
+    result = _combine(table.sample_coefficients[step].tolist(), samples)
+    result += _combine(table.prediction_coefficients[step].tolist(), predictions)
+    if weight := table.denoised_coefficient.item(step):
+        denoised = table.denoised_sample.item(step) * samples[0]
+        denoised += table.denoised_prediction.item(step) * predictions[0]
+        denoised = denoised.clip(-table.clip, table.clip)
+        denoised *= weight
+        result += denoised
+    if weight := table.noise_coefficient.item(step):
         if noise is None:
             raise SessionError(f"step {step} of this sampler adds noise and none was given. Pass step_noise(...).")
-        result = result + weight * noise
+        result += weight * noise
     return result
 
 
-def _combine(coefficients: NDArray[np.float64], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    total: NDArray[Any] = float(coefficients[0]) * arrays[0]
-    for lag in range(1, len(coefficients)):
-        if (weight := float(coefficients[lag])) != 0:
+def _combine(weights: Sequence[float], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Add weighted arrays up in a new one."""
+    total: NDArray[Any] = weights[0] * arrays[0]
+    for lag, weight in enumerate(weights[1:], start=1):
+        if weight:
             if lag >= len(arrays):
                 raise SessionError(f"a step needs {lag + 1} arrays, newest first, and {len(arrays)} were given.")
-            total = total + weight * arrays[lag]
+            total += weight * arrays[lag]
     return total
 
 

@@ -47,11 +47,11 @@ class Trajectory:
             seed: Seed of the noise a stochastic solver adds.
             indices: Index of every sample within the seed.
         """
-        scale = float(table.input_scale[step])
+        scale = table.input_scale.item(step)
         prediction = predict(self.sample if scale == 1.0 else self.sample * np.float32(scale))
         shape = self.sample.shape[1:]
         predictions = (prediction[:, : shape[0]], *self.predictions)[: table.window]
-        noise = step_noise(seed, indices, step, shape) if table.noise_coefficient[step] else None
+        noise = step_noise(seed, indices, step, shape) if table.noise_coefficient.item(step) else None
         following = update(table, step, self.samples, predictions, noise)
         return Trajectory(samples=(following, *self.samples)[: table.window], predictions=predictions)
 
