@@ -24,6 +24,23 @@ class Mode:
     """1: components are removed in every step. p > 1: components are reused in all but one of p steps."""
 
 
+TOLERANCE = 1e-6
+"""A limit that is missed by so little is met: HiGHS cannot tell it from one that is met, and the measurements of which
+plans are made are far less exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a plan must keep to."""
+
+    saved_steps: float
+    """Time to save, in steps of the full model."""
+    max_engines: int
+    """Most engines beside the full one and those that compute nothing."""
+    max_phases: int | None
+    """Most runs; no limit when None."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """What a plan does in a run of bins."""

@@ -17,10 +17,10 @@ from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Profile, Treatment
 from unetc.errors import PlanError
 
-from .choices import Choices, Mode, Part
+from .choices import TOLERANCE, Choices, Limits, Mode, Part
 from .dynamic import solve_fast
 from .emissions import with_emissions
-from .exact import solve_exactly
+from .exact import most_saved, solve_exactly
 
 TIME_LIMIT_S = 60.0
 """The exact solver returns its best plan so far after this many seconds. Only then may two runs differ."""
@@ -77,29 +77,26 @@ def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0
 def _solve(choices: Choices, options: PlanOptions) -> Mapping[Mode, tuple[int, ...]]:
     if options.budget == 0:
         return {Mode(first=0, last=len(choices.steps), period=1): ()}
-    steps = float(choices.steps.sum())
-    if options.solver == "fast":
-        chosen = solve_fast(
-            choices,
-            saved_steps=options.budget * steps,
-            max_engines=options.max_engines,
-            max_phases=options.max_phases,
-        )
-        if chosen is not None:
-            return chosen
-    chosen, most = solve_exactly(
-        choices,
-        saved_steps=options.budget * steps,
-        max_engines=options.max_engines,
-        max_phases=options.max_phases,
-        time_limit_s=TIME_LIMIT_S,
-    )
+    limits = limits_of(choices, options)
+    chosen = solve_fast(choices, limits) if options.solver == "fast" else None
     if chosen is None:
+        chosen = solve_exactly(choices, limits, time_limit_s=TIME_LIMIT_S)
+    if chosen is None:
+        most = most_saved(choices, limits, time_limit_s=TIME_LIMIT_S) / float(choices.steps.sum())
         raise PlanError(
             f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines. "
-            f"The most that such a plan saves is {most / steps:.1%}. Ask for a smaller budget."
+            f"The most that such a plan saves is {most:.1%}. Ask for a smaller budget."
         )
     return chosen
+
+
+def limits_of(choices: Choices, options: PlanOptions) -> Limits:
+    """Translate options to what both solvers keep to, the tolerance included."""
+    return Limits(
+        saved_steps=options.budget * float(choices.steps.sum()) - TOLERANCE,
+        max_engines=options.max_engines,
+        max_phases=options.max_phases,
+    )
 
 
 def assemble(profile: Profile, options: PlanOptions, parts: Sequence[Part], choices: Choices) -> Plan:
