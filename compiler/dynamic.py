@@ -1,8 +1,9 @@
-"""The fast planner: a Lagrangian relaxation of the time budget, solved by dynamic programming over noise levels.
+"""The fast planner: a Lagrangian relaxation of the limits of time and memory, by dynamic programming over noise levels.
 
-For a price of time, every run of bins has a best set of components of its own, and the best way to cut the noise levels
-into runs is a shortest path with a limited number of engines. What is found is optimal for the time it saves, but
-optima between the corners of the convex hull are not found; `exact` finds them.
+At a price of time and one of memory, every run of bins has a best set of components of its own, and the best way to cut
+the noise levels into runs is a shortest path with a limited number of engines. What is found is optimal for the time it
+saves, but optima between the corners of the convex hull are not found; `exact` finds them. A limit of memory that binds
+puts more of them there, as most of what an engine holds it holds whatever it removes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ _ROUNDING = 1e-9
 """A plan is below a chord if it is by more than this share of the chord's rise."""
 
 _Totals = NDArray[np.float64]
-"""[squared damage, saved steps] of components, runs or plans; or what each of them is weighed by."""
-_SQUARED, _SAVED = np.eye(2)
+"""[squared damage, saved steps, memory] of components, engines or plans; or what each of them is weighed by."""
+_SQUARED, _SAVED, _MEMORY = np.eye(3)
+_FULL = _MEMORY
+"""What an engine adds that removes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +58,17 @@ def solve_fast(choices: Choices, limits: Limits) -> dict[Mode, tuple[int, ...]] 
         The chosen components by run, or None if no plan was found.
     """
     relaxation = _Relaxation(choices, limits)
-    found = _cheapest(relaxation.solve, _SQUARED, gain=_SAVED, enough=limits.saved_steps)
+
+    def solve_in_time(cost: _Totals) -> _Found | None:
+        return _cheapest(relaxation.solve, cost, gain=_SAVED, enough=limits.saved_steps)
+
+    found = _cheapest(solve_in_time, _SQUARED, gain=-_MEMORY, enough=1 - limits.max_memory)
     return None if found is None else found.chosen
 
 
-def _cheapest(solve: Callable[[_Totals], _Found], cost: _Totals, *, gain: _Totals, enough: float) -> _Found | None:
+def _cheapest(
+    solve: Callable[[_Totals], _Found | None], cost: _Totals, *, gain: _Totals, enough: float
+) -> _Found | None:
     """Find the plan that costs least of those with enough gain, or one beside it on the convex hull.
 
     Two plans, one that gains too little and one that gains enough, are the ends of a chord. Its slope is the next
@@ -69,16 +78,17 @@ def _cheapest(solve: Callable[[_Totals], _Found], cost: _Totals, *, gain: _Total
         Jüttner et al. 2001, "Lagrange relaxation based method for the QoS routing problem" (LARAC),
         doi:10.1109/INFCOM.2001.916277.
     """
-    poor, rich = solve(cost), solve(-gain)
-    if poor.totals @ gain >= enough:
+    poor = solve(cost)
+    if poor is None or poor.totals @ gain >= enough:
         return poor
-    if rich.totals @ gain < enough:
+    rich = solve(-gain)
+    if rich is None or rich.totals @ gain < enough:
         return None
     for _ in range(_PRICES):
         rise, run = (rich.totals - poor.totals) @ cost, (rich.totals - poor.totals) @ gain
-        price = rise / run
-        found = solve(cost - price * gain)
-        if (found.totals - poor.totals) @ (cost - price * gain) >= -_ROUNDING * abs(rise):
+        weights = cost - rise / run * gain
+        found = solve(weights)
+        if found is None or (found.totals - poor.totals) @ weights >= -_ROUNDING * abs(rise):
             break
         if found.totals @ gain >= enough:
             rich = found
@@ -97,11 +107,14 @@ class _Relaxation:
         self._modes: dict[tuple[int, int], list[Mode]] = {}
         self._totals: dict[Mode, _Totals] = {}
         self._possible: dict[Mode, NDArray[np.bool_]] = {}
+        whole = np.isin(np.arange(len(choices.names)), list(choices.whole))
         for mode in sorted(choices.modes, key=lambda mode: mode.last):
             squared = choices.least(mode)
             possible = np.isfinite(squared)
             self._modes.setdefault((mode.first, mode.last), []).append(mode)
-            self._totals[mode] = np.column_stack([np.where(possible, squared, 0), choices.saving(mode)])
+            self._totals[mode] = np.column_stack(
+                [np.where(possible, squared, 0), choices.saving(mode), -choices.freed * ~whole]
+            )
             self._possible[mode] = possible
 
     def solve(self, weights: _Totals) -> _Found:
@@ -121,11 +134,12 @@ class _Relaxation:
                     last[part.mode.last, engines + part.engines, runs + 1] = part
         engines, runs = self._max_engines, int(np.argmin(least[bins, self._max_engines]))
         chosen: dict[Mode, tuple[int, ...]] = {}
+        totals = np.zeros(3)
         while bins > 0:
             part = last[bins, engines, runs]
             chosen[part.mode] = part.chosen
+            totals += self._totals[part.mode][list(part.chosen)].sum(axis=0) + part.engines * _FULL
             bins, engines, runs = part.mode.first, engines - part.engines, runs - 1
-        totals = sum((self._totals[mode][list(own)].sum(axis=0) for mode, own in chosen.items()), np.zeros(2))
         return _Found(chosen=chosen, totals=totals)
 
     def _parts(self, modes: Sequence[Mode], weights: _Totals) -> tuple[_Part, _Part]:
@@ -137,7 +151,8 @@ class _Relaxation:
             free.append(_Part(mode=mode, chosen=whole, engines=0, value=float(value[list(whole)].sum())))
             value[list(self._choices.whole)] = 0
             best = _best_set(self._choices.inner, value)
-            computing.append(_Part(mode=mode, chosen=best, engines=1, value=float(value[list(best)].sum())))
+            total = float(value[list(best)].sum() + weights @ _FULL)
+            computing.append(_Part(mode=mode, chosen=best, engines=1, value=total))
         return min(free, key=lambda part: part.value), min(computing, key=lambda part: part.value)
 
 

@@ -51,6 +51,7 @@ class _Program:
             used = {m * width + width - 1: 1.0 for m, mode in enumerate(self._modes) if mode.first <= b < mode.last}
             rows.add(used, 1, 1)
         engines: dict[int, float] = {}
+        memory: dict[int, float] = {}
         for m in range(count):
             z, y = m * width + self._components, m * width + self._components + 1
             rows.add({z: 1.0, y: -1.0}, -np.inf, 0)
@@ -59,7 +60,10 @@ class _Program:
             for outer, inner in choices.nested:
                 rows.add({m * width + outer: 1.0, m * width + inner: 1.0, z: -1.0}, -np.inf, 0)
             engines |= {z: 1.0, **{m * width + c: -1.0 for c in choices.whole}}
+            held = {m * width + c: -1.0 if c in choices.whole else -share for c, share in enumerate(choices.freed)}
+            memory |= {z: 1.0, **held}
         rows.add(engines, 0, limits.max_engines)
+        rows.add(memory, -np.inf, limits.max_memory - 1)
         if limits.max_phases is not None:
             rows.add({m * width + width - 1: 1.0 for m in range(count)}, 0, limits.max_phases)
         self.structure = [rows.constraint()]
@@ -67,7 +71,8 @@ class _Program:
         least = np.array([choices.least(mode) for mode in self._modes])
         saving[:, : self._components] = [choices.saving(mode) for mode in self._modes]
         squared[:, : self._components] = np.where(np.isfinite(least), least, 0)
-        allowed[:, : self._components] = np.isfinite(least) & (saving[:, : self._components] > 0)
+        useful = (saving[:, : self._components] > 0) | (np.isfinite(limits.max_memory) & (choices.freed > 0))
+        allowed[:, : self._components] = np.isfinite(least) & useful
         allowed[:, self._components :] = 1
         self.saving, self.squared, self.bounds = saving.ravel(), squared.ravel(), Bounds(0, allowed.ravel())
 

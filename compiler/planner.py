@@ -9,8 +9,9 @@ some hundred times faster.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from math import inf
 
 import unetc
 from unetc.artifacts.plan import Phase, Plan
@@ -36,6 +37,8 @@ class PlanOptions:
     """Most engines beside the full model; those that compute nothing do not count."""
     max_phases: int | None = None
     """Most ranges of noise levels; no limit when not given."""
+    max_memory: float | None = None
+    """Most weights of all engines together, each with its own copy, in those of the full model, which counts 1."""
     solver: str = "fast"
     """`fast`, which misses optima between the corners of the convex hull, or `exact`."""
 
@@ -51,6 +54,8 @@ class PlanOptions:
             raise PlanError(f"max-engines must be at least 1, got {self.max_engines}.")
         if self.max_phases is not None and self.max_phases < 1:
             raise PlanError(f"max-phases must be at least 1, got {self.max_phases}.")
+        if self.max_memory is not None and not self.max_memory >= 1:
+            raise PlanError(f"max-memory must be at least 1, the full model's own weights, got {self.max_memory:g}.")
         if self.solver not in ("exact", "fast"):
             raise PlanError(f"unknown solver {self.solver!r}. Expected exact or fast.")
 
@@ -82,11 +87,7 @@ def _solve(choices: Choices, options: PlanOptions) -> Mapping[Mode, tuple[int, .
     if chosen is None:
         chosen = solve_exactly(choices, limits, time_limit_s=TIME_LIMIT_S)
     if chosen is None:
-        most = most_saved(choices, limits, time_limit_s=TIME_LIMIT_S) / float(choices.steps.sum())
-        raise PlanError(
-            f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines. "
-            f"The most that such a plan saves is {most:.1%}. Ask for a smaller budget."
-        )
+        raise PlanError(_why_impossible(choices, options))
     return chosen
 
 
@@ -96,6 +97,25 @@ def limits_of(choices: Choices, options: PlanOptions) -> Limits:
         saved_steps=options.budget * float(choices.steps.sum()) - TOLERANCE,
         max_engines=options.max_engines,
         max_phases=options.max_phases,
+        max_memory=inf if options.max_memory is None else options.max_memory + TOLERANCE,
+    )
+
+
+def _why_impossible(choices: Choices, options: PlanOptions) -> str:
+    """Say what the most is that can be saved within the limits, and without that of memory if it is what binds."""
+
+    def most(options: PlanOptions) -> float:
+        limits = limits_of(choices, options)
+        return most_saved(choices, limits, time_limit_s=TIME_LIMIT_S) / float(choices.steps.sum())
+
+    within, memory, lifted = most(options), "", ""
+    if options.max_memory is not None:
+        memory = f" and {options.max_memory:g} × the full model's weights"
+        if (without := most(replace(options, max_memory=None))) > within + TOLERANCE:
+            lifted = f", and {without:.1%} with more memory"
+    return (
+        f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines{memory}. "
+        f"The most that such a plan saves is {within:.1%}{lifted}. Ask for a smaller budget."
     )
 
 

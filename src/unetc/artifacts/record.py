@@ -24,9 +24,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Artifact(Record, frozen=True, kw_only=True):
     """A record that is saved as a file of its own and carries the version of its layout."""
 
-    SCHEMA: ClassVar[int] = 2
+    SCHEMA: ClassVar[int] = 3
     """One number for all artifacts: they refer to each other."""
-    schema: int = 2
+    schema: int = 3
 
     def to_json(self) -> bytes:
         """Encode as JSON; the same value always gives the same bytes."""
