@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Cost, Effect, Estimate, ModelReference, Profile
-from unetc.artifacts.record import Record, read_bounded, write_atomically
+from unetc.artifacts.profile import Effect, ModelReference, Profile
+from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.environment import cores
@@ -20,7 +20,7 @@ from unetc.progress import OnProgress, ignore
 from unetc.solver.table import SolverTable
 
 from .ablation import ablations_of
-from .cost import measure_costs
+from .cost import Costs, measure_costs
 from .denoiser import GatedDenoiser
 from .screen import choose, estimate_rest, run_screen
 from .sweep import Base, Sweep, make_bins, run_base, run_sweep, sweep_calls
@@ -73,11 +73,6 @@ class AnalysisOptions:
             raise ProfileError(f"a seed lies in [0, 2^63), got {self.seed}.")
 
 
-class _Timing(Record, frozen=True, kw_only=True):
-    full_ms: Estimate
-    costs: tuple[Cost, ...]
-
-
 def analyze(
     gated: GatedGraph,
     reference: ModelReference,
@@ -110,7 +105,7 @@ def analyze(
         ArtifactError: If `work` cannot be written.
         ProfileError: If the denoiser produces NaN or infinity.
     """
-    timing = _timing(gated, backend, conditions, sample_shape, options, work, on_progress)
+    costs = _costs(gated, backend, conditions, sample_shape, options, work, on_progress)
     sweep = Sweep(
         denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples))),
         components=gated.components,
@@ -124,7 +119,7 @@ def analyze(
     base = run_base(sweep, on_progress)
     numbers = (options.steps, options.samples, options.bins, options.seed)
     folder = work / _key("damage", options.scheduler, *numbers, conditions.sha256())
-    effects, calls = _damages(sweep, base, timing, options.decisive, folder, on_progress)
+    effects, calls = _damages(sweep, base, costs, options.decisive, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
         model=reference,
@@ -141,8 +136,9 @@ def analyze(
         guidance_scale=conditions.scale,
         components=gated.components,
         bins=sweep.bins,
-        full_ms=timing.full_ms,
-        costs=timing.costs,
+        full_ms=costs.full_ms,
+        full_bytes=costs.full_bytes,
+        costs=costs.costs,
         effects=effects,
         samplings=(calls + 2 * table.steps) / table.steps,
         means=tuple(row.astype("<f4").tobytes() for row in base.means),
@@ -150,7 +146,7 @@ def analyze(
 
 
 def _damages(
-    sweep: Sweep, base: Base, timing: _Timing, decisive: int | None, folder: Path, on_progress: OnProgress
+    sweep: Sweep, base: Base, costs: Costs, decisive: int | None, folder: Path, on_progress: OnProgress
 ) -> tuple[tuple[Effect, ...], int]:
     """Screen all ablations and carry the decisive ones to the final output; also count denoiser calls per sample."""
     if decisive is None:
@@ -162,12 +158,12 @@ def _damages(
         )
         return run_sweep(sweep, base, all_of_them, folder, on_progress), sweep_calls(sweep, all_of_them)
     screen = run_screen(sweep, base, folder, on_progress)
-    chosen = choose(screen, timing.costs, timing.full_ms.mean, decisive)
+    chosen = choose(screen, costs.costs, costs.full_ms.mean, decisive)
     measured = run_sweep(sweep, base, chosen, folder, on_progress)
     return measured + estimate_rest(screen, measured), screen.calls + sweep_calls(sweep, chosen)
 
 
-def _timing(
+def _costs(
     gated: GatedGraph,
     backend: Backend,
     conditions: Conditions,
@@ -175,14 +171,14 @@ def _timing(
     options: AnalysisOptions,
     work: Path,
     on_progress: OnProgress,
-) -> _Timing:
+) -> Costs:
     """Measure costs, or read those an interrupted analysis has measured: time is the one thing that never repeats."""
     numbers = (options.threads, options.batch, options.rounds)
     path = work / _key("cost", options.target, *numbers, conditions.shapes()) / "timing.json"
     try:
-        return msgspec.json.decode(read_bounded(path, 2**26), type=_Timing)
+        return msgspec.json.decode(read_bounded(path, 2**26), type=Costs)
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-        full_ms, costs = measure_costs(
+        costs = measure_costs(
             gated,
             backend,
             conditions=conditions,
@@ -191,9 +187,8 @@ def _timing(
             rounds=options.rounds,
             on_progress=on_progress,
         )
-    timing = _Timing(full_ms=full_ms, costs=costs)
-    write_atomically(path, msgspec.json.encode(timing))
-    return timing
+    write_atomically(path, msgspec.json.encode(costs))
+    return costs
 
 
 def _key(what: str, *values: object) -> str:

@@ -1,4 +1,4 @@
-"""Cost: milliseconds that removing a component saves on the target."""
+"""Cost: milliseconds that removing a component saves on the target, and bytes of weights that it frees."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Cost, Estimate, Treatment
-from unetc.backend import Backend, Program
+from unetc.artifacts.record import Record
+from unetc.backend import Backend, SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.graph.gated import GatedGraph
+from unetc.graph.gated import GatedGraph, tensor_ranges
 from unetc.graph.specialise import specialise
 from unetc.progress import OnProgress, Progress
 from unetc.timing import interleaved_ms
 
 from .damage import estimate
+
+
+class Costs(Record, frozen=True, kw_only=True):
+    """Time and weights of the full graph, and what each component's removal saves of them; see `Profile`."""
+
+    full_ms: Estimate
+    full_bytes: int
+    costs: tuple[Cost, ...]
 
 
 def measure_costs(
@@ -27,7 +36,7 @@ def measure_costs(
     sample_shape: tuple[int, int, int],
     rounds: int,
     on_progress: OnProgress,
-) -> tuple[Estimate, tuple[Cost, ...]]:
+) -> Costs:
     """Time the full graph against the graph specialised without each component.
 
     Each component's graph takes turns with the full one, so that slow moments of the machine fall on both. What a pair
@@ -44,29 +53,37 @@ def measure_costs(
 
     Returns:
         Milliseconds per call of the full graph, and what each component's removal saves of it: the median over rounds
-        of the share that is saved, of the median time of the full graph. The intervals are over rounds.
+        of the share that is saved, of the median time of the full graph. The intervals are over rounds. Bytes are
+        exact; of what several components read each one's removal alone frees nothing.
     """
     no_means = np.zeros(gated.channels, dtype=np.float32)
     loader = backend.open_weights(gated.weights.read_bytes())
+    ranges = tensor_ranges(gated.weights)
 
-    def load(treatments: dict[str, Treatment]) -> Program:
-        return loader.load(specialise(gated, treatments, no_means))
+    def size(engine: SerialisedGraph) -> int:
+        return sum(end - begin for begin, end in (ranges[name] for name in engine.weights))
 
     sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
     inputs = conditions.take(range(batch)).widen(sample, 500.0)
     output = np.empty((len(inputs["sample"]), gated.predicted_channels, *sample_shape[1:]), dtype=np.float32)
-    full = partial(load({}), inputs, output)
+    full_engine = specialise(gated, {}, no_means)
+    full = partial(loader.load(full_engine), inputs, output)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
+    freed: dict[str, int] = {}
     for component in gated.components:
-        without = partial(load({component.name: Treatment.DROP}), inputs, output)
-        times = interleaved_ms([full, without], rounds=rounds)
+        engine = specialise(gated, {component.name: Treatment.DROP}, no_means)
+        freed[component.name] = size(full_engine) - size(engine)
+        times = interleaved_ms([full, partial(loader.load(engine), inputs, output)], rounds=rounds)
         full_times.extend(times[:, 0])
         shares[component.name] = 1 - times[:, 1] / times[:, 0]
         on_progress(Progress(stage="timing", done=len(shares), total=len(gated.components)))
     full_ms = _around_median(np.array(full_times))
-    costs = tuple(Cost(component=name, saved_ms=_around_median(full_ms.mean * share)) for name, share in shares.items())
-    return full_ms, costs
+    costs = tuple(
+        Cost(component=name, saved_ms=_around_median(full_ms.mean * share), freed_bytes=freed[name])
+        for name, share in shares.items()
+    )
+    return Costs(full_ms=full_ms, full_bytes=size(full_engine), costs=costs)
 
 
 def _around_median(values: NDArray[np.float64]) -> Estimate:

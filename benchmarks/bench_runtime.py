@@ -219,7 +219,7 @@ def plan_of(model: ModelReference, engines: tuple[Assignment, ...], cycle: tuple
         max_engines=len(engines),
         engines=engines,
         phases=(Phase(low=-1e6, high=1e6, cycle=cycle),),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 

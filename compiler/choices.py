@@ -24,6 +24,25 @@ class Mode:
     """1: components are removed in every step. p > 1: components are reused in all but one of p steps."""
 
 
+TOLERANCE = 1e-6
+"""A limit that is missed by so little is met: HiGHS cannot tell it from one that is met, and the measurements of which
+plans are made are far less exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a plan must keep to."""
+
+    saved_steps: float
+    """Time to save, in steps of the full model."""
+    max_engines: int
+    """Most engines beside the full one and those that compute nothing."""
+    max_phases: int | None
+    """Most runs; no limit when None."""
+    max_memory: float
+    """Most weights of all engines together, in those of the full one, which is among them; infinite for no limit."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """What a plan does in a run of bins."""
@@ -57,6 +76,10 @@ class Choices:
         )
         self.whole = frozenset(self.position[c.name] for c in profile.components if c.kind == "step")
         """Components that leave nothing to compute; an engine for them costs nothing to have."""
+        self.freed = np.zeros(len(self.names))
+        """Share of the full engine's weights that an engine without the component does not hold, [component]."""
+        for cost in profile.costs:
+            self.freed[self.position[cost.component]] = cost.freed_bytes / profile.full_bytes
         self.saved = self._consistent_shares(profile)
         components = [c for c in range(len(self.names)) if c not in self.whole]
         self.saved[components] = np.minimum(1.0, self.saved[components] * correction)
@@ -145,10 +168,31 @@ class Choices:
         """Predict time and damage of what is done in each run of bins."""
         saved, squared = 0.0, 0.0
         for part in parts:
-            columns = {self.position[name]: treatment for name, treatment in part.treatments.items()}
-            inner = {i for outer, i in self.nested if outer in columns}
             tables, saving = self.squared(part.mode), self.saving(part.mode)
-            for c in columns.keys() - inner:
+            for c in self._outermost(part.treatments):
                 saved += float(saving[c])
-                squared += float(tables[columns[c]][c])
-        return Prediction(time_ratio=1 - saved / float(self.steps.sum()), relative_l2=float(np.sqrt(squared)))
+                squared += float(tables[part.treatments[self.names[c]]][c])
+        return Prediction(
+            time_ratio=1 - saved / float(self.steps.sum()),
+            relative_l2=float(np.sqrt(squared)),
+            memory=self.memory(part.treatments for part in parts),
+        )
+
+    def memory(self, assignments: Iterable[Mapping[str, Treatment]]) -> float:
+        """Bound the weights that the full engine and those of some assignments hold, in those of the full one.
+
+        What is freed by removing several components is at least the sum of what each one frees: weights that only
+        they share are freed besides, and none is counted twice, as components of which one frees what another frees
+        are nested in each other.
+        """
+        total = 1.0
+        for treatments in {tuple(sorted(own.items())): own for own in assignments}.values():
+            removed = self._outermost(treatments)
+            if treatments and not removed & self.whole:
+                total += 1 - float(self.freed[list(removed)].sum())
+        return total
+
+    def _outermost(self, treatments: Mapping[str, Treatment]) -> set[int]:
+        """Find the treated components that no other treated one takes with it."""
+        columns = {self.position[name] for name in treatments}
+        return columns - {inner for outer, inner in self.nested if outer in columns}

@@ -1,116 +1,164 @@
-"""The fast planner: a Lagrangian relaxation of the time budget, solved by dynamic programming over noise levels.
+"""The fast planner: a Lagrangian relaxation of the limits of time and memory, by dynamic programming over noise levels.
 
-For a price of time, every run of bins has a best set of components of its own, and the best way to cut the noise levels
-into runs is a shortest path with a limited number of engines. The price is found by bisection. What it finds is
-optimal for the time it saves, but it does not find optima between the corners of the convex hull; `exact` does.
-
-Source:
-    Everett 1963, "Generalized Lagrange multiplier method", doi:10.1287/opre.11.3.399.
+At a price of time and one of memory, every run of bins has a best set of components of its own, and the best way to cut
+the noise levels into runs is a shortest path with a limited number of engines. What is found is optimal for the time it
+saves, but optima between the corners of the convex hull are not found; `exact` finds them. A limit of memory that binds
+puts more of them there, as most of what an engine holds it holds whatever it removes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .choices import Choices, Mode
+from .choices import Choices, Limits, Mode
 
-_HALVINGS = 50
+_PRICES = 100
+"""Most prices tried; ten are many."""
+_ROUNDING = 1e-9
+"""A plan is below a chord if it is by more than this share of the chord's rise."""
 
-
-_Costs = Mapping[Mode, tuple[NDArray[np.float64], NDArray[np.float64]]]
-"""Least squared damage and saved time of every component in each mode, whatever the price."""
+_Totals = NDArray[np.float64]
+"""[squared damage, saved steps, memory] of components, engines or plans; or what each of them is weighed by."""
+_SQUARED, _SAVED, _MEMORY = np.eye(3)
+_FULL = _MEMORY
+"""What an engine adds that removes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Best:
-    """The best set of a mode at a price."""
+class _Part:
+    """What can be done in a run, at some weights."""
 
-    value: float
-    squared: float
-    saved: float
+    mode: Mode
     chosen: tuple[int, ...]
+    engines: int
+    """Engines that it needs, 0 or 1."""
+    value: float
 
 
-def solve_fast(
-    choices: Choices, *, saved_steps: float, max_engines: int, max_phases: int | None
-) -> dict[Mode, tuple[int, ...]] | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A plan."""
+
+    chosen: dict[Mode, tuple[int, ...]]
+    totals: _Totals
+
+
+def solve_fast(choices: Choices, limits: Limits) -> dict[Mode, tuple[int, ...]] | None:
     """Choose the components of every run of bins.
 
     Args:
         choices: What can be chosen.
-        saved_steps: Time to save, in steps of the full model.
-        max_engines: Most engines beside engine 0 and those that compute nothing.
-        max_phases: Most runs; no limit when None.
+        limits: What the plan must keep to.
 
     Returns:
-        The chosen components by run, or None if no price saves enough.
+        The chosen components by run, or None if no plan was found.
     """
-    costs = {mode: (choices.least(mode), choices.saving(mode)) for mode in choices.modes}
-    low, high = 0.0, 1.0
-    best = None
-    for _ in range(80):
-        best = _cheapest(choices, costs, high, max_engines, max_phases)
-        if best[0] >= saved_steps:
-            break
-        high *= 4
-    if best is None or best[0] < saved_steps:
-        return None
-    found = best
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        candidate = _cheapest(choices, costs, middle, max_engines, max_phases)
-        if candidate[0] >= saved_steps:
-            high = middle
-            if candidate[1] < found[1]:
-                found = candidate
-        else:
-            low = middle
-    return found[2]
+    relaxation = _Relaxation(choices, limits)
+
+    def solve_in_time(cost: _Totals) -> _Found | None:
+        return _cheapest(relaxation.solve, cost, gain=_SAVED, enough=limits.saved_steps)
+
+    found = _cheapest(solve_in_time, _SQUARED, gain=-_MEMORY, enough=1 - limits.max_memory)
+    return None if found is None else found.chosen
 
 
 def _cheapest(
-    choices: Choices, costs: _Costs, price: float, max_engines: int, max_phases: int | None
-) -> tuple[float, float, dict[Mode, tuple[int, ...]]]:
-    """Minimise squared damage − price × saved time; return time saved, squared damage and the chosen sets."""
-    bins = len(choices.steps)
-    sets = {mode: _best_set(choices.inner, *costs[mode], price) for mode in choices.modes}
-    phases = min(bins, max_phases or bins)
-    # best[b][e][p]: the least value of the first b bins with at most e engines and exactly p runs
-    value = np.full((bins + 1, max_engines + 1, phases + 1), np.inf)
-    value[0, :, 0] = 0
-    step: dict[tuple[int, int, int], tuple[Mode, int]] = {}
-    for mode in sorted(choices.modes, key=lambda m: m.last):
-        best = sets[mode]
-        needed = 0 if not best.chosen or set(best.chosen) <= choices.whole else 1
-        for engines in range(needed, max_engines + 1):
-            for p in range(1, phases + 1):
-                total = value[mode.first, engines - needed, p - 1] + best.value
-                if total < value[mode.last, engines, p]:
-                    value[mode.last, engines, p] = total
-                    step[mode.last, engines, p] = mode, needed
-    p = int(np.argmin(value[bins, max_engines]))
-    chosen: dict[Mode, tuple[int, ...]] = {}
-    b, engines = bins, max_engines
-    while b > 0:
-        mode, needed = step[b, engines, p]
-        chosen[mode] = sets[mode].chosen
-        b, engines, p = mode.first, engines - needed, p - 1
-    saved = sum(sets[mode].saved for mode in chosen)
-    return saved, sum(sets[mode].squared for mode in chosen), chosen
+    solve: Callable[[_Totals], _Found | None], cost: _Totals, *, gain: _Totals, enough: float
+) -> _Found | None:
+    """Find the plan that costs least of those with enough gain, or one beside it on the convex hull.
+
+    Two plans, one that gains too little and one that gains enough, are the ends of a chord. Its slope is the next
+    price; the plan that is best at it lies below the chord and replaces one of them, until there is none.
+
+    Source:
+        Jüttner et al. 2001, "Lagrange relaxation based method for the QoS routing problem" (LARAC),
+        doi:10.1109/INFCOM.2001.916277.
+    """
+    poor = solve(cost)
+    if poor is None or poor.totals @ gain >= enough:
+        return poor
+    rich = solve(-gain)
+    if rich is None or rich.totals @ gain < enough:
+        return None
+    for _ in range(_PRICES):
+        rise, run = (rich.totals - poor.totals) @ cost, (rich.totals - poor.totals) @ gain
+        weights = cost - rise / run * gain
+        found = solve(weights)
+        if found is None or (found.totals - poor.totals) @ weights >= -_ROUNDING * abs(rise):
+            break
+        if found.totals @ gain >= enough:
+            rich = found
+        else:
+            poor = found
+    return rich
 
 
-def _best_set(
-    inner: Mapping[int, Sequence[int]], squared: NDArray[np.float64], saving: NDArray[np.float64], price: float
-) -> _Best:
-    """Choose the components of one run at a price; of one and those nested in it either can be chosen, not both."""
-    value = np.where(
-        np.isfinite(squared) & (saving > 0), np.where(np.isfinite(squared), squared, 0) - price * saving, 0
-    )
-    chosen = {c for c in range(len(value)) if value[c] < 0}
+class _Relaxation:
+    """Plans without a budget: the best ones by a weighed sum of their totals."""
+
+    def __init__(self, choices: Choices, limits: Limits) -> None:
+        self._choices = choices
+        self._max_engines = limits.max_engines
+        self._max_runs = min(len(choices.steps), limits.max_phases or len(choices.steps))
+        self._modes: dict[tuple[int, int], list[Mode]] = {}
+        self._totals: dict[Mode, _Totals] = {}
+        self._possible: dict[Mode, NDArray[np.bool_]] = {}
+        whole = np.isin(np.arange(len(choices.names)), list(choices.whole))
+        for mode in sorted(choices.modes, key=lambda mode: mode.last):
+            squared = choices.least(mode)
+            possible = np.isfinite(squared)
+            self._modes.setdefault((mode.first, mode.last), []).append(mode)
+            self._totals[mode] = np.column_stack(
+                [np.where(possible, squared, 0), choices.saving(mode), -choices.freed * ~whole]
+            )
+            self._possible[mode] = possible
+
+    def solve(self, weights: _Totals) -> _Found:
+        """Find the plan whose weighed sum of totals is least."""
+        bins = len(self._choices.steps)
+        # least[b][e][r]: the least value of the first b bins with at most e engines and exactly r runs
+        least = np.full((bins + 1, self._max_engines + 1, self._max_runs + 1), np.inf)
+        least[0, :, 0] = 0
+        last: dict[tuple[int, int, int], _Part] = {}
+        for modes in self._modes.values():
+            for part in self._parts(modes, weights):
+                before = least[part.mode.first, : self._max_engines + 1 - part.engines, :-1]
+                after = least[part.mode.last, part.engines :, 1:]
+                better = before + part.value < after
+                after[better] = before[better] + part.value
+                for engines, runs in np.argwhere(better).tolist():
+                    last[part.mode.last, engines + part.engines, runs + 1] = part
+        engines, runs = self._max_engines, int(np.argmin(least[bins, self._max_engines]))
+        chosen: dict[Mode, tuple[int, ...]] = {}
+        totals = np.zeros(3)
+        while bins > 0:
+            part = last[bins, engines, runs]
+            chosen[part.mode] = part.chosen
+            totals += self._totals[part.mode][list(part.chosen)].sum(axis=0) + part.engines * _FULL
+            bins, engines, runs = part.mode.first, engines - part.engines, runs - 1
+        return _Found(chosen=chosen, totals=totals)
+
+    def _parts(self, modes: Sequence[Mode], weights: _Totals) -> tuple[_Part, _Part]:
+        """Find the best that can be done in a run without an engine of its own, and with one."""
+        free, computing = [], []
+        for mode in modes:
+            value = np.where(self._possible[mode], self._totals[mode] @ weights, 0)
+            whole = tuple(c for c in sorted(self._choices.whole) if value[c] < 0)
+            free.append(_Part(mode=mode, chosen=whole, engines=0, value=float(value[list(whole)].sum())))
+            value[list(self._choices.whole)] = 0
+            best = _best_set(self._choices.inner, value)
+            total = float(value[list(best)].sum() + weights @ _FULL)
+            computing.append(_Part(mode=mode, chosen=best, engines=1, value=total))
+        return min(free, key=lambda part: part.value), min(computing, key=lambda part: part.value)
+
+
+def _best_set(inner: Mapping[int, Sequence[int]], value: NDArray[np.float64]) -> tuple[int, ...]:
+    """Choose the components with the least sum of values; of one and those nested in it either, not both."""
+    chosen = set(np.flatnonzero(value < 0).tolist())
     for outer, members in inner.items():
         held = chosen & set(members)
         if outer in chosen:
@@ -118,10 +166,4 @@ def _best_set(
                 chosen -= held
             else:
                 chosen.discard(outer)
-    best = tuple(sorted(chosen))
-    return _Best(
-        value=float(sum(value[c] for c in best)),
-        squared=float(sum(squared[c] for c in best)),
-        saved=float(sum(saving[c] for c in best)),
-        chosen=best,
-    )
+    return tuple(sorted(chosen))

@@ -14,61 +14,80 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from .choices import Choices, Mode
+from .choices import Choices, Limits, Mode
 
 
-def solve_exactly(
-    choices: Choices, *, saved_steps: float, max_engines: int, max_phases: int | None, time_limit_s: float
-) -> tuple[dict[Mode, tuple[int, ...]] | None, float]:
+def solve_exactly(choices: Choices, limits: Limits, *, time_limit_s: float) -> dict[Mode, tuple[int, ...]] | None:
     """Choose the components of every run of bins.
 
     Args:
         choices: What can be chosen.
-        saved_steps: Time to save, in steps of the full model.
-        max_engines: Most engines beside engine 0 and those that compute nothing.
-        max_phases: Most runs; no limit when None.
+        limits: What the plan must keep to.
         time_limit_s: The best choice so far is returned after this many seconds.
 
     Returns:
-        The chosen components by run, or None if there is no such choice; and the most time that can be saved, in
-        steps, which is only searched if there is none.
+        The chosen components by run, or None if there is no such choice.
     """
-    modes, components = choices.modes, len(choices.names)
-    width = components + 2
-    rows = _Rows(len(modes) * width)
-    for b in range(len(choices.steps)):
-        rows.add({m * width + width - 1: 1.0 for m, mode in enumerate(modes) if mode.first <= b < mode.last}, 1, 1)
-    free = sorted(choices.whole)
-    engines: dict[int, float] = {}
-    for m in range(len(modes)):
-        z, y = m * width + components, m * width + components + 1
-        rows.add({z: 1.0, y: -1.0}, -np.inf, 0)
-        for c in range(components):
-            rows.add({m * width + c: 1.0, z: -1.0}, -np.inf, 0)
-        for outer, inner in choices.nested:
-            rows.add({m * width + outer: 1.0, m * width + inner: 1.0, z: -1.0}, -np.inf, 0)
-        engines |= {z: 1.0, **{m * width + c: -1.0 for c in free}}
-    rows.add(engines, 0, max_engines)
-    if max_phases is not None:
-        rows.add({m * width + width - 1: 1.0 for m in range(len(modes))}, 0, max_phases)
-    saving, objective, allowed = np.zeros((3, len(modes), width))
-    squared = np.array([choices.least(mode) for mode in modes])
-    saving[:, :components] = [choices.saving(mode) for mode in modes]
-    objective[:, :components] = np.where(np.isfinite(squared), squared, 0)
-    allowed[:, :components] = np.isfinite(squared) & (saving[:, :components] > 0)
-    allowed[:, components:] = 1
-    bounds = Bounds(0, allowed.ravel())
-    structure = rows.constraint()
-    enough = LinearConstraint(saving.reshape(1, -1), saved_steps, np.inf)
-    result = _minimise(objective.ravel(), [structure, enough], bounds, time_limit_s)
-    if result.x is None:
-        most = _minimise(-saving.ravel(), [structure], bounds, time_limit_s).x
-        return None, 0.0 if most is None else float(saving.ravel() @ most)
-    values = result.x.reshape(len(modes), width) > 0.5
-    chosen = {
-        mode: tuple(np.flatnonzero(values[m, :components]).tolist()) for m, mode in enumerate(modes) if values[m, -1]
-    }
-    return chosen, saved_steps
+    program = _Program(choices, limits)
+    values = _minimise(program.squared, [*program.structure, program.saves(limits)], program.bounds, time_limit_s).x
+    return None if values is None else program.read(values)
+
+
+def most_saved(choices: Choices, limits: Limits, *, time_limit_s: float) -> float:
+    """Find the most time, in steps, that can be saved within all limits but that on time."""
+    program = _Program(choices, limits)
+    values = _minimise(-program.saving, program.structure, program.bounds, time_limit_s).x
+    return 0.0 if values is None else float(program.saving @ values)
+
+
+class _Program:
+    """Columns and rows of the integer program."""
+
+    def __init__(self, choices: Choices, limits: Limits) -> None:
+        self._modes, self._components = choices.modes, len(choices.names)
+        count, width = len(self._modes), self._components + 2
+        rows = _Rows(count * width)
+        for b in range(len(choices.steps)):
+            used = {m * width + width - 1: 1.0 for m, mode in enumerate(self._modes) if mode.first <= b < mode.last}
+            rows.add(used, 1, 1)
+        engines: dict[int, float] = {}
+        memory: dict[int, float] = {}
+        for m in range(count):
+            z, y = m * width + self._components, m * width + self._components + 1
+            rows.add({z: 1.0, y: -1.0}, -np.inf, 0)
+            for c in range(self._components):
+                rows.add({m * width + c: 1.0, z: -1.0}, -np.inf, 0)
+            for outer, inner in choices.nested:
+                rows.add({m * width + outer: 1.0, m * width + inner: 1.0, z: -1.0}, -np.inf, 0)
+            engines |= {z: 1.0, **{m * width + c: -1.0 for c in choices.whole}}
+            held = {m * width + c: -1.0 if c in choices.whole else -share for c, share in enumerate(choices.freed)}
+            memory |= {z: 1.0, **held}
+        rows.add(engines, 0, limits.max_engines)
+        rows.add(memory, -np.inf, limits.max_memory - 1)
+        if limits.max_phases is not None:
+            rows.add({m * width + width - 1: 1.0 for m in range(count)}, 0, limits.max_phases)
+        self.structure = [rows.constraint()]
+        saving, squared, allowed = np.zeros((3, count, width))
+        least = np.array([choices.least(mode) for mode in self._modes])
+        saving[:, : self._components] = [choices.saving(mode) for mode in self._modes]
+        squared[:, : self._components] = np.where(np.isfinite(least), least, 0)
+        useful = (saving[:, : self._components] > 0) | (np.isfinite(limits.max_memory) & (choices.freed > 0))
+        allowed[:, : self._components] = np.isfinite(least) & useful
+        allowed[:, self._components :] = 1
+        self.saving, self.squared, self.bounds = saving.ravel(), squared.ravel(), Bounds(0, allowed.ravel())
+
+    def saves(self, limits: Limits) -> LinearConstraint:
+        """Require enough time to be saved."""
+        return LinearConstraint(self.saving.reshape(1, -1), limits.saved_steps, np.inf)
+
+    def read(self, values: NDArray[np.float64]) -> dict[Mode, tuple[int, ...]]:
+        """Read which components are chosen in each used mode."""
+        rows = values.reshape(len(self._modes), -1) > 0.5
+        return {
+            mode: tuple(np.flatnonzero(row[: self._components]).tolist())
+            for mode, row in zip(self._modes, rows, strict=True)
+            if row[-1]
+        }
 
 
 def _minimise(

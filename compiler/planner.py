@@ -9,18 +9,19 @@ some hundred times faster.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from math import inf
 
 import unetc
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Profile, Treatment
 from unetc.errors import PlanError
 
-from .choices import Choices, Mode, Part
+from .choices import TOLERANCE, Choices, Limits, Mode, Part
 from .dynamic import solve_fast
 from .emissions import with_emissions
-from .exact import solve_exactly
+from .exact import most_saved, solve_exactly
 
 TIME_LIMIT_S = 60.0
 """The exact solver returns its best plan so far after this many seconds. Only then may two runs differ."""
@@ -36,6 +37,8 @@ class PlanOptions:
     """Most engines beside the full model; those that compute nothing do not count."""
     max_phases: int | None = None
     """Most ranges of noise levels; no limit when not given."""
+    max_memory: float | None = None
+    """Most weights of all engines together, each with its own copy, in those of the full model, which counts 1."""
     solver: str = "fast"
     """`fast`, which misses optima between the corners of the convex hull, or `exact`."""
 
@@ -51,6 +54,8 @@ class PlanOptions:
             raise PlanError(f"max-engines must be at least 1, got {self.max_engines}.")
         if self.max_phases is not None and self.max_phases < 1:
             raise PlanError(f"max-phases must be at least 1, got {self.max_phases}.")
+        if self.max_memory is not None and not self.max_memory >= 1:
+            raise PlanError(f"max-memory must be at least 1, the full model's own weights, got {self.max_memory:g}.")
         if self.solver not in ("exact", "fast"):
             raise PlanError(f"unknown solver {self.solver!r}. Expected exact or fast.")
 
@@ -77,29 +82,41 @@ def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0
 def _solve(choices: Choices, options: PlanOptions) -> Mapping[Mode, tuple[int, ...]]:
     if options.budget == 0:
         return {Mode(first=0, last=len(choices.steps), period=1): ()}
-    steps = float(choices.steps.sum())
-    if options.solver == "fast":
-        chosen = solve_fast(
-            choices,
-            saved_steps=options.budget * steps,
-            max_engines=options.max_engines,
-            max_phases=options.max_phases,
-        )
-        if chosen is not None:
-            return chosen
-    chosen, most = solve_exactly(
-        choices,
-        saved_steps=options.budget * steps,
+    limits = limits_of(choices, options)
+    chosen = solve_fast(choices, limits) if options.solver == "fast" else None
+    if chosen is None:
+        chosen = solve_exactly(choices, limits, time_limit_s=TIME_LIMIT_S)
+    if chosen is None:
+        raise PlanError(_why_impossible(choices, options))
+    return chosen
+
+
+def limits_of(choices: Choices, options: PlanOptions) -> Limits:
+    """Translate options to what both solvers keep to, the tolerance included."""
+    return Limits(
+        saved_steps=options.budget * float(choices.steps.sum()) - TOLERANCE,
         max_engines=options.max_engines,
         max_phases=options.max_phases,
-        time_limit_s=TIME_LIMIT_S,
+        max_memory=inf if options.max_memory is None else options.max_memory + TOLERANCE,
     )
-    if chosen is None:
-        raise PlanError(
-            f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines. "
-            f"The most that such a plan saves is {most / steps:.1%}. Ask for a smaller budget."
-        )
-    return chosen
+
+
+def _why_impossible(choices: Choices, options: PlanOptions) -> str:
+    """Say what the most is that can be saved within the limits, and without that of memory if it is what binds."""
+
+    def most(options: PlanOptions) -> float:
+        limits = limits_of(choices, options)
+        return most_saved(choices, limits, time_limit_s=TIME_LIMIT_S) / float(choices.steps.sum())
+
+    within, memory, lifted = most(options), "", ""
+    if options.max_memory is not None:
+        memory = f" and {options.max_memory:g} × the full model's weights"
+        if (without := most(replace(options, max_memory=None))) > within + TOLERANCE:
+            lifted = f", and {without:.1%} with more memory"
+    return (
+        f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines{memory}. "
+        f"The most that such a plan saves is {within:.1%}{lifted}. Ask for a smaller budget."
+    )
 
 
 def assemble(profile: Profile, options: PlanOptions, parts: Sequence[Part], choices: Choices) -> Plan:

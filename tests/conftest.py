@@ -154,7 +154,7 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
             ),
         ),
         phases=(Phase(low=noisy.low, high=noisy.high, cycle=(1,)), Phase(low=clean.low, high=clean.high, cycle=(2,))),
-        prediction=Prediction(time_ratio=0.6, relative_l2=0.5),
+        prediction=Prediction(time_ratio=0.6, relative_l2=0.5, memory=2.0),
     )
     options = BuildOptions(plan=PlanOptions(budget=0.3), analysis=analysis, steps=4)
     build(str(model), folder / "bundle", options, cache=cache, profile=profile, plan=plan)

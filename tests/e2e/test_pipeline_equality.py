@@ -98,7 +98,7 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
         max_engines=1,
         engines=(Assignment(treatments={}),),
         phases=(Phase(low=-30.0, high=30.0, cycle=(0,)),),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
     solver = extract_all(make_scheduler(scheduler, model.scheduler_config | config), scheduler, [steps])
     return Session(

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from unetc import timing
 from unetc.analyzer.cost import measure_costs
-from unetc.artifacts.profile import Component, Cost, Estimate
+from unetc.artifacts.profile import Component, Estimate
 from unetc.backend import Array, Loader, Program, SerialisedGraph
 from unetc.graph.gate import DOMAIN
 from unetc.graph.gated import OPSET, GatedGraph
@@ -125,9 +125,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def measure(gated: GatedGraph, machine: Machine, rounds: int = ROUNDS) -> tuple[Estimate, dict[str, Estimate]]:
-    full, costs = measure_costs(gated, machine, batch=3, sample_shape=SHAPE, rounds=rounds, on_progress=ignore)
-    assert all(isinstance(cost, Cost) for cost in costs)
-    return full, {cost.component: cost.saved_ms for cost in costs}
+    measured = measure_costs(gated, machine, batch=3, sample_shape=SHAPE, rounds=rounds, on_progress=ignore)
+    return measured.full_ms, {cost.component: cost.saved_ms for cost in measured.costs}
 
 
 def test_a_cost_is_the_full_time_minus_the_time_without(gated: GatedGraph, machine: Machine) -> None:

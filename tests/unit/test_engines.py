@@ -67,6 +67,7 @@ PROFILE = Profile(
     components=COMPONENTS,
     bins=tuple(Bin(low=float(b), high=float(b + 1), steps=steps) for b, steps in enumerate(STEPS)),
     full_ms=exactly(10.0),
+    full_bytes=1,
     costs=(),
     effects=(),
     samplings=1.0,
@@ -107,7 +108,7 @@ def make_plan(engines: Sequence[Mapping[str, Treatment]], phases: Sequence[tuple
         max_engines=4,
         engines=with_emissions([{}, *engines], COMPONENTS),
         phases=tuple(Phase(low=float(first), high=float(last), cycle=cycle) for first, last, cycle in phases),
-        prediction=Prediction(time_ratio=0.9, relative_l2=0.1),
+        prediction=Prediction(time_ratio=0.9, relative_l2=0.1, memory=2.0),
     )
 
 

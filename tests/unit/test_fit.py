@@ -86,8 +86,10 @@ def profile(components: int = 12, bins: int = 4, levels: Sequence[float] = (), *
         components=parts,
         bins=tuple(Bin(low=float(b), high=float(b + 1), steps=4) for b in range(bins)),
         full_ms=point(100.0),
+        full_bytes=1,
         costs=tuple(
-            Cost(component=name, saved_ms=point(100 * share)) for name, share in zip(names, shares, strict=True)
+            Cost(component=name, saved_ms=point(100 * share), freed_bytes=0)
+            for name, share in zip(names, shares, strict=True)
         ),
         effects=tuple(
             Effect(

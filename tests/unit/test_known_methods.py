@@ -45,7 +45,7 @@ def plan_of(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: 
         max_engines=len(engines),
         engines=engines,
         phases=phases,
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 

@@ -91,7 +91,7 @@ def plans(draw: st.DrawFn) -> Plan:
         max_engines=draw(count),
         engines=engines,
         phases=tuple(Phase(low=low, high=high, cycle=draw(cycle)) for low, high in itertools.pairwise(ends)),
-        prediction=draw(st.builds(Prediction, time_ratio=number, relative_l2=number)),
+        prediction=draw(st.builds(Prediction, time_ratio=number, relative_l2=number, memory=number)),
     )
 
 
@@ -134,7 +134,8 @@ def profiles(draw: st.DrawFn) -> Profile:
         ),
         bins=tuple(Bin(low=low, high=high, steps=draw(count)) for low, high in itertools.pairwise(ends)),
         full_ms=draw(st.builds(Estimate, low=st.just(1e-9), mean=st.just(0.5), high=positive.map(lambda v: v + 1))),
-        costs=tuple(Cost(component=name, saved_ms=draw(estimates)) for name in names),
+        full_bytes=10**6,
+        costs=tuple(Cost(component=name, saved_ms=draw(estimates), freed_bytes=draw(count)) for name in names),
         effects=tuple(draw(st.lists(removed | reused, max_size=3)) if names else ()),
         samplings=draw(number),
         means=tuple(draw(st.binary(min_size=n, max_size=n)) for n in [4 * width * len(names)] * (len(ends) - 1)),
@@ -319,7 +320,7 @@ def plan(**fields: Any) -> Plan:
         "max_engines": 2,
         "engines": (Assignment(treatments={}), Assignment(treatments={"a": Treatment.DROP})),
         "phases": (Phase(low=0.0, high=1.0, cycle=(0,)), Phase(low=1.0, high=2.0, cycle=(1,))),
-        "prediction": Prediction(time_ratio=0.5, relative_l2=0.1),
+        "prediction": Prediction(time_ratio=0.5, relative_l2=0.1, memory=1.5),
     }
     return Plan(**defaults | fields)
 
@@ -359,7 +360,8 @@ def profile(**fields: Any) -> Profile:
         "components": (component(),),
         "bins": (Bin(low=0.0, high=1.0, steps=4),),
         "full_ms": estimate(),
-        "costs": (Cost(component="a", saved_ms=estimate()),),
+        "full_bytes": 8,
+        "costs": (Cost(component="a", saved_ms=estimate(), freed_bytes=2),),
         "effects": (effect(),),
         "samplings": 3.0,
         "means": (b"12345678",),
@@ -453,7 +455,9 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a budget of all": lambda: plan(budget=1.0),
     "a negative budget": lambda: plan(budget=-0.1),
     "a budget that is no number": lambda: plan(budget=float("nan")),
-    "a prediction that is no number": lambda: plan(prediction=Prediction(time_ratio=float("nan"), relative_l2=0.0)),
+    "a prediction that is no number": lambda: plan(
+        prediction=Prediction(time_ratio=float("nan"), relative_l2=0.0, memory=1.0)
+    ),
     "an effect of an unknown component": lambda: profile(components=(component("b"),)),
     "a cost of an unknown component": lambda: profile(components=(component("b"),), effects=()),
     "two components of one name": lambda: profile(components=(component(),) * 2),
@@ -472,6 +476,11 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "means of another width": lambda: profile(components=(component(channels=3),)),
     "means of another number of bins": lambda: profile(means=()),
     "no bins": lambda: profile(bins=(), means=(), effects=()),
+    "a full model without weights": lambda: profile(full_bytes=0),
+    "a removal that frees more than there is": lambda: profile(full_bytes=1),
+    "a removal that frees less than nothing": lambda: profile(
+        costs=(Cost(component="a", saved_ms=estimate(), freed_bytes=-1),)
+    ),
     "a full model that takes no time": lambda: profile(full_ms=Estimate(low=-1.0, mean=0.0, high=1.0)),
     "a path that leads out": lambda: file("../x"),
     "an absolute path": lambda: file("/x"),

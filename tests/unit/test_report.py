@@ -84,7 +84,10 @@ def make_profile(count: int = 6, bins: int = 4, seed: int = 0) -> Profile:
         components=components,
         bins=tuple(Bin(low=low, high=high, steps=20 // bins) for low, high in itertools.pairwise(borders)),
         full_ms=estimate(12.5, 0.02),
-        costs=tuple(Cost(component=c.name, saved_ms=estimate(float(rng.uniform(0.1, 1)))) for c in components),
+        full_bytes=1,
+        costs=tuple(
+            Cost(component=c.name, saved_ms=estimate(float(rng.uniform(0.1, 1))), freed_bytes=0) for c in components
+        ),
         effects=tuple(
             Effect(
                 component=c.name,
@@ -122,7 +125,7 @@ def make_plan(profile: Profile) -> Plan:
             Phase(low=-6.0, high=0.0, cycle=(0, 2)),
             Phase(low=0.0, high=FAR, cycle=(1,)),
         ),
-        prediction=Prediction(time_ratio=0.78, relative_l2=0.06),
+        prediction=Prediction(time_ratio=0.78, relative_l2=0.06, memory=2.0),
     )
 
 

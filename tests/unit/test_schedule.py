@@ -27,7 +27,7 @@ def plan_of(phases: tuple[Phase, ...]) -> Plan:
         max_engines=2,
         engines=ENGINES,
         phases=phases,
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 

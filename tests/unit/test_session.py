@@ -55,7 +55,7 @@ def plan_of(engines: Sequence[Assignment], phases: tuple[Phase, ...]) -> Plan:
         max_engines=9,
         engines=tuple(engines),
         phases=phases,
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 

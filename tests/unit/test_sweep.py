@@ -30,6 +30,7 @@ from tests.models import Tiny, tiny_of
 from unetc.analyzer import analysis
 from unetc.analyzer.ablation import PERIODS, REMOVALS, REUSES, Ablation, Kind, ablations_of, kinds_for
 from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.analyzer.cost import Costs
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.sweep import Base, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
 from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile, Treatment
@@ -551,11 +552,14 @@ REFERENCE = ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", d
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the timing, which is tested elsewhere."""
 
-    def measure_costs(gated: GatedGraph, *_: object, **__: object) -> tuple[Estimate, tuple[Cost, ...]]:
+    def measure_costs(gated: GatedGraph, *_: object, **__: object) -> Costs:
         # what comes later saves more, so that what is decisive is not what comes first
         saved = [1 + component.index for component in gated.components]
-        costs = (Cost(component=c.name, saved_ms=estimate_of(s)) for c, s in zip(gated.components, saved, strict=True))
-        return estimate_of(100.0), tuple(costs)
+        costs = (
+            Cost(component=c.name, saved_ms=estimate_of(s), freed_bytes=0)
+            for c, s in zip(gated.components, saved, strict=True)
+        )
+        return Costs(full_ms=estimate_of(100.0), full_bytes=1, costs=tuple(costs))
 
     monkeypatch.setattr(analysis, "measure_costs", measure_costs)
 
@@ -598,9 +602,9 @@ def test_other_options_do_not_take_over_partial_results(tmp_path: Path, change: 
 def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measured: list[dict[str, Any]] = []
 
-    def measure_costs(*_: object, **options: Any) -> tuple[Estimate, tuple[()]]:
+    def measure_costs(*_: object, **options: Any) -> Costs:
         measured.append(options)
-        return estimate_of(10.0 + len(measured)), ()
+        return Costs(full_ms=estimate_of(10.0 + len(measured)), full_bytes=1, costs=())
 
     monkeypatch.setattr(analysis, "measure_costs", measure_costs)
     monkeypatch.setattr(analysis, "run_sweep", lambda *_: ())
@@ -612,8 +616,11 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
         profile_of(tmp_path, **change)
         assert len(measured) == count
     (timing,) = (path for path in tmp_path.rglob("timing.json") if b"11.0" in path.read_bytes())
+    whole = timing.read_bytes()
     timing.write_bytes(b'{"full_ms": "\xff')
     assert profile_of(tmp_path).full_ms == estimate_of(16.0)
+    timing.write_bytes(whole.replace(b'"full_bytes":1,', b""))  # as before weights were counted
+    assert profile_of(tmp_path).full_ms == estimate_of(17.0)
 
 
 @pytest.mark.usefixtures("no_timing")
@@ -711,6 +718,7 @@ def bare_profile(bins: tuple[Bin, ...]) -> Profile:
         components=(),
         bins=bins,
         full_ms=estimate_of(1.0),
+        full_bytes=1,
         costs=(),
         effects=(),
         samplings=1.0,
@@ -732,6 +740,7 @@ import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.analyzer.cost import Costs
 from unetc.artifacts.profile import ModelReference
 from unetc.graph.gated import GatedGraph
 from unetc.runtime.backend import open_backend

@@ -49,6 +49,8 @@ class Prediction(Record, frozen=True, kw_only=True):
     """Planned / full time of the denoiser calls."""
     relative_l2: float
     """Single damages at their upper 95 % bounds: summed over a phase's bins, then added in squares over components."""
+    memory: float
+    """Weights that all engines hold together, each its own copy / those of the full model alone; an upper bound."""
 
 
 class Plan(Artifact, frozen=True, kw_only=True):
@@ -70,7 +72,8 @@ class Plan(Artifact, frozen=True, kw_only=True):
         require(bool(self.engines) and not self.engines[0].treatments, "engine 0 must compute everything")
         require(bool(self.phases), "a plan needs a phase")
         require(0 <= self.budget < 1, f"a budget lies in [0, 1), got {self.budget}")
-        require(finite(self.prediction.time_ratio, self.prediction.relative_l2), "a prediction must be finite")
+        expected = self.prediction
+        require(finite(expected.time_ratio, expected.relative_l2, expected.memory), "a prediction must be finite")
         held = frozenset().union(*(engine.reused for engine in self.engines))
         require(held <= set(self.engines[0].emits), "engine 0 must emit whatever another engine holds or forecasts")
         for left, right in pairwise(self.phases):

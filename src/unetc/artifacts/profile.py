@@ -126,11 +126,13 @@ class Effect(Record, frozen=True, kw_only=True):
 
 
 class Cost(Record, frozen=True, kw_only=True):
-    """Time that removing one component saves: full graph minus the graph specialised without it."""
+    """What removing one component saves: full graph minus the graph specialised without it."""
 
     component: str
     saved_ms: Estimate
     """Milliseconds per denoiser call at the profile's batch; the interval is over repetitions."""
+    freed_bytes: int
+    """Bytes of the weights that the full graph reads and the one without the component does not."""
 
 
 class Profile(Artifact, frozen=True, kw_only=True):
@@ -158,6 +160,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     bins: tuple[Bin, ...]
     full_ms: Estimate
     """Milliseconds per denoiser call of the original model."""
+    full_bytes: int
+    """Bytes of the weights that the full graph reads."""
     costs: tuple[Cost, ...]
     effects: tuple[Effect, ...]
     samplings: float
@@ -177,6 +181,9 @@ class Profile(Artifact, frozen=True, kw_only=True):
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
         require(0 <= self.used_prompts <= len(self.prompts), "no more prompts can be used than there are")
         require(bool(self.bins) and self.full_ms.mean > 0, "a profile needs bins and a positive time")
+        freed = [cost.freed_bytes for cost in self.costs]
+        require(self.full_bytes > 0, "a full model has weights")
+        require(all(0 <= own <= self.full_bytes for own in freed), "a removal frees between none and all of the bytes")
 
     def bin_of(self, log_snr: float) -> int:
         """Find the bin of a noise level; the outer bins reach to infinity."""

@@ -35,6 +35,14 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the tar
 Batch = Annotated[int, typer.Option(min=1, help="Batch size at which time is measured.")]
 Budget = Annotated[float, typer.Option(help="Share of the time to save, in [0, 1).")]
 MaxEngines = Annotated[int, typer.Option(min=1, help="Most engines beside the full model.")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        help="Most weights of all engines together, as a multiple of the full model's, which is one of them "
+        "[default: no limit].",
+    ),
+]
 Exhaustive = Annotated[
     bool, typer.Option("--exhaustive", help="Carry every ablation to the final output; takes some ten times longer.")
 ]
@@ -103,6 +111,7 @@ def plan(
     profile: Annotated[Path, typer.Argument(help="Profile from `unetc analyze`.", metavar="PROFILE")],
     budget: Budget = 0.27,
     max_engines: MaxEngines = 4,
+    max_memory: MaxMemory = None,
     solver: Solver = "fast",
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan to write.")] = Path("plan.json"),
     as_json: Json = False,
@@ -113,7 +122,8 @@ def plan(
     from unetc.cli.output import OUT, print_json
     from unetc.compiler.planner import PlanOptions, make_plan
 
-    made = make_plan(Profile.load(profile), PlanOptions(budget=budget, max_engines=max_engines, solver=solver))
+    options = PlanOptions(budget=budget, max_engines=max_engines, max_memory=max_memory, solver=solver)
+    made = make_plan(Profile.load(profile), options)
     made.save(output)
     if as_json:
         print_json(made)
@@ -128,6 +138,7 @@ def build(
     budget: Budget = 0.27,
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")] = Path("bundle"),
     max_engines: MaxEngines = 4,
+    max_memory: MaxMemory = None,
     quality_gate: Annotated[
         str | None, typer.Option(help="Refuse a worse build: psnr>=DB, ssim>=VALUE or relative-l2<=VALUE.")
     ] = None,
@@ -169,7 +180,7 @@ def build(
     if at is not None and plan is not None:
         raise typer.BadParameter("--at chooses a plan itself; give one of --at and --plan.")
     options = BuildOptions(
-        plan=PlanOptions(budget=budget, max_engines=max_engines),
+        plan=PlanOptions(budget=budget, max_engines=max_engines, max_memory=max_memory),
         analysis=(
             AnalysisOptions()  # not used, so the numbers need not fit each other
             if profile
@@ -204,6 +215,7 @@ def pareto(
     ),
     budgets: Annotated[int, typer.Option(min=1, help="Number of budgets between 0.1 and 0.8.")] = 8,
     max_engines: MaxEngines = 4,
+    max_memory: MaxMemory = None,
     profile: KnownProfile = None,
     scheduler: Scheduler = "ddim",
     steps: Steps = 50,
@@ -237,7 +249,9 @@ def pareto(
         if known
         else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
     )
-    options = ParetoOptions(budgets=budgets, steps=steps, max_engines=max_engines, analysis=analysis)
+    options = ParetoOptions(
+        budgets=budgets, steps=steps, max_engines=max_engines, max_memory=max_memory, analysis=analysis
+    )
     with progress() as on_progress:
         curve = measure(model, options, cache=_cache(cache), profile=known, on_progress=on_progress)
     curve.save(output)

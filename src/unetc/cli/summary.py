@@ -137,7 +137,8 @@ def plan_table(plan: Plan) -> Table:
     ]
     title = (
         f"plan for {escape(plan.model.name)}, budget {plan.budget:.0%}: predicted time ratio "
-        f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}"
+        f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}; engines hold "
+        f"{plan.prediction.memory:.2f} × the full model's weights"
     )
     return table(title, ["log-SNR", "runs", "treated"], rows, words=3)
 

@@ -127,15 +127,16 @@ def fit_deep_hold(workbench: Workbench, target: float, seed: int) -> Candidate:
 
 def hold_everywhere(profile: Profile, component: str, period: int) -> Plan:
     """Plan to compute a component at one of every `period` steps and to hold it at the others."""
+    treatments = {component: Treatment.HOLD}
     return Plan(
         unetc=unetc.__version__,
         model=profile.model,
         profile_sha256=profile.sha256(),
         budget=0.0,
         max_engines=1,
-        engines=with_emissions([{}, {component: Treatment.HOLD}], profile.components),
+        engines=with_emissions([{}, treatments], profile.components),
         phases=(Phase(low=profile.bins[0].low, high=profile.bins[-1].high, cycle=(0, *[1] * (period - 1))),),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=Choices(profile).memory([treatments])),
     )
 
 

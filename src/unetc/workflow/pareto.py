@@ -35,6 +35,7 @@ class ParetoOptions:
     """Number of budgets between 0.1 and 0.8."""
     steps: int = 50
     max_engines: int = 4
+    max_memory: float | None = None
     analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
     repair: RepairOptions = field(default_factory=lambda: RepairOptions(evaluations=12, patience=6))
 
@@ -117,7 +118,7 @@ def refine(setup: Setup, curve: Pareto, gate: QualityGate, options: ParetoOption
 
 
 def _sample_budget(setup: Setup, options: ParetoOptions, budget: float) -> list[Point]:
-    plan = PlanOptions(budget=budget, max_engines=options.max_engines)
+    plan = PlanOptions(budget=budget, max_engines=options.max_engines, max_memory=options.max_memory)
     candidate, _ = fit_plan(setup.workbench, plan, [])
     found = repair(setup.workbench, candidate, budget, setup.profile.seed + 1, options.repair, ignore)
     return [

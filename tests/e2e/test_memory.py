@@ -1,0 +1,86 @@
+"""The memory that a plan is predicted to need, held against the weights that its engines read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts.profile import Treatment
+from unetc.backend import SerialisedGraph
+from unetc.compiler.choices import Choices
+from unetc.compiler.engines import compile_engines
+from unetc.compiler.planner import PlanOptions, make_plan
+from unetc.errors import PlanError
+from unetc.graph.specialise import specialise
+from unetc.workflow.setup import Setup, set_up
+
+ANALYSIS = AnalysisOptions(steps=8, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
+ROUNDING = 1e-9
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model: Path, cache: Path) -> Setup:
+    return set_up(str(tiny_model), analysis=ANALYSIS, steps=8, cache=cache)
+
+
+def share_of(setup: Setup, *graphs: SerialisedGraph) -> float:
+    """Add up the weights that graphs read, in those of the full one."""
+    weights = load_file(setup.prepared.gated.weights)
+    held = sum(weights[name].nbytes for graph in graphs for name in graph.weights)
+    return held / setup.profile.full_bytes
+
+
+def engine(setup: Setup, treatments: Mapping[str, Treatment]) -> SerialisedGraph:
+    means = np.frombuffer(setup.profile.means[0], dtype="<f4")
+    return specialise(setup.prepared.gated, treatments, means)
+
+
+def test_the_full_engine_counts_one(setup: Setup) -> None:
+    assert share_of(setup, engine(setup, {})) == 1
+    assert Choices(setup.profile).memory([{}]) == 1
+
+
+@pytest.mark.parametrize("treatment", [Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST])
+def test_a_removal_frees_what_the_profile_says_whatever_the_treatment(setup: Setup, treatment: Treatment) -> None:
+    choices = Choices(setup.profile)
+    for name in choices.names:
+        held = choices.memory([{name: treatment}]) - 1
+        assert share_of(setup, engine(setup, {name: treatment})) == pytest.approx(held, abs=ROUNDING)
+
+
+def test_the_prediction_bounds_what_engines_hold_that_lack_several_components(setup: Setup) -> None:
+    choices = Choices(setup.profile)
+    generator = np.random.default_rng(0)
+    kinds = [Treatment.DROP, Treatment.MEAN, Treatment.HOLD]
+    shared = 0
+    for _ in range(60):
+        names = generator.choice(choices.names[:-1], size=int(generator.integers(2, 7)), replace=False).tolist()
+        treatments = {name: kinds[int(generator.integers(len(kinds)))] for name in names}
+        held, bound = share_of(setup, engine(setup, treatments)), choices.memory([treatments]) - 1
+        assert held <= bound + ROUNDING
+        shared += held < bound - ROUNDING
+    assert shared < 60  # the bound is mostly what is held
+
+
+@pytest.mark.parametrize("solver", ["fast", "exact"])
+@pytest.mark.parametrize("max_memory", [1.5, 2.0, 3.0])
+def test_the_engines_of_a_plan_fit_into_the_memory_asked_for(setup: Setup, max_memory: float, solver: str) -> None:
+    options = [
+        PlanOptions(budget=budget, max_memory=max_memory, max_engines=3, solver=solver) for budget in (0.1, 0.3, 0.5)
+    ]
+    met = 0
+    for option in options:
+        try:
+            plan = make_plan(setup.profile, option)
+        except PlanError:
+            continue
+        met += 1
+        held = share_of(setup, *compile_engines(setup.prepared.gated, plan, setup.profile))
+        assert held <= plan.prediction.memory + ROUNDING
+        assert plan.prediction.memory <= max_memory + 1e-5
+    assert met
