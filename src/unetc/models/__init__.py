@@ -185,10 +185,13 @@ def find_model(name: str) -> Model:
             f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}; "
             "expected whole numbers."
         ) from error
-    if (predicted := config.get("out_channels", 3)) != sample_shape[0]:
+    variance_type = str(scheduler_config.get("variance_type"))
+    channels = sample_shape[0]
+    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
+    if (predicted := config.get("out_channels", 3)) not in allowed:
         raise ModelError(
-            f"{name} predicts {predicted} channels for samples of {sample_shape[0]}; expected as many. Denoisers that "
-            "predict a variance too are not supported."
+            f"{name} predicts {predicted} channels for samples of {channels}; expected "
+            f"{' or '.join(map(str, allowed))}, as its scheduler has variance_type {variance_type}."
         )
     return Model(
         reference=ModelReference(
