@@ -7,16 +7,18 @@ ControlNet residuals StreamDiffusion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from unetc.errors import ModelError
 
 SAMPLE, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
 POOLED, TIME_IDS, CLASS_LABELS = "text_embeds", "time_ids", "class_labels"
+LOW_RES = "low_res"
 
 _BATCH = 2
 _TOKENS = 5
@@ -50,6 +52,14 @@ class Denoiser(nn.Module):
             named["added_cond_kwargs"] = added
         output: Tensor = self.model(**named, return_dict=False)[0]
         return output
+
+
+class SuperResolutionUNet(UNet2DConditionModel):  # type: ignore[misc]
+    """A UNet that sees a low-resolution image, already enlarged, beside the noisy one: half of its channels."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, *, low_res: Tensor, **others: Any) -> Any:
+        """Call the UNet."""
+        return super().forward(torch.cat([sample, low_res], dim=1), timestep, **others)
 
 
 def denoiser_of(model: nn.Module) -> Denoiser:
@@ -106,6 +116,12 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
     return inputs
 
 
+def _super_resolution(model: Any, generator: torch.Generator) -> list[Input]:
+    both, *others = _unet_2d_condition(model, generator)
+    sample, low_res = both.example.chunk(2, dim=1)
+    return [replace(both, example=sample), *others, replace(both, name=LOW_RES, example=low_res)]
+
+
 def _image(model: Any, generator: torch.Generator) -> list[Input]:
     """Make a noisy sample, of different height and width, and a timestep per sample."""
     config = model.config
@@ -138,4 +154,5 @@ def _class_labels(model: Any, generator: torch.Generator) -> list[Input]:
 _SIGNATURES: Mapping[str, Callable[[Any, torch.Generator], list[Input]]] = {
     "UNet2DModel": _unet_2d,
     "UNet2DConditionModel": _unet_2d_condition,
+    "SuperResolutionUNet": _super_resolution,
 }
