@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from unetc.compiler.engines import compile_full
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 from unetc.graph.specialise import specialise
+from unetc.models import find_model, usual_sampling
 from unetc.models.glide import (
     LOW_RES,
     VARIANTS,
@@ -29,12 +30,12 @@ from unetc.models.glide import (
     Variant,
     enlarge,
     find_glide,
-    load_unet,
     tokenize,
     unet_config,
 )
 from unetc.models.glide_checkpoint import convert, read
-from unetc.models.glide_text import text_transformer
+from unetc.models.glide_text import TextTransformer, text_transformer
+from unetc.models.glide_unet import KINDS, load_unet
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import Session
 from unetc.solver.extract import extract_all, make_scheduler
@@ -105,7 +106,7 @@ def twins(request: pytest.FixtureRequest) -> Twins:
     checkpoint = convert(original.state_dict(), variant.unet)
     return Twins(
         original=original,
-        unet=load_unet(variant, checkpoint.unet),
+        unet=load_unet(variant.denoiser, variant.unet, checkpoint.unet),
         text=text_transformer(checkpoint.text, variant.text_heads),
         variant=variant,
     )
@@ -162,7 +163,7 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     weights, variant = dict(twin("glide:base").state_dict()), small("glide:base")
     checkpoint = convert({**weights, "out.2.bias": torch.zeros(3)}, variant.unet)
     with pytest.raises(ModelError, match=r"conv_out\.bias"):
-        load_unet(variant, checkpoint.unet)
+        load_unet(variant.denoiser, variant.unet, checkpoint.unet)
     checkpoint = convert({key: value for key, value in weights.items() if key != "final_ln.bias"}, variant.unet)
     with pytest.raises(ModelError, match=r"final_ln\.bias"):
         text_transformer(checkpoint.text, variant.text_heads)
@@ -190,6 +191,45 @@ def test_a_checkpoint_must_be_given(tmp_path: Path) -> None:
         find_glide("glide:base", None)
     with pytest.raises(ModelError, match="No such file"):
         find_glide("glide:base", tmp_path / "base.pt")
+
+
+def test_only_a_model_without_weights_is_given_some(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="digits has weights of its own"):
+        find_model("digits", tmp_path / "base.pt")
+    torch.save({}, tmp_path / "base.pt")
+    model = find_model("glide:base", tmp_path / "base.pt")
+    assert model.sample_shape == (3, 64, 64)
+    assert model.load_decoder() is None
+    with pytest.raises(ModelError, match=r"the checkpoint has no time_embed\.0\.weight"):
+        model.load_denoiser()
+    (tmp_path / "base.pt").write_bytes(b"other")
+    assert find_model("glide:base", tmp_path / "base.pt").reference.sha256 != model.reference.sha256
+
+
+def test_glide_is_sampled_as_it_was_published() -> None:
+    sampling = {name: usual_sampling(name) for name in (*VARIANTS, "digits")}
+    assert [(own.scheduler, own.steps) for own in sampling.values()] == [("ddpm", 100), ("ddim", 27), ("ddim", 50)]
+
+
+def test_the_published_networks_have_the_published_number_of_weights() -> None:
+    counts = {"glide:base": 385_030_726, "glide:upsample": 398_361_286}
+    for name, variant in VARIANTS.items():
+        with torch.device("meta"):
+            unet = KINDS[variant.denoiser](**variant.unet)
+            text = TextTransformer(vocabulary=50257, tokens=128, width=512, layers=16, heads=8, projected=768)
+        assert sum(weight.numel() for model in (unet, text) for weight in model.parameters()) == counts[name]
+
+
+def test_an_upsampler_needs_an_image_per_prompt(tmp_path: Path) -> None:
+    variant = small("glide:upsample")
+    torch.save(twin("glide:upsample").state_dict(), tmp_path / "weights.pt")
+    reference = ModelReference(name="glide:upsample", sha256="0" * 64, pipeline="GLIDE", denoiser=variant.denoiser)
+    model = GlideModel(reference=reference, variant=variant, weights=tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match="Save samples of glide:base there"):
+        model.encode(["a", "b"], 1.0)
+    np.save(tmp_path / LOW_RES, np.zeros((1, 3, 4, 4), np.float32))
+    with pytest.raises(ModelError, match="expected \\[2 or more, 3, height, width\\]"):
+        model.encode(["a", "b"], 1.0)
 
 
 def test_prompts_need_the_tokenizer_of_openai(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +265,7 @@ def tokens_of(prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Captured]:
+def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Captured:
     folder, name = tmp_path_factory.mktemp("glide"), request.param
     original, variant = twin(name), small(name)
     torch.save(original.state_dict(), folder / "weights.pt")
@@ -236,7 +276,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unetc.models.glide.tokenize", tokens_of)
         conditions = model.encode(PROMPTS, variant.guidance_scale)
-    yield Captured(original=original, prepared=prepare(model, folder / "cache"), conditions=conditions)
+    return Captured(original=original, prepared=prepare(model, folder / "cache"), conditions=conditions)
 
 
 def test_components_are_those_of_the_network(captured: Captured) -> None:
@@ -245,16 +285,20 @@ def test_components_are_those_of_the_network(captured: Captured) -> None:
     residuals = levels * (2 * blocks + 1) + 2 * (levels - 1) + 2
     attentions = sum(shape.attending) * (2 * blocks + 1) + 1
     skips = levels * (blocks + 1)
-    counts = {"residual": residuals + attentions, "skip": skips, "level": levels - 1, "step": 1}
     kinds = [component.kind for component in captured.prepared.gated.components]
-    print({kind: kinds.count(kind) for kind in kinds}, counts)
+    assert kinds.count("residual") == residuals + attentions
+    assert kinds.count("skip") == skips
+    assert kinds.count("level") == levels
+    assert kinds.count("step") == 1
 
 
 def test_an_engine_is_the_gated_graph_at_its_gates(captured: Captured) -> None:
     gated, backend = captured.prepared.gated, open_backend("onnxruntime:cpu", threads=1)
     rng = np.random.default_rng(5)
     names = [component.name for component in gated.components if component.name != STEP]
-    treatments = {name: rng.choice([Treatment.DROP, Treatment.MEAN]) for name in names if rng.random() < 0.3}
+    treatments = {
+        name: Treatment.DROP if rng.random() < 0.5 else Treatment.MEAN for name in names if rng.random() < 0.3
+    }
     assert treatments
     means = 0.5 * rng.standard_normal(gated.channels, dtype=np.float32)
     sample = rng.standard_normal((3, 3, 16, 16), dtype=np.float32)

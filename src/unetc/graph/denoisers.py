@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from unetc.errors import ModelError
@@ -52,14 +51,6 @@ class Denoiser(nn.Module):
             named["added_cond_kwargs"] = added
         output: Tensor = self.model(**named, return_dict=False)[0]
         return output
-
-
-class SuperResolutionUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """A UNet that sees a low-resolution image, already enlarged, beside the noisy one: half of its channels."""
-
-    def forward(self, sample: Tensor, timestep: Tensor, *, low_res: Tensor, **others: Any) -> Any:
-        """Call the UNet."""
-        return super().forward(torch.cat([sample, low_res], dim=1), timestep, **others)
 
 
 def denoiser_of(model: nn.Module) -> Denoiser:

@@ -10,6 +10,7 @@ Source:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Variant:
     unet: Mapping[str, Any]
     """Configuration of the `UNet2DConditionModel`."""
     denoiser: str
-    """Its class in `unetc.graph.denoisers`."""
+    """Its class, a key of `unetc.models.glide_unet.KINDS`."""
     scheduler_config: Mapping[str, Any]
     text_heads: int
     guidance_scale: float
@@ -193,7 +194,9 @@ class GlideModel:
         Raises:
             ModelError: If the checkpoint does not fit.
         """
-        return load_unet(self.variant, self._checkpoint.unet)
+        from .glide_unet import load_unet
+
+        return load_unet(self.variant.denoiser, self.variant.unet, self._checkpoint.unet)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -238,28 +241,6 @@ def find_glide(name: str, weights: Path | None) -> GlideModel:
     return GlideModel(reference=reference, variant=variant, weights=weights)
 
 
-def load_unet(variant: Variant, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Make a UNet of converted weights.
-
-    Raises:
-        ModelError: If they do not fit.
-    """
-    import diffusers
-
-    from unetc.graph.denoisers import SuperResolutionUNet
-
-    kinds: dict[str, Any] = {
-        "SuperResolutionUNet": SuperResolutionUNet,
-        "UNet2DConditionModel": diffusers.UNet2DConditionModel,
-    }
-    unet: nn.Module = kinds[variant.denoiser](**variant.unet)
-    try:
-        unet.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise ModelError(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}.") from error
-    return unet.float().eval().requires_grad_(False)
-
-
 def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Bring images [batch, 3, height, width] to the size of the upsampler, bilinearly, as its condition `low_res`."""
     import torch
@@ -278,12 +259,12 @@ def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     import torch
 
     try:
-        from glide_text2im.tokenizer.bpe import get_encoder
+        bpe = importlib.import_module("glide_text2im.tokenizer.bpe")
     except ImportError as error:
         raise MissingDependency(
             "encoding prompts for GLIDE needs OpenAI's tokenizer: "
             "pip install git+https://github.com/openai/glide-text2im"
         ) from error
-    encoder = get_encoder()
+    encoder = bpe.get_encoder()
     padded = [encoder.padded_tokens_and_mask(encoder.encode(text), length) for text in texts]
     return torch.tensor([tokens for tokens, _ in padded]), torch.tensor([mask for _, mask in padded])

@@ -6,7 +6,6 @@ matrix. Where the blocks are follows from the configuration of the UNet.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from unetc.errors import ModelError
@@ -59,7 +57,7 @@ def read(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch and safetensors raise many unrelated classes
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"cannot read weights from {path}: {reason}. Expected .pt or .safetensors.") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -116,8 +114,9 @@ def convert(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpo
 
 def _apart(value: Tensor, parts: int, width: int) -> tuple[Tensor, ...]:
     """Take the parts of each head apart and put those of all heads together; a convolution of width 1 is a matrix."""
-    heads = value.reshape(len(value), -1) if value.ndim > 1 else value
-    return tuple(part.flatten(0, 1).contiguous() for part in heads.unflatten(0, (-1, parts, width)).unbind(1))
+    rest = value.shape[1:2]
+    heads = value.reshape(-1, parts, width, *rest)
+    return tuple(part.reshape(-1, *rest) for part in heads.unbind(1))
 
 
 def _blocks(config: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -56,7 +56,7 @@ class TextTransformer(nn.Module):
         """
         states = self.token_embedding(tokens) + self.positional_embedding
         states = torch.where(mask[..., None], states, self.padding_embedding)  # in place of an attention mask
-        for block in self.transformer["resblocks"]:  # type: ignore[union-attr]
+        for block in self.transformer["resblocks"].children():
             states = block(states)
         states = self.final_ln(states)
         return states, self.transformer_proj(states[:, -1])
@@ -78,10 +78,9 @@ class _Block(nn.Module):
     def _attend(self, states: Tensor) -> Tensor:
         """Attend; the rows of the projection are query, key and value of the first head, then of the next."""
         heads = self.attn["c_qkv"](states).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        attended: Tensor = self.attn["c_proj"](
-            functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        )
-        return attended
+        attended = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        projected: Tensor = self.attn["c_proj"](attended)
+        return projected
 
 
 def text_transformer(weights: Mapping[str, Tensor], heads: int) -> TextTransformer:
