@@ -391,6 +391,7 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "unknown Hub id": (lambda at: ("analyze", "nobody/nothing"), "cannot get 'nobody/nothing' from the Hub"),
     "folder that is no model": (lambda at: ("analyze", at.empty), "no model_index.json"),
     "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "StableDiffusionPipeline; supported"),
+    "no checkpoint": (lambda at: ("analyze", "glide:base", "--cache", at.cache), "give one with --weights"),
     "unknown scheduler": (
         lambda at: ("analyze", at.model, "--scheduler", "magic", "--cache", at.cache),
         "unknown scheduler 'magic'",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import unetc
+from tests.models import condition_well
 from unetc.artifacts import Assignment, Measurement, Phase, Plan, Prediction, Profile
 from unetc.backend import Array
 from unetc.compiler.engines import compile_full
@@ -102,7 +103,13 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
     )
     solver = extract_all(make_scheduler(scheduler, model.scheduler_config | config), scheduler, [steps])
     return Session(
-        plan=plan, full=program, programs=[program], solver=solver, sample_shape=model.sample_shape, steps=steps
+        plan=plan,
+        full=program,
+        programs=[program],
+        solver=solver,
+        sample_shape=model.sample_shape,
+        steps=steps,
+        predicted_channels=gated.predicted_channels,
     )
 
 
@@ -162,6 +169,24 @@ def test_a_stochastic_session_is_the_ddpm_pipeline(
     expected = run_ddpm(str(tiny_model), steps, noise, monkeypatch)
     assert_same(session.sample(BATCH, seed=SEED), expected)
     assert np.abs(session.sample(noise=noise[0], seed=SEED + 1) - expected).max() > 0.1  # the steps' noise matters
+
+
+def test_a_session_of_a_learned_variance_is_the_ddpm_pipeline(
+    tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 20
+    pipeline = pipeline_of(str(tiny_model))
+    unet = diffusers.UNet2DModel.from_config(pipeline.unet.config, out_channels=2)
+    condition_well(unet, seed=0)
+    scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, variance_type="learned_range")
+    diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    session = full_session(str(tmp_path), cache, "ddpm", steps)
+    noise = [initial_noise(SEED, range(BATCH), session.sample_shape)]
+    noise += [step_noise(SEED, range(BATCH), step, session.sample_shape) for step in range(steps - 1)]
+    expected = run_ddpm(str(tmp_path), steps, noise, monkeypatch)
+    assert_same(session.sample(BATCH, seed=SEED), expected)
+    fixed = full_session(str(tmp_path), cache, "ddpm", steps, variance_type="fixed_large")
+    assert np.abs(fixed.sample(BATCH, seed=SEED) - expected).max() > 0.1  # what the model says of it matters
 
 
 @pytest.mark.slow

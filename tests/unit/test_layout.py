@@ -56,6 +56,10 @@ LIGHT = (
 )
 
 
+CHECKPOINTS = "unetc.models.glide_checkpoint"
+"""The one module that reads pickles, of tensors alone."""
+
+
 def modules() -> dict[str, Path]:
     """Find every module of unetc by its import name; the links in src/unetc are not followed."""
     found = {}
@@ -162,7 +166,7 @@ def test_nothing_that_is_read_can_run_code() -> None:
         offences += [
             f"{path}:{node.lineno}: calls {ast.unparse(node.func)}"
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Call) and runs_code(node, may_load=name in benchmarks)
+            if isinstance(node, ast.Call) and runs_code(node, may_load=name in {*benchmarks, CHECKPOINTS})
         ]
     assert offences == []
 

@@ -163,9 +163,13 @@ def test_sizes_that_are_not_numbers_are_refused(folder: Path, change: dict[str, 
     assert "expected whole numbers" in refusal(lambda: find_model(str(folder)))
 
 
-def test_a_denoiser_that_predicts_a_variance_too_is_refused(folder: Path) -> None:
+def test_a_variance_is_predicted_only_where_the_scheduler_learns_it(folder: Path) -> None:
     edit(folder / "unet/config.json", out_channels=4)
-    assert "predicts 4 channels for samples of 2" in refusal(lambda: find_model(str(folder)))
+    assert "predicts 4 channels for samples of 2; expected 2" in refusal(lambda: find_model(str(folder)))
+    edit(folder / "scheduler/scheduler_config.json", variance_type="learned_range")
+    assert find_model(str(folder)).sample_shape == (2, 16, 24)
+    edit(folder / "unet/config.json", out_channels=6)
+    assert "expected 2 or 4" in refusal(lambda: find_model(str(folder)))
 
 
 @pytest.mark.parametrize(

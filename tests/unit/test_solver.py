@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -46,12 +47,19 @@ def noise_of(step: int) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
-def sample_diffusers(scheduler: Any, steps: int) -> list[NDArray[Any]]:
+def variance_model(model_input: NDArray[Any], timestep: float) -> Any:
+    """Say what the variance is to be, now and then beyond the bounds -1 and 1."""
+    return 1.3 * np.tanh(model_input - np.float32(np.sin(0.01 * timestep)))
+
+
+def sample_diffusers(scheduler: Any, steps: int, *, learned: bool = False) -> list[NDArray[Any]]:
     """Sample with diffusers in float64, where Euler and v_prediction do not cancel to noise."""
     scheduler.set_timesteps(steps)
     sample, samples = noise_of(-1) * scheduler.init_noise_sigma, []
     for step, timestep in enumerate(scheduler.timesteps):
         prediction = model(scheduler.scale_model_input(sample, timestep).numpy(), float(timestep))
+        if learned:
+            prediction = np.concatenate([prediction, variance_model(sample.numpy(), float(timestep))], axis=1)
         generator = torch.Generator().manual_seed(step)
         sample = scheduler.step(torch.from_numpy(prediction), timestep, sample, generator=generator).prev_sample
         samples.append(sample.numpy())
@@ -65,7 +73,8 @@ def sample_table(table: SolverTable) -> list[NDArray[Any]]:
     for step, timestep in enumerate(table.timesteps):
         predictions.insert(0, model(float(table.input_scale[step]) * samples[0], float(timestep)))
         noise = noise_of(step).float().numpy() if table.noise_coefficient[step] else None
-        samples.insert(0, update(table, step, samples[: table.window], predictions[: table.window], noise))
+        variance = variance_model(samples[0], float(timestep)) if table.asks_variance(step) else None
+        samples.insert(0, update(table, step, samples[: table.window], predictions[: table.window], noise, variance))
     assert all(sample.dtype == np.float32 for sample in samples)
     return samples[-2::-1]
 
@@ -101,6 +110,38 @@ def test_table_follows_diffusers_from_nearly_pure_noise(name: str) -> None:
         table = extract(scheduler, steps)
         assert table.log_snr[0] < -19
         assert relative_difference(sample_table(table), sample_diffusers(scheduler, steps)) < 1e-5
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_learned_variance_follows_diffusers(beta_schedule: str, spacing: str, clip: bool) -> None:
+    scheduler = diffusers.DDPMScheduler(
+        variance_type="learned_range", beta_schedule=beta_schedule, timestep_spacing=spacing, clip_sample=clip
+    )
+    for steps in COUNTS:
+        table = extract(scheduler, steps)
+        noisy = table.noise_coefficient != 0
+        assert np.array_equal(table.noise_coefficient, noisy)
+        assert np.array_equal([table.asks_variance(step) for step in range(steps)], noisy)
+        assert (table.variance_low <= table.variance_high).all()
+        assert relative_difference(sample_table(table), sample_diffusers(scheduler, steps, learned=True)) < 1e-5
+
+
+def test_bounds_of_a_learned_variance_are_those_of_the_fixed_ones() -> None:
+    learned = extract(diffusers.DDPMScheduler(variance_type="learned_range"), 20)
+    for kind, bound in (("fixed_small", learned.variance_low), ("fixed_large", learned.variance_high)):
+        fixed = extract(diffusers.DDPMScheduler(variance_type=kind), 20)
+        assert not fixed.variance_low.any()
+        assert not fixed.variance_high.any()
+        np.testing.assert_allclose(np.exp(bound[:-1] / 2), fixed.noise_coefficient[:-1], rtol=1e-5)
+    assert learned.noise_coefficient[-1] == 0
+
+
+def test_only_ddpm_asks_for_a_variance() -> None:
+    for name in SCHEDULERS:
+        table = extract(make_scheduler(name, diffusers.DDPMScheduler(variance_type="learned_range").config), 10)
+        assert table.asks_variance(0) == (name == "ddpm")
 
 
 def test_clip_is_read_from_behaviour() -> None:
@@ -177,9 +218,9 @@ def test_thresholding_is_refused_where_it_is_used(maximum: float) -> None:
     assert extract(scheduler_of("euler", **config), 5).clip == np.inf
 
 
-def test_learned_variance_is_refused() -> None:
-    with pytest.raises(ModelError, match="variance_type"):
-        extract(diffusers.DDPMScheduler(variance_type="learned_range"), 5)
+def test_a_variance_that_is_learned_without_bounds_is_refused() -> None:
+    with pytest.raises(ModelError, match="variance_type learned"):
+        extract(diffusers.DDPMScheduler(variance_type="learned"), 5)
 
 
 def test_flow_is_refused() -> None:
@@ -218,10 +259,13 @@ def test_last_training_timestep_is_not_passed() -> None:
     assert not supports(scheduler, 1000)
 
 
-@pytest.fixture(scope="module", params=list(SCHEDULERS))
+@pytest.fixture(scope="module", params=[*SCHEDULERS, "ddpm-learned"])
 def tables(request: pytest.FixtureRequest) -> SolverTables:
     """Tables of each scheduler for a few step counts."""
-    return extract_all(scheduler_of(request.param), request.param, (1, 2, 5, 20))
+    name, _, learned = request.param.partition("-")
+    config = diffusers.DDPMScheduler(variance_type="learned_range").config
+    scheduler = make_scheduler(name, config) if learned else scheduler_of(name)
+    return extract_all(scheduler, name, (1, 2, 5, 20))
 
 
 def test_tables_round_trip(tables: SolverTables) -> None:
@@ -268,6 +312,8 @@ HEADER, ARRAY = SolverTables(
             sample_coefficients=np.ones((steps, 2)),
             prediction_coefficients=np.ones((steps, 2)),
             noise_coefficient=np.ones(steps),
+            variance_low=np.zeros(steps),
+            variance_high=np.zeros(steps),
         )
         for steps in (2, 3)
     ),
@@ -330,6 +376,10 @@ def test_update_refuses_what_it_cannot_do() -> None:
     for step in (-1, 3):
         with pytest.raises(SessionError, match=f"no step {step}"):
             update(table, step, one * 2, one * 2, one[0])
+    learned = dataclasses.replace(table, variance_high=np.full(3, 2.0))
+    with pytest.raises(SessionError, match="takes the variance of its noise from the model"):
+        update(learned, 0, one * 2, one * 2, one[0])
+    assert update(learned, 0, one * 2, one * 2, one[0], one[0])[0, 0, 0, 0] == pytest.approx(5 + np.e)
 
 
 def test_noise_does_not_depend_on_the_batch() -> None:

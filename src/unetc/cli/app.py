@@ -22,11 +22,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="Built-in model (digits), diffusers folder, or Hub id.", metavar="MODEL")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Built-in model (digits), diffusers folder, Hub id, or glide:base or glide:upsample.", metavar="MODEL"
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="Checkpoint of glide:base or glide:upsample, .pt or .safetensors.")]
 BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Scheduler = Annotated[str, typer.Option(help="ddim, ddpm, euler or dpmsolver++.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoiser calls per sample.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="ddim, ddpm, euler or dpmsolver++ [default: ddim, for glide:base ddpm].")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoiser calls per sample [default: 50, for GLIDE as it was published].")
+]
 Samples = Annotated[int, typer.Option(min=1, help="Trajectories every ablation is measured on.")]
 Bins = Annotated[int, typer.Option(min=1, help="Noise levels that are told apart.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
@@ -72,8 +82,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def analyze(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")] = Path("profile.json"),
-    scheduler: Scheduler = "ddim",
-    steps: Steps = 50,
+    weights: Weights = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     samples: Samples = 16,
     bins: Bins = 8,
     seed: Seed = 0,
@@ -93,11 +104,12 @@ def analyze(
     from unetc.workflow.setup import analyze_model
 
     check_writable(output)
+    scheduler, steps = _sampling(model, scheduler, steps)
     options = _analysis(
         scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, exhaustive
     )
     with progress() as on_progress:
-        profile = analyze_model(model, options, cache=_cache(cache), on_progress=on_progress)
+        profile = analyze_model(model, options, weights=weights, cache=_cache(cache), on_progress=on_progress)
     profile.save(output)
     if as_json:
         print_json(summary.profile_facts(profile, output))
@@ -152,8 +164,9 @@ def build(
     ] = None,
     repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40,
     controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True,
-    scheduler: Scheduler = "ddim",
-    steps: Steps = 50,
+    weights: Weights = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     samples: Samples = 16,
     bins: Bins = 8,
     seed: Seed = 0,
@@ -179,6 +192,7 @@ def build(
 
     if at is not None and plan is not None:
         raise typer.BadParameter("--at chooses a plan itself; give one of --at and --plan.")
+    scheduler, steps = _sampling(model, scheduler, steps)
     options = BuildOptions(
         plan=PlanOptions(budget=budget, max_engines=max_engines, max_memory=max_memory),
         analysis=(
@@ -196,7 +210,14 @@ def build(
     given = Plan.load(plan) if plan else None
     with progress() as on_progress:
         manifest = build_bundle(
-            model, output, options, cache=_cache(cache), profile=known, plan=given, on_progress=on_progress
+            model,
+            output,
+            options,
+            weights=weights,
+            cache=_cache(cache),
+            profile=known,
+            plan=given,
+            on_progress=on_progress,
         )
     for note in manifest.notes:
         ERR.print(note, soft_wrap=True)
@@ -217,8 +238,9 @@ def pareto(
     max_engines: MaxEngines = 4,
     max_memory: MaxMemory = None,
     profile: KnownProfile = None,
-    scheduler: Scheduler = "ddim",
-    steps: Steps = 50,
+    weights: Weights = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     samples: Samples = 16,
     bins: Bins = 8,
     seed: Seed = 0,
@@ -244,6 +266,7 @@ def pareto(
     check_writable(output)
     check_writable(picture)
     known = Profile.load(profile) if profile else None
+    scheduler, steps = _sampling(model, scheduler, steps)
     analysis = (
         AnalysisOptions()
         if known
@@ -253,7 +276,7 @@ def pareto(
         budgets=budgets, steps=steps, max_engines=max_engines, max_memory=max_memory, analysis=analysis
     )
     with progress() as on_progress:
-        curve = measure(model, options, cache=_cache(cache), profile=known, on_progress=on_progress)
+        curve = measure(model, options, weights=weights, cache=_cache(cache), profile=known, on_progress=on_progress)
     curve.save(output)
     write_atomically(picture, draw(curve).encode())
     if as_json:
@@ -405,6 +428,14 @@ def demo(
     OUT.print("\nLook at:")
     for path, meaning in result.files:
         OUT.print(f"  {path}  {meaning}", soft_wrap=True)
+
+
+def _sampling(model: str, scheduler: str | None, steps: int | None) -> tuple[str, int]:
+    """Fill in what the user has not said of the sampling."""
+    from unetc.models import usual_sampling
+
+    usual = usual_sampling(model)
+    return scheduler or usual.scheduler, steps or usual.steps
 
 
 def _analysis(

@@ -7,7 +7,7 @@ ControlNet residuals StreamDiffusion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from unetc.errors import ModelError
 
 SAMPLE, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
 POOLED, TIME_IDS, CLASS_LABELS = "text_embeds", "time_ids", "class_labels"
+LOW_RES = "low_res"
 
 _BATCH = 2
 _TOKENS = 5
@@ -106,6 +107,12 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
     return inputs
 
 
+def _super_resolution(model: Any, generator: torch.Generator) -> list[Input]:
+    both, *others = _unet_2d_condition(model, generator)
+    sample, low_res = both.example.chunk(2, dim=1)
+    return [replace(both, example=sample), *others, replace(both, name=LOW_RES, example=low_res)]
+
+
 def _image(model: Any, generator: torch.Generator) -> list[Input]:
     """Make a noisy sample, of different height and width, and a timestep per sample."""
     config = model.config
@@ -138,4 +145,5 @@ def _class_labels(model: Any, generator: torch.Generator) -> list[Input]:
 _SIGNATURES: Mapping[str, Callable[[Any, torch.Generator], list[Input]]] = {
     "UNet2DModel": _unet_2d,
     "UNet2DConditionModel": _unet_2d_condition,
+    "SuperResolutionUNet": _super_resolution,
 }

@@ -1,4 +1,4 @@
-"""Find a model by name: one that ships with unetc, a local diffusers folder, or a Hub id.
+"""Find a model by name: one that ships with unetc, a local diffusers folder, a Hub id, or GLIDE with its checkpoint.
 
 Only safetensors weights are read, and the classes are named here: nothing in a model folder is executed.
 """
@@ -11,11 +11,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from unetc.artifacts.profile import ModelReference
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ModelError
+
+from .glide import VARIANTS, find_glide
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,9 +37,53 @@ PROMPTS = "prompts.txt"
 """Prompts to measure a model on, one a line; the file beside this module is for models without their own."""
 
 
+class Model(Protocol):
+    """A pretrained model; its weights are loaded only when asked for."""
+
+    @property
+    def reference(self) -> ModelReference:
+        """Which model it is."""
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Configuration of a diffusers scheduler, of any class."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """The usual scale of classifier-free guidance; 1 where there is none."""
+
+    @property
+    def decoder_scale(self) -> int:
+        """Number of pixels of the image per pixel of a sample, along each side; 1 if samples are images."""
+
+    def prompts(self) -> tuple[str, ...]:
+        """Read the prompts to measure the model on; none if it takes none."""
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        """Turn prompts into conditions."""
+
+    def load_decoder(self) -> nn.Module | None:
+        """Load what turns samples into images; None if samples are images."""
+
+    def load_denoiser(self) -> nn.Module:
+        """Load the denoiser in evaluation mode."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A pretrained model in a local folder; its weights are loaded only when asked for."""
+class Sampling:
+    """What a model is sampled with when nothing else is said."""
+
+    scheduler: str = "ddim"
+    steps: int = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineModel:
+    """A pretrained model in a local folder of diffusers."""
 
     reference: ModelReference
     scheduler_config: dict[str, Any]
@@ -148,15 +194,31 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def find_model(name: str) -> Model:
+def usual_sampling(name: str) -> Sampling:
+    """Tell what a model is sampled with when nothing else is said."""
+    if variant := VARIANTS.get(name):
+        return Sampling(scheduler=variant.scheduler, steps=variant.steps)
+    return Sampling()
+
+
+def find_model(name: str, weights: Path | None = None) -> Model:
     """Find a model and check that it is supported.
 
     Args:
-        name: A built-in name, the path of a diffusers pipeline folder, or a Hub id ("owner/name").
+        name: A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`.
+        weights: The checkpoint of one of `VARIANTS`; the others have weights of their own.
 
     Raises:
         ModelError: If there is no such model, or it is of a class that unetc does not support.
     """
+    if name in VARIANTS:
+        return find_glide(name, weights)
+    if weights is not None:
+        raise ModelError(f"{name} has weights of its own; --weights is for {', '.join(VARIANTS)}.")
+    return _find_pipeline(name)
+
+
+def _find_pipeline(name: str) -> PipelineModel:
     folder = _find(name)
     index = _read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
@@ -185,12 +247,15 @@ def find_model(name: str) -> Model:
             f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}; "
             "expected whole numbers."
         ) from error
-    if (predicted := config.get("out_channels", 3)) != sample_shape[0]:
+    variance_type = str(scheduler_config.get("variance_type"))
+    channels = sample_shape[0]
+    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
+    if (predicted := config.get("out_channels", 3)) not in allowed:
         raise ModelError(
-            f"{name} predicts {predicted} channels for samples of {sample_shape[0]}; expected as many. Denoisers that "
-            "predict a variance too are not supported."
+            f"{name} predicts {predicted} channels for samples of {channels}; expected "
+            f"{' or '.join(map(str, allowed))}, as its scheduler has variance_type {variance_type}."
         )
-    return Model(
+    return PipelineModel(
         reference=ModelReference(
             name=name,
             sha256=_hash(config, scheduler_config, weights),

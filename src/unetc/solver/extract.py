@@ -6,6 +6,9 @@ zero in every sample and model output but x_k, so what it is later is the coeffi
 the model output e_k. Of the last two elements one is large in every step, to run into the clip, and one is zero in
 every step, to see the noise alone.
 
+Where the scheduler takes the variance of its noise from the model, the pass is made with the lowest variance, and a
+second one with the highest reads the other bound.
+
 What is read is then checked: a nonlinear model is sampled by diffusers and by the table side by side. A scheduler that
 the form cannot express fails there and is refused.
 """
@@ -181,7 +184,8 @@ def extract(scheduler: Scheduler, steps: int) -> SolverTable:
             f"{name} gives NaN or infinity in {steps} steps. If its schedule ends in pure noise "
             "(rescale_betas_zero_snr), it needs prediction_type v_prediction or sample, or another scheduler."
         )
-    table = _solve(_begin(scheduler, steps), probe)
+    widest = _probe(scheduler, steps, _MOST) if _asks_variance(scheduler) else None
+    table = _solve(_begin(scheduler, steps), probe, widest)
     difference = _replay(scheduler, table)
     if not difference <= TOLERANCE:
         raise ModelError(
@@ -199,13 +203,18 @@ def _refuse_by_configuration(scheduler: Scheduler) -> None:
     config, name = scheduler.config, type(scheduler).__name__
     if config.get("thresholding") and hasattr(scheduler, "_threshold_sample"):
         raise ModelError(f"{name} has thresholding, which depends on the whole image. Set it to False or choose euler.")
-    if isinstance(scheduler, diffusers.DDPMScheduler) and str(config.get("variance_type")).startswith("learned"):
-        raise ModelError(f"{name} takes its variance from the model. Set variance_type fixed_small.")
+    if isinstance(scheduler, diffusers.DDPMScheduler) and config.get("variance_type") == "learned":
+        raise ModelError(f"{name} has variance_type learned. Supported are learned_range and those that are fixed.")
     if config.get("use_flow_sigmas") or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(
             f"{name} has prediction_type {config.get('prediction_type')!r} and use_flow_sigmas "
             f"{config.get('use_flow_sigmas', False)}. Supported are epsilon, v_prediction and sample, without flow."
         )
+
+
+def _asks_variance(scheduler: Scheduler) -> bool:
+    """Tell whether the model is to predict the variance of the noise in further channels."""
+    return isinstance(scheduler, diffusers.DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range"
 
 
 def _begin(scheduler: Scheduler, steps: int) -> Any:
@@ -242,8 +251,19 @@ class _Probe:
     noise: NDArray[np.float64]
     """[2n + 2], what the generator of every step gives first."""
 
+    @property
+    def noise_coefficient(self) -> NDArray[np.float64]:
+        """What the noise is weighted with, [n]."""
+        coefficient: NDArray[np.float64] = self.next_samples[:, -1] / self.noise[-1]
+        return coefficient
 
-def _probe(scheduler: Scheduler, steps: int) -> _Probe:
+
+_LEAST, _MOST = -1.0, 1.0
+"""What a model says of the variance at its bounds."""
+
+
+def _probe(scheduler: Scheduler, steps: int, variance: float = _LEAST) -> _Probe:
+    """Make a pass over the timesteps, in which a model that is asked for a variance always says the same."""
     fresh, generator = _begin(scheduler, steps), torch.Generator()
     samples, predictions = torch.zeros(2, steps, 2 * steps + 2, dtype=torch.float64)
     samples[:, :steps].fill_diagonal_(_SMALL)
@@ -253,6 +273,8 @@ def _probe(scheduler: Scheduler, steps: int) -> _Probe:
     for step, timestep in enumerate(fresh.timesteps):
         sample, prediction = samples[step].view(1, 1, 1, -1), predictions[step].view(1, 1, 1, -1)
         input_scale[step] = fresh.scale_model_input(sample, timestep)[..., step].item() / _SMALL
+        if _asks_variance(scheduler):
+            prediction = torch.cat([prediction, torch.full_like(prediction, variance)], dim=1)
         answer = fresh.step(prediction, timestep, sample, generator=generator.manual_seed(0))
         next_samples[step] = answer.prev_sample.flatten()
         if hasattr(answer, "pred_original_sample"):
@@ -261,10 +283,16 @@ def _probe(scheduler: Scheduler, steps: int) -> _Probe:
     return _Probe(input_scale=input_scale, next_samples=next_samples, denoised=denoised, noise=noise.flatten().numpy())
 
 
-def _solve(fresh: Any, probe: _Probe) -> SolverTable:
-    """Turn the answers of a scheduler that `_begin` made into coefficients."""
+def _solve(fresh: Any, probe: _Probe, widest: _Probe | None) -> SolverTable:
+    """Turn the answers of a scheduler that `_begin` made into coefficients.
+
+    Args:
+        fresh: The scheduler.
+        probe: Its answers, to the lowest variance where it asks for one.
+        widest: Its answers to the highest variance, where it asks for one.
+    """
     steps = len(probe.input_scale)
-    noise_coefficient = probe.next_samples[:, -1] / probe.noise[-1]
+    noise_coefficient = probe.noise_coefficient
     responses = probe.next_samples - np.outer(noise_coefficient, probe.noise)
     sample_weights = _clean(responses[:, :steps] / _SMALL, noise_coefficient[:, None])
     prediction_weights = _clean(responses[:, steps:-2] / _SMALL, noise_coefficient[:, None])
@@ -277,6 +305,7 @@ def _solve(fresh: Any, probe: _Probe) -> SolverTable:
         raise ModelError(f"{type(fresh).__name__} looks {window} steps back, more than {MAX_WINDOW}. Choose another.")
     samples[:, 0] = _clean(samples[:, 0] - path.weight * path.sample, samples[:, 0])
     predictions[:, 0] = _clean(predictions[:, 0] - path.weight * path.prediction, predictions[:, 0])
+    weight, low, high = _variance(noise_coefficient, None if widest is None else widest.noise_coefficient)
     return SolverTable(
         timesteps=fresh.timesteps.numpy().astype(np.float32),
         log_snr=_log_snr(fresh),
@@ -288,8 +317,21 @@ def _solve(fresh: Any, probe: _Probe) -> SolverTable:
         clip=path.clip,
         sample_coefficients=samples[:, :window],
         prediction_coefficients=predictions[:, :window],
-        noise_coefficient=_clean(noise_coefficient, np.ones(steps)),
+        noise_coefficient=_clean(weight, np.ones(steps)),
+        variance_low=low,
+        variance_high=high,
     )
+
+
+def _variance(
+    least: NDArray[np.float64], most: NDArray[np.float64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Separate noise coefficients [n] at the lowest and the highest variance into a weight and the logs of both."""
+    if most is None:
+        return least, np.zeros(len(least)), np.zeros(len(least))
+    noisy = most != 0
+    low, high = (2 * np.log(np.where(noisy, bound, 1.0)) for bound in (least, most))
+    return noisy.astype(np.float64), low, high
 
 
 def _clean(values: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -347,12 +389,14 @@ def _replay(scheduler: Scheduler, table: SolverTable) -> float:
     samples, predictions = (deque[NDArray[np.float64]](maxlen=table.window) for _ in range(2))
     for step, timestep in enumerate(fresh.timesteps):
         prediction = _fake_model(fresh.scale_model_input(expected, timestep).numpy(), float(timestep))
-        answer = fresh.step(torch.from_numpy(prediction), timestep, expected, generator=generator.manual_seed(step))
+        variance = 1.2 * np.cos(2.0 * np.arange(prediction.size) + step).reshape(prediction.shape)
+        output = np.concatenate([prediction, variance], axis=1) if _asks_variance(scheduler) else prediction
+        answer = fresh.step(torch.from_numpy(output), timestep, expected, generator=generator.manual_seed(step))
         expected = answer.prev_sample
         samples.appendleft(actual)
         predictions.appendleft(_fake_model(table.input_scale[step] * actual, float(table.timesteps[step])))
         noise = normal(generator=generator.manual_seed(step)).numpy()
-        actual = update(table, step, samples, predictions, noise)
+        actual = update(table, step, samples, predictions, noise, variance)
         differences.append(np.abs(actual - expected.numpy()).max() / expected.abs().max().item())
     return float(np.max(differences))
 

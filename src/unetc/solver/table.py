@@ -2,10 +2,12 @@
 
 One step of such a sampler is
 
-    x_next = sum_j u_j x_(i-j)  +  sum_j v_j e_(i-j)  +  c clip(p x_i + q e_i)  +  s noise
+    x_next = sum_j u_j x_(i-j)  +  sum_j v_j e_(i-j)  +  c clip(p x_i + q e_i)  +  s exp(w / 2) noise
 
-with x the samples, e the model outputs and j the lag in steps. A `SolverTable` holds the coefficients of all steps for
-one step count; `SolverTables` holds one scheduler's tables for many step counts and packs them into a single array.
+with x the samples, e the model outputs and j the lag in steps. Where the model predicts a variance too, w is
+interpolated between two bounds by what it says; otherwise it is zero. A `SolverTable` holds the coefficients of all
+steps for one step count; `SolverTables` holds one scheduler's tables for many step counts and packs them into a single
+array.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ _VECTORS = (
     "denoised_prediction",
     "denoised_coefficient",
     "noise_coefficient",
+    "variance_low",
+    "variance_high",
 )
 _MATRICES = ("sample_coefficients", "prediction_coefficients")
 _COLUMNS = (*_VECTORS, *(f"{name}_{lag}" for name in _MATRICES for lag in range(MAX_WINDOW)))
@@ -69,7 +73,11 @@ class SolverTable:
     prediction_coefficients: NDArray[np.float64]
     """[n, window], weights of the raw model outputs e."""
     noise_coefficient: NDArray[np.float64]
-    """[n], weight of fresh unit normal noise."""
+    """[n], weight of fresh unit normal noise; 1 where the model predicts its variance."""
+    variance_low: NDArray[np.float64]
+    """[n], natural log of the variance of the noise where the model says -1; zero where it is not asked."""
+    variance_high: NDArray[np.float64]
+    """[n], natural log of the variance of the noise where the model says 1; zero where it is not asked."""
 
     def __post_init__(self) -> None:
         """Check what a damaged file could get wrong."""
@@ -92,6 +100,10 @@ class SolverTable:
         """How many samples and model outputs, the current ones included, a step may refer to."""
         return int(self.sample_coefficients.shape[-1])
 
+    def asks_variance(self, step: int) -> bool:
+        """Tell whether the noise of a step has the variance that the model predicts."""
+        return bool(self.variance_low[step] or self.variance_high[step])
+
 
 def update(
     table: SolverTable,
@@ -99,11 +111,12 @@ def update(
     samples: Sequence[NDArray[Float]],
     predictions: Sequence[NDArray[Float]],
     noise: NDArray[Float] | None = None,
+    variance: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Advance the samples by one step.
 
     Coefficients enter as Python floats, so float32 stays float32, and arrays of other libraries work where they have
-    `+`, `*` and a `clip` method.
+    `+`, `*` and a `clip` method, unless the model predicts a variance.
 
     Args:
         table: Coefficients of the sampler.
@@ -111,12 +124,18 @@ def update(
         samples: x_i, x_(i-1), ..., each [batch, channel, height, width]; `table.window` of them, fewer at the start.
         predictions: e_i, e_(i-1), ..., raw model outputs of the same shape, as many.
         noise: Fresh unit normal noise of the same shape. May be None where noise_coefficient is zero.
+        variance: What the model says of the variance of the noise, mostly -1 to 1, of the same shape. May be None where
+            it is not asked.
 
     Returns:
         The samples that enter the next step, [batch, channel, height, width].
 
     Raises:
-        SessionError: If the step does not exist, or needs noise or history that is not given.
+        SessionError: If the step does not exist, or needs noise, a variance or history that is not given.
+
+    Source:
+        Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", arXiv:2102.09672, equation 15,
+        for the variance.
     """
     if not 0 <= step < table.steps:
         raise SessionError(f"there is no step {step} among the {table.steps} steps of this sampler.")
@@ -131,8 +150,22 @@ def update(
     if weight := table.noise_coefficient.item(step):
         if noise is None:
             raise SessionError(f"step {step} of this sampler adds noise and none was given. Pass step_noise(...).")
+        if table.asks_variance(step):
+            if variance is None:
+                raise SessionError(
+                    f"step {step} of this sampler takes the variance of its noise from the model, which predicts none. "
+                    "Use a scheduler with a fixed variance, or ddim."
+                )
+            noise = noise * _deviation(table.variance_low.item(step), table.variance_high.item(step), variance)
         result += weight * noise
     return result
+
+
+def _deviation(low: float, high: float, variance: NDArray[Float]) -> NDArray[Float]:
+    """Interpolate the logarithm of the variance; give the standard deviation."""
+    share = 0.5 * variance + 0.5
+    deviation: NDArray[Float] = np.exp(0.5 * (high * share + low * (1 - share)))
+    return deviation
 
 
 def _combine(weights: Sequence[float], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -42,17 +42,19 @@ class Trajectory:
         Args:
             table: The solver.
             step: Step index.
-            predict: The denoiser at this step's timestep: maps scaled samples to predictions of the same shape, or with
-                further channels, which are ignored.
+            predict: The denoiser at this step's timestep: maps scaled samples to predictions of the same shape, or of
+                twice the channels, of which the second half tells the variance of a stochastic solver's noise.
             seed: Seed of the noise a stochastic solver adds.
             indices: Index of every sample within the seed.
         """
         scale = table.input_scale.item(step)
         prediction = predict(self.sample if scale == 1.0 else self.sample * np.float32(scale))
         shape = self.sample.shape[1:]
-        predictions = (prediction[:, : shape[0]], *self.predictions)[: table.window]
+        channels = shape[0]
+        variance = prediction[:, channels:] if prediction.shape[1] > channels else None
+        predictions = (prediction[:, :channels], *self.predictions)[: table.window]
         noise = step_noise(seed, indices, step, shape) if table.noise_coefficient.item(step) else None
-        following = update(table, step, self.samples, predictions, noise)
+        following = update(table, step, self.samples, predictions, noise, variance)
         return Trajectory(samples=(following, *self.samples)[: table.window], predictions=predictions)
 
     def repeat(self, times: int) -> Trajectory:

@@ -77,6 +77,7 @@ def build(
     path: Path,
     options: BuildOptions,
     *,
+    weights: Path | None = None,
     cache: Path,
     profile: Profile | None = None,
     plan: Plan | None = None,
@@ -88,6 +89,7 @@ def build(
         name: Built-in model, diffusers folder or Hub id.
         path: Folder of the bundle; an older bundle there is replaced.
         options: What to build.
+        weights: Checkpoint of a model that is named without one.
         cache: Folder for captures and partial results.
         profile: An analysis of this model; made when not given.
         plan: A plan of this profile to build as it is, whatever the budget; made and fitted when not given.
@@ -106,6 +108,7 @@ def build(
     check_destination(path)
     setup = set_up(
         name,
+        weights=weights,
         analysis=options.analysis,
         steps=options.steps,
         cache=cache,

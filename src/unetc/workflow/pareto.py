@@ -50,7 +50,13 @@ class ParetoOptions:
 
 
 def pareto(
-    name: str, options: ParetoOptions, *, cache: Path, profile: Profile | None = None, on_progress: OnProgress = ignore
+    name: str,
+    options: ParetoOptions,
+    *,
+    weights: Path | None = None,
+    cache: Path,
+    profile: Profile | None = None,
+    on_progress: OnProgress = ignore,
 ) -> Pareto:
     """Measure the curve of a model, analysing it if need be.
 
@@ -60,7 +66,13 @@ def pareto(
         PlanError: If no budget can be met.
     """
     setup = set_up(
-        name, analysis=options.analysis, steps=options.steps, cache=cache, profile=profile, on_progress=on_progress
+        name,
+        weights=weights,
+        analysis=options.analysis,
+        steps=options.steps,
+        cache=cache,
+        profile=profile,
+        on_progress=on_progress,
     )
     return trace(setup, options, on_progress)
 

@@ -42,6 +42,7 @@ class Setup:
 def set_up(
     name: str,
     *,
+    weights: Path | None = None,
     analysis: AnalysisOptions,
     steps: int,
     cache: Path,
@@ -53,6 +54,7 @@ def set_up(
 
     Args:
         name: Built-in model, diffusers folder or Hub id.
+        weights: Checkpoint of a model that is named without one.
         analysis: How to analyse when no profile is given.
         steps: Number of steps that plans are measured at.
         cache: Folder for captures and partial results.
@@ -65,7 +67,7 @@ def set_up(
         ProfileError: If the profile belongs to another model.
         PlanError: If the plan belongs to another profile.
     """
-    model = find_model(name)
+    model = find_model(name, weights)
     profile = profile or analyze_found(model, analysis, cache, on_progress)
     _check_profile(profile, model)
     if plan is not None:
@@ -88,14 +90,21 @@ def set_up(
     return Setup(prepared=prepared, profile=profile, solver=solver, conditions=conditions, workbench=workbench)
 
 
-def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progress: OnProgress = ignore) -> Profile:
+def analyze_model(
+    name: str,
+    options: AnalysisOptions,
+    *,
+    weights: Path | None = None,
+    cache: Path,
+    on_progress: OnProgress = ignore,
+) -> Profile:
     """Capture a model and measure it.
 
     Raises:
         ModelError: If there is no such model or it is not supported.
         ProfileError: If it cannot be analysed.
     """
-    return analyze_found(find_model(name), options, cache, on_progress)
+    return analyze_found(find_model(name, weights), options, cache, on_progress)
 
 
 def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:

@@ -1,0 +1,270 @@
+"""GLIDE, from OpenAI's checkpoints: the base model and the upsampler.
+
+Each checkpoint holds a UNet and a text transformer. The UNet becomes a `UNet2DConditionModel` of diffusers; the text
+transformer gives its conditions once per prompt.
+
+Source:
+    Nichol et al. 2021, arXiv:2112.10741. Sizes are those of the published small, filtered models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unetc.artifacts.profile import ModelReference
+from unetc.conditions import Conditions
+from unetc.errors import MissingDependency, ModelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from .glide_checkpoint import Checkpoint
+
+LOW_RES = "low_res.npy"
+"""File beside the weights of the upsampler: an image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One of the published networks."""
+
+    size: int
+    """Height and width in pixels."""
+    unet: Mapping[str, Any]
+    """Configuration of the `UNet2DConditionModel`."""
+    denoiser: str
+    """Its class, a key of `unetc.models.glide_unet.KINDS`."""
+    scheduler_config: Mapping[str, Any]
+    text_heads: int
+    guidance_scale: float
+    scheduler: str
+    """What it is sampled with when nothing else is said."""
+    steps: int
+
+
+def unet_config(
+    *, size: int, in_channels: int, widths: Sequence[int], attending: Sequence[bool], blocks: int, text_width: int
+) -> dict[str, Any]:
+    """Say OpenAI's UNet as a configuration of diffusers.
+
+    Args:
+        size: Height and width in pixels.
+        in_channels: 3, and 3 more for a low-resolution image.
+        widths: Channels of each level, from the top.
+        attending: Which levels have attention.
+        blocks: Residual blocks per level of the encoder.
+        text_width: Width of a token's state.
+    """
+    kinds = ["SimpleCrossAttn{}Block2D" if own else "Resnet{}sampleBlock2D" for own in attending]
+    return {
+        "sample_size": size,
+        "in_channels": in_channels,
+        "out_channels": 6,
+        "block_out_channels": tuple(widths),
+        "layers_per_block": blocks,
+        "down_block_types": tuple(kind.format("Down") for kind in kinds),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": tuple(kind.format("Up") for kind in reversed(kinds)),
+        "attention_head_dim": 64,
+        "cross_attention_dim": text_width,
+        "resnet_time_scale_shift": "scale_shift",
+        "class_embed_type": "identity",
+    }
+
+
+_SCHEDULE: Mapping[str, Any] = {"prediction_type": "epsilon", "variance_type": "learned_range", "clip_sample": True}
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {
+        "glide:base": Variant(
+            size=64,
+            unet=unet_config(
+                size=64,
+                in_channels=3,
+                widths=(192, 384, 576, 768),
+                attending=(False, True, True, True),
+                blocks=3,
+                text_width=512,
+            ),
+            denoiser="UNet2DConditionModel",
+            scheduler_config={**_SCHEDULE, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"},
+            text_heads=8,
+            guidance_scale=3.0,
+            scheduler="ddpm",
+            steps=100,
+        ),
+        "glide:upsample": Variant(
+            size=256,
+            unet=unet_config(
+                size=256,
+                in_channels=6,
+                widths=(192, 192, 384, 384, 768, 768),
+                attending=(False, False, False, True, True, True),
+                blocks=2,
+                text_width=512,
+            ),
+            denoiser="SuperResolutionUNet",
+            scheduler_config={**_SCHEDULE, "beta_schedule": "linear"},
+            text_heads=8,
+            guidance_scale=1.0,
+            scheduler="ddim",
+            steps=27,
+        ),
+    }
+)
+"""By the name of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlideModel:
+    """A checkpoint of OpenAI; it is read when it is first needed."""
+
+    reference: ModelReference
+    variant: Variant
+    weights: Path
+
+    decoder_scale = 1
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Configuration of a diffusers scheduler."""
+        return dict(self.variant.scheduler_config)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """[channel, height, width]."""
+        return 3, self.variant.size, self.variant.size
+
+    @property
+    def guidance_scale(self) -> float:
+        """The usual scale of classifier-free guidance."""
+        return self.variant.guidance_scale
+
+    def prompts(self) -> tuple[str, ...]:
+        """Read the prompts to measure the model on."""
+        from . import PROMPTS, read_prompts
+
+        own = self.weights.with_name(PROMPTS)
+        return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        """Turn prompts into conditions.
+
+        Raises:
+            ModelError: If the checkpoint cannot be used, or the upsampler has too few low-resolution images.
+            MissingDependency: If OpenAI's tokenizer is not installed.
+        """
+        import torch
+
+        from .glide_text import text_transformer
+
+        model = text_transformer(self._checkpoint.text, self.variant.text_heads)
+        length = len(model.positional_embedding)
+
+        @torch.no_grad()
+        def conditions(texts: Sequence[str]) -> dict[str, NDArray[Any]]:
+            states, summary = model(*tokenize(texts, length))
+            return {"encoder_hidden_states": states.numpy(), "class_labels": summary.numpy(), **low_res}
+
+        low_res = self._low_res(len(prompts)) if self.variant.unet["in_channels"] > 3 else {}
+        guided = guidance_scale > 1
+        return Conditions(
+            own=conditions(prompts),
+            negative=conditions([""] * len(prompts)) if guided else {},
+            scale=max(1.0, guidance_scale),
+        )
+
+    def load_decoder(self) -> None:
+        """Samples are images: there is none."""
+
+    def load_denoiser(self) -> nn.Module:
+        """Make the UNet in evaluation mode.
+
+        Raises:
+            ModelError: If the checkpoint does not fit.
+        """
+        from .glide_unet import load_unet
+
+        return load_unet(self.variant.denoiser, self.variant.unet, self._checkpoint.unet)
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        from . import glide_checkpoint
+
+        return glide_checkpoint.convert(glide_checkpoint.read(self.weights), self.variant.unet)
+
+    def _low_res(self, count: int) -> dict[str, NDArray[np.float32]]:
+        path = self.weights.with_name(LOW_RES)
+        try:
+            images = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ModelError(
+                f"{self.reference.name} enlarges images, and {path} cannot be read: {error}. Save samples of "
+                "glide:base there, [prompt, 3, 64, 64] in -1 to 1, in the order of the prompts."
+            ) from error
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) < count:
+            raise ModelError(f"{path} has shape {images.shape}; expected [{count} or more, 3, height, width].")
+        return {"low_res": enlarge(images[:count].astype(np.float32), self.variant.size)}
+
+
+def find_glide(name: str, weights: Path | None) -> GlideModel:
+    """Find a checkpoint.
+
+    Args:
+        name: A key of `VARIANTS`.
+        weights: A .pt or .safetensors file.
+
+    Raises:
+        ModelError: If no weights are given or they cannot be read.
+    """
+    if weights is None:
+        raise ModelError(f"{name} needs a checkpoint of OpenAI: give one with --weights.")
+    variant = VARIANTS[name]
+    digest = hashlib.sha256(json.dumps([dict(variant.unet), dict(variant.scheduler_config)]).encode())
+    try:
+        with weights.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise ModelError(f"cannot read {weights}: {error.strerror}. Expected .pt or .safetensors weights.") from error
+    reference = ModelReference(name=name, sha256=digest.hexdigest(), pipeline="GLIDE", denoiser=variant.denoiser)
+    return GlideModel(reference=reference, variant=variant, weights=weights)
+
+
+def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Bring images [batch, 3, height, width] to the size of the upsampler, bilinearly, as its condition `low_res`."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    enlarged: NDArray[np.float32] = interpolate(torch.from_numpy(images), (size, size), mode="bilinear").numpy()
+    return enlarged
+
+
+def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Give tokens and mask, each [text, length], as OpenAI's tokenizer does.
+
+    Raises:
+        MissingDependency: If it is not installed.
+    """
+    import torch
+
+    try:
+        bpe = importlib.import_module("glide_text2im.tokenizer.bpe")
+    except ImportError as error:
+        raise MissingDependency(
+            "encoding prompts for GLIDE needs OpenAI's tokenizer: "
+            "pip install git+https://github.com/openai/glide-text2im"
+        ) from error
+    encoder = bpe.get_encoder()
+    padded = [encoder.padded_tokens_and_mask(encoder.encode(text), length) for text in texts]
+    return torch.tensor([tokens for tokens, _ in padded]), torch.tensor([mask for _, mask in padded])
