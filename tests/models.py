@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.graph.capture import GATES, MEANS, Capture, capture
-from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP
+from unetc.graph.denoisers import SAMPLE, TIMESTEP, Input, denoiser_of
 from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.runtime.backend import open_backend
 
@@ -35,6 +35,7 @@ _UNCONDITIONAL: Mapping[str, Any] = {
     "block_out_channels": (8, 16),
 }
 _CONDITIONAL: Mapping[str, Any] = {**_UNCONDITIONAL, "cross_attention_dim": CONTEXT_WIDTH}
+_TRANSFORMER: Mapping[str, Any] = {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 8}
 
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "attention": (
@@ -86,10 +87,81 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Class and configuration of each denoiser, by name."""
 
+TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "dit": (
+        "DiTTransformer2DModel",
+        {**_TRANSFORMER, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_embeds_ada_norm": 10},
+    ),
+    # As in PixArt-alpha, whose time embedding knows the size of the image; it predicts a variance too.
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {
+            **_TRANSFORMER,
+            "num_attention_heads": 3,
+            "attention_head_dim": 4,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "cross_attention_dim": 12,
+            "caption_channels": CONTEXT_WIDTH,
+            "use_additional_conditions": True,
+        },
+    ),
+    # As in SD 3.5: the first block has a second attention beside the joint one. The last one drops the text.
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            **_TRANSFORMER,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "joint_attention_dim": CONTEXT_WIDTH,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 10,
+            "pos_embed_max_size": 6,
+            "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    # As FLUX.1-dev, whose guidance is an input.
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "joint_attention_dim": CONTEXT_WIDTH,
+            "pooled_projection_dim": 10,
+            "guidance_embeds": True,
+            "axes_dims_rope": (2, 2, 4),
+        },
+    ),
+    # Has long skips, as U-ViT; in four blocks one, from the first to the last.
+    "hunyuan": (
+        "HunyuanDiT2DModel",
+        {
+            **_TRANSFORMER,
+            "in_channels": 4,
+            "patch_size": 2,
+            "hidden_size": 16,
+            "num_layers": 4,
+            "mlp_ratio": 2.0,
+            "cross_attention_dim": CONTEXT_WIDTH,
+            "cross_attention_dim_t5": 16,
+            "pooled_projection_dim": 10,
+            "text_len": 5,
+            "text_len_t5": 7,
+        },
+    ),
+}
+"""The same for transformers, 8 by 8 pixels in patches of 2; see test_transformers."""
+
 
 def new_denoiser(architecture: str) -> nn.Module:
     """Build a denoiser; it has the same weights every time."""
-    name, config = ARCHITECTURES[architecture]
+    name, config = {**ARCHITECTURES, **TRANSFORMERS}[architecture]
     denoiser: nn.Module = getattr(diffusers, name)(**config)
     condition_well(denoiser, seed=0)
     return denoiser.eval()
@@ -149,7 +221,7 @@ class Tiny:
     def __init__(self, architecture: str, folder: Path) -> None:
         self.architecture = architecture
         self._folder = folder
-        self._name, self._config = ARCHITECTURES[architecture]
+        self._config = {**ARCHITECTURES, **TRANSFORMERS}[architecture][1]
 
     def __repr__(self) -> str:
         return self.architecture
@@ -209,7 +281,7 @@ class Tiny:
     @property
     def stride(self) -> int:
         """What height and width must be multiples of."""
-        levels = len(self._config["block_out_channels"])
+        levels = len(self._config.get("block_out_channels", (0, 0)))  # a transformer has patches of 2
         return 1 << levels - 1
 
     def load(self, graph: SerialisedGraph) -> Program:
@@ -225,16 +297,22 @@ class Tiny:
         return self._backend.open_weights(self.gated.weights.read_bytes())
 
     def inputs(self, *, batch: int, height: int, width: int, tokens: int = 5, seed: int = 0) -> dict[str, Array]:
-        """Draw inputs of the denoiser, every sample with a timestep of its own."""
+        """Draw inputs of the denoiser, every sample with a timestep of its own; whole numbers as in its examples."""
         rng = np.random.default_rng(seed)
-        channels = self._config.get("in_channels", 4)
-        inputs = {
-            SAMPLE: rng.standard_normal((batch, channels, height, width), dtype=np.float32),
-            TIMESTEP: rng.uniform(0, 999, batch).astype(np.float32),
-        }
-        if self._name == "UNet2DConditionModel":
-            inputs[CONTEXT] = rng.standard_normal((batch, tokens, CONTEXT_WIDTH), dtype=np.float32)
-        return inputs
+
+        def draw(item: Input) -> Array:
+            shape = [batch, *item.example.shape[1:]]
+            if item.name == SAMPLE:
+                shape[2:] = height, width
+            elif item.dynamic:
+                shape[1] = tokens
+            if item.name == TIMESTEP:
+                return rng.uniform(0, 999, batch).astype(np.float32)
+            if not item.example.is_floating_point():
+                return np.resize(item.example.numpy(), shape)
+            return rng.standard_normal(shape, dtype=np.float32)
+
+        return {item.name: draw(item) for item in denoiser_of(self.denoiser).inputs}
 
     def run(self, program: Program, inputs: Mapping[str, Array]) -> Array:
         """Run a loaded graph; what it does not write stays NaN."""
@@ -250,7 +328,7 @@ class Tiny:
         sample = inputs[SAMPLE]
         assert isinstance(sample, np.ndarray)
         batch, _, height, width = sample.shape
-        output = np.full((batch, self._config.get("out_channels", 4), height, width), np.nan, dtype=np.float32)
+        output = np.full((batch, self.gated.predicted_channels, height, width), np.nan, dtype=np.float32)
         return output, program(inputs, output)
 
     @torch.no_grad()

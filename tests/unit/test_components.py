@@ -285,6 +285,57 @@ def test_skip_is_the_part_the_other_was_computed_from(skip_comes: str) -> None:
     )
 
 
+def test_branches_may_leave_the_trunk_at_one_place() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        return sample + block.attention(silu(sample)) + block.feedforward(silu(sample))
+
+    block, captured = capture_block(compute, attention=conv(), feedforward=conv())
+    assert names_of(captured) == ["body.attention", "body.feedforward"]
+    sample, output = run_without(captured, "body.attention")
+    torch.testing.assert_close(output, sample + block.feedforward(silu(sample)))
+
+
+def test_every_long_skip_of_tokens_ends_a_level() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        outer = block.enter(sample).flatten(2).transpose(1, 2)
+        inner = outer + block.outer(silu(outer))
+        tokens = inner + block.inner(silu(inner))
+        tokens = block.first(torch.cat([tokens, inner], dim=-1))
+        tokens = block.second(torch.cat([tokens, outer], dim=-1))
+        return tokens.transpose(1, 2).reshape(sample.shape)
+
+    layers = {"outer": nn.Linear(4, 4), "inner": nn.Linear(4, 4), "first": nn.Linear(8, 4), "second": nn.Linear(8, 4)}
+    block, captured = capture_block(compute, enter=conv(), **layers)
+    outer, inner, low, _, high, skip = inside_step(captured.components)
+    assert [component.kind for component in (low, high, skip)] == ["level", "level", "skip"]
+    assert low.nested == (inner.name,)
+    assert high.nested == (outer.name, inner.name, low.name, "skip:body→body")
+    sample, output = run_without(captured, high.name)
+    tokens = block.enter(sample).flatten(2).transpose(1, 2)
+    expected = block.second(torch.cat([torch.zeros_like(tokens), tokens], dim=-1))
+    torch.testing.assert_close(output, expected.transpose(1, 2).reshape(sample.shape))
+
+
+def test_a_text_stream_has_components_once_the_sample_joins_it() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        stream = block.embed(timestep[:, None])[:, :, None, None].expand(sample.shape)
+        stream = stream + block.conv(silu(stream) * sample)
+        return block.conv(stream)
+
+    _, captured = capture_block(compute, conv=conv(), embed=nn.Linear(1, 4))
+    assert names_of(captured) == ["body"]
+
+
+def test_a_rotation_is_not_a_component() -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        real, imaginary = sample.reshape(*sample.shape[:-1], -1, 2).unbind(-1)
+        turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+        return sample + block.conv(silu(sample * 0.6 + turned * 0.8))
+
+    _, captured = capture_block(compute, conv=conv())
+    assert names_of(captured) == ["body"]
+
+
 @pytest.mark.parametrize("upsampling", ["nearest", "bilinear", "transposed"])
 def test_level_ends_where_the_trunk_comes_up(upsampling: str) -> None:
     def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
@@ -396,10 +447,12 @@ def test_model_that_cannot_be_traced_is_refused_with_the_reason(message: str) ->
 
 def test_size_is_fixed_where_the_model_fixes_it() -> None:
     def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
-        return sample + block.conv(silu(sample)) * block.places(torch.ones(1, 1)).reshape(1, 1, 8, 10)
+        return sample + block.conv(silu(sample)) * block.places(torch.ones(1, 1)).reshape(1, 1, 8, 8)
 
-    _, fixed = capture_block(compute, conv=conv(), places=nn.Linear(1, 80))
+    _, fixed = capture_block(compute, conv=conv(), places=nn.Linear(1, 64))
     assert not fixed.dynamic_size
+    (predicted,) = fixed.program.graph.output_node().args[0]
+    assert tuple(predicted.meta["val"].shape[2:]) == (8, 8)  # the size it was trained for
     _, free = capture_block(lambda block, sample, timestep: sample + block.conv(sample), conv=conv())
     assert free.dynamic_size
 

@@ -23,9 +23,10 @@ diffusers: Any = untyped_diffusers
 
 COUNTS = (1, 2, 7, 20, 50, 100)
 SHAPE = (2, 3, 4, 4)
+DIFFUSION = tuple(name for name in SCHEDULERS if name != "flow-euler")
 CASES = [
     pytest.param(name, prediction_type, spacing, clip, id=f"{name}-{prediction_type}-{spacing}-{'clip' * clip}")
-    for name in SCHEDULERS
+    for name in DIFFUSION
     for prediction_type in ("epsilon", "v_prediction", "sample")
     for spacing in ("leading", "trailing")
     for clip in ((True, False) if name in ("ddim", "ddpm") else (False,))
@@ -55,9 +56,10 @@ def variance_model(model_input: NDArray[Any], timestep: float) -> Any:
 def sample_diffusers(scheduler: Any, steps: int, *, learned: bool = False) -> list[NDArray[Any]]:
     """Sample with diffusers in float64, where Euler and v_prediction do not cancel to noise."""
     scheduler.set_timesteps(steps)
-    sample, samples = noise_of(-1) * scheduler.init_noise_sigma, []
+    sample, samples = noise_of(-1) * getattr(scheduler, "init_noise_sigma", 1.0), []
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     for step, timestep in enumerate(scheduler.timesteps):
-        prediction = model(scheduler.scale_model_input(sample, timestep).numpy(), float(timestep))
+        prediction = model(scale(sample, timestep).numpy(), float(timestep))
         if learned:
             prediction = np.concatenate([prediction, variance_model(sample.numpy(), float(timestep))], axis=1)
         generator = torch.Generator().manual_seed(step)
@@ -101,7 +103,7 @@ def test_table_follows_diffusers(name: str, prediction_type: str, spacing: str, 
         assert relative_difference(sample_table(table), sample_diffusers(scheduler, steps)) < 1e-5
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSION)
 def test_table_follows_diffusers_from_nearly_pure_noise(name: str) -> None:
     scheduler = scheduler_of(
         name, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
@@ -139,9 +141,36 @@ def test_bounds_of_a_learned_variance_are_those_of_the_fixed_ones() -> None:
 
 
 def test_only_ddpm_asks_for_a_variance() -> None:
-    for name in SCHEDULERS:
+    for name in sorted(SCHEDULERS.keys() - {"flow-euler"}):  # a flow has no such configuration
         table = extract(make_scheduler(name, diffusers.DDPMScheduler(variance_type="learned_range").config), 10)
         assert table.asks_variance(0) == (name == "ddpm")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_table_follows_diffusers_along_a_flow(shift: float) -> None:
+    config = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True).config
+    scheduler = make_scheduler("flow-euler", config)
+    for steps in COUNTS:
+        table = extract(scheduler, steps)
+        assert relative_difference(sample_table(table), sample_diffusers(scheduler, steps)) < 1e-5
+        assert (table.log_snr[0], table.initial_scale, table.window) == (-LOG_SNR_LIMIT, 1.0, 1)
+        assert not table.noise_coefficient.any()
+    sigmas = table.timesteps[1:].astype(float) / 1000
+    np.testing.assert_allclose(table.log_snr[1:], 2 * np.log((1 - sigmas) / sigmas), atol=1e-3)
+
+
+def test_flow_and_diffusion_are_not_mixed() -> None:
+    flow = diffusers.FlowMatchEulerDiscreteScheduler().config
+    with pytest.raises(ModelError, match=r"DDIMScheduler .* flow matching\. Choose flow-euler"):
+        make_scheduler("ddim", flow)
+    with pytest.raises(ModelError, match=r"FlowMatchEulerDiscreteScheduler .* diffusion"):
+        scheduler_of("flow-euler")
+
+
+def test_noise_levels_that_depend_on_the_size_are_refused() -> None:
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config
+    with pytest.raises(ModelError, match="use_dynamic_shifting"):
+        make_scheduler("flow-euler", flow)
 
 
 def test_clip_is_read_from_behaviour() -> None:
@@ -157,7 +186,7 @@ def test_window_is_as_small_as_possible(name: str, window: int) -> None:
 
 
 def test_only_ddpm_needs_noise() -> None:
-    for name in SCHEDULERS:
+    for name in DIFFUSION:
         assert extract(scheduler_of(name), 10).noise_coefficient.any() == (name == "ddpm")
 
 
@@ -195,7 +224,7 @@ def test_scheduler_is_not_changed() -> None:
 
 
 def test_unknown_scheduler_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"'heun'.*ddim, ddpm, euler, dpmsolver\+\+"):
+    with pytest.raises(ModelError, match=r"'heun'.*ddim, ddpm, euler, dpmsolver\+\+, flow-euler"):
         make_scheduler("heun", {})
 
 
@@ -260,6 +289,7 @@ def test_last_training_timestep_is_not_passed() -> None:
 
 
 @pytest.fixture(scope="module", params=[*SCHEDULERS, "ddpm-learned"])
+@pytest.fixture(scope="module", params=DIFFUSION)
 def tables(request: pytest.FixtureRequest) -> SolverTables:
     """Tables of each scheduler for a few step counts."""
     name, _, learned = request.param.partition("-")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from unetc.artifacts.profile import Component
 from unetc.errors import ModelError
 from unetc.graph.components import Site, discover
-from unetc.graph.denoisers import SAMPLE, Denoiser, denoiser_of
+from unetc.graph.denoisers import SAMPLE, Denoiser, Input, denoiser_of
 from unetc.graph.gate import gate
 
 GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
@@ -71,14 +71,12 @@ def capture(model: nn.Module) -> Capture:
 
 def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
     """Trace with dynamic batch, height and width; with fixed sizes if the model does not allow that."""
-    values = (*(item.example for item in denoiser.inputs), torch.ones(2, 3, 2), torch.zeros(7))
     gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
     errors: list[Exception] = []
-    for dynamic_size in (True, False):
-        shapes: list[dict[int, object]] = [
-            dict.fromkeys((0, *(item.dynamic if dynamic_size or item.name != SAMPLE else ())), Dim.DYNAMIC)
-            for item in denoiser.inputs
-        ]
+    for inputs in _forms(denoiser.inputs):
+        dynamic_size = any(item.name == SAMPLE and item.dynamic for item in inputs)
+        values = (*(item.example for item in inputs), torch.ones(2, 3, 2), torch.zeros(7))
+        shapes: list[dict[int, object]] = [dict.fromkeys((0, *item.dynamic), Dim.DYNAMIC) for item in inputs]
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -90,6 +88,13 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
         f"torch.export cannot trace {type(denoiser.model).__name__}: {reason}. "
         "Models with hooks, custom attention processors or data-dependent control flow cannot be captured."
     ) from errors[-1]
+
+
+def _forms(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
+    """List the inputs as they may be captured: of dynamic size if possible, of their native size if need be."""
+    yield inputs
+    if any(item.native is not None for item in inputs):
+        yield tuple(item if item.native is None else Input(name=item.name, example=item.native) for item in inputs)
 
 
 def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:

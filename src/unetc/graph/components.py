@@ -2,11 +2,12 @@
 
 A component is an edge where a branch joins the trunk. Three joins exist in diffusion denoisers:
 
-- residual: `add(trunk, branch)`, where the branch was computed from the trunk, or both from one tensor and the trunk
-  only by linear operations (a 1x1 shortcut, a resampling);
-- skip: `cat([trunk, skip])`, where the trunk was computed from the skip;
-- level: the trunk of such a `cat` when it has just come up from a lower resolution, and that of the first `cat`.
-  Without it everything below goes;
+- residual: `add(trunk, branch)`, where the branch was computed from the trunk or from what it was before other branches
+  joined, or both from one tensor and the trunk only by linear operations (a 1x1 shortcut, a resampling). The trunk of
+  a text stream does not depend on the sample before the first branch joins;
+- skip: `cat([trunk, skip])` of channels, where the trunk was computed from the skip;
+- level: the trunk of such a `cat` when it has just come up from a lower resolution, and that of the first `cat`; in a
+  sequence of tokens, which has no resolutions, that of every `cat`. Without it everything below goes;
 - step: the edge into the graph's output. Without it the whole denoiser call goes.
 
 Names come from the modules that own the nodes, so no architecture needs code of its own here.
@@ -53,8 +54,16 @@ _LINEAR = {
     "div",
     "mul",
     "gate",
+    "neg",
+    "unbind",
+    "getitem",
+    "stack",
+    "flatten",
 }
 """Operations a trunk may pass between the common ancestor and the join."""
+
+_NAME_DEPTHS = (1, 2)
+"""How many modules below its owner a join is named after: `attn`, or if that is another's name too, `attn.to_out`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +94,17 @@ def discover(graph: fx.Graph, sample: fx.Node, root: str) -> tuple[Site, ...]:
     """
     flow = _Dataflow(graph, sample, root)
     edges = [edge for node in graph.nodes for edge in flow.edges_into(node)]
-    shared = Counter(edge.name for edge in edges)
+    names = [edge.name for edge in edges]
+    for depth in _NAME_DEPTHS:
+        shared = Counter(names)
+        names = [
+            flow.name_by_branch(edge, depth) if shared[name] > 1 else name
+            for edge, name in zip(edges, names, strict=True)
+        ]
     taken = Counter({STEP: 1})  # a module of this name has to take another
     sites: list[Site] = []
     offset = 0
-    for edge in edges:
-        name = flow.name_by_branch(edge) if shared[edge.name] > 1 else edge.name
+    for edge, name in zip(edges, names, strict=True):
         if edge.kind != "step":
             taken[name] += 1
         channels = int(edge.branch.meta["val"].shape[edge.axis])
@@ -117,6 +131,7 @@ class _Dataflow:
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._prefix = f"{root}."
         self._ancestors: dict[fx.Node, int] = {}
+        self._trunks: dict[fx.Node, fx.Node] = {}
         self._sampled = 0
         for i, node in enumerate(self._nodes):
             mask = parents = 0
@@ -138,7 +153,8 @@ class _Dataflow:
         if node.target is ATEN.add.Tensor and len(node.args) == 2:
             branch = self._residual_branch(node, *node.args)  # type: ignore[arg-type]
             if branch is not None:
-                axis = 1 if branch.meta["val"].ndim == 4 else branch.meta["val"].ndim - 1
+                (self._trunks[node],) = (side for side in node.args if side is not branch)  # type: ignore[misc]
+                axis = _channel_axis(branch)
                 yield _Edge(kind="residual", join=node, branch=branch, name=self.owner(node), axis=axis)
         elif node.op == "output":
             prediction = node.all_input_nodes[0]
@@ -146,9 +162,9 @@ class _Dataflow:
                 yield _Edge(kind="step", join=node, branch=prediction, name=STEP, axis=1)
         elif parts := self._skip_join(node):
             trunk, skip, axis = parts
-            if below := self._end_of_level(trunk):
+            if below := self._end_of_level(_computed(trunk)):
                 yield _Edge(kind="level", join=node, branch=trunk, name=f"level:{self.owner(below)}", axis=axis)
-            source = self.owner(skip)
+            source = self.owner(_computed(skip))
             consumer = next((owner for user in node.users if (owner := self.owner(user))), self.owner(node))
             target = consumer.rpartition(".")[0] or consumer
             yield _Edge(kind="skip", join=node, branch=skip, name=f"skip:{source}→{target}", axis=axis)
@@ -171,13 +187,14 @@ class _Dataflow:
                 pending.extend(parent for parent in node.all_input_nodes if parent is not cut)
         return live
 
-    def name_by_branch(self, edge: _Edge) -> str:
-        """Name one of several joins of a module after the child that computes its branch."""
+    def name_by_branch(self, edge: _Edge, depth: int) -> str:
+        """Name one of several joins of a module after the descendant, so many below, that computes its branch."""
         owner, node = self.owner(edge.join), edge.branch
         while True:
             inner = self.owner(node)
             if inner.startswith(f"{owner}."):
-                return f"{owner}.{inner.removeprefix(f'{owner}.').split('.')[0]}"
+                below = inner.removeprefix(f"{owner}.").split(".")
+                return ".".join((owner, *below[:depth]))
             parents = [parent for parent in node.all_input_nodes if self._depends_on_sample(parent)]
             if inner != owner or not parents:
                 return edge.name
@@ -190,19 +207,32 @@ class _Dataflow:
         return bool(self._ancestors[later] >> self._position[earlier] & 1)
 
     def _residual_branch(self, join: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:
-        if not (self._depends_on_sample(left) and self._depends_on_sample(right)):
+        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             return None
         shape = join.meta["val"].shape
         if len(shape) < 3 or left.meta["val"].shape != shape or right.meta["val"].shape != shape:
             return None
-        if self._before(left, right):
-            return right
-        if self._before(right, left):
-            return left
+        for leads_to in (self._before, self._led_to):
+            branches = [
+                branch
+                for trunk, branch in ((left, right), (right, left))
+                if self._depends_on_sample(branch) and leads_to(trunk, branch)
+            ]
+            if len(branches) == 1:
+                return branches[0]
+        if not (self._depends_on_sample(left) and self._depends_on_sample(right)):
+            return None
         linear = [side for side in (left, right) if self._linear_since_fork(side, left, right)]
         if len(linear) != 1:
             return None
         return right if linear[0] is left else left
+
+    def _led_to(self, trunk: fx.Node, branch: fx.Node) -> bool:
+        """Tell whether a branch was computed from what the trunk was before other branches joined it."""
+        earlier: fx.Node | None = trunk
+        while earlier is not None and not self._before(earlier, branch):
+            earlier = self._trunks.get(_computed(earlier))
+        return earlier is not None
 
     def _linear_since_fork(self, side: fx.Node, left: fx.Node, right: fx.Node) -> bool:
         common = self._ancestors[left] & self._ancestors[right] & self._sampled
@@ -222,12 +252,16 @@ class _Dataflow:
         if not self._depends_on_sample(first) or not self._depends_on_sample(second) or node.meta["val"].ndim < 3:
             return None
         axis %= node.meta["val"].ndim
+        if axis != _channel_axis(node):
+            return None
         if self._before(second, first):
             return first, second, axis
         return (second, first, axis) if self._before(first, second) else None
 
     def _end_of_level(self, trunk: fx.Node) -> fx.Node | None:
         """Find what brought the trunk up since the last join, or what computed it if there is no join before."""
+        if trunk.meta["val"].ndim == 3:
+            return trunk
         reach = self._ancestors[trunk] | 1 << self._position[trunk]
         for i in reversed(list(_bits(reach & self._sampled))):
             node: fx.Node = self._nodes[i]
@@ -236,6 +270,18 @@ class _Dataflow:
             if self._skip_join(node):
                 return None
         return trunk
+
+
+def _channel_axis(node: fx.Node) -> int:
+    """Find the channels of an image [batch, channel, height, width] or of a sequence [batch, token, channel]."""
+    return 1 if node.meta["val"].ndim == 4 else 2
+
+
+def _computed(node: fx.Node) -> fx.Node:
+    """Find what computed a value; casts that change nothing are noted as if the next module had."""
+    while _operation(node) == "to":
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _bits(mask: int) -> Iterator[int]:

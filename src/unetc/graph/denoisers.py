@@ -1,13 +1,12 @@
-"""What each class of denoiser takes: names, shapes and examples of its inputs, and how it is called.
+"""What each class of denoiser takes, and how it is called.
 
-Discovery of components needs no code per class; calling a denoiser does. Names of inputs follow diffusers, those of
-ControlNet residuals StreamDiffusion.
+Discovery of components needs no code per class; calling a denoiser does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,42 +14,38 @@ from torch import Tensor, nn
 
 from unetc.errors import ModelError
 
-SAMPLE, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
-POOLED, TIME_IDS, CLASS_LABELS = "text_embeds", "time_ids", "class_labels"
-LOW_RES = "low_res"
-
-_BATCH = 2
-_TOKENS = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Input:
-    """One input of a denoiser."""
-
-    name: str
-    example: Tensor
-    """[2, ...]; sizes that may change differ from each other where the denoiser allows it."""
-    dynamic: tuple[int, ...] = ()
-    """Axes, beside the batch, whose size may change."""
+from .inputs import (
+    BATCH,
+    CLASS_LABELS,
+    CONTEXT,
+    LOW_RES,
+    POOLED,
+    SAMPLE,
+    TIME_IDS,
+    TIMESTEP,
+    Input,
+    Signature,
+    text,
+    timestep,
+    vector,
+)
+from .transformers import TRANSFORMERS
 
 
 class Denoiser(nn.Module):
     """A denoiser with positional inputs and one tensor out, [batch, channel, height, width]."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Input, ...]) -> None:
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
         """Wrap a model."""
         super().__init__()
         self.model = model
-        self.inputs = inputs
+        self.inputs = tuple(signature.inputs(model, torch.Generator().manual_seed(0)))
+        self._call = signature.call
 
     def forward(self, *values: Tensor) -> Tensor:
         """Call the model; what follows its own inputs (the gates, put in later) is ignored."""
         named: dict[str, Any] = {item.name: value for item, value in zip(self.inputs, values, strict=False)}
-        added = {name: named.pop(name) for name in (POOLED, TIME_IDS) if name in named}
-        if added:
-            named["added_cond_kwargs"] = added
-        output: Tensor = self.model(**named, return_dict=False)[0]
-        return output
+        return self._call(self.model, named)
 
 
 def denoiser_of(model: nn.Module) -> Denoiser:
@@ -63,10 +58,12 @@ def denoiser_of(model: nn.Module) -> Denoiser:
         ModelError: If its class or a part of its configuration is not supported, by name.
     """
     name = type(model).__name__
+    if name in _REFUSED:
+        raise ModelError(f"cannot capture a denoiser of class {name}: {_REFUSED[name]}.")
     if name not in _SIGNATURES:
         raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
     _refuse_patches(model, name)
-    return Denoiser(model, tuple(_SIGNATURES[name](model, torch.Generator().manual_seed(0))))
+    return Denoiser(model, _SIGNATURES[name])
 
 
 def _refuse_patches(model: nn.Module, name: str) -> None:
@@ -97,13 +94,12 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
     widths = config.cross_attention_dim
     width = config.encoder_hid_dim if hidden else widths if isinstance(widths, int) else widths[0]
     inputs = _image(model, generator)
-    context = torch.randn(_BATCH, _TOKENS, width, generator=generator)
-    inputs.append(Input(name=CONTEXT, example=context, dynamic=(1,)))
+    inputs.append(text(CONTEXT, width, generator))
     inputs += _class_labels(model, generator)
     if added == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs.append(Input(name=POOLED, example=torch.randn(_BATCH, pooled, generator=generator)))
-        inputs.append(Input(name=TIME_IDS, example=torch.full((_BATCH, 6), 64.0)))
+        inputs.append(vector(POOLED, pooled, generator))
+        inputs.append(Input(name=TIME_IDS, example=torch.full((BATCH, 6), 64.0)))
     return inputs
 
 
@@ -118,11 +114,9 @@ def _image(model: Any, generator: torch.Generator) -> list[Input]:
     config = model.config
     size = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (32,))[0]
     stride = 2 ** (len(config.block_out_channels) - 1)
-    sample = torch.randn(_BATCH, config.in_channels, size, size + stride, generator=generator)
-    return [
-        Input(name=SAMPLE, example=sample, dynamic=(2, 3)),
-        Input(name=TIMESTEP, example=torch.tensor([10.0, 500.0])),
-    ]
+    sample = torch.randn(BATCH, config.in_channels, size, size + stride, generator=generator)
+    native = sample[..., :size].contiguous()
+    return [Input(name=SAMPLE, example=sample, dynamic=(2, 3), native=native), timestep()]
 
 
 def _class_labels(model: Any, generator: torch.Generator) -> list[Input]:
@@ -139,11 +133,29 @@ def _class_labels(model: Any, generator: torch.Generator) -> list[Input]:
         width = config.projection_class_embeddings_input_dim
     else:
         raise ModelError(f"cannot capture {type(model).__name__} with class_embed_type {kind!r}.")
-    return [Input(name=CLASS_LABELS, example=torch.randn(_BATCH, width, generator=generator))]
+    return [vector(CLASS_LABELS, width, generator)]
 
 
-_SIGNATURES: Mapping[str, Callable[[Any, torch.Generator], list[Input]]] = {
-    "UNet2DModel": _unet_2d,
-    "UNet2DConditionModel": _unet_2d_condition,
-    "SuperResolutionUNet": _super_resolution,
+def _call_unet(model: Any, named: dict[str, Any]) -> Tensor:
+    added = {name: named.pop(name) for name in (POOLED, TIME_IDS) if name in named}
+    if added:
+        named["added_cond_kwargs"] = added
+    output: Tensor = model(**named, return_dict=False)[0]
+    return output
+
+
+_SIGNATURES: Mapping[str, Signature] = {
+    "UNet2DModel": Signature(inputs=_unet_2d, call=_call_unet),
+    "UNet2DConditionModel": Signature(inputs=_unet_2d_condition, call=_call_unet),
+    "SuperResolutionUNet": Signature(inputs=_super_resolution, call=_call_unet),
+    **TRANSFORMERS,
 }
+
+_REFUSED: Mapping[str, str] = {
+    "UVit2DModel": "it predicts tokens, which its sampler draws, and unetc denoises images of real numbers",
+    "UNet1DModel": "its samples are sounds, and unetc denoises images",
+    "UNet3DConditionModel": "its samples are videos, and unetc denoises images",
+}
+"""Classes that may be expected to work, and why they do not."""
+
+__all__ = ["CONTEXT", "SAMPLE", "TIMESTEP", "Denoiser", "Input", "denoiser_of"]

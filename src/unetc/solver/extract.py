@@ -74,12 +74,15 @@ class Scheduler(Protocol):
         """Give the next sample as `prev_sample` and, if it is made, x0 as `pred_original_sample`."""
 
 
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ddim": ("DDIMScheduler", {}),
         "ddpm": ("DDPMScheduler", {}),
         "euler": ("EulerDiscreteScheduler", {}),
         "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+        "flow-euler": (_FLOW, {"stochastic_sampling": False}),
     }
 )
 """The schedulers by name: class in diffusers, and what overrides the configuration of the pipeline."""
@@ -101,11 +104,24 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     if name not in SCHEDULERS:
         raise ModelError(f"unknown scheduler {name!r}. Choose one of {', '.join(SCHEDULERS)}.")
     class_name, overrides = SCHEDULERS[name]
+    _refuse_other_kind(class_name, config)
     try:
         scheduler: Scheduler = getattr(diffusers, class_name).from_config(config, **overrides)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(f"{class_name} does not accept this configuration: {error}. Choose another one.") from error
     return scheduler
+
+
+def _refuse_other_kind(class_name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a scheduler of diffusion for a model of flow, and the other way round: its numbers would be wrong."""
+    if ("shift" in config) != (class_name == _FLOW):  # only the configuration of a flow has this key
+        kind, name = ("flow matching", "flow-euler") if "shift" in config else ("diffusion", "another one")
+        raise ModelError(f"{class_name} cannot sample a model that was trained for {kind}. Choose {name}.")
+    if class_name == _FLOW and config.get("use_dynamic_shifting"):
+        raise ModelError(
+            f"{_FLOW} has use_dynamic_shifting, which makes the noise levels depend on the size of the image. Set it "
+            "to False and choose a shift."
+        )
 
 
 def extract_all(
@@ -156,7 +172,8 @@ def supports(scheduler: Scheduler, steps: int) -> bool:
     if not 1 <= steps <= trained:
         return False
     fresh = _begin(scheduler, steps)
-    if len(fresh.timesteps) != steps or fresh.timesteps.max() >= trained:
+    last = trained if _is_flow(scheduler) else trained - 1  # a flow begins at noise without any signal
+    if len(fresh.timesteps) != steps or fresh.timesteps.max() > last:
         return False
     return bool(np.all(np.diff(_log_snr(fresh)) > 0))
 
@@ -200,6 +217,8 @@ def _refuse_by_configuration(scheduler: Scheduler) -> None:
 
     `from_config` keeps keys that only other classes know, so a key counts only together with the class.
     """
+    if _is_flow(scheduler):
+        return
     config, name = scheduler.config, type(scheduler).__name__
     if config.get("thresholding") and hasattr(scheduler, "_threshold_sample"):
         raise ModelError(f"{name} has thresholding, which depends on the whole image. Set it to False or choose euler.")
@@ -217,6 +236,10 @@ def _asks_variance(scheduler: Scheduler) -> bool:
     return isinstance(scheduler, diffusers.DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range"
 
 
+def _is_flow(scheduler: Scheduler) -> bool:
+    return type(scheduler).__name__ == _FLOW
+
+
 def _begin(scheduler: Scheduler, steps: int) -> Any:
     """Copy a scheduler and set it to the beginning of a trajectory."""
     fresh = copy.deepcopy(scheduler)
@@ -227,9 +250,18 @@ def _begin(scheduler: Scheduler, steps: int) -> Any:
     return fresh
 
 
+def _model_input(fresh: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Give what the model is to see."""
+    scaled: torch.Tensor = sample if _is_flow(fresh) else fresh.scale_model_input(sample, timestep)
+    return scaled
+
+
 def _log_snr(fresh: Any) -> NDArray[np.float64]:
     """Read the log-SNR [n] of the samples that enter the steps of a scheduler that `_begin` made."""
-    if hasattr(fresh, "sigmas"):
+    if _is_flow(fresh):
+        sigmas = fresh.sigmas[: len(fresh.timesteps)].double()
+        log_snr = 2 * ((1 - sigmas) / sigmas).log()
+    elif hasattr(fresh, "sigmas"):
         log_snr = -2 * fresh.sigmas[: len(fresh.timesteps)].double().log()
     else:
         signal = fresh.alphas_cumprod[fresh.timesteps].double()
@@ -272,7 +304,7 @@ def _probe(scheduler: Scheduler, steps: int, variance: float = _LEAST) -> _Probe
     input_scale, next_samples, denoised = np.zeros(steps), np.zeros(samples.shape), np.zeros(samples.shape)
     for step, timestep in enumerate(fresh.timesteps):
         sample, prediction = samples[step].view(1, 1, 1, -1), predictions[step].view(1, 1, 1, -1)
-        input_scale[step] = fresh.scale_model_input(sample, timestep)[..., step].item() / _SMALL
+        input_scale[step] = _model_input(fresh, sample, timestep)[..., step].item() / _SMALL
         if _asks_variance(scheduler):
             prediction = torch.cat([prediction, torch.full_like(prediction, variance)], dim=1)
         answer = fresh.step(prediction, timestep, sample, generator=generator.manual_seed(0))
@@ -310,7 +342,7 @@ def _solve(fresh: Any, probe: _Probe, widest: _Probe | None) -> SolverTable:
         timesteps=fresh.timesteps.numpy().astype(np.float32),
         log_snr=_log_snr(fresh),
         input_scale=probe.input_scale,
-        initial_scale=float(fresh.init_noise_sigma),
+        initial_scale=1.0 if _is_flow(fresh) else float(fresh.init_noise_sigma),
         denoised_sample=path.sample,
         denoised_prediction=path.prediction,
         denoised_coefficient=path.weight,
@@ -388,7 +420,7 @@ def _replay(scheduler: Scheduler, table: SolverTable) -> float:
     actual, differences = expected.numpy(), []
     samples, predictions = (deque[NDArray[np.float64]](maxlen=table.window) for _ in range(2))
     for step, timestep in enumerate(fresh.timesteps):
-        prediction = _fake_model(fresh.scale_model_input(expected, timestep).numpy(), float(timestep))
+        prediction = _fake_model(_model_input(fresh, expected, timestep).numpy(), float(timestep))
         variance = 1.2 * np.cos(2.0 * np.arange(prediction.size) + step).reshape(prediction.shape)
         output = np.concatenate([prediction, variance], axis=1) if _asks_variance(scheduler) else prediction
         answer = fresh.step(torch.from_numpy(output), timestep, expected, generator=generator.manual_seed(step))
