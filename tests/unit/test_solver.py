@@ -288,8 +288,7 @@ def test_last_training_timestep_is_not_passed() -> None:
     assert not supports(scheduler, 1000)
 
 
-@pytest.fixture(scope="module", params=[*SCHEDULERS, "ddpm-learned"])
-@pytest.fixture(scope="module", params=DIFFUSION)
+@pytest.fixture(scope="module", params=[*DIFFUSION, "ddpm-learned"])
 def tables(request: pytest.FixtureRequest) -> SolverTables:
     """Tables of each scheduler for a few step counts."""
     name, _, learned = request.param.partition("-")
