@@ -141,7 +141,7 @@ def test_bounds_of_a_learned_variance_are_those_of_the_fixed_ones() -> None:
 
 
 def test_only_ddpm_asks_for_a_variance() -> None:
-    for name in sorted(SCHEDULERS.keys() - {"flow-euler"}):  # a flow has no such configuration
+    for name in DIFFUSION:
         table = extract(make_scheduler(name, diffusers.DDPMScheduler(variance_type="learned_range").config), 10)
         assert table.asks_variance(0) == (name == "ddpm")
 
