@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Cost, Estimate, Treatment
+from unetc.artifacts.profile import Component, Cost, Estimate, Treatment
 from unetc.backend import Backend, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.graph.gated import GatedGraph
@@ -20,6 +21,7 @@ from .damage import estimate
 
 def measure_costs(
     gated: GatedGraph,
+    components: Sequence[Component],
     backend: Backend,
     *,
     conditions: Conditions = UNCONDITIONAL,
@@ -35,6 +37,7 @@ def measure_costs(
 
     Args:
         gated: The graph.
+        components: Those to time.
         backend: The target.
         conditions: What samples are conditioned on.
         batch: Number of samples per call.
@@ -58,12 +61,12 @@ def measure_costs(
     full = partial(load({}), inputs, output)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
-    for component in gated.components:
+    for component in components:
         without = partial(load({component.name: Treatment.DROP}), inputs, output)
         times = interleaved_ms([full, without], rounds=rounds)
         full_times.extend(times[:, 0])
         shares[component.name] = 1 - times[:, 1] / times[:, 0]
-        on_progress(Progress(stage="timing", done=len(shares), total=len(gated.components)))
+        on_progress(Progress(stage="timing", done=len(shares), total=len(components)))
     full_ms = _around_median(np.array(full_times))
     costs = tuple(Cost(component=name, saved_ms=_around_median(full_ms.mean * share)) for name, share in shares.items())
     return full_ms, costs
