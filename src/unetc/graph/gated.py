@@ -279,7 +279,7 @@ def _externalise(model: ir.Model, path: Path) -> None:
             begin,
             end - begin,
             tensors[name].dtype,
-            shape=ir.Shape(tensors[name].shape),
+            shape=ir.Shape(tensors[name].shape.numpy()),
             name=name,
             base_dir=path.parent,
         )

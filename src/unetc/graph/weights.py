@@ -35,7 +35,7 @@ def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes
-        shape = [int(size) for size in tensors[name].shape]
+        shape = tensors[name].shape.numpy()
         header[name] = {"dtype": _TYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
