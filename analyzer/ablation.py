@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component, Effect, Treatment
+from unetc.errors import ProfileError
 
 PERIODS = (2, 4)
 """Steps per refresh that holding and forecasting are tried with."""
@@ -37,10 +40,34 @@ class Ablation:
     kind: Kind
 
 
+def entry_of(effect: Effect) -> tuple[Ablation, int]:
+    """Read which ablation an effect is of, and in which bin."""
+    kind = Kind(treatment=effect.treatment, period=effect.period)
+    return Ablation(component=effect.component, kind=kind), effect.bin
+
+
 REMOVALS = (Kind(treatment=Treatment.DROP), Kind(treatment=Treatment.MEAN))
 REUSES = tuple(
     Kind(treatment=treatment, period=period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in PERIODS
 )
+
+
+def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:
+    """Select the components whose name matches one of some shell-style patterns, and the step; all without patterns.
+
+    Raises:
+        ProfileError: If a pattern matches nothing.
+    """
+    names = [component.name for component in components]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            close = get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ProfileError(f"no component matches {pattern!r}. Close names: {', '.join(close)}.")
+    return tuple(
+        component
+        for component in components
+        if not patterns or component.kind == "step" or any(fnmatchcase(component.name, own) for own in patterns)
+    )
 
 
 def kinds_for(component: Component) -> tuple[Kind, ...]:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Effect, ModelReference, Profile
+from unetc.artifacts.profile import Component, Effect, ModelReference, Profile
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.environment import cores
 from unetc.errors import ArtifactError, ProfileError
 from unetc.graph.gated import GatedGraph
-from unetc.progress import OnProgress, ignore
+from unetc.progress import OnProgress, Progress, ignore
 from unetc.solver.table import SolverTable
 
-from .ablation import ablations_of
+from .ablation import entry_of, select
 from .cost import Costs, measure_costs
 from .denoiser import GatedDenoiser
+from .duration import entries_of, predict_duration
 from .screen import choose, estimate_rest, run_screen
 from .sweep import Base, Sweep, make_bins, run_base, run_sweep, sweep_calls
 
@@ -47,8 +50,12 @@ class AnalysisOptions:
     """Batch size of the cost measurement."""
     rounds: int = 15
     """Timed repetitions per component."""
+    components: tuple[str, ...] = ()
+    """Shell-style patterns of the components to ablate, beside the step; all when empty."""
     decisive: int | None = 7
     """Ablations of every bin that are carried to the final output; the others are screened. All are when None."""
+    time_limit_s: float = math.inf
+    """Seconds after which no ablation is carried to the final output any more; what is left is screened."""
     prompts: tuple[str, ...] = ()
     """What a model that takes prompts is measured on; its own list when empty."""
     guidance_scale: float | None = None
@@ -63,14 +70,21 @@ class AnalysisOptions:
         for name in ("steps", "samples", "bins", "threads", "batch", "rounds"):
             if getattr(self, name) < 1:
                 raise ProfileError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.decisive is not None and self.decisive < 1:
-            raise ProfileError(f"decisive must be at least 1, or None for all, got {self.decisive}.")
+        if self.decisive is not None and self.decisive < 0:
+            raise ProfileError(f"decisive must be at least 0, or None for all, got {self.decisive}.")
+        if not self.time_limit_s > 0:
+            raise ProfileError(f"a time limit must be above 0 seconds, got {self.time_limit_s}.")
         if self.bins > self.steps:
             raise ProfileError(f"cannot cut {self.steps} steps into {self.bins} bins; use fewer bins or more steps.")
         if self.guidance_scale is not None and not 1 <= self.guidance_scale < 1000:
             raise ProfileError(f"a guidance scale is at least 1, which is none; got {self.guidance_scale}.")
         if not 0 <= self.seed < 2**63:
             raise ProfileError(f"a seed lies in [0, 2^63), got {self.seed}.")
+
+    @property
+    def screens(self) -> bool:
+        """Whether local errors are needed: unless every ablation reaches the final output."""
+        return self.decisive is not None or self.time_limit_s < math.inf
 
 
 def analyze(
@@ -103,12 +117,15 @@ def analyze(
 
     Raises:
         ArtifactError: If `work` cannot be written.
-        ProfileError: If the denoiser produces NaN or infinity.
+        ProfileError: If the denoiser produces NaN or infinity, or a pattern matches no component.
     """
-    costs = _costs(gated, backend, conditions, sample_shape, options, work, on_progress)
+    deadline = time.monotonic() + options.time_limit_s
+    ablated = select(gated.components, options.components)
+    costs = _costs(gated, ablated, backend, conditions, sample_shape, options, work, on_progress)
     sweep = Sweep(
         denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples))),
         components=gated.components,
+        ablated=ablated,
         table=table,
         bins=make_bins(table.log_snr, options.bins),
         sample_shape=sample_shape,
@@ -116,10 +133,18 @@ def analyze(
         seed=options.seed,
         rows=_CACHED_ROWS,
     )
+    duration = predict_duration(
+        sweep,
+        screened=options.screens,
+        decisive=options.decisive,
+        limit_s=deadline - time.monotonic(),
+        sample_ms=costs.full_ms.mean / options.batch,
+    )
+    on_progress(Progress(stage="full model", done=0, total=table.steps, note=str(duration)))
     base = run_base(sweep, on_progress)
     numbers = (options.steps, options.samples, options.bins, options.seed)
     folder = work / _key("damage", options.scheduler, *numbers, conditions.sha256())
-    effects, calls = _damages(sweep, base, costs, options.decisive, folder, on_progress)
+    effects, calls = _damages(sweep, base, costs, options, deadline, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
         model=reference,
@@ -146,25 +171,28 @@ def analyze(
 
 
 def _damages(
-    sweep: Sweep, base: Base, costs: Costs, decisive: int | None, folder: Path, on_progress: OnProgress
+    sweep: Sweep,
+    base: Base,
+    costs: Costs,
+    options: AnalysisOptions,
+    deadline: float,
+    folder: Path,
+    on_progress: OnProgress,
 ) -> tuple[tuple[Effect, ...], int]:
     """Screen all ablations and carry the decisive ones to the final output; also count denoiser calls per sample."""
-    if decisive is None:
-        all_of_them = tuple(
-            (ablation, b)
-            for ablation in ablations_of(sweep.components)
-            for b in range(len(sweep.bins))
-            if any(map(ablation.kind.treats, sweep.steps_of(b)))
-        )
-        return run_sweep(sweep, base, all_of_them, folder, on_progress), sweep_calls(sweep, all_of_them)
+    if not options.screens:
+        everything = entries_of(sweep)
+        return run_sweep(sweep, base, everything, folder, on_progress), sweep_calls(sweep, everything)
     screen = run_screen(sweep, base, folder, on_progress)
-    chosen = choose(screen, costs.costs, costs.full_ms.mean, decisive)
-    measured = run_sweep(sweep, base, chosen, folder, on_progress)
-    return measured + estimate_rest(screen, measured), screen.calls + sweep_calls(sweep, chosen)
+    chosen = choose(screen, costs.costs, costs.full_ms.mean, options.decisive)
+    measured = run_sweep(sweep, base, chosen, folder, on_progress, deadline=deadline)
+    calls = screen.calls + sweep_calls(sweep, [entry_of(effect) for effect in measured])
+    return measured + estimate_rest(screen, measured), calls
 
 
 def _costs(
     gated: GatedGraph,
+    ablated: tuple[Component, ...],
     backend: Backend,
     conditions: Conditions,
     sample_shape: tuple[int, int, int],
@@ -174,12 +202,14 @@ def _costs(
 ) -> Costs:
     """Measure costs, or read those an interrupted analysis has measured: time is the one thing that never repeats."""
     numbers = (options.threads, options.batch, options.rounds)
-    path = work / _key("cost", options.target, *numbers, conditions.shapes()) / "timing.json"
+    names = tuple(component.name for component in ablated)
+    path = work / _key("cost", options.target, *numbers, conditions.shapes(), names) / "timing.json"
     try:
         return msgspec.json.decode(read_bounded(path, 2**26), type=Costs)
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         costs = measure_costs(
             gated,
+            ablated,
             backend,
             conditions=conditions,
             batch=options.batch,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Cost, Estimate, Treatment
+from unetc.artifacts.profile import Component, Cost, Estimate, Treatment
 from unetc.artifacts.record import Record
 from unetc.backend import Backend, SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
@@ -29,6 +30,7 @@ class Costs(Record, frozen=True, kw_only=True):
 
 def measure_costs(
     gated: GatedGraph,
+    components: Sequence[Component],
     backend: Backend,
     *,
     conditions: Conditions = UNCONDITIONAL,
@@ -44,6 +46,7 @@ def measure_costs(
 
     Args:
         gated: The graph.
+        components: Those to time.
         backend: The target.
         conditions: What samples are conditioned on.
         batch: Number of samples per call.
@@ -71,13 +74,13 @@ def measure_costs(
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
     freed: dict[str, int] = {}
-    for component in gated.components:
+    for component in components:
         engine = specialise(gated, {component.name: Treatment.DROP}, no_means)
         freed[component.name] = size(full_engine) - size(engine)
         times = interleaved_ms([full, partial(loader.load(engine), inputs, output)], rounds=rounds)
         full_times.extend(times[:, 0])
         shares[component.name] = 1 - times[:, 1] / times[:, 0]
-        on_progress(Progress(stage="timing", done=len(shares), total=len(gated.components)))
+        on_progress(Progress(stage="timing", done=len(shares), total=len(components)))
     full_ms = _around_median(np.array(full_times))
     costs = tuple(
         Cost(component=name, saved_ms=_around_median(full_ms.mean * share), freed_bytes=freed[name])

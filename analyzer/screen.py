@@ -7,6 +7,7 @@ does to the final output is learned from the ablations of this bin that were mea
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,17 @@ from unetc.errors import ArtifactError
 from unetc.held import Held
 from unetc.progress import OnProgress, Progress
 
-from .ablation import REMOVALS, REUSES, Ablation, Kind, kinds_for
+from .ablation import REMOVALS, REUSES, Ablation, Kind, entry_of, kinds_for
 from .metrics.distances import relative_l2
 from .sweep import Base, Sweep, remembered
 
 Z_95 = 1.96
 _LEAST_SPREAD = 0.1
 """Standard deviation of the logarithm that an estimate has at least, however well few measurements agree."""
+
+TYPICAL_LOG_GAIN, TYPICAL_SPREAD = -2.22, 1.23
+"""Mean and standard deviation of log(damage / local error) where nothing tells more: over random ablations in all bins
+of `digits` at 50 steps, from benchmarks/results/gain.json."""
 
 
 class _Local(Record, frozen=True, kw_only=True):
@@ -60,8 +65,10 @@ def run_screen(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) ->
     """
     errors: dict[tuple[Ablation, int], float] = {}
     calls = 0
+    names = tuple(component.name for component in sweep.ablated)
+    key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
     for b in range(len(sweep.bins)):
-        path = work / f"bin{b:02d}-local.json"
+        path = work / f"bin{b:02d}-local-{key}.json"
         try:
             screened = msgspec.json.decode(read_bounded(path, 2**26), type=_Screened)
         except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -76,37 +83,58 @@ def run_screen(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) ->
     return Screen(errors=errors, calls=calls)
 
 
-def choose(screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int) -> tuple[tuple[Ablation, int], ...]:
-    """Choose the ablations of every bin that a plan is most likely to want: least error per time saved."""
+def screen_calls(sweep: Sweep) -> int:
+    """Count the denoiser calls per sample that `run_screen` makes."""
+    size = sweep.ablations_per_batch
+    calls = 0
+    for step in (_probed(sweep, b) for b in range(len(sweep.bins))):
+        calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
+        for kind in REMOVALS + REUSES:
+            if not kind.treatment.reuses or _sources(kind, step):
+                count = sum(kind in kinds_for(component) for component in sweep.ablated)
+                calls += -(-count // size) * size
+    return calls
+
+
+def choose(
+    screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int | None
+) -> tuple[tuple[Ablation, int], ...]:
+    """Choose the ablations of every bin that a plan is most likely to want: least error per time saved.
+
+    Returns:
+        They and their bins: the best of every bin first, then the second best.
+    """
     share = {cost.component: max(0.0, cost.saved_ms.mean) / full_ms for cost in costs}
     worth: dict[int, list[tuple[float, int, Ablation]]] = {}
     for position, ((ablation, b), error) in enumerate(screen.errors.items()):
         saved = share.get(ablation.component, 0.0) * ablation.kind.share
         if saved > 0:
             worth.setdefault(b, []).append((error / saved, position, ablation))
-    return tuple((ablation, b) for b in sorted(worth) for _, _, ablation in sorted(worth[b])[:per_bin])
+    ranked = [
+        (rank, b, ablation)
+        for b, entries in sorted(worth.items())
+        for rank, (_, _, ablation) in enumerate(sorted(entries)[:per_bin])
+    ]
+    return tuple((ablation, b) for _, b, ablation in sorted(ranked, key=lambda entry: entry[:2]))
 
 
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
     """Estimate the final damage of what was not measured, from its local error and the measured ones of its bin.
 
     In a bin, damage = gain x local error; the gain is the geometric mean over the ablations measured there. Intervals
-    are the scatter of all measured ablations around their bins' gains.
+    are the scatter of all measured ablations around their bins' gains. Where nothing was measured, the gain and the
+    scatter are those of another model.
     """
-    known = {
-        (Ablation(component=e.component, kind=Kind(treatment=e.treatment, period=e.period)), e.bin): e.relative_l2.mean
-        for e in measured
-    }
+    known = {entry_of(effect): effect.relative_l2.mean for effect in measured}
     ratios: dict[int, list[float]] = {}
     for (ablation, b), damage in known.items():
         if damage > 0 and (error := screen.errors.get((ablation, b), 0.0)) > 0:
             ratios.setdefault(b, []).append(float(np.log(damage / error)))
-    if not ratios:
-        return ()
-    everywhere = float(np.mean([np.mean(own) for own in ratios.values()]))
+    everywhere = float(np.mean([np.mean(own) for own in ratios.values()])) if ratios else TYPICAL_LOG_GAIN
     gains = {b: float(np.mean(own)) for b, own in ratios.items()}
     scatter = [ratio - gains[b] for b, own in ratios.items() for ratio in own]
-    factor = float(np.exp(Z_95 * max(_LEAST_SPREAD, float(np.std(scatter)))))
+    spread = max(_LEAST_SPREAD, float(np.std(scatter))) if ratios else TYPICAL_SPREAD
+    factor = float(np.exp(Z_95 * spread))
     effects = []
     for (ablation, b), error in screen.errors.items():
         if (ablation, b) not in known:
@@ -124,10 +152,22 @@ def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, .
     return tuple(effects)
 
 
+def _probed(sweep: Sweep, b: int) -> int:
+    steps = sweep.steps_of(b)
+    return steps[len(steps) // 2]
+
+
+def _sources(kind: Kind, step: int) -> list[int]:
+    """List the steps whose results a probe of a reuse finds; none before the first step."""
+    if not kind.treatment.reuses:
+        return []
+    latest = max(0, step - kind.period // 2)
+    return [at for at in (latest - kind.period, latest) if 0 <= at < step]
+
+
 def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     """Probe the middle step of a bin; what is held there is of as many steps before as it is on average."""
-    steps = sweep.steps_of(b)
-    step = steps[len(steps) // 2]
+    step = _probed(sweep, b)
     size = sweep.ablations_per_batch
     sample = np.concatenate([sweep.seen(base.states[step], step)] * size)
     expected = base.states[step + 1].predictions[0]
@@ -135,9 +175,8 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     calls = 0
     remembered_for: dict[int, Held] = {}
     for kind in REMOVALS + REUSES:
-        names = [component.name for component in sweep.components if kind in kinds_for(component)]
-        latest = max(0, step - kind.period // 2)
-        sources = [at for at in (latest - kind.period, latest) if 0 <= at < step]
+        names = [component.name for component in sweep.ablated if kind in kinds_for(component)]
+        sources = _sources(kind, step)
         if kind.treatment.reuses and not sources:
             continue
         if kind.treatment.reuses and kind.period not in remembered_for:

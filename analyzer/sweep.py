@@ -10,7 +10,9 @@ bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -42,6 +44,9 @@ class Sweep:
 
     denoiser: GatedDenoiser
     components: Sequence[Component]
+    """All of the denoiser."""
+    ablated: Sequence[Component]
+    """Those to try something on."""
     table: SolverTable
     bins: tuple[Bin, ...]
     sample_shape: tuple[int, int, int]
@@ -153,30 +158,39 @@ def run_base(sweep: Sweep, on_progress: OnProgress) -> Base:
 
 
 def run_sweep(
-    sweep: Sweep, base: Base, chosen: Iterable[tuple[Ablation, int]], work: Path, on_progress: OnProgress
+    sweep: Sweep,
+    base: Base,
+    chosen: Sequence[tuple[Ablation, int]],
+    work: Path,
+    on_progress: OnProgress,
+    *,
+    deadline: float = math.inf,
 ) -> tuple[Effect, ...]:
     """Measure ablations in bins, reading from `work` what was measured before.
+
+    A batch runs when the first of its ablations would, in the order they are given. None is begun after the deadline,
+    which is a time of the monotonic clock; what was measured before is read all the same.
 
     Raises:
         ArtifactError: If `work` cannot be written.
         ProfileError: If the denoiser produces NaN or infinity.
     """
-    jobs = tuple(_jobs(sweep, chosen))
+    jobs = _jobs(sweep, chosen)
     weights = [_calls(sweep, job) for job in jobs]
     effects: list[Effect] = []
     done = 0
     for job, weight in zip(jobs, weights, strict=True):
         result = _read(work / job.file, job)
-        if result is None:
+        if result is None and time.monotonic() < deadline:
             result = _run(sweep, base, job)
             write_atomically(work / job.file, msgspec.json.encode(result))
-        effects.extend(result)
+        effects.extend(result or ())
         done += weight
         on_progress(Progress(stage="ablations", done=done, total=sum(weights)))
     return tuple(effects)
 
 
-def sweep_calls(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> int:
+def sweep_calls(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> int:
     """Count the denoiser calls per sample that `run_sweep` makes."""
     return sum(_calls(sweep, job) for job in _jobs(sweep, chosen))
 
@@ -186,16 +200,21 @@ def recall_steps(kind: Kind, first: int) -> tuple[int, ...]:
     return tuple(step for step in range(first) if not kind.treats(step))[-2:]
 
 
-def _jobs(sweep: Sweep, chosen: Iterable[tuple[Ablation, int]]) -> Iterator[_Job]:
+def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
+    """Cut ablations into batches of one kind and bin; where they are cut depends on nothing else."""
+
     def key(entry: tuple[Ablation, int]) -> tuple[int, str, int]:
         return entry[1], entry[0].kind.treatment.value, entry[0].kind.period
 
     size = sweep.ablations_per_batch
+    jobs: list[tuple[int, _Job]] = []
+    place = {entry: i for i, entry in enumerate(chosen)}
     for (b, _, _), group in groupby(sorted(chosen, key=key), key):
         alike = [ablation for ablation, _ in group]
         for start in range(0, len(alike), size):
             names = tuple(ablation.component for ablation in alike[start : start + size])
-            yield _Job(bin=b, kind=alike[0].kind, names=names)
+            jobs.append((place[alike[start], b], _Job(bin=b, kind=alike[0].kind, names=names)))
+    return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]
 
 
 def _calls(sweep: Sweep, job: _Job) -> int:

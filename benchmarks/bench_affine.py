@@ -260,6 +260,7 @@ def main() -> None:
         evaluation = Sweep(
             denoiser=GatedDenoiser(gated, backend),
             components=gated.components,
+            ablated=gated.components,
             table=table,
             bins=make_bins(table.log_snr, options.bins),
             sample_shape=model.sample_shape,

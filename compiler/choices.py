@@ -99,7 +99,10 @@ class Choices:
         shares = np.zeros(len(self.names))
         for cost in profile.costs:
             shares[self.position[cost.component]] = np.clip(cost.saved_ms.mean / profile.full_ms.mean, 0.0, 1.0)
+        timed = {self.position[cost.component] for cost in profile.costs}
         for outer, members in self.inner.items():
+            if outer not in timed:
+                continue
             leaves = [c for c in members if c not in self.inner]
             if (total := float(shares[leaves].sum())) > shares[outer]:
                 shares[leaves] *= shares[outer] / total

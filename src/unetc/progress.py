@@ -13,6 +13,8 @@ class Progress:
     stage: str
     done: int
     total: int
+    note: str = ""
+    """Something to say before it goes on."""
 
 
 OnProgress = Callable[[Progress], None]

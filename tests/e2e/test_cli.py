@@ -345,6 +345,8 @@ def test_help_lists_every_command_and_every_command_has_help() -> None:
         ("build", "digits", "--colour", "red"),
         ("analyze", "digits", "--steps", "0"),
         ("analyze", "digits", "--seed", "-1"),
+        ("analyze", "digits", "--time-limit", "0"),
+        ("analyze", "digits", "--exhaustive", "--screen-only"),
         ("sample", "bundle", "--batch", "0"),
         ("sample", "bundle", "--threads", "0"),
         ("verify", "bundle", "--rounds", "0"),

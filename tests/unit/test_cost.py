@@ -125,7 +125,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def measure(gated: GatedGraph, machine: Machine, rounds: int = ROUNDS) -> tuple[Estimate, dict[str, Estimate]]:
-    measured = measure_costs(gated, machine, batch=3, sample_shape=SHAPE, rounds=rounds, on_progress=ignore)
+    measured = measure_costs(
+        gated, gated.components, machine, batch=3, sample_shape=SHAPE, rounds=rounds, on_progress=ignore
+    )
     return measured.full_ms, {cost.component: cost.saved_ms for cost in measured.costs}
 
 
@@ -187,7 +189,7 @@ def test_one_round_has_no_interval(gated: GatedGraph, machine: Machine) -> None:
 
 def test_progress_counts_components(gated: GatedGraph, machine: Machine) -> None:
     reports: list[Progress] = []
-    measure_costs(gated, machine, batch=1, sample_shape=SHAPE, rounds=1, on_progress=reports.append)
+    measure_costs(gated, gated.components, machine, batch=1, sample_shape=SHAPE, rounds=1, on_progress=reports.append)
     assert [(report.stage, report.done, report.total) for report in reports] == [
         ("timing", done, len(SAVED_MS)) for done in range(1, len(SAVED_MS) + 1)
     ]

@@ -24,8 +24,9 @@ from unetc.errors import ArtifactError, CompileError, SchemaVersionError
 from unetc.graph import gated as gated_module
 from unetc.graph.capture import GATES, MEANS, Capture, capture
 from unetc.graph.gate import gate_values
-from unetc.graph.gated import GatedGraph, open_or_build, tensor_ranges
+from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.graph.specialise import specialise
+from unetc.graph.weights import tensor_ranges
 
 FILES = ("gated.json", "gated.onnx", "weights.safetensors")
 
@@ -136,7 +137,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for function in ("save_file", "write_atomically"):
+    for function in ("write_tensors", "write_atomically"):
         with monkeypatch.context() as patch:
             patch.setattr(gated_module, function, interrupt)
             with pytest.raises(KeyboardInterrupt):
@@ -149,7 +150,7 @@ def test_interrupted_build_keeps_what_was_there(folder: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     whole = GatedGraph.load(folder).runnable()
-    monkeypatch.setattr(gated_module, "save_file", fill_the_disk)
+    monkeypatch.setattr(gated_module, "write_tensors", fill_the_disk)
     with pytest.raises(ArtifactError, match="No space left on device"):
         GatedGraph.build(toy_capture(), folder)
     assert GatedGraph.load(folder).runnable() == whole

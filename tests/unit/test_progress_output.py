@@ -55,6 +55,13 @@ def test_a_long_stage_writes_a_line_now_and_then_with_the_time_left(screen: Scre
     ]
 
 
+def test_a_note_is_said_once_before_its_stage(screen: Screen) -> None:
+    with output.progress() as report:
+        report(Progress(stage="full model", done=0, total=2, note="about 14 minutes"))
+        report(Progress(stage="full model", done=2, total=2))
+    assert screen.lines() == ["about 14 minutes", "full model: 0 % after 0 s", "full model: 100 % after 0 s"]
+
+
 def test_every_stage_has_its_own_clock(screen: Screen) -> None:
     with output.progress() as report:
         report(Progress(stage="capture", done=0, total=1))

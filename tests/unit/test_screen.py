@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,9 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.models import Tiny, tiny_of
-from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, Kind, ablations_of
+from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, Kind, ablations_of, entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.analyzer.screen import Z_95, Screen, choose, estimate_rest, run_screen
+from unetc.analyzer.screen import (
+    TYPICAL_LOG_GAIN,
+    TYPICAL_SPREAD,
+    Z_95,
+    Screen,
+    choose,
+    estimate_rest,
+    run_screen,
+    screen_calls,
+)
 from unetc.analyzer.sweep import Base, Sweep, make_bins, run_base
 from unetc.artifacts.profile import STEP, Cost, Effect, Estimate, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
@@ -78,6 +88,7 @@ def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, b
     return Sweep(
         denoiser=GatedDenoiser(tiny().gated, backend),
         components=tiny().gated.components,
+        ablated=tiny().gated.components,
         table=table,
         bins=make_bins(table.log_snr, bins),
         sample_shape=SHAPE,
@@ -159,6 +170,7 @@ def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
     base = run_base(sweep, ignore)
     counter.rows = 0
     assert run_screen(sweep, base, tmp_path, ignore).calls == counter.rows / SAMPLES
+    assert screen_calls(sweep) == counter.rows / SAMPLES
 
 
 def test_a_finished_screen_is_read_and_not_run(tmp_path: Path) -> None:
@@ -266,11 +278,6 @@ def effect_of(entry: tuple[Ablation, int], damage: float) -> Effect:
     )
 
 
-def entry_of(effect: Effect) -> tuple[Ablation, int]:
-    kind = Kind(treatment=effect.treatment, period=effect.period)
-    return Ablation(component=effect.component, kind=kind), effect.bin
-
-
 @st.composite
 def partly_measured(draw: st.DrawFn) -> tuple[Screen, tuple[Effect, ...]]:
     screen = draw(screens)
@@ -299,8 +306,7 @@ def test_all_and_only_what_was_not_measured_is_estimated(known: tuple[Screen, tu
     rest = estimate_rest(screen, measured)
     assert not any(effect.measured for effect in rest)
     missing = {*screen.errors} - {*map(entry_of, measured)}
-    # with nothing to learn from nothing is said
-    assert {*map(entry_of, rest)} == (missing if ratios_of(screen, measured) else set())
+    assert {*map(entry_of, rest)} == missing
     assert len({*map(entry_of, rest)}) == len(rest)
 
 
@@ -308,10 +314,10 @@ def test_all_and_only_what_was_not_measured_is_estimated(known: tuple[Screen, tu
 def test_estimates_are_the_local_error_times_the_gain_of_their_bin(known: tuple[Screen, tuple[Effect, ...]]) -> None:
     screen, measured = known
     gains = {b: geometric_mean(ratios) for b, ratios in ratios_of(screen, measured).items()}
+    # a bin without measurements is like the others; without any, all are like those of another model
+    typical = geometric_mean(list(gains.values())) if gains else np.exp(TYPICAL_LOG_GAIN)
     for effect in estimate_rest(screen, measured):
-        gain = gains.get(
-            effect.bin, geometric_mean(list(gains.values()))
-        )  # a bin without measurements is like the others
+        gain = gains.get(effect.bin, typical)
         assert effect.relative_l2.mean == pytest.approx(gain * screen.errors[entry_of(effect)], rel=1e-6)
 
 
@@ -324,7 +330,7 @@ def test_intervals_are_as_wide_as_what_was_measured_scatters(known: tuple[Screen
         interval = effect.relative_l2
         assert interval.low <= interval.mean <= interval.high
         if screen.errors[entry_of(effect)]:
-            width = np.exp(Z_95 * max(0.1, float(np.std(scatter))))
+            width = np.exp(Z_95 * (max(0.1, float(np.std(scatter))) if ratios else TYPICAL_SPREAD))
             assert interval.high / interval.mean == pytest.approx(width, rel=1e-6)
             assert interval.mean / interval.low == pytest.approx(width, rel=1e-6)
 
@@ -349,3 +355,10 @@ def test_a_screen_of_the_tiny_model_is_filled_up() -> None:
     assert len(measured) + len(rest) == len(screened().errors)
     for effect in rest:
         assert effect.relative_l2.mean == pytest.approx(3 * screened().errors[entry_of(effect)])
+
+
+def test_the_typical_gain_is_the_committed_measurement() -> None:
+    path = Path(__file__).parents[2] / "benchmarks/results/gain.json"
+    figures = {figure["figure"]: figure["value"] for figure in json.loads(path.read_text())["figures"]}
+    assert pytest.approx(figures["log(damage / local error), mean"], abs=0.05) == TYPICAL_LOG_GAIN
+    assert pytest.approx(figures["log(damage / local error), standard deviation"], abs=0.05) == TYPICAL_SPREAD

@@ -6,13 +6,16 @@ import atexit
 import dataclasses
 import functools
 import json
+import math
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -32,12 +35,13 @@ from unetc.analyzer.ablation import PERIODS, REMOVALS, REUSES, Ablation, Kind, a
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.denoiser import GatedDenoiser
+from unetc.analyzer.duration import Duration, predict_duration
 from unetc.analyzer.sweep import Base, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
 from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.errors import ProfileError
 from unetc.graph.gated import GatedGraph
-from unetc.progress import Progress, ignore
+from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backend import open_backend
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.noise import initial_noise
@@ -77,6 +81,7 @@ def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sw
     settings: dict[str, Any] = {
         "denoiser": GatedDenoiser(gated, on or backend()),
         "components": gated.components,
+        "ablated": gated.components,
         "table": table,
         "bins": make_bins(table.log_snr, BINS),
         "sample_shape": SHAPE,
@@ -564,7 +569,13 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analysis, "measure_costs", measure_costs)
 
 
-def analyse(work: Path, gated: GatedGraph | None = None, on: Backend | None = None, **changes: Any) -> Profile:
+def analyse(
+    work: Path,
+    gated: GatedGraph | None = None,
+    on: Backend | None = None,
+    on_progress: OnProgress = ignore,
+    **changes: Any,
+) -> Profile:
     options = AnalysisOptions(**({"steps": 2, "samples": 1, "bins": 1, "threads": 1} | changes))
     return analyze(
         gated or tiny().gated,
@@ -574,6 +585,7 @@ def analyse(work: Path, gated: GatedGraph | None = None, on: Backend | None = No
         sample_shape=SHAPE,
         options=options,
         work=work,
+        on_progress=on_progress,
     )
 
 
@@ -654,7 +666,7 @@ def test_a_few_ablations_of_every_bin_are_measured_and_the_rest_is_estimated(tmp
 
 
 @pytest.mark.usefixtures("no_timing")
-@pytest.mark.parametrize("decisive", [4, None])
+@pytest.mark.parametrize("decisive", [0, 4, None])
 def test_the_price_of_an_analysis_are_the_calls_it_makes(tmp_path: Path, decisive: int | None) -> None:
     recorder = Recorder(backend())
     profile = analyse(tmp_path, on=recorder, steps=STEPS, samples=SAMPLES, bins=BINS, decisive=decisive)
@@ -662,9 +674,127 @@ def test_the_price_of_an_analysis_are_the_calls_it_makes(tmp_path: Path, decisiv
     assert profile.samplings == pytest.approx(rows / SAMPLES / STEPS)
 
 
-def test_no_decisive_ablations_are_refused() -> None:
-    with pytest.raises(ProfileError, match="decisive must be at least 1, or None for all, got 0"):
-        AnalysisOptions(decisive=0)
+@pytest.mark.usefixtures("no_timing")
+@pytest.mark.parametrize("decisive", [0, 4, None])
+def test_its_duration_is_told_beforehand(tmp_path: Path, decisive: int | None) -> None:
+    reports: list[Progress] = []
+    options: dict[str, Any] = {"steps": STEPS, "samples": SAMPLES, "bins": BINS, "decisive": decisive}
+    profile = analyse(tmp_path, on_progress=reports.append, **options)
+    (note,) = (report.note for report in reports if report.note)
+    assert reports[0].note == note
+    measured = sum(effect.measured for effect in profile.effects)
+    assert f"{len(profile.effects)} local probes" in note or decisive is None
+    assert f"{measured} ablations to the final output" in note or decisive == 0
+    sweep = sweep_of("ddim", rows=analysis._CACHED_ROWS)
+    told = predict_duration(sweep, screened=decisive is not None, decisive=decisive, limit_s=math.inf, sample_ms=1000.0)
+    # which ablations are decisive is not known beforehand; their calls are averages
+    assert told.seconds == pytest.approx(profile.samplings * STEPS * SAMPLES, rel=0.05 if decisive else 1e-9)
+    limited = predict_duration(sweep, screened=True, decisive=None, limit_s=1.0, sample_ms=1e9)
+    without = predict_duration(sweep, screened=True, decisive=0, limit_s=1.0, sample_ms=1e9)
+    assert limited.seconds == without.seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.1, "1 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"), (7200, "2 hours")],
+)
+def test_a_duration_is_said_in_words(seconds: float, words: str) -> None:
+    duration = Duration(seconds=seconds, probes=1616, ablations=80)
+    assert str(duration) == f"about {words}: 1,616 local probes, 80 ablations to the final output"
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_without_ablations_everything_is_estimated(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": STEPS, "samples": SAMPLES, "bins": BINS}
+    profile = analyse(tmp_path, decisive=0, **options)
+    assert not any(effect.measured for effect in profile.effects)
+    assert {(e.component, kind_of(e), e.bin) for e in profile.effects} == {
+        (a.component, a.kind, b) for a, b in everything(sweep_of("ddim"))
+    }
+    for effect in profile.effects:  # wide: nothing has told what a local error does
+        assert effect.relative_l2.high >= 2 * effect.relative_l2.mean
+
+
+@pytest.mark.parametrize("pattern", ["mid_block.*", "*.attentions.0"])
+def test_only_components_that_match_and_the_step_are_ablated(tmp_path: Path, pattern: str) -> None:
+    options: dict[str, Any] = {"batch": 1, "rounds": 1}
+    profile = analyse(tmp_path, components=(pattern,), **options)
+    names = {c.name for c in tiny().gated.components if fnmatchcase(c.name, pattern)} | {STEP}
+    assert 1 < len(names) < len(tiny().gated.components)
+    assert {cost.component for cost in profile.costs} == {effect.component for effect in profile.effects} == names
+    assert profile.components == tiny().gated.components
+    # an analysis of all does not take them over for its own
+    whole = analyse(tmp_path, **options)
+    assert len(whole.costs) == len(whole.components)
+    assert {effect.component for effect in whole.effects} == {component.name for component in whole.components}
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_close_names(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"no component matches 'midblock.resnets.0'. Close names: mid_block.resnet"):
+        analyse(tmp_path, components=("mid_block.*", "midblock.resnets.0"))
+
+
+class Clock:
+    """Time that passes only when a program is called: a second per sample."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        self._inner = backend()
+
+    def open_weights(self, weights: bytes) -> Loader:
+        self._loader = self._inner.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        program = self._loader.load(graph)
+
+        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+            self.now += len(output)
+            return program(inputs, output)
+
+        return run
+
+    def to_array(self, emitted: object) -> Array:
+        return self._inner.to_array(emitted)
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_what_a_time_limit_leaves_is_estimated_and_measured_by_a_later_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"steps": 4, "samples": 2, "bins": 2, "decisive": 6}
+    clock = Clock(monkeypatch)
+
+    def run(folder: str, limit_s: float) -> tuple[Profile, float]:
+        start = clock.now
+        profile = analyse(tmp_path / folder, on=clock, time_limit_s=limit_s, **options)
+        return profile, clock.now - start
+
+    whole, spent = run("whole", math.inf)
+    screened, least = run("none", 1.0)
+    assert not any(effect.measured for effect in screened.effects)
+    some, took = run("some", (spent + least) / 2)
+    assert took < spent
+    measured, all_measured = ({e for e in p.effects if e.measured} for p in (some, whole))
+    assert measured < all_measured
+    assert {effect.bin for effect in measured} == {0, 1}  # the bins take turns
+    assert len(some.effects) == len(whole.effects)
+    later, rest = run("some", math.inf)
+    assert later == whole
+    assert rest < spent
+    assert run("some", 1.0)[0] == whole  # what was measured is used, whatever the limit
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])
+def test_a_time_limit_that_leaves_no_time_is_refused(limit: float) -> None:
+    with pytest.raises(ProfileError, match="a time limit must be above 0 seconds"):
+        AnalysisOptions(time_limit_s=limit)
+
+
+def test_fewer_than_no_decisive_ablations_are_refused() -> None:
+    with pytest.raises(ProfileError, match="decisive must be at least 0, or None for all, got -1"):
+        AnalysisOptions(decisive=-1)
 
 
 @pytest.mark.parametrize("name", ["steps", "samples", "bins", "threads", "batch", "rounds"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +58,18 @@ MaxMemory = Annotated[
 Exhaustive = Annotated[
     bool, typer.Option("--exhaustive", help="Carry every ablation to the final output; takes some ten times longer.")
 ]
+ScreenOnly = Annotated[
+    bool,
+    typer.Option("--screen-only", help="Carry no ablation to the final output; damages are rough estimates."),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(min=1, help="Seconds after which no ablation is begun; what is left is estimated [default: none]."),
+]
+Components = Annotated[
+    list[str] | None,
+    typer.Option(help="Ablate only components like this, as 'up_blocks.*.attentions.*'; repeatable [default: all]."),
+]
 Solver = Annotated[str, typer.Option(help="fast, or exact: an integer program, some hundred times slower.")]
 Prompts = Annotated[
     Path | None,
@@ -93,7 +107,10 @@ def analyze(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    components: Components = None,
     exhaustive: Exhaustive = False,
+    screen_only: ScreenOnly = False,
+    time_limit: TimeLimit = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -104,10 +121,13 @@ def analyze(
     from unetc.workflow.setup import analyze_model
 
     check_writable(output)
+    if exhaustive and screen_only:
+        raise typer.BadParameter("--exhaustive carries all ablations to the final output, --screen-only none.")
     scheduler, steps = _sampling(model, scheduler, steps)
-    options = _analysis(
-        scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, exhaustive
-    )
+    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+    options = replace(options, components=tuple(components or ()), time_limit_s=time_limit or math.inf)
+    if exhaustive or screen_only:
+        options = replace(options, decisive=None if exhaustive else 0)
     with progress() as on_progress:
         profile = analyze_model(model, options, weights=weights, cache=_cache(cache), on_progress=on_progress)
     profile.save(output)
@@ -449,15 +469,12 @@ def _analysis(
     batch: int,
     prompts: Path | None,
     guidance_scale: float | None,
-    exhaustive: bool = False,
 ) -> AnalysisOptions:
-    from dataclasses import replace
-
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.environment import cores
     from unetc.models import read_prompts
 
-    options = AnalysisOptions(
+    return AnalysisOptions(
         scheduler=scheduler,
         steps=steps,
         samples=samples,
@@ -469,7 +486,6 @@ def _analysis(
         prompts=read_prompts(prompts) if prompts else (),
         guidance_scale=guidance_scale,
     )
-    return replace(options, decisive=None) if exhaustive else options
 
 
 def _cache(given: Path | None) -> Path:

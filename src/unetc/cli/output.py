@@ -37,6 +37,8 @@ def progress() -> Iterator[OnProgress]:
         tasks: dict[str, int] = {}
 
         def show(report: Report) -> None:
+            if report.note:
+                bars.console.print(report.note, soft_wrap=True)
             if report.stage not in tasks:
                 tasks[report.stage] = bars.add_task(report.stage, total=report.total)
             bars.update(tasks[report.stage], completed=report.done, total=report.total)  # type: ignore[arg-type]
@@ -52,6 +54,8 @@ class _Lines:
         self._began = self._written = 0.0
 
     def __call__(self, report: Report) -> None:
+        if report.note:
+            ERR.print(report.note, soft_wrap=True)
         now = time.monotonic()
         if report.stage != self._stage:
             self._stage, self._began, self._written = report.stage, now, 0.0

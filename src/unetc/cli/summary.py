@@ -83,11 +83,13 @@ def profile_facts(profile: Profile, path: Path) -> dict[str, object]:
         "target": profile.target,
         "full_ms": profile.full_ms.mean,
         "bins": to_builtins(profile.bins),
+        "measured": sum(effect.measured for effect in profile.effects),
+        "estimated": sum(not effect.measured for effect in profile.effects),
         "components": [
             {
                 "name": component.name,
                 "kind": component.kind,
-                "saved_ms": costs[component.name],
+                "saved_ms": costs.get(component.name),
                 "least_relative_l2": [least.get((component.name, b)) for b in range(len(profile.bins))],
             }
             for component in profile.components
@@ -100,14 +102,15 @@ def profile_table(profile: Profile) -> Table:
     least = _least_damage(profile)
     costs = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
     rows = [
-        [escape(component.name), f"{costs[component.name]:.1%}"]
+        [escape(component.name), f"{costs[component.name]:.1%}" if component.name in costs else "–"]
         + [f"{least[component.name, b]:.3f}" if (component.name, b) in least else "–" for b in range(len(profile.bins))]
         for component in profile.components
     ]
     return table(
         f"{escape(profile.model.name)}: time saved without a component, and the least relative L2 damage of removing "
         f"or reusing it per noise level (log-SNR); {profile.samples} samples, {profile.scheduler} {profile.steps}, "
-        f"{profile.target}; cost {profile.samplings:.0f} sampling runs",
+        f"{profile.target}; {sum(effect.measured for effect in profile.effects)} of {len(profile.effects)} damages "
+        f"measured, the others estimated; cost {profile.samplings:.0f} sampling runs",
         ["component", "saves", *(f"≥{bin.low:.1f}" for bin in profile.bins)],
         rows,
     )

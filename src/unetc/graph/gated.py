@@ -7,7 +7,6 @@ file. The weights lie in a safetensors file; the ONNX external-data records poin
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -18,11 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from safetensors.numpy import save_file
 
 from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
@@ -31,6 +28,7 @@ from unetc.errors import ArtifactError, CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, Capture
 from unetc.graph.gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
 from unetc.graph.nodes import add_integers, add_name, add_node, add_reshape
+from unetc.graph.weights import tensor_ranges, write_tensors
 from unetc.held import COMPUTED, HELD
 
 OPSET = 23
@@ -267,44 +265,24 @@ def _export(capture: Capture) -> ir.Model:
 
 def _externalise(model: ir.Model, path: Path) -> None:
     """Move the initializers into one safetensors file and let the model point into it."""
-    values = {
-        str(name): value
+    tensors = {
+        str(name): value.const_value
         for name, value in sorted(model.graph.initializers.items())
         if value.const_value is not None
         and value.const_value.nbytes >= _INLINE_BELOW_BYTES
         and value.const_value.dtype.is_floating_point()
     }
-    arrays = {name: np.ascontiguousarray(value.const_value.numpy()) for name, value in values.items()}  # type: ignore[union-attr]
-    save_file(arrays, path)
+    write_tensors(path, tensors)
     for name, (begin, end) in tensor_ranges(path).items():
-        tensor = values[name].const_value
-        assert tensor is not None
-        values[name].const_value = ir.ExternalTensor(
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
             WEIGHTS,
             begin,
             end - begin,
-            tensor.dtype,
-            shape=ir.Shape(arrays[name].shape),
+            tensors[name].dtype,
+            shape=ir.Shape(tensors[name].shape.numpy()),
             name=name,
             base_dir=path.parent,
         )
-
-
-def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Read where each tensor of a safetensors file begins and ends, in bytes from the start of the file.
-
-    Source:
-        https://huggingface.co/docs/safetensors/index#format
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    first = 8 + length
-    return {
-        name: (first + entry["data_offsets"][0], first + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _hash(path: Path) -> str:

@@ -110,7 +110,7 @@ def fit_deep_hold(workbench: Workbench, target: float, seed: int) -> Candidate:
     profile = workbench.profile
     share = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
     tried: list[tuple[bool, float, Candidate]] = []
-    for level in (component.name for component in profile.components if component.kind == "level"):
+    for level in (c.name for c in profile.components if c.kind == "level" and c.name in share):
         for period in range(2, LONGEST_PERIOD + 1):
             enough = share[level] * (1 - 1 / period) >= (1 - TOLERANCE / 2) * target
             if enough or period == LONGEST_PERIOD:

@@ -1,0 +1,73 @@
+"""How long an analysis will take: the calls it will make × what one was measured to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ablation import Ablation, ablations_of
+from .screen import screen_calls
+from .sweep import Sweep, sweep_calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duration:
+    """What an analysis will do once costs are measured, and how long that takes if nothing of it was done before."""
+
+    seconds: float
+    probes: int
+    """Local errors."""
+    ablations: int
+    """Carried to the final output."""
+
+    def __str__(self) -> str:
+        """Say it on one line."""
+        parts = [f"{self.probes:,} local probes"] if self.probes else []
+        parts += [f"{self.ablations:,} ablations to the final output"] if self.ablations else []
+        return f"about {_in_words(self.seconds)}: {', '.join(parts)}"
+
+
+def entries_of(sweep: Sweep) -> tuple[tuple[Ablation, int], ...]:
+    """List all ablations with every bin that has a step for them."""
+    return tuple(
+        (ablation, b)
+        for ablation in ablations_of(sweep.ablated)
+        for b in range(len(sweep.bins))
+        if any(map(ablation.kind.treats, sweep.steps_of(b)))
+    )
+
+
+def predict_duration(
+    sweep: Sweep, *, screened: bool, decisive: int | None, limit_s: float, sample_ms: float
+) -> Duration:
+    """Predict the duration of everything but the timing.
+
+    Args:
+        sweep: What will be ablated.
+        screened: Whether local errors are measured.
+        decisive: Ablations of every bin that are carried to the final output; all when None. Which they are is not
+            known yet, so each counts as much as those of its bin do on average.
+        limit_s: Seconds after which no ablation is begun.
+        sample_ms: Milliseconds of a denoiser call, per sample.
+    """
+    before = 2 * sweep.table.steps + (screen_calls(sweep) if screened else 0)
+    calls, ablations = 0.0, 0
+    for b in range(len(sweep.bins)):
+        own = [entry for entry in entries_of(sweep) if entry[1] == b]
+        count = len(own) if decisive is None else min(decisive, len(own))
+        calls += count * float(np.mean([sweep_calls(sweep, [entry]) for entry in own]))
+        ablations += count
+    call_s = sample_ms / 1000 * sweep.samples
+    return Duration(
+        seconds=before * call_s + min(calls * call_s, max(0.0, limit_s - before * call_s)),
+        probes=len(entries_of(sweep)) if screened else 0,
+        ablations=ablations,
+    )
+
+
+def _in_words(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(1, seconds):.0f} seconds"

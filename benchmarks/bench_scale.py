@@ -1,0 +1,129 @@
+"""What does it cost to capture and export denoisers of real sizes?
+
+    python benchmarks/bench_scale.py --models sd15 sd21 sdxl      # some minutes each; 3 × the weights on disk
+
+Builds a pipeline folder with the configuration of a public model (`tests/configs`) and random float32 weights, then
+loads, captures and exports it as `unetc analyze` does, each model in a process of its own. Peaks are the largest
+resident set of that process (VmHWM); it counts the pages of the checkpoint that are mapped, which the system can take
+back. Writes `results/scale.json`; models measured before stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "tests/configs"
+MIB = 2**20
+
+
+def write_pipeline(config: dict[str, Any], folder: Path) -> int:
+    """Write a pipeline folder with random weights and return the number of parameters."""
+    import diffusers as untyped_diffusers
+    import onnx_ir as ir
+    import torch
+
+    from unetc.graph.weights import write_tensors
+
+    diffusers: Any = untyped_diffusers
+    with torch.device("meta"):
+        state = diffusers.UNet2DConditionModel(**config).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    random = torch.Generator().manual_seed(0)
+
+    def lazy(name: str, shape: tuple[int, ...]) -> ir.LazyTensor:
+        def draw() -> ir.TensorProtocol:
+            width = sqrt(torch.Size(shape[1:]).numel()) if len(shape) > 1 else 1.0
+            return ir.Tensor((torch.randn(shape, generator=random) / width).numpy())
+
+        return ir.LazyTensor(draw, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+
+    for part in ("unet", "scheduler", "vae"):
+        (folder / part).mkdir(parents=True)
+    write_tensors(
+        folder / "unet/diffusion_pytorch_model.safetensors", {name: lazy(name, shapes[name]) for name in shapes}
+    )
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    (folder / "scheduler/scheduler_config.json").write_text("{}")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def measure(folder: Path) -> dict[str, object]:
+    """Load, capture and export; report seconds, sizes and the peak of memory after each."""
+    from unetc.graph.capture import capture
+    from unetc.graph.gated import GatedGraph
+    from unetc.models import find_model
+
+    measured: dict[str, object] = {"libraries: peak MiB": peak_mib()}
+    start = time.perf_counter()
+
+    def note(stage: str) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        measured.update({f"{stage}: s": now - start, f"{stage}: peak MiB": peak_mib()})
+        start = time.perf_counter()
+
+    model = find_model(str(folder)).load_denoiser()
+    note("load")
+    captured = capture(model)
+    note("capture")
+    gated = GatedGraph.build(captured, folder / "graph")
+    note("export")
+    return {
+        "components": len(gated.components),
+        "weights MiB": gated.weights.stat().st_size / MIB,
+        "graph KiB": (gated.folder / "gated.onnx").stat().st_size / 1024,
+        **measured,
+    }
+
+
+def peak_mib() -> float:
+    """Read the largest resident set of this process so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    """Run the benchmark."""
+    from unetc.environment import describe
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("sd15", "sd21", "sdxl"), default=["sd15", "sd21", "sdxl"])
+    parser.add_argument("--work", type=Path, help="folder for weights [default: the system's for temporary files]")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.child)))
+        return
+    path = options.results / "scale.json"
+    known = {case["model"]: case for case in json.loads(path.read_text())["results"]} if path.exists() else {}
+    for name in options.models:
+        with tempfile.TemporaryDirectory(dir=options.work) as work:
+            folder = Path(work) / name
+            parameters = write_pipeline(json.loads((CONFIGS / f"{name}.json").read_text()), folder)
+            command = [sys.executable, __file__, "--child", str(folder)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        known[name] = {"model": name, "parameters": parameters, **json.loads(output.splitlines()[-1])}
+        print(json.dumps(known[name], indent=1))
+        record = {
+            "command": shlex.join(["python", "benchmarks/bench_scale.py", "--models", *sorted(known)]),
+            "environment": describe(),
+            "results": [known[name] for name in sorted(known)],
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Weights files, written and read tensor by tensor: all of them at once may be more than the memory holds.
+
+Source:
+    https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from unetc.errors import CompileError
+
+_TYPES = {ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
+_ALIGNMENT = 8
+"""Bytes. Tensors begin at multiples of their element size, as the longest elements come first."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+    """Write a safetensors file; no more than one tensor is copied at a time.
+
+    Raises:
+        CompileError: If a tensor has a type that a weights file cannot hold.
+        OSError: If the file cannot be written.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES:
+            raise CompileError(f"cannot store {name!r} of type {tensor.dtype}; expected float16, float32 or float64.")
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        shape = tensors[name].shape.numpy()
+        header[name] = {"dtype": _TYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            array = tensors[name].numpy()
+            file.write(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+
+
+def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Read where each tensor of a safetensors file begins and ends, in bytes from the start of the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    first = 8 + length
+    return {
+        name: (first + entry["data_offsets"][0], first + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
