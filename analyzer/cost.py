@@ -12,8 +12,9 @@ from unetc.artifacts.profile import Component, Cost, Estimate, Treatment
 from unetc.artifacts.record import Record
 from unetc.backend import Backend, SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.graph.gated import GatedGraph, tensor_ranges
+from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
+from unetc.graph.weights import tensor_ranges
 from unetc.progress import OnProgress, Progress
 from unetc.timing import interleaved_ms
 

@@ -153,7 +153,7 @@ class _Dataflow:
         if node.target is ATEN.add.Tensor and len(node.args) == 2:
             branch = self._residual_branch(node, *node.args)  # type: ignore[arg-type]
             if branch is not None:
-                (self._trunks[node],) = (side for side in node.args if side is not branch)  # type: ignore[misc]
+                (self._trunks[node],) = (side for side in node.all_input_nodes if side is not branch)
                 axis = _channel_axis(branch)
                 yield _Edge(kind="residual", join=node, branch=branch, name=self.owner(node), axis=axis)
         elif node.op == "output":
