@@ -45,8 +45,8 @@ from unetc.workflow.prepare import Prepared, prepare
 TOLERANCE = 3e-5
 """Relative; both sides compute in float32 with the same kernels, but for attention; measured: 8e-6."""
 
-SAMPLE_TOLERANCE = 2e-3
-"""Of samples in -1 to 1: random weights that predict noise multiply rounding in every step."""
+SAMPLE_TOLERANCE = 5e-3
+"""Of samples in -1 to 1: the first step divides the rounding of the noise by the little signal there is; seen: 1e-3."""
 
 BASE = Shape(
     in_channels=3,
@@ -134,9 +134,7 @@ def test_a_converted_checkpoint_is_the_network(twins: Twins) -> None:
     actual = call(twins.unet, x, timesteps, states, summary)
     assert relative_error(states.numpy(), expected_states.permute(0, 2, 1).numpy()) < TOLERANCE
     assert relative_error(summary.numpy(), expected_summary.numpy()) < TOLERANCE
-    error = relative_error(actual.numpy(), expected.numpy())
-    print(f"largest relative error {error:.1e}")
-    assert error < TOLERANCE
+    assert relative_error(actual.numpy(), expected.numpy()) < TOLERANCE
     for other in (  # else a part that nothing depends on could be converted anyhow
         call(twins.unet, x, timesteps, states.flip(0), summary),
         call(twins.unet, x, timesteps, states, summary.flip(0)),
@@ -352,9 +350,9 @@ def test_a_session_samples_what_the_network_samples(captured: Captured, monkeypa
         prediction = predict_by_hand(captured, sample, float(timestep))
         output = prediction if variant.scheduler == "ddpm" else prediction[:, :3]
         sample = scheduler.step(output, timestep, sample).prev_sample
-    error = np.abs(session.sample(3, seed=seed) - sample.numpy()).max()
-    print(f"largest difference {error:.1e}")
-    assert error < SAMPLE_TOLERANCE
+    assert np.abs(session.sample(3, seed=seed) - sample.numpy()).max() < SAMPLE_TOLERANCE
+    others = captured.conditions.take([1, 2, 0])
+    assert np.abs(session.sample(3, seed=seed, conditions=others) - sample.numpy()).max() > 4 * SAMPLE_TOLERANCE
 
 
 @torch.no_grad()
