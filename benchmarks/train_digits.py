@@ -12,47 +12,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
+from handwritten_digits import accuracy, divided, fit_classifier, real_digits, shifted
+from model_card import machine, write_card
 from PIL import Image
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
-from torch import Tensor
 from torch.nn import functional
+from training import Training, warmed_up
 
 from unetc.analyzer.metrics.classifier import DigitClassifier, frechet_distance
 
 MODEL = Path(__file__).parents[1] / "src/unetc/models/digits"
 BATCH = 64
 LEARNING_RATE = 1e-3
-WARMUP_STEPS = 200
-EMA_DECAY = 0.999
-CHECKPOINT_EVERY = 100
 SAMPLES = 1000
 CONFIDENT = 0.9
 """A sample counts as a clear digit when the classifier gives one class at least this probability."""
 
 
-def real_digits() -> tuple[Tensor, Tensor]:
-    """Load the digits as images [1797, 1, 32, 32] in [-1, 1] and labels [1797]."""
-    digits = load_digits()
-    small = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    large = functional.interpolate(small, size=(32, 32), mode="bicubic", align_corners=False)
-    return large.clamp(-1, 1), torch.tensor(digits.target)
+TEXT = """# digits: the reference model of unetc
 
+A DDPM denoiser (diffusers `UNet2DModel`, 32x32, one channel, four resolutions, attention at the two lowest) trained
+from nothing on the 1,797 handwritten digits that come with scikit-learn. It is small enough to analyse on a laptop and
+really trained, so what is measured on it means something. It is not meant to generate digits for any other use.
 
-def shifted(images: Tensor, generator: torch.Generator, pixels: int = 2) -> Tensor:
-    """Shift each image [batch, 1, 32, 32] by up to `pixels` in both directions, repeating the border."""
-    padded = functional.pad(images, (pixels,) * 4, mode="replicate")
-    corners = torch.randint(0, 2 * pixels + 1, (len(images), 2), generator=generator)
-    return torch.stack([p[:, y : y + 32, x : x + 32] for p, (y, x) in zip(padded, corners.tolist(), strict=True)])
+![100 samples, DDIM, 50 steps](samples.png)
+
+Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
+doi:10.24432/C50P49, CC BY 4.0; 8x8 scans enlarged to 32x32 (bicubic). The classifier beside it was trained on four
+fifths of the same digits. The distance below uses that classifier's features: it is not FID."""
 
 
 def new_unet() -> UNet2DModel:
@@ -75,47 +67,20 @@ def new_scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
 
 
-def train_unet(work: Path, steps: int, seed: int) -> tuple[UNet2DModel, dict[str, float]]:
+def train_unet(work: Path, steps: int, seed: int) -> tuple[UNet2DModel, Training]:
     """Train up to `steps` optimiser steps, resuming from `work`, and return the averaged (EMA) model."""
     images, _ = real_digits()
     torch.manual_seed(seed)
-    unet, scheduler, checkpoint = new_unet(), new_scheduler(), work / "checkpoint.pt"
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    ema = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    done, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        done, seconds = state["step"], state["seconds"]
-        print(f"resumed at step {done}", flush=True)
-    unet.train()
-    started, losses = time.monotonic() - seconds, []
-    for step in range(done, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    unet, scheduler = new_unet().train(), new_scheduler()
+    training = Training(unet, LEARNING_RATE, work / "checkpoint.pt")
+    for step, generator in training.steps(steps, seed):
         clean = shifted(images[torch.randint(0, len(images), (BATCH,), generator=generator)], generator)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
         predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = functional.mse_loss(predicted, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        ema.step(unet.parameters())
-        losses.append(loss.item())
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            done, seconds = step + 1, time.monotonic() - started
-            state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-            torch.save({**state, "step": done, "seconds": seconds}, checkpoint.with_suffix(".new"))
-            os.replace(checkpoint.with_suffix(".new"), checkpoint)
-            recent = float(np.mean(losses[-CHECKPOINT_EVERY:]))
-            print(f"step {done}/{steps}  loss {recent:.4f}  {seconds / 60:.1f} min", flush=True)
-    ema.copy_to(unet.parameters())
-    return unet.eval(), {"steps": done, "minutes": round(seconds / 60, 1)}
+        training.descend(functional.mse_loss(predicted, noise), warmed_up(step))
+    training.finish()
+    return unet, training
 
 
 def train_classifier(seed: int, epochs: int = 25) -> tuple[DigitClassifier, float]:
@@ -123,19 +88,9 @@ def train_classifier(seed: int, epochs: int = 25) -> tuple[DigitClassifier, floa
     images, labels = real_digits()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
-    train, held_out = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
-    classifier = DigitClassifier()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    for _ in range(epochs):
-        for batch in train[torch.randperm(len(train), generator=generator)].split(64):
-            _, logits = classifier(shifted(images[batch], generator))
-            optimizer.zero_grad()
-            functional.cross_entropy(logits, labels[batch]).backward()
-            optimizer.step()
-    classifier.eval()
-    _, probabilities = classifier.describe(images[held_out].numpy())
-    return classifier, float((probabilities.argmax(1) == labels[held_out].numpy()).mean())
+    train, held_out = divided(len(images), generator)
+    classifier = fit_classifier(images[train], labels[train], generator, epochs)
+    return classifier, accuracy(classifier, images[held_out], labels[held_out])
 
 
 def draw_samples(unet: UNet2DModel, count: int, seed: int) -> np.ndarray:
@@ -178,31 +133,6 @@ def evaluate(samples: np.ndarray, classifier: DigitClassifier) -> dict[str, obje
     }
 
 
-def write_card(figures: dict[str, object], path: Path) -> None:
-    """Write the model card from the figures."""
-    lines = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
-    path.write_text(
-        f"""# digits: the reference model of unetc
-
-A DDPM denoiser (diffusers `UNet2DModel`, 32x32, one channel, four resolutions, attention at the two lowest) trained
-from nothing on the 1,797 handwritten digits that come with scikit-learn. It is small enough to analyse on a laptop and
-really trained, so what is measured on it means something. It is not meant to generate digits for any other use.
-
-![100 samples, DDIM, 50 steps](samples.png)
-
-Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
-doi:10.24432/C50P49, CC BY 4.0; 8x8 scans enlarged to 32x32 (bicubic). The classifier beside it was trained on four
-fifths of the same digits. The distance below uses that classifier's features: it is not FID.
-
-| figure | value |
-|---|---|
-{lines}
-
-Regenerate: `python benchmarks/train_digits.py --work /tmp/digits`. Figures also in `card.json`.
-"""
-    )
-
-
 def main() -> None:
     """Train, evaluate and write the model folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     unet, training = train_unet(options.work, options.steps, options.seed)
-    classifier, accuracy = train_classifier(options.seed)
+    classifier, held_out_accuracy = train_classifier(options.seed)
     DDPMPipeline(unet=unet, scheduler=new_scheduler()).save_pretrained(options.out, safe_serialization=True)
     (options.out / "classifier").mkdir(exist_ok=True)
     save_file(classifier.state_dict(), options.out / "classifier/model.safetensors")
@@ -221,15 +151,14 @@ def main() -> None:
     save_grid(samples, options.out / "samples.png")
     figures: dict[str, object] = {
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "optimiser_steps": training["steps"],
-        "training_minutes": training["minutes"],
-        "training_machine": f"{torch.get_num_threads()} threads, {platform.machine()}, no GPU, shared with other work",
+        "optimiser_steps": training.done,
+        "training_minutes": round(training.seconds / 60, 1),
+        "training_machine": machine(),
         "seed": options.seed,
-        "classifier_accuracy_on_held_out_real_digits": round(accuracy, 4),
+        "classifier_accuracy_on_held_out_real_digits": round(held_out_accuracy, 4),
         **evaluate(samples, classifier),
     }
-    (options.out / "card.json").write_text(json.dumps(figures, indent=2) + "\n")
-    write_card(figures, options.out / "README.md")
+    write_card(TEXT, "python benchmarks/train_digits.py --work /tmp/digits", figures, options.out)
     print(json.dumps(figures, indent=2))
 
 

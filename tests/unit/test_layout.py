@@ -42,7 +42,7 @@ MAY_IMPORT = {
 The facade, "", may import everything, and others may ask it for unetc.__version__.
 """
 
-HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch"}
+HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch", "transformers"}
 """Libraries of the extra `compile`: what runs where samples are drawn does without them."""
 
 LIGHT = (

@@ -1,0 +1,29 @@
+"""Write the card of a reference model: its figures as `card.json`, and a README that shows them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+
+def machine() -> str:
+    """Describe the machine a model was trained on."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, no GPU, shared with other work"
+
+
+def write_card(text: str, command: str, figures: dict[str, object], folder: Path) -> None:
+    """Write the card.
+
+    Args:
+        text: What the README says before its table.
+        command: What regenerates the model.
+        figures: Name and value of each row.
+        folder: The model folder.
+    """
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
+    (folder / "card.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "README.md").write_text(
+        f"{text}\n\n| figure | value |\n|---|---|\n{rows}\n\nRegenerate: `{command}`. Figures also in `card.json`.\n"
+    )
