@@ -29,7 +29,7 @@ class _Computed:
 
 @dataclass(slots=True)
 class Held:
-    """The last two values of every component that was emitted; made anew for each request."""
+    """The values of every component at the last two timesteps that emitted it; made anew for each request."""
 
     _history: dict[str, tuple[_Computed, ...]] = field(default_factory=dict)
 
@@ -37,7 +37,8 @@ class Held:
         """Take what an engine emitted at a step."""
         for name, value in emitted.items():
             key = name.removeprefix(COMPUTED)
-            self._history[key] = (_Computed(timestep=timestep, value=value), *self._history.get(key, ())[:1])
+            earlier = [one for one in self._history.get(key, ()) if one.timestep != timestep]  # some solvers ask twice
+            self._history[key] = (_Computed(timestep=timestep, value=value), *earlier[:1])
 
     def inputs(self, timestep: float) -> dict[str, object]:
         """Make the inputs of engines that hold or forecast at a step.

@@ -40,6 +40,7 @@ class Model:
     """A pretrained model in a local folder; its weights are loaded only when asked for."""
 
     reference: ModelReference
+    denoiser_config: dict[str, Any]
     scheduler_config: dict[str, Any]
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
@@ -197,6 +198,7 @@ def find_model(name: str) -> Model:
             pipeline=pipeline,
             denoiser=denoiser_class,
         ),
+        denoiser_config=_plain(config),
         scheduler_config=scheduler_config,
         sample_shape=sample_shape,
         folder=folder,
@@ -244,11 +246,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path]) -> str:
-    """Hash what decides the denoiser's output; versions and paths that libraries write into configurations do not."""
+    """Hash what decides the denoiser's output."""
     digest = hashlib.sha256()
     for settings in (config, scheduler):
-        plain = {key: value for key, value in settings.items() if not key.startswith("_") or key == "_class_name"}
-        digest.update(json.dumps(plain, sort_keys=True).encode())
+        digest.update(json.dumps(_plain(settings), sort_keys=True).encode())
     for path in weights:
         try:
             with path.open("rb") as file:
@@ -256,6 +257,11 @@ def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path]
         except OSError as error:
             raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
     return digest.hexdigest()
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the versions and paths that libraries write into configurations."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
 
 def _brief(error: Exception) -> str:
