@@ -43,8 +43,9 @@ class BundleUNet(nn.Module):
     """A bundle that answers what pipelines ask of a UNet; it computes in float32 on the device of the bundle's target.
 
     It follows one trajectory at a time: pipelines that sample at the same time need one each. A trajectory ends where
-    the timestep rises, where its first timestep comes again (a solver of second order asks twice at a timestep, but not
-    at the first), or where the shape of the samples changes. `reset` ends it by hand, after an interrupted run.
+    the timestep does not fall or the shape of the samples changes; the next one shares nothing with it. So a solver of
+    second order that asks twice at a timestep gets the second answer of engine 0. What cannot be seen is a run that
+    begins at a lower timestep than the last one ended at: `reset` before it.
     """
 
     def __init__(self, session: Session, config: Mapping[str, Any], *, lossless: bool) -> None:
@@ -77,7 +78,7 @@ class BundleUNet(nn.Module):
 
     def reset(self) -> None:
         """Begin a new trajectory at the next call, whatever its timestep."""
-        self._first = self._last = -math.inf
+        self._last = -math.inf
         self._shape: tuple[int, ...] = ()
 
     def forward(
@@ -122,10 +123,9 @@ class BundleUNet(nn.Module):
 
     def _request_at(self, timestep: float, shape: tuple[int, ...]) -> Request:
         """Go on with the trajectory, or begin the next one."""
-        if timestep > self._last or timestep == self._first or shape != self._shape:
+        if timestep >= self._last or shape != self._shape:
             self._request = self._session.request(lossless=self._lossless)
-            self._first, self._shape = timestep, shape
-        self._last = timestep
+        self._last, self._shape = timestep, shape
         return self._request
 
 

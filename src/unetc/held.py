@@ -21,24 +21,18 @@ REACH = "reach."
 """Prefix of an engine's inputs, [1]: how far ahead a forecast looks, in distances between `EARLIER` and `HELD`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Computed:
-    timestep: float
-    value: object
-
-
 @dataclass(slots=True)
 class Held:
-    """The values of every component at the last two timesteps that emitted it; made anew for each request."""
+    """The last two values of every component that was emitted; made anew for each request."""
 
-    _history: dict[str, tuple[_Computed, ...]] = field(default_factory=dict)
+    _history: dict[str, tuple[tuple[float, object], ...]] = field(default_factory=dict)
+    """By component: timestep and value, newest first."""
 
     def remember(self, emitted: Mapping[str, object], timestep: float) -> None:
         """Take what an engine emitted at a step."""
         for name, value in emitted.items():
             key = name.removeprefix(COMPUTED)
-            earlier = [one for one in self._history.get(key, ()) if one.timestep != timestep]  # some solvers ask twice
-            self._history[key] = (_Computed(timestep=timestep, value=value), *earlier[:1])
+            self._history[key] = ((timestep, value), *self._history.get(key, ())[:1])
 
     def inputs(self, timestep: float) -> dict[str, object]:
         """Make the inputs of engines that hold or forecast at a step.
@@ -47,10 +41,9 @@ class Held:
         """
         inputs: dict[str, object] = {}
         for key, history in self._history.items():
-            latest, earlier = history[0], history[-1]
-            distance = latest.timestep - earlier.timestep
-            reach = (timestep - latest.timestep) / distance if distance else 0.0
-            inputs[HELD + key] = latest.value
-            inputs[EARLIER + key] = earlier.value
+            (last, held), (before, earlier) = history[0], history[-1]
+            reach = (timestep - last) / (last - before) if last != before else 0.0
+            inputs[HELD + key] = held
+            inputs[EARLIER + key] = earlier
             inputs[REACH + key] = np.array([reach], dtype=np.float32)
         return inputs
