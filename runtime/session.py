@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -218,6 +218,7 @@ class Session:
             conditions = self.conditions.take(indices)
         elif (rows := conditions.rows) not in (None, len(noise)):
             raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
+        conditions = replace(conditions, residuals=self.conditions.residuals)
         request = self.request(lossless=lossless)
         sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
         return sampled if latents else self.decode(sampled)

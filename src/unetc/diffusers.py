@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +89,8 @@ class BundleUNet(nn.Module):
         class_labels: Tensor | None = None,
         *,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
         **others: object,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
@@ -100,6 +102,8 @@ class BundleUNet(nn.Module):
             encoder_hidden_states: [batch, token, channel].
             class_labels: [batch] or [batch, channel].
             added_cond_kwargs: `text_embeds` and `time_ids`, [batch, channel].
+            down_block_additional_residuals: What a ControlNet adds to every skip.
+            mid_block_additional_residual: What it adds to the middle.
             return_dict: Whether to give back an object with the prediction as `sample`, or a tuple.
             others: What else a UNet of diffusers takes; refused unless it is None or empty.
 
@@ -114,12 +118,30 @@ class BundleUNet(nn.Module):
         }
         _refuse(others)
         _refuse({name: value for name, value in given.items() if name not in _TAKEN})
-        conditions = Conditions(own={name: _to_array(value) for name, value in given.items() if value is not None})
+        given |= self._residuals(down_block_additional_residuals, mid_block_additional_residual)
+        own = {name: _to_array(value) for name, value in given.items() if value is not None}
+        conditions = Conditions(own=own, residuals=self._session.conditions.residuals)
         value = _one_of(timestep)
         level = float(np.interp(value, self._timesteps, self._log_snr))
         request = self._request_at(value, tuple(sample.shape))
         prediction = torch.from_numpy(request.predict(_to_array(sample), value, level, conditions)).to(sample)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _residuals(self, down: Sequence[Tensor] | None, middle: Tensor | None) -> dict[str, Tensor]:
+        """Give the residuals of a ControlNet the names of the engines' inputs."""
+        if down is None and middle is None:
+            return {}
+        names = [one.name for one in self._session.conditions.residuals]
+        if not names:
+            raise SessionError(
+                "engines cannot take down_block_additional_residuals. `unetc build --controlnet` makes some that can."
+            )
+        if down is None or middle is None or len(down) + 1 != len(names):
+            raise SessionError(
+                f"engines take {len(names) - 1} down_block_additional_residuals and a mid_block_additional_residual, "
+                f"got {len(down or ())} and {int(middle is not None)}. Check that the ControlNet belongs to the model."
+            )
+        return dict(zip(names, (*down, middle), strict=True))
 
     def _request_at(self, timestep: float, shape: tuple[int, ...]) -> Request:
         """Go on with the trajectory, or begin the next one."""

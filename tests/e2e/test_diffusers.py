@@ -11,10 +11,12 @@ import diffusers as untyped_diffusers
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import unetc
 import unetc.diffusers
+from tests.models import condition_well
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
@@ -39,34 +41,44 @@ TOLERANCE = 1e-3
 SAVERS: dict[str, Callable[[Path], Path]] = {"sd": save_stable_diffusion, "sdxl": save_stable_diffusion_xl}
 
 
+ONLY_SD = pytest.mark.parametrize("folder", ["sd"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=SAVERS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a pipeline and build a bundle of it, which holds and forecasts, beside it."""
-    folder = SAVERS[request.param](tmp_path_factory.mktemp(request.param) / "pipeline")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unetc.workflow.prepare.STEP_COUNTS", (1, 500))  # the other tables are not looked at
-        build_by_hand(folder)
-    return folder
+def folder(request: pytest.FixtureRequest, shared: Path) -> Path:
+    """Save a pipeline and build a bundle of it beside it; that of Stable Diffusion takes a ControlNet."""
+    root = shared / f"diffusers-{request.param}"
+    with FileLock(f"{root}.lock"):  # another worker of pytest-xdist may be at it
+        if not (root / "bundle").exists():
+            root.mkdir()
+            SAVERS[request.param](root / "pipeline")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("unetc.workflow.prepare.STEP_COUNTS", (1, 500))  # the other tables are not looked at
+                build_by_hand(root, controlnet=request.param == "sd")
+    return root / "pipeline"
 
 
-def build_by_hand(folder: Path) -> None:
-    """Build the first noise levels in full; then engines 0 and 1 take turns."""
+def build_by_hand(root: Path, *, controlnet: bool) -> None:
+    model, cache = str(root / "pipeline"), root / "cache"
     analysis = AnalysisOptions(
-        steps=STEPS, samples=1, bins=1, batch=1, rounds=1, threads=1, decisive=1, guidance_scale=SCALE
+        steps=STEPS,
+        samples=1,
+        bins=1,
+        batch=1,
+        rounds=1,
+        threads=1,
+        decisive=1,
+        prompts=("a red square",),
+        guidance_scale=SCALE,
+        controlnet=controlnet,
     )
-    profile = analyze_model(str(folder), analysis, cache=folder.parent / "cache")
+    profile = analyze_model(model, analysis, cache=cache)
     options = BuildOptions(plan=PlanOptions(budget=0.0), analysis=analysis, steps=STEPS, controls=False)
-    build(
-        str(folder),
-        folder.parent / "bundle",
-        options,
-        cache=folder.parent / "cache",
-        profile=profile,
-        plan=plan_of(profile),
-    )
+    build(model, root / "bundle", options, cache=cache, profile=profile, plan=plan_of(profile))
 
 
 def plan_of(profile: Profile) -> Plan:
+    """Compute the first noise levels in full; then let an engine that holds and forecasts take turns with engine 0."""
     level = next(component for component in profile.components if component.kind == "level")
     apart = [c for c in profile.components if c.kind == "residual" and c.name not in level.nested]
     reusing = {level.name: Treatment.HOLD, apart[-1].name: Treatment.FORECAST}
@@ -178,6 +190,7 @@ def test_a_session_is_the_pipeline(folder: Path, pipeline: Any, session: Session
     np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), images_of(pipeline), atol=TOLERANCE)
 
 
+@ONLY_SD
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -240,6 +253,7 @@ def test_image_to_image_starts_in_the_middle(
     assert np.isfinite(images).all()
 
 
+@ONLY_SD
 def test_a_trajectory_ends_where_another_begins(pipeline: Any, planned: BundleUNet, engines: list[int]) -> None:
     """Whatever was held, every trajectory begins with engine 0."""
     with denoised_by(pipeline, planned):
@@ -251,6 +265,45 @@ def test_a_trajectory_ends_where_another_begins(pipeline: Any, planned: BundleUN
         np.testing.assert_array_equal(images_of(pipeline), first)
     assert engines[6:8] == [0, 0]
     assert engines[:6] == engines[8:14] == engines[14:20] == engines[20:]
+
+
+@ONLY_SD
+def test_a_controlnet_adds_to_every_engine(
+    pipeline: Any, planned: BundleUNet, lossless: BundleUNet, engines: list[int]
+) -> None:
+    controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
+    condition_well(controlnet, seed=4)  # fresh, it adds nothing
+    controlled = diffusers.StableDiffusionControlNetPipeline(**pipeline.components, controlnet=controlnet.eval())
+    controlled.set_progress_bar_config(disable=True)
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+    def run() -> Array:
+        return images_of(controlled, image=image, latents=latents())
+
+    expected = run()
+    assert np.abs(expected - images_of(pipeline)).max() > 0.1
+    with denoised_by(controlled, lossless):
+        np.testing.assert_allclose(run(), expected, atol=TOLERANCE)
+    engines.clear()
+    with denoised_by(controlled, planned):
+        images = run()
+    assert 1 in engines
+    assert 1e-4 < np.linalg.norm(images - expected) / np.linalg.norm(expected) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [("sd", "take 4 down_block_additional_residuals"), ("sdxl", "cannot take down_block_additional_residuals")],
+    indirect=["folder"],
+)
+def test_residuals_that_engines_have_no_inputs_for_are_refused(planned: BundleUNet, problem: str) -> None:
+    residuals = [torch.zeros(1, 8, 16, 16)] * 3
+    with pytest.raises(SessionError, match=problem):
+        planned(
+            **inputs_of(planned),
+            down_block_additional_residuals=residuals,
+            mid_block_additional_residual=residuals[0],
+        )
 
 
 def inputs_of(unet: BundleUNet, timestep: float = 100.0, batch: int = 1) -> dict[str, Any]:
@@ -305,7 +358,6 @@ def test_predictions_come_in_the_form_that_is_asked_for(planned: BundleUNet, los
         ("timestep_cond", torch.zeros(1, 4)),
         ("attention_mask", torch.zeros(1, 4)),
         ("encoder_attention_mask", torch.zeros(1, 4)),
-        ("down_block_additional_residuals", [torch.zeros(1, 4)]),
         ("down_intrablock_additional_residuals", [torch.zeros(1, 4)]),
         ("added_cond_kwargs", {"image_embeds": torch.zeros(1, 4)}),
     ],
@@ -317,6 +369,7 @@ def test_what_engines_cannot_take_is_refused_by_name(planned: BundleUNet, name: 
         planned(**inputs_of(planned) | {name: {}})
 
 
+@ONLY_SD
 def test_inputs_that_do_not_fit_are_refused(planned: BundleUNet) -> None:
     inputs = inputs_of(planned, batch=2)
     with pytest.raises(SessionError, match=r"one call has the timesteps \[5.0, 9.0\]"):

@@ -18,7 +18,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 SHARED = {"", "__version__", "artifacts", "backend", "conditions", "environment", "errors", "held"}
-SHARED |= {"progress", "solver", "timing"}
+SHARED |= {"progress", "residuals", "solver", "timing"}
 EVERYTHING_BELOW = SHARED | STAGES | {"graph", "models", "report"}
 MAY_IMPORT = {
     "errors": set(),
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "environment": set(),
     "backend": set(),
     "held": set(),
-    "conditions": {"errors"},
+    "conditions": {"errors", "residuals"},
+    "residuals": set(),
     "solver": {"errors"},
     "artifacts": {"errors", "solver"},
     "graph": SHARED,

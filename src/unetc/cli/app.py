@@ -46,6 +46,9 @@ Prompts = Annotated[
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Of classifier-free guidance; 1 is none [default: the pipeline's].")
 ]
+ControlNet = Annotated[
+    bool, typer.Option("--controlnet", help="Let engines take what a ControlNet adds, for unetc.diffusers.")
+]
 KnownProfile = Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")]
 Cache = Annotated[
     Path | None,
@@ -74,6 +77,7 @@ def analyze(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    controlnet: ControlNet = False,
     exhaustive: Exhaustive = False,
     cache: Cache = None,
     as_json: Json = False,
@@ -86,7 +90,7 @@ def analyze(
 
     check_writable(output)
     options = _analysis(
-        scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, exhaustive
+        scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet, exhaustive
     )
     with progress() as on_progress:
         profile = analyze_model(model, options, cache=_cache(cache), on_progress=on_progress)
@@ -151,6 +155,7 @@ def build(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    controlnet: ControlNet = False,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -173,7 +178,9 @@ def build(
         analysis=(
             AnalysisOptions()  # not used, so the numbers need not fit each other
             if profile
-            else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+            else _analysis(
+                scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
+            )
         ),
         steps=steps,
         gate=QualityGate.parse(quality_gate) if quality_gate else None,
@@ -215,6 +222,7 @@ def pareto(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    controlnet: ControlNet = False,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -235,7 +243,9 @@ def pareto(
     analysis = (
         AnalysisOptions()
         if known
-        else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+        else _analysis(
+            scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
+        )
     )
     options = ParetoOptions(budgets=budgets, steps=steps, max_engines=max_engines, analysis=analysis)
     with progress() as on_progress:
@@ -404,6 +414,7 @@ def _analysis(
     batch: int,
     prompts: Path | None,
     guidance_scale: float | None,
+    controlnet: bool,
     exhaustive: bool = False,
 ) -> AnalysisOptions:
     from dataclasses import replace
@@ -423,6 +434,7 @@ def _analysis(
         batch=batch,
         prompts=read_prompts(prompts) if prompts else (),
         guidance_scale=guidance_scale,
+        controlnet=controlnet,
     )
     return replace(options, decisive=None) if exhaustive else options
 

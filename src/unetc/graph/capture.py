@@ -15,6 +15,7 @@ from unetc.errors import ModelError
 from unetc.graph.components import Site, discover
 from unetc.graph.denoisers import SAMPLE, Denoiser, denoiser_of
 from unetc.graph.gate import gate
+from unetc.residuals import PREFIX
 
 GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
 """Names of the graph's further inputs and of its output."""
@@ -36,16 +37,17 @@ class Capture:
         return self.program.module()
 
 
-def capture(model: nn.Module) -> Capture:
+def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
     """Trace a denoiser and gate every component.
 
     Args:
         model: A denoiser of diffusers on the CPU; switched to evaluation mode.
+        controlnet: Whether the graph is to have inputs for the residuals of a ControlNet.
 
     Raises:
         ModelError: If the class is not supported, or the trace fails, or no component is found.
     """
-    denoiser = denoiser_of(model.eval().requires_grad_(False))
+    denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet)
     names = tuple(item.name for item in denoiser.inputs)
     program, dynamic_size = _export(denoiser)
     graph = program.graph_module.graph
@@ -73,10 +75,11 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
     """Trace with dynamic batch, height and width; with fixed sizes if the model does not allow that."""
     values = (*(item.example for item in denoiser.inputs), torch.ones(2, 3, 2), torch.zeros(7))
     gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
+    sized = {item.name for item in denoiser.inputs if item.name == SAMPLE or item.name.startswith(PREFIX)}
     errors: list[Exception] = []
     for dynamic_size in (True, False):
         shapes: list[dict[int, object]] = [
-            dict.fromkeys((0, *(item.dynamic if dynamic_size or item.name != SAMPLE else ())), Dim.DYNAMIC)
+            dict.fromkeys((0, *(item.dynamic if dynamic_size or item.name not in sized else ())), Dim.DYNAMIC)
             for item in denoiser.inputs
         ]
         try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unetc.errors import ModelError
+from unetc.residuals import PREFIX, residuals_of
 
 SAMPLE, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
 POOLED, TIME_IDS, CLASS_LABELS = "text_embeds", "time_ids", "class_labels"
@@ -48,24 +49,41 @@ class Denoiser(nn.Module):
         added = {name: named.pop(name) for name in (POOLED, TIME_IDS) if name in named}
         if added:
             named["added_cond_kwargs"] = added
+        if residuals := [named.pop(item.name) for item in self.inputs if item.name.startswith(PREFIX)]:
+            *named["down_block_additional_residuals"], named["mid_block_additional_residual"] = residuals
         output: Tensor = self.model(**named, return_dict=False)[0]
         return output
 
 
-def denoiser_of(model: nn.Module) -> Denoiser:
+def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
     """Find out how a model is called.
 
     Args:
         model: A denoiser of diffusers, on the CPU.
+        controlnet: Whether it is to take the residuals of a ControlNet.
 
     Raises:
-        ModelError: If its class or a part of its configuration is not supported, by name.
+        ModelError: If its class or a part of its configuration is not supported, by name, or takes no residuals.
     """
     name = type(model).__name__
     if name not in _SIGNATURES:
         raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
     _refuse_patches(model, name)
-    return Denoiser(model, tuple(_SIGNATURES[name](model, torch.Generator().manual_seed(0))))
+    inputs = _SIGNATURES[name](model, generator := torch.Generator().manual_seed(0))
+    if controlnet:
+        if name != "UNet2DConditionModel":
+            raise ModelError(f"a {name} takes no residuals of a ControlNet; a UNet2DConditionModel does.")
+        inputs += _residuals(model, inputs[0].example, generator)
+    return Denoiser(model, tuple(inputs))
+
+
+def _residuals(model: Any, sample: Tensor, generator: torch.Generator) -> list[Input]:
+    batch, _, height, width = sample.shape
+    shapes = {one.name: one.shape(batch, height, width) for one in residuals_of(model.config)}
+    return [
+        Input(name=name, example=torch.randn(shape, generator=generator), dynamic=(2, 3))
+        for name, shape in shapes.items()
+    ]
 
 
 def _refuse_patches(model: nn.Module, name: str) -> None:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unetc.artifacts.profile import ModelReference
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ModelError
+from unetc.residuals import residuals_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +79,9 @@ class Model:
 
         _, height, width = self.sample_shape
         size = height * self.decoder_scale, width * self.decoder_scale
-        return encode_prompts(self.folder, self.reference.pipeline, prompts, guidance_scale=guidance_scale, size=size)
+        pipeline = self.reference.pipeline
+        encoded = encode_prompts(self.folder, pipeline, prompts, guidance_scale=guidance_scale, size=size)
+        return replace(encoded, residuals=residuals_of(self.denoiser_config) if self.reference.controlnet else ())
 
     @property
     def decoder_scale(self) -> int:
@@ -149,11 +152,12 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def find_model(name: str) -> Model:
+def find_model(name: str, *, controlnet: bool = False) -> Model:
     """Find a model and check that it is supported.
 
     Args:
         name: A built-in name, the path of a diffusers pipeline folder, or a Hub id ("owner/name").
+        controlnet: Whether its denoiser is to take the residuals of a ControlNet.
 
     Raises:
         ModelError: If there is no such model, or it is of a class that unetc does not support.
@@ -163,6 +167,8 @@ def find_model(name: str) -> Model:
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
+    if controlnet and pipeline not in GUIDANCE:
+        raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(GUIDANCE)}.")
     entry = index.get("unet")
     denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
     expected = "UNet2DConditionModel" if pipeline in GUIDANCE else "UNet2DModel"
@@ -194,9 +200,10 @@ def find_model(name: str) -> Model:
     return Model(
         reference=ModelReference(
             name=name,
-            sha256=_hash(config, scheduler_config, weights),
+            sha256=_hash(config, scheduler_config, weights, controlnet),
             pipeline=pipeline,
             denoiser=denoiser_class,
+            controlnet=controlnet,
         ),
         denoiser_config=_plain(config),
         scheduler_config=scheduler_config,
@@ -245,7 +252,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path]) -> str:
+def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path], controlnet: bool) -> str:
     """Hash what decides the denoiser's output."""
     digest = hashlib.sha256()
     for settings in (config, scheduler):
@@ -256,6 +263,8 @@ def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path]
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
+    if controlnet:
+        digest.update(b"controlnet")
     return digest.hexdigest()
 
 

@@ -65,7 +65,7 @@ def set_up(
         ProfileError: If the profile belongs to another model.
         PlanError: If the plan belongs to another profile.
     """
-    model = find_model(name)
+    model = find_model(name, controlnet=(profile.model if profile else analysis).controlnet)
     profile = profile or analyze_found(model, analysis, cache, on_progress)
     _check_profile(profile, model)
     if plan is not None:
@@ -95,7 +95,7 @@ def analyze_model(name: str, options: AnalysisOptions, *, cache: Path, on_progre
         ModelError: If there is no such model or it is not supported.
         ProfileError: If it cannot be analysed.
     """
-    return analyze_found(find_model(name), options, cache, on_progress)
+    return analyze_found(find_model(name, controlnet=options.controlnet), options, cache, on_progress)
 
 
 def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:
