@@ -60,6 +60,8 @@ class AnalysisOptions:
     """What a model that takes prompts is measured on; its own list when empty."""
     guidance_scale: float | None = None
     """Of classifier-free guidance, dimensionless; what the pipeline usually has when None."""
+    controlnet: bool = False
+    """Whether engines are to take the residuals of a ControlNet; they are measured with zeros."""
 
     def __post_init__(self) -> None:
         """Check the numbers.

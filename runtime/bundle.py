@@ -17,6 +17,7 @@ from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
+from unetc.residuals import residuals_of
 from unetc.solver.table import SolverTables
 
 
@@ -87,7 +88,10 @@ class Bundle:
 def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions:
     if manifest.conditioning is None:
         return UNCONDITIONAL
-    return Conditions.from_arrays(load(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale)
+    arrays, scale = load(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale
+    return Conditions.from_arrays(
+        arrays, scale, residuals_of(manifest.denoiser_config) if manifest.model.controlnet else ()
+    )
 
 
 def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:

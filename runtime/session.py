@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from unetc.artifacts.manifest import BundleEngine, Control
-from unetc.artifacts.plan import Plan
+from unetc.artifacts.manifest import BundleEngine, Control, Manifest
+from unetc.artifacts.plan import Plan, Turns
 from unetc.backend import Array, Backend, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
@@ -53,6 +53,53 @@ class LoadedLater:
     @cached_property
     def _program(self) -> Program:
         return self._load()
+
+
+class Request:
+    """One trajectory through loaded engines: whose turn it is, and what they have emitted so far."""
+
+    def __init__(self, programs: Sequence[Program], predicted_channels: int, turns: Turns | None) -> None:
+        """Begin a trajectory.
+
+        Args:
+            programs: The engines.
+            predicted_channels: Width of what they predict.
+            turns: Which one runs when; always the first when None.
+        """
+        self.engine = FULL_ENGINE
+        """Index of the engine that ran last."""
+        self._programs = programs
+        self._predicted_channels = predicted_channels
+        self._turns = turns
+        self._held = Held()
+
+    def predict(self, sample: Array, timestep: float, log_snr: float, conditions: Conditions) -> Array:
+        """Run the engine whose turn it is.
+
+        Args:
+            sample: What the denoiser sees, [batch, channel, height, width].
+            timestep: The scheduler's value.
+            log_snr: The noise level there, not below that of the call before.
+            conditions: What the samples are conditioned on.
+
+        Returns:
+            The prediction, guided; it has further channels where the denoiser predicts a variance too.
+
+        Raises:
+            NonFiniteError: If the engine produces NaN or infinity.
+        """
+        self.engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
+        inputs = conditions.widen(sample, timestep)
+        shape = (len(inputs["sample"]), self._predicted_channels, *sample.shape[2:])
+        prediction = np.empty(shape, dtype=np.float32)
+        emitted = self._programs[self.engine]({**inputs, **self._held.inputs(timestep)}, prediction)
+        if not np.isfinite(prediction).all():
+            raise NonFiniteError(
+                f"engine {self.engine} produced NaN or infinity at timestep {timestep:g}. "
+                "Check the noise given; `lossless=True` samples with the full model."
+            )
+        self._held.remember(emitted, timestep)
+        return conditions.guide(prediction, sample.shape[1])
 
 
 class Session:
@@ -171,10 +218,16 @@ class Session:
             conditions = self.conditions.take(indices)
         elif (rows := conditions.rows) not in (None, len(noise)):
             raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
-        schedule = (0,) * table.steps if lossless else self.schedule(table.steps)
-        programs = (self._full,) if lossless else self._programs
-        sampled = self._denoise(table, schedule, programs, noise, conditions, seed, indices, on_step)
+        conditions = replace(conditions, residuals=self.conditions.residuals)
+        request = self.request(lossless=lossless)
+        sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
         return sampled if latents else self.decode(sampled)
+
+    def request(self, *, lossless: bool = False) -> Request:
+        """Begin a trajectory, of the engines or of the full model."""
+        if lossless:
+            return Request((self._full,), self._predicted_channels, None)
+        return Request(self._programs, self._predicted_channels, Turns(self.plan))
 
     def decode(self, sampled: Array) -> Array:
         """Turn what has been sampled into images, [batch, channel, height, width]; they may be the same."""
@@ -183,8 +236,7 @@ class Session:
     def _denoise(
         self,
         table: SolverTable,
-        schedule: tuple[int, ...],
-        programs: tuple[Program, ...],
+        request: Request,
         noise: Array,
         conditions: Conditions,
         seed: int,
@@ -192,29 +244,17 @@ class Session:
         on_step: Callable[[Step], None] | None,
     ) -> Array:
         trajectory = Trajectory.start(table, noise)
-        held = Held()
-        for i, engine in enumerate(schedule):
-            timestep = table.timesteps.item(i)
+        for i in range(table.steps):
+            timestep, level = table.timesteps.item(i), table.log_snr.item(i)
 
-            def predict(sample: Array, program: Program = programs[engine], timestep: float = timestep) -> Array:
-                return self._predict(program, sample, timestep, conditions, held)
+            def predict(sample: Array, timestep: float = timestep, level: float = level) -> Array:
+                return request.predict(sample, timestep, level, conditions)
 
             trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
-            if not np.isfinite(trajectory.predictions[0]).all():
-                raise NonFiniteError(
-                    f"engine {engine} produced NaN or infinity in step {i} of {len(schedule)}. "
-                    "Check the noise given; `lossless=True` samples with the full model."
-                )
             if on_step is not None:
-                on_step(Step(index=i, steps=len(schedule), timestep=timestep, engine=engine, sample=trajectory.sample))
+                sample, engine = trajectory.sample, request.engine
+                on_step(Step(index=i, steps=table.steps, timestep=timestep, engine=engine, sample=sample))
         return trajectory.sample
-
-    def _predict(self, program: Program, sample: Array, timestep: float, conditions: Conditions, held: Held) -> Array:
-        inputs = conditions.widen(sample, timestep)
-        shape = (len(inputs["sample"]), self._predicted_channels, *sample.shape[2:])
-        prediction = np.empty(shape, dtype=np.float32)
-        held.remember(program({**inputs, **held.inputs(timestep)}, prediction), timestep)
-        return conditions.guide(prediction, sample.shape[1])
 
 
 def load(
@@ -233,12 +273,19 @@ def load(
         SessionError: If the target or the memory mode is unknown.
         MissingDependency: If the backend's library is not installed.
     """
+    bundle = Bundle.open(Path(path))
+    return Session.of(bundle, backend_for(bundle.manifest, target=target, threads=threads, memory=memory))
+
+
+def backend_for(manifest: Manifest, *, target: str | None, threads: int | None, memory: Memory | str) -> Backend:
+    """Open a backend for a bundle; arguments as for `load`.
+
+    Raises:
+        SessionError: If the target or the memory mode is unknown.
+        MissingDependency: If the backend's library is not installed.
+    """
     if memory not in tuple(Memory):
         raise SessionError(f"unknown memory mode {memory!r}. Expected one of: {', '.join(Memory)}.")
-    bundle = Bundle.open(Path(path))
-    backend = open_backend(
-        target or bundle.manifest.target,
-        threads=bundle.manifest.threads if threads is None else threads,
-        memory=Memory(memory),
+    return open_backend(
+        target or manifest.target, threads=manifest.threads if threads is None else threads, memory=Memory(memory)
     )
-    return Session.of(bundle, backend)

@@ -15,6 +15,7 @@ diffusers: Any = untyped_diffusers
 transformers: Any = untyped_transformers
 
 WORDS = ("a", "red", "blue", "square", "circle", "large", "small")
+_PROMPTS = "a red square\na blue circle\na large red circle\na small blue square\n"
 _LENGTH = 6
 _WIDTH = 16
 
@@ -33,13 +34,7 @@ def save_stable_diffusion(folder: Path) -> Path:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    autoencoder = diffusers.AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    autoencoder = _autoencoder()
     tokenizer = _tokenizer(folder.parent / "words")
     encoder = _text_encoder(tokenizer)
     for seed, model in enumerate((unet, autoencoder, encoder)):
@@ -54,8 +49,54 @@ def save_stable_diffusion(folder: Path) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    (folder / "prompts.txt").write_text("a red square\na blue circle\na large red circle\na small blue square\n")
+    (folder / "prompts.txt").write_text(_PROMPTS)
     return folder
+
+
+def save_stable_diffusion_xl(folder: Path) -> Path:
+    """Save a `StableDiffusionXLPipeline` of 16x16 latents and 32x32 images, with two text encoders."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        block_out_channels=(8, 16),
+        cross_attention_dim=2 * _WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + _WIDTH,
+    )
+    autoencoder = _autoencoder()
+    tokenizer = _tokenizer(folder.parent / "words")
+    encoders = _text_encoder(tokenizer), _text_encoder(tokenizer, "CLIPTextModelWithProjection")
+    for seed, model in enumerate((unet, autoencoder, *encoders)):
+        condition_well(model, seed)
+    diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    (folder / "prompts.txt").write_text(_PROMPTS)
+    return folder
+
+
+def _autoencoder() -> Any:
+    return diffusers.AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -81,7 +122,7 @@ def _tokenizer(folder: Path) -> Any:
     )
 
 
-def _text_encoder(tokenizer: Any) -> Any:
+def _text_encoder(tokenizer: Any, kind: str = "CLIPTextModel") -> Any:
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_WIDTH,
@@ -93,4 +134,4 @@ def _text_encoder(tokenizer: Any) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return transformers.CLIPTextModel(config)
+    return getattr(transformers, kind)(config)

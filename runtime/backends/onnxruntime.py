@@ -47,6 +47,8 @@ class OnnxRuntimeProgram:
 
     def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
         """Run; inputs are read and the output is written in place, nothing is copied."""
+        if missing := [name for name in self._inputs if name not in inputs]:
+            raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
         binding = self._session.io_binding()
         for name in self._inputs:
             value = inputs[name]

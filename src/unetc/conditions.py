@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.errors import ShapeMismatch
+from unetc.residuals import Residual, zeros
 
 Values = Mapping[str, NDArray[Any]]
 """Input of the denoiser → one row per sample, [batch, ...]."""
@@ -39,6 +40,8 @@ class Conditions:
     """What to be led away from; empty when nothing is guided."""
     scale: float = 1.0
     """How far, dimensionless; 1 is no guidance."""
+    residuals: tuple[Residual, ...] = ()
+    """What the denoiser takes of a ControlNet; zero unless `own` has it."""
 
     def __post_init__(self) -> None:
         """Check that all rows belong together."""
@@ -78,7 +81,9 @@ class Conditions:
             timestep: The scheduler's value.
             rows: Further inputs, [batch, ...].
         """
-        inputs = {"sample": sample, "timestep": np.full(len(sample), timestep, dtype=np.float32), **rows}
+        batch, _, height, width = sample.shape
+        blank = zeros(self.residuals, batch, height, width)
+        inputs = {"sample": sample, "timestep": np.full(batch, timestep, dtype=np.float32), **blank, **rows}
         if not self.guided:
             return {**inputs, **self.own}
         twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}
@@ -113,7 +118,7 @@ class Conditions:
         return {**self.own, **{f"{NEGATIVE}{name}": array for name, array in self.negative.items()}}
 
     @classmethod
-    def from_arrays(cls, arrays: Values, scale: float) -> Conditions:
+    def from_arrays(cls, arrays: Values, scale: float, residuals: tuple[Residual, ...] = ()) -> Conditions:
         """Read `to_arrays` back."""
         return cls(
             own={name: array for name, array in arrays.items() if not name.startswith(NEGATIVE)},
@@ -121,6 +126,7 @@ class Conditions:
                 name.removeprefix(NEGATIVE): array for name, array in arrays.items() if name.startswith(NEGATIVE)
             },
             scale=scale,
+            residuals=residuals,
         )
 
 

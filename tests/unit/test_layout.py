@@ -17,7 +17,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
-SHARED = {"", "__version__", "artifacts", "backend", "environment", "errors", "held", "progress", "solver", "timing"}
+SHARED = {"", "__version__", "artifacts", "backend", "conditions", "environment", "errors", "held"}
+SHARED |= {"progress", "residuals", "solver", "timing"}
 EVERYTHING_BELOW = SHARED | STAGES | {"graph", "models", "report"}
 MAY_IMPORT = {
     "errors": set(),
@@ -26,6 +27,8 @@ MAY_IMPORT = {
     "environment": set(),
     "backend": set(),
     "held": set(),
+    "conditions": {"errors", "residuals"},
+    "residuals": set(),
     "solver": {"errors"},
     "artifacts": {"errors", "solver"},
     "graph": SHARED,
@@ -34,6 +37,7 @@ MAY_IMPORT = {
     "analyzer": SHARED | {"graph"},
     "compiler": SHARED | {"graph"},
     "runtime": SHARED,
+    "diffusers": SHARED | {"runtime"},
     "workflow": EVERYTHING_BELOW,
     "cli": EVERYTHING_BELOW | {"workflow"},
 }

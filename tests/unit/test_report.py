@@ -142,6 +142,7 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
         target="onnxruntime-cpu",
         threads=2,
         sample_shape=(1, 32, 32),
+        denoiser_config={},
         predicted_channels=1,
         batch=4,
         steps=20,

@@ -57,6 +57,14 @@ def test_cycles_are_found(cycles: list[tuple[tuple[int, ...], int]]) -> None:
     assert len(phases) <= 2 * len(cycles)
 
 
+@given(levels=st.lists(st.floats(0, 3), max_size=20).map(sorted), cut=st.floats(0.1, 2.9), prefix=st.integers(0, 20))
+def test_a_choice_depends_on_what_was_before_alone(levels: list[float], cut: float, prefix: int) -> None:
+    """So steps that come one at a time, as in a pipeline of diffusers, get the engines that a whole schedule gets."""
+    phases = Phase(low=0.0, high=cut, cycle=(1, 2)), Phase(low=cut, high=3.0, cycle=(2, 0, 1))
+    plan = plan_of(phases)
+    assert plan.schedule(levels[:prefix]) == plan.schedule(levels)[:prefix]
+
+
 def test_a_regular_schedule_is_one_phase() -> None:
     levels = [float(i) for i in range(12)]
     assert [phase.cycle for phase in phases_of([0, 2, 2] * 4, levels, 0.0, 12.0)] == [(0, 2, 2)]

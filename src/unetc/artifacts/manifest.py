@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from pathlib import PurePosixPath
+from typing import Any
 
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, ModelReference, Treatment
@@ -122,6 +123,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
+    denoiser_config: dict[str, Any]
+    """The denoiser's own configuration, as its library writes it."""
     predicted_channels: int
     """Width of what the denoiser predicts; that of a sample, or more where it predicts a variance too."""
     conditioning: Conditioning | None = None

@@ -91,16 +91,27 @@ class Plan(Artifact, frozen=True, kw_only=True):
             One engine index per step. Inside a phase the engines of its cycle take turns. Where an engine would need
             what no earlier step has emitted, engine 0 runs instead.
         """
-        chosen: list[int] = []
-        available: set[str] = set()
-        previous, turn = -1, 0
-        for level in log_snr:
-            phase = sum(1 for later in self.phases[1:] if level >= later.low)
-            turn = turn + 1 if phase == previous else 0
-            previous = phase
-            engine = self.phases[phase].cycle[turn % len(self.phases[phase].cycle)]
-            if not self.engines[engine].reused <= available:
-                engine = 0
-            available.update(self.engines[engine].emits)
-            chosen.append(engine)
-        return tuple(chosen)
+        turns = Turns(self)
+        return tuple(turns.take(level) for level in log_snr)
+
+
+class Turns:
+    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Begin a trajectory."""
+        self._plan = plan
+        self._phase = self._turn = -1
+        self._available: set[str] = set()
+
+    def take(self, log_snr: float) -> int:
+        """Choose the engine of the next step, which is at a noise level that is not below that of the step before."""
+        phase = sum(1 for later in self._plan.phases[1:] if log_snr >= later.low)
+        self._turn = self._turn + 1 if phase == self._phase else 0
+        self._phase = phase
+        cycle = self._plan.phases[phase].cycle
+        engine = cycle[self._turn % len(cycle)]
+        if not self._plan.engines[engine].reused <= self._available:
+            engine = 0
+        self._available.update(self._plan.engines[engine].emits)
+        return engine

@@ -43,6 +43,8 @@ class ModelReference(Record, frozen=True, kw_only=True):
     """Class of the pipeline."""
     denoiser: str
     """Class of the denoiser."""
+    controlnet: bool = False
+    """Whether its graph has inputs for the residuals of a ControlNet; decides the hash too."""
 
 
 class Component(Record, frozen=True, kw_only=True):

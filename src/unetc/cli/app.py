@@ -78,6 +78,9 @@ Prompts = Annotated[
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Of classifier-free guidance; 1 is none [default: the pipeline's].")
 ]
+ControlNet = Annotated[
+    bool, typer.Option("--controlnet", help="Let engines take what a ControlNet adds, for unetc.diffusers.")
+]
 KnownProfile = Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")]
 Cache = Annotated[
     Path | None,
@@ -107,6 +110,7 @@ def analyze(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    controlnet: ControlNet = False,
     components: Components = None,
     exhaustive: Exhaustive = False,
     screen_only: ScreenOnly = False,
@@ -124,7 +128,9 @@ def analyze(
     if exhaustive and screen_only:
         raise typer.BadParameter("--exhaustive carries all ablations to the final output, --screen-only none.")
     scheduler, steps = _sampling(model, scheduler, steps)
-    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+    options = _analysis(
+        scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
+    )
     options = replace(options, components=tuple(components or ()), time_limit_s=time_limit or math.inf)
     if exhaustive or screen_only:
         options = replace(options, decisive=None if exhaustive else 0)
@@ -195,6 +201,7 @@ def build(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    controlnet: ControlNet = False,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -218,7 +225,9 @@ def build(
         analysis=(
             AnalysisOptions()  # not used, so the numbers need not fit each other
             if profile
-            else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+            else _analysis(
+                scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
+            )
         ),
         steps=steps,
         gate=QualityGate.parse(quality_gate) if quality_gate else None,
@@ -269,6 +278,7 @@ def pareto(
     batch: Batch = 8,
     prompts: Prompts = None,
     guidance_scale: GuidanceScale = None,
+    controlnet: ControlNet = False,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -290,7 +300,9 @@ def pareto(
     analysis = (
         AnalysisOptions()
         if known
-        else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+        else _analysis(
+            scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
+        )
     )
     options = ParetoOptions(
         budgets=budgets, steps=steps, max_engines=max_engines, max_memory=max_memory, analysis=analysis
@@ -469,6 +481,7 @@ def _analysis(
     batch: int,
     prompts: Path | None,
     guidance_scale: float | None,
+    controlnet: bool,
 ) -> AnalysisOptions:
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.environment import cores
@@ -485,6 +498,7 @@ def _analysis(
         batch=batch,
         prompts=read_prompts(prompts) if prompts else (),
         guidance_scale=guidance_scale,
+        controlnet=controlnet,
     )
 
 

@@ -33,21 +33,22 @@ class Capture:
 
     def reference(self) -> nn.Module:
         """Return the gated graph as a torch module called with (*inputs, gates, means)."""
-        # What the trace assumed of sizes is in no ONNX graph either. PixArt computes positions at every size but its own,
-        # for which it has stored the same.
+        # What the trace assumed of sizes is in no ONNX graph either. PixArt computes positions at every size but its
+        # own, for which it has stored the same.
         return self.program.module(check_guards=False)
 
 
-def capture(model: nn.Module) -> Capture:
+def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
     """Trace a denoiser and gate every component.
 
     Args:
         model: A denoiser of diffusers on the CPU; switched to evaluation mode.
+        controlnet: Whether the graph is to have inputs for the residuals of a ControlNet.
 
     Raises:
         ModelError: If the class is not supported, or the trace fails, or no component is found.
     """
-    denoiser = denoiser_of(model.eval().requires_grad_(False))
+    denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet)
     names = tuple(item.name for item in denoiser.inputs)
     program, dynamic_size = _export(denoiser)
     graph = program.graph_module.graph

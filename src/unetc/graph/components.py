@@ -164,7 +164,7 @@ class _Dataflow:
             trunk, skip, axis = parts
             if below := self._end_of_level(_computed(trunk)):
                 yield _Edge(kind="level", join=node, branch=trunk, name=f"level:{self.owner(below)}", axis=axis)
-            source = self.owner(_computed(skip))
+            source = self.owner(_computed(self._without_additions(skip)))
             consumer = next((owner for user in node.users if (owner := self.owner(user))), self.owner(node))
             target = consumer.rpartition(".")[0] or consumer
             yield _Edge(kind="skip", join=node, branch=skip, name=f"skip:{source}→{target}", axis=axis)
@@ -254,9 +254,18 @@ class _Dataflow:
         axis %= node.meta["val"].ndim
         if axis != _channel_axis(node):
             return None
-        if self._before(second, first):
+        if self._before(self._without_additions(second), first):
             return first, second, axis
-        return (second, first, axis) if self._before(first, second) else None
+        return (second, first, axis) if self._before(self._without_additions(first), second) else None
+
+    def _without_additions(self, node: fx.Node) -> fx.Node:
+        """Go back to what depends on the sample before something that does not was added, as a ControlNet does."""
+        while node.target is ATEN.add.Tensor:
+            sampled = [part for part in node.args if self._depends_on_sample(part)]
+            if len(sampled) != 1 or not isinstance(sampled[0], fx.Node):
+                break
+            node = sampled[0]
+        return node
 
     def _end_of_level(self, trunk: fx.Node) -> fx.Node | None:
         """Find what brought the trunk up since the last join, or what computed it if there is no join before."""
@@ -269,7 +278,7 @@ class _Dataflow:
                 return node
             if self._skip_join(node):
                 return None
-        return trunk
+        return self._without_additions(trunk)
 
 
 def _channel_axis(node: fx.Node) -> int:

@@ -5,7 +5,7 @@ Discovery of components needs no code per class; calling a denoiser does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unetc.errors import ModelError
+from unetc.residuals import PREFIX, Residual, residuals_of
 
 from .inputs import (
     BATCH,
@@ -35,12 +36,14 @@ from .transformers import TRANSFORMERS
 class Denoiser(nn.Module):
     """A denoiser with positional inputs and one tensor out, [batch, channel, height, width]."""
 
-    def __init__(self, model: nn.Module, signature: Signature) -> None:
-        """Wrap a model."""
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Input, ...], call: Callable[[Any, dict[str, Any]], Tensor]
+    ) -> None:
+        """Wrap a model that is called with inputs by name."""
         super().__init__()
         self.model = model
-        self.inputs = tuple(signature.inputs(model, torch.Generator().manual_seed(0)))
-        self._call = signature.call
+        self.inputs = inputs
+        self._call = call
 
     def forward(self, *values: Tensor) -> Tensor:
         """Call the model; what follows its own inputs (the gates, put in later) is ignored."""
@@ -48,14 +51,15 @@ class Denoiser(nn.Module):
         return self._call(self.model, named)
 
 
-def denoiser_of(model: nn.Module) -> Denoiser:
+def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
     """Find out how a model is called.
 
     Args:
         model: A denoiser of diffusers, on the CPU.
+        controlnet: Whether it is to take the residuals of a ControlNet.
 
     Raises:
-        ModelError: If its class or a part of its configuration is not supported, by name.
+        ModelError: If its class or a part of its configuration is not supported, by name, or takes no residuals.
     """
     name = type(model).__name__
     if name in _REFUSED:
@@ -63,7 +67,31 @@ def denoiser_of(model: nn.Module) -> Denoiser:
     if name not in _SIGNATURES:
         raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
     _refuse_patches(model, name)
-    return Denoiser(model, _SIGNATURES[name])
+    signature = _SIGNATURES[name]
+    inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0))
+    if controlnet:
+        if name != "UNet2DConditionModel":
+            raise ModelError(f"a {name} takes no residuals of a ControlNet; a UNet2DConditionModel does.")
+        inputs += _residuals(model, inputs[0], generator)
+    return Denoiser(model, tuple(inputs), signature.call)
+
+
+def _residuals(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
+    """Make the inputs for the residuals of a ControlNet, in the sizes that fit those of the sample."""
+
+    def draw(like: Tensor, residual: Residual) -> Tensor:
+        batch, _, height, width = like.shape
+        return torch.randn(residual.shape(batch, height, width), generator=generator)
+
+    return [
+        Input(
+            name=one.name,
+            example=draw(sample.example, one),
+            dynamic=(2, 3),
+            native=None if sample.native is None else draw(sample.native, one),
+        )
+        for one in residuals_of(model.config)
+    ]
 
 
 def _refuse_patches(model: nn.Module, name: str) -> None:
@@ -105,8 +133,14 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
 
 def _super_resolution(model: Any, generator: torch.Generator) -> list[Input]:
     both, *others = _unet_2d_condition(model, generator)
-    sample, low_res = both.example.chunk(2, dim=1)
-    return [replace(both, example=sample), *others, replace(both, name=LOW_RES, example=low_res)]
+    assert both.native is not None
+    sample, low_res = (
+        replace(both, name=name, example=example, native=native)
+        for name, example, native in zip(
+            (SAMPLE, LOW_RES), both.example.chunk(2, dim=1), both.native.chunk(2, dim=1), strict=True
+        )
+    )
+    return [sample, *others, low_res]
 
 
 def _image(model: Any, generator: torch.Generator) -> list[Input]:
@@ -140,6 +174,8 @@ def _call_unet(model: Any, named: dict[str, Any]) -> Tensor:
     added = {name: named.pop(name) for name in (POOLED, TIME_IDS) if name in named}
     if added:
         named["added_cond_kwargs"] = added
+    if residuals := [named.pop(name) for name in tuple(named) if name.startswith(PREFIX)]:
+        *named["down_block_additional_residuals"], named["mid_block_additional_residual"] = residuals
     output: Tensor = model(**named, return_dict=False)[0]
     return output
 

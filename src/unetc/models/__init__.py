@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from unetc.artifacts.profile import ModelReference
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ModelError
+from unetc.residuals import residuals_of
 
 from .glide import VARIANTS, find_glide
 
@@ -43,6 +44,10 @@ class Model(Protocol):
     @property
     def reference(self) -> ModelReference:
         """Which model it is."""
+
+    @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """Configuration of the denoiser, as pipelines of diffusers read it."""
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
@@ -86,6 +91,7 @@ class PipelineModel:
     """A pretrained model in a local folder of diffusers."""
 
     reference: ModelReference
+    denoiser_config: dict[str, Any]
     scheduler_config: dict[str, Any]
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
@@ -123,7 +129,9 @@ class PipelineModel:
 
         _, height, width = self.sample_shape
         size = height * self.decoder_scale, width * self.decoder_scale
-        return encode_prompts(self.folder, self.reference.pipeline, prompts, guidance_scale=guidance_scale, size=size)
+        pipeline = self.reference.pipeline
+        encoded = encode_prompts(self.folder, pipeline, prompts, guidance_scale=guidance_scale, size=size)
+        return replace(encoded, residuals=residuals_of(self.denoiser_config) if self.reference.controlnet else ())
 
     @property
     def decoder_scale(self) -> int:
@@ -201,29 +209,34 @@ def usual_sampling(name: str) -> Sampling:
     return Sampling()
 
 
-def find_model(name: str, weights: Path | None = None) -> Model:
+def find_model(name: str, weights: Path | None = None, *, controlnet: bool = False) -> Model:
     """Find a model and check that it is supported.
 
     Args:
         name: A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`.
         weights: The checkpoint of one of `VARIANTS`; the others have weights of their own.
+        controlnet: Whether its denoiser is to take the residuals of a ControlNet.
 
     Raises:
         ModelError: If there is no such model, or it is of a class that unetc does not support.
     """
     if name in VARIANTS:
+        if controlnet:
+            raise ModelError(f"{name} takes no residuals of a ControlNet; pipelines that do: {', '.join(GUIDANCE)}.")
         return find_glide(name, weights)
     if weights is not None:
         raise ModelError(f"{name} has weights of its own; --weights is for {', '.join(VARIANTS)}.")
-    return _find_pipeline(name)
+    return _find_pipeline(name, controlnet)
 
 
-def _find_pipeline(name: str) -> PipelineModel:
+def _find_pipeline(name: str, controlnet: bool) -> PipelineModel:
     folder = _find(name)
     index = _read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
+    if controlnet and pipeline not in GUIDANCE:
+        raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(GUIDANCE)}.")
     entry = index.get("unet")
     denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
     expected = "UNet2DConditionModel" if pipeline in GUIDANCE else "UNet2DModel"
@@ -258,10 +271,12 @@ def _find_pipeline(name: str) -> PipelineModel:
     return PipelineModel(
         reference=ModelReference(
             name=name,
-            sha256=_hash(config, scheduler_config, weights),
+            sha256=_hash(config, scheduler_config, weights, controlnet),
             pipeline=pipeline,
             denoiser=denoiser_class,
+            controlnet=controlnet,
         ),
+        denoiser_config=_plain(config),
         scheduler_config=scheduler_config,
         sample_shape=sample_shape,
         folder=folder,
@@ -308,19 +323,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path]) -> str:
-    """Hash what decides the denoiser's output; versions and paths that libraries write into configurations do not."""
+def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path], controlnet: bool) -> str:
+    """Hash what decides the denoiser's output."""
     digest = hashlib.sha256()
     for settings in (config, scheduler):
-        plain = {key: value for key, value in settings.items() if not key.startswith("_") or key == "_class_name"}
-        digest.update(json.dumps(plain, sort_keys=True).encode())
+        digest.update(json.dumps(_plain(settings), sort_keys=True).encode())
     for path in weights:
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
+    if controlnet:
+        digest.update(b"controlnet")
     return digest.hexdigest()
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the versions and paths that libraries write into configurations."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
 
 def _brief(error: Exception) -> str:

@@ -137,6 +137,11 @@ class GlideModel:
     decoder_scale = 1
 
     @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """Configuration of the UNet in diffusers."""
+        return dict(self.variant.unet)
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
         """Configuration of a diffusers scheduler."""
         return dict(self.variant.scheduler_config)

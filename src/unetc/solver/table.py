@@ -235,6 +235,11 @@ class SolverTables:
         nearest = " or ".join(str(count) for count in self.counts[max(position - 1, 0) : position + 1])
         raise SessionError(f"there is no {self.scheduler} table for {steps} steps. Nearest: {nearest} steps.")
 
+    def noise_levels(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """List every timestep of any table, increasing, and the log-SNR of samples there."""
+        timesteps, first = np.unique(np.concatenate([table.timesteps for table in self.tables]), return_index=True)
+        return timesteps, np.concatenate([table.log_snr for table in self.tables])[first]
+
     def to_array(self) -> tuple[SolverHeader, NDArray[np.float64]]:
         """Pack all tables into one array.
 

@@ -268,6 +268,7 @@ def _write(
             target=profile.target,
             threads=profile.threads,
             sample_shape=profile.sample_shape,
+            denoiser_config=setup.prepared.model.denoiser_config,
             predicted_channels=setup.prepared.gated.predicted_channels,
             conditioning=Conditioning(
                 file=CONDITIONS_FILE,

@@ -12,7 +12,7 @@ from filelock import FileLock
 import unetc
 from unetc.artifacts.record import write_atomically
 from unetc.errors import ArtifactError
-from unetc.graph.capture import capture
+from unetc.graph.capture import Capture, capture
 from unetc.graph.decoder import export_decoder
 from unetc.graph.gated import OPSET, GatedGraph, open_or_build
 from unetc.models import Model
@@ -48,12 +48,16 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
     try:
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / "graph.lock"):
-            gated = open_or_build(work / "graph", lambda: capture(model.load_denoiser()))
+            gated = open_or_build(work / "graph", lambda: _capture(model))
             decoder = _decoder(model, work)
     except OSError as error:
         raise ArtifactError(f"cannot write the cache {work}: {error.strerror}. Choose another with --cache.") from error
     on_progress(Progress(stage="capture", done=1, total=1))
     return Prepared(model=model, gated=gated, decoder=decoder, work=work)
+
+
+def _capture(model: Model) -> Capture:
+    return capture(model.load_denoiser(), controlnet=model.reference.controlnet)
 
 
 def _decoder(model: Model, work: Path) -> bytes | None:

@@ -67,7 +67,7 @@ def set_up(
         ProfileError: If the profile belongs to another model.
         PlanError: If the plan belongs to another profile.
     """
-    model = find_model(name, weights)
+    model = find_model(name, weights, controlnet=(profile.model if profile else analysis).controlnet)
     profile = profile or analyze_found(model, analysis, cache, on_progress)
     _check_profile(profile, model)
     if plan is not None:
@@ -104,7 +104,7 @@ def analyze_model(
         ModelError: If there is no such model or it is not supported.
         ProfileError: If it cannot be analysed.
     """
-    return analyze_found(find_model(name, weights), options, cache, on_progress)
+    return analyze_found(find_model(name, weights, controlnet=options.controlnet), options, cache, on_progress)
 
 
 def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:

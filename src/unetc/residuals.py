@@ -1,0 +1,61 @@
+"""What a ControlNet adds to a UNet: one residual for every skip, and one for the middle.
+
+A graph that was captured for it has an input for each; they are zero where no ControlNet is used. Names of inputs
+follow StreamDiffusion.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PREFIX = "input_control_"
+"""Of the names of all inputs for residuals."""
+MIDDLE = f"{PREFIX}middle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """One residual, [batch, channel, height, width]."""
+
+    name: str
+    channels: int
+    halvings: int
+    """How often height and width of the sample are halved, rounded up."""
+
+    def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Tell its shape for samples of a size."""
+        stride = 2**self.halvings
+        return batch, self.channels, -(-height // stride), -(-width // stride)
+
+
+def residuals_of(config: Mapping[str, Any]) -> tuple[Residual, ...]:
+    """List the residuals of a UNet2DConditionModel in the order of its arguments, the middle one last.
+
+    Source:
+        diffusers 0.42.1, models/controlnets/controlnet.py, `ControlNetModel.__init__`.
+    """
+    widths = config["block_out_channels"]
+    layers = config["layers_per_block"]
+    places = [(widths[0], 0)]
+    for level, width in enumerate(widths):
+        places += [(width, level)] * (layers if isinstance(layers, int) else layers[level])
+        if level + 1 < len(widths):
+            places.append((width, level + 1))
+    names = [*(f"{PREFIX}{i:02d}" for i in range(len(places))), MIDDLE]
+    places.append((widths[-1], len(widths) - 1))
+    return tuple(
+        Residual(name=name, channels=channels, halvings=halvings)
+        for name, (channels, halvings) in zip(names, places, strict=True)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def zeros(residuals: tuple[Residual, ...], batch: int, height: int, width: int) -> Mapping[str, NDArray[np.float32]]:
+    """Make the inputs that add nothing, once per size."""
+    return {one.name: np.zeros(one.shape(batch, height, width), dtype=np.float32) for one in residuals}
