@@ -149,7 +149,6 @@ class Session:
         """
         manifest = bundle.manifest
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
-
         decoder = manifest.decoder
         loader = backend.open_weights(bundle.weights)
         programs = [loader.load(bundle.graph_of(engine)) for engine in engines]
