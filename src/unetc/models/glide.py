@@ -14,7 +14,6 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -174,7 +173,7 @@ class GlideModel:
 
         from .glide_text import text_transformer
 
-        model = text_transformer(self._checkpoint.text, self.variant.text_heads)
+        model = text_transformer(self._read().text, self.variant.text_heads)
         length = len(model.positional_embedding)
 
         @torch.no_grad()
@@ -201,10 +200,10 @@ class GlideModel:
         """
         from .glide_unet import load_unet
 
-        return load_unet(self.variant.denoiser, self.variant.unet, self._checkpoint.unet)
+        return load_unet(self.variant.denoiser, self.variant.unet, self._read().unet)
 
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
+    def _read(self) -> Checkpoint:
+        """Read the checkpoint anew: kept, it would take as much memory as the model all the time."""
         from . import glide_checkpoint
 
         return glide_checkpoint.convert(glide_checkpoint.read(self.weights), self.variant.unet)
