@@ -104,6 +104,9 @@ LIBRARIES_AGREE = 1e-4
 ENGINES_AGREE = 1e-5
 """onnxruntime and itself, see test_law."""
 
+SAMPLED = 3
+"""Of every so many components one gets an engine of its own: loading them takes as long as the rest."""
+
 MATTERS = 1e-3
 """What a part changes at least, far more than rounding; the text of the last blocks has little left to change."""
 
@@ -188,7 +191,7 @@ def check_whole(tiny: Tiny) -> None:
 
 
 def check_law(tiny: Tiny) -> None:
-    """Every component removed alone and held alone, and a few random assignments."""
+    """Every component removed alone and a few random assignments; for some of them, the engine too."""
     rng = np.random.default_rng(0)
     assignments: list[dict[str, Treatment]] = [{}, *({name: DROP} for name in tiny.names)]
     for treatments in ((KEEP, DROP, MEAN), (KEEP, KEEP, KEEP, MEAN), (DROP, MEAN)):
@@ -202,15 +205,16 @@ def check_law(tiny: Tiny) -> None:
     reference = tiny.run_reference(rows | {GATES: gates, MEANS: means})
     assert relative_error(reference, expected) < LIBRARIES_AGREE
     path = tiny.gated.folder / "engine.onnx"  # beside the weights it refers to
-    for assignment, row in zip(assignments, expected, strict=True):
+    for row in expected[1:]:
+        assert relative_error(row, expected[0]) > MATTERS
+    for assignment, row in list(zip(assignments, expected, strict=True))[::-SAMPLED]:
         engine = specialise(tiny.gated, assignment, means)
         path.write_bytes(engine.graph)
         onnx.checker.check_model(path, full_check=True)
         assert relative_error(tiny.run(tiny.load(engine), one)[0], row) < ENGINES_AGREE, assignment
-        assert not assignment or relative_error(row, expected[0]) > MATTERS, assignment
     everything = tiny.load(specialise(tiny.gated, {}, means, tiny.names))
     full, emitted = tiny.run_emitting(everything, one)
-    for component in tiny.gated.components:
+    for component in tiny.gated.components[::-SAMPLED]:
         holding = tiny.load(specialise(tiny.gated, {component.name: HOLD}, means))
         branch = emitted[f"{COMPUTED}{component.index}"]
         output = tiny.run(holding, one | {f"{HELD}{component.index}": branch})

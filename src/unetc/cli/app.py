@@ -34,16 +34,16 @@ Weights = Annotated[Path | None, typer.Option(help="Checkpoint of glide:base or 
 BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Scheduler = Annotated[
-    str | None, typer.Option(help="ddim, ddpm, euler or dpmsolver++ [default: ddim, for glide:base ddpm].")
+    str | None, typer.Option(help="ddim, ddpm, euler or dpmsolver++ (default: ddim, for glide:base ddpm).")
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Denoiser calls per sample [default: 50, for GLIDE as it was published].")
+    int | None, typer.Option(min=1, help="Denoiser calls per sample (default: 50, for GLIDE as it was published).")
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Trajectories every ablation is measured on.")]
 Bins = Annotated[int, typer.Option(min=1, help="Noise levels that are told apart.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Target = Annotated[str, typer.Option(help="Where engines run; costs are measured there.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the target [default: all cores].")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the target (default: all cores).")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size at which time is measured.")]
 Budget = Annotated[float, typer.Option(help="Share of the time to save, in [0, 1).")]
 MaxEngines = Annotated[int, typer.Option(min=1, help="Most engines beside the full model.")]
@@ -52,7 +52,7 @@ MaxMemory = Annotated[
     typer.Option(
         min=1,
         help="Most weights of all engines together, as a multiple of the full model's, which is one of them "
-        "[default: no limit].",
+        "(default: no limit).",
     ),
 ]
 Exhaustive = Annotated[
@@ -64,27 +64,27 @@ ScreenOnly = Annotated[
 ]
 TimeLimit = Annotated[
     float | None,
-    typer.Option(min=1, help="Seconds after which no ablation is begun; what is left is estimated [default: none]."),
+    typer.Option(min=1, help="Seconds after which no ablation is begun; what is left is estimated (default: none)."),
 ]
 Components = Annotated[
     list[str] | None,
-    typer.Option(help="Ablate only components like this, as 'up_blocks.*.attentions.*'; repeatable [default: all]."),
+    typer.Option(help="Ablate only components like this, as 'up_blocks.*.attentions.*'; repeatable (default: all)."),
 ]
 Solver = Annotated[str, typer.Option(help="fast, or exact: an integer program, some hundred times slower.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="Prompts to measure on, one a line; the last quarter is kept for verify [default: the model's]."),
+    typer.Option(help="Prompts to measure on, one a line; the last quarter is kept for verify (default: the model's)."),
 ]
 GuidanceScale = Annotated[
-    float | None, typer.Option(help="Of classifier-free guidance; 1 is none [default: the pipeline's].")
+    float | None, typer.Option(help="Of classifier-free guidance; 1 is none (default: the pipeline's).")
 ]
 ControlNet = Annotated[
     bool, typer.Option("--controlnet", help="Let engines take what a ControlNet adds, for unetc.diffusers.")
 ]
-KnownProfile = Annotated[Path | None, typer.Option(help="Profile of this model [default: analyse now].")]
+KnownProfile = Annotated[Path | None, typer.Option(help="Profile of this model (default: analyse now).")]
 Cache = Annotated[
     Path | None,
-    typer.Option(help="Folder for captures and partial results [default: $UNETC_CACHE or ~/.cache/unetc]."),
+    typer.Option(help="Folder for captures and partial results (default: $UNETC_CACHE or ~/.cache/unetc)."),
 ]
 
 
@@ -324,7 +324,7 @@ def sample(
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")] = Path("samples.png"),
     batch: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls [default: the bundle's].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Run the full model at every step.")] = False,
     memory: Annotated[str, typer.Option(help="fast, or low: all engines share one copy of the weights.")] = "fast",
     threads: Threads = None,
@@ -359,7 +359,7 @@ def verify(
     bundle: BundlePath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Verification to write as JSON.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Batches that every contender samples, in turns.")] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size [default: the bundle's].")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size (default: the bundle's).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="A seed that the build has not used.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -389,7 +389,7 @@ def report(
     bundle: BundlePath,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
     verification: Annotated[
-        Path | None, typer.Option(help="Result of `unetc verify -o` [default: verify now].")
+        Path | None, typer.Option(help="Result of `unetc verify -o` (default: verify now).")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -33,8 +33,8 @@ class Capture:
 
     def reference(self) -> nn.Module:
         """Return the gated graph as a torch module called with (*inputs, gates, means)."""
-        # What the trace assumed of sizes is in no ONNX graph either. PixArt computes positions at every size but its
-        # own, for which it has stored the same.
+        # What the trace assumed of sizes is in no ONNX graph either. PixArt computes its positions at every size but
+        # its own, for which it has stored them.
         return self.program.module(check_guards=False)
 
 
