@@ -833,6 +833,19 @@ def test_parts_never_save_more_than_the_whole(shares: list[float], outer: float)
         assert saved[0] / saved[1] == pytest.approx(asked[0] / asked[1])
 
 
+def test_what_holds_others_but_was_not_timed_takes_nothing_from_them() -> None:
+    # c2 holds c0 and c1; only those were analysed
+    whole = make_profile(np.full((2, 2, 3), 0.1), [0.2, 0.3, 0.0], nested={2: [0, 1]})
+    profile = msgspec.structs.replace(
+        whole,
+        costs=whole.costs[:2],
+        effects=tuple(effect for effect in whole.effects if effect.component != "c2"),
+    )
+    assert Choices(profile).saved.tolist() == pytest.approx([0.2, 0.3, 0.0])
+    plan = make_plan(profile, PlanOptions(budget=0.2))
+    assert {name for engine in plan.engines for name in engine.treatments} <= {"c0", "c1"}
+
+
 def test_fast_may_miss_what_lies_between_the_corners_of_the_hull() -> None:
     # c0 alone, then both, are the corners; c1 alone is between them and above the line
     profile = make_profile(np.array([[[0.1, 0.2]]] * 2), [0.2, 0.3])
