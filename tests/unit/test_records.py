@@ -135,7 +135,9 @@ def profiles(draw: st.DrawFn) -> Profile:
         bins=tuple(Bin(low=low, high=high, steps=draw(count)) for low, high in itertools.pairwise(ends)),
         full_ms=draw(st.builds(Estimate, low=st.just(1e-9), mean=st.just(0.5), high=positive.map(lambda v: v + 1))),
         full_bytes=10**6,
-        costs=tuple(Cost(component=name, saved_ms=draw(estimates), freed_bytes=draw(count)) for name in names),
+        costs=tuple(
+            Cost(component=name, saved_ms=draw(estimates), freed_bytes=draw(st.integers(0, 10**6))) for name in names
+        ),
         effects=tuple(draw(st.lists(removed | reused, max_size=3)) if names else ()),
         samplings=draw(number),
         means=tuple(draw(st.binary(min_size=n, max_size=n)) for n in [4 * width * len(names)] * (len(ends) - 1)),
