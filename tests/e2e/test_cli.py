@@ -365,7 +365,7 @@ def wrong_pipeline(tiny_model: Path) -> Path:
     """Copy a model and call it something that unetc does not know."""
     folder = Path(shutil.copytree(tiny_model, "wrong"))
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
     return folder
 
 
@@ -392,7 +392,7 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "unknown model": (lambda at: ("build", "nonsense"), "no model 'nonsense'"),
     "unknown Hub id": (lambda at: ("analyze", "nobody/nothing"), "cannot get 'nobody/nothing' from the Hub"),
     "folder that is no model": (lambda at: ("analyze", at.empty), "no model_index.json"),
-    "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "StableDiffusionPipeline; supported"),
+    "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "KandinskyPipeline; supported"),
     "no checkpoint": (lambda at: ("analyze", "glide:base", "--cache", at.cache), "give one with --weights"),
     "unknown scheduler": (
         lambda at: ("analyze", at.model, "--scheduler", "magic", "--cache", at.cache),
