@@ -18,7 +18,7 @@ from unetc.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-BUILT_IN = ("digits",)
+BUILT_IN = ("digits", "prompted-digits")
 """Models that ship with unetc."""
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
