@@ -22,8 +22,15 @@ def write_card(text: str, command: str, figures: dict[str, object], folder: Path
         figures: Name and value of each row.
         folder: The model folder.
     """
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {_in_words(value)} |" for name, value in figures.items())
     (folder / "card.json").write_text(json.dumps(figures, indent=2) + "\n")
     (folder / "README.md").write_text(
         f"{text}\n\n| figure | value |\n|---|---|\n{rows}\n\nRegenerate: `{command}`. Figures also in `card.json`.\n"
     )
+
+
+def _in_words(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    ends = " · " if any(isinstance(inner, dict) for inner in value.values()) else ", "
+    return ends.join(f"{name.replace('_', ' ')}: {_in_words(inner)}" for name, inner in value.items())

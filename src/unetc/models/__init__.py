@@ -23,7 +23,7 @@ from .glide import VARIANTS, find_glide
 if TYPE_CHECKING:
     from torch import nn
 
-BUILT_IN = ("digits",)
+BUILT_IN = ("digits", "prompted-digits")
 """Models that ship with unetc."""
 
 UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
