@@ -108,7 +108,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
 def test_another_pipeline_is_refused(folder: Path) -> None:
     edit(folder / "model_index.json", _class_name="KandinskyPipeline")
     message = refusal(lambda: find_model(str(folder)))
-    assert "StableDiffusionPipeline" in message
+    assert "KandinskyPipeline" in message
     assert "DDPMPipeline, DDIMPipeline" in message
 
 
