@@ -1,4 +1,4 @@
-.PHONY: install check test bench build
+.PHONY: install check test nightly bench build
 
 install:
 	python -m pip install -e ".[dev]"
@@ -10,6 +10,9 @@ check:
 
 test:
 	python -m pytest -q -n 2
+
+nightly:
+	python -m pytest -q -n 2 -m nightly
 
 bench:
 	set -e; for question in benchmarks/bench_*.py; do python "$$question"; done

@@ -30,6 +30,8 @@ from unetc.runtime.session import Request, Session
 from unetc.workflow.build import BuildOptions, build
 from unetc.workflow.setup import analyze_model
 
+pytestmark = pytest.mark.nightly
+
 diffusers: Any = untyped_diffusers
 
 STEPS = 6

@@ -42,6 +42,8 @@ from unetc.solver.extract import extract_all, make_scheduler
 from unetc.solver.noise import initial_noise, step_noise
 from unetc.workflow.prepare import Prepared, prepare
 
+pytestmark = pytest.mark.nightly
+
 TOLERANCE = 3e-5
 """Relative; both sides compute in float32 with the same kernels, but for attention; measured: 8e-6."""
 

@@ -25,6 +25,8 @@ from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
 
+pytestmark = pytest.mark.nightly
+
 diffusers: Any = untyped_diffusers
 
 CONFIGS = Path(__file__).parents[1] / "configs"

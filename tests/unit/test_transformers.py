@@ -32,6 +32,8 @@ from unetc.runtime.session import Session
 from unetc.solver.extract import extract_all, make_scheduler
 from unetc.solver.noise import initial_noise
 
+pytestmark = pytest.mark.nightly
+
 diffusers: Any = untyped_diffusers
 
 KEEP, DROP, MEAN, HOLD, _ = Treatment
