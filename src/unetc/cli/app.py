@@ -27,7 +27,8 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="Built-in model (digits), diffusers folder, Hub id, or glide:base or glide:upsample.", metavar="MODEL"
+        help="Built-in model (digits, prompted-digits), diffusers folder, Hub id, or glide:base or glide:upsample.",
+        metavar="MODEL",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint of glide:base or glide:upsample, .pt or .safetensors.")]
