@@ -232,6 +232,10 @@ class Tiny:
         return new_denoiser(self.architecture)
 
     @functools.cached_property
+    def _inputs(self) -> tuple[Input, ...]:
+        return denoiser_of(self.denoiser).inputs
+
+    @functools.cached_property
     def capture(self) -> Capture:
         """Its capture; this takes seconds."""
         return capture(self.denoiser)
@@ -312,7 +316,7 @@ class Tiny:
                 return np.resize(item.example.numpy(), shape)
             return rng.standard_normal(shape, dtype=np.float32)
 
-        return {item.name: draw(item) for item in denoiser_of(self.denoiser).inputs}
+        return {item.name: draw(item) for item in self._inputs}
 
     def run(self, program: Program, inputs: Mapping[str, Array]) -> Array:
         """Run a loaded graph; what it does not write stays NaN."""

@@ -45,7 +45,11 @@ def bundle(folder: Path) -> Path:
         steps=STEPS, samples=4, bins=2, batch=2, rounds=2, threads=1, decisive=2, guidance_scale=SCALE
     )
     options = BuildOptions(
-        plan=PlanOptions(budget=0.2), analysis=analysis, steps=STEPS, repair=RepairOptions(evaluations=2)
+        plan=PlanOptions(budget=0.2),
+        analysis=analysis,
+        steps=STEPS,
+        repair=RepairOptions(evaluations=0),
+        controls=False,
     )
     build(str(folder), path, options, cache=folder.parent / "cache")
     return path

@@ -31,7 +31,9 @@ LIBRARIES_AGREE = 1e-4
 
 @pytest.fixture(scope="module")
 def tiny(shared: Path) -> Tiny:
-    return tiny_of("cross-attention", shared)
+    found = tiny_of("cross-attention", shared)
+    found.inputs(batch=1, height=8, width=8)  # what it takes is read before hooks are on it, which are refused
+    return found
 
 
 def plan_of(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: tuple[Phase, ...]) -> Plan:

@@ -270,7 +270,7 @@ def test_a_hub_id_is_downloaded_without_anything_that_could_run_code(
 ) -> None:
     asked: list[tuple[str, list[str]]] = []
 
-    def download(name: str, *, allow_patterns: list[str]) -> str:
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((name, allow_patterns))
         return str(folder)
 
@@ -278,4 +278,4 @@ def test_a_hub_id_is_downloaded_without_anything_that_could_run_code(
     assert find_model("owner/name").reference.name == "owner/name"
     ((name, patterns),) = asked
     assert name == "owner/name"
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
+    assert all(pattern.endswith((".json", ".safetensors", ".txt")) for pattern in patterns)

@@ -320,19 +320,19 @@ def test_a_batch_or_seed_out_of_range_is_refused(session: Session) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_noise_that_is_not_finite_is_named_with_its_step(session: Session, value: float) -> None:
+def test_noise_that_is_not_finite_is_named_with_its_timestep(session: Session, value: float) -> None:
     noise = initial_noise(0, range(3), SHAPE)
     noise[1, 0, 3, 3] = value
-    with pytest.raises(NonFiniteError, match=r"engine 1 .* step 0 of 7"):
+    with pytest.raises(NonFiniteError, match=r"engine 1 .* timestep 852"):
         session.sample(noise=noise, steps=7)
-    with pytest.raises(NonFiniteError, match=r"engine 0 .* step 0 of 7"):
+    with pytest.raises(NonFiniteError, match=r"engine 0 .* timestep 852"):
         session.sample(noise=noise, steps=7, lossless=True)
 
 
 @pytest.mark.parametrize("bad", [0, 3, 6])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_an_engine_that_fails_later_is_named_with_its_step(bundle: Bundle, bad: int, value: float) -> None:
+def test_an_engine_that_fails_later_is_named_with_its_timestep(bundle: Bundle, bad: int, value: float) -> None:
     calls = 0
 
     def program(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
@@ -343,7 +343,7 @@ def test_an_engine_that_fails_later_is_named_with_its_step(bundle: Bundle, bad: 
         return {}
 
     broken = session_of([program], bundle.solver, (Phase(low=-20.0, high=20.0, cycle=(0,)),))
-    with pytest.raises(NonFiniteError, match=f"step {bad} of 7"):
+    with pytest.raises(NonFiniteError, match=f"timestep {bundle.solver.table(7).timesteps[bad]:g}"):
         broken.sample(2, steps=7)
     assert calls == bad + 1
 

@@ -303,7 +303,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        parts = ["model_index.json", PROMPTS, "scheduler/*.json", "tokenizer*/*"]
+        parts = ["model_index.json", PROMPTS, "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt"]
         parts += [f"{part}/*.{kind}" for part in ("unet", "vae", "text_encoder*") for kind in ("json", "safetensors")]
         variants = ["*.fp16.*", "*non_ema*"]
         return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=variants))
