@@ -27,8 +27,6 @@ from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
 from unetc.artifacts.pareto import Pareto
 from unetc.cli import main
 
-pytestmark = pytest.mark.xdist_group("cli")  # one process, so the whole way is gone once
-
 COMMANDS = ("analyze", "plan", "build", "sample", "verify", "report", "inspect", "doctor", "demo")
 LIMITS = ("--budget", "0.2", "--max-engines", "2", "--max-memory", "2.5")
 SMALL = ("--steps", "4", "--samples", "2", "--bins", "2", "--batch", "2", "--threads", "1")

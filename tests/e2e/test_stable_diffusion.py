@@ -25,8 +25,6 @@ from unetc.workflow.verify import VerifyOptions, verify
 
 diffusers: Any = untyped_diffusers
 
-pytestmark = pytest.mark.xdist_group("stable-diffusion")  # one process, so one bundle
-
 STEPS = 6
 SCALE = 3.0
 IMAGE_TOLERANCE = 1e-3

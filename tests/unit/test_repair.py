@@ -22,8 +22,6 @@ from unetc.workflow.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.workflow.repair import RepairOptions, repair
 from unetc.workflow.setup import Setup, set_up
 
-pytestmark = pytest.mark.xdist_group("repair")  # one process, so one workbench
-
 STEPS = 8
 ANALYSIS = AnalysisOptions(steps=STEPS, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
 

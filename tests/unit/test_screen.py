@@ -37,8 +37,6 @@ from unetc.runtime.backend import open_backend
 from unetc.solver.extract import extract, make_scheduler
 
 ARCHITECTURE = "attention"
-pytestmark = pytest.mark.xdist_group(ARCHITECTURE)  # one process, so one capture
-
 SHAPE = (2, 16, 16)
 SAMPLES, SEED = 2, 5
 STEPS = 8

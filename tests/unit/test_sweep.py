@@ -48,8 +48,6 @@ from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTable
 
 ARCHITECTURE = "attention"
-pytestmark = pytest.mark.xdist_group(ARCHITECTURE)  # one process, so one capture
-
 SHAPE = (2, 16, 16)
 SAMPLES, SEED = 2, 5
 STEPS, BINS = 5, 2  # bins of 3 and 2 steps
