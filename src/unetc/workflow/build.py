@@ -238,8 +238,8 @@ def _write(
     }
     if setup.conditions.rows:
         contents[CONDITIONS_FILE] = save(setup.conditions.to_arrays())
-    if setup.prepared.decoder is not None:
-        contents[DECODER_FILE] = setup.prepared.decoder
+    if setup.decoder is not None:
+        contents[DECODER_FILE] = setup.decoder
     full = setup.workbench.full
     names: dict[bytes, str] = {}
 
@@ -279,7 +279,7 @@ def _write(
             if setup.conditions.rows
             else None,
             decoder=BundleDecoder(graph=DECODER_FILE, scale=setup.prepared.model.decoder_scale)
-            if setup.prepared.decoder is not None
+            if setup.decoder is not None
             else None,
             batch=profile.batch,
             steps=options.steps,

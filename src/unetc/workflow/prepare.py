@@ -27,8 +27,6 @@ class Prepared:
 
     model: Model
     gated: GatedGraph
-    decoder: bytes | None
-    """ONNX graph that turns samples into images; None if samples are images."""
     work: Path
     """Folder for partial results about this model."""
 
@@ -49,28 +47,40 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / "graph.lock"):
             gated = open_or_build(work / "graph", lambda: _capture(model))
-            decoder = _decoder(model, work)
     except OSError as error:
         raise ArtifactError(f"cannot write the cache {work}: {error.strerror}. Choose another with --cache.") from error
     on_progress(Progress(stage="capture", done=1, total=1))
-    return Prepared(model=model, gated=gated, decoder=decoder, work=work)
+    return Prepared(model=model, gated=gated, work=work)
 
 
 def _capture(model: Model) -> Capture:
     return capture(model.load_denoiser(), controlnet=model.reference.controlnet)
 
 
-def _decoder(model: Model, work: Path) -> bytes | None:
-    """Export the decoder, or read what an earlier command has exported."""
-    if (autoencoder := model.load_decoder()) is None:
+def prepare_decoder(prepared: Prepared) -> bytes | None:
+    """Export what turns samples into images as ONNX, or read what an earlier command has exported.
+
+    Returns:
+        The graph; None if samples are images.
+
+    Raises:
+        ModelError: If the decoder cannot be loaded.
+        CompileError: If it cannot be exported.
+        ArtifactError: If the cache cannot be written or read.
+    """
+    if (autoencoder := prepared.model.load_decoder()) is None:
         return None
     digest = hashlib.sha256()
     for name, value in autoencoder.state_dict().items():
         digest.update(name.encode() + value.numpy().tobytes())
-    path = work / f"decoder-{digest.hexdigest()[:16]}.onnx"
-    if not path.exists():
-        write_atomically(path, export_decoder(autoencoder))
-    return path.read_bytes()
+    path = prepared.work / f"decoder-{digest.hexdigest()[:16]}.onnx"
+    try:
+        with FileLock(prepared.work / "decoder.lock"):
+            if not path.exists():
+                write_atomically(path, export_decoder(autoencoder))
+            return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}. Choose another folder with --cache.") from error
 
 
 def prepare_solver(

@@ -20,7 +20,7 @@ from unetc.runtime.decoder import Decoder
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.table import SolverTables
 
-from .prepare import Prepared, prepare, prepare_solver
+from .prepare import Prepared, prepare, prepare_decoder, prepare_solver
 from .workbench import Workbench
 
 HELD_OUT_SHARE = 4
@@ -36,6 +36,8 @@ class Setup:
     solver: SolverTables
     conditions: Conditions
     """Of all prompts of the profile."""
+    decoder: bytes | None
+    """ONNX graph that turns samples into images; None if samples are images."""
     workbench: Workbench
 
 
@@ -78,6 +80,7 @@ def set_up(
     solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
     backend = open_backend(profile.target, threads=profile.threads)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
+    decoder = prepare_decoder(prepared)
     workbench = Workbench(
         prepared.gated,
         profile,
@@ -85,9 +88,16 @@ def set_up(
         backend,
         steps=steps,
         conditions=conditions.take(range(profile.used_prompts)),
-        decoder=Decoder(prepared.decoder, model.decoder_scale, backend) if prepared.decoder else None,
+        decoder=Decoder(decoder, model.decoder_scale, backend) if decoder else None,
     )
-    return Setup(prepared=prepared, profile=profile, solver=solver, conditions=conditions, workbench=workbench)
+    return Setup(
+        prepared=prepared,
+        profile=profile,
+        solver=solver,
+        conditions=conditions,
+        decoder=decoder,
+        workbench=workbench,
+    )
 
 
 def analyze_model(
