@@ -1,15 +1,18 @@
 """What do peers lose at the time that DeepCache takes, on the same trained, prompted model?
 
-    python benchmarks/bench_peers.py             # about 25 minutes on two cores; resumes
+    python benchmarks/bench_peers.py             # about 35 minutes on two cores; resumes
 
 `prompted-digits`, DDIM, 50 steps, with the guidance of its card, 80 prompts that name everything, seeds that neither
 analysis nor build has seen. Every contender samples the same noise under the same prompts and is held against the full
 model of its own runtime:
 
 - DeepCache: its own package (0.1.1) around the unmodified diffusers pipeline, in torch
+- T-GATE: `tgate.py` around the unmodified pipeline, in torch, with the gate step that saves as much
 - the plan: `unetc build` with the budget that DeepCache saves, in onnxruntime
-- DeepCache's rule, T-GATE's rule (cross-attention held from a step on, where that saves so much) and fewer steps, in
-  onnxruntime
+- DeepCache's rule, T-GATE's rule as a plan (cross-attention held from a step on, guidance as it was, where that saves
+  so much) and fewer steps, in onnxruntime
+
+At last a plan with a budget of 0.27 draws more pictures, to see whether it follows its prompts as the full model does.
 
 Time is that of the denoising loop. Torch and onnxruntime have different speeds, so a time ratio compares a contender
 with the full model in the same runtime, sampled in turns. Writes `results/peers.json` and `docs/images/peers.svg`.
@@ -30,7 +33,8 @@ from captioned_digits import Ruler
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from matplotlib.figure import Figure
-from prompt_following import followed, full_requests
+from prompt_following import Request, followed, full_requests
+from tgate import gated
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
@@ -62,6 +66,8 @@ BATCH = 8
 SEED = 5000
 INTERVALS = (2, 3)
 """DeepCache computes everything at one of so many steps."""
+BUDGET, BUDGET_SEEDS = 0.27, 4
+"""At this budget every prompt is drawn so many times."""
 ANALYSIS = AnalysisOptions(samples=6, batch=BATCH)
 
 Contender = Callable[[Conditions, Array], Array]
@@ -78,12 +84,23 @@ class Torch:
         self._pipeline.set_progress_bar_config(disable=True)
         self._guidance = guidance
 
-    def sample(self, conditions: Conditions, noise: Array, interval: int | None = None) -> Array:
-        """Sample latents; with DeepCache if an interval is given."""
-        helper = DeepCacheSDHelper(pipe=self._pipeline) if interval else None
-        if helper:
-            helper.set_params(cache_interval=interval, cache_branch_id=0)
-            helper.enable()
+    def cached(self, conditions: Conditions, noise: Array, *, interval: int) -> Array:
+        """Sample latents with DeepCache."""
+        helper = DeepCacheSDHelper(pipe=self._pipeline)
+        helper.set_params(cache_interval=interval, cache_branch_id=0)
+        helper.enable()
+        try:
+            return self.sample(conditions, noise)
+        finally:
+            helper.disable()
+
+    def gated(self, conditions: Conditions, noise: Array, *, gate: int) -> Array:
+        """Sample latents with T-GATE."""
+        with gated(self._pipeline, gate) as options:
+            return self.sample(conditions, noise, **options)
+
+    def sample(self, conditions: Conditions, noise: Array, **options: Any) -> Array:
+        """Sample latents."""
         own, negative = (torch.from_numpy(c["encoder_hidden_states"]) for c in (conditions.own, conditions.negative))
         latents = self._pipeline(
             prompt_embeds=own,
@@ -92,9 +109,8 @@ class Torch:
             guidance_scale=self._guidance,
             num_inference_steps=STEPS,
             output_type="latent",
+            **options,
         ).images
-        if helper:
-            helper.disable()
         result: Array = latents.numpy()
         return result
 
@@ -102,6 +118,22 @@ class Torch:
 def in_session(session: Session, conditions: Conditions, noise: Array, **how: Any) -> Array:
     """Sample latents with a session."""
     return session.sample(noise=noise, conditions=conditions, latents=True, **how)
+
+
+def time_ratio(one: Callable[[], Array], full: Callable[[], Array]) -> float:
+    """Measure the time of a contender / that of the full model, in turns."""
+    times = interleaved_ms([full, one], rounds=5, warmup=1)
+    return float(np.median(times[:, 1] / times[:, 0]))
+
+
+def gate_step(behind: float, saving: float) -> int:
+    """Choose the gate that saves what is asked, or else as much as the method can.
+
+    Args:
+        behind: Time of a step behind the gate / that of a step before it.
+        saving: Share of the time.
+    """
+    return int(np.clip(round(STEPS * (1 - saving / max(1e-3, 1 - behind))), 1, STEPS - 1))
 
 
 def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
@@ -130,19 +162,20 @@ def tgate(setup: Setup, saving: float) -> tuple[int, Session]:
     """Find the gate step that saves what is asked, or else as much as cross-attention can."""
     log_snr = setup.solver.table(STEPS).log_snr.tolist()
     earliest = setup.workbench.compile(gated_at(setup.profile, log_snr, 1))
-    share = max(1e-3, earliest.saving) * STEPS / (STEPS - 1)
-    step = int(np.clip(round(STEPS * (1 - saving / share)), 1, STEPS - 1))
+    step = gate_step(1 - earliest.saving * STEPS / (STEPS - 1), saving)
     return step, setup.workbench.compile(gated_at(setup.profile, log_snr, step)).session
 
 
-def sample_all(contenders: dict[str, Contender], conditions: Conditions) -> tuple[dict[str, Any], dict[str, Array]]:
+def sample_all(
+    contenders: dict[str, Contender], conditions: Conditions, seed: int
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """Let all contenders sample all prompts in turns, a batch at a time; return times and latents."""
     count = conditions.rows or 0
     times, latents = [], {name: [] for name in contenders}
     shape = find_model(MODEL).sample_shape
     for first in range(0, count, BATCH):
         rows = range(first, min(first + BATCH, count))
-        own, noise = conditions.take(rows), initial_noise(SEED, rows, shape)
+        own, noise = conditions.take(rows), initial_noise(seed, rows, shape)
         made: dict[str, Array] = {}
         calls = [partial(_keep, made, name, contender, own, noise) for name, contender in contenders.items()]
         times.append(interleaved_ms(calls, rounds=1, warmup=int(first == 0))[0])
@@ -156,55 +189,100 @@ def _keep(into: dict[str, Array], name: str, contender: Contender, conditions: C
     into[name] = contender(conditions, noise)
 
 
-def compare(interval: int, model: Model, work: Path, guidance: float) -> list[dict[str, Any]]:
+class Judge:
+    """Reads off pictures whether they show what was asked for."""
+
+    def __init__(self, model: Model) -> None:
+        """Load the classifier and set the marks of the ruler."""
+        self._classifier = DigitClassifier.load(model.folder / "classifier/model.safetensors")
+        self._ruler = Ruler()
+
+    def followed(self, requests: Sequence[Request], images: Array) -> dict[str, float]:
+        """Give the share of images [count, 3, 32, 32] that show each attribute, and all that was asked for."""
+        grey = torch.from_numpy(images).mean(dim=1, keepdim=True).clamp(-1, 1)
+        return followed(requests, grey, self._classifier, self._ruler)
+
+
+def build_at(saving: float, work: Path, *, controls: bool) -> Bundle:
+    """Build a bundle that saves a share of the time."""
+    path = work / f"peers-{saving:.3f}"
+    options = BuildOptions(plan=PlanOptions(budget=saving), analysis=ANALYSIS, controls=controls)
+    with progress() as on_progress:
+        build(MODEL, path, options, cache=work, on_progress=on_progress)
+    return Bundle.open(path)
+
+
+def compare(interval: int, model: Model, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
     """Measure everything at the time of DeepCache with one interval."""
     requests = full_requests()
     conditions = model.encode([request.prompt for request in requests], guidance)
     torch_side = Torch(model, guidance)
-    deepcache = partial(torch_side.sample, interval=interval)
-    few = conditions.take(range(BATCH))
-    noise = initial_noise(SEED - 1, range(BATCH), model.sample_shape)
-    trial = interleaved_ms([lambda: torch_side.sample(few, noise), lambda: deepcache(few, noise)], rounds=5, warmup=1)
-    saving = float(1 - np.median(trial[:, 1] / trial[:, 0]))
-    path = work / f"peers-{interval}"
-    with progress() as on_progress:
-        options = BuildOptions(plan=PlanOptions(budget=saving), analysis=ANALYSIS)
-        build(MODEL, path, options, cache=work, on_progress=on_progress)
-    bundle = Bundle.open(path)
+    few, noise = conditions.take(range(BATCH)), initial_noise(SEED - 1, range(BATCH), model.sample_shape)
+    in_full = partial(torch_side.sample, few, noise)
+    saving = 1 - time_ratio(partial(torch_side.cached, few, noise, interval=interval), in_full)
+    earliest = time_ratio(partial(torch_side.gated, few, noise, gate=1), in_full)
+    torch_gate = gate_step((earliest * STEPS - 1) / (STEPS - 1), saving)
+    bundle = build_at(saving, work, controls=True)
     backend = open_backend(bundle.manifest.target, threads=bundle.manifest.threads)
     session = Session.of(bundle, backend)
     profile = Profile.from_json(bundle.profile, "the bundle's profile")
     setup = set_up(MODEL, analysis=ANALYSIS, steps=STEPS, cache=work, profile=profile)
-    gate, gated = tgate(setup, saving)
+    gate, crossing_held = tgate(setup, saving)
     fewer = max(1, round(STEPS * (1 - saving)))
     deep = next(control for control in bundle.manifest.controls if control.name == "deep-hold")
     contenders: dict[str, Contender] = {
         "full, torch": torch_side.sample,
-        f"DeepCache 0.1.1, interval {interval}": deepcache,
+        f"DeepCache 0.1.1, interval {interval}": partial(torch_side.cached, interval=interval),
+        f"T-GATE, gate {torch_gate}": partial(torch_side.gated, gate=torch_gate),
         "full": partial(in_session, session, lossless=True),
         f"unetc, budget {saving:.2f}": partial(in_session, session),
         "DeepCache's rule, best level and period": partial(in_session, Session.of(bundle, backend, control=deep)),
-        f"T-GATE's rule from step {gate}": partial(in_session, gated),
+        f"T-GATE's rule as a plan, from step {gate}": partial(in_session, crossing_held),
         f"fewer steps ({fewer})": partial(in_session, session, lossless=True, steps=fewer),
     }
-    times, latents = sample_all(contenders, conditions)
+    times, latents = sample_all(contenders, conditions, SEED)
     images = {name: session.decode(own) for name, own in latents.items()}
-    classifier = DigitClassifier.load(model.folder / "classifier/model.safetensors")
-    ruler = Ruler()
-    rows = []
-    for place, (name, own) in enumerate(images.items()):
-        reference = "full, torch" if place < 2 else "full"
-        grey = torch.from_numpy(own).mean(dim=1, keepdim=True).clamp(-1, 1)
+    rows, reference = [], ""
+    for name, own in images.items():
+        reference = name if name.startswith("full") else reference
         rows.append(
             {
                 "interval": interval,
                 "contender": name,
                 "time_ratio": float(np.median(times[name] / times[reference])),
                 "damage": to_builtins(measure_damage(images[reference], own)),
-                "followed": followed(requests, grey, classifier, ruler),
+                "followed": judge.followed(requests, own),
             }
         )
     return rows
+
+
+def accuracy(model: Model, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
+    """Compare how well a plan and the full model follow the prompts, at the same noise."""
+    bundle = build_at(BUDGET, work, controls=False)
+    session = Session.of(bundle, open_backend(bundle.manifest.target, threads=bundle.manifest.threads))
+    contenders: dict[str, Contender] = {
+        "full": partial(in_session, session, lossless=True),
+        f"unetc, budget {BUDGET}": partial(in_session, session),
+    }
+    requests = full_requests()
+    conditions = model.encode([request.prompt for request in requests], guidance)
+    sampled = [sample_all(contenders, conditions, SEED + 1 + i) for i in range(BUDGET_SEEDS)]
+    times, images = (
+        {name: np.concatenate([part[name] for part in parts]) for name in contenders}
+        for parts in zip(*sampled, strict=True)
+    )
+    images = {name: session.decode(own) for name, own in images.items()}
+    return [
+        {
+            "contender": name,
+            "samples": len(own),
+            "time_ratio": float(np.median(times[name] / times["full"])),
+            "damage": to_builtins(measure_damage(images["full"], own)),
+            "followed": judge.followed(requests * BUDGET_SEEDS, own),
+        }
+        for name, own in images.items()
+    ]
 
 
 @styled
@@ -222,12 +300,14 @@ def draw(rows: list[dict[str, Any]]) -> str:
     return inline(figure, "Damage against time of unetc and its peers")
 
 
-def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Read off the goals."""
-    found = []
+    found: list[dict[str, Any]] = []
     for interval in INTERVALS:
-        own = {row["contender"].split(",")[0].split(" ")[0]: row for row in rows if row["interval"] == interval}
-        mine, theirs = own["unetc"], own["DeepCache"]
+        own = [row for row in rows if row["interval"] == interval]
+        mine, theirs = (
+            next(row for row in own if row["contender"].startswith(name)) for name in ("unetc", "DeepCache 0.1.1")
+        )
         ratio = mine["damage"]["relative_l2"]["mean"] / theirs["damage"]["relative_l2"]["mean"]
         found += [
             {
@@ -240,7 +320,31 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "value": mine["time_ratio"] / theirs["time_ratio"],
             },
         ]
-    return found
+    full, planned = at_budget
+    return found + [
+        {
+            "figure": f"budget {BUDGET}: full model − plan, {words}, points",
+            "value": 100 * (full["followed"][name] - planned["followed"][name]),
+            "goal": {"at_most": 1},
+        }
+        for name, words in (("digit", "right digit"), ("everything", "everything right"))
+    ]
+
+
+def table_of(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Lay out contenders."""
+    columns = ["contender", "time ratio", "relative L2", "PSNR dB", "SSIM", "right digit", "everything right"]
+    cells = [
+        [
+            row["contender"],
+            row["time_ratio"],
+            *(row["damage"][metric]["mean"] for metric in ("relative_l2", "psnr", "ssim")),
+            row["followed"]["digit"],
+            row["followed"]["everything"],
+        ]
+        for row in rows
+    ]
+    return {"title": title, "columns": columns, "rows": cells}
 
 
 def main() -> None:
@@ -250,26 +354,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(cores())
     model = find_model(MODEL)
-    guidance = model.guidance_scale
-    rows = [row for interval in INTERVALS for row in compare(interval, model, options.work, guidance)]
-    columns = ["contender", "time ratio", "relative L2", "PSNR dB", "SSIM", "right digit", "everything right"]
-    table = [
-        [
-            f"{row['contender']} (interval {row['interval']})" if row["contender"] == "full" else row["contender"],
-            row["time_ratio"],
-            *(row["damage"][metric]["mean"] for metric in ("relative_l2", "psnr", "ssim")),
-            row["followed"]["digit"],
-            row["followed"]["everything"],
-        ]
-        for row in rows
+    guidance, judge = model.guidance_scale, Judge(model)
+    rows = [row for interval in INTERVALS for row in compare(interval, model, judge, options.work, guidance)]
+    at_budget = accuracy(model, judge, options.work, guidance)
+    settings = {"model": MODEL, "steps": STEPS, "batch": BATCH, "seed": SEED, "guidance": guidance}
+    tables = [
+        table_of(
+            f"At the time of DeepCache with interval {interval}, {len(full_requests())} prompts, same noise",
+            [row for row in rows if row["interval"] == interval],
+        )
+        for interval in INTERVALS
     ]
+    tables.append(table_of(f"At a budget of {BUDGET}, {at_budget[0]['samples']} samples", at_budget))
     record = {
         "command": "python benchmarks/bench_peers.py",
         "environment": describe(),
-        "settings": {"model": MODEL, "steps": STEPS, "batch": BATCH, "seed": SEED, "guidance": guidance},
-        "figures": figures(rows),
-        "tables": [{"title": "Same prompts, same noise", "columns": columns, "rows": table}],
+        "settings": settings,
+        "figures": figures(rows, at_budget),
+        "tables": tables,
         "contenders": rows,
+        "at_budget": at_budget,
     }
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results/peers.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -7,18 +7,20 @@ python benchmarks/readme.py --check  # exits 1 if it is not up to date
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables import table
+
 ROOT = Path(__file__).parents[1]
-RESULT = "benchmarks/results/budget.json"
-BLOCK = re.compile(rf"(<!-- figures: {re.escape(RESULT)} -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
-def figures(result: dict[str, Any]) -> str:
+def budgets(result: dict[str, Any]) -> str:
     """Write one table per budget and what each means in a sentence."""
     first = next(iter(result["budgets"].values()))["verification"]
     lines = [
@@ -30,8 +32,7 @@ def figures(result: dict[str, Any]) -> str:
     ]
     for run in result["budgets"].values():
         lines += table_of(run)
-    lines.append(f"From [{RESULT}]({RESULT}); regenerate: `{result['command']}`, then `python benchmarks/readme.py`.")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def table_of(run: dict[str, Any]) -> list[str]:
@@ -74,6 +75,37 @@ def table_of(run: dict[str, Any]) -> list[str]:
     ]
 
 
+def peers(result: dict[str, Any]) -> str:
+    """Write the tables of what others do on the same weights."""
+    lines = []
+    for own in result["tables"]:
+        lines += [f"{own['title']}:", "", table(own["columns"], own["rows"]), ""]
+    return "\n".join(lines)
+
+
+def support(result: dict[str, Any]) -> str:
+    """Write which architectures work."""
+    (own,) = result["tables"]
+    return table(own["columns"], own["rows"]).replace("--:", "---") + "\n"
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets, "peers": peers, "support": support}
+"""Name of a result → what writes it."""
+
+
+def rewrite(text: str, name: str) -> str:
+    """Put the figures of a result between its markers."""
+    path = f"benchmarks/results/{name}.json"
+    block = re.compile(rf"(<!-- figures: {re.escape(path)} -->\n).*?(<!-- /figures -->)", re.DOTALL)
+    result = json.loads((ROOT / path).read_text())
+    source = f"From [{path}]({path}); regenerate: `{result['command']}`, then `python benchmarks/readme.py`.\n"
+    figures = f"{BLOCKS[name](result)}\n{source}"
+    updated, count = block.subn(lambda match: match[1] + figures + match[2], text)
+    if count != 1:
+        sys.exit(f"README.md has {count} blocks for {path}; expected one.")
+    return updated
+
+
 def main() -> None:
     """Rewrite or check README.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,10 +113,9 @@ def main() -> None:
     options = parser.parse_args()
     path = ROOT / "README.md"
     text = path.read_text()
-    table = figures(json.loads((ROOT / RESULT).read_text()))
-    updated = BLOCK.sub(lambda match: match[1] + table + match[2], text)
+    updated = functools.reduce(rewrite, BLOCKS, text)
     if options.check:
-        sys.exit(0 if updated == text else f"README.md does not show {RESULT}: run python benchmarks/readme.py")
+        sys.exit(0 if updated == text else "README.md does not show the results: run python benchmarks/readme.py")
     path.write_text(updated)
 
 

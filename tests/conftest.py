@@ -25,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail the tests marked gpu that would skip themselves")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Write into the record of every test (--junitxml) what it shows of which architecture."""
+    for item in items:
+        architecture, shown = (item.get_closest_marker(name) for name in ("architecture", "shows"))
+        if architecture and shown:
+            item.user_properties += [("architecture", architecture.args[0]), *(("shows", own) for own in shown.args)]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under --require-gpu, fail a gpu test that skips itself: a GPU job cannot pass empty."""

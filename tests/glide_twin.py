@@ -6,11 +6,15 @@ Only what the converter is tested on: its forward pass is written apart from dif
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.models import condition_well
+from unetc.models.glide import VARIANTS, Variant, unet_config
 
 HEAD = 64
 
@@ -185,3 +189,52 @@ class GlideTwin(nn.Module):
         for block in self.output_blocks:
             x = block(torch.cat([x, kept.pop()], dim=1), time, text)
         return self.out(x)
+
+
+BASE = Shape(
+    in_channels=3,
+    channels=64,
+    multipliers=(1, 2),
+    attending=(False, True),
+    blocks=2,
+    text_width=64,
+    text_heads=2,
+    text_layers=2,
+    tokens=7,
+    vocabulary=11,
+)
+UPSAMPLE = replace(BASE, in_channels=6, multipliers=(1, 1, 2), attending=(False, True, True), blocks=1)
+SHAPES = {"glide:base": BASE, "glide:upsample": UPSAMPLE}
+
+
+def small(name: str) -> Variant:
+    """Reduce a variant to the size of its twin."""
+    shape = SHAPES[name]
+    config = unet_config(
+        size=16,
+        in_channels=shape.in_channels,
+        widths=[shape.channels * factor for factor in shape.multipliers],
+        attending=shape.attending,
+        blocks=shape.blocks,
+        text_width=shape.text_width,
+    )
+    return replace(VARIANTS[name], size=16, unet=config, text_heads=shape.text_heads)
+
+
+def twin(name: str) -> GlideTwin:
+    original = GlideTwin(SHAPES[name]).eval().requires_grad_(False)
+    condition_well(original, seed=1)
+    for module in original.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.eps = 1e-5  # what the published networks have
+        if isinstance(module, Attention):
+            module.qkv.weight *= 3  # or it would attend to everything alike
+            module.encoder_kv.weight *= 3
+    return original
+
+
+def tokens_of(prompts: Iterable[str], length: int) -> tuple[Tensor, Tensor]:
+    """Stand in for OpenAI's tokenizer: a token per letter."""
+    padded = [[ord(letter) % BASE.vocabulary for letter in prompt[:length]] for prompt in prompts]
+    rows = [own + [0] * (length - len(own)) for own in padded]
+    return torch.tensor(rows), torch.arange(length)[None] < torch.tensor([[len(own)] for own in padded])

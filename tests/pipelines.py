@@ -20,9 +20,16 @@ _LENGTH = 6
 _WIDTH = 16
 
 
-def save_stable_diffusion(folder: Path) -> Path:
-    """Save a `StableDiffusionPipeline` of 16x16 latents and 32x32 images."""
+def save_stable_diffusion(folder: Path, prediction: str = "epsilon", **options: Any) -> Path:
+    """Save a `StableDiffusionPipeline` of 16x16 latents and 32x32 images.
+
+    Args:
+        folder: Where to.
+        prediction: What the denoiser predicts.
+        options: Further ones of the denoiser.
+    """
     unet = diffusers.UNet2DConditionModel(
+        **options,
         sample_size=16,
         in_channels=4,
         out_channels=4,
@@ -44,13 +51,18 @@ def save_stable_diffusion(folder: Path) -> Path:
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
     (folder / "prompts.txt").write_text(_PROMPTS)
     return folder
+
+
+def save_stable_diffusion_2(folder: Path) -> Path:
+    """Save a pipeline as those of Stable Diffusion 2, which predict v and have no convolutions in transformers."""
+    return save_stable_diffusion(folder, "v_prediction", use_linear_projection=True)
 
 
 def save_stable_diffusion_xl(folder: Path) -> Path:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import html.parser
-import io
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,66 +18,13 @@ import pytest
 from PIL import Image
 
 import unetc
+from tests.command import Result, run, run_alone
 from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
 from unetc.artifacts.pareto import Pareto
-from unetc.cli import main
 
 COMMANDS = ("analyze", "plan", "build", "sample", "verify", "report", "inspect", "doctor", "demo")
 LIMITS = ("--budget", "0.2", "--max-engines", "2", "--max-memory", "2.5")
 SMALL = ("--steps", "4", "--samples", "2", "--bins", "2", "--batch", "2", "--threads", "1")
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Parse stdout, which must hold nothing but one strict JSON value."""
-        assert self.code == 0, self.err
-        return json.loads(self.out, parse_constant=pytest.fail)
-
-    @property
-    def error(self) -> str:
-        """The message of a failure: one line on stderr after the progress so far, no traceback, nothing on stdout."""
-        assert self.code == 1
-        assert self.out == ""
-        *progress, last = self.err.splitlines()
-        assert last.startswith("unetc: ")
-        assert [line for line in progress if not re.fullmatch(r"[\w ]+: \d+ % after \d+ s(, \d+ s left)?", line)] == []
-        return self.err
-
-
-def run(*arguments: object) -> Result:
-    """Run a command in this process, which has imported torch already."""
-    out, err = io.StringIO(), io.StringIO()
-    before, sys.argv = sys.argv, ["unetc", *map(str, arguments)]
-    code: Any = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = before
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def run_alone(*arguments: object, **environment: str) -> Result:
-    """Run a command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from unetc.cli import main; main()", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | environment,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(autouse=True)

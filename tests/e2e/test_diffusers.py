@@ -17,7 +17,7 @@ from torch import Tensor
 import unetc
 import unetc.diffusers
 from tests.models import condition_well
-from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
+from tests.pipelines import save_stable_diffusion, save_stable_diffusion_2, save_stable_diffusion_xl
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
 from unetc.backend import Array
@@ -40,13 +40,26 @@ PROMPTS = ["a small circle", "a blue square"]
 TOLERANCE = 1e-3
 """Largest difference of two images in 0..1: rounding of two runtimes, through up to eleven calls and a decoder."""
 
-SAVERS: dict[str, Callable[[Path], Path]] = {"sd": save_stable_diffusion, "sdxl": save_stable_diffusion_xl}
+SAVERS: dict[str, Callable[[Path], Path]] = {
+    "sd": save_stable_diffusion,
+    "sd2": save_stable_diffusion_2,
+    "sdxl": save_stable_diffusion_xl,
+}
 
+VERSIONS = {"sd": "1.5", "sd2": "2.1", "sdxl": "XL"}
 
 ONLY_SD = pytest.mark.parametrize("folder", ["sd"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=SAVERS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            name, marks=pytest.mark.architecture(f"UNet2DConditionModel as in Stable Diffusion {VERSIONS[name]}")
+        )
+        for name in SAVERS
+    ],
+)
 def folder(request: pytest.FixtureRequest, shared: Path) -> Path:
     """Save a pipeline and build a bundle of it beside it; that of Stable Diffusion takes a ControlNet."""
     root = shared / f"diffusers-{request.param}"
@@ -166,6 +179,7 @@ def images_of(pipeline: Any, **options: Any) -> Array:
     return images
 
 
+@pytest.mark.shows("drop-in")
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
 def test_lossless_is_the_pipeline(pipeline: Any, lossless: BundleUNet, scale: float) -> None:
     expected = images_of(pipeline, guidance_scale=scale)
@@ -186,6 +200,7 @@ def test_a_plan_is_what_the_session_samples(
     assert np.abs(images - images_of(pipeline)).max() > TOLERANCE  # what the plan reuses is seen
 
 
+@pytest.mark.shows("sample")
 def test_a_session_is_the_pipeline(folder: Path, pipeline: Any, session: Session) -> None:
     conditions = find_model(str(folder)).encode(PROMPTS, SCALE)
     images = session.sample(noise=latents().numpy(), conditions=conditions, lossless=True)
@@ -394,6 +409,8 @@ def samples_of(pipeline: Any, steps: int) -> Array:
     return images
 
 
+@pytest.mark.architecture("UNet2DModel")
+@pytest.mark.shows("drop-in")
 def test_unconditional_pipelines(tiny_bundle: Path, unconditional: Any) -> None:
     own = unconditional.unet
     full, planned = (unetc.diffusers.load(tiny_bundle, lossless=lossless) for lossless in (True, False))

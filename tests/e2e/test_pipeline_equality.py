@@ -113,6 +113,8 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
     )
 
 
+@pytest.mark.architecture("UNet2DModel")
+@pytest.mark.shows("sample")
 @pytest.mark.parametrize("steps", [4, 20, 50])
 def test_lossless_sampling_is_the_ddim_pipeline(
     tiny_model: Path, tiny_bundle: Path, steps: int, monkeypatch: pytest.MonkeyPatch

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import unetc
-from tests.glide_twin import Attention, GlideTwin, Shape
-from tests.models import condition_well, relative_error
+from tests.glide_twin import BASE, SHAPES, GlideTwin, small, tokens_of, twin
+from tests.models import relative_error
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.artifacts import Assignment, Phase, Plan, Prediction, Treatment
 from unetc.artifacts.profile import STEP, ModelReference
@@ -31,7 +30,6 @@ from unetc.models.glide import (
     enlarge,
     find_glide,
     tokenize,
-    unet_config,
 )
 from unetc.models.glide_checkpoint import convert, read
 from unetc.models.glide_text import TextTransformer, text_transformer
@@ -50,21 +48,6 @@ TOLERANCE = 3e-5
 SAMPLE_TOLERANCE = 5e-3
 """Of samples in -1 to 1: the first step divides the rounding of the noise by the little signal there is; seen: 1e-3."""
 
-BASE = Shape(
-    in_channels=3,
-    channels=64,
-    multipliers=(1, 2),
-    attending=(False, True),
-    blocks=2,
-    text_width=64,
-    text_heads=2,
-    text_layers=2,
-    tokens=7,
-    vocabulary=11,
-)
-UPSAMPLE = replace(BASE, in_channels=6, multipliers=(1, 1, 2), attending=(False, True, True), blocks=1)
-SHAPES = {"glide:base": BASE, "glide:upsample": UPSAMPLE}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Twins:
@@ -74,32 +57,6 @@ class Twins:
     unet: nn.Module
     text: nn.Module
     variant: Variant
-
-
-def small(name: str) -> Variant:
-    """Reduce a variant to the size of its twin."""
-    shape = SHAPES[name]
-    config = unet_config(
-        size=16,
-        in_channels=shape.in_channels,
-        widths=[shape.channels * factor for factor in shape.multipliers],
-        attending=shape.attending,
-        blocks=shape.blocks,
-        text_width=shape.text_width,
-    )
-    return replace(VARIANTS[name], size=16, unet=config, text_heads=shape.text_heads)
-
-
-def twin(name: str) -> GlideTwin:
-    original = GlideTwin(SHAPES[name]).eval().requires_grad_(False)
-    condition_well(original, seed=1)
-    for module in original.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            module.eps = 1e-5  # what the published networks have
-        if isinstance(module, Attention):
-            module.qkv.weight *= 3  # or it would attend to everything alike
-            module.encoder_kv.weight *= 3
-    return original
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -257,14 +214,13 @@ class Captured:
 PROMPTS = ("a hedgehog", "a red cube on a blue one", "a")
 
 
-def tokens_of(prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Stand in for OpenAI's tokenizer: a token per letter."""
-    padded = [[ord(letter) % BASE.vocabulary for letter in prompt[:length]] for prompt in prompts]
-    rows = [own + [0] * (length - len(own)) for own in padded]
-    return torch.tensor(rows), torch.arange(length)[None] < torch.tensor([[len(own)] for own in padded])
-
-
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("glide:base", marks=pytest.mark.architecture("GLIDE, base")),
+        pytest.param("glide:upsample", marks=pytest.mark.architecture("GLIDE, upsampler")),
+    ],
+)
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Captured:
     folder, name = tmp_path_factory.mktemp("glide"), request.param
     original, variant = twin(name), small(name)
@@ -292,6 +248,7 @@ def test_components_are_those_of_the_network(captured: Captured) -> None:
     assert kinds.count("step") == 1
 
 
+@pytest.mark.shows("capture", "export", "law")
 def test_an_engine_is_the_gated_graph_at_its_gates(captured: Captured) -> None:
     gated, backend = captured.prepared.gated, open_backend("onnxruntime:cpu", threads=1)
     rng = np.random.default_rng(5)
@@ -313,6 +270,7 @@ def test_an_engine_is_the_gated_graph_at_its_gates(captured: Captured) -> None:
     assert relative_error(expected, full) > 0.01
 
 
+@pytest.mark.shows("sample")
 def test_a_session_samples_what_the_network_samples(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network itself, guided by hand, with the scheduler of diffusers, on the noise that unetc draws."""
     steps, seed, rows = 4, 3, range(len(PROMPTS))

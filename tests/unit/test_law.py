@@ -45,7 +45,16 @@ STEP_DENSITY = (*[KEEP] * 10, DROP, MEAN)
 """Treatments of the step to draw from; without it nothing else matters, so it is mostly kept."""
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+UNCONDITIONAL = pytest.mark.architecture("UNet2DModel")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(own, marks=UNCONDITIONAL if kind == "UNet2DModel" else ())
+        for own, (kind, _) in ARCHITECTURES.items()
+    ],
+)
 def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
@@ -171,6 +180,7 @@ def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataO
         assert engine.weights == live or lost
 
 
+@pytest.mark.shows("capture", "export", "law")
 @settings(max_examples=80)
 @given(data=st.data())
 def test_engine_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tgate import gated
 from transformers import CLIPTokenizer
 
 import unetc.models
@@ -39,10 +40,11 @@ def pipeline(loaded: Any) -> Iterator[Any]:
     loaded.scheduler = scheduler
 
 
-def sample(pipeline: Any, prompts: list[str], steps: int = 8) -> NDArray[np.float32]:
+def sample(pipeline: Any, prompts: list[str], **options: Any) -> NDArray[np.float32]:
     """Draw grey pictures [count, 1, 32, 32] in [-1, 1], every one from its own noise, the same in each call."""
     noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    images = pipeline(prompts, num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="np").images
+    settings = {"num_inference_steps": 8, "guidance_scale": 3.0, "latents": noise, "output_type": "np"}
+    images = pipeline(prompts, **settings | options).images
     grey: NDArray[np.float32] = images.mean(axis=3)[:, None] * 2 - 1
     return grey
 
@@ -125,3 +127,27 @@ def test_deepcache_runs_on_it(pipeline: Any) -> None:
     # it approximates the full model: nearer to it than an unrelated picture of the same ground would be
     assert np.abs(cached - full).mean() < 0.5 * np.abs(full - full[::-1]).mean()
     np.testing.assert_array_equal(sample(pipeline, prompts), full)
+
+
+def test_tgate_runs_on_it(pipeline: Any) -> None:
+    prompts = ["a thick seven", "a thin three on a light ground"]
+    full = sample(pipeline, prompts)
+    with gated(pipeline, gate=5) as options:
+        cached = sample(pipeline, prompts, **options)
+    assert np.isfinite(cached).all()
+    assert 0 < np.abs(cached - full).mean() < 0.5 * np.abs(full - full[::-1]).mean()  # as above
+    with gated(pipeline, gate=8) as options:  # behind the last step
+        np.testing.assert_array_equal(sample(pipeline, prompts, **options), full)
+    np.testing.assert_array_equal(sample(pipeline, prompts), full)
+
+
+def test_behind_its_gate_tgate_reads_no_prompt(pipeline: Any) -> None:
+    """The definition of the method: cross-attention is not computed again, and a call has half the batch."""
+    batches: list[int] = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda _unet, given: batches.append(len(given[0])))
+    try:
+        with gated(pipeline, gate=3) as options:
+            sample(pipeline, ["a seven"], **options)
+    finally:
+        handle.remove()
+    assert batches == [2] * 3 + [1] * 5

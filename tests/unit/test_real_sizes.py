@@ -32,6 +32,11 @@ diffusers: Any = untyped_diffusers
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONTEXT_WIDTH, POOLED_WIDTH = 12, 20
 
+REAL = [
+    pytest.param(name, marks=pytest.mark.architecture(f"UNet2DConditionModel as in Stable Diffusion {version}"))
+    for name, version in (("sd15", "1.5"), ("sd21", "2.1"), ("sdxl", "XL"))
+]
+
 
 def config_of(name: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
@@ -93,7 +98,8 @@ def test_stable_diffusion_has_a_component_for_every_branch(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@pytest.mark.shows("capture", "export", "law")
+@pytest.mark.parametrize("name", REAL)
 @torch.no_grad()
 def test_the_law_holds_for_real_structures(name: str, tmp_path: Path) -> None:
     capture, reference = captured(name), captured(name).reference()

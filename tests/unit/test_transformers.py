@@ -149,6 +149,14 @@ def call_hunyuan(model: Any, sample: Tensor, timestep: Tensor, **conditions: Ten
     return model(sample, timestep=timestep, image_rotary_emb=rotation, **conditions).sample
 
 
+NAMES: Mapping[str, str] = {
+    "dit": "DiT",
+    "pixart": "PixArt",
+    "sd3": "Stable Diffusion 3",
+    "flux": "FLUX.1",
+    "hunyuan": "Hunyuan-DiT (long skips)",
+}
+
 CALLS: Mapping[str, Callable[..., Any]] = {"pixart": call_pixart, "flux": call_flux, "hunyuan": call_hunyuan}
 """How the pipelines of diffusers call a denoiser, where that is more than its inputs by name."""
 
@@ -161,7 +169,10 @@ def predict(tiny: Tiny, inputs: Mapping[str, Array]) -> Array:
     return output
 
 
-@pytest.mark.parametrize("architecture", TRANSFORMERS)
+@pytest.mark.shows("capture", "export", "law", "sample")
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(own, marks=pytest.mark.architecture(NAMES[own])) for own in TRANSFORMERS]
+)
 def test_transformer(architecture: str, tmp_path: Path) -> None:
     tiny = Tiny(architecture, tmp_path)
     check_components(tiny)

@@ -1,0 +1,73 @@
+"""T-GATE around an unmodified `StableDiffusionPipeline` of diffusers.
+
+Source:
+    Zhang et al. 2024, "Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models", arXiv:2404.02747,
+    algorithm 1: from a gate step on, cross-attention gives the mean of what it gave there with and without the prompt,
+    and nothing is guided any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+class Crossing:
+    """An attention processor that remembers what it gave, and gives it again once it is closed."""
+
+    def __init__(self, own: Any) -> None:
+        """Wrap the processor that computes."""
+        self._own = own
+        self._last: Tensor | None = None
+        self._kept: Tensor | None = None
+
+    def __call__(self, attention: Any, *inputs: Any, **options: Any) -> Tensor:
+        """Attend, or give again what is kept, [batch, token, channel]."""
+        if self._kept is not None:
+            return self._kept
+        last: Tensor = self._own(attention, *inputs, **options)
+        self._last = last
+        return last
+
+    def close(self, guided: bool) -> None:
+        """Keep what was given last; of a guided call, the mean of its two halves."""
+        assert self._last is not None
+        self._kept = sum(self._last.chunk(2)) / 2 if guided else self._last
+
+
+@contextmanager
+def gated(pipeline: StableDiffusionPipeline, gate: int) -> Iterator[dict[str, Any]]:
+    """Put T-GATE around a pipeline.
+
+    Args:
+        pipeline: The pipeline; as it was, afterwards.
+        gate: Number of steps that are computed in full, at least 1.
+
+    Yields:
+        What the pipeline has to be called with beside its other arguments, for one trajectory.
+    """
+    own = dict(pipeline.unet.attn_processors)
+    crossings = {name: Crossing(processor) for name, processor in own.items() if ".attn2." in name}
+
+    def close(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step != gate - 1:
+            return {}
+        guided = running.do_classifier_free_guidance
+        for crossing in crossings.values():
+            crossing.close(guided)
+        if not guided:
+            return {}
+        running._guidance_scale = 1.0  # as diffusers' guide to callbacks ends guidance
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+    pipeline.unet.set_attn_processor(own | crossings)
+    try:
+        yield {"callback_on_step_end": close, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    finally:
+        pipeline.unet.set_attn_processor(dict(own))

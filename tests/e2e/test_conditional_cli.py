@@ -1,0 +1,112 @@
+"""The command line with models that take prompts: GLIDE from its checkpoint, Stable Diffusion with a ControlNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unetc
+import unetc.diffusers
+from tests.command import run
+from tests.glide_twin import SHAPES, small, tokens_of, twin
+from tests.models import condition_well
+from tests.pipelines import save_stable_diffusion
+from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
+from unetc.compiler.emissions import with_emissions
+from unetc.models.glide import LOW_RES
+
+diffusers: Any = untyped_diffusers
+
+pytestmark = pytest.mark.nightly
+
+SMALL = ("--steps", 4, "--samples", 1, "--bins", 2, "--batch", 2, "--threads", 1, "--screen-only")
+PROMPTS = "a red square\na blue circle\na large red circle\na small blue square\n"
+
+
+def plan_by_hand(path: Path) -> Path:
+    """Hold a residual branch at every other step of the second half, so that no timing decides what is built."""
+    profile = Profile.load(path)
+    noisy, clean = profile.bins
+    name = next(component.name for component in profile.components if component.kind == "residual")
+    plan = Plan(
+        unetc=unetc.__version__,
+        model=profile.model,
+        profile_sha256=profile.sha256(),
+        budget=0.0,
+        max_engines=1,
+        engines=with_emissions([{}, {name: Treatment.HOLD}], profile.components),
+        phases=(
+            Phase(low=noisy.low, high=noisy.high, cycle=(0,)),
+            Phase(low=clean.low, high=clean.high, cycle=(0, 1)),
+        ),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+    )
+    plan.save(path.with_name("plan.json"))
+    return path.with_name("plan.json")
+
+
+def go(model: object, folder: Path, *options: object) -> None:
+    """Analyse, plan by hand, build, and look into the bundle."""
+    profile, cache = folder / "profile.json", ("--cache", folder / "cache")
+    analyzed = run("analyze", model, *SMALL, *options, *cache, "-o", profile, "--json")
+    assert analyzed.code == 0, analyzed.err
+    plan = plan_by_hand(profile)
+    weights = options[:2] if "--weights" in options else ()
+    built = run(
+        *("build", model, *weights, "--profile", profile, "--plan", plan),
+        *("--steps", 4, *cache, "-o", folder / "bundle", "--json"),
+    )
+    assert built.code == 0, built.err
+    assert run("inspect", folder / "bundle", "--json").json["plan"]["phases"][1]["cycle"] == [0, 1]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a reduced size, with a stand-in for OpenAI's tokenizer, which no registry has."""
+    for module in ("unetc.models.glide", "unetc.models"):
+        monkeypatch.setattr(f"{module}.VARIANTS", {name: small(name)})
+    monkeypatch.setattr("unetc.models.glide.tokenize", tokens_of)
+    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", (4,))  # the other tables are not looked at
+    torch.save(twin(name).state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    low_res = np.random.default_rng(0).uniform(-1, 1, (4, 3, 4, 4)).astype(np.float32)
+    np.save(tmp_path / LOW_RES, low_res)
+    go(name, tmp_path, "--weights", tmp_path / "weights.pt")
+    sampled = run("sample", tmp_path / "bundle", "--batch", 2, "-o", tmp_path / "samples.png")
+    assert sampled.code == 0, sampled.err
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert len(set(picture.convert("L").tobytes())) > 10
+    session = unetc.load(tmp_path / "bundle")
+    assert session.schedule(4) == (0, 0, 0, 1)
+    planned, full = session.sample(2, seed=1), session.sample(2, seed=1, lossless=True)
+    assert np.isfinite(planned).all()
+    assert np.abs(planned - full).max() > 0
+
+
+def test_a_controlnet_is_asked_for_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", (4, 500))
+    go(save_stable_diffusion(tmp_path / "pipeline"), tmp_path, "--controlnet")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
+    controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
+    condition_well(controlnet, seed=4)  # fresh, it adds nothing
+    controlled = diffusers.StableDiffusionControlNetPipeline(**pipeline.components, controlnet=controlnet.eval())
+    controlled.set_progress_bar_config(disable=True)
+
+    def images() -> Any:
+        return controlled(
+            "a red square",
+            image=torch.full((1, 3, 32, 32), 0.5),
+            latents=torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+            num_inference_steps=4,
+            output_type="np",
+        ).images
+
+    expected = images()
+    controlled.unet = unetc.diffusers.load(tmp_path / "bundle", lossless=True)
+    np.testing.assert_allclose(images(), expected, atol=1e-3)  # two runtimes, four steps and a decoder
