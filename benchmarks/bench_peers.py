@@ -2,7 +2,7 @@
 
     python benchmarks/bench_peers.py             # about 35 minutes on two cores; resumes
 
-`prompted-digits`, DDIM, 50 steps, with the guidance of its card, 80 prompts that name everything, seeds that neither
+`prompted-digits`, DDIM, 50 steps, with the guidance of diffusers (7.5), 80 prompts that name everything, seeds that neither
 analysis nor build has seen. Every contender samples the same noise under the same prompts and is held against the full
 model of its own runtime:
 
@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from captioned_digits import Ruler
+from captioned_digits import PICTURES, new_ruler
+from captioned_digits import draw as draw_pictures
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from matplotlib.figure import Figure
@@ -195,7 +196,7 @@ class Judge:
     def __init__(self, model: Model) -> None:
         """Load the classifier and set the marks of the ruler."""
         self._classifier = DigitClassifier.load(model.folder / "classifier/model.safetensors")
-        self._ruler = Ruler()
+        self._ruler = new_ruler(draw_pictures(PICTURES, seed=0))  # those that the model was trained on
 
     def followed(self, requests: Sequence[Request], images: Array) -> dict[str, float]:
         """Give the share of images [count, 3, 32, 32] that show each attribute, and all that was asked for."""

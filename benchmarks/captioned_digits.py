@@ -19,6 +19,9 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 SLANTS = ("upright", "slanted")
 PENS = ("thin", "thick")
 GROUNDS = ("dark", "light")
+PICTURES = 24_000
+"""Drawn once; the denoiser trains on their latents, and the marks of the ruler are set on them."""
+
 SAID = 0.8
 """Probability that a caption names an attribute; the digit it always names."""
 

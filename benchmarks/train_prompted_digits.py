@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from captioned_digits import DIGITS, GROUNDS, PENS, SLANTS, Pictures, Ruler, draw, new_ruler
+from captioned_digits import DIGITS, GROUNDS, PENS, PICTURES, SLANTS, Pictures, Ruler, draw, new_ruler
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from handwritten_digits import accuracy, divided, fit_classifier, scans
 from model_card import machine, write_card
@@ -39,8 +39,6 @@ WORDS = (*DIGITS, *SLANTS, *PENS, *GROUNDS, "a", "an", "and", "on", "ground", ",
 TEXT_LENGTH = 16
 TEXT_WIDTH = 64
 BATCH = 32
-PICTURES = 24_000
-"""Drawn once; the denoiser trains on their latents."""
 CLASSIFIER_PICTURES = 12_000
 CLASSIFIER_EPOCHS = 8
 UNSEEN_PICTURES = 2_000
