@@ -2,9 +2,9 @@
 
     python benchmarks/bench_peers.py             # about 35 minutes on two cores; resumes
 
-`prompted-digits`, DDIM, 50 steps, with the guidance of diffusers (7.5), 80 prompts that name everything, seeds that neither
-analysis nor build has seen. Every contender samples the same noise under the same prompts and is held against the full
-model of its own runtime:
+`prompted-digits`, DDIM, 50 steps, with the guidance of diffusers (7.5), 80 prompts that name everything, seeds that
+neither analysis nor build has seen. Every contender samples the same noise under the same prompts and is held against
+the full model of its own runtime:
 
 - DeepCache: its own package (0.1.1) around the unmodified diffusers pipeline, in torch
 - T-GATE: `tgate.py` around the unmodified pipeline, in torch, with the gate step that saves as much
