@@ -89,7 +89,7 @@ def support(result: dict[str, Any]) -> str:
     return table(own["columns"], own["rows"]).replace("--:", "---") + "\n"
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets, "peers": peers, "support": support}
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets}
 """Name of a result → what writes it."""
 
 

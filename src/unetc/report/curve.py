@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from unetc.artifacts.pareto import Pareto
 from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
+
+LABEL_SHARE = 0.05
+"""Width of a label, as a share of the chart's; where points lie nearer, the first one alone is labelled."""
 
 
 @styled
@@ -34,10 +38,15 @@ def draw(curve: Pareto) -> str:
         markersize=5,
         linewidth=1.2,
     )
-    for point in front:
+    room = LABEL_SHARE * (axes.get_xlim()[1] - axes.get_xlim()[0])
+    end = -np.inf
+    for point in front:  # fastest first
+        if point.time_ratio < end:
+            continue
         place = (point.time_ratio, _damage(point.damage.relative_l2.mean))
         text = f"{point.damage.psnr.mean:.0f} dB"
         axes.annotate(text, place, (5, 5), textcoords="offset points", color=MUTED, fontsize=7.5)
+        end = point.time_ratio + room
     _finish(axes, curve)
     return inline(figure, "Least damage at any time, of all plans that were sampled")
 
