@@ -155,7 +155,7 @@ def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
         max_engines=1,
         engines=with_emissions([{}, crossing], profile.components),
         phases=(Phase(low=low, high=edge, cycle=(0,)), Phase(low=edge, high=high, cycle=(1,))),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 

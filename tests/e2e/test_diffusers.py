@@ -106,7 +106,7 @@ def plan_of(profile: Profile) -> Plan:
         max_engines=1,
         engines=with_emissions([{}, reusing], profile.components),
         phases=(Phase(low=low, high=-4.0, cycle=(0,)), Phase(low=-4.0, high=high, cycle=(0, 1))),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 

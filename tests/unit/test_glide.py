@@ -287,7 +287,7 @@ def test_a_session_samples_what_the_network_samples(captured: Captured, monkeypa
         max_engines=1,
         engines=(Assignment(treatments={}),),
         phases=(Phase(low=-30.0, high=30.0, cycle=(0,)),),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
     session = Session(
         plan=plan,

@@ -272,7 +272,7 @@ def plan_of(engines: tuple[Assignment, ...]) -> Plan:
         max_engines=len(engines),
         engines=engines,
         phases=(Phase(low=-40.0, high=40.0, cycle=tuple(range(len(engines)))),),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
 
 
