@@ -41,8 +41,8 @@ def check_plan(plan: Plan, profile: Profile) -> None:
     """
     if plan.model.sha256 != profile.model.sha256 or plan.profile_sha256 != profile.sha256():
         raise PlanError(
-            f"the plan was made from another profile (of {plan.model.name}) than the one given (of "
-            f"{profile.model.name}). Plan again from this profile."
+            f"the plan was made from another profile (of {plan.model.title}) than the one given (of "
+            f"{profile.model.title}). Plan again from this profile."
         )
 
 

@@ -84,7 +84,10 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
     )
     autoencoder = _autoencoder()
     tokenizer = _tokenizer(folder.parent / "words")
-    encoders = _text_encoder(tokenizer), _text_encoder(tokenizer, "CLIPTextModelWithProjection")
+    encoders = (
+        _text_encoder(tokenizer, layers=2),  # SDXL takes what the last layer but one puts out
+        _text_encoder(tokenizer, "CLIPTextModelWithProjection", layers=2),
+    )
     for seed, model in enumerate((unet, autoencoder, *encoders)):
         condition_well(model, seed)
     diffusers.StableDiffusionXLPipeline(
@@ -134,12 +137,12 @@ def _tokenizer(folder: Path) -> Any:
     )
 
 
-def _text_encoder(tokenizer: Any, kind: str = "CLIPTextModel") -> Any:
+def _text_encoder(tokenizer: Any, kind: str = "CLIPTextModel", *, layers: int = 1) -> Any:
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_WIDTH,
         intermediate_size=2 * _WIDTH,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=_LENGTH,
         projection_dim=_WIDTH,

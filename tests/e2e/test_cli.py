@@ -334,6 +334,15 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "folder that is no model": (lambda at: ("analyze", at.empty), "no model_index.json"),
     "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "KandinskyPipeline; supported"),
     "no checkpoint": (lambda at: ("analyze", "glide:base", "--cache", at.cache), "give one with --weights"),
+    "LoRA for a model without prompts": (
+        lambda at: ("analyze", "digits", "--lora", "style.safetensors:0.8"),
+        "digits is a DDPMPipeline; a LoRA is supported with",
+    ),
+    "LoRA of another format": (lambda at: ("build", at.model, "--lora", "style.pt"), "Other formats can run code"),
+    "LoRA with no scale": (
+        lambda at: ("pareto", at.model, "--lora", "style.safetensors:big"),
+        "must be a finite number, got 'big'",
+    ),
     "unknown scheduler": (
         lambda at: ("analyze", at.model, "--scheduler", "magic", "--cache", at.cache),
         "unknown scheduler 'magic'",

@@ -45,6 +45,13 @@ class ModelReference(Record, frozen=True, kw_only=True):
     """Class of the denoiser."""
     controlnet: bool = False
     """Whether its graph has inputs for the residuals of a ControlNet; decides the hash too."""
+    loras: tuple[str, ...] = ()
+    """What is fused into it, as path and scale, in order; contents and scales decide the hash too."""
+
+    @property
+    def title(self) -> str:
+        """Its name, and what is fused into it."""
+        return " + ".join((self.name, *self.loras))
 
 
 class Component(Record, frozen=True, kw_only=True):

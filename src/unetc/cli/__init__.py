@@ -12,6 +12,7 @@ _EXTRAS = {
         ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics", "filelock", "huggingface_hub"),
         "compile",
     ),
+    "peft": "lora",
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
 }
 """Which extra brings a library."""

@@ -14,6 +14,7 @@ import unetc
 
 if TYPE_CHECKING:
     from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.models.lora import Lora
 
 app = typer.Typer(
     name="unetc",
@@ -32,6 +33,12 @@ Model = Annotated[
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint of glide:base or glide:upsample, .pt or .safetensors.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", help="LoRA to fuse into the model, as style.safetensors or style.safetensors:0.8; repeatable."
+    ),
+]
 BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Scheduler = Annotated[
@@ -101,6 +108,7 @@ def analyze(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")] = Path("profile.json"),
     weights: Weights = None,
+    lora: Loras = None,
     scheduler: Scheduler = None,
     steps: Steps = None,
     samples: Samples = 16,
@@ -136,7 +144,9 @@ def analyze(
     if exhaustive or screen_only:
         options = replace(options, decisive=None if exhaustive else 0)
     with progress() as on_progress:
-        profile = analyze_model(model, options, weights=weights, cache=_cache(cache), on_progress=on_progress)
+        profile = analyze_model(
+            model, options, weights=weights, loras=_loras(lora), cache=_cache(cache), on_progress=on_progress
+        )
     profile.save(output)
     if as_json:
         print_json(summary.profile_facts(profile, output))
@@ -192,6 +202,7 @@ def build(
     repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40,
     controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True,
     weights: Weights = None,
+    lora: Loras = None,
     scheduler: Scheduler = None,
     steps: Steps = None,
     samples: Samples = 16,
@@ -244,6 +255,7 @@ def build(
             output,
             options,
             weights=weights,
+            loras=_loras(lora),
             cache=_cache(cache),
             profile=known,
             plan=given,
@@ -269,6 +281,7 @@ def pareto(
     max_memory: MaxMemory = None,
     profile: KnownProfile = None,
     weights: Weights = None,
+    lora: Loras = None,
     scheduler: Scheduler = None,
     steps: Steps = None,
     samples: Samples = 16,
@@ -309,7 +322,15 @@ def pareto(
         budgets=budgets, steps=steps, max_engines=max_engines, max_memory=max_memory, analysis=analysis
     )
     with progress() as on_progress:
-        curve = measure(model, options, weights=weights, cache=_cache(cache), profile=known, on_progress=on_progress)
+        curve = measure(
+            model,
+            options,
+            weights=weights,
+            loras=_loras(lora),
+            cache=_cache(cache),
+            profile=known,
+            on_progress=on_progress,
+        )
     curve.save(output)
     write_atomically(picture, draw(curve).encode())
     if as_json:
@@ -501,6 +522,12 @@ def _analysis(
         guidance_scale=guidance_scale,
         controlnet=controlnet,
     )
+
+
+def _loras(given: list[str] | None) -> tuple[Lora, ...]:
+    from unetc.models.lora import Lora
+
+    return tuple(Lora.parse(text) for text in given or ())
 
 
 def _cache(given: Path | None) -> Path:

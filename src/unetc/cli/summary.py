@@ -107,7 +107,7 @@ def profile_table(profile: Profile) -> Table:
         for component in profile.components
     ]
     return table(
-        f"{escape(profile.model.name)}: time saved without a component, and the least relative L2 damage of removing "
+        f"{escape(profile.model.title)}: time saved without a component, and the least relative L2 damage of removing "
         f"or reusing it per noise level (log-SNR); {profile.samples} samples, {profile.scheduler} {profile.steps}, "
         f"{profile.target}; {sum(effect.measured for effect in profile.effects)} of {len(profile.effects)} damages "
         f"measured, the others estimated; cost {profile.samplings:.0f} sampling runs",
@@ -139,7 +139,7 @@ def plan_table(plan: Plan) -> Table:
         for i, phase in enumerate(plan.phases)
     ]
     title = (
-        f"plan for {escape(plan.model.name)}, budget {plan.budget:.0%}: predicted time ratio "
+        f"plan for {escape(plan.model.title)}, budget {plan.budget:.0%}: predicted time ratio "
         f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}; engines hold "
         f"{plan.prediction.memory:.2f} × the full model's weights"
     )
@@ -176,7 +176,7 @@ def bundle_table(manifest: Manifest) -> RenderableType:
     ]
     measured = manifest.measured
     title = (
-        f"bundle of {escape(manifest.model.name)} for {manifest.target}: time ratio {measured.time_ratio:.3f}, "
+        f"bundle of {escape(manifest.model.title)} for {manifest.target}: time ratio {measured.time_ratio:.3f}, "
         f"{_damage(measured.damage)}; {sum(sizes.values()) / 1e6:.1f} MB"
     )
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
@@ -199,7 +199,7 @@ def pareto_table(curve: Pareto) -> Table:
     """Lay out the front of a curve."""
     rows = [[f"{point.time_ratio:.3f}", *_damage_cells(point.damage)] for point in curve.front()]
     title = (
-        f"{escape(curve.model.name)}: least damage at any time, of {len(curve.points)} plans sampled on "
+        f"{escape(curve.model.title)}: least damage at any time, of {len(curve.points)} plans sampled on "
         f"{curve.samples} samples, {curve.steps} steps, {curve.target}"
     )
     return table(title, ["time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
@@ -213,7 +213,7 @@ def verification_table(result: Verification) -> Table:
         cells = [escape(control.description), f"{control.time_ratio:.3f}", *_damage_cells(control.damage)]
         rows.append([f"[red]{cell}[/red]" for cell in cells] if name in beaten_by else cells)
     title = (
-        f"{escape(result.model.name)}: {result.samples} new samples, {result.scheduler} {result.steps} steps, "
+        f"{escape(result.model.title)}: {result.samples} new samples, {result.scheduler} {result.steps} steps, "
         f"{result.target}; disk {result.disk_bytes / result.full_disk_bytes:.3f} × one model"
     )
     return table(title, ["at equal noise", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)

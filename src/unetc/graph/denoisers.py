@@ -101,6 +101,8 @@ def _refuse_patches(model: nn.Module, name: str) -> None:
             raise ModelError(
                 f"{name} has hooks on {path or 'itself'}: remove them (offloading, caches) before capture."
             )
+        if hasattr(module, "base_layer"):
+            raise ModelError(f"{name} has an adapter (LoRA) on {path}: fuse and unload it before capture.")
         if any(getattr(module, key, None) is not None for key in ("s1", "s2", "b1", "b2")):
             raise ModelError(f"{name} has FreeU switched on ({path}): call disable_freeu() before capture.")
 

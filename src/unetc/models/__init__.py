@@ -19,6 +19,7 @@ from unetc.errors import ModelError
 from unetc.residuals import residuals_of
 
 from .glide import VARIANTS, find_glide
+from .lora import Lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,6 +97,8 @@ class PipelineModel:
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
     folder: Path
+    loras: tuple[Lora, ...] = ()
+    """What is fused into its UNet and its text encoders, in order."""
 
     @property
     def conditional(self) -> bool:
@@ -118,19 +121,23 @@ class PipelineModel:
         """Turn prompts into conditions.
 
         Raises:
-            ModelError: If the model takes no prompts, or its text encoders cannot be loaded.
+            ModelError: If the model takes no prompts, its text encoders cannot be loaded, or a LoRA does not fit them.
             MissingDependency: If transformers is not installed.
         """
         if not self.conditional:
             if prompts:
                 raise ModelError(f"{self.reference.name} takes no prompts; it is a {self.reference.pipeline}.")
             return UNCONDITIONAL
-        from .text import encode_prompts
+        from .text import encode_prompts, load_text_encoders
 
         _, height, width = self.sample_shape
         size = height * self.decoder_scale, width * self.decoder_scale
-        pipeline = self.reference.pipeline
-        encoded = encode_prompts(self.folder, pipeline, prompts, guidance_scale=guidance_scale, size=size)
+        pipeline = load_text_encoders(self.folder, self.reference.pipeline)
+        if self.loras:
+            from .lora_fusion import fuse_into_text_encoders
+
+            fuse_into_text_encoders(pipeline, self.loras, self.denoiser_config)
+        encoded = encode_prompts(pipeline, prompts, guidance_scale=guidance_scale, size=size)
         return replace(encoded, residuals=residuals_of(self.denoiser_config) if self.reference.controlnet else ())
 
     @property
@@ -157,11 +164,16 @@ class PipelineModel:
         """Load the denoiser in evaluation mode.
 
         Raises:
-            ModelError: If its weights do not fit its configuration.
+            ModelError: If its weights do not fit its configuration, or a LoRA does not fit it.
         """
         import diffusers
 
-        return self._load(getattr(diffusers, self.reference.denoiser), "unet")
+        denoiser = self._load(getattr(diffusers, self.reference.denoiser), "unet")
+        if self.loras:
+            from .lora_fusion import fuse_into_unet
+
+            fuse_into_unet(denoiser, self.loras, self.reference.pipeline)
+        return denoiser
 
     def _load(self, kind: Any, part: str) -> nn.Module:
         from diffusers.utils import logging
@@ -209,27 +221,33 @@ def usual_sampling(name: str) -> Sampling:
     return Sampling()
 
 
-def find_model(name: str, weights: Path | None = None, *, controlnet: bool = False) -> Model:
+def find_model(
+    name: str, weights: Path | None = None, *, loras: Sequence[Lora] = (), controlnet: bool = False
+) -> Model:
     """Find a model and check that it is supported.
 
     Args:
         name: A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`.
         weights: The checkpoint of one of `VARIANTS`; the others have weights of their own.
+        loras: What is fused into its UNet and its text encoders, in order.
         controlnet: Whether its denoiser is to take the residuals of a ControlNet.
 
     Raises:
-        ModelError: If there is no such model, or it is of a class that unetc does not support.
+        ModelError: If there is no such model, it is of a class that unetc does not support, or a LoRA cannot be read.
+        MissingDependency: If peft is not installed and there are LoRAs.
     """
     if name in VARIANTS:
+        if loras:
+            raise ModelError(f"{name} takes no LoRA: none is made for it; pipelines that do: {', '.join(GUIDANCE)}.")
         if controlnet:
             raise ModelError(f"{name} takes no residuals of a ControlNet; pipelines that do: {', '.join(GUIDANCE)}.")
         return find_glide(name, weights)
     if weights is not None:
         raise ModelError(f"{name} has weights of its own; --weights is for {', '.join(VARIANTS)}.")
-    return _find_pipeline(name, controlnet)
+    return _find_pipeline(name, tuple(loras), controlnet)
 
 
-def _find_pipeline(name: str, controlnet: bool) -> PipelineModel:
+def _find_pipeline(name: str, loras: tuple[Lora, ...], controlnet: bool) -> PipelineModel:
     folder = _find(name)
     index = _read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
@@ -237,6 +255,10 @@ def _find_pipeline(name: str, controlnet: bool) -> PipelineModel:
         raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
     if controlnet and pipeline not in GUIDANCE:
         raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(GUIDANCE)}.")
+    if loras and pipeline not in GUIDANCE:
+        raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(GUIDANCE)}.")
+    for lora in loras:
+        lora.check()
     entry = index.get("unet")
     denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
     expected = "UNet2DConditionModel" if pipeline in GUIDANCE else "UNet2DModel"
@@ -271,15 +293,17 @@ def _find_pipeline(name: str, controlnet: bool) -> PipelineModel:
     return PipelineModel(
         reference=ModelReference(
             name=name,
-            sha256=_hash(config, scheduler_config, weights, controlnet),
+            sha256=_hash(config, scheduler_config, weights, loras, controlnet),
             pipeline=pipeline,
             denoiser=denoiser_class,
             controlnet=controlnet,
+            loras=tuple(map(str, loras)),
         ),
         denoiser_config=_plain(config),
         scheduler_config=scheduler_config,
         sample_shape=sample_shape,
         folder=folder,
+        loras=loras,
     )
 
 
@@ -323,20 +347,32 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hash(config: dict[str, Any], scheduler: dict[str, Any], weights: list[Path], controlnet: bool) -> str:
+def _hash(
+    config: dict[str, Any],
+    scheduler: dict[str, Any],
+    weights: list[Path],
+    loras: tuple[Lora, ...],
+    controlnet: bool,
+) -> str:
     """Hash what decides the denoiser's output."""
     digest = hashlib.sha256()
     for settings in (config, scheduler):
         digest.update(json.dumps(_plain(settings), sort_keys=True).encode())
     for path in weights:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
+        digest.update(_hash_file(path))
+    for lora in loras:
+        digest.update(f"lora {lora.scale}".encode() + _hash_file(lora.path))
     if controlnet:
         digest.update(b"controlnet")
     return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,41 +13,39 @@ from unetc.errors import MissingDependency, ModelError
 
 
 def encode_prompts(
-    folder: Path,
-    pipeline: str,
-    prompts: Sequence[str],
-    *,
-    guidance_scale: float,
-    size: tuple[int, int],
+    pipeline: Any, prompts: Sequence[str], *, guidance_scale: float, size: tuple[int, int]
 ) -> Conditions:
     """Encode prompts, and the empty prompt to be led away from when there is guidance.
 
     Args:
-        folder: A pipeline folder with tokenizers and text encoders.
-        pipeline: Its class, one of `TEXT_PIPELINES`.
+        pipeline: A pipeline with tokenizers and text encoders, of a class in `TEXT_PIPELINES`.
         prompts: One per row.
         guidance_scale: Of classifier-free guidance; 1 or less is none.
         size: Height and width of the images in pixels, which SDXL is told.
+    """
+    import torch
+
+    with torch.no_grad():
+        return TEXT_PIPELINES[type(pipeline).__name__](pipeline, list(prompts), guidance_scale, size)
+
+
+def load_text_encoders(folder: Path, pipeline: str) -> Any:
+    """Load a pipeline without denoiser and decoder.
+
+    Args:
+        folder: A pipeline folder with tokenizers and text encoders.
+        pipeline: Its class, one of `TEXT_PIPELINES`.
 
     Raises:
         ModelError: If the text encoders cannot be loaded.
         MissingDependency: If transformers is not installed.
     """
-    import torch
+    import diffusers
 
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise MissingDependency("encoding prompts needs transformers: pip install 'unetc[compile]'") from error
-    with torch.no_grad():
-        return TEXT_PIPELINES[pipeline](_load(folder, pipeline), list(prompts), guidance_scale, size)
-
-
-def _load(folder: Path, pipeline: str) -> Any:
-    """Load a pipeline without denoiser and decoder."""
-    import diffusers
-    import transformers
-
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -60,7 +60,7 @@ def _finish(axes: Axes, curve: Pareto) -> None:
     axes.grid(axis="y", which="major", color=FAINT, linewidth=0.5)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.set_title(
-        f"{curve.model.name}, {curve.steps} steps, {curve.target}: {len(curve.points)} plans, {curve.samples} samples",
+        f"{curve.model.title}, {curve.steps} steps, {curve.target}: {len(curve.points)} plans, {curve.samples} samples",
         loc="left",
         fontsize=8,
         color=MUTED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
 from unetc.errors import PlanError, QualityGateError
+from unetc.models.lora import Lora
 from unetc.progress import OnProgress, Progress, ignore
 
 from .additivity import check_pairs
@@ -78,6 +80,7 @@ def build(
     options: BuildOptions,
     *,
     weights: Path | None = None,
+    loras: Sequence[Lora] = (),
     cache: Path,
     profile: Profile | None = None,
     plan: Plan | None = None,
@@ -90,6 +93,7 @@ def build(
         path: Folder of the bundle; an older bundle there is replaced.
         options: What to build.
         weights: Checkpoint of a model that is named without one.
+        loras: What is fused into the model, in order.
         cache: Folder for captures and partial results.
         profile: An analysis of this model; made when not given.
         plan: A plan of this profile to build as it is, whatever the budget; made and fitted when not given.
@@ -109,6 +113,7 @@ def build(
     setup = set_up(
         name,
         weights=weights,
+        loras=loras,
         analysis=options.analysis,
         steps=options.steps,
         cache=cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from unetc.artifacts.profile import Profile
 from unetc.compiler.planner import PlanOptions
 from unetc.environment import describe
 from unetc.errors import PlanError, QualityGateError
+from unetc.models.lora import Lora
 from unetc.progress import OnProgress, Progress, ignore
 
 from .fit import fit_plan
@@ -54,6 +56,7 @@ def pareto(
     options: ParetoOptions,
     *,
     weights: Path | None = None,
+    loras: Sequence[Lora] = (),
     cache: Path,
     profile: Profile | None = None,
     on_progress: OnProgress = ignore,
@@ -68,6 +71,7 @@ def pareto(
     setup = set_up(
         name,
         weights=weights,
+        loras=loras,
         analysis=options.analysis,
         steps=options.steps,
         cache=cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from unetc.compiler.engines import check_plan
 from unetc.conditions import Conditions
 from unetc.errors import ProfileError
 from unetc.models import Model, find_model
+from unetc.models.lora import Lora
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.decoder import Decoder
@@ -45,6 +47,7 @@ def set_up(
     name: str,
     *,
     weights: Path | None = None,
+    loras: Sequence[Lora] = (),
     analysis: AnalysisOptions,
     steps: int,
     cache: Path,
@@ -57,6 +60,7 @@ def set_up(
     Args:
         name: Built-in model, diffusers folder or Hub id.
         weights: Checkpoint of a model that is named without one.
+        loras: What is fused into the model, in order.
         analysis: How to analyse when no profile is given.
         steps: Number of steps that plans are measured at.
         cache: Folder for captures and partial results.
@@ -69,7 +73,8 @@ def set_up(
         ProfileError: If the profile belongs to another model.
         PlanError: If the plan belongs to another profile.
     """
-    model = find_model(name, weights, controlnet=(profile.model if profile else analysis).controlnet)
+    controlnet = (profile.model if profile else analysis).controlnet
+    model = find_model(name, weights, loras=loras, controlnet=controlnet)
     profile = profile or analyze_found(model, analysis, cache, on_progress)
     _check_profile(profile, model)
     if plan is not None:
@@ -105,6 +110,7 @@ def analyze_model(
     options: AnalysisOptions,
     *,
     weights: Path | None = None,
+    loras: Sequence[Lora] = (),
     cache: Path,
     on_progress: OnProgress = ignore,
 ) -> Profile:
@@ -114,7 +120,8 @@ def analyze_model(
         ModelError: If there is no such model or it is not supported.
         ProfileError: If it cannot be analysed.
     """
-    return analyze_found(find_model(name, weights, controlnet=options.controlnet), options, cache, on_progress)
+    model = find_model(name, weights, loras=loras, controlnet=options.controlnet)
+    return analyze_found(model, options, cache, on_progress)
 
 
 def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progress: OnProgress) -> Profile:
@@ -146,7 +153,8 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
 def _check_profile(profile: Profile, model: Model) -> None:
     reference = model.reference
     if profile.model.sha256 != reference.sha256:
+        command = " --lora ".join((reference.name, *reference.loras))
         raise ProfileError(
-            f"the profile is of {profile.model.name} ({profile.model.sha256[:12]}), not of {reference.name} "
-            f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {reference.name} -o profile.json`."
+            f"the profile is of {profile.model.title} ({profile.model.sha256[:12]}), not of {reference.title} "
+            f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {command} -o profile.json`."
         )
