@@ -20,6 +20,7 @@ import msgspec
 from unetc.artifacts.record import Artifact, Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError, StaleEngineError
 
+from .precision import Precision
 from .tensorrt.messages import Effort, Gpu
 from .tensorrt.shapes import Sizes
 
@@ -43,7 +44,7 @@ class EngineKey(Record, frozen=True, kw_only=True):
     graph_sha256: str
     weights_sha256: str
     """Of the bundle's files, before their precision was lowered."""
-    precision: str
+    precision: Precision
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition."""

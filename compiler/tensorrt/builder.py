@@ -15,7 +15,7 @@ from .library import Library, library_of
 from .messages import STEPS, Built, Request
 from .shapes import Dimension, Shape, resolve
 
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "failed_allocation", "could not find any implementation")
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "failed_allocation", "could not find any implementation")
 """What libraries say, among other things, when they run out of memory; the last is what remains if no kernel fits."""
 _KEPT_COMPLAINTS = 5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from unetc.compiler.tensorrt.messages import Effort, Request
@@ -39,8 +40,6 @@ def process(tmp_path: Path, *tries: str) -> tuple[str, ...]:
 
 
 def requests(tmp_path: Path) -> list[Request]:
-    import msgspec
-
     lines = (tmp_path / "requests").read_bytes().splitlines()
     return [msgspec.json.decode(line, type=Request) for line in lines]
 

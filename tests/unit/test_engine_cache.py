@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 
 from unetc.compiler.engine_cache import ENGINE, RECORD, EngineCache, EngineKey, EngineRecord
+from unetc.compiler.precision import Precision
 from unetc.compiler.tensorrt.messages import Effort, Gpu
 from unetc.compiler.tensorrt.shapes import Range, Sizes
 from unetc.errors import StaleEngineError
@@ -25,7 +27,7 @@ KEY = EngineKey(
     gpu=Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06"),
     graph_sha256="1" * 64,
     weights_sha256="2" * 64,
-    precision="fp32",
+    precision=Precision.FP32,
     sizes=Sizes(batch=TWO, height=ONE, width=ONE),
     rows={"encoder_hidden_states": (77, 768)},
     effort=Effort(),
@@ -38,7 +40,7 @@ OTHER: dict[str, Any] = {
     "gpu": msgspec.structs.replace(KEY.gpu, driver="580.65.07"),
     "graph_sha256": "3" * 64,
     "weights_sha256": "3" * 64,
-    "precision": "fp16",
+    "precision": Precision.FP16,
     "sizes": Sizes(batch=ONE, height=ONE, width=ONE),
     "rows": {"encoder_hidden_states": (78, 768)},
     "effort": Effort(optimization_level=2),
@@ -47,8 +49,6 @@ OTHER: dict[str, Any] = {
 
 
 def record(key: EngineKey = KEY) -> EngineRecord:
-    import hashlib
-
     return EngineRecord(
         key=key,
         engine_sha256=hashlib.sha256(ENGINE_BYTES).hexdigest(),

@@ -361,6 +361,7 @@ def compile_(
     target: Annotated[
         str, typer.Option(help="tensorrt-rtx, or tensorrt for the GPU of this machine.")
     ] = "tensorrt-rtx",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; the borders of a graph stay fp32.")] = "fp32",
     batch: Annotated[
         str | None,
         typer.Option(
@@ -393,10 +394,12 @@ def compile_(
     """
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
+    from unetc.compiler.precision import Precision
     from unetc.workflow.compile import CompileOptions, compile_bundle
 
     options = CompileOptions(
         target=target,
+        precision=Precision.parse(precision),
         batch=batch,
         height=height,
         width=width,

@@ -14,6 +14,7 @@ from pathlib import Path
 import unetc
 from unetc.backend import WEIGHTS
 from unetc.compiler.engine_cache import EngineCache, EngineKey, EngineRecord
+from unetc.compiler.precision import Precision
 from unetc.compiler.tensorrt.library import library_of
 from unetc.compiler.tensorrt.messages import STEPS, Effort, Gpu, Request
 from unetc.compiler.tensorrt.shapes import Range, Sizes
@@ -34,6 +35,7 @@ class CompileOptions:
     """What to build engines for, and what that may take."""
 
     target: str
+    precision: Precision = Precision.FP32
     batch: str | None = None
     """One size, or least and most, or least, usual and most, as '1,2,8'; None for 1 to that of the bundle."""
     height: str | None = None
@@ -92,8 +94,9 @@ def compile_bundle(
             continue  # built below
         done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
     if missing := {graph: key for graph, key in keys.items() if graph not in done}:
-        with _private_copy(bundle, missing) as folder:
-            for graph, record in _build_all(missing, Path(folder), engines, options, on_progress):
+        with _private_copy(bundle, missing) as private:
+            folder = _lower(Path(private), missing, options.precision)
+            for graph, record in _build_all(missing, folder, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
     return tuple(done[graph] for graph in keys)
 
@@ -124,7 +127,7 @@ def _keys(bundle: Bundle, options: CompileOptions, version: str, gpu: Gpu | None
             gpu=gpu,
             graph_sha256=hashes[engine.graph],
             weights_sha256=hashes[manifest.weights],
-            precision="fp32",
+            precision=options.precision,
             sizes=sizes,
             rows=rows,
             effort=Effort(),
@@ -146,6 +149,22 @@ def _private_copy(bundle: Bundle, graphs: Iterable[str]) -> tempfile.TemporaryDi
             "Set TMPDIR to a folder with room."
         ) from error
     return folder
+
+
+def _lower(folder: Path, graphs: Iterable[str], precision: Precision) -> Path:
+    """Lower the precision of the graphs in the private folder; return the folder with the result."""
+    if precision is Precision.FP32:
+        return folder
+    from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+
+    lowered = folder / precision
+    try:
+        lower_graphs(folder, [_beside_weights(graph) for graph in graphs], precision, lowered)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write weights to {lowered}: {error.strerror}. Set TMPDIR to a folder with room."
+        ) from error
+    return lowered
 
 
 def _beside_weights(graph: str) -> str:
