@@ -25,6 +25,7 @@ import onnx_ir.passes.common as common
 from unetc.backend import WEIGHTS
 from unetc.graph.weights import tensor_ranges, write_tensors
 
+from .element_types import infer_types
 from .precision import Precision
 
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
@@ -123,7 +124,7 @@ class _Lowering:
         self._graph = model.graph
         self._precision = precision
         self._low = _TYPES[precision]
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+        infer_types(model.graph)
         self._wide = _wide_nodes(model.graph, wide)
         self._floats = {value for value in _values(model.graph) if value.dtype == ir.DataType.FLOAT}
         self._types: dict[ir.Value, ir.DataType] = {}
@@ -218,7 +219,9 @@ def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]
     plain = set(graph.inputs)  # values that follow from inputs alone
     for node in graph:
         computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
-        if node.op_type in _ELEMENTWISE and computed and plain.issuperset(computed):
+        if node.op_type == "Shape":
+            plain.update(node.outputs)  # a size is not rounded, whatever it is the size of
+        elif node.op_type in _ELEMENTWISE and computed and plain.issuperset(computed):
             plain.update(node.outputs)
             wide.add(node)
     wide |= _last_layer(graph.outputs[0])

@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 import unetc
 from unetc.backend import WEIGHTS
@@ -21,6 +25,7 @@ from unetc.compiler.tensorrt.shapes import Range, Sizes
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.environment import cores, free_memory
 from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
+from unetc.held import COMPUTED, EARLIER, HELD, REACH
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.bundle import Bundle
 
@@ -28,6 +33,9 @@ _BASE_BYTES = 600 * 2**20
 """What a building process holds besides weights: libraries and kernels."""
 _COPIES_OF_WEIGHTS = 5
 """What it holds of them at its peak, measured: benchmarks/results/rtx_build.json."""
+_PROBE_BATCH, _PROBES = 2, 5
+"""Samples, and noise levels, that are looked at to find what overflows."""
+_ONE = np.ones(1, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +102,8 @@ def compile_bundle(
             continue  # built below
         done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
     if missing := {graph: key for graph, key in keys.items() if graph not in done}:
-        with _private_copy(bundle, missing) as private:
-            folder = _lower(Path(private), missing, options.precision)
+        with _private_copy(bundle, keys) as private:
+            folder = _lower(bundle, Path(private), missing, options.precision, on_progress)
             for graph, record in _build_all(missing, folder, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
     return tuple(done[graph] for graph in keys)
@@ -151,20 +159,55 @@ def _private_copy(bundle: Bundle, graphs: Iterable[str]) -> tempfile.TemporaryDi
     return folder
 
 
-def _lower(folder: Path, graphs: Iterable[str], precision: Precision) -> Path:
+def _lower(bundle: Bundle, folder: Path, graphs: Iterable[str], precision: Precision, on_progress: OnProgress) -> Path:
     """Lower the precision of the graphs in the private folder; return the folder with the result."""
     if precision is Precision.FP32:
         return folder
     from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
 
+    wide = _overflowing(bundle, folder, on_progress) if precision is Precision.FP16 else frozenset()
     lowered = folder / precision
     try:
-        lower_graphs(folder, [_beside_weights(graph) for graph in graphs], precision, lowered)
+        lower_graphs(folder, [_beside_weights(graph) for graph in graphs], precision, lowered, wide)
     except OSError as error:
         raise ArtifactError(
             f"cannot write weights to {lowered}: {error.strerror}. Set TMPDIR to a folder with room."
         ) from error
     return lowered
+
+
+def _overflowing(bundle: Bundle, folder: Path, on_progress: OnProgress) -> frozenset[str]:
+    """Find values that float16 cannot hold: noise through all engines, at noise levels from first to last."""
+    from unetc.compiler.overflow import overflowing
+
+    manifest = bundle.manifest
+    engines = list(dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines)))
+    engines.sort(key=lambda graph: graph != manifest.engines[0].graph)  # the one that emits goes first
+    noise = np.random.default_rng(0).standard_normal((_PROBE_BATCH, *manifest.sample_shape), dtype=np.float32)
+    timesteps = bundle.solver.table(manifest.steps).timesteps
+    conditions = bundle.conditions.take(range(_PROBE_BATCH))
+    probes: list[dict[str, NDArray[Any]]] = [
+        conditions.widen(noise, float(timesteps[i])) for i in np.linspace(0, len(timesteps) - 1, _PROBES).astype(int)
+    ]
+    found: frozenset[str] = frozenset()
+    for done, graph in enumerate(engines):
+        on_progress(Progress(stage="find what overflows", done=done, total=len(engines)))
+        large, outputs = overflowing(folder / _beside_weights(graph), probes)
+        found |= large
+        for i, probe in enumerate(probes):
+            for name, value in outputs[i].items():
+                if name.startswith(COMPUTED):
+                    key = name.removeprefix(COMPUTED)
+                    probe |= {HELD + key: value, EARLIER + key: outputs[max(0, i - 1)][name], REACH + key: _ONE}
+    on_progress(
+        Progress(
+            stage="find what overflows",
+            done=len(engines),
+            total=len(engines),
+            note=f"{len(found)} values stay float32, as float16 may not hold them" if found else "",
+        )
+    )
+    return found
 
 
 def _beside_weights(graph: str) -> str:
