@@ -184,7 +184,7 @@ class _Lowering:
         name = f"{value.name}.{self._precision}"
         largest = _LARGEST[self._precision]
 
-        def convert() -> ir.Tensor:
+        def convert() -> ir.TensorProtocol:
             array = np.clip(constant.numpy(), -largest, largest)  # what is too large becomes the largest number
             return ir.Tensor(array.astype(self._low.numpy()), dtype=self._low, name=name)
 

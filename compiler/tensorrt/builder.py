@@ -123,7 +123,7 @@ def _words(complaints: list[str]) -> str:
 def _logger(trt: Any, complaints: list[str]) -> Any:
     """Keep the last errors that a library reports."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -137,7 +137,7 @@ def _logger(trt: Any, complaints: list[str]) -> Any:
 def _monitor(trt: Any, on_advance: Callable[[int], bool]) -> Any:
     """Turn the nested phases of a build into one number that only grows."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._lock = threading.Lock()  # phases may run in several threads

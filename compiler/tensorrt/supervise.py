@@ -113,9 +113,9 @@ def _run(
         clock = threading.Timer(time_limit_s, process.kill)
         clock.start()
         last: Built | Refused | None = None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            assert process.stdin is not None
-            assert process.stdout is not None
             try:
                 with process.stdin as stdin:
                     stdin.write(encode(request))
