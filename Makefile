@@ -1,4 +1,4 @@
-.PHONY: install check test nightly bench build
+.PHONY: install check test nightly rtx bench build
 
 install:
 	python -m pip install -e ".[dev]"
@@ -13,6 +13,10 @@ test:
 
 nightly:
 	python -m pytest -q -n 2 -m nightly
+
+rtx:
+	python -m pip install -e ".[rtx]"
+	python -m pytest -q -m rtx --require-rtx
 
 bench:
 	set -e; for question in benchmarks/bench_*.py; do python "$$question"; done

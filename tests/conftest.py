@@ -20,9 +20,16 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
+REQUIRED = {"gpu": "an NVIDIA GPU", "rtx": "tensorrt_rtx"}
+"""Marks of tests that skip themselves without something, and what that is."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --require-gpu."""
-    parser.addoption("--require-gpu", action="store_true", help="fail the tests marked gpu that would skip themselves")
+    """Add --require-gpu and --require-rtx."""
+    for mark, what in REQUIRED.items():
+        parser.addoption(
+            f"--require-{mark}", action="store_true", help=f"fail tests that skip themselves without {what}"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,10 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Under --require-gpu, fail a gpu test that skips itself: a GPU job cannot pass empty."""
+    """Under --require-gpu, fail a gpu test that skips itself: a GPU job cannot pass empty. The same for the others."""
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu"):
-        forbid_skip(report, item.config)
+    if report.skipped and not hasattr(report, "wasxfail"):
+        for mark in REQUIRED:
+            if item.get_closest_marker(mark):
+                forbid_skip(report, item.config, mark)
     return report
 
 
@@ -46,18 +55,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Under --require-gpu, fail a file that skips itself: it never gets as far as its marks."""
+    """Under --require-gpu and the others, fail a file that skips itself: it never gets as far as its marks."""
     report = yield
     if report.skipped:
-        forbid_skip(report, collector.config)
+        for mark in REQUIRED:
+            forbid_skip(report, collector.config, mark)
     return report
 
 
-def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
-    """Make a skip a failure under --require-gpu."""
-    if config.getoption("require_gpu"):
+def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config, mark: str) -> None:
+    """Make a skip a failure if what it lacks is required."""
+    if report.skipped and config.getoption(f"require_{mark}"):
         *_, reason = report.longrepr
-        report.outcome, report.longrepr = "failed", f"--require-gpu, but {reason}"
+        report.outcome, report.longrepr = "failed", f"--require-{mark}, but {reason}"
 
 
 @pytest.fixture(scope="session")

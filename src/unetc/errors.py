@@ -43,6 +43,14 @@ class CompileError(UnetcError):
     """A graph cannot be specialised or exported."""
 
 
+class EngineBuildError(CompileError):
+    """A library cannot build an engine of a graph."""
+
+
+class StaleEngineError(ArtifactError):
+    """An engine is not the one that was asked for, or nobody here has built it; it is never run."""
+
+
 class SessionError(UnetcError):
     """A session cannot be opened or sampled."""
 

@@ -17,8 +17,9 @@ BASE = [
     "unetc.cli.app",
     "unetc.cli.output",
     "unetc.cli.summary",
+    "unetc.workflow.compile",
 ]
-"""What works in an installation without extras: all that `unetc sample` imports, but for the engines' own library."""
+"""What works without extras: all that `unetc sample` and `unetc compile` import, but for the engines' own library."""
 
 EXTRAS = {
     "cuda",
@@ -35,6 +36,7 @@ EXTRAS = {
     "scipy",
     "sklearn",
     "tensorrt",
+    "tensorrt_rtx",
     "torch",
     "torchmetrics",
 }

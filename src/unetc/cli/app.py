@@ -376,6 +376,66 @@ def sample(
         OUT.print(f"{len(images)} samples in {seconds:.2f} s; wrote {output}", soft_wrap=True)
 
 
+@app.command("compile")
+def compile_(
+    bundle: BundlePath,
+    target: Annotated[
+        str, typer.Option(help="tensorrt-rtx, or tensorrt for the GPU of this machine.")
+    ] = "tensorrt-rtx",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; the borders of a graph stay fp32.")] = "fp32",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of a call, twice the samples where a call is guided: N, LEAST,MOST or LEAST,USUAL,MOST "
+            "(default: 1 to the bundle's)."
+        ),
+    ] = None,
+    height: Annotated[
+        str | None, typer.Option(help="Height of samples, in the same form (default: the bundle's).")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Width of samples, in the same form (default: the bundle's).")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds that building one engine may take.")] = 3600.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Most engines built at once; fewer if memory is short.")] = 1,
+    trust_engines: Annotated[
+        bool,
+        typer.Option(
+            "--trust-engines", help="Take engines in the cache that others have built. Loading one runs code."
+        ),
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Engines go into its folder engines (default: $UNETC_CACHE or ~/.cache/unetc).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build NVIDIA engines of a bundle into the cache. unetc cannot run them yet.
+
+    Interrupted, the same command goes on with the engines that are missing. tensorrt-rtx needs no GPU for it.
+    """
+    from unetc.cli import summary
+    from unetc.cli.output import OUT, print_json, progress
+    from unetc.compiler.precision import Precision
+    from unetc.workflow.compile import CompileOptions, compile_bundle
+
+    options = CompileOptions(
+        target=target,
+        precision=Precision.parse(precision),
+        batch=batch,
+        height=height,
+        width=width,
+        time_limit_s=time_limit,
+        jobs=jobs,
+        trust_engines=trust_engines,
+    )
+    with progress() as on_progress:
+        engines = compile_bundle(bundle, options, cache=_cache(cache), on_progress=on_progress)
+    if as_json:
+        print_json(summary.engine_facts(engines))
+    else:
+        OUT.print(summary.engine_table(engines))
+
+
 @app.command()
 def verify(
     bundle: BundlePath,

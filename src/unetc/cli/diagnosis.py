@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from unetc.compiler.tensorrt.library import LIBRARIES, Library
 from unetc.environment import describe
 from unetc.errors import UnetcError
 from unetc.runtime.backend import BACKENDS, open_backend
@@ -34,6 +35,7 @@ def diagnose() -> list[Finding]:
     )
     findings = [Finding(name="machine", works=True, needed=True, detail=machine)]
     findings += [_try_backend(target) for target in BACKENDS if target != "null"]
+    findings += [_try_library(library) for library in LIBRARIES.values()]
     findings += [_try_stage(stage, libraries) for stage, libraries in _STAGES.items()]
     return findings
 
@@ -44,6 +46,17 @@ def _try_backend(target: str) -> Finding:
     except UnetcError as error:
         return Finding(name=f"target {target}", works=False, needed=True, detail=str(error))
     return Finding(name=f"target {target}", works=True, needed=True, detail=_version(target.split(":")[0]))
+
+
+def _try_library(library: Library) -> Finding:
+    name = f"compile for {library.target}"
+    try:
+        version = library.load().__version__
+        gpu = library.gpu()
+    except UnetcError as error:
+        return Finding(name=name, works=False, needed=False, detail=str(error))
+    place = "for any GPU it supports" if gpu is None else f"for {gpu.name}"
+    return Finding(name=name, works=True, needed=False, detail=f"{library.module} {version}, {place}")
 
 
 def _try_stage(stage: str, libraries: tuple[str, ...]) -> Finding:

@@ -23,6 +23,7 @@ from unetc.progress import OnProgress, Progress
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
     from unetc.runtime.session import Step
+    from unetc.workflow.compile import CompiledEngine
 
 
 def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification | Pareto:
@@ -248,3 +249,37 @@ def _damage(damage: Damage) -> str:
 def _damage_cells(damage: Damage) -> list[str]:
     l2 = damage.relative_l2
     return [f"{l2.mean:.4f} ({l2.low:.4f}–{l2.high:.4f})", f"{damage.psnr.mean:.1f}", f"{damage.ssim.mean:.4f}"]
+
+
+def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
+    """List compiled engines with everything that is known about them."""
+    return {
+        "engines": [
+            {"graph": engine.graph, "folder": str(engine.folder), "known": engine.known} | to_builtins(engine.record)
+            for engine in engines
+        ]
+    }
+
+
+def engine_table(engines: Sequence[CompiledEngine]) -> Table:
+    """Lay out compiled engines and what building them took."""
+    key = engines[0].record.key
+    rows = [
+        [
+            Path(engine.graph).stem,
+            f"{engine.record.engine_bytes / 2**20:.1f}",
+            str(engine.record.layers),
+            f"{engine.record.seconds:.1f}",
+            str(engine.record.tries),
+            f"{engine.record.peak_bytes / 2**20:.0f}",
+            "was there" if engine.known else "built",
+        ]
+        for engine in engines
+    ]
+    return table(
+        f"{key.target} {key.library}, {key.precision}, batch {key.sizes.batch}, "
+        f"{key.sizes.height} x {key.sizes.width}, "
+        f"{'any GPU it supports' if key.gpu is None else key.gpu.name}; in {engines[0].folder.parent}",
+        ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", ""],
+        rows,
+    )

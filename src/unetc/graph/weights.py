@@ -10,12 +10,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from unetc.errors import CompileError
 
-_TYPES = {ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
+_TYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
 _ALIGNMENT = 8
 """Bytes. Tensors begin at multiples of their element size, as the longest elements come first."""
 
@@ -29,7 +28,9 @@ def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPES:
-            raise CompileError(f"cannot store {name!r} of type {tensor.dtype}; expected float16, float32 or float64.")
+            raise CompileError(
+                f"cannot store {name!r} of type {tensor.dtype}; expected bfloat16, float16, float32 or float64."
+            )
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {}
     end = 0
@@ -43,8 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            array = tensors[name].numpy()
-            file.write(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+            file.write(tensors[name].tobytes())  # little-endian, as both formats say
 
 
 def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,149 @@
+"""How long does tensorrt_rtx take to build engines of every kind on a machine without a GPU, and how large are they?
+
+    python benchmarks/bench_rtx_build.py --work /tmp/rtx    # about 5 minutes on two cores, captures included
+
+Two models: `digits`, and a UNet with the blocks of Stable Diffusion 1.5 at a fifth of its width, with random weights.
+Five engines of each, as plans have them: one that computes everything, the same emitting what others reuse, one without
+two skips, one that holds a level, one that forecasts and holds residual branches. Each in float32 and in float16.
+Prints and writes `results/rtx_build.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import numpy as np
+import torch
+
+from unetc.artifacts.profile import Component, Treatment
+from unetc.backend import WEIGHTS
+from unetc.compiler.lowering import lower_graphs
+from unetc.compiler.precision import Precision
+from unetc.compiler.tensorrt.library import library_of
+from unetc.compiler.tensorrt.messages import Effort, Request
+from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.supervise import build_engine
+from unetc.environment import describe
+from unetc.graph.capture import capture
+from unetc.graph.gated import GatedGraph, open_or_build
+from unetc.graph.specialise import specialise
+from unetc.models import find_model
+
+diffusers: Any = untyped_diffusers
+
+HERE = Path(__file__).parent
+TARGET = "tensorrt-rtx"
+TIME_LIMIT_S = 900.0
+STABLE_DIFFUSION = HERE.parent / "tests/configs/sd15.json"
+WIDTHS, CONTEXT = (64, 128, 256, 256), 192
+
+
+def digits(work: Path) -> GatedGraph:
+    """Capture the reference model."""
+    return open_or_build(work / "digits", lambda: capture(find_model("digits").load_denoiser()))
+
+
+def stable_diffusion(work: Path) -> GatedGraph:
+    """Capture a narrow UNet with the blocks and layers of Stable Diffusion 1.5."""
+    config = json.loads(STABLE_DIFFUSION.read_text()) | {"block_out_channels": WIDTHS, "cross_attention_dim": CONTEXT}
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(**{key: value for key, value in config.items() if key != "_class_name"})
+    return open_or_build(work / "stable-diffusion", lambda: capture(model.eval()))
+
+
+def one(size: int) -> Range:
+    """Fix a size."""
+    return Range(least=size, usual=size, most=size)
+
+
+BATCH = Range(least=1, usual=2, most=8)
+MODELS: Mapping[str, tuple[Any, Sizes, Mapping[str, tuple[int, ...]]]] = {
+    "digits, 32x32": (digits, Sizes(batch=BATCH, height=one(32), width=one(32)), {}),
+    "narrow SD 1.5, 64x64": (
+        stable_diffusion,
+        Sizes(batch=BATCH, height=one(64), width=one(64)),
+        {"encoder_hidden_states": (77, CONTEXT)},
+    ),
+}
+
+
+def engines(components: tuple[Component, ...]) -> Iterator[tuple[str, dict[str, Treatment], tuple[str, ...]]]:
+    """Name engines with their treatments and what they emit."""
+
+    def named(kind: str) -> list[str]:
+        return [component.name for component in components if component.kind == kind]
+
+    level, residuals, skips = named("level")[-1], named("residual")[:2], named("skip")
+    yield "full", {}, ()
+    yield "emits", {}, (level, *residuals)
+    yield "drops 2 skips", dict.fromkeys((skips[0], skips[-1]), Treatment.DROP), ()
+    yield "holds a level", {level: Treatment.HOLD}, ()
+    yield "forecasts and holds", {residuals[0]: Treatment.FORECAST, residuals[1]: Treatment.HOLD}, ()
+
+
+def measure(name: str, work: Path) -> Iterator[dict[str, object]]:
+    """Build all engines of a model."""
+    captured, sizes, rows = MODELS[name]
+    gated = captured(work)
+    means = np.zeros(gated.channels, np.float32)
+    folder = work / "graphs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copyfile(gated.weights, folder / WEIGHTS)
+    files = {}
+    for engine, treatments, emits in engines(gated.components):
+        files[engine] = f"{engine.replace(' ', '-')}.onnx"
+        (folder / files[engine]).write_bytes(specialise(gated, treatments, means, emits).graph)
+    lower_graphs(folder, tuple(files.values()), Precision.FP16, folder / Precision.FP16)
+    for precision, place in ((Precision.FP32, folder), (Precision.FP16, folder / Precision.FP16)):
+        for engine, file in files.items():
+            request = Request(
+                target=TARGET,
+                graph=file,
+                engine="engine.plan",
+                timing="timing.cache",
+                sizes=sizes,
+                rows=rows,
+                effort=Effort(),
+            )
+            outcome = build_engine(request, place, time_limit_s=TIME_LIMIT_S, on_advance=lambda done: None)
+            yield {
+                "model and engine": f"{name}: {engine}",
+                "precision": precision,
+                "seconds": round(outcome.seconds, 1),
+                "weights MB": round((place / WEIGHTS).stat().st_size / 1e6, 1),
+                "engine MB": round(outcome.engine.stat().st_size / 1e6, 1),
+                "layers": outcome.built.layers,
+                "tries": outcome.tries,
+                "peak MB": round(outcome.built.peak_bytes / 1e6),
+            }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for captures and graphs")
+    options = parser.parse_args()
+    version = library_of(TARGET).load().__version__
+    results = []
+    for name in MODELS:
+        for case in measure(name, options.work):
+            results.append(case)
+            print(json.dumps(case), flush=True)
+    record = {
+        "command": "python benchmarks/bench_rtx_build.py --work /tmp/rtx",
+        "settings": {"tensorrt_rtx": version, "batch": str(BATCH), "optimization level": Effort().optimization_level},
+        "environment": describe(),
+        "results": results,
+    }
+    (HERE / "results/rtx_build.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Built engines on disk, each under a key of everything that decides what it is.
+
+Deserialising an engine runs code, so engines are no part of a bundle, and one is given out only if every field of its
+key is what is asked for, its bytes are those that were written, and its record carries the seal of this cache: a hash
+that only who can read the cache's own secret can make. An engine that was copied here from another machine has another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from unetc.artifacts.record import Artifact, Record, read_bounded, write_atomically
+from unetc.errors import ArtifactError, StaleEngineError
+
+from .precision import Precision
+from .tensorrt.messages import Effort, Gpu
+from .tensorrt.shapes import Sizes
+
+ENGINE = "engine.plan"
+RECORD = "record.json"
+_SECRET = "secret"
+_SECRET_BYTES = 32
+
+
+class EngineKey(Record, frozen=True, kw_only=True):
+    """Everything that decides what an engine is. Two engines differ where two keys do."""
+
+    unetc: str
+    target: str
+    library: str
+    """Version of the library that builds and runs it."""
+    platform: str
+    """Operating system and processor of the machine that built it."""
+    gpu: Gpu | None
+    """None if the library builds for many."""
+    graph_sha256: str
+    weights_sha256: str
+    """Of the bundle's files, before their precision was lowered."""
+    precision: Precision
+    sizes: Sizes
+    rows: Mapping[str, tuple[int, ...]]
+    """Shape of one row of each condition."""
+    effort: Effort
+    """What was asked for."""
+
+    def sha256(self) -> str:
+        """Hash all fields."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+    def differences(self, other: EngineKey) -> list[str]:
+        """Name the fields in which another key differs."""
+        return [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
+
+
+class EngineRecord(Artifact, frozen=True, kw_only=True):
+    """What the cache knows about one engine."""
+
+    key: EngineKey
+    engine_sha256: str
+    engine_bytes: int
+    layers: int
+    """Of the network that the parser made of the graph."""
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    """Least, usual and largest shape of every input."""
+    spent: Effort
+    """What the try that succeeded was allowed."""
+    tries: int
+    seconds: float
+    peak_bytes: int
+    """Most memory that building held."""
+    seal: str = ""
+
+    def unsealed(self) -> bytes:
+        """Write what the seal vouches for."""
+        return msgspec.structs.replace(self, seal="").to_json()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCache:
+    """A folder of engines."""
+
+    root: Path
+
+    def folder(self, key: EngineKey) -> Path:
+        """Tell where the engine of a key is."""
+        return self.root / key.sha256()[:32]
+
+    def open(self, key: EngineKey, *, trust: bool = False) -> tuple[EngineRecord, bytes]:
+        """Read an engine.
+
+        Args:
+            key: What it must be.
+            trust: Take it even if it was not built here. It can do whatever you can.
+
+        Raises:
+            StaleEngineError: If there is none, one field of its key differs, its bytes are not what was written, or it
+                was built elsewhere.
+        """
+        folder = self.folder(key)
+        try:
+            record = EngineRecord.load(folder / RECORD)
+            engine = read_bounded(folder / ENGINE, record.engine_bytes)
+        except ArtifactError as error:
+            raise StaleEngineError(f"there is no engine in {folder}: {error} Build it with `unetc compile`.") from error
+        if differences := key.differences(record.key):
+            raise StaleEngineError(
+                f"the engine in {folder} differs in {', '.join(differences)} from what is asked for. Build it again."
+            )
+        if len(engine) != record.engine_bytes or hashlib.sha256(engine).hexdigest() != record.engine_sha256:
+            raise StaleEngineError(f"{folder / ENGINE} is not what was built (its hash differs). Build it again.")
+        if not trust and not hmac.compare_digest(record.seal, self._seal(record)):
+            raise StaleEngineError(
+                f"the engine in {folder} was not built here, and loading one runs code. Build it again, or say "
+                "--trust-engines if you trust who built it."
+            )
+        return record, engine
+
+    def put(self, record: EngineRecord, engine: bytes) -> EngineRecord:
+        """Write an engine, its record last, sealed.
+
+        Raises:
+            ArtifactError: If the folder cannot be written or the disk is full.
+        """
+        sealed = msgspec.structs.replace(record, seal=self._seal(record))
+        folder = self.folder(record.key)
+        write_atomically(folder / ENGINE, engine)
+        sealed.save(folder / RECORD)
+        return sealed
+
+    def _seal(self, record: EngineRecord) -> str:
+        return hmac.new(self._secret(), record.unsealed(), hashlib.sha256).hexdigest()
+
+    def _secret(self) -> bytes:
+        """Read this cache's secret, or draw it when there is none."""
+        path = self.root / _SECRET
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            drawn = self.root / f".{_SECRET}.{secrets.token_hex(8)}"
+            if not path.exists():
+                handle = os.open(drawn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(secrets.token_bytes(_SECRET_BYTES))
+                try:
+                    os.link(drawn, path)  # fails if another process was first
+                except FileExistsError:
+                    pass
+                finally:
+                    drawn.unlink()
+            secret = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.root}: {error.strerror}. Choose another with --cache.") from error
+        if len(secret) != _SECRET_BYTES:
+            raise ArtifactError(f"{path} is damaged. Delete it; engines in {self.root} are built again.")
+        return secret

@@ -1,0 +1,172 @@
+"""Build one engine with a library; runs in a process of its own, which may die of it."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unetc.artifacts.record import write_atomically
+from unetc.errors import EngineBuildError
+
+from .library import Library, library_of
+from .messages import STEPS, Built, Request
+from .shapes import Dimension, Shape, resolve
+
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "failed_allocation", "could not find any implementation")
+"""What libraries say, among other things, when they run out of memory; the last is what remains if no kernel fits."""
+_KEPT_COMPLAINTS = 5
+
+
+class OutOfMemory(EngineBuildError):
+    """A build has failed for want of memory, or so it seems."""
+
+
+def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> Built:
+    """Parse a graph with its weights, build an engine for a range of shapes and write it.
+
+    Args:
+        request: What to build.
+        folder: Where the files it names are.
+        on_advance: Told how many of `STEPS` are done; the build is given up when it says no.
+
+    Raises:
+        EngineBuildError: If the library cannot parse the graph or cannot build the engine, in its own words.
+        OutOfMemory: If it says that memory was missing.
+    """
+    library = library_of(request.target)
+    trt = library.load()
+    complaints: list[str] = []
+    logger = _logger(trt, complaints)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise EngineBuildError(f"{library.module} cannot start: {_words(complaints)}")
+    network = builder.create_network(_strongly_typed(trt))
+    _parse(trt, network, logger, folder / request.graph)
+    _let_decompose(trt, network)
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    signature = {value.name: _declared(value) for value in inputs}
+    shapes = resolve(signature, request.sizes, request.rows)
+    config = builder.create_builder_config()
+    config.add_optimization_profile(_profile(builder, shapes))
+    config.builder_optimization_level = request.effort.optimization_level
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; who wants less says so in the graph
+    workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * request.effort.workspace_share))
+    monitor = _monitor(trt, on_advance)
+    config.progress_monitor = monitor  # which does not keep it alive
+    timing = _attach_timing(library, config, folder / request.timing)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        words = _words(complaints)
+        refused = OutOfMemory if any(sign in words.lower() for sign in _OUT_OF_MEMORY) else EngineBuildError
+        raise refused(f"{library.module} {trt.__version__} cannot build the engine: {words}")
+    (folder / request.engine).write_bytes(memoryview(engine))
+    if timing is not None:
+        write_atomically(folder / request.timing, bytes(timing.serialize()))
+    return Built(
+        layers=network.num_layers,
+        shapes=shapes,
+        peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+
+
+def _parse(trt: Any, network: Any, logger: Any, path: Path) -> None:
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+        raise EngineBuildError(f"the parser of {trt.__name__} {trt.__version__} refuses the graph: {said}")
+
+
+def _strongly_typed(trt: Any) -> int:
+    """Say that precision is what the graph says, which later versions take for granted."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _let_decompose(trt: Any, network: Any) -> None:
+    """Let attention without a fused kernel of its own (in float32, on some GPUs) be built of plain operators."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding gives the base class, whatever the layer is
+            layer.attention.decomposable = True
+
+
+def _declared(value: Any) -> tuple[Dimension, ...]:
+    """Read the shape of an input: a size, or the name that the graph gives it."""
+    return tuple(size if size >= 0 else value.get_dimension_name(i) or "?" for i, size in enumerate(value.shape))
+
+
+def _profile(builder: Any, shapes: dict[str, tuple[Shape, Shape, Shape]]) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, corners in shapes.items():
+        profile.set_shape(name, *corners)
+    return profile
+
+
+def _attach_timing(library: Library, config: Any, path: Path) -> Any:
+    if not library.times_kernels:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _words(complaints: list[str]) -> str:
+    return " | ".join(complaints) or "it gives no reason"
+
+
+def _logger(trt: Any, complaints: list[str]) -> Any:
+    """Keep the last errors that a library reports."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                complaints[:] = [*complaints[1 - _KEPT_COMPLAINTS :], message.strip()]
+
+    return Logger()
+
+
+def _monitor(trt: Any, on_advance: Callable[[int], bool]) -> Any:
+    """Turn the nested phases of a build into one number that only grows."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._lock = threading.Lock()  # phases may run in several threads
+            self._open: dict[str, tuple[str | None, int, int]] = {}
+            self._done = 0
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            with self._lock:
+                self._open[name] = (parent, 0, steps)
+
+        def phase_finish(self, name: str) -> None:
+            with self._lock:
+                self._open.pop(name, None)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            with self._lock:
+                if name in self._open:
+                    parent, _, steps = self._open[name]
+                    self._open[name] = (parent, step + 1, steps)
+                    self._done = max(self._done, int(STEPS * self._share(name)))
+                return on_advance(self._done)
+
+        def _share(self, name: str) -> float:
+            share = 0.0
+            at: str | None = name
+            while at is not None and at in self._open:
+                parent, done, steps = self._open[at]
+                share = min(1.0, (done + share) / max(1, steps))
+                at = parent
+            return share
+
+    return Monitor()

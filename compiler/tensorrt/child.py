@@ -1,0 +1,44 @@
+"""The process that builds one engine: a request on stdin, messages on stdout, in the folder it is started in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from unetc.errors import UnetcError
+
+from .builder import OutOfMemory, build
+from .messages import Advance, Built, Message, Refused, Request, encode
+
+
+def main() -> None:
+    """Build what is asked for; whatever the library itself prints goes to stderr."""
+    channel = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(message: Message) -> bool:
+        try:
+            os.write(channel, encode(message))
+        except BrokenPipeError:  # nobody waits for the engine any more
+            return False
+        return True
+
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    send(_answer(request, lambda done: send(Advance(done=done))))
+
+
+def _answer(request: Request, on_advance: Callable[[int], bool]) -> Built | Refused:
+    try:
+        return build(request, Path.cwd(), on_advance)
+    except MemoryError:
+        return Refused(message="out of memory", memory=True)
+    except UnetcError as error:
+        return Refused(message=str(error), memory=isinstance(error, OutOfMemory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Sizes that an engine is built for: a range of batch, height and width, and what follows for each of its inputs.
+
+A library takes one profile per engine: the least, the usual (for which it optimises) and the largest shape of every
+input. Height and width of what an engine holds are written in its graph as arithmetic over those of the sample, as
+`(s43 - 1)//2 + 1`; it is computed here, and nothing else that may be written there is.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+from unetc.artifacts.record import Record, require
+from unetc.errors import EngineBuildError
+
+SAMPLE = "sample"
+"""The input whose batch, height and width the others follow."""
+MOST = 2**20
+"""No size is larger."""
+
+Dimension = int | str
+"""A size, or arithmetic over the names of sizes."""
+Signature = Mapping[str, Sequence[Dimension]]
+Shape = tuple[int, ...]
+
+
+class Range(Record, frozen=True, kw_only=True):
+    """Sizes from least to most; the engine is fastest at the usual one."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __post_init__(self) -> None:
+        """Check the order."""
+        require(0 < self.least <= self.usual <= self.most <= MOST, f"not in order, or not in 1..{MOST}: {self}")
+
+    @classmethod
+    def parse(cls, text: str | None, own: int, least: int | None = None) -> Range:
+        """Read one size, two (least and most) or three (least, usual and most), as in '1,2,8'.
+
+        Args:
+            text: What the user gave; None for `least` to `own`.
+            own: What is usual if it is not said and lies in the range.
+            least: Least size if nothing is said (default: `own`).
+
+        Raises:
+            EngineBuildError: If these are not one to three positive numbers in order.
+        """
+        wanted = "expected N, LEAST,MOST or LEAST,USUAL,MOST, each at least 1 and in this order"
+        try:
+            sizes = [int(part) for part in text.split(",")] if text is not None else [least or own, own]
+        except ValueError as error:
+            raise EngineBuildError(f"cannot read the sizes {text!r}; {wanted}.") from error
+        if not 1 <= len(sizes) <= 3 or sizes != sorted(sizes) or not 1 <= sizes[0] <= sizes[-1] <= MOST:
+            raise EngineBuildError(f"cannot build for the sizes {text!r}; {wanted}.")
+        usual = sizes[1] if len(sizes) == 3 else min(max(own, sizes[0]), sizes[-1])
+        return cls(least=sizes[0], usual=usual, most=sizes[-1])
+
+    def __str__(self) -> str:
+        """Write as `parse` reads."""
+        sizes = (self.least, self.usual, self.most)
+        return str(self.usual) if self.least == self.most else ",".join(map(str, sizes))
+
+    def corners(self) -> Shape:
+        """List the three sizes."""
+        return self.least, self.usual, self.most
+
+
+class Sizes(Record, frozen=True, kw_only=True):
+    """Ranges of what a caller may choose."""
+
+    batch: Range
+    height: Range
+    width: Range
+
+
+def resolve(
+    signature: Signature, sizes: Sizes, rows: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Compute the least, the usual and the largest shape of every input.
+
+    Args:
+        signature: Shape of every input as the graph declares it.
+        sizes: What the engine is built for.
+        rows: Shape of one row of each condition; what the sample does not decide (the number of tokens) is taken from
+            there.
+
+    Raises:
+        EngineBuildError: If a shape does not follow from these, or the graph fixes a size that is asked for otherwise.
+    """
+    axes = zip(sizes.batch.corners(), sizes.height.corners(), sizes.width.corners(), strict=True)
+    least, usual, most = (_corner(signature, batch, height, width, rows) for batch, height, width in axes)
+    return {name: (least[name], usual[name], most[name]) for name in signature}
+
+
+def _corner(
+    signature: Signature, batch: int, height: int, width: int, rows: Mapping[str, Sequence[int]]
+) -> dict[str, Shape]:
+    known: dict[str, int] = {}
+    if SAMPLE not in signature or len(signature[SAMPLE]) != 4:
+        raise EngineBuildError(f"the graph has no input {SAMPLE!r} of four axes. Build the bundle again.")
+    channels = signature[SAMPLE][1]
+    _bind(SAMPLE, signature[SAMPLE], (batch, channels, height, width), known)
+    for name, row in rows.items():
+        if name in signature:
+            _bind(name, signature[name][1:], row, known)
+    return {name: tuple(_size(name, one, known) for one in shape) for name, shape in signature.items()}
+
+
+def _bind(name: str, declared: Sequence[Dimension], sizes: Sequence[Dimension], known: dict[str, int]) -> None:
+    """Learn the names of sizes from an input whose shape is known; what the sample has named stays."""
+    if len(declared) != len(sizes):
+        raise EngineBuildError(f"input {name!r} has the axes {list(declared)}, expected sizes {list(sizes)}.")
+    for one, size in zip(declared, sizes, strict=True):
+        if isinstance(one, int) and one != size:
+            raise EngineBuildError(
+                f"the graph fixes a size of input {name!r} at {one}, but {size} is asked for. Build for {one}."
+            )
+        if isinstance(one, str) and one.isidentifier():
+            assert isinstance(size, int)
+            known.setdefault(one, size)
+
+
+def _size(name: str, one: Dimension, known: Mapping[str, int]) -> int:
+    if isinstance(one, int):
+        return one
+    try:
+        size = _compute(ast.parse(one.strip(), mode="eval").body, known)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError) as error:
+        raise EngineBuildError(
+            f"cannot tell the size {one!r} of input {name!r} from the sizes {dict(known)}. Please report the model."
+        ) from error
+    if not 0 < size <= MOST:
+        raise EngineBuildError(f"input {name!r} would have a size of {size}. Build for larger or smaller samples.")
+    return size
+
+
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def _compute(term: ast.expr, known: Mapping[str, int]) -> int:
+    match term:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return known[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_compute(operand, known)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
+            return _OPERATORS[type(sign)](_compute(left, known), _compute(right, known))
+    raise ValueError(ast.dump(term))

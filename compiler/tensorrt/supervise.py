@@ -1,0 +1,148 @@
+"""Run builds in processes of their own: with a time limit, tried again with less effort when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from unetc.errors import EngineBuildError
+
+from .messages import STEPS, Advance, Built, Effort, Refused, Request, decode, encode
+
+CHILD = (sys.executable, "-P", "-m", "unetc.compiler.tensorrt.child")
+"""What is started; -P: nothing is imported from the folder it is started in."""
+TRIES = 3
+_TAIL = 400
+"""Bytes of a process's last words that are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """An engine that was built."""
+
+    engine: Path
+    built: Built
+    effort: Effort
+    """What the try that succeeded was allowed."""
+    tries: int
+    seconds: float
+    """Of all tries."""
+
+
+def build_engine(
+    request: Request,
+    folder: Path,
+    *,
+    time_limit_s: float,
+    on_advance: Callable[[int], None],
+    command: Sequence[str] = CHILD,
+) -> Outcome:
+    """Build an engine in another process; tried again with less effort when that dies or runs out of memory.
+
+    Args:
+        request: What to build.
+        folder: A private folder with the graph and its weights; the engine is written there.
+        time_limit_s: For all tries together.
+        on_advance: Told how many of `STEPS` are done, first 0 at every try. If it raises, the process is stopped.
+        command: What to start; it is sent the request and answers with messages.
+
+    Raises:
+        EngineBuildError: If the library refuses the graph, the time is over, or the last try has died too.
+    """
+    began = time.monotonic()
+    deaths: list[str] = []
+    for effort in _ladder(request.effort):
+        left = time_limit_s - (time.monotonic() - began)
+        (folder / request.engine).unlink(missing_ok=True)
+        on_advance(0)
+        answer = _run(msgspec.structs.replace(request, effort=effort), folder, command, max(left, 0.0), on_advance)
+        if isinstance(answer, Built):
+            return Outcome(
+                engine=folder / request.engine,
+                built=answer,
+                effort=effort,
+                tries=len(deaths) + 1,
+                seconds=time.monotonic() - began,
+            )
+        if isinstance(answer, Refused) and not answer.memory:
+            raise EngineBuildError(f"{request.graph}: {answer.message}")
+        deaths.append(answer.message if isinstance(answer, Refused) else answer)
+        if time.monotonic() - began >= time_limit_s:
+            raise EngineBuildError(
+                f"{request.graph}: no engine within {time_limit_s:g} s ({'; '.join(deaths)}). "
+                "Give it more with --time-limit, or build for fewer sizes."
+            )
+    raise EngineBuildError(
+        f"{request.graph}: building failed {len(deaths)} times, with less effort each time: {'; '.join(deaths)}. "
+        "Build for smaller sizes, or where there is more memory."
+    )
+
+
+def _ladder(first: Effort) -> list[Effort]:
+    """List what each try may spend: one level less and half the scratch memory each time."""
+    return [
+        Effort(optimization_level=max(0, first.optimization_level - i), workspace_share=first.workspace_share / 2**i)
+        for i in range(TRIES)
+    ]
+
+
+def _run(
+    request: Request, folder: Path, command: Sequence[str], time_limit_s: float, on_advance: Callable[[int], None]
+) -> Built | Refused | str:
+    """Run one process to its end; a text says how it died."""
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we stop it
+        )
+        clock = threading.Timer(time_limit_s, process.kill)
+        clock.start()
+        last: Built | Refused | None = None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            try:
+                with process.stdin as stdin:
+                    stdin.write(encode(request))
+            except BrokenPipeError:
+                pass  # it has died already; how is seen below
+            for line in process.stdout:
+                try:
+                    message = decode(line)
+                except msgspec.MsgspecError:
+                    continue  # not ours, or the last words of a process that was killed
+                if isinstance(message, Advance):
+                    on_advance(min(message.done, STEPS))
+                else:
+                    last = message
+            process.wait()
+        finally:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+            clock.cancel()
+            process.stdout.close()
+        if last is not None and process.returncode == 0:
+            return last
+        return _death(process.returncode, words)
+
+
+def _death(code: int, words: BinaryIO) -> str:
+    how = f"exit code {code}" if code >= 0 else f"ended by signal {signal.Signals(-code).name}"
+    words.seek(max(0, words.seek(0, os.SEEK_END) - _TAIL))
+    tail = " ".join(words.read().decode(errors="replace").split())
+    return f"{how} ({tail})" if tail else how

@@ -1,0 +1,293 @@
+"""Compile the graphs of a bundle into engines of an NVIDIA library, into the cache of engines."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import unetc
+from unetc.backend import WEIGHTS
+from unetc.compiler.engine_cache import EngineCache, EngineKey, EngineRecord
+from unetc.compiler.precision import Precision
+from unetc.compiler.tensorrt.library import library_of
+from unetc.compiler.tensorrt.messages import STEPS, Effort, Gpu, Request
+from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.supervise import build_engine
+from unetc.environment import cores, free_memory
+from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
+from unetc.held import COMPUTED, EARLIER, HELD, REACH
+from unetc.progress import OnProgress, Progress, ignore
+from unetc.runtime.bundle import Bundle
+
+_BASE_BYTES = 600 * 2**20
+"""What a building process holds besides weights: libraries and kernels."""
+_COPIES_OF_WEIGHTS = 5
+"""What it holds of them at its peak, measured: benchmarks/results/rtx_build.json."""
+_PROBE_BATCH, _PROBES = 2, 5
+"""Samples, and noise levels, that are looked at to find what overflows."""
+_ONE = np.ones(1, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions:
+    """What to build engines for, and what that may take."""
+
+    target: str
+    precision: Precision = Precision.FP32
+    batch: str | None = None
+    """One size, or least and most, or least, usual and most, as '1,2,8'; None for 1 to that of the bundle."""
+    height: str | None = None
+    """The same for the samples' height; None for the bundle's."""
+    width: str | None = None
+    time_limit_s: float = 3600.0
+    """For one engine."""
+    jobs: int = 1
+    """Most engines that are built at once; fewer where memory or cores do not allow it."""
+    trust_engines: bool = False
+    """Whether to take engines that others have put into the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledEngine:
+    """One engine in the cache."""
+
+    graph: str
+    """Path of its graph in the bundle."""
+    record: EngineRecord
+    folder: Path
+    known: bool
+    """Whether it was in the cache already."""
+
+
+def compile_bundle(
+    path: Path, options: CompileOptions, *, cache: Path, on_progress: OnProgress = ignore
+) -> tuple[CompiledEngine, ...]:
+    """Build the engines of a bundle's full model and plan, unless the cache has them.
+
+    Args:
+        path: The bundle.
+        options: What to build for.
+        cache: Folder of caches; engines go into `engines` there.
+        on_progress: Told how far each engine is.
+
+    Returns:
+        One engine per graph: the full model first, then those of the plan that differ from it.
+
+    Raises:
+        ArtifactError: If the bundle or the cache cannot be read or written.
+        EngineBuildError: If an engine cannot be built. Those that were finished before are in the cache.
+        MissingDependency: If the library is not installed.
+    """
+    library = library_of(options.target)
+    version = str(library.load().__version__)
+    gpu = library.gpu()
+    bundle = Bundle.open(path)
+    engines = EngineCache(cache / "engines")
+    keys = _keys(bundle, options, version, gpu)
+    done: dict[str, CompiledEngine] = {}
+    for graph, key in keys.items():
+        try:
+            record, _ = engines.open(key, trust=options.trust_engines)
+        except StaleEngineError:
+            continue  # built below
+        done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
+    if missing := {graph: key for graph, key in keys.items() if graph not in done}:
+        with _private_copy(bundle, keys) as private:
+            folder = _lower(bundle, Path(private), missing, options.precision, on_progress)
+            for graph, record in _build_all(missing, folder, engines, options, on_progress):
+                done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
+    return tuple(done[graph] for graph in keys)
+
+
+def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
+    """Read what sizes are asked for; what is not said is the bundle's own."""
+    _, height, width = bundle.manifest.sample_shape
+    batch = bundle.manifest.batch * (2 if bundle.conditions.guided else 1)  # a guided call has both halves
+    return Sizes(
+        batch=Range.parse(options.batch, batch, least=1),
+        height=Range.parse(options.height, height),
+        width=Range.parse(options.width, width),
+    )
+
+
+def _keys(bundle: Bundle, options: CompileOptions, version: str, gpu: Gpu | None) -> dict[str, EngineKey]:
+    """Make the key of every engine, by the path of its graph."""
+    manifest = bundle.manifest
+    hashes = {file.path: file.sha256 for file in manifest.files}
+    sizes = sizes_of(bundle, options)
+    rows = {name: tuple(array.shape[1:]) for name, array in bundle.conditions.own.items()}
+    return {
+        engine.graph: EngineKey(
+            unetc=unetc.__version__,
+            target=options.target,
+            library=version,
+            platform=f"{platform.system()} {platform.machine()}",
+            gpu=gpu,
+            graph_sha256=hashes[engine.graph],
+            weights_sha256=hashes[manifest.weights],
+            precision=options.precision,
+            sizes=sizes,
+            rows=rows,
+            effort=Effort(),
+        )
+        for engine in (manifest.full, *manifest.engines)
+    }
+
+
+def _private_copy(bundle: Bundle, graphs: Iterable[str]) -> tempfile.TemporaryDirectory[str]:
+    """Write verified bytes where only we can change them: the bundle's files could be edited after they were hashed."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="unetc-")
+        (Path(folder.name) / WEIGHTS).write_bytes(bundle.weights)
+        for graph in graphs:
+            (Path(folder.name) / _beside_weights(graph)).write_bytes(bundle.graphs[graph])
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {len(bundle.weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
+            "Set TMPDIR to a folder with room."
+        ) from error
+    return folder
+
+
+def _lower(bundle: Bundle, folder: Path, graphs: Iterable[str], precision: Precision, on_progress: OnProgress) -> Path:
+    """Lower the precision of the graphs in the private folder; return the folder with the result."""
+    if precision is Precision.FP32:
+        return folder
+    from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+
+    wide = _overflowing(bundle, folder, on_progress) if precision is Precision.FP16 else frozenset()
+    lowered = folder / precision
+    try:
+        lower_graphs(folder, [_beside_weights(graph) for graph in graphs], precision, lowered, wide)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write weights to {lowered}: {error.strerror}. Set TMPDIR to a folder with room."
+        ) from error
+    return lowered
+
+
+def _overflowing(bundle: Bundle, folder: Path, on_progress: OnProgress) -> frozenset[str]:
+    """Find values that float16 cannot hold: noise through all engines, at noise levels from first to last."""
+    from unetc.compiler.overflow import overflowing
+
+    manifest = bundle.manifest
+    engines = list(dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines)))
+    engines.sort(key=lambda graph: graph != manifest.engines[0].graph)  # the one that emits goes first
+    noise = np.random.default_rng(0).standard_normal((_PROBE_BATCH, *manifest.sample_shape), dtype=np.float32)
+    timesteps = bundle.solver.table(manifest.steps).timesteps
+    conditions = bundle.conditions.take(range(_PROBE_BATCH))
+    probes: list[dict[str, NDArray[Any]]] = [
+        conditions.widen(noise, float(timesteps[i])) for i in np.linspace(0, len(timesteps) - 1, _PROBES).astype(int)
+    ]
+    found: frozenset[str] = frozenset()
+    for done, graph in enumerate(engines):
+        on_progress(Progress(stage="find what overflows", done=done, total=len(engines)))
+        large, outputs = overflowing(folder / _beside_weights(graph), probes)
+        found |= large
+        for i, probe in enumerate(probes):
+            for name, value in outputs[i].items():
+                if name.startswith(COMPUTED):
+                    key = name.removeprefix(COMPUTED)
+                    probe |= {HELD + key: value, EARLIER + key: outputs[max(0, i - 1)][name], REACH + key: _ONE}
+    on_progress(
+        Progress(
+            stage="find what overflows",
+            done=len(engines),
+            total=len(engines),
+            note=f"{len(found)} values stay float32, as float16 may not hold them" if found else "",
+        )
+    )
+    return found
+
+
+def _beside_weights(graph: str) -> str:
+    """Name a graph in the private folder."""
+    return graph.replace("/", ".")
+
+
+def _build_all(
+    keys: Mapping[str, EngineKey],
+    folder: Path,
+    engines: EngineCache,
+    options: CompileOptions,
+    on_progress: OnProgress,
+) -> list[tuple[str, EngineRecord]]:
+    """Build engines, several at once where there is room; each is in the cache as soon as it is finished."""
+    stopping = threading.Event()
+
+    def build(graph: str) -> tuple[str, EngineRecord]:
+        def advance(done: int) -> None:
+            if stopping.is_set():
+                raise EngineBuildError(f"{graph}: given up, as another engine failed or you stopped it.")
+            on_progress(Progress(stage=f"build {Path(graph).stem}", done=done, total=STEPS))
+
+        return graph, _build_one(graph, keys[graph], folder, engines, options.time_limit_s, advance)
+
+    weights = (folder / WEIGHTS).stat().st_size
+    with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
+        futures = [pool.submit(build, graph) for graph in keys]
+        try:
+            return [future.result() for future in as_completed(futures)]
+        except BaseException:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _build_one(
+    graph: str,
+    key: EngineKey,
+    folder: Path,
+    engines: EngineCache,
+    time_limit_s: float,
+    on_advance: Callable[[int], None],
+) -> EngineRecord:
+    name = _beside_weights(graph)
+    request = Request(
+        target=key.target,
+        graph=name,
+        engine=f"{name}.plan",
+        timing="timing.cache",
+        sizes=key.sizes,
+        rows=key.rows,
+        effort=key.effort,
+    )
+    outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance)
+    try:
+        engine = outcome.engine.read_bytes()
+        outcome.engine.unlink()
+    except OSError as error:
+        raise EngineBuildError(f"{graph}: the engine cannot be read back: {error.strerror}.") from error
+    on_advance(STEPS)
+    return engines.put(
+        EngineRecord(
+            key=key,
+            engine_sha256=hashlib.sha256(engine).hexdigest(),
+            engine_bytes=len(engine),
+            layers=outcome.built.layers,
+            shapes=outcome.built.shapes,
+            spent=outcome.effort,
+            tries=outcome.tries,
+            seconds=round(outcome.seconds, 3),
+            peak_bytes=outcome.built.peak_bytes,
+        ),
+        engine,
+    )
+
+
+def _jobs(wanted: int, weights_bytes: int) -> int:
+    """Tell how many builds fit beside each other: each has a core and its memory, and one is always tried."""
+    fit = min(wanted, cores())
+    if (free := free_memory()) is not None:
+        fit = min(fit, free // (_BASE_BYTES + _COPIES_OF_WEIGHTS * weights_bytes))
+    return max(1, fit)

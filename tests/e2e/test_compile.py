@@ -1,0 +1,142 @@
+"""A bundle gets its engines: all of them, once, into the cache, and what is asked for wrongly is refused in a line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import unetc
+from tests.e2e.test_cli import run
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
+from unetc.compiler.planner import PlanOptions
+from unetc.workflow.build import BuildOptions, build
+from unetc.workflow.setup import analyze_model
+
+RTX = ("--target", "tensorrt-rtx")
+
+
+@pytest.fixture
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build `digits` by a plan made by hand: one engine refreshes, one drops and holds, one forecasts and averages."""
+    folder = tmp_path_factory.mktemp("digits")
+    analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=1, threads=1, decisive=0)
+    profile = analyze_model("digits", analysis, cache=folder / "cache")
+    first = {component.kind: component.name for component in reversed(profile.components)}
+    other = next(c.name for c in profile.components if c.kind == "residual" and c.name != first["residual"])
+    reused = (first["level"], first["residual"])
+    noisy, clean = profile.bins
+    plan = Plan(
+        unetc=unetc.__version__,
+        model=profile.model,
+        profile_sha256=profile.sha256(),
+        budget=0.3,
+        max_engines=2,
+        engines=(
+            Assignment(treatments={}, emits=reused),
+            Assignment(treatments={first["level"]: Treatment.HOLD, first["skip"]: Treatment.DROP}),
+            Assignment(treatments={first["residual"]: Treatment.FORECAST, other: Treatment.MEAN}),
+        ),
+        phases=(
+            Phase(low=noisy.low, high=noisy.high, cycle=(0, 1)),
+            Phase(low=clean.low, high=clean.high, cycle=(0, 2)),
+        ),
+        prediction=Prediction(time_ratio=0.6, relative_l2=0.5, memory=2.0),
+    )
+    options = BuildOptions(plan=PlanOptions(budget=0.3), analysis=analysis, steps=4, controls=False)
+    build("digits", folder / "bundle", options, cache=folder / "cache", profile=profile, plan=plan)
+    return folder / "bundle"
+
+
+def graphs_of(bundle: Path) -> list[str]:
+    manifest = Manifest.load(bundle / "manifest.json")
+    return list(dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines)))
+
+
+def check_compile(bundle: Path, cache: Path, *options: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
+    arguments = ("compile", bundle, *RTX, "--cache", cache, *options, "--json")
+    engines = run(*arguments).json["engines"]
+    assert [engine["graph"] for engine in engines] == graphs_of(bundle)
+    assert all(not engine["known"] and engine["tries"] == 1 and engine["layers"] > 0 for engine in engines)
+    for engine in engines:
+        assert (Path(engine["folder"]) / "engine.plan").stat().st_size == engine["engine_bytes"] > 0
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before, "a bundle holds no engines"
+    shutil.rmtree(engines[0]["folder"])
+    again = run(*arguments).json["engines"]
+    assert [engine["known"] for engine in again] == [False] + [True] * (len(engines) - 1)
+
+
+@pytest.mark.rtx
+def test_every_engine_is_built_once(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    check_compile(tiny_bundle, tmp_path / "cache")
+    shown = run("compile", tiny_bundle, *RTX, "--cache", tmp_path / "cache")
+    assert (shown.code, shown.out.count("was there")) == (0, len(graphs_of(tiny_bundle)))
+
+
+@pytest.mark.rtx
+def test_half_precision_and_other_sizes_are_other_engines(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    check_compile(tiny_bundle, tmp_path / "cache", "--precision", "fp16", "--batch", "1,2", "--jobs", "2")
+    assert len(list((tmp_path / "cache/engines").glob("*/engine.plan"))) == len(graphs_of(tiny_bundle))
+    check_compile(tiny_bundle, tmp_path / "cache", "--precision", "fp16", "--batch", "1,3", "--jobs", "2")
+    assert len(list((tmp_path / "cache/engines").glob("*/engine.plan"))) == 2 * len(graphs_of(tiny_bundle))
+
+
+@pytest.mark.rtx
+def test_engines_of_others_are_built_again_unless_trusted(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    run("compile", tiny_bundle, *RTX, "--cache", tmp_path / "theirs")
+    shutil.copytree(tmp_path / "theirs/engines", tmp_path / "ours/engines", ignore=shutil.ignore_patterns("secret"))
+    arguments = ("compile", tiny_bundle, *RTX, "--cache", tmp_path / "ours", "--json")
+    assert all(engine["known"] for engine in run(*arguments, "--trust-engines").json["engines"])
+    assert not any(engine["known"] for engine in run(*arguments).json["engines"])
+
+
+@pytest.mark.rtx
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_every_phase_of_digits_is_built(digits_bundle: Path, tmp_path: Path, rtx: None, precision: str) -> None:
+    assert len(graphs_of(digits_bundle)) == 4
+    check_compile(digits_bundle, tmp_path / "cache", "--precision", precision, "--batch", "1,2,8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "onnxruntime:cpu"), "no engines can be built for target 'onnxruntime:cpu'"),
+        (("--precision", "fp8"), "unknown precision 'fp8'. Available: fp32, fp16, bf16."),
+    ],
+)
+def test_what_does_not_exist_is_refused(
+    tiny_bundle: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    assert message in run("compile", tiny_bundle, "--cache", tmp_path, *options).error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="tensorrt is installed")
+def test_without_the_library_the_extra_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    error = run("compile", tiny_bundle, "--target", "tensorrt", "--cache", tmp_path).error
+    assert "target tensorrt needs tensorrt" in error
+    assert "pip install 'unetc[tensorrt]'" in error
+
+
+@pytest.mark.rtx
+def test_sizes_that_cannot_be_are_refused(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    error = run("compile", tiny_bundle, *RTX, "--cache", tmp_path, "--batch", "8,1").error
+    assert "cannot build for the sizes '8,1'" in error
+
+
+def test_the_doctor_lists_what_can_be_compiled_for() -> None:
+    findings = {finding["name"]: finding for finding in json.loads(run("doctor", "--json").out)["findings"]}
+    for target, library in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
+        finding = findings[f"compile for {target}"]
+        assert not finding["needed"]
+        assert library in finding["detail"]

@@ -1,0 +1,102 @@
+"""Builds run in processes of their own: one that dies is tried again with less, one that fails leaves nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from unetc.compiler.tensorrt.messages import Effort, Request
+from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.supervise import build_engine
+from unetc.errors import EngineBuildError
+
+ONE = Range(least=1, usual=1, most=1)
+REQUEST = Request(
+    target="tensorrt-rtx",
+    graph="full.onnx",
+    engine="full.plan",
+    timing="timing.cache",
+    sizes=Sizes(batch=ONE, height=ONE, width=ONE),
+    rows={},
+    effort=Effort(),
+)
+BUILT = b'{"type":"built","layers":3,"shapes":{},"peak_bytes":1}'
+
+
+def process(tmp_path: Path, *tries: str) -> tuple[str, ...]:
+    """Make a command that does something else each time it is started, and keeps what it was asked."""
+    script = tmp_path / "process.py"
+    lines = [
+        "import os, signal, sys, time",
+        f"log = open({str(tmp_path / 'requests')!r}, 'a+')",
+        "log.write(sys.stdin.read()); log.seek(0); turn = len(log.readlines()); log.close()",
+        f"exec({list(tries)!r}[turn - 1])",
+    ]
+    script.write_text("\n".join(lines))
+    return sys.executable, "-S", str(script)
+
+
+def requests(tmp_path: Path) -> list[Request]:
+    lines = (tmp_path / "requests").read_bytes().splitlines()
+    return [msgspec.json.decode(line, type=Request) for line in lines]
+
+
+DIES = "os.kill(os.getpid(), signal.SIGKILL)"
+EXITS = "sys.exit(137)"
+RUNS_OUT = """print('{"type":"refused","message":"out of memory","memory":true}')"""
+REFUSES = """print('{"type":"refused","message":"no such operator","memory":false}')"""
+HANGS = "time.sleep(60)"
+BUILDS = f"open('full.plan', 'w').write('engine'); print('{BUILT.decode()}')"
+TALKS = """print('noise'); print('{"type":"advance","done":250}'); print('{"type":"advance","done":5000}'); """
+
+
+@pytest.mark.parametrize("death", [DIES, EXITS, RUNS_OUT])
+def test_a_build_that_dies_is_tried_again_with_less(tmp_path: Path, death: str) -> None:
+    command = process(tmp_path, death, death, BUILDS)
+    outcome = build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+    assert (outcome.tries, outcome.engine.read_text(), outcome.built.layers) == (3, "engine", 3)
+    efforts = [(request.effort.optimization_level, request.effort.workspace_share) for request in requests(tmp_path)]
+    assert efforts == [(3, 1.0), (2, 0.5), (1, 0.25)]
+    assert outcome.effort == requests(tmp_path)[-1].effort
+
+
+def test_after_three_tries_it_says_how_each_died(tmp_path: Path) -> None:
+    command = process(tmp_path, DIES, EXITS, "sys.stderr.write('last words'); sys.exit(1)")
+    message = r"failed 3 times.*signal SIGKILL; exit code 137; exit code 1 \(last words\)"
+    with pytest.raises(EngineBuildError, match=message):
+        build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+    assert len(requests(tmp_path)) == 3
+
+
+def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:
+    command = process(tmp_path, REFUSES, BUILDS)
+    with pytest.raises(EngineBuildError, match=r"full.onnx: no such operator"):
+        build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+    assert len(requests(tmp_path)) == 1
+
+
+def test_a_build_that_hangs_is_stopped(tmp_path: Path) -> None:
+    command = process(tmp_path, HANGS)
+    with pytest.raises(EngineBuildError, match=r"no engine within 0.5 s \(ended by signal SIGKILL\).*--time-limit"):
+        build_engine(REQUEST, tmp_path, time_limit_s=0.5, on_advance=lambda done: None, command=command)
+
+
+def test_progress_is_passed_on_and_noise_is_not(tmp_path: Path) -> None:
+    told: list[int] = []
+    command = process(tmp_path, TALKS + BUILDS)
+    build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=told.append, command=command)
+    assert told == [0, 250, 1000]
+
+
+def test_who_is_told_of_progress_can_stop_the_build(tmp_path: Path) -> None:
+    def stop(done: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    command = process(tmp_path, TALKS + "sys.stdout.flush(); " + HANGS)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=stop, command=command)
+    assert not (tmp_path / "full.plan").exists()
