@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tables import table
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -73,20 +71,6 @@ def table_of(run: dict[str, Any]) -> list[str]:
         f"All engines together take {disk:.3f} × the disk of the full model alone.",
         "",
     ]
-
-
-def peers(result: dict[str, Any]) -> str:
-    """Write the tables of what others do on the same weights."""
-    lines = []
-    for own in result["tables"]:
-        lines += [f"{own['title']}:", "", table(own["columns"], own["rows"]), ""]
-    return "\n".join(lines)
-
-
-def support(result: dict[str, Any]) -> str:
-    """Write which architectures work."""
-    (own,) = result["tables"]
-    return table(own["columns"], own["rows"]).replace("--:", "---") + "\n"
 
 
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets}
