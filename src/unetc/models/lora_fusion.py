@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.utils import (
+from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
