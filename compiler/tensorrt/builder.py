@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from unetc.artifacts.record import write_atomically
+from unetc.environment import peak_memory
 from unetc.errors import EngineBuildError
 
 from .library import Library, library_of
@@ -69,7 +69,7 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     return Built(
         layers=network.num_layers,
         shapes=shapes,
-        peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        peak_bytes=peak_memory(),
     )
 
 

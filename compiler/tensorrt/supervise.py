@@ -85,7 +85,8 @@ def build_engine(
             )
     raise EngineBuildError(
         f"{request.graph}: building failed {len(deaths)} times, with less effort each time: {'; '.join(deaths)}. "
-        "Build for smaller sizes, or where there is more memory."
+        "Build for smaller sizes, or where there is more memory. If one of height and width is a range, make both one: "
+        "tensorrt_rtx 1.7 fails on some graphs otherwise."
     )
 
 

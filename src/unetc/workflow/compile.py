@@ -29,9 +29,9 @@ from unetc.held import COMPUTED, EARLIER, HELD, REACH
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.bundle import Bundle
 
-_BASE_BYTES = 600 * 2**20
+_BASE_BYTES = 400 * 2**20
 """What a building process holds besides weights: libraries and kernels."""
-_COPIES_OF_WEIGHTS = 5
+_COPIES_OF_WEIGHTS = 6
 """What it holds of them at its peak, measured: benchmarks/results/rtx_build.json."""
 _PROBE_BATCH, _PROBES = 2, 5
 """Samples, and noise levels, that are looked at to find what overflows."""
