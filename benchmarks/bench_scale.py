@@ -61,17 +61,18 @@ def write_pipeline(config: dict[str, Any], folder: Path) -> int:
 
 def measure(folder: Path) -> dict[str, object]:
     """Load, capture and export; report seconds, sizes and the peak of memory after each."""
+    from unetc.environment import peak_memory
     from unetc.graph.capture import capture
     from unetc.graph.gated import GatedGraph
     from unetc.models import find_model
 
-    measured: dict[str, object] = {"libraries: peak MiB": peak_mib()}
+    measured: dict[str, object] = {"libraries: peak MiB": peak_memory() / MIB}
     start = time.perf_counter()
 
     def note(stage: str) -> None:
         nonlocal start
         now = time.perf_counter()
-        measured.update({f"{stage}: s": now - start, f"{stage}: peak MiB": peak_mib()})
+        measured.update({f"{stage}: s": now - start, f"{stage}: peak MiB": peak_memory() / MIB})
         start = time.perf_counter()
 
     model = find_model(str(folder)).load_denoiser()
@@ -86,12 +87,6 @@ def measure(folder: Path) -> dict[str, object]:
         "graph KiB": (gated.folder / "gated.onnx").stat().st_size / 1024,
         **measured,
     }
-
-
-def peak_mib() -> float:
-    """Read the largest resident set of this process so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ diffusers: Any = untyped_diffusers
 transformers: Any = untyped_transformers
 
 WORDS = ("a", "red", "blue", "square", "circle", "large", "small")
-_PROMPTS = "a red square\na blue circle\na large red circle\na small blue square\n"
+PROMPTS = "a red square\na blue circle\na large red circle\na small blue square\n"
 _LENGTH = 6
 _WIDTH = 16
 
@@ -56,7 +56,7 @@ def save_stable_diffusion(folder: Path, prediction: str = "epsilon", **options: 
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    (folder / "prompts.txt").write_text(_PROMPTS)
+    (folder / "prompts.txt").write_text(PROMPTS)
     return folder
 
 
@@ -100,7 +100,7 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         add_watermarker=False,
     ).save_pretrained(folder)
-    (folder / "prompts.txt").write_text(_PROMPTS)
+    (folder / "prompts.txt").write_text(PROMPTS)
     return folder
 
 

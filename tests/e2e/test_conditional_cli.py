@@ -16,7 +16,7 @@ import unetc.diffusers
 from tests.command import run
 from tests.glide_twin import SHAPES, small, tokens_of, twin
 from tests.models import condition_well
-from tests.pipelines import save_stable_diffusion
+from tests.pipelines import PROMPTS, save_stable_diffusion
 from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
 from unetc.compiler.emissions import with_emissions
 from unetc.models.glide import LOW_RES
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.nightly
 SMALL = ("--steps", 4, "--samples", 1, "--bins", 2, "--batch", 2, "--threads", 1, "--screen-only")
 FEW = ("--components", "down_blocks.0.*")
 """The others are neither timed nor ablated, which would take minutes."""
-PROMPTS = "a red square\na blue circle\na large red circle\na small blue square\n"
 
 
 def plan_by_hand(path: Path) -> Path:

@@ -161,9 +161,7 @@ def _fitting(lora: Lora, part: str, model: nn.Module, factors: Mapping[str, dict
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     own = factors[part]
-    if not hasattr(
-        model, "text_model"
-    ):  # a level of CLIP's text encoders that newer releases of transformers leave out
+    if not hasattr(model, "text_model"):  # newer releases of transformers leave out this level of CLIP's text encoders
         own = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
     paths = [path for path in layers if f"{path}.{_DOWN}" in own and f"{path}.{_UP}" in own]
     if strangers := own.keys() - {f"{path}.{factor}" for path in paths for factor in (_DOWN, _UP)}:
