@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from unetc.analyzer.analysis import AnalysisOptions
@@ -141,7 +143,18 @@ def test_the_gap_behind_the_fastest_point_that_passes_is_searched(curve: Pareto,
     assert fastest_passing(refined, gate).time_ratio <= fastest_passing(curve, gate).time_ratio
 
 
-def test_the_curve_is_drawn(curve: Pareto) -> None:
-    picture = draw(curve)
-    assert picture.startswith("<svg")
-    assert picture.count(" dB") >= len(curve.front())
+def test_the_curve_is_drawn_and_labelled_where_there_is_room(curve: Pareto) -> None:
+    front = curve.front()
+
+    def labels(times: Iterable[float]) -> int:
+        """Draw the front alone, at times that no machine has measured."""
+        points = [
+            msgspec.structs.replace(point, time_ratio=float(time)) for point, time in zip(front, times, strict=True)
+        ]
+        picture = draw(msgspec.structs.replace(curve, points=tuple(points)))
+        assert picture.startswith("<svg")
+        return picture.count(" dB")
+
+    assert labels(np.linspace(0.1, 1.0, len(front))) == len(front)
+    assert labels(np.append(np.linspace(0.1, 0.1001, len(front) - 1), 1.0)) == 2
+    assert draw(curve).startswith("<svg")
