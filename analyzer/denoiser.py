@@ -11,6 +11,7 @@ import numpy as np
 from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.device import Tensor
 from unetc.errors import ProfileError
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import HOLDS, GatedGraph
@@ -31,7 +32,7 @@ class GatedDenoiser:
         """
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
-        self._backend = backend
+        self._device = backend.device
         self._loader = backend.open_weights(gated.weights.read_bytes())
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
@@ -58,10 +59,8 @@ class GatedDenoiser:
 
     def branch_means(self, sample: Array, timestep: float) -> Array:
         """Measure the mean of every branch per channel at a timestep, [channel of all components]."""
-        output = np.empty(self._gated.channels, dtype=np.float32)
         inputs = self._conditions(len(sample)).widen(sample, timestep, gates=self.gates({}, len(sample)))
-        self._observing({**inputs, "means": self._no_means}, output)
-        return output
+        return self._call(self._observing, {**inputs, "means": self._no_means}, (self._gated.channels,))[0]
 
     def remember(self, sample: Array, timestep: float, held: Held) -> Array:
         """Run the denoiser, all kept, and put every branch into `held`.
@@ -90,10 +89,8 @@ class GatedDenoiser:
         """
         inputs = held.inputs(timestep)
         for index in forecast:
-            latest, earlier = (self._backend.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
-            reach = inputs[f"{REACH}{index}"]
-            assert isinstance(reach, np.ndarray)
-            inputs[f"{HELD}{index}"] = latest + reach * (latest - earlier)
+            latest, earlier = (self._device.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
+            inputs[f"{HELD}{index}"] = latest + inputs[f"{REACH}{index}"] * (latest - earlier)
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
         return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
 
@@ -103,19 +100,29 @@ class GatedDenoiser:
         sample: Array,
         timestep: float,
         rows: Mapping[str, Array],
-        others: Mapping[str, object],
-    ) -> tuple[Array, Mapping[str, object]]:
+        others: Mapping[str, Tensor],
+    ) -> tuple[Array, Mapping[str, Tensor]]:
         """Run a form of the graph; return the guided prediction and what is emitted."""
         conditions = self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
-        prediction = np.empty(shape, dtype=np.float32)
-        emitted = program({**inputs, **others}, prediction)
+        prediction, emitted = self._call(program, {**inputs, **others}, shape)
         if not np.isfinite(prediction).all():
             raise ProfileError(
                 f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
             )
         return conditions.guide(prediction, sample.shape[1]), emitted
+
+    def _call(
+        self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]
+    ) -> tuple[Array, Mapping[str, Tensor]]:
+        """Call a program with arrays and what was emitted before; give its output, and what it emits on the device."""
+        output = self._device.empty(shape)
+        put = self._device.put
+        emitted = program(
+            {name: put(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()}, output
+        )
+        return self._device.to_array(output), emitted
 
     @cached_property
     def _program(self) -> Program:

@@ -71,7 +71,8 @@ class Sweep:
 
     def seen(self, trajectory: Trajectory, step: int) -> Array:
         """Scale the current samples to what the denoiser sees at a step."""
-        return trajectory.sample * np.float32(self.table.input_scale[step])
+        seen: Array = trajectory.sample * np.float32(self.table.input_scale[step])
+        return seen
 
     def timestep(self, step: int) -> float:
         """Read the scheduler's value at a step."""
@@ -109,7 +110,8 @@ class Base:
     @property
     def final(self) -> Array:
         """The full model's samples, [sample, channel, height, width]."""
-        return self.states[-1].sample
+        final: Array = self.states[-1].sample
+        return final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,7 +73,7 @@ class TracedDenoiser:
             "means": self._means,
         }
         emitted = self._program(inputs, np.empty_like(sample))
-        return {name: self._backend.to_array(value) for name, value in emitted.items()}
+        return {name: self._backend.device.to_array(value) for name, value in emitted.items()}
 
 
 def _emit_trunk(graph: ir.Graph, gate: ir.Node, component: Component) -> None:

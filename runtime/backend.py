@@ -19,11 +19,17 @@ class Memory(StrEnum):
     """All engines read one copy of the weights, mapped from a private temporary file."""
 
 
+DEFAULT_TARGET = "onnxruntime:cpu"
+
 BACKENDS: Mapping[str, str] = {
     "onnxruntime:cpu": "unetc.runtime.backends.onnxruntime",
+    "torch:cpu": "unetc.runtime.backends.torch",
+    "torch:cpu:compiled": "unetc.runtime.backends.torch",
+    "torch:cuda": "unetc.runtime.backends.torch",
+    "torch:cuda:compiled": "unetc.runtime.backends.torch",
     "null": "unetc.runtime.backends.null",
 }
-"""Module of each target's backend; imported on first use."""
+"""Module of each target's backend, imported on first use; a target is a library and a place where it runs."""
 
 
 def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> Backend:
@@ -35,10 +41,12 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
         memory: What to spend on weights.
 
     Raises:
-        SessionError: If no backend has this name.
+        SessionError: If no backend has this name, or its place is not there.
         MissingDependency: If its library is not installed.
     """
     if target not in BACKENDS:
         raise SessionError(f"no backend for target {target!r}. Available: {', '.join(BACKENDS)}.")
-    backend: Backend = importlib.import_module(BACKENDS[target]).open_backend(threads=threads, memory=memory)
+    _, _, place = target.partition(":")
+    module = importlib.import_module(BACKENDS[target])
+    backend: Backend = module.open_backend(place=place, threads=threads, memory=memory)
     return backend

@@ -22,6 +22,7 @@ class Decoder:
             backend: Where to run it.
         """
         loader = backend.open_weights(save({}))
+        self._device = backend.device
         self._program = loader.load(SerialisedGraph(graph=graph, weights=frozenset()))
         self._scale = scale
 
@@ -29,6 +30,8 @@ class Decoder:
         """Decode latents [batch, channel, height, width], one after the other: activations are large at full size."""
         batch, _, height, width = sampled.shape
         images = np.empty((batch, _CHANNELS, height * self._scale, width * self._scale), dtype=np.float32)
+        image = self._device.empty(images[:1].shape)
         for i in range(batch):
-            self._program({"sample": np.ascontiguousarray(sampled[i : i + 1])}, images[i : i + 1])
+            self._program({"sample": self._device.put(np.ascontiguousarray(sampled[i : i + 1]))}, image)
+            images[i : i + 1] = self._device.to_array(image)
         return images

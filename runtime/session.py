@@ -1,18 +1,23 @@
-"""Sample from a bundle: one loop over the steps, switching engines by noise level."""
+"""Sample from a bundle: one loop over the steps, switching engines by noise level.
+
+From the noise to the last sample everything stays on the backend's device: samples, the solver's history, predictions,
+conditions and what engines emit. What comes back in each step is whether the prediction is finite.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
 from unetc.artifacts.manifest import BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan, Turns
-from unetc.backend import Array, Backend, Program
+from unetc.backend import Backend, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
 from unetc.held import Held
 from unetc.solver.noise import initial_noise
@@ -22,6 +27,8 @@ from unetc.solver.trajectory import Trajectory
 from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 FULL_ENGINE = 0
 """The engine of a plan that computes everything, and emits what the others reuse."""
@@ -36,8 +43,14 @@ class Step:
     timestep: float
     engine: int
     """Index in the plan; 0 for the full model."""
-    sample: Array
-    """[batch, channel, height, width]; the next step overwrites nothing in it."""
+    tensor: Tensor
+    """The samples on the device, [batch, channel, height, width]; no later step writes into them."""
+    device: Device
+
+    @property
+    def sample(self) -> Array:
+        """A copy of the samples, [batch, channel, height, width]."""
+        return self.device.to_array(self.tensor)
 
 
 class LoadedLater:
@@ -46,7 +59,7 @@ class LoadedLater:
     def __init__(self, load: Callable[[], Program]) -> None:
         self._load = load
 
-    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
         """Run the program."""
         return self._program(inputs, output)
 
@@ -55,51 +68,98 @@ class LoadedLater:
         return self._load()
 
 
+class Replays:
+    """Counts the steps that the full model had to make again; sessions are sampled from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def add(self) -> None:
+        """Count one more."""
+        with self._lock:
+            self.count += 1
+
+
 class Request:
     """One trajectory through loaded engines: whose turn it is, and what they have emitted so far."""
 
-    def __init__(self, programs: Sequence[Program], predicted_channels: int, turns: Turns | None) -> None:
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        full: Program,
+        *,
+        predicted_channels: int,
+        turns: Turns | None,
+        device: Device,
+        replays: Replays,
+    ) -> None:
         """Begin a trajectory.
 
         Args:
             programs: The engines.
+            full: The full model, which makes a step again that an engine has spoilt.
             predicted_channels: Width of what they predict.
-            turns: Which one runs when; always the first when None.
+            turns: Which one runs when; always the full model when None.
+            device: Where their tensors are.
+            replays: Counts the steps made again.
         """
         self.engine = FULL_ENGINE
         """Index of the engine that ran last."""
         self._programs = programs
+        self._full = full
         self._predicted_channels = predicted_channels
         self._turns = turns
-        self._held = Held()
+        self._device = device
+        self._replays = replays
+        self._held = Held(device=device)
 
-    def predict(self, sample: Array, timestep: float, log_snr: float, conditions: Conditions) -> Array:
-        """Run the engine whose turn it is.
+    def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
+        """Run the engine whose turn it is; if it gives NaN or infinity, the full model.
+
+        Then all that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed.
 
         Args:
-            sample: What the denoiser sees, [batch, channel, height, width].
+            sample: What the denoiser sees, [batch, channel, height, width], on the device.
             timestep: The scheduler's value.
             log_snr: The noise level there, not below that of the call before.
-            conditions: What the samples are conditioned on.
+            conditions: What the samples are conditioned on, on the device.
 
         Returns:
             The prediction, guided; it has further channels where the denoiser predicts a variance too.
 
         Raises:
-            NonFiniteError: If the engine produces NaN or infinity.
+            NonFiniteError: If the full model produces NaN or infinity.
         """
         self.engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
+        program = self._programs[self.engine] if self._turns else self._full
         inputs = conditions.widen(sample, timestep)
-        shape = (len(inputs["sample"]), self._predicted_channels, *sample.shape[2:])
-        prediction = np.empty(shape, dtype=np.float32)
-        emitted = self._programs[self.engine]({**inputs, **self._held.inputs(timestep)}, prediction)
-        if not np.isfinite(prediction).all():
-            raise NonFiniteError(
-                f"engine {self.engine} produced NaN or infinity at timestep {timestep:g}. "
-                "Check the noise given; `lossless=True` samples with the full model."
-            )
-        self._held.remember(emitted, timestep)
+        prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
+        emitted = program({**inputs, **self._held.inputs(timestep)}, prediction)
+        if self._device.is_finite(prediction):
+            self._held.remember(emitted, timestep)
+        else:
+            self._replay(program, inputs, prediction, timestep)
         return conditions.guide(prediction, sample.shape[1])
+
+    def _replay(self, failed: Program, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float) -> None:
+        """Predict with the full model what another engine could not, and start without a past."""
+        who = f"engine {self.engine}"
+        if failed is not self._full:
+            logger.warning("%s produced NaN or infinity at timestep %g; the full model takes its turn.", who, timestep)
+            self._replays.add()
+            self._held = Held(device=self._device)
+            if self._turns:
+                self._turns.forget()
+            self._full(inputs, prediction)
+            self.engine = FULL_ENGINE
+            if self._device.is_finite(prediction):
+                return
+            who += " and the full model"
+        raise NonFiniteError(
+            f"{who} produced NaN or infinity at timestep {timestep:g}. Check the noise and the conditions that were "
+            "given, and that the weights are finite."
+        )
 
 
 class Session:
@@ -117,6 +177,7 @@ class Session:
         predicted_channels: int | None = None,
         conditions: Conditions = UNCONDITIONAL,
         decoder: Decoder | None = None,
+        device: Device = HOST,
     ) -> None:
         """Put a session together.
 
@@ -130,6 +191,7 @@ class Session:
             predicted_channels: Width of what the denoiser predicts; that of a sample when not given.
             conditions: What samples are conditioned on by default: sample k on row k, modulo their number.
             decoder: What turns samples into images; none if they are images.
+            device: Where the programs compute.
         """
         self.plan = plan
         self.solver = solver
@@ -138,6 +200,8 @@ class Session:
         self.conditions = conditions
         self._predicted_channels = predicted_channels or sample_shape[0]
         self._decoder = decoder
+        self._device = device
+        self._replays = Replays()
         self._full = full
         self._programs = tuple(programs)
 
@@ -164,7 +228,18 @@ class Session:
             predicted_channels=manifest.predicted_channels,
             conditions=bundle.conditions,
             decoder=Decoder(bundle.graphs[decoder.graph], decoder.scale, backend) if decoder else None,
+            device=backend.device,
         )
+
+    @property
+    def device(self) -> Device:
+        """Where the engines compute."""
+        return self._device
+
+    @property
+    def replays(self) -> int:
+        """Number of steps so far in which an engine gave NaN or infinity and the full model took its turn."""
+        return self._replays.count
 
     def schedule(self, steps: int) -> tuple[int, ...]:
         """Tell which engine serves each step when sampling with a number of steps."""
@@ -202,7 +277,7 @@ class Session:
         Raises:
             SessionError: If the bundle has no solver table for this number of steps.
             ShapeMismatch: If the noise does not fit the model, or the conditions the noise.
-            NonFiniteError: If an engine produces NaN or infinity.
+            NonFiniteError: If the full model produces NaN or infinity; it takes the turn of an engine that does.
         """
         table = self.solver.table(self.steps if steps is None else steps)
         channels, height, width = self.sample_shape
@@ -224,9 +299,14 @@ class Session:
 
     def request(self, *, lossless: bool = False) -> Request:
         """Begin a trajectory, of the engines or of the full model."""
-        if lossless:
-            return Request((self._full,), self._predicted_channels, None)
-        return Request(self._programs, self._predicted_channels, Turns(self.plan))
+        return Request(
+            self._programs,
+            self._full,
+            predicted_channels=self._predicted_channels,
+            turns=None if lossless else Turns(self.plan),
+            device=self._device,
+            replays=self._replays,
+        )
 
     def decode(self, sampled: Array) -> Array:
         """Turn what has been sampled into images, [batch, channel, height, width]; they may be the same."""
@@ -242,18 +322,27 @@ class Session:
         indices: Sequence[int],
         on_step: Callable[[Step], None] | None,
     ) -> Array:
-        trajectory = Trajectory.start(table, noise)
+        trajectory = Trajectory.start(table, noise, self._device)
+        conditions = conditions.on(self._device)
         for i in range(table.steps):
             timestep, level = table.timesteps.item(i), table.log_snr.item(i)
 
-            def predict(sample: Array, timestep: float = timestep, level: float = level) -> Array:
+            def predict(sample: Tensor, timestep: float = timestep, level: float = level) -> Tensor:
                 return request.predict(sample, timestep, level, conditions)
 
             trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
             if on_step is not None:
-                sample, engine = trajectory.sample, request.engine
-                on_step(Step(index=i, steps=table.steps, timestep=timestep, engine=engine, sample=sample))
-        return trajectory.sample
+                on_step(
+                    Step(
+                        index=i,
+                        steps=table.steps,
+                        timestep=timestep,
+                        engine=request.engine,
+                        tensor=trajectory.sample,
+                        device=self._device,
+                    )
+                )
+        return self._device.to_array(trajectory.sample)
 
 
 def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from unetc.artifacts import ModelReference, Phase, Plan, Prediction, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.compiler.emissions import with_emissions
 from unetc.graph.capture import GATES, MEANS, Capture, capture
 from unetc.graph.denoisers import SAMPLE, TIMESTEP, Input, denoiser_of
 from unetc.graph.gated import GatedGraph, open_or_build
+from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
+from unetc.runtime.session import Session
+from unetc.solver.extract import extract_all, make_scheduler
 
 diffusers: Any = untyped_diffusers
 
@@ -325,7 +330,7 @@ class Tiny:
     def run_emitting(self, program: Program, inputs: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Run a loaded graph and copy what it emits."""
         output, emitted = self.run_on_device(program, inputs)
-        return output, {name: self._backend.to_array(value) for name, value in emitted.items()}
+        return output, {name: self._backend.device.to_array(value) for name, value in emitted.items()}
 
     def run_on_device(self, program: Program, inputs: Mapping[str, object]) -> tuple[Array, Mapping[str, object]]:
         """Run a loaded graph and leave what it emits where it is."""
@@ -349,6 +354,44 @@ class Tiny:
             **{name: torch.from_numpy(array) for name, array in inputs.items()}
         ).sample.numpy()
         return output
+
+
+class Reuse:
+    """Engines of a model that emit, hold and forecast in turns, and what a session of them needs."""
+
+    SHAPE = (2, 8, 8)
+    """Of a sample of the architecture "attention"."""
+
+    def __init__(self, tiny: Tiny, *assignments: Mapping[str, Treatment]) -> None:
+        """Specialise an engine that emits, and one for each assignment."""
+        means = np.zeros(tiny.gated.channels, dtype=np.float32)
+        self.engines = with_emissions([{}, *assignments], tiny.gated.components)
+        self.full = specialise(tiny.gated, {}, means)
+        self.graphs = [specialise(tiny.gated, one.treatments, means, one.emits) for one in self.engines]
+        config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
+        self.solver = extract_all(make_scheduler("ddim", config), "ddim", [7])
+
+    def session(self, backend: Backend, full: Program, programs: Sequence[Program], cycle: tuple[int, ...]) -> Session:
+        """Put together a session of 7 steps in which loaded engines take turns."""
+        plan = Plan(
+            unetc="0",
+            model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
+            profile_sha256="0" * 64,
+            budget=0.0,
+            max_engines=9,
+            engines=self.engines,
+            phases=(Phase(low=-20.0, high=20.0, cycle=cycle),),
+            prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
+        )
+        return Session(
+            plan=plan,
+            full=full,
+            programs=programs,
+            solver=self.solver,
+            sample_shape=self.SHAPE,
+            steps=7,
+            device=backend.device,
+        )
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""One backend a file; each module has `open_backend(threads, memory)`."""
+"""One backend a file, which may have further ones of its own; its module has `open_backend(place, threads, memory)`."""

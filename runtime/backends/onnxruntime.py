@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from unetc.backend import WEIGHTS, Array, Loader, SerialisedGraph
+from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 
 from ..backend import Memory
@@ -133,8 +134,19 @@ def _session(graph: SerialisedGraph, options: Any) -> Any:
         raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
 
 
+class OnnxRuntimeHost(Host):
+    """The host, where emitted tensors are values of onnxruntime."""
+
+    def to_array(self, tensor: Any) -> Array:
+        """Copy an array or an OrtValue."""
+        array: Array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+        return array.copy()
+
+
 class OnnxRuntimeBackend:
     """Loads ONNX graphs into CPU sessions."""
+
+    device: Device = OnnxRuntimeHost()
 
     def __init__(self, *, threads: int, memory: Memory) -> None:
         self._threads = threads
@@ -144,12 +156,7 @@ class OnnxRuntimeBackend:
         """Keep the weights in memory, or write them to a private file that sessions map."""
         return self._loader(weights, self._threads)
 
-    def to_array(self, emitted: Any) -> Array:
-        """Copy an OrtValue."""
-        array: Array = emitted.numpy().copy()
-        return array
 
-
-def open_backend(*, threads: int, memory: Memory) -> OnnxRuntimeBackend:
-    """Open the backend."""
+def open_backend(*, place: str, threads: int, memory: Memory) -> OnnxRuntimeBackend:
+    """Open the backend; the CPU is its only place."""
     return OnnxRuntimeBackend(threads=threads, memory=memory)

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float32]
+from unetc.device import Array as Array
+from unetc.device import Device, Tensor
 
 WEIGHTS = "weights.safetensors"
 """What graphs call the file that their external initializers lie in."""
@@ -29,16 +27,16 @@ class SerialisedGraph:
 class Program(Protocol):
     """One loaded graph."""
 
-    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
         """Run the graph and write its first output into `output`, which has the right shape.
 
         Args:
-            inputs: C-contiguous arrays, or tensors that programs of this backend have emitted. What the graph does not
-                read is ignored.
-            output: Where to write.
+            inputs: C-contiguous tensors of the backend's device, or what programs of this backend have emitted. What
+                the graph does not read is ignored.
+            output: The tensor to write into.
 
         Returns:
-            The graph's further outputs by name, as tensors on the device.
+            The graph's further outputs by name, on the device; no later call overwrites them.
         """
         ...
 
@@ -54,10 +52,11 @@ class Loader(Protocol):
 class Backend(Protocol):
     """Runs graphs on one device."""
 
-    def open_weights(self, weights: bytes) -> Loader:
-        """Take a weights file, whole, in the form that loading graphs needs."""
+    @property
+    def device(self) -> Device:
+        """Where inputs and outputs of its programs live."""
         ...
 
-    def to_array(self, emitted: object) -> Array:
-        """Copy what a program has emitted into an array."""
+    def open_weights(self, weights: bytes) -> Loader:
+        """Take a weights file, whole, in the form that loading graphs needs."""
         ...

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unetc.device import HOST, Device, Tensor
 from unetc.errors import ShapeMismatch
 from unetc.residuals import Residual, zeros
 
-Values = Mapping[str, NDArray[Any]]
-"""Input of the denoiser → one row per sample, [batch, ...]."""
+Values = Mapping[str, Tensor]
+"""Input of the denoiser → one row per sample, [batch, ...]; arrays, until they are put on a device."""
 
 NEGATIVE = "negative."
 """Prefix of the names of negative conditions, where both kinds are in one mapping."""
@@ -42,6 +43,8 @@ class Conditions:
     """How far, dimensionless; 1 is no guidance."""
     residuals: tuple[Residual, ...] = ()
     """What the denoiser takes of a ControlNet; zero unless `own` has it."""
+    device: Device = HOST
+    """Where the conditions are, and the calls that are made of them."""
 
     def __post_init__(self) -> None:
         """Check that all rows belong together."""
@@ -73,7 +76,15 @@ class Conditions:
 
         return replace(self, own=pick(self.own), negative=pick(self.negative))
 
-    def widen(self, sample: NDArray[np.float32], timestep: float, **rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def on(self, device: Device) -> Conditions:
+        """Put arrays on a device."""
+
+        def put(values: Values) -> Values:
+            return {name: device.put(array) for name, array in values.items()}
+
+        return replace(self, own=put(self.own), negative=put(self.negative), device=device)
+
+    def widen(self, sample: Tensor, timestep: float, **rows: Tensor) -> dict[str, Tensor]:
         """Make the inputs of one denoiser call.
 
         Args:
@@ -82,22 +93,24 @@ class Conditions:
             rows: Further inputs, [batch, ...].
         """
         batch, _, height, width = sample.shape
-        blank = zeros(self.residuals, batch, height, width)
-        inputs = {"sample": sample, "timestep": np.full(batch, timestep, dtype=np.float32), **blank, **rows}
+        blank = zeros(self.residuals, batch, height, width, self.device)
+        inputs = {"sample": sample, "timestep": self.device.full((batch,), timestep), **blank, **rows}
         if not self.guided:
             return {**inputs, **self.own}
-        twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}
-        return twice | {name: np.concatenate([self.negative[name], array]) for name, array in self.own.items()}
+        join = self.device.concatenate
+        twice = {name: join([tensor, tensor]) for name, tensor in inputs.items()}
+        return twice | {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
 
-    def guide(self, prediction: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+    def guide(self, prediction: Tensor, channels: int) -> Tensor:
         """Combine the two halves of a prediction, [2 * batch, ...]; of the channels behind the first, take the own.
 
         Those are a predicted variance, which is not guided.
         """
         if not self.guided:
             return prediction
-        negative, own = np.split(prediction, 2)
-        guided = negative + np.float32(self.scale) * (own - negative)
+        batch = len(prediction) // 2
+        negative, own = prediction[:batch], prediction[batch:]
+        guided = negative + self.scale * (own - negative)
         if own.shape[1] > channels:
             guided[:, channels:] = own[:, channels:]
         return guided

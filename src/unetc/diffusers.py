@@ -109,7 +109,7 @@ class BundleUNet(nn.Module):
 
         Raises:
             SessionError: If a pipeline asks for what engines cannot do, or leaves out what they need.
-            NonFiniteError: If an engine produces NaN or infinity.
+            NonFiniteError: If the full model produces NaN or infinity; it takes the turn of an engine that does.
         """
         given = {
             "encoder_hidden_states": encoder_hidden_states,
@@ -120,11 +120,13 @@ class BundleUNet(nn.Module):
         _refuse({name: value for name, value in given.items() if name not in _TAKEN})
         given |= self._residuals(down_block_additional_residuals, mid_block_additional_residual)
         own = {name: _to_array(value) for name, value in given.items() if value is not None}
-        conditions = Conditions(own=own, residuals=self._session.conditions.residuals)
+        device = self._session.device
+        conditions = Conditions(own=own, residuals=self._session.conditions.residuals).on(device)
         value = _one_of(timestep)
         level = float(np.interp(value, self._timesteps, self._log_snr))
         request = self._request_at(value, tuple(sample.shape))
-        prediction = torch.from_numpy(request.predict(_to_array(sample), value, level, conditions)).to(sample)
+        predicted = request.predict(device.put(_to_array(sample)), value, level, conditions)
+        prediction = torch.from_numpy(device.to_array(predicted)).to(sample)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
     def _residuals(self, down: Sequence[Tensor] | None, middle: Tensor | None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
+from unetc.device import HOST, Device, Tensor
 
 COMPUTED = "computed."
 """Prefix of an engine's outputs: the branch of the component with this index, as just computed."""
@@ -25,25 +25,30 @@ REACH = "reach."
 class Held:
     """The last two values of every component that was emitted; made anew for each request."""
 
-    _history: dict[str, tuple[tuple[float, object], ...]] = field(default_factory=dict)
+    device: Device = HOST
+    """Where the inputs are made."""
+    _history: dict[str, tuple[tuple[float, Tensor], ...]] = field(default_factory=dict)
     """By component: timestep and value, newest first."""
 
-    def remember(self, emitted: Mapping[str, object], timestep: float) -> None:
+    def remember(self, emitted: Mapping[str, Tensor], timestep: float) -> None:
         """Take what an engine emitted at a step."""
         for name, value in emitted.items():
             key = name.removeprefix(COMPUTED)
             self._history[key] = ((timestep, value), *self._history.get(key, ())[:1])
 
-    def inputs(self, timestep: float) -> dict[str, object]:
+    def inputs(self, timestep: float) -> dict[str, Tensor]:
         """Make the inputs of engines that hold or forecast at a step.
 
         A component that was computed once only is held: its forecast reaches nowhere.
         """
-        inputs: dict[str, object] = {}
+        inputs: dict[str, Tensor] = {}
+        reaches: dict[float, Tensor] = {}
         for key, history in self._history.items():
             (last, held), (before, earlier) = history[0], history[-1]
             reach = (timestep - last) / (last - before) if last != before else 0.0
             inputs[HELD + key] = held
             inputs[EARLIER + key] = earlier
-            inputs[REACH + key] = np.array([reach], dtype=np.float32)
+            if reach not in reaches:
+                reaches[reach] = self.device.full((1,), reach)
+            inputs[REACH + key] = reaches[reach]
         return inputs

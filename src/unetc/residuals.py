@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from unetc.device import Device, Tensor
 
 PREFIX = "input_control_"
 """Of the names of all inputs for residuals."""
@@ -56,6 +55,6 @@ def residuals_of(config: Mapping[str, Any]) -> tuple[Residual, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def zeros(residuals: tuple[Residual, ...], batch: int, height: int, width: int) -> Mapping[str, NDArray[np.float32]]:
+def zeros(residuals: tuple[Residual, ...], batch: int, height: int, width: int, device: Device) -> Mapping[str, Tensor]:
     """Make the inputs that add nothing, once per size."""
-    return {one.name: np.zeros(one.shape(batch, height, width), dtype=np.float32) for one in residuals}
+    return {one.name: device.full(one.shape(batch, height, width), 0.0) for one in residuals}

@@ -147,11 +147,50 @@ def test_the_samples_are_the_sessions(way: Way) -> None:
     facts = way.results["sample"].json
     assert facts["shape"] == [5, 1, 16, 16]
     assert facts["seconds"] > 0
+    assert facts["replays"] == 0
     with Image.open(way.folder / "samples.png") as picture:
         pixels = np.asarray(picture.convert("L"), dtype=np.int64)
     session = unetc.load(way.folder / "bundle")
     expected = ((session.sample(5, seed=3, steps=7)[:, 0] + 1) * 127.5).round()
     np.testing.assert_array_equal(pixels[:128:8, :128:8], expected[0])  # enlarged 8 times, in the upper left corner
+
+
+def test_a_bundle_samples_and_verifies_on_another_target(tiny_bundle: Path) -> None:
+    options = ("--batch", 2, "--seed", 3)
+    run("sample", tiny_bundle, *options, "-o", "own.png")
+    assert run("sample", tiny_bundle, *options, "-o", "torch.png", "--target", "torch:cpu").code == 0
+    with Image.open("own.png") as own, Image.open("torch.png") as other:
+        difference = np.abs(np.asarray(own, dtype=np.int64) - np.asarray(other, dtype=np.int64))
+    assert difference.max() <= 1  # of 255; rounding may fall to either side
+    verified = run("verify", tiny_bundle, "--target", "torch:cpu", "--rounds", 1, "--batch", 1, "--json").json
+    assert verified["target"] == "torch:cpu"
+    assert "no backend for target 'tpu'" in run("sample", tiny_bundle, "--target", "tpu").error
+
+
+@pytest.mark.nightly
+def test_a_model_is_analysed_and_built_on_another_target(tiny_model: Path, cache: Path) -> None:
+    options = (
+        "--target",
+        "torch:cpu",
+        "--threads",
+        1,
+        "--steps",
+        4,
+        "--samples",
+        2,
+        "--bins",
+        2,
+        "--batch",
+        2,
+        "--cache",
+        cache,
+    )
+    run("analyze", tiny_model, *options, "-o", "torch.json")
+    assert Profile.load(Path("torch.json")).target == "torch:cpu"
+    common = ("--profile", "torch.json", "--steps", 4, "--cache", cache, "--no-controls", "--repair", 2)
+    facts = run("build", tiny_model, *common, "--budget", 0.2, "-o", "on-torch", "--json").json
+    assert facts["target"] == unetc.Bundle.open(Path("on-torch")).manifest.target == "torch:cpu"
+    assert run("sample", "on-torch", "--batch", 2).code == 0
 
 
 def test_the_verification_says_time_damage_controls_engines_and_size(way: Way) -> None:
@@ -495,6 +534,10 @@ def test_the_doctor_finds_what_is_needed() -> None:
     findings = {finding["name"]: finding for finding in run("doctor", "--json").json["findings"]}
     assert findings["target onnxruntime:cpu"]["works"]
     assert "onnxruntime" in findings["target onnxruntime:cpu"]["detail"]
+    assert findings["target torch:cpu"]["works"]
+    gpu = findings["target torch:cuda"]
+    assert gpu["works"] or "NVIDIA GPU" in gpu["detail"]
+    assert not gpu["needed"]
     assert all(finding["works"] for finding in findings.values() if finding["needed"])
     shown = run("doctor")
     assert (shown.code, "works" in shown.out) == (0, True)

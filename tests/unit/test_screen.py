@@ -31,6 +31,7 @@ from unetc.analyzer.screen import (
 from unetc.analyzer.sweep import Base, Sweep, make_bins, run_base
 from unetc.artifacts.profile import STEP, Cost, Effect, Estimate, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.device import Device
 from unetc.held import Held
 from unetc.progress import Progress, ignore
 from unetc.runtime.backend import open_backend
@@ -76,8 +77,9 @@ class Counter:
 
         return run
 
-    def to_array(self, emitted: object) -> Array:
-        return self._inner.to_array(emitted)
+    @property
+    def device(self) -> Device:
+        return self._inner.device
 
 
 def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2) -> Sweep:

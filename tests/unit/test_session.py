@@ -10,20 +10,26 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx import parser
 
 import unetc
+from tests.models import Reuse, Tiny, tiny_of
 from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
 from unetc.backend import WEIGHTS, Array, Backend, Loader, Program, SerialisedGraph
+from unetc.device import Device
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
+from unetc.held import Held
 from unetc.runtime import session as session_module
 from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.bundle import Bundle
@@ -348,6 +354,108 @@ def test_an_engine_that_fails_later_is_named_with_its_timestep(bundle: Bundle, b
     assert calls == bad + 1
 
 
+def spoilt(graph: SerialisedGraph, below: float) -> SerialisedGraph:
+    """Add 0 * log(timestep - below) to a prediction: nothing above that timestep, NaN below it."""
+    model = onnx.load_from_string(graph.graph)
+    name = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["clean" if output == name else output for output in node.output]
+    nodes = parser.parse_graph(
+        f"""
+        spoil (float[b] timestep, float[b, c, h, w] clean) => (float[b, c, h, w] {name}) {{
+            below = Constant <value_float = {below}> ()
+            zero = Constant <value_float = 0.0> ()
+            axes = Constant <value_ints = [1, 2, 3]> ()
+            above = Sub (timestep, below)
+            spoiling = Log (above)
+            added = Mul (spoiling, zero)
+            per_sample = Unsqueeze (added, axes)
+            {name} = Add (clean, per_sample)
+        }}"""
+    ).node
+    model.graph.node.extend(nodes)
+    return replace(graph, graph=model.SerializeToString())
+
+
+class Spoilt:
+    """Sessions of an engine that emits a level and one that holds it, in turns 0, 1, 1; some give NaN."""
+
+    def __init__(self, tiny: Tiny) -> None:
+        level = next(component.name for component in tiny.gated.components if component.kind == "level")
+        self._reuse = Reuse(tiny, {level: Treatment.HOLD})
+        self.full, self.emitting, self.holding = (self._reuse.full, *self._reuse.graphs)
+        self.table = self._reuse.solver.table(7)
+        self._backend = open_backend("onnxruntime:cpu", threads=1)
+        self._loader = self._backend.open_weights(tiny.gated.weights.read_bytes())
+
+    def load(self, graph: SerialisedGraph, from_step: int = 7) -> Program:
+        """Load an engine that gives NaN from a step on; the last step is 6."""
+        times = [*self.table.timesteps.tolist(), -1.0]
+        return self._loader.load(spoilt(graph, times[from_step] + 0.5))
+
+    def session(self, full: Program, *programs: Program) -> Session:
+        return self._reuse.session(self._backend, full, programs, (0, 1, 1))
+
+    def by_hand(self, *programs: Program, forgets_before: int) -> Array:
+        """Sample with one program a step; what was emitted before a step is forgotten there."""
+        sample, held = initial_noise(2, range(2), Reuse.SHAPE) * np.float32(self.table.initial_scale), Held()
+        for i, program in enumerate(programs):
+            if i == forgets_before:
+                held = Held()
+            timestep = self.table.timesteps.item(i)
+            prediction = np.empty_like(sample)
+            inputs = {"sample": sample, "timestep": np.full(2, timestep, np.float32), **held.inputs(timestep)}
+            held.remember(program(inputs, prediction), timestep)
+            sample = update(self.table, i, [sample], [prediction])
+        return sample
+
+
+@pytest.fixture(scope="module")
+def poison(shared: Path) -> Spoilt:
+    return Spoilt(tiny_of("attention", shared))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_the_full_model_takes_the_turn_of_an_engine_that_gives_nan(
+    poison: Spoilt, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, emitting, holding = (poison.load(graph) for graph in (poison.full, poison.emitting, poison.holding))
+    session = poison.session(full, emitting, poison.load(poison.holding, 4))
+    used: list[int] = []
+    sample = session.sample(2, seed=2, on_step=lambda step: used.append(step.engine))
+    assert session.schedule(7) == (0, 1, 1, 0, 1, 1, 0)
+    assert used == [0, 1, 1, 0, 0, 0, 0]  # what was held is not trusted any more, so engine 0 runs at step 5
+    assert session.replays == 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(
+        f"engine 1 produced NaN or infinity at timestep {poison.table.timesteps[4]:g}"
+    )
+    expected = (emitting, holding, holding, emitting, full, emitting, emitting)
+    np.testing.assert_array_equal(sample, poison.by_hand(*expected, forgets_before=4))
+    session.sample(2, seed=2)
+    assert session.replays == 2
+    clean = poison.session(full, emitting, holding)
+    assert np.abs(clean.sample(2, seed=2) - sample).max() > 0.01  # so the full model did make that step
+    assert clean.replays == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_a_spoilt_engine_emits_is_not_held(poison: Spoilt) -> None:
+    session = poison.session(poison.load(poison.full), poison.load(poison.emitting, 0), poison.load(poison.holding))
+    np.testing.assert_array_equal(session.sample(2, seed=2), session.sample(2, seed=2, lossless=True))
+    assert session.replays == 7
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_nan_of_the_full_model_too_is_an_error(poison: Spoilt) -> None:
+    session = poison.session(*(poison.load(graph, 4) for graph in (poison.full, poison.emitting, poison.holding)))
+    timestep = f"{poison.table.timesteps[4]:g}"
+    with pytest.raises(NonFiniteError, match=f"engine 1 and the full model .* timestep {timestep}"):
+        session.sample(2)
+    assert session.replays == 1
+
+
 def test_every_step_is_reported_in_order(session: Session, bundle: Bundle) -> None:
     steps: list[Step] = []
     copies: list[NDArray[np.float32]] = []
@@ -521,8 +629,9 @@ class Counter:
         self.loaded += 1
         return self._loader.load(graph)
 
-    def to_array(self, emitted: object) -> Array:
-        return self._inner.to_array(emitted)
+    @property
+    def device(self) -> Device:
+        return self._inner.device
 
 
 def test_the_full_model_is_loaded_when_it_is_first_asked_for(bundle: Bundle) -> None:

@@ -39,6 +39,7 @@ from unetc.analyzer.duration import Duration, predict_duration
 from unetc.analyzer.sweep import Base, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
 from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.device import Device
 from unetc.errors import ProfileError
 from unetc.graph.gated import GatedGraph
 from unetc.progress import OnProgress, Progress, ignore
@@ -383,8 +384,9 @@ class Recorder:
 
         return run
 
-    def to_array(self, emitted: object) -> Array:
-        return self._inner.to_array(emitted)
+    @property
+    def device(self) -> Device:
+        return self._inner.device
 
 
 def test_a_removal_touches_the_steps_of_its_bin_only(tmp_path: Path) -> None:
@@ -753,8 +755,9 @@ class Clock:
 
         return run
 
-    def to_array(self, emitted: object) -> Array:
-        return self._inner.to_array(emitted)
+    @property
+    def device(self) -> Device:
+        return self._inner.device
 
 
 @pytest.mark.usefixtures("no_timing")

@@ -115,3 +115,7 @@ class Turns:
             engine = 0
         self._available.update(self._plan.engines[engine].emits)
         return engine
+
+    def forget(self) -> None:
+        """Take it that nothing was emitted yet."""
+        self._available.clear()

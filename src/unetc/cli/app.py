@@ -51,6 +51,9 @@ Samples = Annotated[int, typer.Option(min=1, help="Trajectories every ablation i
 Bins = Annotated[int, typer.Option(min=1, help="Noise levels that are told apart.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Target = Annotated[str, typer.Option(help="Where engines run; costs are measured there.")]
+BundleTarget = Annotated[
+    str | None, typer.Option("--target", help="Where engines run (default: the target the bundle was built for).")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the target (default: all cores).")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size at which time is measured.")]
 Budget = Annotated[float, typer.Option(help="Share of the time to save, in [0, 1).")]
@@ -348,6 +351,7 @@ def sample(
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Run the full model at every step.")] = False,
+    target: BundleTarget = None,
     memory: Annotated[str, typer.Option(help="fast, or low: all engines share one copy of the weights.")] = "fast",
     threads: Threads = None,
     as_json: Json = False,
@@ -362,7 +366,7 @@ def sample(
     from unetc.runtime.session import load
 
     check_writable(output)
-    session = load(bundle, memory=memory, threads=threads)
+    session = load(bundle, target=target, memory=memory, threads=threads)
     with progress() as on_progress:
         start = time.perf_counter()
         images = session.sample(
@@ -371,7 +375,7 @@ def sample(
         seconds = time.perf_counter() - start
     write_atomically(output, png_bytes(grid(images)))
     if as_json:
-        print_json({"output": str(output), "shape": list(images.shape), "seconds": seconds})
+        print_json({"output": str(output), "shape": list(images.shape), "seconds": seconds, "replays": session.replays})
     else:
         OUT.print(f"{len(images)} samples in {seconds:.2f} s; wrote {output}", soft_wrap=True)
 
@@ -443,6 +447,7 @@ def verify(
     rounds: Annotated[int, typer.Option(min=1, help="Batches that every contender samples, in turns.")] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size (default: the bundle's).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="A seed that the build has not used.")] = None,
+    target: BundleTarget = None,
     as_json: Json = False,
 ) -> None:
     """Measure time and damage on new seeds, beside simpler ways to save the same time."""
@@ -457,7 +462,7 @@ def verify(
         check_writable(output)
     opened = Bundle.open(bundle)
     with progress() as on_progress:
-        result = verify_bundle(opened, VerifyOptions(rounds=rounds, batch=batch, seed=seed), on_progress)
+        result = verify_bundle(opened, VerifyOptions(rounds=rounds, batch=batch, seed=seed, target=target), on_progress)
     if output is not None:
         result.save(output)
     if as_json:

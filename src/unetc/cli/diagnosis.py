@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from unetc.compiler.tensorrt.library import LIBRARIES, Library
 from unetc.environment import describe
 from unetc.errors import UnetcError
-from unetc.runtime.backend import BACKENDS, open_backend
+from unetc.runtime.backend import BACKENDS, DEFAULT_TARGET, open_backend
 
 _STAGES = {
     "analyze, plan, build, verify": ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics"),
@@ -44,8 +44,9 @@ def _try_backend(target: str) -> Finding:
     try:
         open_backend(target, threads=1)
     except UnetcError as error:
-        return Finding(name=f"target {target}", works=False, needed=True, detail=str(error))
-    return Finding(name=f"target {target}", works=True, needed=True, detail=_version(target.split(":")[0]))
+        return Finding(name=f"target {target}", works=False, needed=target == DEFAULT_TARGET, detail=str(error))
+    detail = _version(target.split(":")[0])
+    return Finding(name=f"target {target}", works=True, needed=target == DEFAULT_TARGET, detail=detail)
 
 
 def _try_library(library: Library) -> Finding:

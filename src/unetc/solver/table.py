@@ -16,15 +16,14 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from unetc.device import HOST, Device, Tensor
 from unetc.errors import SessionError
-
-Float = TypeVar("Float", bound=np.floating[Any])
 
 MAX_WINDOW = 8
 """The longest history, in steps, that a table can refer to."""
@@ -108,15 +107,15 @@ class SolverTable:
 def update(
     table: SolverTable,
     step: int,
-    samples: Sequence[NDArray[Float]],
-    predictions: Sequence[NDArray[Float]],
-    noise: NDArray[Float] | None = None,
-    variance: NDArray[Float] | None = None,
-) -> NDArray[Float]:
+    samples: Sequence[Tensor],
+    predictions: Sequence[Tensor],
+    noise: Tensor | None = None,
+    variance: Tensor | None = None,
+    device: Device = HOST,
+) -> Tensor:
     """Advance the samples by one step.
 
-    Coefficients enter as Python floats, so float32 stays float32, and arrays of other libraries work where they have
-    `+`, `*` and a `clip` method, unless the model predicts a variance.
+    Coefficients enter as Python floats, so float32 stays float32.
 
     Args:
         table: Coefficients of the sampler.
@@ -126,6 +125,7 @@ def update(
         noise: Fresh unit normal noise of the same shape. May be None where noise_coefficient is zero.
         variance: What the model says of the variance of the noise, mostly -1 to 1, of the same shape. May be None where
             it is not asked.
+        device: Where all these are.
 
     Returns:
         The samples that enter the next step, [batch, channel, height, width].
@@ -156,21 +156,16 @@ def update(
                     f"step {step} of this sampler takes the variance of its noise from the model, which predicts none. "
                     "Use a scheduler with a fixed variance, or ddim."
                 )
-            noise = noise * _deviation(table.variance_low.item(step), table.variance_high.item(step), variance)
+            share = 0.5 * variance + 0.5
+            low, high = table.variance_low.item(step), table.variance_high.item(step)
+            noise = noise * device.exp(0.5 * (high * share + low * (1 - share)))
         result += weight * noise
     return result
 
 
-def _deviation(low: float, high: float, variance: NDArray[Float]) -> NDArray[Float]:
-    """Interpolate the logarithm of the variance; give the standard deviation."""
-    share = 0.5 * variance + 0.5
-    deviation: NDArray[Float] = np.exp(0.5 * (high * share + low * (1 - share)))
-    return deviation
-
-
-def _combine(weights: Sequence[float], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _combine(weights: Sequence[float], arrays: Sequence[Tensor]) -> Tensor:
     """Add weighted arrays up in a new one."""
-    total: NDArray[Any] = weights[0] * arrays[0]
+    total = weights[0] * arrays[0]
     for lag, weight in enumerate(weights[1:], start=1):
         if weight:
             if lag >= len(arrays):

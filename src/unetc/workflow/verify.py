@@ -46,13 +46,15 @@ class VerifyOptions:
     """The bundle's batch when not given."""
     seed: int | None = None
     """A seed far from those used when not given."""
+    target: str | None = None
+    """Where engines run; the target the bundle was built for when not given."""
 
 
 def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ignore) -> Verification:
     """Measure time and damage of a bundle and its controls.
 
     Raises:
-        SessionError: If the seed was used by analysis or build, or an option is out of range.
+        SessionError: If the seed was used by analysis or build, an option is out of range, or there is no such target.
         MissingDependency: If the target's backend is not installed.
     """
     manifest = bundle.manifest
@@ -62,7 +64,8 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
     batch = manifest.batch if options.batch is None else options.batch
     if options.rounds < 1 or batch < 1:
         raise SessionError(f"rounds and batch must be at least 1, got {options.rounds} and {batch}.")
-    backend = open_backend(manifest.target, threads=manifest.threads)
+    target = options.target or manifest.target
+    backend = open_backend(target, threads=manifest.threads)
     session = Session.of(bundle, backend)
     conditions = _held_out(manifest, bundle.conditions)
 
@@ -101,7 +104,7 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         unetc=unetc.__version__,
         model=manifest.model,
         plan_sha256=manifest.plan.sha256(),
-        target=manifest.target,
+        target=target,
         threads=manifest.threads,
         environment=describe(),
         budget=manifest.plan.budget,

@@ -84,6 +84,7 @@ class Workbench:
         self._conditions = conditions
         self._decoder = decoder
         self._gated = gated
+        self._device = backend.device
         self._loader = backend.open_weights(gated.weights.read_bytes())
         self._programs: dict[bytes, Program] = {}
         self._references: dict[int, NDArray[np.float32]] = {}
@@ -168,6 +169,7 @@ class Workbench:
             predicted_channels=self._gated.predicted_channels,
             conditions=self._conditions,
             decoder=self._decoder,
+            device=self._device,
         )
 
     def _load(self, graph: SerialisedGraph) -> Program:
@@ -184,12 +186,17 @@ class Workbench:
         """Measure milliseconds per call in turns: [round] of the full model and [round, program] of the others."""
         batch = self.profile.batch
         sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
-        inputs: dict[str, object] = {**self._conditions.take(range(batch)).widen(sample, 500.0)}
-        rows = 2 * batch if self._conditions.guided else batch
-        output = np.empty((rows, self._gated.predicted_channels, *sample.shape[2:]), dtype=np.float32)
-        held = Held()
+        device = self._device
+        inputs = self._conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
+        output = device.empty((len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:]))
+        held = Held(device=device)
         held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
         inputs |= held.inputs(500.0)
         distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
-        times = interleaved_ms([partial(program, inputs, output) for program in distinct], rounds=ENGINE_ROUNDS)
+
+        def run(program: Program) -> None:
+            program(inputs, output)
+            device.synchronize()
+
+        times = interleaved_ms([partial(run, program) for program in distinct], rounds=ENGINE_ROUNDS)
         return times[:, 0], times[:, [distinct.index(program) for program in programs]]

@@ -1,0 +1,183 @@
+"""How do the targets that work here compare?
+
+    python benchmarks/bench_targets.py           # about 3 minutes on two cores, with torch:cpu:compiled
+
+Times engines of the reference model on every target, in turns, and writes `results/targets.json`:
+
+- milliseconds of a call of the full model, of the model without its lowest level and of one that holds it
+- what share of a call the two save, which is what an analysis on this target would find
+- overhead: wall time of `Session.sample` / time inside of the engine calls, where calls wait until they are done
+- difference: largest difference of samples from those of onnxruntime, which lie in -1 to 1
+- seconds to load the full model and call it once
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import unetc
+from unetc.artifacts.plan import Phase, Plan, Prediction
+from unetc.artifacts.profile import Treatment
+from unetc.backend import Program
+from unetc.cli.output import progress
+from unetc.compiler.emissions import with_emissions
+from unetc.device import Array, Device, Tensor
+from unetc.environment import cores, describe
+from unetc.errors import UnetcError
+from unetc.graph.specialise import specialise
+from unetc.held import Held
+from unetc.models import find_model
+from unetc.progress import Progress
+from unetc.runtime.backend import BACKENDS, open_backend
+from unetc.runtime.session import Session
+from unetc.solver.extract import extract_all, make_scheduler
+from unetc.timing import interleaved_ms
+from unetc.workflow.prepare import Prepared, prepare
+
+HERE = Path(__file__).parent
+ENGINES = ("full", "dropped", "held")
+
+
+class Waiting:
+    """A program that returns when its work is done, and adds up the time that takes."""
+
+    def __init__(self, program: Program, device: Device) -> None:
+        """Wrap a program."""
+        self._program = program
+        self._device = device
+        self.seconds = 0.0
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
+        """Run the program."""
+        start = time.perf_counter()
+        emitted = self._program(inputs, output)
+        self._device.synchronize()
+        self.seconds += time.perf_counter() - start
+        return emitted
+
+
+class Target:
+    """The three engines on one target, and a session whose plan runs the full one and the one that holds in turns."""
+
+    def __init__(self, name: str, prepared: Prepared, steps: int, batch: int, threads: int) -> None:
+        """Load the engines; the first call is part of loading."""
+        model, gated = prepared.model, prepared.gated
+        level = next(component.name for component in gated.components if component.kind == "level")
+        chosen = with_emissions([{}, {level: Treatment.DROP}, {level: Treatment.HOLD}], gated.components)
+        backend = open_backend(name, threads=threads)
+        device = backend.device
+        loader = backend.open_weights(gated.weights.read_bytes())
+        self._batch, self._steps = batch, steps
+        sample = np.random.default_rng(0).standard_normal((batch, *model.sample_shape)).astype(np.float32)
+        self._inputs = {"sample": device.put(sample), "timestep": device.full((batch,), 500.0)}
+        self._output = device.empty(sample.shape)
+        self._programs: list[Waiting] = []
+        held = Held(device=device)
+        start = time.perf_counter()
+        for engine in chosen:
+            graph = specialise(gated, engine.treatments, np.zeros(gated.channels, dtype=np.float32), engine.emits)
+            self._programs.append(Waiting(loader.load(graph), device))
+            held.remember(self._programs[-1](self._inputs, self._output), 550.0)
+            self._inputs |= held.inputs(500.0)
+            if len(self._programs) == 1:
+                self.load_s = time.perf_counter() - start
+        plan = Plan(
+            unetc=unetc.__version__,
+            model=model.reference,
+            profile_sha256="",
+            budget=0.0,
+            max_engines=3,
+            engines=chosen,
+            phases=(Phase(low=-1e6, high=1e6, cycle=(0, 2)),),
+            prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=3.0),
+        )
+        self._session = Session(
+            plan=plan,
+            full=self._programs[0],
+            programs=self._programs,
+            solver=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
+            sample_shape=model.sample_shape,
+            steps=steps,
+            device=device,
+        )
+
+    def call(self, engine: int) -> None:
+        """Call an engine."""
+        self._programs[engine](self._inputs, self._output)
+
+    def sample(self, seed: int) -> tuple[Array, float]:
+        """Sample; give the time of all / that of the engine calls too."""
+        for program in self._programs:
+            program.seconds = 0.0
+        start = time.perf_counter()
+        sample = self._session.sample(self._batch, seed=seed)
+        return sample, (time.perf_counter() - start) / sum(program.seconds for program in self._programs)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20, help="timed repetitions; sampling has a quarter of them")
+    options = parser.parse_args()
+    targets: dict[str, Target] = {}
+    absent: dict[str, str] = {}
+    with progress() as on_progress:
+        prepared = prepare(find_model("digits"), options.work, on_progress)
+        names = [name for name in BACKENDS if name != "null"]
+        for i, name in enumerate(names):
+            on_progress(Progress(stage="loading", done=i, total=len(names)))
+            try:
+                targets[name] = Target(name, prepared, options.steps, options.batch, cores())
+            except UnetcError as error:
+                absent[name] = str(error)
+        calls = [partial(target.call, i) for target in targets.values() for i in range(len(ENGINES))]
+        times = interleaved_ms(calls, rounds=options.rounds).reshape(options.rounds, len(targets), len(ENGINES))
+        rows = []
+        expected, _ = targets["onnxruntime:cpu"].sample(0)
+        for i, (name, target) in enumerate(targets.items()):
+            on_progress(Progress(stage="sampling", done=i, total=len(targets)))
+            sampled = [target.sample(seed) for seed in range(max(1, options.rounds // 4))]
+            saved = np.median(1 - times[:, i, 1:] / times[:, i, :1], axis=0)
+            rows.append(
+                [
+                    name,
+                    *(float(value) for value in np.median(times[:, i], axis=0)),
+                    *(float(value) for value in saved),
+                    float(np.median([ratio for _, ratio in sampled])),
+                    float(np.abs(sampled[0][0] - expected).max()),
+                    target.load_s,
+                ]
+            )
+    columns = ["target", *(f"{name}, ms" for name in ENGINES), "dropped saves", "held saves"]
+    columns += ["sampling / engine calls", "difference", "load, s"]
+    record = {
+        "command": shlex.join(["python", "benchmarks/bench_targets.py", *sys.argv[1:]]),
+        "environment": describe(),
+        "settings": {
+            "model": "digits",
+            "threads": cores(),
+            **{name: getattr(options, name) for name in ("steps", "batch", "rounds")},
+        },
+        "tables": [{"title": "Targets", "columns": columns, "rows": rows}],
+        "absent": absent,
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "targets.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["tables"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
