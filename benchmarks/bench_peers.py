@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from captioned_digits import draw as draw_pictures
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from prompt_following import Request, followed, full_requests
 from tgate import gated
 
@@ -51,7 +53,7 @@ from unetc.compiler.planner import PlanOptions
 from unetc.conditions import Conditions
 from unetc.environment import cores, describe
 from unetc.models import Model, find_model
-from unetc.report.charts import MUTED, PLAN, WIDTH, inline, styled
+from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
 from unetc.runtime.backend import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
@@ -288,16 +290,22 @@ def accuracy(model: Model, judge: Judge, work: Path, guidance: float) -> list[di
 
 @styled
 def draw(rows: list[dict[str, Any]]) -> str:
-    """Draw damage against time of all contenders."""
+    """Draw damage against time, one line per method."""
     figure = Figure((WIDTH, 4.4))
-    axes = figure.add_axes((0.08, 0.12, 0.86, 0.8))
+    axes = figure.add_axes((0.07, 0.12, 0.86, 0.8))
     axes.set(yscale="log", xlabel="time / time of the full model in the same runtime", ylabel="damage, relative L2")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.grid(axis="y", which="major", color=FAINT, linewidth=0.5)
+    methods: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if (damage := row["damage"]["relative_l2"]["mean"]) > 0:
-            mine = row["contender"].startswith("unetc")
-            axes.plot([row["time_ratio"]], [damage], "D" if mine else "o", color=PLAN if mine else MUTED)
-            place = (row["time_ratio"], damage)
-            axes.annotate(row["contender"], place, (5, 4), textcoords="offset points", color=MUTED, fontsize=7.5)
+            method = re.split(r", | \(", row["contender"])[0]  # without its settings
+            methods.setdefault(method, []).append((row["time_ratio"], damage))
+    for method, points in methods.items():
+        color, marker = (PLAN, "D-") if method == "unetc" else (MUTED, "o-")
+        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, linewidth=1.2)
+        axes.annotate(method, max(points), (7, 4), textcoords="offset points", color=color, fontsize=7.5)
+    axes.set_xlim(right=1.05 * axes.get_xlim()[1])  # room for the last label
     return inline(figure, "Damage against time of unetc and its peers")
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables import table
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -73,7 +75,29 @@ def table_of(run: dict[str, Any]) -> list[str]:
     ]
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets}
+def peers(result: dict[str, Any]) -> str:
+    """Write the contenders at the time of DeepCache, and what it means in sentences."""
+    settings, (first, *_), (full, planned) = result["settings"], result["tables"], result["at_budget"]
+    ratios = [own["value"] for own in result["figures"] if own["figure"].startswith("damage")]
+    intervals = [str(own["interval"]) for own in result["contenders"] if own["contender"].startswith("DeepCache 0")]
+    at_full, at_plan = (f"{own['followed']['everything']:.1%}" for own in (full, planned))
+    return "\n".join(
+        [
+            f"`{settings['model']}`, a Stable Diffusion in miniature, DDIM {settings['steps']} steps, guidance "
+            f"{settings['guidance']:g}, each contender against the full model in its own runtime. {first['title']}:",
+            "",
+            table(first["columns"], first["rows"]),
+            "",
+            f"At the time that DeepCache takes, the plan does {' and '.join(f'{ratio:.3f} ×' for ratio in ratios)} "
+            f"its damage (intervals {' and '.join(intervals)}). "
+            f"At a budget of 0.27, {at_plan} of {planned['samples']} pictures show everything that their prompt asks "
+            f"for; of the full model's {at_full}.",
+            "",
+        ]
+    )
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets, "peers": peers}
 """Name of a result → what writes it."""
 
 
