@@ -110,7 +110,7 @@ class Conditions:
             return prediction
         batch = len(prediction) // 2
         negative, own = prediction[:batch], prediction[batch:]
-        guided = negative + self.scale * (own - negative)
+        guided = negative + float(self.scale) * (own - negative)  # a float of numpy would widen float32
         if own.shape[1] > channels:
             guided[:, channels:] = own[:, channels:]
         return guided
