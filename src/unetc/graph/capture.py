@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -63,6 +64,7 @@ def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
         gated = _insert(graph, site, placeholders)
         if site.join.op == "output":
             program.graph_signature.replace_all_uses(site.branch.name, gated.name)
+    _spell_out(graph)
     program.graph_module.recompile()
     return Capture(
         program=program,
@@ -116,6 +118,33 @@ def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) ->
     node.meta = {key: site.branch.meta[key] for key in ("val", "nn_module_stack") if key in site.branch.meta}
     site.join.replace_input_with(site.branch, node)
     return node
+
+
+def _spell_out(graph: fx.Graph) -> None:
+    """Rewrite what torch takes and onnxruntime 1.32 does not: masks of one row for all queries, idle squeezes."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if mask is not None and mask.meta["val"].shape[-2] == 1:
+            _repeat_mask(graph, node, node.args[0], mask)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        if node.meta["val"].ndim == node.args[0].meta["val"].ndim:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _repeat_mask(graph: fx.Graph, attention: fx.Node, query: fx.Node, mask: fx.Node) -> None:
+    """Give every query [batch, head, query, channel] a row of the mask."""
+    with graph.inserting_before(attention):
+        count = graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
+        repeated = graph.call_function(torch.ops.aten.expand.default, (mask, [-1, -1, count, -1]))
+    queries = query.meta["val"].shape[2]
+    count.meta = {**_origin(attention), "val": queries}
+    repeated.meta = {**_origin(attention), "val": mask.meta["val"].expand(-1, -1, queries, -1)}
+    attention.replace_input_with(mask, repeated)
+
+
+def _origin(node: fx.Node) -> dict[str, Any]:
+    return {"nn_module_stack": node.meta["nn_module_stack"]} if "nn_module_stack" in node.meta else {}
 
 
 __all__ = ["GATES", "MEANS", "OUTPUT", "Capture", "capture", "gate"]
