@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers as untyped_diffusers
 import numpy as np
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -392,6 +394,12 @@ class Reuse:
             steps=7,
             device=backend.device,
         )
+
+
+def daily(architectures: Iterable[str]) -> list[ParameterSet]:
+    """Let two architectures be tested every day, and the others nightly."""
+    every_day = ("attention", "cross-attention")
+    return [pytest.param(name, marks=() if name in every_day else pytest.mark.nightly) for name in architectures]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models import ARCHITECTURES, Tiny, relative_error, tiny_of
+from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.profile import STEP, Treatment
 from unetc.backend import Array
 from unetc.compiler.emissions import with_emissions
@@ -38,7 +38,7 @@ ENGINES_AGREE = 2e-5
 DENSITIES = ((*[KEEP] * 12, HOLD, FORECAST), (*[KEEP] * 4, DROP, MEAN, HOLD, FORECAST), (KEEP, HOLD), (KEEP, FORECAST))
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=daily(ARCHITECTURES))
 def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
