@@ -16,10 +16,18 @@ from unetc.errors import MissingDependency, SessionError, UnetcError
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
 from unetc.runtime.backends.onnxruntime import HandingLoader, open_session
-from unetc.runtime.backends.onnxruntime_gpu import CPU, CUDA, OnnxRuntimeDevice, OnnxRuntimeGpuProgram, check_placement
+from unetc.runtime.backends.onnxruntime_gpu import (
+    CPU,
+    CUDA,
+    OnnxRuntimeDevice,
+    OnnxRuntimeGpuBackend,
+    OnnxRuntimeGpuProgram,
+    check_placement,
+)
 
 FOR_GPUS = CUDA in onnxruntime.get_available_providers()
 """Whether the package for GPUs is installed."""
+WITHOUT_GPU = pytest.mark.skipif(not FOR_GPUS or torch.cuda.is_available(), reason="needs onnxruntime-gpu, and no GPU")
 DEVICE = OnnxRuntimeDevice(torch.device("cpu"))
 
 
@@ -47,10 +55,22 @@ def test_the_package_without_gpus_is_refused_by_name(target: str) -> None:
         open_backend(target, threads=1)
 
 
-@pytest.mark.skipif(not FOR_GPUS or torch.cuda.is_available(), reason="needs onnxruntime-gpu, and no GPU")
+@WITHOUT_GPU
 def test_the_package_for_gpus_without_one_is_refused() -> None:
     with pytest.raises(SessionError, match="target onnxruntime:cuda needs an NVIDIA GPU"):
         open_backend("onnxruntime:cuda", threads=1)
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("cuda", "opened a session with CPUExecutionProvider; expected CUDA"), ("tensorrt", "install TensorRT libraries")],
+)
+def test_without_the_libraries_of_cuda_nothing_is_loaded(tiny: Tiny, place: str, message: str) -> None:
+    backend = OnnxRuntimeGpuBackend(place, torch.device("cuda"), threads=1)
+    loader = backend.open_weights(tiny.gated.weights.read_bytes())
+    with pytest.raises(SessionError, match=message):
+        loader.load(specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32)))
 
 
 def test_a_session_that_was_opened_elsewhere_is_refused(tiny: Tiny) -> None:

@@ -9,16 +9,19 @@ import msgspec
 import pytest
 import torch
 
+from tests.models import tiny_of
 from unetc.errors import SessionError, ShapeMismatch, StaleEngineError
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.library import library_of
 from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
+from unetc.nvidia.sizes import Range, Sizes
 from unetc.runtime.backend import open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.workflow.compile import CompileOptions, compile_bundle
+from unetc.workflow.measuring import BuildingBackend, Calls
 
 pytestmark = pytest.mark.rtx
 
@@ -107,3 +110,26 @@ def test_the_range_of_a_built_engine_decides_what_it_takes(cache: Path, tiny_bun
         check_call(record, shapes)
         with pytest.raises(ShapeMismatch, match=r"--batch 1,2,3 --height 16 --width 16"):
             check_call(record, shapes | {"sample": (3, 1, 16, 16)})
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("form", ["runnable", "observing", "remembering"])
+def test_what_an_analysis_runs_is_built_once_and_reaches_the_library(
+    shared: Path, cache: Path, tmp_path: Path, form: str
+) -> None:
+    tiny = tiny_of("cross-attention", shared)
+    side = Range(least=8, usual=8, most=8)
+    rows = {name: array.shape[1:] for name, array in tiny.inputs(batch=1, height=8, width=8).items()}
+    calls = Calls(sizes=Sizes(batch=Range(least=1, usual=2, most=4), height=side, width=side), rows=rows)
+    engines = EngineCache(tmp_path)
+    told: list[str] = []
+    backend = BuildingBackend(backend_of(engines), calls, lambda progress: told.append(progress.stage))
+    loader = backend.open_weights(tiny.gated.weights.read_bytes())
+    graph = getattr(tiny.gated, form)()
+    for stages in ({"build an engine"}, set()):
+        told.clear()
+        with pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError"):
+            loader.load(graph)
+        assert {*told} == stages
+    (record,) = engines.records()
+    assert record.shapes["sample"][2][0] == record.shapes["gates"][2][0] == 4
