@@ -89,6 +89,11 @@ class AnalysisOptions:
         return self.decisive is not None or self.time_limit_s < math.inf
 
 
+def largest_batch(samples: int) -> int:
+    """Tell the most samples of one call while damages of so many trajectories are measured."""
+    return max(_CACHED_ROWS, samples)
+
+
 def analyze(
     gated: GatedGraph,
     reference: ModelReference,

@@ -24,16 +24,17 @@ import torch
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import WEIGHTS
 from unetc.compiler.lowering import lower_graphs
-from unetc.compiler.precision import Precision
-from unetc.compiler.tensorrt.library import library_of
-from unetc.compiler.tensorrt.messages import Effort, Request
-from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.messages import Request
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.environment import describe
 from unetc.graph.capture import capture
 from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.graph.specialise import specialise
 from unetc.models import find_model
+from unetc.nvidia.key import Effort
+from unetc.nvidia.library import library_of
+from unetc.nvidia.precision import Precision
+from unetc.nvidia.sizes import Range, Sizes
 
 diffusers: Any = untyped_diffusers
 

@@ -24,9 +24,9 @@ import onnx_ir.passes.common as common
 
 from unetc.backend import WEIGHTS
 from unetc.graph.weights import tensor_ranges, write_tensors
+from unetc.nvidia.precision import Precision
 
 from .element_types import infer_types
-from .precision import Precision
 
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
 _LARGEST = {Precision.FP16: 65504.0, Precision.BF16: 3.3895313892515355e38}

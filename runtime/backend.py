@@ -27,9 +27,17 @@ BACKENDS: Mapping[str, str] = {
     "torch:cpu:compiled": "unetc.runtime.backends.torch",
     "torch:cuda": "unetc.runtime.backends.torch",
     "torch:cuda:compiled": "unetc.runtime.backends.torch",
+    "onnxruntime:cuda": "unetc.runtime.backends.onnxruntime_gpu",
+    "onnxruntime:tensorrt": "unetc.runtime.backends.onnxruntime_gpu",
+    "tensorrt": "unetc.runtime.backends.tensorrt",
+    "tensorrt:fp16": "unetc.runtime.backends.tensorrt",
+    "tensorrt:bf16": "unetc.runtime.backends.tensorrt",
+    "tensorrt-rtx": "unetc.runtime.backends.tensorrt",
+    "tensorrt-rtx:fp16": "unetc.runtime.backends.tensorrt",
+    "tensorrt-rtx:bf16": "unetc.runtime.backends.tensorrt",
     "null": "unetc.runtime.backends.null",
 }
-"""Module of each target's backend, imported on first use; a target is a library and a place where it runs."""
+"""Module of each target's backend, imported on first use; a target is a library, a place, and how it runs there."""
 
 
 def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> Backend:
@@ -46,7 +54,6 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
     """
     if target not in BACKENDS:
         raise SessionError(f"no backend for target {target!r}. Available: {', '.join(BACKENDS)}.")
-    _, _, place = target.partition(":")
     module = importlib.import_module(BACKENDS[target])
-    backend: Backend = module.open_backend(place=place, threads=threads, memory=memory)
+    backend: Backend = module.open_backend(target, threads=threads, memory=memory)
     return backend

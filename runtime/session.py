@@ -357,8 +357,8 @@ def load(
         memory: "fast" gives every engine its own packed weights, "low" shares one copy in a private temporary file.
 
     Raises:
-        ArtifactError: If the bundle cannot be read or is damaged.
-        SessionError: If the target or the memory mode is unknown.
+        ArtifactError: If the bundle cannot be read or is damaged, or the target runs engines that were not compiled.
+        SessionError: If the target or the memory mode is unknown, or there is no GPU where the target needs one.
         MissingDependency: If the backend's library is not installed.
     """
     bundle = Bundle.open(Path(path))

@@ -366,6 +366,7 @@ class Reuse:
 
     def __init__(self, tiny: Tiny, *assignments: Mapping[str, Treatment]) -> None:
         """Specialise an engine that emits, and one for each assignment."""
+        self.tiny = tiny
         means = np.zeros(tiny.gated.channels, dtype=np.float32)
         self.engines = with_emissions([{}, *assignments], tiny.gated.components)
         self.full = specialise(tiny.gated, {}, means)

@@ -10,14 +10,14 @@ from typing import Any
 from unetc.artifacts.record import write_atomically
 from unetc.environment import peak_memory
 from unetc.errors import EngineBuildError
+from unetc.nvidia.library import Library, library_of, words
+from unetc.nvidia.sizes import Shape
 
-from .library import Library, library_of
 from .messages import STEPS, Built, Request
-from .shapes import Dimension, Shape, resolve
+from .shapes import Dimension, resolve
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "failed_allocation", "could not find any implementation")
 """What libraries say, among other things, when they run out of memory; the last is what remains if no kernel fits."""
-_KEPT_COMPLAINTS = 5
 
 
 class OutOfMemory(EngineBuildError):
@@ -39,10 +39,10 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     library = library_of(request.target)
     trt = library.load()
     complaints: list[str] = []
-    logger = _logger(trt, complaints)
+    logger = library.logger(complaints)
     builder = trt.Builder(logger)
     if builder is None:
-        raise EngineBuildError(f"{library.module} cannot start: {_words(complaints)}")
+        raise EngineBuildError(f"{library.module} cannot start: {words(complaints)}")
     network = builder.create_network(_strongly_typed(trt))
     _parse(trt, network, logger, folder / request.graph)
     _let_decompose(trt, network)
@@ -55,14 +55,17 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; who wants less says so in the graph
     workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * request.effort.workspace_share))
+    if request.on_this_gpu and library.portable:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
     monitor = _monitor(trt, on_advance)
     config.progress_monitor = monitor  # which does not keep it alive
     timing = _attach_timing(library, config, folder / request.timing)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        words = _words(complaints)
-        refused = OutOfMemory if any(sign in words.lower() for sign in _OUT_OF_MEMORY) else EngineBuildError
-        raise refused(f"{library.module} {trt.__version__} cannot build the engine: {words}")
+        said = words(complaints)
+        refused = OutOfMemory if any(sign in said.lower() for sign in _OUT_OF_MEMORY) else EngineBuildError
+        raise refused(f"{library.module} {trt.__version__} cannot build the engine: {said}")
     (folder / request.engine).write_bytes(memoryview(engine))
     if timing is not None:
         write_atomically(folder / request.timing, bytes(timing.serialize()))
@@ -70,6 +73,7 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
         layers=network.num_layers,
         shapes=shapes,
         peak_bytes=peak_memory(),
+        scratch_bytes=_scratch(trt, logger, engine),
     )
 
 
@@ -116,22 +120,10 @@ def _attach_timing(library: Library, config: Any, path: Path) -> Any:
     return cache
 
 
-def _words(complaints: list[str]) -> str:
-    return " | ".join(complaints) or "it gives no reason"
-
-
-def _logger(trt: Any, complaints: list[str]) -> Any:
-    """Keep the last errors that a library reports."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                complaints[:] = [*complaints[1 - _KEPT_COMPLAINTS :], message.strip()]
-
-    return Logger()
+def _scratch(trt: Any, logger: Any, engine: Any) -> int | None:
+    """Load an engine to see what it needs beside its weights; None without a GPU that it runs on."""
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    return None if loaded is None else int(loaded.device_memory_size_v2)
 
 
 def _monitor(trt: Any, on_advance: Callable[[int], bool]) -> Any:

@@ -7,29 +7,11 @@ from collections.abc import Mapping
 import msgspec
 
 from unetc.artifacts.record import Record
-
-from .shapes import Sizes
+from unetc.nvidia.key import Effort
+from unetc.nvidia.sizes import Sizes
 
 STEPS = 1000
 """Progress is reported in so many parts."""
-
-
-class Gpu(Record, frozen=True, kw_only=True):
-    """A GPU that an engine is bound to."""
-
-    name: str
-    compute_capability: str
-    """As in 8.9."""
-    driver: str
-
-
-class Effort(Record, frozen=True, kw_only=True):
-    """What a build may spend; the first try gets what was asked for, later ones less."""
-
-    optimization_level: int = 3
-    """0 to 5, as both libraries count; 3 is their default."""
-    workspace_share: float = 1.0
-    """Of the memory for scratch that the library would allow itself."""
 
 
 class Request(Record, frozen=True, kw_only=True):
@@ -46,6 +28,8 @@ class Request(Record, frozen=True, kw_only=True):
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition, by the name of its input."""
     effort: Effort
+    on_this_gpu: bool = False
+    """Whether the engine need run on no other GPU; a library that builds for one alone always does so."""
 
 
 class Advance(Record, frozen=True, kw_only=True, tag="advance"):
@@ -63,6 +47,8 @@ class Built(Record, frozen=True, kw_only=True, tag="built"):
     """Least, usual and largest shape of every input."""
     peak_bytes: int
     """Most memory that the process has held."""
+    scratch_bytes: int | None
+    """What a call needs on the GPU beside the engine; None if no GPU was there to tell."""
 
 
 class Refused(Record, frozen=True, kw_only=True, tag="refused"):

@@ -1,4 +1,4 @@
-"""Sizes that an engine is built for: a range of batch, height and width, and what follows for each of its inputs.
+"""Shapes of an engine's inputs, as they follow from the batch, height and width that it is built for.
 
 A library takes one profile per engine: the least, the usual (for which it optimises) and the largest shape of every
 input. Height and width of what an engine holds are written in its graph as arithmetic over those of the sample, as
@@ -11,69 +11,12 @@ import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
-from unetc.artifacts.record import Record, require
 from unetc.errors import EngineBuildError
-
-SAMPLE = "sample"
-"""The input whose batch, height and width the others follow."""
-MOST = 2**20
-"""No size is larger."""
+from unetc.nvidia.sizes import MOST, SAMPLE, Shape, Sizes
 
 Dimension = int | str
 """A size, or arithmetic over the names of sizes."""
 Signature = Mapping[str, Sequence[Dimension]]
-Shape = tuple[int, ...]
-
-
-class Range(Record, frozen=True, kw_only=True):
-    """Sizes from least to most; the engine is fastest at the usual one."""
-
-    least: int
-    usual: int
-    most: int
-
-    def __post_init__(self) -> None:
-        """Check the order."""
-        require(0 < self.least <= self.usual <= self.most <= MOST, f"not in order, or not in 1..{MOST}: {self}")
-
-    @classmethod
-    def parse(cls, text: str | None, own: int, least: int | None = None) -> Range:
-        """Read one size, two (least and most) or three (least, usual and most), as in '1,2,8'.
-
-        Args:
-            text: What the user gave; None for `least` to `own`.
-            own: What is usual if it is not said and lies in the range.
-            least: Least size if nothing is said (default: `own`).
-
-        Raises:
-            EngineBuildError: If these are not one to three positive numbers in order.
-        """
-        wanted = "expected N, LEAST,MOST or LEAST,USUAL,MOST, each at least 1 and in this order"
-        try:
-            sizes = [int(part) for part in text.split(",")] if text is not None else [least or own, own]
-        except ValueError as error:
-            raise EngineBuildError(f"cannot read the sizes {text!r}; {wanted}.") from error
-        if not 1 <= len(sizes) <= 3 or sizes != sorted(sizes) or not 1 <= sizes[0] <= sizes[-1] <= MOST:
-            raise EngineBuildError(f"cannot build for the sizes {text!r}; {wanted}.")
-        usual = sizes[1] if len(sizes) == 3 else min(max(own, sizes[0]), sizes[-1])
-        return cls(least=sizes[0], usual=usual, most=sizes[-1])
-
-    def __str__(self) -> str:
-        """Write as `parse` reads."""
-        sizes = (self.least, self.usual, self.most)
-        return str(self.usual) if self.least == self.most else ",".join(map(str, sizes))
-
-    def corners(self) -> Shape:
-        """List the three sizes."""
-        return self.least, self.usual, self.most
-
-
-class Sizes(Record, frozen=True, kw_only=True):
-    """Ranges of what a caller may choose."""
-
-    batch: Range
-    height: Range
-    width: Range
 
 
 def resolve(

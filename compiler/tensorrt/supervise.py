@@ -17,8 +17,9 @@ from typing import BinaryIO
 import msgspec
 
 from unetc.errors import EngineBuildError
+from unetc.nvidia.key import Effort
 
-from .messages import STEPS, Advance, Built, Effort, Refused, Request, decode, encode
+from .messages import STEPS, Advance, Built, Refused, Request, decode, encode
 
 CHILD = (sys.executable, "-P", "-m", "unetc.compiler.tensorrt.child")
 """What is started; -P: nothing is imported from the folder it is started in."""

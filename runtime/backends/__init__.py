@@ -1,1 +1,1 @@
-"""One backend a file, which may have further ones of its own; its module has `open_backend(place, threads, memory)`."""
+"""One backend a file, which may have further ones; its module has `open_backend(target, threads, memory)`."""

@@ -29,6 +29,6 @@ def _predict_zeros(inputs: Mapping[str, object], output: Array) -> Mapping[str, 
     return {}
 
 
-def open_backend(*, place: str, threads: int, memory: Memory) -> NullBackend:
+def open_backend(target: str, *, threads: int, memory: Memory) -> NullBackend:
     """Open the backend; it has no place, no threads and no memory."""
     return NullBackend()

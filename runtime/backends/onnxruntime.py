@@ -18,14 +18,14 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load
 
-from unetc.backend import WEIGHTS, Array, Loader, SerialisedGraph
+from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 
@@ -67,19 +67,24 @@ class OnnxRuntimeProgram:
         return dict(zip(self._emitted, binding.get_outputs()[1:], strict=True)) if self._emitted else {}
 
 
+OpenProgram = Callable[[SerialisedGraph, Any, object], Program]
+"""Makes a program of a graph and a session's options; the weights must live as long as the session."""
+
+
 class HandingLoader:
     """Hands the weights over from memory; no file is opened."""
 
-    def __init__(self, weights: bytes, threads: int) -> None:
+    def __init__(self, weights: bytes, threads: int, open_program: OpenProgram | None = None) -> None:
         self._threads = threads
+        self._open_program = open_program or _open_program
         self._values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in load(weights).items()}
 
-    def load(self, graph: SerialisedGraph) -> OnnxRuntimeProgram:
+    def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph."""
         values = {name: value for name, value in self._values.items() if name in graph.weights}
         options = _options(self._threads, os.devnull)
         options.add_external_initializers(list(values), list(values.values()))
-        return OnnxRuntimeProgram(_session(graph, options), values)
+        return self._open_program(graph, options, values)
 
 
 class MappingLoader:
@@ -104,7 +109,7 @@ class MappingLoader:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
-        return OnnxRuntimeProgram(_session(graph, options), self)
+        return _open_program(graph, options, self)
 
 
 @functools.cache
@@ -127,9 +132,14 @@ def _options(threads: int, folder: str) -> Any:
     return options
 
 
-def _session(graph: SerialisedGraph, options: Any) -> Any:
+def _open_program(graph: SerialisedGraph, options: Any, weights: object) -> OnnxRuntimeProgram:
+    return OnnxRuntimeProgram(open_session(graph, options, ["CPUExecutionProvider"]), weights)
+
+
+def open_session(graph: SerialisedGraph, options: Any, providers: Sequence[object]) -> Any:
+    """Load a graph for some providers, and for no others if those fail."""
     try:
-        return onnxruntime.InferenceSession(graph.graph, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(graph.graph, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own unrelated classes
         raise SessionError(f"onnxruntime cannot load an engine: {str(error).splitlines()[0]}") from error
 
@@ -157,6 +167,6 @@ class OnnxRuntimeBackend:
         return self._loader(weights, self._threads)
 
 
-def open_backend(*, place: str, threads: int, memory: Memory) -> OnnxRuntimeBackend:
+def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeBackend:
     """Open the backend; the CPU is its only place."""
     return OnnxRuntimeBackend(threads=threads, memory=memory)

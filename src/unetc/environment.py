@@ -7,7 +7,22 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = ("numpy", "onnxruntime", "torch", "diffusers", "onnx", "scipy")
+LIBRARIES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+    "diffusers",
+    "onnx",
+    "scipy",
+)
+
+
+def cache_folder() -> Path:
+    """Tell where caches are: $UNETC_CACHE, or ~/.cache/unetc."""
+    return Path(os.environ.get("UNETC_CACHE") or Path.home() / ".cache" / "unetc")
 
 
 def cores() -> int:

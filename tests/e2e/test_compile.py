@@ -14,6 +14,8 @@ from tests.e2e.test_cli import run
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
 from unetc.compiler.planner import PlanOptions
+from unetc.errors import UnetcError
+from unetc.runtime.backend import open_backend
 from unetc.workflow.build import BuildOptions, build
 from unetc.workflow.setup import analyze_model
 
@@ -97,6 +99,9 @@ def test_engines_of_others_are_built_again_unless_trusted(tiny_bundle: Path, tmp
     shutil.copytree(tmp_path / "theirs/engines", tmp_path / "ours/engines", ignore=shutil.ignore_patterns("secret"))
     arguments = ("compile", tiny_bundle, *RTX, "--cache", tmp_path / "ours", "--json")
     assert all(engine["known"] for engine in run(*arguments, "--trust-engines").json["engines"])
+    assert all(engine["known"] for engine in run(*arguments).json["engines"]), "who was trusted once is one of ours"
+    for record in (tmp_path / "theirs/engines").glob("*/record.json"):
+        shutil.copyfile(record, tmp_path / "ours/engines" / record.parent.name / record.name)
     assert not any(engine["known"] for engine in run(*arguments).json["engines"])
 
 
@@ -140,3 +145,61 @@ def test_the_doctor_lists_what_can_be_compiled_for() -> None:
         finding = findings[f"compile for {target}"]
         assert not finding["needed"]
         assert library in finding["detail"]
+
+
+def test_targets_on_a_gpu_say_what_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
+    for target in ("onnxruntime:cuda", "onnxruntime:tensorrt", "tensorrt", "tensorrt-rtx", "tensorrt-rtx:fp16"):
+        if not works(target):
+            error = run("sample", tiny_bundle, "--target", target, "-o", tmp_path / "samples.png").error
+            assert f"target {target.removesuffix(':fp16')}" in error
+            assert "pip install" in error or "use onnxruntime:cpu" in error
+
+
+def test_nothing_is_measured_on_a_gpu_that_is_not_there(tiny_model: Path, tmp_path: Path) -> None:
+    for command in (("analyze", "-o", tmp_path / "p.json"), ("build", "-o", tmp_path / "b")):
+        if not works("tensorrt-rtx"):
+            name, *options = command
+            error = run(name, tiny_model, "--target", "tensorrt-rtx", "--cache", tmp_path / "cache", *options).error
+            assert "target tensorrt-rtx needs" in error
+            assert not (tmp_path / "cache").exists(), "the model was captured before its target was found missing"
+
+
+def works(target: str) -> bool:
+    try:
+        open_backend(target, threads=1)
+    except UnetcError:
+        return False
+    return True
+
+
+@pytest.mark.rtx
+def test_inspect_tells_the_memory_of_engines(
+    tiny_bundle: Path, tmp_path: Path, rtx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNETC_CACHE", str(tmp_path))
+    assert run("inspect", tiny_bundle, "--json").json["compiled"] == []
+    built = run("compile", tiny_bundle, *RTX, "--json").json["engines"]
+    (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
+    assert {graph: own["engine_bytes"] for graph, own in one["engines"].items()} == {
+        engine["graph"]: engine["engine_bytes"] for engine in built
+    }
+    shown = run("inspect", tiny_bundle).out
+    assert "tensorrt-rtx" in shown
+    assert shown.count("phase from") == 2
+    assert f"{sum(engine['engine_bytes'] for engine in built) / 2**20:.1f}" in shown
+
+
+@pytest.mark.rtx
+def test_engines_for_this_gpu_need_one(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU")
+    error = run("compile", tiny_bundle, *RTX, "--on-this-gpu", "--cache", tmp_path).error
+    assert "this needs a tensorrt-rtx engine for the GPU of this machine, and nvidia-smi is not there" in error
+
+
+@pytest.mark.rtx
+@pytest.mark.nightly
+def test_engines_of_controls_are_built_if_asked_for(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    engines = run("compile", tiny_bundle, *RTX, "--cache", tmp_path, "--controls", "--json").json["engines"]
+    manifest = Manifest.load(tiny_bundle / "manifest.json")
+    assert {engine["graph"] for engine in engines} == {engine.graph for engine in manifest.all_engines()}

@@ -5,7 +5,7 @@ The gated graph runs in onnxruntime, which test_law compares with torch and torc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,19 @@ from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program, SerialisedGraph
 from unetc.compiler.emissions import with_emissions
 from unetc.device import Tensor
-from unetc.errors import SessionError
+from unetc.errors import MissingDependency, SessionError
 from unetc.graph.capture import GATES, MEANS
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import HOLDS
 from unetc.graph.specialise import specialise
 from unetc.held import Held
+from unetc.nvidia.sizes import Range, Sizes
+from unetc.progress import ignore
 from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.solver.noise import initial_noise
+from unetc.workflow.measuring import Calls, build_as_needed
 
 KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
 
@@ -43,15 +46,18 @@ GPU_AGREES = 2e-2
 SAMPLES_AGREE = 1e-3
 """Of samples in -1 to 1. What predictions differ by passes through the following steps."""
 
+GPU = pytest.mark.gpu
 TARGETS = [
     pytest.param(("onnxruntime:cpu", Memory.FAST), id="onnxruntime:cpu"),
     pytest.param(("onnxruntime:cpu", Memory.LOW), id="onnxruntime:cpu-low"),
     pytest.param(("torch:cpu", Memory.FAST), id="torch:cpu"),
     pytest.param(("torch:cpu:compiled", Memory.FAST), id="torch:cpu:compiled", marks=pytest.mark.nightly),
-    pytest.param(("torch:cuda", Memory.FAST), id="torch:cuda", marks=pytest.mark.gpu),
-    pytest.param(
-        ("torch:cuda:compiled", Memory.FAST), id="torch:cuda:compiled", marks=[pytest.mark.gpu, pytest.mark.nightly]
-    ),
+    pytest.param(("torch:cuda", Memory.FAST), id="torch:cuda", marks=GPU),
+    pytest.param(("torch:cuda:compiled", Memory.FAST), id="torch:cuda:compiled", marks=[GPU, pytest.mark.nightly]),
+    pytest.param(("onnxruntime:cuda", Memory.FAST), id="onnxruntime:cuda", marks=GPU),
+    pytest.param(("onnxruntime:tensorrt", Memory.FAST), id="onnxruntime:tensorrt", marks=[GPU, pytest.mark.nightly]),
+    pytest.param(("tensorrt", Memory.FAST), id="tensorrt", marks=[GPU, pytest.mark.nightly]),
+    pytest.param(("tensorrt-rtx", Memory.FAST), id="tensorrt-rtx", marks=[GPU, pytest.mark.nightly]),
 ]
 DAILY = ("attention", "cross-attention")
 MODELS = [
@@ -59,15 +65,29 @@ MODELS = [
 ]
 
 
+def on_gpu(target: str) -> bool:
+    return "cpu" not in target.split(":")
+
+
 class Target:
-    """A backend by its name."""
+    """A backend by its name; it is shown everything that the tests of this file call it with."""
 
     def __init__(self, name: str, memory: Memory) -> None:
         self.name = name
-        self.backend: Backend = open_backend(name, threads=1, memory=memory)
-        on_gpu = "cuda" in name
-        self.agrees = GPU_AGREES if on_gpu else BACKENDS_AGREE
-        self.samples_agree = 10 * GPU_AGREES if on_gpu else SAMPLES_AGREE
+        self._backend = open_backend(name, threads=1, memory=memory)
+        self.agrees = GPU_AGREES if on_gpu(name) else BACKENDS_AGREE
+        self.samples_agree = 10 * GPU_AGREES if on_gpu(name) else SAMPLES_AGREE
+
+    def backend(self, tiny: Tiny | None = None) -> Backend:
+        """Open the target for a model, or for bundles of the tiny one."""
+        least, most = (16, 32) if tiny is None else (min(sides(tiny)), max(sides(tiny)))
+        side = Range(least=least, usual=least, most=most)
+        rows = {} if tiny is None else tiny.inputs(batch=1, height=most, width=most)
+        calls = Calls(
+            sizes=Sizes(batch=Range(least=1, usual=2, most=4), height=side, width=side),
+            rows={name: array.shape[1:] for name, array in rows.items() if name not in ("sample", "timestep")},
+        )
+        return build_as_needed(self.name, self._backend, calls, ignore)
 
 
 class Runner:
@@ -75,9 +95,10 @@ class Runner:
 
     def __init__(self, tiny: Tiny, target: Target) -> None:
         self.tiny = tiny
-        self.device = target.backend.device
+        backend = target.backend(tiny)
+        self.device = backend.device
         self.agrees = target.agrees
-        self._loader = target.backend.open_weights(tiny.gated.weights.read_bytes())
+        self._loader = backend.open_weights(tiny.gated.weights.read_bytes())
 
     def load(self, graph: SerialisedGraph) -> Program:
         return self._loader.load(graph)
@@ -92,14 +113,17 @@ class Runner:
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def target(request: pytest.FixtureRequest) -> Target:
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     name, memory = request.param
-    try:
-        return Target(name, memory)
-    except SessionError as error:
-        if "cuda" not in name:
-            raise
-        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNETC_CACHE", str(tmp_path_factory.mktemp("cache")))  # where engines are built ahead
+        try:
+            target = Target(name, memory)
+        except (SessionError, MissingDependency) as error:
+            if not on_gpu(name):
+                raise
+            pytest.skip(str(error))
+        yield target
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -124,6 +148,11 @@ def sizes(tiny: Tiny) -> list[tuple[int, int, int]]:
     if tiny.gated.dynamic_size:
         return [(1, 2 * tiny.stride, 2 * tiny.stride), (3, 4 * tiny.stride, 3 * tiny.stride)]
     return [(1, 8, 8), (3, 8, 8)]
+
+
+def sides(tiny: Tiny) -> set[int]:
+    """List the heights and widths among them."""
+    return {side for _, *both in sizes(tiny) for side in both}
 
 
 def means_of(tiny: Tiny) -> Array:
@@ -179,7 +208,7 @@ def test_what_is_emitted_is_not_overwritten(runner: Runner) -> None:
 
 
 def test_the_analysis_sees_the_same_on_every_backend(tiny: Tiny, target: Target) -> None:
-    own = GatedDenoiser(tiny.gated, target.backend)
+    own = GatedDenoiser(tiny.gated, target.backend(tiny))
     reference = GatedDenoiser(tiny.gated, open_backend("onnxruntime:cpu", threads=1))
     batch, height, width = sizes(tiny)[1]
     sample = tiny.inputs(batch=batch, height=height, width=width)["sample"]
@@ -204,7 +233,7 @@ def test_the_analysis_sees_the_same_on_every_backend(tiny: Tiny, target: Target)
 def test_sampling_gives_the_same_images(target: Target, tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     expected = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1))
-    session = Session.of(bundle, target.backend)
+    session = Session.of(bundle, target.backend())
     noise = initial_noise(3, range(2), (1, 32, 24))
     options: list[dict[str, Any]] = [{"batch": 3, "steps": 20}, {"noise": noise, "steps": 7}, {"lossless": True}]
     for own in options:
@@ -222,7 +251,9 @@ def test_sampling_with_reuse_gives_the_same_images(target: Target, reuse: Reuse,
         full, *programs = (loader.load(graph) for graph in (reuse.full, *reuse.graphs))
         return reuse.session(backend, full, programs, (0, 1, 0, 2))
 
-    expected, own = (session(backend) for backend in (open_backend("onnxruntime:cpu", threads=1), target.backend))
+    expected, own = (
+        session(backend) for backend in (open_backend("onnxruntime:cpu", threads=1), target.backend(reuse.tiny))
+    )
     used: list[int] = []
     sample = own.sample(3, seed=1, on_step=lambda step: used.append(step.engine))
     assert used == [0, 1, 0, 2, 0, 1, 0]
@@ -236,7 +267,7 @@ def test_sampling_with_reuse_gives_the_same_images(target: Target, reuse: Reuse,
 
 
 def test_a_seed_gives_the_same_bits_again(target: Target, tiny_bundle: Path) -> None:
-    session = Session.of(Bundle.open(tiny_bundle), target.backend)
+    session = Session.of(Bundle.open(tiny_bundle), target.backend())
     seen: list[Array] = []
     first = session.sample(2, seed=4, on_step=lambda step: seen.append(step.sample))
     np.testing.assert_array_equal(session.sample(2, seed=4), first)
@@ -245,12 +276,13 @@ def test_a_seed_gives_the_same_bits_again(target: Target, tiny_bundle: Path) -> 
 
 
 def test_wrong_inputs_are_errors_of_unetc(target: Target, tiny_bundle: Path) -> None:
-    session = Session.of(Bundle.open(tiny_bundle), target.backend)
+    session = Session.of(Bundle.open(tiny_bundle), target.backend())
     with pytest.raises(SessionError):
         session.sample(noise=np.zeros((1, 1, 15, 15), np.float32))
     bundle = Bundle.open(tiny_bundle)
-    program = target.backend.open_weights(bundle.weights).load(bundle.graph_of(bundle.manifest.full))
-    device = target.backend.device
+    backend = target.backend()
+    program = backend.open_weights(bundle.weights).load(bundle.graph_of(bundle.manifest.full))
+    device = backend.device
     with pytest.raises(SessionError, match="needs timestep"):
         program({"sample": device.full((1, 1, 16, 16), 0.0)}, device.empty((1, 1, 16, 16)))
     session.sample()

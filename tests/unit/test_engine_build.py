@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from unetc.compiler.tensorrt.messages import Effort, Request
-from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.messages import Request
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.errors import EngineBuildError
+from unetc.nvidia.key import Effort
+from unetc.nvidia.sizes import Range, Sizes
 
 ONE = Range(least=1, usual=1, most=1)
 REQUEST = Request(
@@ -23,7 +24,7 @@ REQUEST = Request(
     rows={},
     effort=Effort(),
 )
-BUILT = b'{"type":"built","layers":3,"shapes":{},"peak_bytes":1}'
+BUILT = b'{"type":"built","layers":3,"shapes":{},"peak_bytes":1,"scratch_bytes":null}'
 
 
 def process(tmp_path: Path, *tries: str) -> tuple[str, ...]:

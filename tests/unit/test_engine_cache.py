@@ -11,20 +11,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from unetc.compiler.engine_cache import ENGINE, RECORD, EngineCache, EngineKey, EngineRecord
-from unetc.compiler.precision import Precision
-from unetc.compiler.tensorrt.messages import Effort, Gpu
-from unetc.compiler.tensorrt.shapes import Range, Sizes
 from unetc.errors import StaleEngineError
+from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord
+from unetc.nvidia.key import Effort, EngineKey, Gpu, Origin
+from unetc.nvidia.precision import Precision
+from unetc.nvidia.sizes import Range, Sizes
 
 ENGINE_BYTES = b"not an engine, but bytes that nobody may change"
 ONE, TWO = Range(least=1, usual=1, most=1), Range(least=1, usual=2, most=2)
+GPU = Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06")
+ORIGIN = Origin(unetc="0.1.0", target="tensorrt", library="11.4.1", platform="Linux x86_64", gpu=GPU)
 KEY = EngineKey(
-    unetc="0.1.0",
-    target="tensorrt",
-    library="11.4.1",
-    platform="Linux x86_64",
-    gpu=Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06"),
+    origin=ORIGIN,
     graph_sha256="1" * 64,
     weights_sha256="2" * 64,
     precision=Precision.FP32,
@@ -32,12 +30,14 @@ KEY = EngineKey(
     rows={"encoder_hidden_states": (77, 768)},
     effort=Effort(),
 )
-OTHER: dict[str, Any] = {
+OTHER_ORIGIN: dict[str, Any] = {
     "unetc": "0.1.1",
     "target": "tensorrt-rtx",
     "library": "11.4.2",
     "platform": "Windows AMD64",
-    "gpu": msgspec.structs.replace(KEY.gpu, driver="580.65.07"),
+    "gpu": msgspec.structs.replace(GPU, driver="580.65.07"),
+}
+OTHER: dict[str, Any] = {
     "graph_sha256": "3" * 64,
     "weights_sha256": "3" * 64,
     "precision": Precision.FP16,
@@ -45,7 +45,15 @@ OTHER: dict[str, Any] = {
     "rows": {"encoder_hidden_states": (78, 768)},
     "effort": Effort(optimization_level=2),
 }
-"""For every field of the key a value that differs as little as it can."""
+"""For every field of a key a value that differs as little as it can."""
+FIELDS = [*Origin.__struct_fields__, *sorted({*EngineKey.__struct_fields__} - {"origin"})]
+
+
+def differing(field: str) -> EngineKey:
+    """Make a key that differs in one field."""
+    if field in OTHER:
+        return msgspec.structs.replace(KEY, **{field: OTHER[field]})
+    return msgspec.structs.replace(KEY, origin=msgspec.structs.replace(ORIGIN, **{field: OTHER_ORIGIN[field]}))
 
 
 def record(key: EngineKey = KEY) -> EngineRecord:
@@ -59,7 +67,12 @@ def record(key: EngineKey = KEY) -> EngineRecord:
         tries=1,
         seconds=1.5,
         peak_bytes=7,
+        scratch_bytes=None,
     )
+
+
+def find(cache: EngineCache, here: Origin = ORIGIN, precision: Precision = Precision.FP32) -> EngineRecord:
+    return cache.find(KEY.graph_sha256, KEY.weights_sha256, precision, here)[0]
 
 
 @pytest.fixture
@@ -76,9 +89,9 @@ def test_an_engine_that_was_put_in_comes_out(cache: EngineCache) -> None:
     assert (cache.root / "secret").stat().st_mode & 0o77 == 0
 
 
-@pytest.mark.parametrize("field", EngineKey.__struct_fields__)
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_key_that_differs_in_one_field_is_refused(cache: EngineCache, field: str) -> None:
-    other = msgspec.structs.replace(KEY, **{field: OTHER[field]})
+    other = differing(field)
     with pytest.raises(StaleEngineError, match="there is no engine"):
         cache.open(other, trust=True)
     shutil.copytree(cache.folder(KEY), cache.folder(other))  # as if two keys had one hash, or someone moved it
@@ -88,10 +101,11 @@ def test_a_key_that_differs_in_one_field_is_refused(cache: EngineCache, field: s
 
 @pytest.mark.parametrize("field", ["name", "compute_capability", "driver"])
 def test_another_gpu_or_driver_is_refused(cache: EngineCache, field: str) -> None:
-    assert KEY.gpu is not None
-    other = msgspec.structs.replace(KEY, gpu=msgspec.structs.replace(KEY.gpu, **{field: "another"}))
+    here = msgspec.structs.replace(ORIGIN, gpu=msgspec.structs.replace(GPU, **{field: "another"}))
     with pytest.raises(StaleEngineError):
-        cache.open(other, trust=True)
+        cache.open(msgspec.structs.replace(KEY, origin=here), trust=True)
+    with pytest.raises(StaleEngineError, match=r"differs in gpu .*NVIDIA L40S.*here.*another"):
+        find(cache, here)
 
 
 def test_a_changed_byte_is_refused(cache: EngineCache) -> None:
@@ -115,11 +129,13 @@ def test_an_edited_record_is_refused(cache: EngineCache, field: str) -> None:
         case str() as text:
             edited[field] = text[::-1] + "0"
         case dict() as fields if field == "key":
-            fields["library"] = "11.4.2"
+            fields["origin"]["library"] = "11.4.2"
         case dict() as fields if field == "spent":
             fields["optimization_level"] = 1
         case dict() as fields:
             fields["timestep"] = [[1], [1], [1]]
+        case None:
+            edited[field] = 1
     path.write_text(json.dumps(edited))
     with pytest.raises(StaleEngineError):
         cache.open(KEY)
@@ -137,3 +153,63 @@ def test_the_same_key_has_the_same_folder_whatever_the_order_of_its_mappings(cac
     rows = {"a": (1,), "b": (2,)}
     one, other = (msgspec.structs.replace(KEY, rows=dict(pairs)) for pairs in (rows.items(), reversed(rows.items())))
     assert cache.folder(one) == cache.folder(other)
+
+
+def test_an_engine_is_found_by_its_graph_and_its_weights(cache: EngineCache) -> None:
+    assert find(cache).key == KEY
+    for graph, weights in ((KEY.graph_sha256, "3" * 64), ("3" * 64, KEY.weights_sha256)):
+        with pytest.raises(StaleEngineError, match="unetc compile BUNDLE --target tensorrt`"):
+            cache.find(graph, weights, Precision.FP32, ORIGIN)
+    with pytest.raises(StaleEngineError, match="unetc compile BUNDLE --target tensorrt --precision fp16`"):
+        find(cache, precision=Precision.FP16)
+
+
+@pytest.mark.parametrize("field", ["unetc", "library", "platform", "gpu"])
+def test_an_engine_for_another_place_is_not_found(cache: EngineCache, field: str) -> None:
+    with pytest.raises(StaleEngineError, match=rf"differs in {field} .*here.*unetc compile BUNDLE"):
+        find(cache, msgspec.structs.replace(ORIGIN, **{field: OTHER_ORIGIN[field]}))
+
+
+def test_an_engine_for_many_gpus_runs_on_each_but_one_for_this_gpu_is_preferred(cache: EngineCache) -> None:
+    portable = msgspec.structs.replace(KEY, origin=msgspec.structs.replace(ORIGIN, gpu=None))
+    cache.put(record(portable), ENGINE_BYTES)
+    assert find(cache).key == KEY
+    assert find(cache, differing("gpu").origin).key == portable
+
+
+def test_of_several_sizes_the_largest_calls_and_then_the_widest_range_win(cache: EngineCache) -> None:
+    def put(batch: str, side: str) -> EngineKey:
+        edge = Range.parse(side, own=1)
+        sizes = Sizes(batch=Range.parse(batch, own=1), height=edge, width=edge)
+        key = msgspec.structs.replace(KEY, sizes=sizes)
+        cache.put(record(key), ENGINE_BYTES)
+        return key
+
+    put("1,4", "1")
+    largest = put("2,4", "2")
+    assert find(cache).key == largest
+    put("4", "2")
+    assert find(cache).key == largest
+    widest = put("1,4", "2")
+    assert find(cache).key == widest
+
+
+def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: Path) -> None:
+    here = EngineCache(tmp_path / "here")
+    shutil.copytree(cache.folder(KEY), here.folder(KEY))
+    with pytest.raises(StaleEngineError, match="was not built here"):
+        find(here)
+    smaller = msgspec.structs.replace(KEY, sizes=Sizes(batch=ONE, height=ONE, width=ONE))
+    here.put(record(smaller), ENGINE_BYTES)
+    assert find(here).key == smaller
+    here.put(*here.open(KEY, trust=True))  # what --trust-engines does
+    assert find(here).key == KEY
+
+
+def test_a_changed_engine_is_not_found(cache: EngineCache) -> None:
+    (cache.folder(KEY) / ENGINE).write_bytes(ENGINE_BYTES[:-1] + b"!")
+    with pytest.raises(StaleEngineError, match="its hash differs"):
+        find(cache)
+    (cache.folder(KEY) / RECORD).write_text("{}")
+    with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32"):
+        find(cache)

@@ -10,10 +10,11 @@ from onnx import TensorProto, parser
 from safetensors.numpy import save
 
 from unetc.backend import WEIGHTS
-from unetc.compiler.tensorrt.messages import STEPS, Effort, Request
-from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.messages import STEPS, Request
 from unetc.compiler.tensorrt.supervise import CHILD, Outcome, build_engine
 from unetc.errors import EngineBuildError
+from unetc.nvidia.key import Effort
+from unetc.nvidia.sizes import Range, Sizes
 
 pytestmark = pytest.mark.rtx
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from unetc.compiler.tensorrt.shapes import Range, Sizes, resolve
+from unetc.compiler.tensorrt.shapes import resolve
 from unetc.errors import EngineBuildError
+from unetc.nvidia.sizes import Range, Sizes
 
 SIGNATURE = {
     "sample": ("s48", 4, "s43", "s39"),

@@ -18,7 +18,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 SHARED = {"", "__version__", "artifacts", "backend", "conditions", "device", "environment", "errors", "held"}
-SHARED |= {"progress", "residuals", "solver", "timing"}
+SHARED |= {"nvidia", "progress", "residuals", "solver", "timing"}
 EVERYTHING_BELOW = SHARED | STAGES | {"graph", "models", "report"}
 MAY_IMPORT = {
     "errors": set(),
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "residuals": {"device"},
     "solver": {"device", "errors"},
     "artifacts": {"errors", "solver"},
+    "nvidia": {"", "__version__", "artifacts", "errors"},
     "graph": SHARED,
     "models": SHARED,
     "report": SHARED,
@@ -47,7 +48,9 @@ MAY_IMPORT = {
 The facade, "", may import everything, and others may ask it for unetc.__version__.
 """
 
-COMPILE_TIME_BACKENDS = "unetc.runtime.backends.torch"
+COMPILE_TIME_BACKENDS = tuple(
+    f"unetc.runtime.backends.{name}" for name in ("cuda_graph", "onnxruntime_gpu", "tensorrt", "torch")
+)
 """Backends that need the libraries of compile time, by the beginning of their modules' names."""
 
 HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch", "transformers"}
@@ -59,6 +62,7 @@ LIGHT = (
     "unetc.device",
     "unetc.errors",
     "unetc.held",
+    "unetc.nvidia",
     "unetc.runtime",
     "unetc.solver.noise",
     "unetc.solver.table",

@@ -20,10 +20,10 @@ from unetc.artifacts.profile import Treatment
 from unetc.backend import WEIGHTS
 from unetc.compiler.lowering import lower_graphs
 from unetc.compiler.overflow import overflowing
-from unetc.compiler.precision import Precision
 from unetc.errors import EngineBuildError
 from unetc.graph.specialise import specialise
 from unetc.held import COMPUTED, EARLIER, HELD, REACH
+from unetc.nvidia.precision import Precision
 
 SIZES = {"least": (1, 8, 8), "usual": (2, 16, 16), "most": (4, 24, 16), "odd": (3, 10, 14)}
 TOLERANCE = 5e-3

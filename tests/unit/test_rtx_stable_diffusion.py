@@ -12,14 +12,15 @@ from tests.unit.test_real_sizes import CONTEXT_WIDTH, captured
 from unetc.artifacts.profile import STEP, Treatment
 from unetc.backend import WEIGHTS
 from unetc.compiler.lowering import lower_graphs
-from unetc.compiler.precision import Precision
-from unetc.compiler.tensorrt.messages import Effort, Request
-from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.messages import Request
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.graph.denoisers import CONTEXT
 from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.held import EARLIER, HELD, REACH
+from unetc.nvidia.key import Effort
+from unetc.nvidia.precision import Precision
+from unetc.nvidia.sizes import Range, Sizes
 
 pytestmark = [pytest.mark.rtx, pytest.mark.nightly]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -405,21 +404,32 @@ def compile_(
     trust_engines: Annotated[
         bool,
         typer.Option(
-            "--trust-engines", help="Take engines in the cache that others have built. Loading one runs code."
+            "--trust-engines",
+            help="Take engines in the cache that others have built, from now on. Loading one runs code.",
         ),
     ] = False,
+    on_this_gpu: Annotated[
+        bool,
+        typer.Option("--on-this-gpu", help="Build tensorrt-rtx engines for this machine's GPU alone, not for many."),
+    ] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Build the engines of the control plans too, which verify runs.")
+    ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Engines go into its folder engines (default: $UNETC_CACHE or ~/.cache/unetc).")
+        Path | None,
+        typer.Option(
+            help="Engines go into its folder engines; they are run from $UNETC_CACHE or ~/.cache/unetc (default)."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build NVIDIA engines of a bundle into the cache. unetc cannot run them yet.
+    """Build NVIDIA engines of a bundle into the cache, from where `unetc sample --target` runs them.
 
     Interrupted, the same command goes on with the engines that are missing. tensorrt-rtx needs no GPU for it.
     """
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
-    from unetc.compiler.precision import Precision
+    from unetc.nvidia.precision import Precision
     from unetc.workflow.compile import CompileOptions, compile_bundle
 
     options = CompileOptions(
@@ -431,6 +441,8 @@ def compile_(
         time_limit_s=time_limit,
         jobs=jobs,
         trust_engines=trust_engines,
+        on_this_gpu=on_this_gpu,
+        controls=controls,
     )
     with progress() as on_progress:
         engines = compile_bundle(bundle, options, cache=_cache(cache), on_progress=on_progress)
@@ -499,15 +511,21 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Bundle folder, profile or plan.", metavar="PATH")],
     as_json: Json = False,
 ) -> None:
-    """Show what a bundle, a profile or a plan holds."""
-    from unetc.cli import summary
+    """Show what a bundle, a profile or a plan holds, and which engines of a bundle the cache has."""
+    from unetc.artifacts.manifest import Manifest
+    from unetc.cli import compiled, summary
     from unetc.cli.output import OUT, print_json
 
     artifact = summary.open_artifact(path)
+    facts, shown = summary.facts(artifact, path), [summary.render(artifact)]
+    if isinstance(artifact, Manifest):
+        sets = compiled.find(artifact)
+        facts |= {"compiled": compiled.facts(sets)}
+        shown += [compiled.table_of(one, artifact) for one in sets]
     if as_json:
-        print_json(summary.facts(artifact, path))
+        print_json(facts)
     else:
-        OUT.print(summary.render(artifact))
+        OUT.print(*shown, sep="\n")
 
 
 @app.command()
@@ -596,6 +614,6 @@ def _loras(given: list[str] | None) -> tuple[Lora, ...]:
 
 
 def _cache(given: Path | None) -> Path:
-    if given is not None:
-        return given
-    return Path(os.environ.get("UNETC_CACHE") or Path.home() / ".cache" / "unetc")
+    from unetc.environment import cache_folder
+
+    return cache_folder() if given is None else given

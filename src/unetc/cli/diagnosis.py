@@ -6,9 +6,9 @@ import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from unetc.compiler.tensorrt.library import LIBRARIES, Library
 from unetc.environment import describe
 from unetc.errors import UnetcError
+from unetc.nvidia.library import LIBRARIES, Library
 from unetc.runtime.backend import BACKENDS, DEFAULT_TARGET, open_backend
 
 _STAGES = {
@@ -52,12 +52,11 @@ def _try_backend(target: str) -> Finding:
 def _try_library(library: Library) -> Finding:
     name = f"compile for {library.target}"
     try:
-        version = library.load().__version__
-        gpu = library.gpu()
+        origin = library.origin()
     except UnetcError as error:
         return Finding(name=name, works=False, needed=False, detail=str(error))
-    place = "for any GPU it supports" if gpu is None else f"for {gpu.name}"
-    return Finding(name=name, works=True, needed=False, detail=f"{library.module} {version}, {place}")
+    place = "for any GPU it supports" if origin.gpu is None else f"for {origin.gpu.name}"
+    return Finding(name=name, works=True, needed=False, detail=f"{library.module} {origin.library}, {place}")
 
 
 def _try_stage(stage: str, libraries: tuple[str, ...]) -> Finding:

@@ -22,6 +22,7 @@ from unetc.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
+    from unetc.nvidia.key import EngineKey
     from unetc.runtime.session import Step
     from unetc.workflow.compile import CompiledEngine
 
@@ -251,6 +252,15 @@ def _damage_cells(damage: Damage) -> list[str]:
     return [f"{l2.mean:.4f} ({l2.low:.4f}–{l2.high:.4f})", f"{damage.psnr.mean:.1f}", f"{damage.ssim.mean:.4f}"]
 
 
+def engines_title(key: EngineKey) -> str:
+    """Say what engines were built for."""
+    origin, sizes = key.origin, key.sizes
+    gpu = "any GPU it supports" if origin.gpu is None else origin.gpu.name
+    return (
+        f"{origin.target} {origin.library}, {key.precision}, batch {sizes.batch}, {sizes.height} x {sizes.width}, {gpu}"
+    )
+
+
 def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
     """List compiled engines with everything that is known about them."""
     return {
@@ -277,9 +287,7 @@ def engine_table(engines: Sequence[CompiledEngine]) -> Table:
         for engine in engines
     ]
     return table(
-        f"{key.target} {key.library}, {key.precision}, batch {key.sizes.batch}, "
-        f"{key.sizes.height} x {key.sizes.width}, "
-        f"{'any GPU it supports' if key.gpu is None else key.gpu.name}; in {engines[0].folder.parent}",
+        f"{engines_title(key)}; in {engines[0].folder.parent}",
         ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", ""],
         rows,
     )

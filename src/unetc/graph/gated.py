@@ -27,6 +27,7 @@ from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.errors import ArtifactError, CompileError
 from unetc.graph.capture import GATES, MEANS, OUTPUT, Capture
 from unetc.graph.gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
+from unetc.graph.inputs import SAMPLE
 from unetc.graph.nodes import add_integers, add_name, add_node, add_reshape
 from unetc.graph.weights import tensor_ranges, write_tensors
 from unetc.held import COMPUTED, HELD
@@ -107,7 +108,8 @@ class GatedGraph:
         `computed` gives is the branch that the graph itself has computed, whatever is held.
         """
         model = self.model.clone()
-        holds = ir.val(HOLDS, dtype=ir.DataType.FLOAT, shape=ir.Shape(["batch", len(self.components)]))
+        rows, components, _ = _shape(_input(model, GATES))
+        holds = ir.val(HOLDS, dtype=ir.DataType.FLOAT, shape=ir.Shape([rows, components]))
         model.graph.inputs.append(holds)
         gates = {gate_index(node): node for node in model.graph if is_gate(node)}
         for component in self.components:
@@ -255,12 +257,24 @@ def _export(capture: Capture) -> ir.Model:
     common.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()
+    gates_input = _input(model, GATES)
+    batch, _, components, parts = (_shape(_input(model, SAMPLE))[0], *_shape(gates_input))
+    gates_input.shape = ir.Shape([batch, components, parts])  # a row per sample, which the exporter cannot know
     model.functions.clear()
     function = onnx_function(OPSET)
     model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = 1
     model.producer_name, model.producer_version = "unetc", ""
     return model
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    return next(value for value in model.graph.inputs if value.name == name)
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    assert value.shape is not None
+    return value.shape
 
 
 def _externalise(model: ir.Model, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -12,20 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-import unetc
 from unetc.backend import WEIGHTS
-from unetc.compiler.engine_cache import EngineCache, EngineKey, EngineRecord
-from unetc.compiler.precision import Precision
-from unetc.compiler.tensorrt.library import library_of
-from unetc.compiler.tensorrt.messages import STEPS, Effort, Gpu, Request
-from unetc.compiler.tensorrt.shapes import Range, Sizes
+from unetc.compiler.tensorrt.messages import STEPS, Request
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.environment import cores, free_memory
 from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
 from unetc.held import COMPUTED, EARLIER, HELD, REACH
+from unetc.nvidia.cache import EngineCache, EngineRecord
+from unetc.nvidia.key import Effort, EngineKey, Origin
+from unetc.nvidia.library import library_of
+from unetc.nvidia.precision import NO_WEIGHTS, Precision
+from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.bundle import Bundle
 
@@ -54,7 +54,11 @@ class CompileOptions:
     jobs: int = 1
     """Most engines that are built at once; fewer where memory or cores do not allow it."""
     trust_engines: bool = False
-    """Whether to take engines that others have put into the cache."""
+    """Whether to take engines that others have put into the cache; from then on they count as built here."""
+    on_this_gpu: bool = False
+    """Whether engines need run on no other GPU than that of this machine."""
+    controls: bool = False
+    """Whether to build the engines of the control plans too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ class CompiledEngine:
 def compile_bundle(
     path: Path, options: CompileOptions, *, cache: Path, on_progress: OnProgress = ignore
 ) -> tuple[CompiledEngine, ...]:
-    """Build the engines of a bundle's full model and plan, unless the cache has them.
+    """Build the engines of a bundle's full model, plan and decoder, unless the cache has them.
 
     Args:
         path: The bundle.
@@ -81,30 +85,30 @@ def compile_bundle(
         on_progress: Told how far each engine is.
 
     Returns:
-        One engine per graph: the full model first, then those of the plan that differ from it.
+        One engine per graph: the full model first, then those of the plan that differ from it, the decoder last.
 
     Raises:
         ArtifactError: If the bundle or the cache cannot be read or written.
         EngineBuildError: If an engine cannot be built. Those that were finished before are in the cache.
         MissingDependency: If the library is not installed.
     """
-    library = library_of(options.target)
-    version = str(library.load().__version__)
-    gpu = library.gpu()
+    origin = library_of(options.target).origin(on_this_gpu=options.on_this_gpu)
     bundle = Bundle.open(path)
     engines = EngineCache(cache / "engines")
-    keys = _keys(bundle, options, version, gpu)
+    keys = _keys(bundle, options, origin)
     done: dict[str, CompiledEngine] = {}
     for graph, key in keys.items():
         try:
-            record, _ = engines.open(key, trust=options.trust_engines)
+            record, engine = engines.open(key, trust=options.trust_engines)
         except StaleEngineError:
             continue  # built below
+        if options.trust_engines:
+            record = engines.put(record, engine)
         done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
     if missing := {graph: key for graph, key in keys.items() if graph not in done}:
         with _private_copy(bundle, keys) as private:
-            folder = _lower(bundle, Path(private), missing, options.precision, on_progress)
-            for graph, record in _build_all(missing, folder, engines, options, on_progress):
+            folders = _lower(bundle, Path(private), missing, on_progress)
+            for graph, record in _build_all(missing, folders, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
     return tuple(done[graph] for graph in keys)
 
@@ -120,19 +124,16 @@ def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
     )
 
 
-def _keys(bundle: Bundle, options: CompileOptions, version: str, gpu: Gpu | None) -> dict[str, EngineKey]:
+def _keys(bundle: Bundle, options: CompileOptions, origin: Origin) -> dict[str, EngineKey]:
     """Make the key of every engine, by the path of its graph."""
     manifest = bundle.manifest
     hashes = {file.path: file.sha256 for file in manifest.files}
     sizes = sizes_of(bundle, options)
     rows = {name: tuple(array.shape[1:]) for name, array in bundle.conditions.own.items()}
-    return {
+    engines = manifest.all_engines() if options.controls else (manifest.full, *manifest.engines)
+    keys = {
         engine.graph: EngineKey(
-            unetc=unetc.__version__,
-            target=options.target,
-            library=version,
-            platform=f"{platform.system()} {platform.machine()}",
-            gpu=gpu,
+            origin=origin,
             graph_sha256=hashes[engine.graph],
             weights_sha256=hashes[manifest.weights],
             precision=options.precision,
@@ -140,8 +141,19 @@ def _keys(bundle: Bundle, options: CompileOptions, version: str, gpu: Gpu | None
             rows=rows,
             effort=Effort(),
         )
-        for engine in (manifest.full, *manifest.engines)
+        for engine in engines
     }
+    if manifest.decoder is not None:
+        keys[manifest.decoder.graph] = EngineKey(
+            origin=origin,
+            graph_sha256=hashes[manifest.decoder.graph],
+            weights_sha256=NO_WEIGHTS,
+            precision=options.precision.over(NO_WEIGHTS),
+            sizes=msgspec.structs.replace(sizes, batch=Range(least=1, usual=1, most=1)),
+            rows={},
+            effort=Effort(),
+        )
+    return keys
 
 
 def _private_copy(bundle: Bundle, graphs: Iterable[str]) -> tempfile.TemporaryDirectory[str]:
@@ -159,21 +171,24 @@ def _private_copy(bundle: Bundle, graphs: Iterable[str]) -> tempfile.TemporaryDi
     return folder
 
 
-def _lower(bundle: Bundle, folder: Path, graphs: Iterable[str], precision: Precision, on_progress: OnProgress) -> Path:
-    """Lower the precision of the graphs in the private folder; return the folder with the result."""
-    if precision is Precision.FP32:
-        return folder
-    from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+def _lower(
+    bundle: Bundle, folder: Path, keys: Mapping[str, EngineKey], on_progress: OnProgress
+) -> Mapping[Precision, Path]:
+    """Lower the precision of graphs in the private folder; return the folders of all precisions that are asked for."""
+    folders = {Precision.FP32: folder}
+    for precision in sorted({key.precision for key in keys.values()} - {Precision.FP32}):
+        from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
 
-    wide = _overflowing(bundle, folder, on_progress) if precision is Precision.FP16 else frozenset()
-    lowered = folder / precision
-    try:
-        lower_graphs(folder, [_beside_weights(graph) for graph in graphs], precision, lowered, wide)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write weights to {lowered}: {error.strerror}. Set TMPDIR to a folder with room."
-        ) from error
-    return lowered
+        wide = _overflowing(bundle, folder, on_progress) if precision is Precision.FP16 else frozenset()
+        names = [_beside_weights(graph) for graph, key in keys.items() if key.precision is precision]
+        folders[precision] = folder / precision
+        try:
+            lower_graphs(folder, names, precision, folders[precision], wide)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write weights to {folders[precision]}: {error.strerror}. Set TMPDIR to a folder with room."
+            ) from error
+    return folders
 
 
 def _overflowing(bundle: Bundle, folder: Path, on_progress: OnProgress) -> frozenset[str]:
@@ -217,7 +232,7 @@ def _beside_weights(graph: str) -> str:
 
 def _build_all(
     keys: Mapping[str, EngineKey],
-    folder: Path,
+    folders: Mapping[Precision, Path],
     engines: EngineCache,
     options: CompileOptions,
     on_progress: OnProgress,
@@ -231,9 +246,11 @@ def _build_all(
                 raise EngineBuildError(f"{graph}: given up, as another engine failed or you stopped it.")
             on_progress(Progress(stage=f"build {Path(graph).stem}", done=done, total=STEPS))
 
-        return graph, _build_one(graph, keys[graph], folder, engines, options.time_limit_s, advance)
+        key = keys[graph]
+        place, name = folders[key.precision], _beside_weights(graph)
+        return graph, build_one(name, key, place, engines, time_limit_s=options.time_limit_s, on_advance=advance)
 
-    weights = (folder / WEIGHTS).stat().st_size
+    weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
     with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
         futures = [pool.submit(build, graph) for graph in keys]
         try:
@@ -244,23 +261,38 @@ def _build_all(
             raise
 
 
-def _build_one(
+def build_one(
     graph: str,
     key: EngineKey,
     folder: Path,
     engines: EngineCache,
+    *,
     time_limit_s: float,
     on_advance: Callable[[int], None],
 ) -> EngineRecord:
-    name = _beside_weights(graph)
+    """Build one engine and put it into the cache.
+
+    Args:
+        graph: Name of the graph in the folder.
+        key: What the engine is to be.
+        folder: A private folder with the graph, in the key's precision, and its weights.
+        engines: The cache.
+        time_limit_s: For all tries together.
+        on_advance: Told how many of `STEPS` are done.
+
+    Raises:
+        EngineBuildError: If it cannot be built.
+        ArtifactError: If the cache cannot be written.
+    """
     request = Request(
-        target=key.target,
-        graph=name,
-        engine=f"{name}.plan",
+        target=key.origin.target,
+        graph=graph,
+        engine=f"{graph}.plan",
         timing="timing.cache",
         sizes=key.sizes,
         rows=key.rows,
         effort=key.effort,
+        on_this_gpu=key.origin.gpu is not None,
     )
     outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance)
     try:
@@ -280,6 +312,7 @@ def _build_one(
             tries=outcome.tries,
             seconds=round(outcome.seconds, 3),
             peak_bytes=outcome.built.peak_bytes,
+            scratch_bytes=outcome.built.scratch_bytes,
         ),
         engine,
     )

@@ -22,6 +22,7 @@ from unetc.runtime.decoder import Decoder
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.table import SolverTables
 
+from .measuring import Calls, build_as_needed
 from .prepare import Prepared, prepare, prepare_decoder, prepare_solver
 from .workbench import Workbench
 
@@ -79,12 +80,14 @@ def set_up(
     _check_profile(profile, model)
     if plan is not None:
         check_plan(plan, profile)
+    backend = open_backend(profile.target, threads=profile.threads)
     prepared = prepare(model, cache, on_progress)
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
-    backend = open_backend(profile.target, threads=profile.threads)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
+    calls = Calls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
+    backend = build_as_needed(profile.target, backend, calls, on_progress)
     decoder = prepare_decoder(prepared)
     workbench = Workbench(
         prepared.gated,
@@ -134,6 +137,8 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
     scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
     conditions = model.encode(used, scale)
+    calls = Calls.of(model.sample_shape, options.batch, options.samples, conditions)
+    backend = build_as_needed(options.target, backend, calls, on_progress)
     prepared = prepare(model, cache, on_progress)
     with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
         return analyze(

@@ -1,4 +1,4 @@
-"""The libraries that build engines, and everything in which they differ.
+"""The libraries that build and run engines, and everything in which they differ.
 
 Both have the same API under two names. `tensorrt_rtx` needs no GPU: its engines are finished where they run, on any
 GPU of the compute capabilities that it supports. `tensorrt` measures kernels on the GPU it finds, and what it builds
@@ -8,15 +8,20 @@ runs on that kind of GPU alone.
 from __future__ import annotations
 
 import importlib
+import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import unetc
 from unetc.errors import EngineBuildError, MissingDependency
 
-from .messages import Gpu
+from .key import Gpu, Origin
+
+_KEPT_COMPLAINTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +50,29 @@ class Library:
                 f"target {self.target} needs {self.module} ({error}): pip install 'unetc[{self.extra}]'"
             ) from error
 
-    def gpu(self) -> Gpu | None:
-        """Name the GPU that engines are bound to; None if they are bound to none.
+    def origin(self, *, on_this_gpu: bool = False) -> Origin:
+        """Describe this machine as the place of an engine, which is bound to its GPU if it must be or is asked to.
 
         Raises:
-            EngineBuildError: If one is needed and there is none.
+            MissingDependency: If the library is not installed, or cannot be loaded here.
+            EngineBuildError: If a GPU is needed and there is none.
         """
-        return None if self.portable else _first_gpu(self.target)
+        return Origin(
+            unetc=unetc.__version__,
+            target=self.target,
+            library=str(self.load().__version__),
+            platform=f"{platform.system()} {platform.machine()}",
+            gpu=_first_gpu(self.target) if on_this_gpu or not self.portable else None,
+        )
+
+    def logger(self, complaints: list[str]) -> Any:
+        """Make a logger that keeps the last errors that the library reports."""
+        return _logger(self.load(), complaints)
+
+
+def words(complaints: list[str]) -> str:
+    """Say what the library has complained of."""
+    return " | ".join(complaints) or "it gives no reason"
 
 
 LIBRARIES: Mapping[str, Library] = {
@@ -74,13 +95,28 @@ def library_of(target: str) -> Library:
     return LIBRARIES[target]
 
 
+def _logger(trt: Any, complaints: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                complaints[:] = [*complaints[1 - _KEPT_COMPLAINTS :], message.strip()]
+
+    return Logger()
+
+
 def _first_gpu(target: str) -> Gpu:
-    """Ask the driver's own tool, which needs no further library."""
+    """Ask the driver's own tool, which needs no further library, for the GPU that programs see first."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    missing = f"target {target} builds engines for the GPU of this machine, and"
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible.split(',')[0]}")
+    missing = f"this needs a {target} engine for the GPU of this machine, and"
     if shutil.which(query[0]) is None:
         raise EngineBuildError(
-            f"{missing} {query[0]} is not there. Build on a machine with the GPU, or for tensorrt-rtx."
+            f"{missing} {query[0]} is not there. Do it on the machine with the GPU; engines of tensorrt-rtx for any "
+            "GPU are built without one."
         )
     asked = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     if asked.returncode or not asked.stdout.strip():

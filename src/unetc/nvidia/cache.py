@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -17,47 +18,17 @@ from pathlib import Path
 
 import msgspec
 
-from unetc.artifacts.record import Artifact, Record, read_bounded, write_atomically
+from unetc.artifacts.record import Artifact, read_bounded, write_atomically
 from unetc.errors import ArtifactError, StaleEngineError
 
+from .key import Effort, EngineKey, Origin, compile_command
 from .precision import Precision
-from .tensorrt.messages import Effort, Gpu
-from .tensorrt.shapes import Sizes
+from .sizes import Shape
 
 ENGINE = "engine.plan"
 RECORD = "record.json"
 _SECRET = "secret"
 _SECRET_BYTES = 32
-
-
-class EngineKey(Record, frozen=True, kw_only=True):
-    """Everything that decides what an engine is. Two engines differ where two keys do."""
-
-    unetc: str
-    target: str
-    library: str
-    """Version of the library that builds and runs it."""
-    platform: str
-    """Operating system and processor of the machine that built it."""
-    gpu: Gpu | None
-    """None if the library builds for many."""
-    graph_sha256: str
-    weights_sha256: str
-    """Of the bundle's files, before their precision was lowered."""
-    precision: Precision
-    sizes: Sizes
-    rows: Mapping[str, tuple[int, ...]]
-    """Shape of one row of each condition."""
-    effort: Effort
-    """What was asked for."""
-
-    def sha256(self) -> str:
-        """Hash all fields."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
-
-    def differences(self, other: EngineKey) -> list[str]:
-        """Name the fields in which another key differs."""
-        return [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
 
 
 class EngineRecord(Artifact, frozen=True, kw_only=True):
@@ -68,7 +39,7 @@ class EngineRecord(Artifact, frozen=True, kw_only=True):
     engine_bytes: int
     layers: int
     """Of the network that the parser made of the graph."""
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
     """Least, usual and largest shape of every input."""
     spent: Effort
     """What the try that succeeded was allowed."""
@@ -76,6 +47,8 @@ class EngineRecord(Artifact, frozen=True, kw_only=True):
     seconds: float
     peak_bytes: int
     """Most memory that building held."""
+    scratch_bytes: int | None
+    """What a call needs on the GPU beside the engine; None if it was built where no GPU could tell."""
     seal: str = ""
 
     def unsealed(self) -> bytes:
@@ -123,6 +96,52 @@ class EngineCache:
             )
         return record, engine
 
+    def records(self) -> list[EngineRecord]:
+        """List what can be read of the cache; that nothing was changed is only checked when an engine is opened."""
+        found = []
+        for path in sorted(self.root.glob(f"*/{RECORD}")):
+            try:
+                found.append(EngineRecord.load(path))
+            except ArtifactError:
+                continue  # of another version, or damaged
+        return found
+
+    def find(
+        self, graph_sha256: str, weights_sha256: str, precision: Precision, here: Origin
+    ) -> tuple[EngineRecord, bytes]:
+        """Read the engine of a graph that runs here.
+
+        If there are several, for other sizes: the one that takes the largest calls; of those the one that also takes
+        the smallest, and of those one that is for this GPU alone. One that was not built here is passed over.
+
+        Args:
+            graph_sha256: Hash of the graph.
+            weights_sha256: Hash of the weights file that it reads.
+            precision: What it computes in.
+            here: What it must have been built for.
+
+        Raises:
+            StaleEngineError: If there is none; it says what those that there are differ in, and how to build one.
+        """
+        wanted = (graph_sha256, weights_sha256, precision, here.target)
+        known = [record for record in self.records() if _question(record.key) == wanted]
+        refusals: list[str] = []
+        for record in sorted(known, key=_preference, reverse=True):
+            if misfits := record.key.origin.misfits(here):
+                own, there = ([getattr(origin, name) for name in misfits] for origin in (record.key.origin, here))
+                refusals.append(f"{self.folder(record.key)} differs in {', '.join(misfits)} ({own}, here {there})")
+                continue
+            try:
+                return self.open(record.key)
+            except StaleEngineError as error:
+                refusals.append(str(error))
+        raise StaleEngineError(
+            f"no {here.target} engine in {precision} of this graph that can be run here is in {self.root}"
+            + "".join(f"; {refusal}" for refusal in refusals)
+            + f". Build it: `{compile_command(here.target, precision)}` (--controls for those of verify). "
+            "UNETC_CACHE says where engines are."
+        )
+
     def put(self, record: EngineRecord, engine: bytes) -> EngineRecord:
         """Write an engine, its record last, sealed.
 
@@ -160,3 +179,14 @@ class EngineCache:
         if len(secret) != _SECRET_BYTES:
             raise ArtifactError(f"{path} is damaged. Delete it; engines in {self.root} are built again.")
         return secret
+
+
+def _question(key: EngineKey) -> tuple[str, str, Precision, str]:
+    """Tell what an engine is an answer to."""
+    return key.graph_sha256, key.weights_sha256, key.precision, key.origin.target
+
+
+def _preference(record: EngineRecord) -> tuple[int, int, bool, str]:
+    sizes = record.key.sizes
+    least, _, most = zip(sizes.batch.corners(), sizes.height.corners(), sizes.width.corners(), strict=True)
+    return math.prod(most), -math.prod(least), record.key.origin.gpu is not None, record.key.sha256()

@@ -1,0 +1,162 @@
+"""onnxruntime on an NVIDIA GPU, by CUDA kernels of its own or by TensorRT, over tensors of torch.
+
+Inputs and the prediction are bound where they lie; what is emitted stays on the GPU as a value of onnxruntime.
+onnxruntime has a stream of its own, so a call waits for torch first, and returns when its work is done.
+
+onnxruntime would run anywhere rather than fail, and say nothing. Here a session has the providers that were asked for
+or there is none, and no node but the arithmetic of shapes may be on the CPU, where onnxruntime puts that on purpose:
+its results are read there. (The option `session.disable_cpu_ep_fallback` refuses those too, and so every graph that
+takes more than one size.) With `onnxruntime:tensorrt`, what TensorRT does not take is run by CUDA kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unetc.backend import Array, Loader, SerialisedGraph
+from unetc.device import Device
+from unetc.errors import MissingDependency, SessionError
+
+from ..backend import Memory
+from .onnxruntime import HandingLoader, open_session  # first: it says how to get onnxruntime
+
+try:
+    import onnxruntime
+    import torch
+    from torch import Tensor
+
+    from .torch_device import TorchDevice, gpu_of
+except ImportError as error:
+    raise MissingDependency("onnxruntime on a GPU keeps its tensors in torch: pip install torch, for CUDA") from error
+
+CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+PROVIDERS = {
+    "cuda": ((CUDA, {"use_tf32": "0"}),),  # float32 means float32
+    "tensorrt": ((TENSORRT, {}), (CUDA, {"use_tf32": "0"})),
+}
+"""By place, in the order in which they may take nodes."""
+
+SHAPE_ARITHMETIC = {"Shape", "Size", "Constant", "Gather", "Squeeze", "Unsqueeze", "Concat", "Slice", "Cast"}
+SHAPE_ARITHMETIC |= {"Add", "Sub", "Mul", "Div"}
+"""What may be on the CPU."""
+
+
+class OnnxRuntimeGpuProgram:
+    """One session with its inputs and output bound to the caller's tensors."""
+
+    def __init__(self, session: Any, weights: object, device: Device) -> None:
+        self._session = session
+        self._weights = weights  # must live as long as the session
+        self._device = device
+        self._inputs = tuple(value.name for value in session.get_inputs())
+        self._output, *self._emitted = (value.name for value in session.get_outputs())
+
+    def __call__(self, inputs: Mapping[str, Any], output: Tensor) -> Mapping[str, object]:
+        """Run; inputs are read and the output is written in place, nothing is copied."""
+        if missing := [name for name in self._inputs if name not in inputs]:
+            raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
+        values = {name: inputs[name] for name in self._inputs}
+        values |= {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                binding.bind_input(name, *_place(value))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._output, *_place(output))
+        for name in self._emitted:
+            binding.bind_output(name, output.device.type)
+        self._device.synchronize()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own unrelated classes
+            raise SessionError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+        return dict(zip(self._emitted, binding.get_outputs()[1:], strict=True)) if self._emitted else {}
+
+
+def _place(tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """Describe a tensor as bindings want it: device, its number, type of the elements, shape, address."""
+    kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    return tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
+
+
+class OnnxRuntimeDevice(TorchDevice):
+    """A GPU, where emitted tensors are values of onnxruntime."""
+
+    def to_array(self, tensor: Any) -> Array:
+        """Copy a tensor or an OrtValue."""
+        if isinstance(tensor, Tensor):
+            return super().to_array(tensor)
+        array: Array = tensor.numpy()
+        return array
+
+
+def check_placement(session: Any, wanted: str) -> None:
+    """Refuse a session that runs elsewhere than it was asked to.
+
+    Args:
+        session: Opened with `session.record_ep_graph_assignment_info`.
+        wanted: The provider that was asked for.
+
+    Raises:
+        SessionError: If the session does not have it, or leaves more than shapes to the CPU.
+    """
+    providers = session.get_providers()
+    if wanted not in providers:
+        raise SessionError(
+            f"onnxruntime {onnxruntime.__version__} opened a session with {', '.join(providers)}; expected {wanted}. "
+            "It could not load its CUDA libraries: `python -c 'import onnxruntime; onnxruntime.preload_dlls()'` names "
+            "those that are missing."
+        )
+    on_cpu = {
+        node.op_type
+        for subgraph in session.get_provider_graph_assignment_info()
+        if subgraph.ep_name == CPU
+        for node in subgraph.get_nodes()
+    }
+    if computed := sorted(on_cpu - SHAPE_ARITHMETIC):
+        raise SessionError(
+            f"onnxruntime {onnxruntime.__version__} would run {', '.join(computed)} on the CPU; {wanted} has no kernel "
+            "for it. Use torch:cuda, or another version of onnxruntime-gpu."
+        )
+
+
+class OnnxRuntimeGpuBackend:
+    """Loads ONNX graphs into sessions on a GPU, each with its own copy of the weights, whatever `memory` says."""
+
+    def __init__(self, place: str, gpu: torch.device, *, threads: int) -> None:
+        self.device: Device = OnnxRuntimeDevice(gpu)
+        self._providers = PROVIDERS[place]
+        self._threads = threads
+
+    def open_weights(self, weights: bytes) -> Loader:
+        """Keep the weights in memory."""
+        return HandingLoader(weights, self._threads, self._open_program)
+
+    def _open_program(self, graph: SerialisedGraph, options: Any, weights: object) -> OnnxRuntimeGpuProgram:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = open_session(graph, options, self._providers)
+        wanted, _ = self._providers[0]
+        check_placement(session, wanted)
+        return OnnxRuntimeGpuProgram(session, weights, self.device)
+
+
+def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpuBackend:
+    """Open the backend.
+
+    Raises:
+        MissingDependency: If the installed onnxruntime is not the one for GPUs.
+        SessionError: If there is no GPU.
+    """
+    _, _, place = target.partition(":")
+    wanted, _ = PROVIDERS[place][0]
+    if wanted not in (available := onnxruntime.get_available_providers()):
+        raise MissingDependency(
+            f"target {target} needs {wanted}, and the installed onnxruntime {onnxruntime.__version__} has "
+            f"{', '.join(available)}. The package for GPUs takes its place: pip uninstall onnxruntime; "
+            "pip install 'unetc[gpu]'"
+        )
+    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads)

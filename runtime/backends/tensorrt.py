@@ -1,0 +1,220 @@
+"""tensorrt and tensorrt_rtx on an NVIDIA GPU: engines that `unetc compile` has put into the cache of engines.
+
+A target names the library and the precision, float32 if none: `tensorrt-rtx`, `tensorrt:fp16`. The engine of a graph is
+looked for by the hashes of graph and weights, and must have been built by this cache's owner, for these versions, this
+platform and this GPU; what is not found is never built here. Several that differ in their sizes: see
+`EngineCache.find`. A call out of the range that an engine was built for is refused.
+
+Tensors are those of torch; no byte is copied on the way. A call is a CUDA graph, each over an execution context of its
+own, as a graph stays valid only as long as its context is left alone. What engines need beside their weights is taken
+from torch's allocator for every call and every capture, and all graphs of a loader capture from one pool, so engines
+share it: the most that one needs, not the sum. Weights cannot be shared between engines; `memory` changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from unetc.backend import SerialisedGraph
+from unetc.device import Device
+from unetc.environment import cache_folder
+from unetc.errors import MissingDependency, SessionError
+from unetc.held import COMPUTED
+from unetc.nvidia.cache import EngineCache, EngineRecord
+from unetc.nvidia.key import Origin
+from unetc.nvidia.library import LIBRARIES, Library, words
+from unetc.nvidia.precision import Precision
+from unetc.nvidia.profile import check_call
+
+from ..backend import Memory
+
+try:
+    import torch
+    from torch import Tensor
+
+    from .cuda_graph import CapturedModule, Turns
+    from .torch_device import TorchDevice, TorchProgram, gpu_of
+except ImportError as error:
+    raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+}
+"""By the library's names."""
+_ALIGNMENT = 256
+"""Bytes; torch's allocator gives no less."""
+
+
+class Engine:
+    """An engine on the GPU."""
+
+    def __init__(self, library: Library, plan: bytes) -> None:
+        """Deserialise, which runs code of the engine.
+
+        Raises:
+            SessionError: If the library refuses it, in its own words.
+        """
+        self._trt = library.load()
+        self.complaints: list[str] = []
+        self._logger = library.logger(self.complaints)  # the library keeps none of these alive
+        self._runtime = self._trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise SessionError(
+                f"{library.module} {self._trt.__version__} cannot load an engine: {words(self.complaints)}"
+            )
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self.types = {name: _TYPES[self._engine.get_tensor_dtype(name).name] for name in names}
+        is_input = {name: self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT for name in names}
+        self.inputs = tuple(name for name in names if is_input[name])
+        outputs = [name for name in names if not is_input[name]]
+        self.outputs = tuple(sorted(outputs, key=lambda name: name.startswith(COMPUTED)))
+        """The prediction first."""
+        self.scratch_bytes = int(self._engine.device_memory_size_v2)
+        self._jit = library.portable
+
+    def context(self) -> Any:
+        """Make an execution context that is given its scratch memory.
+
+        A library that finishes kernels where they run does so at once, so that none is replaced after it was captured.
+        """
+        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._jit:
+            return self._engine.create_execution_context(user_managed)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(user_managed)
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return self._engine.create_execution_context(config)
+
+
+class Execution:
+    """An execution context of an engine, for calls of one shape."""
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self._engine = engine
+        self._device = device
+        self._context = engine.context()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Launch the engine on torch's stream.
+
+        Raises:
+            RuntimeError: If the library refuses, in its own words.
+        """
+        engine, context = self._engine, self._context
+        if context is None:
+            raise RuntimeError(f"no execution context: {words(engine.complaints)}")
+        tensors = {name: _aligned(t.to(engine.types[name])) for name, t in zip(engine.inputs, inputs, strict=True)}
+        for name, tensor in tensors.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+        for name in engine.outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            tensors[name] = torch.empty(shape, dtype=engine.types[name], device=self._device)
+        for name, tensor in tensors.items():
+            context.set_tensor_address(name, tensor.data_ptr())
+        scratch = torch.empty(max(1, engine.scratch_bytes), dtype=torch.uint8, device=self._device)
+        context.set_device_memory(scratch.data_ptr(), engine.scratch_bytes)
+        if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+            raise RuntimeError(words(engine.complaints))
+        return tuple(tensors[name] for name in engine.outputs)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Give a tensor without gaps at an address that the libraries take."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+class EngineProgram:
+    """A program that first checks whether its engine takes a call."""
+
+    def __init__(self, program: TorchProgram, record: EngineRecord) -> None:
+        self._program = program
+        self._record = record
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
+        """Run; the prediction is copied into the output."""
+        check_call(self._record, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        return self._program(inputs, output)
+
+
+class TensorRtLoader:
+    """Finds and loads the engines of graphs over one weights file."""
+
+    def __init__(self, backend: TensorRtBackend, weights_sha256: str) -> None:
+        self._backend = backend
+        self._weights_sha256 = weights_sha256
+
+    @cached_property
+    def _turns(self) -> Turns:
+        return Turns()
+
+    def load(self, graph: SerialisedGraph) -> EngineProgram:
+        """Load the engine of a graph.
+
+        Raises:
+            StaleEngineError: If there is none that can be run here.
+            SessionError: If the library refuses it.
+        """
+        backend = self._backend
+        precision = backend.precision.over(self._weights_sha256)
+        digest = hashlib.sha256(graph.graph).hexdigest()
+        return self.load_engine(*backend.engines.find(digest, self._weights_sha256, precision, backend.here))
+
+    def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
+        """Load an engine that the cache has given out."""
+        library, device = self._backend.library, self._backend.gpu
+        engine = Engine(library, plan)
+        logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
+        module = CapturedModule(lambda: Execution(engine, device), self._turns)
+        program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
+        return EngineProgram(program, record)
+
+
+class TensorRtBackend:
+    """Runs engines of one library in one precision."""
+
+    def __init__(
+        self, library: Library, precision: Precision, *, here: Origin, engines: EngineCache, gpu: torch.device
+    ) -> None:
+        self.device: Device = TorchDevice(gpu)
+        self.library = library
+        self.precision = precision
+        self.here = here
+        self.engines = engines
+        self.gpu = gpu
+
+    def open_weights(self, weights: bytes) -> TensorRtLoader:
+        """Take note of the weights, which engines have inside."""
+        return TensorRtLoader(self, hashlib.sha256(weights).hexdigest())
+
+
+def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBackend:
+    """Open the backend, with the engines of this user's cache; threads are those of the GPU.
+
+    Raises:
+        MissingDependency: If the library is not installed.
+        SessionError: If there is no GPU.
+    """
+    name, _, precision = target.partition(":")
+    library = LIBRARIES[name]
+    library.load()
+    gpu = gpu_of(target)
+    return TensorRtBackend(
+        library,
+        Precision(precision or Precision.FP32),
+        here=library.origin(on_this_gpu=True),
+        engines=EngineCache(cache_folder() / "engines"),
+        gpu=gpu,
+    )

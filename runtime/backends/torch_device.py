@@ -1,0 +1,98 @@
+"""A device of torch, and programs that are called with its tensors; what runs engines on a GPU shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unetc.device import Array
+from unetc.errors import SessionError, ShapeMismatch
+
+Module = Callable[..., tuple[Tensor, ...]]
+"""Computes tensors from tensors, in order."""
+
+
+def gpu_of(target: str) -> torch.device:
+    """Find the GPU that a target runs on.
+
+    Raises:
+        SessionError: If there is none.
+    """
+    if not torch.cuda.is_available():
+        raise SessionError(
+            f"target {target} needs an NVIDIA GPU, and torch {torch.__version__} finds none. Install its driver and a "
+            "build of torch for CUDA, or use onnxruntime:cpu: a bundle that was built there runs on any target."
+        )
+    return torch.device("cuda")
+
+
+class TorchDevice:
+    """A device of torch; calls on a GPU return before their work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def put(self, array: NDArray[Any]) -> Tensor:
+        """Copy an array to the device; on the CPU the tensor shares its memory."""
+        array = np.ascontiguousarray(array)
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
+
+    def to_array(self, tensor: Tensor) -> Array:
+        """Copy a tensor."""
+        array: Array = tensor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+        return array
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """Make a tensor to be written."""
+        return torch.empty(tuple(shape), dtype=torch.float32, device=self._device)
+
+    def full(self, shape: Sequence[int], value: float) -> Tensor:
+        """Make a tensor of one value."""
+        return torch.full(tuple(shape), value, dtype=torch.float32, device=self._device)
+
+    def concatenate(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Join tensors along the batch."""
+        return torch.cat(list(tensors))
+
+    def exp(self, tensor: Tensor) -> Tensor:
+        """Take the exponential of every element."""
+        return torch.exp(tensor)
+
+    def is_finite(self, tensor: Tensor) -> bool:
+        """Tell whether no element is NaN or infinite; this one flag is copied from the device."""
+        return bool(torch.isfinite(tensor).all())
+
+    def synchronize(self) -> None:
+        """Wait until everything that was asked of the device is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class TorchProgram:
+    """A module that is called with tensors by name."""
+
+    def __init__(self, module: Module, inputs: Sequence[str], outputs: Sequence[str], library: str = "torch") -> None:
+        self._module = module
+        self._library = library
+        self._inputs = tuple(inputs)
+        self._emitted = tuple(outputs[1:])
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
+        """Run; what comes first is copied into the output."""
+        if missing := [name for name in self._inputs if name not in inputs]:
+            raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
+        try:
+            with torch.no_grad():
+                prediction, *emitted = self._module(*(inputs[name] for name in self._inputs))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SessionError(f"{self._library} failed: {said}") from error
+        if prediction.shape != output.shape:
+            raise ShapeMismatch(f"an engine gives {tuple(prediction.shape)}; expected {tuple(output.shape)}.")
+        output.copy_(prediction)
+        return dict(zip(self._emitted, emitted, strict=True))

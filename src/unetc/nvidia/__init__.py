@@ -1,0 +1,1 @@
+"""What building and running NVIDIA engines share: the libraries, what decides an engine, and the cache of engines."""

@@ -1,0 +1,50 @@
+"""What calls an engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from unetc.errors import ShapeMismatch
+
+from .cache import EngineRecord
+from .key import compile_command
+from .sizes import SAMPLE, Shape
+
+
+def check_call(record: EngineRecord, shapes: Mapping[str, Shape]) -> None:
+    """Refuse a call that an engine was not built for.
+
+    Args:
+        record: Of the engine.
+        shapes: Shape of every tensor that is given; what the engine does not read is ignored.
+
+    Raises:
+        ShapeMismatch: If one is out of the engine's range; it says how to build one that takes it.
+    """
+    for name in sorted(record.shapes, key=lambda name: name != SAMPLE):  # the others follow it
+        least, _, most = record.shapes[name]
+        got = shapes.get(name, least)
+        if len(got) == len(least) and all(map(_in_range, least, got, most)):
+            continue
+        raise ShapeMismatch(
+            f"the {record.key.origin.target} engine takes {name} of {_describe(least, most)}, got {list(got)}. "
+            + _advice(record, name, got)
+        )
+
+
+def _in_range(least: int, size: int, most: int) -> bool:
+    return least <= size <= most
+
+
+def _describe(least: Shape, most: Shape) -> str:
+    sizes = (str(low) if low == high else f"{low} to {high}" for low, high in zip(least, most, strict=True))
+    return f"[{', '.join(sizes)}]"
+
+
+def _advice(record: EngineRecord, name: str, got: Shape) -> str:
+    key = record.key
+    if name == SAMPLE and len(got) == 4:
+        batch, _, height, width = got
+        sizes = key.sizes.including(batch, height, width)
+        return f"Build one that does: `{compile_command(key.origin.target, key.precision, sizes)}`."
+    return "It was built for the bundle's own conditions; give some of their shape, or build a bundle with others."
