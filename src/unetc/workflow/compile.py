@@ -9,18 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.messages import STEPS, Request
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.environment import cores, free_memory
 from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
-from unetc.held import COMPUTED, EARLIER, HELD, REACH
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.key import Effort, EngineKey, Origin
 from unetc.nvidia.library import library_of
@@ -33,9 +29,6 @@ _BASE_BYTES = 400 * 2**20
 """What a building process holds besides weights: libraries and kernels."""
 _COPIES_OF_WEIGHTS = 6
 """What it holds of them at its peak, measured: benchmarks/results/rtx_build.json."""
-_PROBE_BATCH, _PROBES = 2, 5
-"""Samples, and noise levels, that are looked at to find what overflows."""
-_ONE = np.ones(1, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +172,11 @@ def _lower(
     for precision in sorted({key.precision for key in keys.values()} - {Precision.FP32}):
         from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
 
-        wide = _overflowing(bundle, folder, on_progress) if precision is Precision.FP16 else frozenset()
+        wide: frozenset[str] = frozenset()
+        if precision is Precision.FP16:
+            from .calibrate import overflowing_values
+
+            wide = overflowing_values(bundle, lambda graph: folder / _beside_weights(graph), on_progress)
         names = [_beside_weights(graph) for graph, key in keys.items() if key.precision is precision]
         folders[precision] = folder / precision
         try:
@@ -189,40 +186,6 @@ def _lower(
                 f"cannot write weights to {folders[precision]}: {error.strerror}. Set TMPDIR to a folder with room."
             ) from error
     return folders
-
-
-def _overflowing(bundle: Bundle, folder: Path, on_progress: OnProgress) -> frozenset[str]:
-    """Find values that float16 cannot hold: noise through all engines, at noise levels from first to last."""
-    from unetc.compiler.overflow import overflowing
-
-    manifest = bundle.manifest
-    engines = list(dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines)))
-    engines.sort(key=lambda graph: graph != manifest.engines[0].graph)  # the one that emits goes first
-    noise = np.random.default_rng(0).standard_normal((_PROBE_BATCH, *manifest.sample_shape), dtype=np.float32)
-    timesteps = bundle.solver.table(manifest.steps).timesteps
-    conditions = bundle.conditions.take(range(_PROBE_BATCH))
-    probes: list[dict[str, NDArray[Any]]] = [
-        conditions.widen(noise, float(timesteps[i])) for i in np.linspace(0, len(timesteps) - 1, _PROBES).astype(int)
-    ]
-    found: frozenset[str] = frozenset()
-    for done, graph in enumerate(engines):
-        on_progress(Progress(stage="find what overflows", done=done, total=len(engines)))
-        large, outputs = overflowing(folder / _beside_weights(graph), probes)
-        found |= large
-        for i, probe in enumerate(probes):
-            for name, value in outputs[i].items():
-                if name.startswith(COMPUTED):
-                    key = name.removeprefix(COMPUTED)
-                    probe |= {HELD + key: value, EARLIER + key: outputs[max(0, i - 1)][name], REACH + key: _ONE}
-    on_progress(
-        Progress(
-            stage="find what overflows",
-            done=len(engines),
-            total=len(engines),
-            note=f"{len(found)} values stay float32, as float16 may not hold them" if found else "",
-        )
-    )
-    return found
 
 
 def _beside_weights(graph: str) -> str:
