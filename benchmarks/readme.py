@@ -97,7 +97,13 @@ def peers(result: dict[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets, "peers": peers}
+def support(result: dict[str, Any]) -> str:
+    """Write the table of what tests have shown."""
+    (own,) = result["tables"]
+    return table(own["columns"], own["rows"]) + "\n"
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"budget": budgets, "peers": peers, "support": support}
 """Name of a result → what writes it."""
 
 
