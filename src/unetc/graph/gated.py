@@ -257,9 +257,9 @@ def _export(capture: Capture) -> ir.Model:
     common.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()
-    gates_input = _input(model, GATES)
-    batch, _, components, parts = (_shape(_input(model, SAMPLE))[0], *_shape(gates_input))
-    gates_input.shape = ir.Shape([batch, components, parts])  # a row per sample, which the exporter cannot know
+    batch = _shape(_input(model, SAMPLE))[0]  # the exporter takes gates and means for arrays of any size
+    _input(model, GATES).shape = ir.Shape([batch, len(capture.components), 2])
+    _input(model, MEANS).shape = ir.Shape([sum(component.channels for component in capture.components)])
     model.functions.clear()
     function = onnx_function(OPSET)
     model.functions[function.identifier()] = function
