@@ -52,7 +52,7 @@ from gpu_sampling import sampling
 
 from unetc.artifacts.record import write_atomically
 from unetc.environment import describe
-from unetc.errors import MissingDependency, UnetcError
+from unetc.errors import ArtifactError, MissingDependency, UnetcError
 from unetc.runtime.backend import open_backend
 
 HERE = Path(__file__).parent
@@ -72,7 +72,11 @@ class Result:
     """The result file: what is finished stays in it."""
 
     def __init__(self, path: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
-        """Read what an earlier start has finished, if it had the same settings and environment."""
+        """Read what an earlier start has finished, if it had the same settings and environment.
+
+        Raises:
+            ArtifactError: If there is a file that is no result.
+        """
         self.path = path
         self._head = {
             "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
@@ -83,9 +87,13 @@ class Result:
         self.absent: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         if path.exists():
-            before = json.loads(path.read_text())
-            if (before.get("settings"), before.get("environment")) == (settings, environment):
-                self.parts = before["parts"]
+            try:
+                before = json.loads(path.read_text())
+                parts, *same = (before[key] for key in ("parts", "settings", "environment"))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise ArtifactError(f"{path} is no result of gpu.py. Move it, or choose other --results.") from error
+            if same == [settings, environment]:
+                self.parts = parts
 
     def save(self) -> None:
         """Write everything so far."""

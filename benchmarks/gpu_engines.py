@@ -63,7 +63,7 @@ class Loaded:
         """Make inputs for a number of samples."""
         return Batch(self, size)
 
-    def plan(self, schedule: Sequence[int], budget: float, time_ratio: float) -> Plan:
+    def plan(self, schedule: Sequence[int]) -> Plan:
         """Write a schedule over the `PLANNED` engines as a plan.
 
         Raises:
@@ -74,11 +74,11 @@ class Loaded:
             unetc=unetc.__version__,
             model=self.folder.model.reference,
             profile_sha256="0" * 64,
-            budget=budget,
+            budget=0.0,
             max_engines=len(PLANNED),
             engines=tuple(self.folder.assignment(engine) for engine in PLANNED),
             phases=phases_of(schedule, levels, levels[0], levels[-1] + 1),
-            prediction=Prediction(time_ratio=time_ratio, relative_l2=0.0, memory=float(len(PLANNED))),
+            prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=float(len(PLANNED))),
         )
         if plan.schedule(levels) != tuple(schedule):
             raise PlanError(f"no plan has the schedule {tuple(schedule)}. Please report it.")

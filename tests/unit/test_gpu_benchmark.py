@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import tables
 import torch
-from gpu_clock import Timed
 from gpu_engines import Loaded
-from gpu_folder import CONTENTS, DROP, FULL, HEADER, PLANNED, Folder
+from gpu_folder import CONTENTS, DROP, FULL, HEADER, Folder
 from gpu_prepare import SCHEDULE, Source, write
-from gpu_sampling import MOST_OVER, Times, Trajectory, evenly, fit, periodic
+from gpu_sampling import MOST_OVER, Times, Ways, evenly, fit, periodic
 from safetensors.numpy import load
 
 from tests.models import CONTEXT_WIDTH, Tiny, relative_error, tiny_of
@@ -94,12 +93,10 @@ def test_prepared_engines_compute_what_the_model_does(tiny: Tiny, whole: Folder)
 def test_a_plan_samples_the_same_from_a_prepared_folder_on_two_targets(whole: Folder) -> None:
     def sample(target: str) -> Array:
         loaded = Loaded(whole, target, 1)
-        programs = [Timed(loaded.program(engine), loaded.clock) for engine in PLANNED]
-        plan = loaded.plan(evenly(3, 2, STEPS), 0.5, 0.5)
-        session = loaded.session(plan, loaded.device, programs, programs[0])
-        sampled = Trajectory(session, programs, lossless=False).sample(0)
-        assert all(program.take_ms() > 0 for program in programs)
-        return sampled
+        way = Ways(loaded).plan(evenly(3, 2, STEPS))
+        total, inside = way.run(0)
+        assert 0 < inside < total
+        return way.sample(0)
 
     assert relative_error(sample("torch:cpu"), sample("onnxruntime:cpu")) < STEPS * HALF
 
@@ -135,8 +132,9 @@ def test_a_folder_that_was_changed_is_refused(hollow: Folder, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.27, 0.5, 0.7])
-def test_a_schedule_saves_its_budget_and_little_more(budget: float) -> None:
-    times = Times(full=10.0, planned=np.array([10.3, 1.7, 4.4]))
+@pytest.mark.parametrize("around", [0.0, 0.4])
+def test_a_schedule_saves_its_budget_and_little_more(budget: float, around: float) -> None:
+    times = Times(full=10.0, planned=np.array([10.3, 1.7, 4.4]), around=around)
     schedule = fit(times, budget, 50)
     assert schedule is not None
     assert schedule[0] == 0
@@ -206,6 +204,9 @@ def test_a_second_start_measures_nothing_again_and_other_settings_everything(
     assert gpu.main(start(hollow.path.parent, tmp_path)) == 0
     assert json.loads(result.read_text())["parts"] == before
     assert gpu.Result(result, {"other": "settings"}, {}).parts == {}
+    result.write_text("{}")
+    with pytest.raises(ArtifactError, match="no result"):
+        gpu.Result(result, {}, {})
 
 
 def test_the_script_stops_when_the_time_is_up(hollow: Folder, tmp_path: Path) -> None:
