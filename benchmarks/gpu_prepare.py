@@ -296,11 +296,14 @@ def record_of(path: Path) -> FileRecord:
 
 
 def fetch_wheels(folder: Path, python: str) -> None:
-    """Build a wheel of unetc, and fetch those of the libraries that its runtime needs."""
+    """Fetch wheels of the libraries that unetc's runtime needs, and build one of unetc from a copy of these sources."""
     pip = [sys.executable, "-m", "pip", "--quiet"]
     where = ["--only-binary", ":all:", "--platform", "manylinux2014_x86_64", "--python-version", python]
     subprocess.run([*pip, "download", "--no-deps", *where, "--dest", str(folder), *CARRIED], check=True)
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(HERE.parent)], check=True)
+    with tempfile.TemporaryDirectory() as work:
+        left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+        sources = shutil.copytree(HERE.parent, Path(work) / "unetc", symlinks=True, ignore=left_out)
+        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(sources)], check=True)
 
 
 def main() -> None:
