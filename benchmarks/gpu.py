@@ -34,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -86,14 +86,16 @@ class Result:
         self.parts: dict[str, Any] = {}
         self.absent: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self.late: frozenset[str] = frozenset()
+        """Parts that failed or were cut short before; they come last, so that none keeps the others from their turn."""
         if path.exists():
             try:
                 before = json.loads(path.read_text())
-                parts, *same = (before[key] for key in ("parts", "settings", "environment"))
+                parts, failed, *same = (before[key] for key in ("parts", "failed", "settings", "environment"))
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ArtifactError(f"{path} is no result of gpu.py. Move it, or choose other --results.") from error
             if same == [settings, environment]:
-                self.parts = parts
+                self.parts, self.late = parts, frozenset(failed)
 
     def save(self) -> None:
         """Write everything so far."""
@@ -126,29 +128,39 @@ def turns_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, 
 
 def measure_all(options: argparse.Namespace, result: Result) -> None:
     """Measure what is not finished yet."""
-    for target, model, parts in turns_of(options):
-        pending = {
-            key: part for name, part in parts.items() if (key := f"{model}, {target}: {name}") not in result.parts
-        }
-        if not pending or target in result.absent:
-            continue
-        try:
-            loaded = Loaded(Folder(options.folder / model), target)
-        except UnetcError as error:
-            result.absent[target] = str(error)
-            result.save()
-            print(f"{target}: absent, {error}", flush=True)
-            continue
-        for key, part in pending.items():
-            measure(key, part, loaded, result)
-        del loaded
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    for late in (False, True):
+        for target, model, parts in turns_of(options):
+            keys = {f"{model}, {target}: {name}": part for name, part in parts.items()}
+            pending = {
+                key: part for key, part in keys.items() if key not in result.parts and (key in result.late) is late
+            }
+            if pending and target not in result.absent:
+                measure_model(options.folder / model, target, pending, result)
+
+
+def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: Result) -> None:
+    """Measure parts on one model, which is loaded for all of them."""
+    try:
+        loaded = Loaded(Folder(path), target)
+    except UnetcError as error:
+        result.absent[target] = str(error)
+        result.save()
+        print(f"{target}: absent, {error}", flush=True)
+        return
+    for key, part in pending.items():
+        measure(key, part, loaded, result)
+    del loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
-    """Measure a part and save it, or the reason why it cannot be measured."""
+    """Measure a part and save it, or the reason why it cannot be measured.
+
+    Raises:
+        TimeIsUp: If the time is up.
+    """
     start = time.perf_counter()
     print(f"{key} ...", flush=True)
     try:
@@ -159,6 +171,10 @@ def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
     except (UnetcError, RuntimeError) as error:  # torch: out of memory, and whatever a driver says
         result.failed[key] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         print(f"{key}: failed, {result.failed[key]}", flush=True)
+    except TimeIsUp:
+        result.failed[key] = f"cut short after {time.perf_counter() - start:.0f} s"
+        result.save()
+        raise
     else:
         seconds = time.perf_counter() - start
         result.parts[key] = {"seconds": seconds, "figures": measured.figures, "tables": measured.tables}

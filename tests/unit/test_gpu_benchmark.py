@@ -231,15 +231,25 @@ def test_what_is_not_prepared_is_refused(hollow: Folder, capsys: pytest.CaptureF
     assert "It has: tiny" in capsys.readouterr().err
 
 
-def test_a_part_that_fails_is_named_and_the_others_go_on(hollow: Folder, tmp_path: Path) -> None:
+def test_a_part_that_fails_is_named_and_comes_last_the_next_time(hollow: Folder, tmp_path: Path) -> None:
     result = gpu.Result(tmp_path / gpu.RESULT, {}, {})
     loaded = Loaded(hollow, "torch:cpu", 1)
 
     def fail(loaded: Loaded) -> Any:
         raise RuntimeError("CUDA out of memory")
 
+    def last(loaded: Loaded) -> Any:
+        raise gpu.TimeIsUp
+
     gpu.measure("a part", fail, loaded, result)
-    assert json.loads(result.path.read_text())["failed"] == {"a part": "RuntimeError: CUDA out of memory"}
+    with pytest.raises(gpu.TimeIsUp):
+        gpu.measure("a long part", last, loaded, result)
+    record = json.loads(result.path.read_text())
+    assert record["failed"] == {
+        "a part": "RuntimeError: CUDA out of memory",
+        "a long part": "cut short after 0 s",
+    }
+    assert gpu.Result(result.path, {}, {}).late == {"a part", "a long part"}
 
 
 @pytest.mark.nightly
