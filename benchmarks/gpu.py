@@ -95,7 +95,7 @@ class Result:
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ArtifactError(f"{path} is no result of gpu.py. Move it, or choose other --results.") from error
             if same == [settings, environment]:
-                self.parts, self.late = parts, frozenset(failed)
+                self.parts, self.failed, self.late = parts, failed, frozenset(failed)
 
     def save(self) -> None:
         """Write everything so far."""
@@ -163,6 +163,7 @@ def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
     """
     start = time.perf_counter()
     print(f"{key} ...", flush=True)
+    result.failed.pop(key, None)
     try:
         measured = part(loaded)
     except (Absent, MissingDependency) as error:
