@@ -260,10 +260,10 @@ def test_models_of_every_shape_are_prepared_and_measured(tmp_path: Path) -> None
         assert done.returncode == 0, done.stdout + done.stderr
 
     cpu = ("--target", "torch:cpu", "--others", "--smoke", "--minutes", "60", "--results")
-    run("gpu_prepare.py", "--smoke", "--steps", "6", "--python", "")
+    models = ["glide-base", "prompted-digits", "sd15", "sdxl"]
+    run("gpu_prepare.py", "--smoke", "--steps", "6", "--python", "", "--models", *models)
     run("gpu.py", *cpu, str(tmp_path / "most"), "--parts", "memory", "engines", "sampling", "graphs")
     record = json.loads((tmp_path / "most" / gpu.RESULT).read_text())
-    models = ["digits", "glide-base", "prompted-digits", "sd15", "sdxl"]
     assert [model.split()[0] for model in record["settings"]["models"].split(", ")] == models
     assert set(record["parts"]) == {
         f"{model}, torch:cpu: {part}" for model in models for part in ("engines", "sampling")
