@@ -1,9 +1,9 @@
 """Prepare what `gpu.py` measures, for a machine that has torch and onnx but none of what captures and specialises.
 
-    python benchmarks/gpu_prepare.py FOLDER              # about 25 minutes on two cores, 16 GB on disk for a while
+    python benchmarks/gpu_prepare.py FOLDER              # about 15 minutes on two cores, 15 GB on disk for a while
 
 Random models are built without their large weights, which are never written anywhere but for their sizes, so the folder
-takes about 50 MB. A model that is prepared already is left alone unless `--again` is given. `FOLDER/wheels` gets unetc
+takes about 55 MB. A model that is prepared already is left alone unless `--again` is given. `FOLDER/wheels` gets unetc
 itself and the two libraries that its runtime needs and the machine with the GPU may lack.
 """
 
