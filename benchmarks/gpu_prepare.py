@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_prepare.py FOLDER              # about 15 minutes on two cores, 15 GB on disk for a while
 
-Random models are built without their large weights, which are never written anywhere but for their sizes, so the folder
-takes about 55 MB. A model that is prepared already is left alone unless `--again` is given. `FOLDER/wheels` gets unetc
-itself and the two libraries that its runtime needs and the machine with the GPU may lack.
+Large weights of random models are never drawn here, and none of them travels, so the folder takes about 55 MB. A model
+that is prepared already is left alone unless `--again` is given. `FOLDER/wheels` gets unetc itself and the libraries
+that its runtime needs and the machine with the GPU may lack.
 """
 
 from __future__ import annotations
