@@ -71,8 +71,8 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "tests/configs"
 STEPS = 50
 PROMPTS = 8
-LARGE = 2**16
-"""Bytes; a random tensor of more is neither drawn here nor carried."""
+LARGE = 2**14
+"""Numbers; a random tensor of more is neither drawn here nor carried, whatever precision it has later."""
 CARRIED = ("msgspec", "safetensors")
 """What unetc.runtime needs beside numpy, torch and onnx."""
 SCHEDULE: Mapping[str, Any] = {
@@ -92,8 +92,8 @@ class Source:
     reference: ModelReference
     precision: Precision
     trained: bool
-    carried_bytes: float
-    """Tensors of the weights file with at most so many bytes travel; larger ones are drawn where they are needed."""
+    carried: float
+    """Tensors of the weights file with at most so many numbers travel; larger ones are drawn where they are needed."""
     sample_shape: tuple[int, int, int]
     rows: Mapping[str, tuple[int, ...]]
     conditions: Conditions
@@ -156,7 +156,7 @@ def hollow_unet(config: Mapping[str, Any]) -> nn.Module:
     unet.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():
-        if parameter.nbytes <= LARGE:
+        if parameter.numel() <= LARGE:
             noise = torch.randn(parameter.shape, generator=generator)
             scale = math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 5.0
             parameter.data = noise / scale + (1 if "norm" in name and name.endswith("weight") else 0)
@@ -180,7 +180,7 @@ def random_source(name: str, shape: Shape, precision: Precision, steps: int, wor
         ),
         precision=precision,
         trained=False,
-        carried_bytes=LARGE,
+        carried=LARGE,
         sample_shape=(shape.config["in_channels"], size, size),
         rows=rows,
         conditions=UNCONDITIONAL,
@@ -197,7 +197,7 @@ def trained_source(name: str, steps: int, work: Path) -> Source:
         reference=model.reference,
         precision=Precision.FP32,
         trained=True,
-        carried_bytes=math.inf,
+        carried=math.inf,
         sample_shape=model.sample_shape,
         rows={},
         conditions=model.encode(prompts, model.guidance_scale),
@@ -230,7 +230,7 @@ def write(source: Source, folder: Path) -> PreparedModel:
     graphs = {name: f"{name.replace(' ', '-')}.onnx" for name in chosen}
     weights = write_graphs(source, chosen, graphs, folder)
     (folder / HEADER).write_bytes(header_of(weights))
-    (folder / CONTENTS).write_bytes(contents_of(weights, source.carried_bytes))
+    (folder / CONTENTS).write_bytes(contents_of(weights, source.carried))
     header, rows = source.solver.to_array()
     (folder / SOLVER).write_bytes(safetensors.numpy.save({SOLVER_ROWS: rows}))
     if source.conditions.own:
@@ -275,12 +275,10 @@ def write_graphs(source: Source, chosen: Mapping[str, Assignment], graphs: Mappi
 
 
 def contents_of(weights: Path, limit: float) -> bytes:
-    """Read the tensors of a weights file that have no more than so many bytes."""
+    """Read the tensors of a weights file that have no more than so many numbers."""
     with safetensors.safe_open(weights, framework="numpy") as file:
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-        width = {"F16": 2, "F32": 4}
-        small = [name for name in sizes if sizes[name] * width[file.get_slice(name).get_dtype()] <= limit]
-        return safetensors.numpy.save({name: file.get_tensor(name) for name in small})
+        return safetensors.numpy.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
 
 
 def external(graph: Path) -> tuple[str, ...]:

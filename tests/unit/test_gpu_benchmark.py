@@ -17,9 +17,9 @@ import tables
 import torch
 from gpu_engines import Loaded
 from gpu_folder import CONTENTS, DROP, FULL, HEADER, Folder
-from gpu_prepare import SCHEDULE, Source, write
+from gpu_prepare import LARGE, SCHEDULE, Source, contents_of, hollow_unet, shapes, write
 from gpu_sampling import MOST_OVER, Times, Ways, evenly, fit, periodic
-from safetensors.numpy import load
+from safetensors.numpy import load, save_file
 
 from tests.models import CONTEXT_WIDTH, Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import ModelReference
@@ -47,7 +47,7 @@ def tiny(shared: Path) -> Tiny:
     return tiny_of("cross-attention", shared)
 
 
-def prepare(tiny: Tiny, folder: Path, *, precision: Precision, carried_bytes: float) -> Folder:
+def prepare(tiny: Tiny, folder: Path, *, precision: Precision, carried: float) -> Folder:
     """Prepare a tiny model as `gpu_prepare.py` does the large ones."""
     captured = folder / "captured"
     shutil.copytree(tiny.gated.folder, captured)
@@ -56,7 +56,7 @@ def prepare(tiny: Tiny, folder: Path, *, precision: Precision, carried_bytes: fl
         reference=ModelReference(name="tiny", sha256="0" * 64, pipeline="-", denoiser="-"),
         precision=precision,
         trained=True,
-        carried_bytes=carried_bytes,
+        carried=carried,
         sample_shape=(4, 16, 16),
         rows={CONTEXT: (5, CONTEXT_WIDTH)},
         conditions=UNCONDITIONAL,
@@ -69,13 +69,13 @@ def prepare(tiny: Tiny, folder: Path, *, precision: Precision, carried_bytes: fl
 @pytest.fixture(scope="module")
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A model whose weights travel, in float16."""
-    return prepare(tiny, tmp_path_factory.mktemp("whole"), precision=Precision.FP16, carried_bytes=float("inf"))
+    return prepare(tiny, tmp_path_factory.mktemp("whole"), precision=Precision.FP16, carried=float("inf"))
 
 
 @pytest.fixture(scope="module")
 def hollow(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A model most of whose weights are drawn where it is measured."""
-    return prepare(tiny, tmp_path_factory.mktemp("hollow"), precision=Precision.FP32, carried_bytes=256)
+    return prepare(tiny, tmp_path_factory.mktemp("hollow"), precision=Precision.FP32, carried=64)
 
 
 def test_prepared_engines_compute_what_the_model_does(tiny: Tiny, whole: Folder) -> None:
@@ -111,10 +111,27 @@ def test_weights_that_did_not_travel_are_drawn_in_the_layout_of_those_that_were_
     assert original.startswith(header)
     carried, exported, made = load(hollow.read(CONTENTS)), load(original), load(drawn)
     assert 0 < len(carried) < len(exported)
+    assert (
+        max(values.size for values in carried.values())
+        <= 64
+        < min(exported[name].size for name in exported.keys() - carried)
+    )
     for name, values in made.items():
         assert np.array_equal(values, exported[name]) == (name in carried)
         assert name in carried or 0.5 < np.std(values) * np.sqrt(_fan_in(values)) < 2
     assert Folder(hollow.path).weights == drawn
+
+
+def test_what_travels_of_a_hollow_unet_is_what_was_drawn(tmp_path: Path) -> None:
+    unet = hollow_unet(shapes()["glide-base"].narrow().config)
+    parameters = dict(unet.named_parameters())
+    small = {name for name, parameter in parameters.items() if parameter.numel() <= LARGE}
+    assert small < parameters.keys(), "a tensor that is large before its precision is lowered, and maybe not after"
+    halved = {name: parameter.detach().numpy().astype(np.float16) for name, parameter in parameters.items()}
+    save_file(halved, tmp_path / WEIGHTS)
+    carried = load(contents_of(tmp_path / WEIGHTS, LARGE))
+    assert set(carried) == small
+    assert max(np.abs(values).max() for values in carried.values()) < 10
 
 
 def _fan_in(values: np.ndarray[Any, Any]) -> int:
