@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from numpy.typing import NDArray
+from rounds import spread, switch_cost
 
 import unetc
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -64,8 +64,6 @@ OTHERS_PER_FULL = 4
 """How many other engines have a turn before the full one has the next; its time enters every difference of a round."""
 SWITCHES_PER_ROUND = 40
 """A switch costs less than the noise of a call, so many are timed."""
-RESAMPLES = 2000
-"""Draws of the bootstrap."""
 
 RESIDENT = """
 import sys
@@ -164,11 +162,6 @@ def assignments_of(gated: GatedGraph, seed: int) -> dict[str, dict[str, Treatmen
             name: Treatment(kind) for name, kind, gone in zip(names, kinds, removed, strict=True) if gone
         }
     return chosen
-
-
-def spread(values: NDArray[np.float64]) -> list[float]:
-    """Summarise rounds by median, 10th and 90th percentile."""
-    return [float(value) for value in np.percentile(values, [50, 10, 90])]
 
 
 def additivity_and_emission(
@@ -288,18 +281,11 @@ def switching(engines: Engines, rounds: int, on_progress: OnProgress) -> list[di
     calls = [partial(engines.call, pair[engine]) for engine in (0, 0, 1, 1)]  # the first of each two has switched
     times = interleaved_ms(calls, rounds=rounds)
     on_progress(Progress(stage="switching", done=1, total=1))
-
-    def cost(times: NDArray[np.float64]) -> float:
-        switched, full, other_switched, other = np.median(times, axis=0)
-        return float((switched - full + other_switched - other) / 2 / full)
-
-    generator = np.random.default_rng(0)
-    drawn = [cost(times[generator.integers(rounds, size=rounds)]) for _ in range(RESAMPLES)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    cost, low, high = switch_cost(times)
     return [
-        {"figure": "switching: more per step, in full steps", "value": cost(times), "goal": {"at_most": 0.005}},
-        {"figure": "switching, lower end of the 95 % interval", "value": float(low)},
-        {"figure": "switching, upper end of the 95 % interval", "value": float(high)},
+        {"figure": "switching: more per step, in full steps", "value": cost, "goal": {"at_most": 0.005}},
+        {"figure": "switching, lower end of the 95 % interval", "value": low},
+        {"figure": "switching, upper end of the 95 % interval", "value": high},
     ]
 
 

@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check  # exits 1 if it is not up to date
 
 A result has a command and an environment, and one or more of: `figures` with their goals, `tables`, `results` (a list
-of cases), `verification` (or `budgets`, which have one each), `front`.
+of cases), `verification` (or `budgets`, which have one each), `front`. It may say what is `absent` or has `failed`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ One question each, one file each. This page is written from `results/`: `python 
 
 def section(name: str, result: dict[str, Any]) -> str:
     """Write what one benchmark asks and what it measured."""
-    script = HERE / f"bench_{name}.py"
+    script = next(path for path in (HERE / f"bench_{name}.py", HERE / f"{name}.py") if path.exists())
     documentation = ast.get_docstring(ast.parse(script.read_text()))
     assert documentation, f"{script} has no docstring"
     parts = [f"## {documentation.splitlines()[0]}"]
@@ -41,6 +41,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     assert tables, f"{name}.json has nothing that this script knows how to show"
     for title, columns, rows in tables:
         parts += [f"{title}:", table(columns, rows)] if title else [table(columns, rows)]
+    if missing := result.get("absent", {}) | result.get("failed", {}):
+        parts.append("Not measured: " + " · ".join(f"{what}: {why}" for what, why in missing.items()))
     environment = result.get("environment") or verifications(result)[0]["environment"]
     parts.append("Measured on: " + " · ".join(f"{key} {value}" for key, value in environment.items()))
     return "\n\n".join(parts) + "\n"
@@ -92,8 +94,10 @@ def goal_of(figure: dict[str, Any]) -> list[str]:
     """Write a goal and whether it is met."""
     if "goal" not in figure:
         return ["", ""]
-    limit = figure["goal"]["at_most"]
-    return [f"≤ {cell(limit)}", "met" if figure["value"] <= limit else "**missed**"]
+    least, most = figure["goal"].get("at_least"), figure["goal"].get("at_most")
+    limits = [*([] if least is None else [f"≥ {cell(least)}"]), *([] if most is None else [f"≤ {cell(most)}"])]
+    met = (least is None or figure["value"] >= least) and (most is None or figure["value"] <= most)
+    return [", ".join(limits), "met" if met else "**missed**"]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

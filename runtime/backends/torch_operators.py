@@ -35,6 +35,7 @@ _TYPES: Mapping[int, torch.dtype] = {
     TensorProto.BOOL: torch.bool,
 }
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MEANS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _text(attributes: Attributes, name: str, default: str) -> str:
@@ -360,6 +361,22 @@ def _conv(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     )
 
 
+def _average_pool(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
+    _require(attributes, auto_pad="NOTSET", ceil_mode=0)
+    axes = len(attributes["kernel_shape"])
+    pads = list(attributes.get("pads", [0] * 2 * axes))
+    if pads[:axes] != pads[axes:] or any(extent != 1 for extent in attributes.get("dilations", ())):
+        raise Unsupported("uneven pads or dilations")
+    return build.emit(
+        _MEANS[axes],
+        build.tensor(inputs[0]),
+        tuple(attributes["kernel_shape"]),
+        stride=tuple(attributes.get("strides", [1] * axes)),
+        padding=tuple(pads[:axes]),
+        count_include_pad=bool(attributes.get("count_include_pad", 0)),
+    )
+
+
 def _group_normalization(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     tensor, scale, bias = (build.tensor(value) for value in inputs)
     return build.emit(F.group_norm, tensor, attributes["num_groups"], scale, bias, attributes.get("epsilon", 1e-5))
@@ -437,6 +454,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Add": _arithmetic(operator.add),
     "And": _tensors(torch.logical_and),
     "Attention": _attention,
+    "AveragePool": _average_pool,
     "Cast": _cast,
     "Clip": _clip,
     "Concat": _concat,

@@ -38,6 +38,11 @@ BODIES: Mapping[str, str] = {
         t = Transpose <perm = [0, 1, 3, 2]> (x) m = MatMul (x, t) y = Attention (x, x, x, m)
         """,
     "Attention, causal": "y = Attention <is_causal = 1> (x, x, x)",
+    "AveragePool": "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (x)",
+    "AveragePool over padding": """
+        y = AveragePool <kernel_shape = [3, 2], pads = [1, 0, 1, 0], count_include_pad = 1> (x)
+        """,
+    "AveragePool beside padding": "y = AveragePool <kernel_shape = [3, 2], pads = [1, 0, 1, 0]> (x)",
     "Cast": "i = Cast <to = 7> (x) y = Cast <to = 1> (i)",
     "Cast of a size": """
         s = Shape <start = 3, end = 4> (x) one = Squeeze (s) f = Cast <to = 1> (one) y = Div (x, f)
@@ -221,6 +226,8 @@ def test_an_operator_computes_what_onnxruntime_computes(name: str) -> None:
     [
         ("y = Selu (x)", "operator Selu"),
         ("y = LpPool <kernel_shape = [2, 2]> (x)", "operator LpPool"),
+        ("y = AveragePool <kernel_shape = [3, 3], ceil_mode = 1> (x)", "AveragePool with ceil_mode"),
+        ("y = AveragePool <kernel_shape = [2, 2], pads = [0, 0, 1, 1]> (x)", "AveragePool with uneven pads"),
         ('y = Conv <auto_pad = "SAME_UPPER", kernel_shape = [3, 3]> (x, kernel)', "Conv with auto_pad"),
         (
             's = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> () y = Resize <mode = "linear"> (x, , s)',

@@ -1,0 +1,297 @@
+"""What do phase engines save on an NVIDIA GPU, and what does the runtime cost there?
+
+    python benchmarks/gpu_prepare.py FOLDER      # beforehand, on a machine with everything; needs no GPU
+    python -m pip install --no-index --no-deps --find-links FOLDER/wheels unetc msgspec safetensors
+    python benchmarks/gpu.py FOLDER              # on a machine with torch, numpy, onnx and a GPU; under 9 minutes
+
+Measures UNets of the shapes of Stable Diffusion 1.5, XL and GLIDE's base model (random weights) and the trained
+reference models, and writes `results/gpu.json`:
+
+- engine calls in turns, by CUDA events: the full model and engines that emit, hold, forecast and drop
+- a switch of engines, in steps of the full model
+- whole trajectories in turns: plans that are fitted to a budget by the times measured just before, and DeepCache's,
+  with predicted and measured time; wall time of sampling / time inside of the engine calls; what it costs to ask in
+  every step whether all is finite; of trained models, the damage
+- what engines take of the GPU's memory, one more after the other
+- CUDA graphs against torch eager, and what torch.compile makes of the full model and of an engine that holds
+
+Every part is saved when it is finished, and skipped when the command is started again with the same settings on the
+same machine. What cannot be measured is named in the result with the reason. What takes longest, torch.compile, comes
+last; when the time is up the command stops, and the next start goes on.
+
+`--target torch:cpu` tries the script on the CPU; what it then measures says nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from gpu_clock import Effort
+from gpu_engines import Loaded
+from gpu_folder import Folder, commit, open_folders
+from gpu_parts import compiled, engines, graphs, memory
+from gpu_result import Absent, Measured, joined
+from gpu_sampling import sampling
+
+from unetc.artifacts.record import write_atomically
+from unetc.environment import describe
+from unetc.errors import ArtifactError, MissingDependency, UnetcError
+from unetc.runtime.backend import open_backend
+
+HERE = Path(__file__).parent
+RESULT = "gpu.json"
+TARGET = "torch:cuda"
+OTHERS = ("onnxruntime:cuda", "onnxruntime:tensorrt", "tensorrt", "tensorrt-rtx")
+"""Further targets, measured where unetc has them and their libraries are there."""
+
+Part = Callable[[Loaded], Measured]
+
+
+class TimeIsUp(BaseException):
+    """Not an `Exception`: libraries that try several ways would take it for one that failed."""
+
+
+class Result:
+    """The result file: what is finished stays in it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
+        """Read what an earlier start has finished, if it had the same settings and environment.
+
+        Raises:
+            ArtifactError: If there is a file that is no result.
+        """
+        self.path = path
+        self._head = {
+            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+            "environment": environment,
+            "settings": settings,
+        }
+        self.parts: dict[str, Any] = {}
+        self.absent: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.late: frozenset[str] = frozenset()
+        """Parts that failed or were cut short before; they come last, so that none keeps the others from their turn."""
+        if path.exists():
+            try:
+                before = json.loads(path.read_text())
+                parts, failed, *same = (before[key] for key in ("parts", "failed", "settings", "environment"))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise ArtifactError(f"{path} is no result of gpu.py. Move it, or choose other --results.") from error
+            if same == [settings, environment]:
+                self.parts, self.failed, self.late = parts, failed, frozenset(failed)
+
+    def save(self) -> None:
+        """Write everything so far."""
+        record = {
+            **self._head,
+            **joined(self.parts.values()),
+            "absent": self.absent,
+            "failed": self.failed,
+            "parts": self.parts,
+        }
+        write_atomically(self.path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def turns_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Part]]]:
+    """List what is measured, in order: target, model, and its parts by name."""
+    effort = Effort(seconds=options.seconds, least=options.rounds)
+    patient = Effort(seconds=3 * options.seconds, least=options.rounds)
+    calls: dict[str, Part] = {
+        "engines": partial(engines, batches=options.batches, effort=effort),
+        "sampling": partial(sampling, effort=patient),
+    }
+    eager: Part = partial(graphs, batches=options.batches, effort=effort)
+    first: dict[str, Part] = {"memory": memory, **calls, "graphs": eager}
+    last: dict[str, Part] = {"compiled": partial(compiled, effort=effort)}
+    passes = [(options.target, first), *((target, calls) for target in options.others), (options.target, last)]
+    for target, parts in passes:
+        for model in options.models:
+            yield target, model, {name: part for name, part in parts.items() if name in options.parts}
+
+
+def measure_all(options: argparse.Namespace, result: Result) -> None:
+    """Measure what is not finished yet."""
+    for late in (False, True):
+        for target, model, parts in turns_of(options):
+            keys = {f"{model}, {target}: {name}": part for name, part in parts.items()}
+            pending = {
+                key: part for key, part in keys.items() if key not in result.parts and (key in result.late) is late
+            }
+            if pending and target not in result.absent:
+                measure_model(options.folder / model, target, pending, result)
+
+
+def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: Result) -> None:
+    """Measure parts on one model, which is loaded for all of them."""
+    try:
+        loaded = Loaded(Folder(path), target)
+    except UnetcError as error:
+        result.absent[target] = str(error)
+        result.save()
+        print(f"{target}: absent, {error}", flush=True)
+        return
+    for key, part in pending.items():
+        measure(key, part, loaded, result)
+    del loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
+    """Measure a part and save it, or the reason why it cannot be measured.
+
+    Raises:
+        TimeIsUp: If the time is up.
+    """
+    start = time.perf_counter()
+    print(f"{key} ...", flush=True)
+    result.failed.pop(key, None)
+    try:
+        measured = part(loaded)
+    except (Absent, MissingDependency) as error:
+        result.absent[key] = str(error)
+        print(f"{key}: absent, {error}", flush=True)
+    except (UnetcError, RuntimeError) as error:  # torch: out of memory, and whatever a driver says
+        result.failed[key] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        print(f"{key}: failed, {result.failed[key]}", flush=True)
+    except TimeIsUp:
+        result.failed[key] = f"cut short after {time.perf_counter() - start:.0f} s"
+        result.save()
+        raise
+    else:
+        seconds = time.perf_counter() - start
+        result.parts[key] = {"seconds": seconds, "figures": measured.figures, "tables": measured.tables}
+        print(f"{key}: {seconds:.0f} s", flush=True)
+    result.save()
+
+
+def gpu_facts() -> dict[str, str]:
+    """Describe the GPU that torch uses, and its driver; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    facts = {
+        "gpu": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "gpu memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+    with suppress(PackageNotFoundError):
+        facts["triton"] = version("triton")
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        facts["driver"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return facts
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Say everything that decides what is measured."""
+    models = {name: Folder(options.folder / name).model for name in options.models}
+    prepared = hashlib.sha256("".join(model.sha256() for model in models.values()).encode()).hexdigest()
+    return {
+        "models": ", ".join(f"{name} ({model.precision})" for name, model in models.items()),
+        "targets": ", ".join([options.target, *options.others]),
+        "batches": ", ".join(map(str, options.batches)),
+        "seconds": options.seconds,
+        "rounds": options.rounds,
+        "convolutions in TF32": torch.backends.cudnn.allow_tf32,
+        "matrices in TF32": torch.backends.cuda.matmul.allow_tf32,
+        "prepared": prepared[:12],
+        "commit": next(iter(models.values())).commit if commit() == "unknown" else commit(),
+    }
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeIsUp` in what runs, when so many seconds have passed."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+PARTS = ("memory", "engines", "sampling", "graphs", "compiled")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what gpu_prepare.py has written")
+    parser.add_argument("--results", type=Path, help=f"folder of {RESULT} [default: that of all results]")
+    parser.add_argument("--target", default=TARGET)
+    parser.add_argument("--others", nargs="*", default=list(OTHERS), help="further targets")
+    parser.add_argument("--models", nargs="*", default=[], help="[default: all that are prepared]")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 8])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison; three times that for sampling")
+    parser.add_argument("--rounds", type=int, default=5, help="fewest rounds of a comparison, however long they take")
+    parser.add_argument("--minutes", type=float, default=8.8, help="when to stop")
+    parser.add_argument("--smoke", action="store_true", help="two rounds of everything: tries the script")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.batches, options.seconds, options.rounds = [1, 2], 0.0, 2
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find out what is to be measured, and where the result goes.
+
+    Raises:
+        UnetcError: If the target cannot be used, a model is not prepared, or figures of a CPU would pass for a GPU's.
+    """
+    if options.results is None and options.target.endswith(":cpu"):
+        raise UnetcError(f"{options.target} is no GPU: say with --results FOLDER where its figures are to go.")
+    open_backend(options.target, threads=0)
+    prepared = [folder.name for folder in open_folders(options.folder)]
+    if unknown := [name for name in options.models if name not in prepared]:
+        raise UnetcError(f"{options.folder} has no {unknown[0]}. It has: {', '.join(prepared)}.")
+    options.models = options.models or prepared
+    options.results = options.results or HERE / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 0, or 1 if a part failed or nothing can be measured, or 3 if time was too short."""
+    options = parse(arguments)
+    try:
+        check(options)
+        result = Result(options.results / RESULT, settings_of(options), describe() | gpu_facts())
+    except UnetcError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 1
+    try:
+        with time_limit(60 * options.minutes):
+            measure_all(options, result)
+    except TimeIsUp:
+        print(f"{options.minutes:g} minutes are over. The same command goes on with what is left.")
+        return 3
+    return 1 if result.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

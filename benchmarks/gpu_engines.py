@@ -1,0 +1,133 @@
+"""The engines of a prepared model on one target, loaded when they are first called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+
+import numpy as np
+from gpu_clock import Clock, Timed, clock_of
+from gpu_folder import PLANNED, REFRESH, Folder
+
+import unetc
+from unetc.artifacts.plan import Plan, Prediction
+from unetc.backend import Loader, Program
+from unetc.compiler.schedule import phases_of
+from unetc.device import Device, Tensor
+from unetc.errors import PlanError
+from unetc.held import Held
+from unetc.runtime.backend import open_backend
+from unetc.runtime.session import Session
+
+TIMESTEPS = (550.0, 525.0, 500.0)
+"""Those at which held tensors were computed, and that of the timed calls."""
+
+
+class Loaded:
+    """A model on a target."""
+
+    def __init__(self, folder: Folder, target: str, threads: int = 0) -> None:
+        """Open the target.
+
+        Args:
+            folder: The model.
+            target: Name of a backend.
+            threads: Number of CPU threads; 0 lets the backend choose.
+
+        Raises:
+            UnetcError: If it is unknown, or its library or its device is not there.
+        """
+        self.folder = folder
+        self.target = target
+        self._backend = open_backend(target, threads=threads)
+        self.device: Device = self._backend.device
+        self.clock: Clock = clock_of(target, self.device)
+        self._programs: dict[str, Program] = {}
+
+    @property
+    def title(self) -> str:
+        """What it is called in tables."""
+        return f"{self.folder.name} ({self.folder.model.precision})"
+
+    @cached_property
+    def _loader(self) -> Loader:
+        return self._backend.open_weights(self.folder.weights)
+
+    def program(self, engine: str) -> Program:
+        """Load an engine, once."""
+        if engine not in self._programs:
+            self._programs[engine] = self._loader.load(self.folder.graph(engine))
+        return self._programs[engine]
+
+    def batch(self, size: int) -> Batch:
+        """Make inputs for a number of samples."""
+        return Batch(self, size)
+
+    def plan(self, schedule: Sequence[int]) -> Plan:
+        """Write a schedule over the `PLANNED` engines as a plan.
+
+        Raises:
+            PlanError: If no plan has this schedule.
+        """
+        levels = self.folder.table.log_snr.tolist()
+        plan = Plan(
+            unetc=unetc.__version__,
+            model=self.folder.model.reference,
+            profile_sha256="0" * 64,
+            budget=0.0,
+            max_engines=len(PLANNED),
+            engines=tuple(self.folder.assignment(engine) for engine in PLANNED),
+            phases=phases_of(schedule, levels, levels[0], levels[-1] + 1),
+            prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=float(len(PLANNED))),
+        )
+        if plan.schedule(levels) != tuple(schedule):
+            raise PlanError(f"no plan has the schedule {tuple(schedule)}. Please report it.")
+        return plan
+
+    def session(self, plan: Plan, device: Device, programs: Sequence[Timed], full: Timed) -> Session:
+        """Put a session together; what the device is asked goes to the one given."""
+        model = self.folder.model
+        return Session(
+            plan=plan,
+            full=full,
+            programs=programs,
+            solver=self.folder.solver(),
+            sample_shape=model.sample_shape,
+            steps=model.steps,
+            predicted_channels=model.predicted_channels,
+            conditions=self.folder.conditions(),
+            device=device,
+        )
+
+
+class Batch:
+    """Inputs of one size for all engines of a model; what is held is computed when it is first needed."""
+
+    def __init__(self, loaded: Loaded, size: int) -> None:
+        """Draw inputs.
+
+        Args:
+            loaded: The engines.
+            size: Number of samples; with guidance a call has twice as many rows.
+        """
+        self._loaded = loaded
+        device, model = loaded.device, loaded.folder.model
+        drawn = np.random.default_rng(0).standard_normal((size, *model.sample_shape), np.float32)
+        self._sample = device.put(drawn)
+        self._conditions = loaded.folder.conditions().take(range(size)).on(device)
+        self._inputs = self._conditions.widen(self._sample, TIMESTEPS[-1])
+        self.rows = len(self._inputs["sample"])
+        self.output = device.empty((self.rows, model.predicted_channels, *model.sample_shape[1:]))
+        """What the last call predicted."""
+
+    def call(self, engine: str, program: Program | None = None) -> Callable[[], object]:
+        """Give a call of an engine, or of another program with its inputs."""
+        inputs = self._with_held if self._loaded.folder.assignment(engine).reused else self._inputs
+        return partial(program or self._loaded.program(engine), inputs, self.output)
+
+    @cached_property
+    def _with_held(self) -> Mapping[str, Tensor]:
+        held, refresh = Held(device=self._loaded.device), self._loaded.program(REFRESH)
+        for timestep in TIMESTEPS[:-1]:
+            held.remember(refresh(self._conditions.widen(self._sample, timestep), self.output), timestep)
+        return self._inputs | held.inputs(TIMESTEPS[-1])

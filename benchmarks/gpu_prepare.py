@@ -1,0 +1,340 @@
+"""Prepare what `gpu.py` measures, for a machine that has torch and onnx but none of what captures and specialises.
+
+    python benchmarks/gpu_prepare.py FOLDER              # about 15 minutes on two cores, 15 GB on disk for a while
+
+Large weights of random models are never drawn here, and none of them travels, so the folder takes about 55 MB. A model
+that is prepared already is left alone unless `--again` is given. `FOLDER/wheels` gets unetc itself and the libraries
+that its runtime needs and the machine with the GPU may lack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import numpy as np
+import onnx
+import safetensors.numpy
+import torch
+from gpu_folder import (
+    CONDITIONS,
+    CONTENTS,
+    DROP,
+    FORECAST,
+    FULL,
+    HEADER,
+    INNER,
+    OUTER,
+    RECORD,
+    REFRESH,
+    SOLVER,
+    Engine,
+    PreparedModel,
+    commit,
+    header_of,
+)
+from torch import nn
+
+import unetc
+from unetc.artifacts.manifest import SOLVER_ROWS, FileRecord
+from unetc.artifacts.plan import Assignment
+from unetc.artifacts.profile import Component, ModelReference, Treatment
+from unetc.backend import WEIGHTS
+from unetc.compiler.emissions import with_emissions
+from unetc.compiler.lowering import lower_graphs
+from unetc.compiler.precision import Precision
+from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.graph.capture import capture
+from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP, denoiser_of
+from unetc.graph.gated import GatedGraph, open_or_build
+from unetc.graph.specialise import specialise
+from unetc.models import find_model
+from unetc.models.glide import VARIANTS
+from unetc.solver.extract import extract_all, make_scheduler
+from unetc.solver.table import SolverTables
+
+diffusers: Any = untyped_diffusers
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "tests/configs"
+STEPS = 50
+PROMPTS = 8
+LARGE = 2**14
+"""Numbers; a random tensor of more is neither drawn here nor carried, whatever precision it has later."""
+CARRIED = ("msgspec", "safetensors")
+"""What unetc.runtime needs beside numpy, torch and onnx."""
+SCHEDULE: Mapping[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
+"""That of Stable Diffusion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A captured model and what is to be known of it."""
+
+    gated: GatedGraph
+    reference: ModelReference
+    precision: Precision
+    trained: bool
+    carried: float
+    """Tensors of the weights file with at most so many numbers travel; larger ones are drawn where they are needed."""
+    sample_shape: tuple[int, int, int]
+    rows: Mapping[str, tuple[int, ...]]
+    conditions: Conditions
+    solver: SolverTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A UNet whose configuration is known and whose weights do not matter."""
+
+    config: Mapping[str, Any]
+    tokens: int
+    """Of its text."""
+    schedule: Mapping[str, Any]
+
+    def narrow(self) -> Shape:
+        """Keep blocks and layers, at most one transformer deep and one layer a block, with few channels."""
+        layers = self.config.get("transformer_layers_per_block", 1)
+        changes: dict[str, Any] = {
+            "sample_size": 16,
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            "cross_attention_dim": 12,
+            "block_out_channels": [8 * (i + 1) for i in range(len(self.config["block_out_channels"]))],
+            "attention_head_dim": 4,
+            "transformer_layers_per_block": [1] * len(layers) if isinstance(layers, list) else 1,
+        }
+        if "addition_embed_type" in self.config:
+            changes |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 20}
+        return Shape(config={**self.config, **changes}, tokens=5, schedule=self.schedule)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Read the configuration of a public model."""
+    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    return {key: value for key, value in config.items() if key != "_class_name"}
+
+
+def shapes() -> dict[str, Shape]:
+    """List the models with random weights."""
+    glide = VARIANTS["glide:base"]
+    return {
+        "sd15": Shape(config=config_of("sd15"), tokens=77, schedule=SCHEDULE),
+        "glide-base": Shape(config=glide.unet, tokens=128, schedule=glide.scheduler_config),
+        "sdxl": Shape(config=config_of("sdxl"), tokens=77, schedule=SCHEDULE),
+    }
+
+
+TRAINED = ("digits", "prompted-digits")
+
+
+def hollow_unet(config: Mapping[str, Any]) -> nn.Module:
+    """Make a UNet whose large weights are memory that was never written, which costs none.
+
+    A graph does not depend on weights; small ones are drawn, as equal ones would be made one by the exporter.
+    """
+    with torch.device("meta"):
+        unet: nn.Module = diffusers.UNet2DConditionModel(**config)
+    assert not list(unet.buffers()), "a buffer would be left without its contents"
+    unet.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if parameter.numel() <= LARGE:
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 5.0
+            parameter.data = noise / scale + (1 if "norm" in name and name.endswith("weight") else 0)
+    return unet.eval()
+
+
+def random_source(name: str, shape: Shape, precision: Precision, steps: int, work: Path) -> Source:
+    """Capture a model with random weights."""
+    unet = hollow_unet(shape.config)
+    given = [item for item in denoiser_of(unet).inputs if item.name not in (SAMPLE, TIMESTEP)]
+    rows = {item.name: tuple(item.example.shape[1:]) for item in given}
+    rows[CONTEXT] = shape.tokens, *rows[CONTEXT][1:]
+    size = shape.config["sample_size"]
+    return Source(
+        gated=GatedGraph.build(capture(unet), work / "graph"),
+        reference=ModelReference(
+            name=name,
+            sha256=hashlib.sha256(json.dumps(dict(shape.config), sort_keys=True).encode()).hexdigest(),
+            pipeline="none",
+            denoiser=type(unet).__name__,
+        ),
+        precision=precision,
+        trained=False,
+        carried=LARGE,
+        sample_shape=(shape.config["in_channels"], size, size),
+        rows=rows,
+        conditions=UNCONDITIONAL,
+        solver=extract_all(make_scheduler("ddim", shape.schedule), "ddim", [steps]),
+    )
+
+
+def trained_source(name: str, steps: int, work: Path) -> Source:
+    """Capture a model that ships with unetc."""
+    model = find_model(name)
+    prompts = model.prompts()[:PROMPTS]
+    return Source(
+        gated=open_or_build(work / "graph", lambda: capture(model.load_denoiser())),
+        reference=model.reference,
+        precision=Precision.FP32,
+        trained=True,
+        carried=math.inf,
+        sample_shape=model.sample_shape,
+        rows={},
+        conditions=model.encode(prompts, model.guidance_scale),
+        solver=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
+    )
+
+
+def assignments(components: tuple[Component, ...]) -> dict[str, Assignment]:
+    """Say what the engines do, and what each emits for the others."""
+    levels, skips = ([c.name for c in components if c.kind == kind] for kind in ("level", "skip"))
+    treatments: dict[str, dict[str, Treatment]] = {
+        REFRESH: {},
+        OUTER: {levels[-1]: Treatment.HOLD},
+        FORECAST: {levels[-1]: Treatment.FORECAST},
+        INNER: {levels[-2]: Treatment.HOLD},
+    }
+    planned = with_emissions(list(treatments.values()), components)
+    return {
+        FULL: Assignment(treatments={}),
+        **dict(zip(treatments, planned, strict=True)),
+        DROP: Assignment(treatments=dict.fromkeys((skips[0], skips[-1]), Treatment.DROP)),
+    }
+
+
+def write(source: Source, folder: Path) -> PreparedModel:
+    """Write the folder of a model; its record comes last."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    chosen = assignments(source.gated.components)
+    graphs = {name: f"{name.replace(' ', '-')}.onnx" for name in chosen}
+    weights = write_graphs(source, chosen, graphs, folder)
+    (folder / HEADER).write_bytes(header_of(weights))
+    (folder / CONTENTS).write_bytes(contents_of(weights, source.carried))
+    header, rows = source.solver.to_array()
+    (folder / SOLVER).write_bytes(safetensors.numpy.save({SOLVER_ROWS: rows}))
+    if source.conditions.own:
+        arrays = {name: np.ascontiguousarray(array) for name, array in source.conditions.to_arrays().items()}
+        (folder / CONDITIONS).write_bytes(safetensors.numpy.save(arrays))
+    model = PreparedModel(
+        unetc=unetc.__version__,
+        commit=commit(),
+        reference=source.reference,
+        precision=source.precision,
+        trained=source.trained,
+        sample_shape=source.sample_shape,
+        predicted_channels=source.gated.predicted_channels,
+        rows=dict(source.rows),
+        guidance_scale=source.conditions.scale,
+        steps=source.solver.counts[0],
+        solver=header,
+        engines=tuple(
+            Engine(name=name, graph=graphs[name], reads=external(folder / graphs[name]), assignment=assignment)
+            for name, assignment in chosen.items()
+        ),
+        files=tuple(record_of(path) for path in sorted(folder.iterdir())),
+    )
+    model.save(folder / RECORD)
+    return model
+
+
+def write_graphs(source: Source, chosen: Mapping[str, Assignment], graphs: Mapping[str, str], folder: Path) -> Path:
+    """Write the graph of every engine; return the weights file that they were written for."""
+    gated = source.gated
+    means = np.zeros(gated.channels, np.float32)
+    for name, assignment in chosen.items():
+        serialised = specialise(gated, assignment.treatments, means, assignment.emits)
+        (gated.folder / graphs[name]).write_bytes(serialised.graph)
+    place = gated.folder
+    if source.precision is not Precision.FP32:
+        place = gated.folder / source.precision
+        lower_graphs(gated.folder, tuple(graphs.values()), source.precision, place)
+    for file in graphs.values():
+        shutil.copyfile(place / file, folder / file)
+    return place / WEIGHTS
+
+
+def contents_of(weights: Path, limit: float) -> bytes:
+    """Read the tensors of a weights file that have no more than so many numbers."""
+    with safetensors.safe_open(weights, framework="numpy") as file:
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return safetensors.numpy.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
+
+
+def external(graph: Path) -> tuple[str, ...]:
+    """List what a graph reads of the weights file."""
+    initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    return tuple(sorted(own.name for own in initializers if own.data_location == onnx.TensorProto.EXTERNAL))
+
+
+def record_of(path: Path) -> FileRecord:
+    """Hash a file."""
+    data = path.read_bytes()
+    return FileRecord(path=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def fetch_wheels(folder: Path, python: str) -> None:
+    """Fetch wheels of the libraries that unetc's runtime needs, and build one of unetc from a copy of these sources."""
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    where = ["--only-binary", ":all:", "--platform", "manylinux2014_x86_64", "--python-version", python]
+    subprocess.run([*pip, "download", "--no-deps", *where, "--dest", str(folder), *CARRIED], check=True)
+    with tempfile.TemporaryDirectory() as work:
+        left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+        sources = shutil.copytree(HERE.parent, Path(work) / "unetc", symlinks=True, ignore=left_out)
+        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(sources)], check=True)
+
+
+def main() -> None:
+    """Prepare models and wheels."""
+    random = shapes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", nargs="*", choices=(*TRAINED, *random), default=[*TRAINED, *random])
+    parser.add_argument("--precision", type=Precision, choices=(Precision.FP16, Precision.FP32), default=Precision.FP16)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--work", type=Path, help="folder for captures [default: the system's for temporary files]")
+    parser.add_argument("--again", action="store_true", help="prepare also what is there already")
+    parser.add_argument("--python", default="3.12", help="version of Python there, for wheels; empty: no wheels")
+    parser.add_argument("--smoke", action="store_true", help="narrow models, which try the script")
+    options = parser.parse_args()
+    for name in options.models:
+        folder = options.folder / name
+        if (folder / RECORD).exists() and not options.again:
+            print(f"{name}: is there", flush=True)
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=options.work) as work:
+            if name in random:
+                shape = random[name].narrow() if options.smoke else random[name]
+                source = random_source(name, shape, options.precision, options.steps, Path(work))
+            else:
+                source = trained_source(name, options.steps, Path(work))
+            model = write(source, folder)
+        size = sum(file.bytes for file in model.files) / 1e6
+        print(f"{name}: {size:.1f} MB in {time.perf_counter() - start:.0f} s", flush=True)
+    if options.python:
+        fetch_wheels(options.folder / "wheels", options.python)
+
+
+if __name__ == "__main__":
+    main()

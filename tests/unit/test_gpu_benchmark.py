@@ -1,0 +1,291 @@
+"""The benchmark for GPUs, tried on the CPU: what is carried to the other machine, what is measured, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu
+import numpy as np
+import pytest
+import tables
+import torch
+from gpu_engines import Loaded
+from gpu_folder import CONTENTS, DROP, FULL, HEADER, Folder
+from gpu_prepare import LARGE, SCHEDULE, Source, contents_of, hollow_unet, shapes, write
+from gpu_sampling import MOST_OVER, Times, Ways, evenly, fit, periodic
+from safetensors.numpy import load, save_file
+
+from tests.models import CONTEXT_WIDTH, Tiny, relative_error, tiny_of
+from unetc.artifacts.profile import ModelReference
+from unetc.backend import WEIGHTS, Array
+from unetc.compiler.precision import Precision
+from unetc.conditions import UNCONDITIONAL
+from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.graph.denoisers import CONTEXT
+from unetc.graph.gated import GatedGraph
+from unetc.graph.specialise import specialise
+from unetc.solver.extract import extract_all, make_scheduler
+
+BENCHMARKS = Path(gpu.__file__).parent
+STEPS = 8
+HALF = 2e-2
+"""Relative. float16 has 10 bits, and rounding passes through forty layers; tests/unit/test_lowering.py finds 3e-3."""
+
+SAMPLING_LACKS = ("diffusers", "onnx_ir", "onnxruntime", "onnxscript", "peft", "PIL", "rich", "scipy", "sklearn")
+SAMPLING_LACKS += ("torchmetrics", "transformers", "typer")
+"""What a machine with torch, numpy, onnx, msgspec and safetensors does not have."""
+
+
+@pytest.fixture(scope="module")
+def tiny(shared: Path) -> Tiny:
+    return tiny_of("cross-attention", shared)
+
+
+def prepare(tiny: Tiny, folder: Path, *, precision: Precision, carried: float) -> Folder:
+    """Prepare a tiny model as `gpu_prepare.py` does the large ones."""
+    captured = folder / "captured"
+    shutil.copytree(tiny.gated.folder, captured)
+    source = Source(
+        gated=GatedGraph.load(captured),
+        reference=ModelReference(name="tiny", sha256="0" * 64, pipeline="-", denoiser="-"),
+        precision=precision,
+        trained=True,
+        carried=carried,
+        sample_shape=(4, 16, 16),
+        rows={CONTEXT: (5, CONTEXT_WIDTH)},
+        conditions=UNCONDITIONAL,
+        solver=extract_all(make_scheduler("ddim", SCHEDULE), "ddim", [STEPS]),
+    )
+    write(source, folder / "prepared/tiny")
+    return Folder(folder / "prepared/tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A model whose weights travel, in float16."""
+    return prepare(tiny, tmp_path_factory.mktemp("whole"), precision=Precision.FP16, carried=float("inf"))
+
+
+@pytest.fixture(scope="module")
+def hollow(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A model most of whose weights are drawn where it is measured."""
+    return prepare(tiny, tmp_path_factory.mktemp("hollow"), precision=Precision.FP32, carried=64)
+
+
+def test_prepared_engines_compute_what_the_model_does(tiny: Tiny, whole: Folder) -> None:
+    loaded = Loaded(whole, "torch:cpu", 1)
+    batch = loaded.batch(2)
+    means = np.zeros(tiny.gated.channels, np.float32)
+    sample = np.random.default_rng(0).standard_normal((2, 4, 16, 16), np.float32)
+    inputs = whole.conditions().take(range(2)).widen(sample, 500.0)
+    for engine in (FULL, DROP):
+        batch.call(engine)()
+        original = tiny.load(specialise(tiny.gated, whole.assignment(engine).treatments, means))
+        assert relative_error(loaded.device.to_array(batch.output), tiny.run(original, inputs)) < HALF
+
+
+def test_a_plan_samples_the_same_from_a_prepared_folder_on_two_targets(whole: Folder) -> None:
+    def sample(target: str) -> Array:
+        loaded = Loaded(whole, target, 1)
+        way = Ways(loaded).plan(evenly(3, 2, STEPS))
+        total, inside = way.run(0)
+        assert 0 < inside < total
+        return way.sample(0)
+
+    assert relative_error(sample("torch:cpu"), sample("onnxruntime:cpu")) < STEPS * HALF
+
+
+def test_weights_that_did_not_travel_are_drawn_in_the_layout_of_those_that_were_exported(
+    tiny: Tiny, hollow: Folder
+) -> None:
+    original, drawn = (tiny.gated.folder / WEIGHTS).read_bytes(), hollow.weights
+    header = hollow.read(HEADER)
+    assert len(drawn) == len(original)
+    assert drawn.startswith(header)
+    assert original.startswith(header)
+    carried, exported, made = load(hollow.read(CONTENTS)), load(original), load(drawn)
+    assert 0 < len(carried) < len(exported)
+    assert (
+        max(values.size for values in carried.values())
+        <= 64
+        < min(exported[name].size for name in exported.keys() - carried)
+    )
+    for name, values in made.items():
+        assert np.array_equal(values, exported[name]) == (name in carried)
+        assert name in carried or 0.5 < np.std(values) * np.sqrt(_fan_in(values)) < 2
+    assert Folder(hollow.path).weights == drawn
+
+
+def test_what_travels_of_a_hollow_unet_is_what_was_drawn(tmp_path: Path) -> None:
+    unet = hollow_unet(shapes()["glide-base"].narrow().config)
+    parameters = dict(unet.named_parameters())
+    small = {name for name, parameter in parameters.items() if parameter.numel() <= LARGE}
+    assert small < parameters.keys(), "a tensor that is large before its precision is lowered, and maybe not after"
+    halved = {name: parameter.detach().numpy().astype(np.float16) for name, parameter in parameters.items()}
+    save_file(halved, tmp_path / WEIGHTS)
+    carried = load(contents_of(tmp_path / WEIGHTS, LARGE))
+    assert set(carried) == small
+    assert max(np.abs(values).max() for values in carried.values()) < 10
+
+
+def _fan_in(values: np.ndarray[Any, Any]) -> int:
+    return int(np.prod(values.shape[1:])) if values.ndim > 2 else max(values.shape)
+
+
+def test_a_folder_that_was_changed_is_refused(hollow: Folder, tmp_path: Path) -> None:
+    changed = Folder(Path(shutil.copytree(hollow.path, tmp_path / "changed")))
+    (changed.path / HEADER).write_bytes(b"x" + (changed.path / HEADER).read_bytes()[1:])
+    with pytest.raises(CorruptArtifactError, match=r"gpu_prepare\.py"):
+        _ = changed.weights
+    (changed.path / "prepared.json").unlink()
+    with pytest.raises(ArtifactError):
+        Folder(changed.path)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.27, 0.5, 0.7])
+@pytest.mark.parametrize("around", [0.0, 0.4])
+def test_a_schedule_saves_its_budget_and_little_more(budget: float, around: float) -> None:
+    times = Times(full=10.0, planned=np.array([10.3, 1.7, 4.4]), around=around)
+    schedule = fit(times, budget, 50)
+    assert schedule is not None
+    assert schedule[0] == 0
+    assert 1.0 <= (1 - times.ratio(schedule)) / budget <= MOST_OVER
+
+
+def test_a_budget_that_nothing_saves_has_no_schedule() -> None:
+    assert fit(Times(full=10.0, planned=np.array([10.3, 9.9, 10.0])), 0.27, 50) is None
+
+
+@pytest.mark.parametrize(("refreshes", "inners"), [(1, 0), (1, 7), (3, 2), (8, 0)])
+def test_steps_are_spread_evenly(refreshes: int, inners: int) -> None:
+    schedule = evenly(refreshes, inners, 8)
+    assert (schedule.count(0), schedule.count(2)) == (refreshes, inners)
+    full = [step for step, engine in enumerate([*schedule, 0]) if engine == 0]
+    assert full[0] == 0
+    assert max(np.diff(full)) <= -(-8 // refreshes)
+    assert periodic(3, 8) == (0, 1, 1, 0, 1, 1, 0, 1)
+
+
+def start(folder: Path, results: Path, *more: str) -> list[str]:
+    """Write the command line of a short run."""
+    target = ["--target", "torch:cpu", "--others", "onnxruntime:cuda", "--parts", "memory", "engines", "sampling"]
+    return [str(folder), "--results", str(results), *target, "--smoke", *more]
+
+
+@pytest.fixture(scope="module")
+def measured(hollow: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the script where only the libraries of the runtime are, and give its result."""
+    results = tmp_path_factory.mktemp("results")
+    arguments = start(hollow.path.parent, results)
+    script = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({SAMPLING_LACKS})); sys.argv = ['gpu.py', *{arguments}];"
+        f"runpy.run_path({str(BENCHMARKS / 'gpu.py')!r}, run_name='__main__')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return results / gpu.RESULT
+
+
+def test_the_script_needs_the_libraries_of_the_runtime_alone_and_names_what_is_missing(measured: Path) -> None:
+    record = json.loads(measured.read_text())
+    assert record["failed"] == {}
+    assert list(record["parts"]) == ["tiny, torch:cpu: engines", "tiny, torch:cpu: sampling"]
+    assert "onnxruntime:cuda" in record["absent"]
+    assert "GPU" in record["absent"]["tiny, torch:cpu: memory"]
+    assert {"torch", "numpy"} <= set(record["environment"])
+    assert record["settings"]["commit"]
+
+
+def test_a_table_is_made_of_the_result(measured: Path) -> None:
+    record = json.loads(measured.read_text())
+    assert len(record["tables"][0]["rows"]) == 2 * 6, "two batches of six engines"
+    text = tables.section("gpu", record)
+    assert "DeepCache, 1 of 3 steps in full" in text
+    assert "a switch of engines, in steps | " in text
+    assert "≤ 0.005" in text
+    assert "Not measured: " in text
+
+
+def test_a_second_start_measures_nothing_again_and_other_settings_everything(
+    measured: Path, hollow: Folder, tmp_path: Path
+) -> None:
+    before = json.loads(measured.read_text())["parts"]
+    result = Path(shutil.copy(measured, tmp_path))
+    assert gpu.main(start(hollow.path.parent, tmp_path)) == 0
+    assert json.loads(result.read_text())["parts"] == before
+    assert gpu.Result(result, {"other": "settings"}, {}).parts == {}
+    result.write_text("{}")
+    with pytest.raises(ArtifactError, match="no result"):
+        gpu.Result(result, {}, {})
+
+
+def test_the_script_stops_when_the_time_is_up(hollow: Folder, tmp_path: Path) -> None:
+    assert gpu.main(start(hollow.path.parent, tmp_path, "--minutes", "0.0001")) == 3
+
+
+def test_figures_of_a_cpu_are_not_taken_for_those_of_a_gpu(
+    hollow: Folder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert gpu.main([str(hollow.path.parent), "--target", "torch:cpu"]) == 1
+    assert "is no GPU" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert gpu.main([str(hollow.path.parent), "--results", str(tmp_path)]) == 1
+        assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_prepared_is_refused(hollow: Folder, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu.main(start(tmp_path, tmp_path)) == 1
+    assert "gpu_prepare.py" in capsys.readouterr().err
+    assert gpu.main(start(hollow.path.parent, tmp_path, "--models", "sdxl")) == 1
+    assert "It has: tiny" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_is_named_and_comes_last_the_next_time(hollow: Folder, tmp_path: Path) -> None:
+    result = gpu.Result(tmp_path / gpu.RESULT, {}, {})
+    loaded = Loaded(hollow, "torch:cpu", 1)
+
+    def fail(loaded: Loaded) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    def last(loaded: Loaded) -> Any:
+        raise gpu.TimeIsUp
+
+    gpu.measure("a part", fail, loaded, result)
+    with pytest.raises(gpu.TimeIsUp):
+        gpu.measure("a long part", last, loaded, result)
+    record = json.loads(result.path.read_text())
+    assert record["failed"] == {
+        "a part": "RuntimeError: CUDA out of memory",
+        "a long part": "cut short after 0 s",
+    }
+    assert gpu.Result(result.path, {}, {}).late == {"a part", "a long part"}
+
+
+@pytest.mark.nightly
+def test_models_of_every_shape_are_prepared_and_measured(tmp_path: Path) -> None:
+    def run(script: str, *arguments: str) -> None:
+        command = [sys.executable, str(BENCHMARKS / script), str(tmp_path / "prepared"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    cpu = ("--target", "torch:cpu", "--others", "--smoke", "--minutes", "60", "--results")
+    models = ["glide-base", "prompted-digits", "sd15", "sdxl"]
+    run("gpu_prepare.py", "--smoke", "--steps", "6", "--python", "", "--models", *models)
+    run("gpu.py", *cpu, str(tmp_path / "most"), "--parts", "memory", "engines", "sampling", "graphs")
+    record = json.loads((tmp_path / "most" / gpu.RESULT).read_text())
+    assert [model.split()[0] for model in record["settings"]["models"].split(", ")] == models
+    assert set(record["parts"]) == {
+        f"{model}, torch:cpu: {part}" for model in models for part in ("engines", "sampling")
+    }
+    assert set(record["absent"]) == {f"{model}, torch:cpu: {part}" for model in models for part in ("memory", "graphs")}
+    run("gpu.py", *cpu, str(tmp_path / "compiled"), "--parts", "compiled", "--models", "glide-base")
+    record = json.loads((tmp_path / "compiled" / gpu.RESULT).read_text())
+    assert set(record["parts"]) == {"glide-base, torch:cpu: compiled"}
