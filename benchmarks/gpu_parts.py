@@ -16,7 +16,8 @@ from safetensors.torch import load
 
 from unetc.backend import Program
 from unetc.errors import UnetcError
-from unetc.runtime.backends.torch import COMPILED, TorchProgram
+from unetc.runtime.backends.torch import COMPILED
+from unetc.runtime.backends.torch_device import TorchProgram
 from unetc.runtime.backends.torch_graph import translate
 
 MIB = 2**20

@@ -54,7 +54,6 @@ from unetc.artifacts.profile import Component, ModelReference, Treatment
 from unetc.backend import WEIGHTS
 from unetc.compiler.emissions import with_emissions
 from unetc.compiler.lowering import lower_graphs
-from unetc.compiler.precision import Precision
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.graph.capture import capture
 from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP, denoiser_of
@@ -62,6 +61,7 @@ from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.graph.specialise import specialise
 from unetc.models import find_model
 from unetc.models.glide import VARIANTS
+from unetc.nvidia.precision import Precision
 from unetc.solver.extract import extract_all, make_scheduler
 from unetc.solver.table import SolverTables
 

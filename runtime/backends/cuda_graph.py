@@ -26,18 +26,18 @@ _KEPT_GRAPHS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
+class Pool:
     """What CUDA graphs that never run at the same time share."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    pool: Any = field(default_factory=lambda: torch.cuda.graph_pool_handle())
+    memory: Any = field(default_factory=lambda: torch.cuda.graph_pool_handle())
     """Where they compute."""
 
 
 class Replay:
     """A module captured as a CUDA graph."""
 
-    def __init__(self, module: Module, inputs: Sequence[Tensor], turns: Turns) -> None:
+    def __init__(self, module: Module, inputs: Sequence[Tensor], pool: Pool) -> None:
         """Capture over copies of the inputs.
 
         Raises:
@@ -52,7 +52,8 @@ class Replay:
                 module(*self._inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=turns.pool):
+        # What other threads do on the GPU meanwhile spoils no capture.
+        with torch.cuda.graph(self._graph, pool=pool.memory, capture_error_mode="thread_local"):
             self._outputs = module(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -66,21 +67,21 @@ class Replay:
 class CapturedModule:
     """A module that is replayed as a CUDA graph, or called as it is where it cannot be captured."""
 
-    def __init__(self, make: Callable[[], Module], turns: Turns) -> None:
+    def __init__(self, make: Callable[[], Module], pool: Pool) -> None:
         """Capture nothing yet.
 
         Args:
             make: Gives the module for inputs of one shape; it may be the same for all.
-            turns: What it shares with others.
+            pool: What it shares with others.
         """
         self._make = make
-        self._turns = turns
+        self._pool = pool
         self._modules: dict[object, Module] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute; what is given back is overwritten by no later call."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-        with self._turns.lock:
+        with self._pool.lock:
             if key not in self._modules:
                 while len(self._modules) >= _KEPT_GRAPHS:
                     del self._modules[next(iter(self._modules))]
@@ -90,7 +91,7 @@ class CapturedModule:
     def _capture(self, inputs: Sequence[Tensor]) -> Module:
         module = self._make()
         try:
-            return Replay(module, inputs, self._turns)
+            return Replay(module, inputs, self._pool)
         except RuntimeError as error:
             logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", error)
             return module

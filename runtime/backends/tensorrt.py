@@ -36,7 +36,7 @@ try:
     import torch
     from torch import Tensor
 
-    from .cuda_graph import CapturedModule, Turns
+    from .cuda_graph import CapturedModule, Pool
     from .torch_device import TorchDevice, TorchProgram, gpu_of
 except ImportError as error:
     raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
@@ -157,8 +157,8 @@ class TensorRtLoader:
         self._weights_sha256 = weights_sha256
 
     @cached_property
-    def _turns(self) -> Turns:
-        return Turns()
+    def _pool(self) -> Pool:
+        return Pool()
 
     def load(self, graph: SerialisedGraph) -> EngineProgram:
         """Load the engine of a graph.
@@ -177,7 +177,7 @@ class TensorRtLoader:
         library, device = self._backend.library, self._backend.gpu
         engine = Engine(library, plan)
         logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
-        module = CapturedModule(lambda: Execution(engine, device), self._turns)
+        module = CapturedModule(lambda: Execution(engine, device), self._pool)
         program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
         return EngineProgram(program, record)
 

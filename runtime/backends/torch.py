@@ -25,7 +25,7 @@ try:
     import torch
     from safetensors.torch import load
 
-    from .cuda_graph import CapturedModule, Turns
+    from .cuda_graph import CapturedModule, Pool
     from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
     from .torch_graph import translate
 except ImportError as error:
@@ -44,7 +44,7 @@ class TorchLoader:
         self._device = device
         self._compiled = compiled
         self._weights = {name: tensor.to(device) for name, tensor in load(weights).items()}
-        self._turns = Turns() if device.type == "cuda" else None
+        self._pool = Pool() if device.type == "cuda" else None
 
     def load(self, graph: SerialisedGraph) -> TorchProgram:
         """Translate a graph."""
@@ -52,8 +52,8 @@ class TorchLoader:
         module: Module = translation.module
         if self._compiled:
             module = torch.compile(module, fullgraph=True)
-        if self._turns is not None:
-            module = CapturedModule(lambda own=module: own, self._turns)  # type: ignore[misc]
+        if self._pool is not None:
+            module = CapturedModule(lambda own=module: own, self._pool)  # type: ignore[misc]
         return TorchProgram(module, translation.inputs, translation.outputs)
 
 

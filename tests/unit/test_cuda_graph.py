@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unetc.runtime.backends.cuda_graph import CapturedModule, Turns
+from unetc.runtime.backends.cuda_graph import CapturedModule, Pool
 from unetc.runtime.backends.torch_device import Module
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="everything here can be captured")
@@ -31,7 +31,7 @@ class Modules:
 
 def test_what_cannot_be_captured_is_called_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     modules = Modules()
-    captured = CapturedModule(modules, Turns(lock=threading.Lock(), pool=None))
+    captured = CapturedModule(modules, Pool(lock=threading.Lock(), memory=None))
     for value in (1.0, 3.0):
         (result,) = captured(torch.full((2,), value))
         assert result.tolist() == [2 * value] * 2
@@ -41,7 +41,7 @@ def test_what_cannot_be_captured_is_called_and_logged_once(caplog: pytest.LogCap
 
 def test_every_shape_has_a_module_of_its_own_and_the_last_ones_are_kept() -> None:
     modules = Modules()
-    captured = CapturedModule(modules, Turns(lock=threading.Lock(), pool=None))
+    captured = CapturedModule(modules, Pool(lock=threading.Lock(), memory=None))
     for size in (1, 2, 3, 4, 4, 3, 2, 1):
         captured(torch.ones(size))
     assert modules.made == 4

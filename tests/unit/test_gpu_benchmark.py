@@ -24,12 +24,12 @@ from safetensors.numpy import load, save_file
 from tests.models import CONTEXT_WIDTH, Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import ModelReference
 from unetc.backend import WEIGHTS, Array
-from unetc.compiler.precision import Precision
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import ArtifactError, CorruptArtifactError
 from unetc.graph.denoisers import CONTEXT
 from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
+from unetc.nvidia.precision import Precision
 from unetc.solver.extract import extract_all, make_scheduler
 
 BENCHMARKS = Path(gpu.__file__).parent
