@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,25 +71,16 @@ def measure_costs(
     device = backend.device
     inputs = conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
     output = device.empty((len(inputs["sample"]), gated.predicted_channels, *sample_shape[1:]))
-
-    def call(engine: SerialisedGraph) -> Callable[[], None]:
-        program = loader.load(engine)
-
-        def run() -> None:
-            program(inputs, output)
-            device.synchronize()
-
-        return run
-
     full_engine = specialise(gated, {}, no_means)
-    full = call(full_engine)
+    full = partial(loader.load(full_engine), inputs, output)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
     freed: dict[str, int] = {}
     for component in components:
         engine = specialise(gated, {component.name: Treatment.DROP}, no_means)
         freed[component.name] = size(full_engine) - size(engine)
-        times = interleaved_ms([full, call(engine)], rounds=rounds)
+        calls = [full, partial(loader.load(engine), inputs, output)]
+        times = interleaved_ms(calls, rounds=rounds, wait=device.synchronize)
         full_times.extend(times[:, 0])
         shares[component.name] = 1 - times[:, 1] / times[:, 0]
         on_progress(Progress(stage="timing", done=len(shares), total=len(components)))

@@ -9,13 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def interleaved_ms(calls: Sequence[Callable[[], object]], *, rounds: int, warmup: int = 2) -> NDArray[np.float64]:
+def _nothing_is_pending() -> None:
+    """Return at once: the call has done its work."""
+
+
+def interleaved_ms(
+    calls: Sequence[Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    wait: Callable[[], object] = _nothing_is_pending,
+) -> NDArray[np.float64]:
     """Time calls in turns: A B C, A B C, ...
 
     Args:
-        calls: What to time; each must return when its work is done.
+        calls: What to time.
         rounds: Number of timed rounds.
         warmup: Number of rounds before, not timed.
+        wait: Returns when the work of a call is done, if the call itself does not wait for it; timed with it.
 
     Returns:
         [round, call] milliseconds.
@@ -23,10 +34,12 @@ def interleaved_ms(calls: Sequence[Callable[[], object]], *, rounds: int, warmup
     for _ in range(warmup):
         for call in calls:
             call()
+            wait()
     times = np.empty((rounds, len(calls)))
     for row in times:
         for i, call in enumerate(calls):
             start = time.perf_counter()
             call()
+            wait()
             row[i] = 1e3 * (time.perf_counter() - start)
     return times

@@ -193,10 +193,6 @@ class Workbench:
         held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
         inputs |= held.inputs(500.0)
         distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
-
-        def run(program: Program) -> None:
-            program(inputs, output)
-            device.synchronize()
-
-        times = interleaved_ms([partial(run, program) for program in distinct], rounds=ENGINE_ROUNDS)
+        calls = [partial(program, inputs, output) for program in distinct]
+        times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize)
         return times[:, 0], times[:, [distinct.index(program) for program in programs]]
