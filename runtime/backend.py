@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from unetc.backend import Backend
+from unetc.device import Tensor
 from unetc.errors import SessionError
 
 
@@ -57,3 +58,14 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
     module = importlib.import_module(BACKENDS[target])
     backend: Backend = module.open_backend(target, threads=threads, memory=memory)
     return backend
+
+
+def take_inputs(inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Take what a program reads from what it is called with.
+
+    Raises:
+        SessionError: If something is missing.
+    """
+    if missing := [name for name in names if name not in inputs]:
+        raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
+    return {name: inputs[name] for name in names}

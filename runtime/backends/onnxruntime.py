@@ -29,7 +29,7 @@ from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 
-from ..backend import Memory
+from ..backend import Memory, take_inputs
 
 try:
     import onnxruntime
@@ -48,11 +48,8 @@ class OnnxRuntimeProgram:
 
     def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
         """Run; inputs are read and the output is written in place, nothing is copied."""
-        if missing := [name for name in self._inputs if name not in inputs]:
-            raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
         binding = self._session.io_binding()
-        for name in self._inputs:
-            value = inputs[name]
+        for name, value in take_inputs(inputs, self._inputs).items():
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(name, value)
             else:
@@ -60,11 +57,20 @@ class OnnxRuntimeProgram:
         binding.bind_output(self._output, "cpu", 0, np.float32, output.shape, output.ctypes.data)
         for name in self._emitted:
             binding.bind_output(name, "cpu")
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises its own unrelated classes
-            raise SessionError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
-        return dict(zip(self._emitted, binding.get_outputs()[1:], strict=True)) if self._emitted else {}
+        return run_bound(self._session, binding, self._emitted)
+
+
+def run_bound(session: Any, binding: Any, emitted: Sequence[str]) -> Mapping[str, object]:
+    """Run a session whose inputs and outputs are bound; give what it emits behind its first output, by name.
+
+    Raises:
+        SessionError: If onnxruntime fails.
+    """
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # onnxruntime raises its own unrelated classes
+        raise SessionError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
+    return dict(zip(emitted, binding.get_outputs()[1:], strict=True)) if emitted else {}
 
 
 OpenProgram = Callable[[SerialisedGraph, Any, object], Program]

@@ -20,8 +20,8 @@ from unetc.backend import Array, Loader, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 
-from ..backend import Memory
-from .onnxruntime import HandingLoader, open_session  # first: it says how to get onnxruntime
+from ..backend import Memory, take_inputs
+from .onnxruntime import HandingLoader, open_session, run_bound  # first: it says how to get onnxruntime
 
 try:
     import onnxruntime
@@ -56,9 +56,7 @@ class OnnxRuntimeGpuProgram:
 
     def __call__(self, inputs: Mapping[str, Any], output: Tensor) -> Mapping[str, object]:
         """Run; inputs are read and the output is written in place, nothing is copied."""
-        if missing := [name for name in self._inputs if name not in inputs]:
-            raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
-        values = {name: inputs[name] for name in self._inputs}
+        values = take_inputs(inputs, self._inputs)
         values |= {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
         binding = self._session.io_binding()
         for name, value in values.items():
@@ -70,11 +68,7 @@ class OnnxRuntimeGpuProgram:
         for name in self._emitted:
             binding.bind_output(name, output.device.type)
         self._device.synchronize()
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises its own unrelated classes
-            raise SessionError(f"onnxruntime failed: {str(error).splitlines()[0]}") from error
-        return dict(zip(self._emitted, binding.get_outputs()[1:], strict=True)) if self._emitted else {}
+        return run_bound(self._session, binding, self._emitted)
 
 
 def _place(tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from unetc.device import Array
 from unetc.errors import SessionError, ShapeMismatch
 
+from ..backend import take_inputs
+
 Module = Callable[..., tuple[Tensor, ...]]
 """Computes tensors from tensors, in order."""
 
@@ -84,11 +86,10 @@ class TorchProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
         """Run; what comes first is copied into the output."""
-        if missing := [name for name in self._inputs if name not in inputs]:
-            raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")
+        read = take_inputs(inputs, self._inputs)
         try:
             with torch.no_grad():
-                prediction, *emitted = self._module(*(inputs[name] for name in self._inputs))
+                prediction, *emitted = self._module(*read.values())
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise SessionError(f"{self._library} failed: {said}") from error
