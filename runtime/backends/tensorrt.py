@@ -215,6 +215,6 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBacken
         library,
         Precision(precision or Precision.FP32),
         here=library.origin(on_this_gpu=True),
-        engines=EngineCache(cache_folder() / "engines"),
+        engines=EngineCache.inside(cache_folder()),
         gpu=gpu,
     )

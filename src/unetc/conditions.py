@@ -64,6 +64,11 @@ class Conditions:
         return bool(self.negative)
 
     @property
+    def rows_per_sample(self) -> int:
+        """Rows of a denoiser call for each sample."""
+        return 2 if self.guided else 1
+
+    @property
     def rows(self) -> int | None:
         """Number of rows; None without conditions, which fit any batch."""
         return next((len(array) for array in self.own.values()), None)

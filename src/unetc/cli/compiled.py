@@ -32,7 +32,7 @@ def find(manifest: Manifest) -> list[EngineSet]:
     hashes = {file.path: file.sha256 for file in manifest.files}
     graphs = {hashes[engine.graph]: engine.graph for engine in manifest.all_engines()}
     sets: dict[tuple[object, ...], EngineSet] = {}
-    for record in EngineCache(cache_folder() / "engines").records():
+    for record in EngineCache.inside(cache_folder()).records():
         key = record.key
         if key.weights_sha256 == hashes[manifest.weights] and key.graph_sha256 in graphs:
             alike = sets.setdefault((key.origin, key.precision, key.sizes), EngineSet(key=key))

@@ -41,12 +41,12 @@ def diagnose() -> list[Finding]:
 
 
 def _try_backend(target: str) -> Finding:
+    name, needed = f"target {target}", target == DEFAULT_TARGET
     try:
         open_backend(target, threads=1)
     except UnetcError as error:
-        return Finding(name=f"target {target}", works=False, needed=target == DEFAULT_TARGET, detail=str(error))
-    detail = _version(target.split(":")[0])
-    return Finding(name=f"target {target}", works=True, needed=target == DEFAULT_TARGET, detail=detail)
+        return Finding(name=name, works=False, needed=needed, detail=str(error))
+    return Finding(name=name, works=True, needed=needed, detail=_version(target.split(":")[0]))
 
 
 def _try_library(library: Library) -> Finding:

@@ -62,6 +62,11 @@ class EngineCache:
 
     root: Path
 
+    @classmethod
+    def inside(cls, caches: Path) -> EngineCache:
+        """Open the one in the folder of all caches."""
+        return cls(caches / "engines")
+
     def folder(self, key: EngineKey) -> Path:
         """Tell where the engine of a key is."""
         return self.root / key.sha256()[:32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def compile_bundle(
     """
     origin = library_of(options.target).origin(on_this_gpu=options.on_this_gpu)
     bundle = Bundle.open(path)
-    engines = EngineCache(cache / "engines")
+    engines = EngineCache.inside(cache)
     keys = _keys(bundle, options, origin)
     done: dict[str, CompiledEngine] = {}
     for graph, key in keys.items():
@@ -99,7 +99,8 @@ def compile_bundle(
             record = engines.put(record, engine)
         done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
     if missing := {graph: key for graph, key in keys.items() if graph not in done}:
-        with _private_copy(bundle, keys) as private:
+        graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in keys}
+        with private_folder(bundle.weights, graphs) as private:
             folders = _lower(bundle, Path(private), missing, on_progress)
             for graph, record in _build_all(missing, folders, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
@@ -109,7 +110,7 @@ def compile_bundle(
 def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
     """Read what sizes are asked for; what is not said is the bundle's own."""
     _, height, width = bundle.manifest.sample_shape
-    batch = bundle.manifest.batch * (2 if bundle.conditions.guided else 1)  # a guided call has both halves
+    batch = bundle.manifest.batch * bundle.conditions.rows_per_sample
     return Sizes(
         batch=Range.parse(options.batch, batch, least=1),
         height=Range.parse(options.height, height),
@@ -149,16 +150,23 @@ def _keys(bundle: Bundle, options: CompileOptions, origin: Origin) -> dict[str, 
     return keys
 
 
-def _private_copy(bundle: Bundle, graphs: Iterable[str]) -> tempfile.TemporaryDirectory[str]:
-    """Write verified bytes where only we can change them: the bundle's files could be edited after they were hashed."""
+def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> tempfile.TemporaryDirectory[str]:
+    """Write verified bytes where only we can change them: files of a bundle could be edited after they were hashed.
+
+    Args:
+        weights: What the weights file holds.
+        graphs: Content of further files, by name.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
     try:
         folder = tempfile.TemporaryDirectory(prefix="unetc-")
-        (Path(folder.name) / WEIGHTS).write_bytes(bundle.weights)
-        for graph in graphs:
-            (Path(folder.name) / _beside_weights(graph)).write_bytes(bundle.graphs[graph])
+        for name, content in {WEIGHTS: weights, **(graphs or {})}.items():
+            (Path(folder.name) / name).write_bytes(content)
     except OSError as error:
         raise ArtifactError(
-            f"cannot write {len(bundle.weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
+            f"cannot write {len(weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
             "Set TMPDIR to a folder with room."
         ) from error
     return folder

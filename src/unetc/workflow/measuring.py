@@ -7,25 +7,24 @@ bundle builds nothing: that is `unetc compile`.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from unetc.analyzer.analysis import largest_batch
-from unetc.backend import WEIGHTS, Backend, Loader, Program, SerialisedGraph
+from unetc.backend import Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.tensorrt.messages import STEPS
 from unetc.conditions import Conditions
 from unetc.device import Device
-from unetc.errors import ArtifactError, SessionError, StaleEngineError
+from unetc.errors import SessionError, StaleEngineError
 from unetc.nvidia.key import Effort, EngineKey
 from unetc.nvidia.library import LIBRARIES
 from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress
 
-from .compile import build_one
+from .compile import build_one, private_folder
 
 if TYPE_CHECKING:
     from unetc.runtime.backends.tensorrt import TensorRtBackend, TensorRtLoader
@@ -54,9 +53,8 @@ class Calls:
             conditions: Of the samples; guided ones double the batch.
         """
         _, height, width = (Range(least=size, usual=size, most=size) for size in sample_shape)
-        double = 2 if conditions.guided else 1
-        most = max(batch, largest_batch(samples))
-        rows = Range(least=1, usual=double * batch, most=double * most)
+        each, most = conditions.rows_per_sample, max(batch, largest_batch(samples))
+        rows = Range(least=1, usual=each * batch, most=each * most)
         return cls(
             sizes=Sizes(batch=rows, height=height, width=width),
             rows={name: tuple(array.shape[1:]) for name, array in conditions.own.items()},
@@ -107,14 +105,7 @@ class BuildingLoader:
         self._weights_sha256 = hashlib.sha256(weights).hexdigest()
         self._calls = calls
         self._on_progress = on_progress
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="unetc-")  # goes with the loader
-            (Path(self._folder.name) / WEIGHTS).write_bytes(weights)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write {len(weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
-                "Set TMPDIR to a folder with room."
-            ) from error
+        self._folder = private_folder(weights)  # goes with the loader
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph.
