@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from unetc.compiler.overflow import overflowing
 from unetc.device import Tensor
@@ -13,13 +11,10 @@ from unetc.held import COMPUTED, Held
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backend import DEFAULT_TARGET, open_backend
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import Session, Step
-from unetc.solver.noise import initial_noise
-from unetc.solver.trajectory import Trajectory
+from unetc.runtime.session import Session
 
 _SAMPLES, _STEPS = 2, 5
 """Trajectories, and the least number of steps, that are looked at."""
-_SEED = 0
 
 Probe = Mapping[str, Tensor]
 """Inputs of one denoiser call by name."""
@@ -48,17 +43,22 @@ def overflowing_values(bundle: Bundle, path_of: Callable[[str], Path], on_progre
         large, outputs = overflowing(path_of(graph), list(probes.values()))
         found |= large
         if done == 0:
-            held, with_held = Held(), dict[float, Probe]()
-            for (timestep, probe), output in zip(probes.items(), outputs, strict=True):
-                emitted = {name: value for name, value in output.items() if name.startswith(COMPUTED)}
-                if not with_held:
-                    held.remember(emitted, timestep)  # nothing came before; it holds its own
-                with_held[timestep] = {**probe, **held.inputs(timestep)}
-                held.remember(emitted, timestep)
-            probes = with_held
+            probes = _with_held(probes, outputs)
     note = f"{len(found)} values stay float32, as float16 may not hold them" if found else ""
     on_progress(Progress(stage="find what overflows", done=len(engines), total=len(engines), note=note))
     return found
+
+
+def _with_held(probes: Mapping[float, Probe], outputs: Sequence[Probe]) -> dict[float, Probe]:
+    """Add what was emitted at the probe before; the first one, which nothing came before, gets its own."""
+    emitted = [{name: value for name, value in own.items() if name.startswith(COMPUTED)} for own in outputs]
+    held, first = Held(), next(iter(probes))
+    held.remember(emitted[0], first)
+    extended: dict[float, Probe] = {}
+    for (timestep, probe), own in zip(probes.items(), emitted, strict=True):
+        extended[timestep] = {**probe, **held.inputs(timestep)}
+        held.remember(own, timestep)
+    return extended
 
 
 def trajectory(bundle: Bundle) -> dict[float, Probe]:
@@ -66,29 +66,24 @@ def trajectory(bundle: Bundle) -> dict[float, Probe]:
 
     The number of steps is the least that the bundle has and that is not below five, as each costs a call.
     """
-    manifest = bundle.manifest
-    counts = bundle.solver.counts
-    table = bundle.solver.table(next((count for count in counts if count >= _STEPS), counts[-1]))
-    noise = initial_noise(_SEED, range(_SAMPLES), manifest.sample_shape)
-    samples = [Trajectory.start(table, noise).sample]
-
-    def keep(step: Step) -> None:
-        samples.append(step.sample)
-
+    manifest, counts = bundle.manifest, bundle.solver.counts
     loader = open_backend(DEFAULT_TARGET, threads=manifest.threads).open_weights(bundle.weights)
+    full = loader.load(bundle.graph_of(manifest.full))
+    seen: dict[float, Probe] = {}
+
+    def watched(inputs: Probe, output: Tensor) -> Mapping[str, Tensor]:
+        seen[float(inputs["timestep"][0])] = inputs
+        return full(inputs, output)
+
     session = Session(
         plan=manifest.plan,
-        full=loader.load(bundle.graph_of(manifest.full)),
+        full=watched,
         programs=(),
         solver=bundle.solver,
         sample_shape=manifest.sample_shape,
-        steps=table.steps,
+        steps=next((count for count in counts if count >= _STEPS), counts[-1]),
         predicted_channels=manifest.predicted_channels,
         conditions=bundle.conditions,
     )
-    session.sample(noise=noise, seed=_SEED, lossless=True, latents=True, on_step=keep)
-    conditions = bundle.conditions.take(range(_SAMPLES))
-    return {
-        float(timestep): conditions.widen(sample * np.float32(scale), float(timestep))
-        for timestep, sample, scale in zip(table.timesteps, samples, table.input_scale, strict=False)
-    }
+    session.sample(_SAMPLES, lossless=True, latents=True)
+    return seen
