@@ -25,13 +25,13 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from clock import HostClock, Timed
 from diffusers import UNet2DModel
 from rounds import spread, switch_cost
 
@@ -42,6 +42,7 @@ from unetc.artifacts.profile import STEP, ModelReference, Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.cli.output import progress
 from unetc.compiler.emissions import with_emissions
+from unetc.device import HOST
 from unetc.environment import cores, describe
 from unetc.graph.capture import capture
 from unetc.graph.gated import GatedGraph, open_or_build
@@ -126,22 +127,6 @@ class Engines:
     def call(self, program: Program) -> object:
         """Run a program that holds nothing."""
         return program(self._inputs, self._output)
-
-
-class Timed:
-    """A program that adds up the time it takes."""
-
-    def __init__(self, program: Program) -> None:
-        """Wrap a program."""
-        self._program = program
-        self.seconds = 0.0
-
-    def __call__(self, inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
-        """Run the program."""
-        start = time.perf_counter()
-        emitted = self._program(inputs, output)
-        self.seconds += time.perf_counter() - start
-        return emitted
 
 
 def outermost(gated: GatedGraph, treatments: Treatments) -> list[str]:
@@ -235,8 +220,9 @@ def overhead(
         ),
     }
     figures: list[dict[str, object]] = []
+    clock = HostClock(HOST)
     for label, plan in plans.items():
-        programs = [Timed(engines.load(engine.treatments, engine.emits)) for engine in plan.engines]
+        programs = [Timed(engines.load(engine.treatments, engine.emits), clock) for engine in plan.engines]
         session = Session(
             plan=plan,
             full=programs[0],
@@ -247,12 +233,12 @@ def overhead(
         )
         ratios = np.empty(rounds)
         session.sample(len(engines.sample), steps=steps)
+        for program in programs:
+            program.take_ms()  # of the call before
         for i in range(rounds):
-            for program in programs:
-                program.seconds = 0.0
-            start = time.perf_counter()
+            start = clock.mark()
             session.sample(len(engines.sample), steps=steps, seed=i)
-            ratios[i] = (time.perf_counter() - start) / sum(program.seconds for program in programs)
+            ratios[i] = clock.between_ms(start, clock.mark()) / sum(program.take_ms() for program in programs)
         goal = {"at_most": 1.01}
         figures.append(
             {"figure": f"overhead: sampling / engine calls, {label}", "value": spread(ratios)[0], "goal": goal}
@@ -265,9 +251,9 @@ def _timer_us() -> float:
     def nothing(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
         return inputs
 
-    calls, output = 100_000, np.empty(0, dtype=np.float32)
+    timed, calls, output = Timed(nothing, HostClock(HOST)), 100_000, np.empty(0, dtype=np.float32)
     times = interleaved_ms(
-        [lambda p=program: [p({}, output) for _ in range(calls)] for program in (Timed(nothing), nothing)],  # type: ignore[misc]
+        [lambda p=program: [p({}, output) for _ in range(calls)] for program in (timed, nothing)],  # type: ignore[misc]
         rounds=5,
     )
     return float(1e3 * np.median(times[:, 0] - times[:, 1]) / calls)

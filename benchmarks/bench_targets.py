@@ -18,19 +18,17 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from bench_runtime import plan_of
+from clock import HostClock, Timed
 
-import unetc
-from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Treatment
-from unetc.backend import Program
 from unetc.cli.output import progress
 from unetc.compiler.emissions import with_emissions
-from unetc.device import Array, Device, Tensor
+from unetc.device import Array
 from unetc.environment import cores, describe
 from unetc.errors import UnetcError
 from unetc.graph.specialise import specialise
@@ -45,24 +43,6 @@ from unetc.workflow.prepare import Prepared, prepare
 
 HERE = Path(__file__).parent
 ENGINES = ("full", "dropped", "held")
-
-
-class Waiting:
-    """A program that returns when its work is done, and adds up the time that takes."""
-
-    def __init__(self, program: Program, device: Device) -> None:
-        """Wrap a program."""
-        self._program = program
-        self._device = device
-        self.seconds = 0.0
-
-    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
-        """Run the program."""
-        start = time.perf_counter()
-        emitted = self._program(inputs, output)
-        self._device.synchronize()
-        self.seconds += time.perf_counter() - start
-        return emitted
 
 
 class Target:
@@ -80,28 +60,19 @@ class Target:
         sample = np.random.default_rng(0).standard_normal((batch, *model.sample_shape)).astype(np.float32)
         self._inputs = {"sample": device.put(sample), "timestep": device.full((batch,), 500.0)}
         self._output = device.empty(sample.shape)
-        self._programs: list[Waiting] = []
+        self._clock = HostClock(device)
+        self._programs: list[Timed] = []
         held = Held(device=device)
         start = time.perf_counter()
         for engine in chosen:
             graph = specialise(gated, engine.treatments, np.zeros(gated.channels, dtype=np.float32), engine.emits)
-            self._programs.append(Waiting(loader.load(graph), device))
+            self._programs.append(Timed(loader.load(graph), self._clock))
             held.remember(self._programs[-1](self._inputs, self._output), 550.0)
             self._inputs |= held.inputs(500.0)
             if len(self._programs) == 1:
                 self.load_s = time.perf_counter() - start
-        plan = Plan(
-            unetc=unetc.__version__,
-            model=model.reference,
-            profile_sha256="",
-            budget=0.0,
-            max_engines=3,
-            engines=chosen,
-            phases=(Phase(low=-1e6, high=1e6, cycle=(0, 2)),),
-            prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=3.0),
-        )
         self._session = Session(
-            plan=plan,
+            plan=plan_of(model.reference, chosen, (0, 2)),
             full=self._programs[0],
             programs=self._programs,
             solver=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
@@ -117,10 +88,11 @@ class Target:
     def sample(self, seed: int) -> tuple[Array, float]:
         """Sample; give the time of all / that of the engine calls too."""
         for program in self._programs:
-            program.seconds = 0.0
-        start = time.perf_counter()
+            program.take_ms()  # of the calls before
+        start = self._clock.mark()
         sample = self._session.sample(self._batch, seed=seed)
-        return sample, (time.perf_counter() - start) / sum(program.seconds for program in self._programs)
+        whole = self._clock.between_ms(start, self._clock.mark())
+        return sample, whole / sum(program.take_ms() for program in self._programs)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from gpu_clock import Effort
+from clock import Effort
 from gpu_engines import Loaded
 from gpu_folder import Folder, commit, open_folders
 from gpu_parts import compiled, engines, graphs, memory

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
-from gpu_clock import Clock, Timed, clock_of
+from clock import Clock, Timed, clock_of
 from gpu_folder import PLANNED, REFRESH, Folder
 
 import unetc

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from gpu_clock import Effort, timed_ms
+from clock import Effort, timed_ms
 from gpu_engines import Loaded
 from gpu_folder import DROP, FORECAST, FULL, INNER, OUTER, PLANNED, REFRESH
 from gpu_result import Absent, Measured

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from gpu_clock import Effort, Timed, timed_ms
+from clock import Effort, Timed, timed_ms
 from gpu_engines import Loaded
 from gpu_folder import FULL, PLANNED
 from gpu_result import Goal, Measured
@@ -233,7 +233,10 @@ def in_turns(ways: Sequence[Way], effort: Effort) -> NDArray[np.float64]:
 
 
 def damages(full: Way, plans: Sequence[Way]) -> list[float]:
-    """Tell the relative L2 of what plans sample, against the full model at the same noise."""
+    """Tell the relative L2 of what plans sample, against the full model at the same noise.
+
+    That of the analyzer needs torchmetrics, which the machine with the GPU lacks.
+    """
     expected = full.sample(DAMAGE_SEED, DAMAGE_SAMPLES)
     norm = np.sqrt((expected**2).sum(axis=(1, 2, 3)))
     lost = [np.sqrt(((plan.sample(DAMAGE_SEED, DAMAGE_SAMPLES) - expected) ** 2).sum(axis=(1, 2, 3))) for plan in plans]

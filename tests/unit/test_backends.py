@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import unetc
-from tests.models import ARCHITECTURES, TRANSFORMERS, Reuse, Tiny, relative_error, tiny_of
+from tests.models import ARCHITECTURES, TRANSFORMERS, Reuse, Tiny, daily, relative_error, tiny_of
 from tests.unit.test_law_of_reuse import Reference, inputs_at
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.artifacts.profile import Treatment
@@ -58,10 +58,6 @@ TARGETS = [
     pytest.param(("onnxruntime:tensorrt", Memory.FAST), id="onnxruntime:tensorrt", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("tensorrt", Memory.FAST), id="tensorrt", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("tensorrt-rtx", Memory.FAST), id="tensorrt-rtx", marks=[GPU, pytest.mark.nightly]),
-]
-DAILY = ("attention", "cross-attention")
-MODELS = [
-    pytest.param(name, marks=() if name in DAILY else pytest.mark.nightly) for name in (*ARCHITECTURES, *TRANSFORMERS)
 ]
 
 
@@ -126,7 +122,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield target
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=daily([*ARCHITECTURES, *TRANSFORMERS]))
 def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
