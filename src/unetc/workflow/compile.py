@@ -23,6 +23,7 @@ from unetc.nvidia.library import library_of
 from unetc.nvidia.precision import NO_WEIGHTS, Precision
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.residuals import Residual
 from unetc.runtime.bundle import Bundle
 
 _BASE_BYTES = 400 * 2**20
@@ -102,7 +103,8 @@ def compile_bundle(
         graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in keys}
         with private_folder(bundle.weights, graphs) as private:
             folders = _lower(bundle, Path(private), missing, options.controls, on_progress)
-            for graph, record in _build_all(missing, folders, engines, options, on_progress):
+            residuals = bundle.conditions.residuals
+            for graph, record in _build_all(missing, folders, residuals, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
     return tuple(done[graph] for graph in keys)
 
@@ -206,6 +208,7 @@ def _beside_weights(graph: str) -> str:
 def _build_all(
     keys: Mapping[str, EngineKey],
     folders: Mapping[Precision, Path],
+    residuals: tuple[Residual, ...],
     engines: EngineCache,
     options: CompileOptions,
     on_progress: OnProgress,
@@ -221,7 +224,8 @@ def _build_all(
 
         key = keys[graph]
         place, name = folders[key.precision], _beside_weights(graph)
-        return graph, build_one(name, key, place, engines, time_limit_s=options.time_limit_s, on_advance=advance)
+        limit = options.time_limit_s
+        return graph, build_one(name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance)
 
     weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
     with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
@@ -239,6 +243,7 @@ def build_one(
     key: EngineKey,
     folder: Path,
     engines: EngineCache,
+    residuals: tuple[Residual, ...],
     *,
     time_limit_s: float,
     on_advance: Callable[[int], None],
@@ -250,6 +255,7 @@ def build_one(
         key: What the engine is to be.
         folder: A private folder with the graph, in the key's precision, and its weights.
         engines: The cache.
+        residuals: What the graph takes of a ControlNet.
         time_limit_s: For all tries together.
         on_advance: Told how many of `STEPS` are done.
 
@@ -264,6 +270,7 @@ def build_one(
         timing="timing.cache",
         sizes=key.sizes,
         rows=key.rows,
+        residuals=residuals,
         effort=key.effort,
         on_this_gpu=key.origin.gpu is not None,
     )

@@ -23,6 +23,7 @@ from unetc.nvidia.library import LIBRARIES
 from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress
+from unetc.residuals import Residual
 
 from .compile import build_one, private_folder
 
@@ -41,6 +42,8 @@ class Calls:
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition."""
+    residuals: tuple[Residual, ...] = ()
+    """What graphs take of a ControlNet."""
 
     @classmethod
     def of(cls, sample_shape: tuple[int, int, int], batch: int, samples: int, conditions: Conditions) -> Calls:
@@ -58,6 +61,7 @@ class Calls:
         return cls(
             sizes=Sizes(batch=rows, height=height, width=width),
             rows={name: tuple(array.shape[1:]) for name, array in conditions.own.items()},
+            residuals=conditions.residuals,
         )
 
 
@@ -136,4 +140,5 @@ class BuildingLoader:
         def advance(done: int) -> None:
             self._on_progress(Progress(stage="build an engine", done=done, total=STEPS))
 
-        build_one(_GRAPH, key, folder, self._backend.engines, time_limit_s=_TIME_LIMIT_S, on_advance=advance)
+        engines, residuals = self._backend.engines, self._calls.residuals
+        build_one(_GRAPH, key, folder, engines, residuals, time_limit_s=_TIME_LIMIT_S, on_advance=advance)
