@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -235,6 +236,12 @@ class TensorRtBackend:
         self.here = here
         self.engines = engines
         self.gpu = gpu
+
+    def over(self, engines: EngineCache) -> TensorRtBackend:
+        """Give this backend over another cache."""
+        other = copy(self)
+        other.engines = engines
+        return other
 
     def open_weights(self, weights: bytes) -> TensorRtLoader:
         """Take note of the weights, which engines have inside."""

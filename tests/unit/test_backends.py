@@ -83,7 +83,7 @@ class Target:
             sizes=Sizes(batch=Range(least=1, usual=2, most=4), height=side, width=side),
             rows={name: array.shape[1:] for name, array in rows.items() if name not in ("sample", "timestep")},
         )
-        return build_as_needed(self.name, self._backend, calls, ignore)
+        return build_as_needed(self.name, self._backend, calls, frozenset, ignore)
 
 
 class Runner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,24 +180,40 @@ def _lower(
     """Lower the precision of graphs in the private folder; return the folders of all precisions that are asked for."""
     folders = {Precision.FP32: folder}
     for precision in sorted({key.precision for key in keys.values()} - {Precision.FP32}):
-        from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
-
         wide: frozenset[str] = frozenset()
         if precision is Precision.FP16:
-            from .calibrate import overflowing_values
+            from .calibrate import overflowing_values  # needs onnx_ir, which float32 does without
 
             wide = overflowing_values(
                 bundle, lambda graph: folder / _beside_weights(graph), on_progress, controls=controls
             )
         names = [_beside_weights(graph) for graph, key in keys.items() if key.precision is precision]
-        folders[precision] = folder / precision
-        try:
-            lower_graphs(folder, names, precision, folders[precision], wide)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write weights to {folders[precision]}: {error.strerror}. Set TMPDIR to a folder with room."
-            ) from error
+        folders[precision] = lower_beside(folder, names, precision, wide)
     return folders
+
+
+def lower_beside(folder: Path, graphs: Sequence[str], precision: Precision, wide: Collection[str]) -> Path:
+    """Write graphs of a private folder in another precision into a folder inside it, which is returned.
+
+    Args:
+        folder: The private folder.
+        graphs: Names of the graphs.
+        precision: Less than float32.
+        wide: Values that stay float32.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
+    from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+
+    into = folder / precision
+    try:
+        lower_graphs(folder, graphs, precision, into, wide)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write weights to {into}: {error.strerror}. Set TMPDIR to a folder with room."
+        ) from error
+    return into
 
 
 def _beside_weights(graph: str) -> str:
