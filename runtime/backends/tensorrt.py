@@ -8,18 +8,22 @@ platform and this GPU; what is not found is never built here. Several that diffe
 Tensors are those of torch; no byte is copied on the way. A call is a CUDA graph, each over an execution context of its
 own, as a graph stays valid only as long as its context is left alone. What engines need beside their weights is taken
 from torch's allocator for every call and every capture, and all graphs of a loader capture from one pool, so engines
-share it: the most that one needs, not the sum. Weights cannot be shared between engines; `memory` changes nothing.
+share it: the most that one needs, not the sum. Weights cannot be shared between engines.
+
+With `memory="low"` engines stay in the memory of the process and are on the GPU for the phases that need them. Each is
+launched kernel by kernel then: what is captured for one phase would not pay for itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from unetc.backend import SerialisedGraph
+from unetc.backend import Program, SerialisedGraph
 from unetc.device import Device
 from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
@@ -31,13 +35,14 @@ from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
 
 from ..backend import Memory
+from ..residency import streamed
 
 try:
     import torch
     from torch import Tensor
 
     from .cuda_graph import CapturedModule, Pool
-    from .torch_device import TorchDevice, TorchProgram, gpu_of
+    from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
 except ImportError as error:
     raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
 
@@ -136,6 +141,19 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
+class Launched:
+    """An execution that threads take turns with."""
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Launch the engine."""
+        with self._lock:
+            return self._execution(*inputs)
+
+
 class EngineProgram:
     """A program that first checks whether its engine takes a call."""
 
@@ -160,7 +178,7 @@ class TensorRtLoader:
     def _pool(self) -> Pool:
         return Pool()
 
-    def load(self, graph: SerialisedGraph) -> EngineProgram:
+    def load(self, graph: SerialisedGraph) -> Program:
         """Load the engine of a graph.
 
         Raises:
@@ -170,14 +188,21 @@ class TensorRtLoader:
         backend = self._backend
         precision = backend.precision.over(self._weights_sha256)
         digest = hashlib.sha256(graph.graph).hexdigest()
-        return self.load_engine(*backend.engines.find(digest, self._weights_sha256, precision, backend.here))
+        found = backend.engines.find(digest, self._weights_sha256, precision, backend.here)
+        if backend.memory is Memory.LOW:
+            return streamed(partial(self.load_engine, *found))
+        return self.load_engine(*found)
 
     def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
         """Load an engine that the cache has given out."""
         library, device = self._backend.library, self._backend.gpu
         engine = Engine(library, plan)
         logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
-        module = CapturedModule(lambda: Execution(engine, device), self._pool)
+        module: Module
+        if self._backend.memory is Memory.LOW:
+            module = Launched(Execution(engine, device))
+        else:
+            module = CapturedModule(lambda: Execution(engine, device), self._pool)
         program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
         return EngineProgram(program, record)
 
@@ -186,7 +211,14 @@ class TensorRtBackend:
     """Runs engines of one library in one precision."""
 
     def __init__(
-        self, library: Library, precision: Precision, *, here: Origin, engines: EngineCache, gpu: torch.device
+        self,
+        library: Library,
+        precision: Precision,
+        *,
+        here: Origin,
+        engines: EngineCache,
+        gpu: torch.device,
+        memory: Memory = Memory.FAST,
     ) -> None:
         self.device: Device = TorchDevice(gpu)
         self.library = library
@@ -194,6 +226,7 @@ class TensorRtBackend:
         self.here = here
         self.engines = engines
         self.gpu = gpu
+        self.memory = memory
 
     def open_weights(self, weights: bytes) -> TensorRtLoader:
         """Take note of the weights, which engines have inside."""
@@ -217,4 +250,5 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBacken
         here=library.origin(on_this_gpu=True),
         engines=EngineCache.inside(cache_folder()),
         gpu=gpu,
+        memory=memory,
     )
