@@ -1,7 +1,7 @@
 """Sample from a bundle: one loop over the steps, switching engines by noise level.
 
 From the noise to the last sample everything stays on the backend's device: samples, the solver's history, predictions,
-conditions and what engines emit. What comes back in each step is whether the prediction is finite.
+conditions and what engines emit, in one stream. What comes back in each step is whether the prediction is finite.
 """
 
 from __future__ import annotations
@@ -286,7 +286,8 @@ class Session:
             raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
         conditions = replace(conditions, residuals=self.conditions.residuals)
         request = self.request(lossless=lossless)
-        sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
+        with self._device.stream():
+            sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
         return sampled if latents else self.decode(sampled)
 
     def request(self, *, lossless: bool = False) -> Request:
