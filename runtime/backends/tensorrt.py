@@ -29,6 +29,7 @@ from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
 from unetc.held import COMPUTED
 from unetc.nvidia.cache import EngineCache, EngineRecord
+from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.key import Origin
 from unetc.nvidia.library import LIBRARIES, Library, words
 from unetc.nvidia.precision import Precision
@@ -64,8 +65,13 @@ _ALIGNMENT = 256
 class Engine:
     """An engine on the GPU."""
 
-    def __init__(self, library: Library, plan: bytes) -> None:
+    def __init__(self, library: Library, plan: bytes, kernels: KernelFile) -> None:
         """Deserialise, which runs code of the engine.
+
+        Args:
+            library: What built it.
+            plan: The engine.
+            kernels: Where those are kept that the library finishes here, if it does.
 
         Raises:
             SessionError: If the library refuses it, in its own words.
@@ -87,20 +93,51 @@ class Engine:
         self.outputs = tuple(sorted(outputs, key=lambda name: name.startswith(COMPUTED)))
         """The prediction first."""
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
-        self._jit = library.portable
+        self._finishing = Finishing(self._trt, self._engine, kernels) if library.portable else None
 
     def context(self) -> Any:
-        """Make an execution context that is given its scratch memory.
-
-        A library that finishes kernels where they run does so at once, so that none is replaced after it was captured.
-        """
-        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self._jit:
+        """Make an execution context that is given its scratch memory."""
+        if self._finishing is None:
+            user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return self._engine.create_execution_context(user_managed)
-        config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(user_managed)
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        return self._engine.create_execution_context(config)
+        return self._engine.create_execution_context(self._finishing.config)
+
+    def keep_kernels(self) -> None:
+        """Write to disk what the library has finished here; called where a new shape has run."""
+        if self._finishing is not None:
+            self._finishing.keep()
+
+
+class Finishing:
+    """How a library finishes an engine's kernels where they run: those on disk not again, and all others at once.
+
+    None is replaced later, when it has been captured.
+    """
+
+    def __init__(self, trt: Any, engine: Any, kernels: KernelFile) -> None:
+        """Load what is on disk, where the library finds that it fits this GPU.
+
+        Args:
+            trt: The library.
+            engine: Of the library.
+            kernels: The file.
+        """
+        self.config = engine.create_runtime_config()
+        """For all execution contexts of the engine."""
+        self.config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._kernels = kernels
+        self._cache = self.config.create_runtime_cache()
+        known = kernels.read()
+        if known is not None and not self._cache.deserialize(known):
+            logger.info("%s does not fit this GPU or driver any more; its kernels are made anew", kernels.path)
+        self.config.set_runtime_cache(self._cache)
+
+    def keep(self) -> None:
+        """Write what is finished to disk."""
+        finished = self._cache.serialize()
+        if finished is not None:
+            self._kernels.keep(bytes(finished))
 
 
 class Execution:
@@ -110,6 +147,7 @@ class Execution:
         self._engine = engine
         self._device = device
         self._context = engine.context()
+        self._called = False
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Launch the engine on torch's stream.
@@ -132,6 +170,9 @@ class Execution:
         context.set_device_memory(scratch.data_ptr(), engine.scratch_bytes)
         if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise RuntimeError(words(engine.complaints))
+        if not self._called:  # the kernels of this shape are finished now, and nothing is captured yet
+            self._called = True
+            engine.keep_kernels()
         return tuple(tensors[name] for name in engine.outputs)
 
 
@@ -196,7 +237,7 @@ class TensorRtLoader:
     def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
         """Load an engine that the cache has given out."""
         library, device = self._backend.library, self._backend.gpu
-        engine = Engine(library, plan)
+        engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
         logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
         module: Module
         if self._backend.memory is Memory.LOW:

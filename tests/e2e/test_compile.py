@@ -202,7 +202,11 @@ def test_engines_for_this_gpu_need_one(tiny_bundle: Path, tmp_path: Path, rtx: N
 
 @pytest.mark.rtx
 @pytest.mark.nightly
-def test_engines_of_controls_are_built_if_asked_for(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
-    engines = run("compile", tiny_bundle, *RTX, "--cache", tmp_path, "--controls", "--json").json["engines"]
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_engines_of_controls_are_built_if_asked_for(
+    tiny_bundle: Path, tmp_path: Path, rtx: None, precision: str
+) -> None:
+    options = ("--precision", precision, "--controls", "--json")
+    engines = run("compile", tiny_bundle, *RTX, "--cache", tmp_path, *options).json["engines"]
     manifest = Manifest.load(tiny_bundle / "manifest.json")
     assert {engine["graph"] for engine in engines} == {engine.graph for engine in manifest.all_engines()}

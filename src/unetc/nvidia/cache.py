@@ -94,7 +94,7 @@ class EngineCache:
             )
         if len(engine) != record.engine_bytes or hashlib.sha256(engine).hexdigest() != record.engine_sha256:
             raise StaleEngineError(f"{folder / ENGINE} is not what was built (its hash differs). Build it again.")
-        if not trust and not hmac.compare_digest(record.seal, self._seal(record)):
+        if not trust and not hmac.compare_digest(record.seal, self._seal_of(record)):
             raise StaleEngineError(
                 f"the engine in {folder} was not built here, and loading one runs code. Build it again, or say "
                 "--trust-engines if you trust who built it."
@@ -153,14 +153,22 @@ class EngineCache:
         Raises:
             ArtifactError: If the folder cannot be written or the disk is full.
         """
-        sealed = msgspec.structs.replace(record, seal=self._seal(record))
+        sealed = msgspec.structs.replace(record, seal=self._seal_of(record))
         folder = self.folder(record.key)
         write_atomically(folder / ENGINE, engine)
         sealed.save(folder / RECORD)
         return sealed
 
-    def _seal(self, record: EngineRecord) -> str:
-        return hmac.new(self._secret(), record.unsealed(), hashlib.sha256).hexdigest()
+    def seal(self, data: bytes) -> bytes:
+        """Hash data as only who can read this cache's secret can; it must say what it is, as all seals are alike.
+
+        Raises:
+            ArtifactError: If there is no secret and none can be written, or it is damaged.
+        """
+        return hmac.digest(self._secret(), data, hashlib.sha256)
+
+    def _seal_of(self, record: EngineRecord) -> str:
+        return self.seal(record.unsealed()).hex()
 
     def _secret(self) -> bytes:
         """Read this cache's secret, or draw it when there is none."""

@@ -11,7 +11,7 @@ from unetc.held import COMPUTED, Held
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backend import DEFAULT_TARGET, open_backend
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import Session
+from unetc.runtime.session import FULL_ENGINE, Session
 
 _SAMPLES, _STEPS = 2, 5
 """Trajectories, and the least number of steps, that are looked at."""
@@ -20,38 +20,46 @@ Probe = Mapping[str, Tensor]
 """Inputs of one denoiser call by name."""
 
 
-def overflowing_values(bundle: Bundle, path_of: Callable[[str], Path], on_progress: OnProgress) -> frozenset[str]:
+def overflowing_values(
+    bundle: Bundle, path_of: Callable[[str], Path], on_progress: OnProgress, *, controls: bool = False
+) -> frozenset[str]:
     """List values that float16 may not hold, in any engine at any step of a short trajectory of the full model.
 
-    An engine that holds gets what the engine that emits has computed at the step before.
+    An engine that holds gets what the engine 0 of its plan has computed at the step before.
 
     Args:
         bundle: A bundle.
         path_of: Where the graph of a path in the bundle lies, in float32 and beside its weights.
         on_progress: Told how many engines are done.
+        controls: Whether to look at the engines of the control plans too.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run an engine.
     """
     manifest = bundle.manifest
-    engines = list(dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines)))
-    engines.sort(key=lambda graph: graph != manifest.engines[0].graph)  # the one that emits goes first
+    plans = [manifest.engines, *(control.engines for control in manifest.controls if controls)]
+    emitters = dict.fromkeys(engines[FULL_ENGINE].graph for engines in plans)
+    others = dict.fromkeys(engine.graph for engine in (manifest.full, *(e for engines in plans for e in engines)))
+    order = [*emitters, *(graph for graph in others if graph not in emitters)]
     probes = trajectory(bundle)
+    emitted: list[dict[str, Tensor]] = [{} for _ in probes]
     found: frozenset[str] = frozenset()
-    for done, graph in enumerate(engines):
-        on_progress(Progress(stage="find what overflows", done=done, total=len(engines)))
+    for done, graph in enumerate(order):
+        on_progress(Progress(stage="find what overflows", done=done, total=len(order)))
+        if done == len(emitters):
+            probes = _with_held(probes, emitted)
         large, outputs = overflowing(path_of(graph), list(probes.values()))
         found |= large
-        if done == 0:
-            probes = _with_held(probes, outputs)
+        if graph in emitters:  # the same values in all plans, as all of it is computed
+            for known, own in zip(emitted, outputs, strict=True):
+                known.update({name: value for name, value in own.items() if name.startswith(COMPUTED)})
     note = f"{len(found)} values stay float32, as float16 may not hold them" if found else ""
-    on_progress(Progress(stage="find what overflows", done=len(engines), total=len(engines), note=note))
+    on_progress(Progress(stage="find what overflows", done=len(order), total=len(order), note=note))
     return found
 
 
-def _with_held(probes: Mapping[float, Probe], outputs: Sequence[Probe]) -> dict[float, Probe]:
+def _with_held(probes: Mapping[float, Probe], emitted: Sequence[Probe]) -> dict[float, Probe]:
     """Add what was emitted at the probe before; the first one, which nothing came before, gets its own."""
-    emitted = [{name: value for name, value in own.items() if name.startswith(COMPUTED)} for own in outputs]
     held, first = Held(), next(iter(probes))
     held.remember(emitted[0], first)
     extended: dict[float, Probe] = {}

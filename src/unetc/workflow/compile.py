@@ -101,7 +101,7 @@ def compile_bundle(
     if missing := {graph: key for graph, key in keys.items() if graph not in done}:
         graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in keys}
         with private_folder(bundle.weights, graphs) as private:
-            folders = _lower(bundle, Path(private), missing, on_progress)
+            folders = _lower(bundle, Path(private), missing, options.controls, on_progress)
             for graph, record in _build_all(missing, folders, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
     return tuple(done[graph] for graph in keys)
@@ -173,7 +173,7 @@ def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) ->
 
 
 def _lower(
-    bundle: Bundle, folder: Path, keys: Mapping[str, EngineKey], on_progress: OnProgress
+    bundle: Bundle, folder: Path, keys: Mapping[str, EngineKey], controls: bool, on_progress: OnProgress
 ) -> Mapping[Precision, Path]:
     """Lower the precision of graphs in the private folder; return the folders of all precisions that are asked for."""
     folders = {Precision.FP32: folder}
@@ -184,7 +184,9 @@ def _lower(
         if precision is Precision.FP16:
             from .calibrate import overflowing_values
 
-            wide = overflowing_values(bundle, lambda graph: folder / _beside_weights(graph), on_progress)
+            wide = overflowing_values(
+                bundle, lambda graph: folder / _beside_weights(graph), on_progress, controls=controls
+            )
         names = [_beside_weights(graph) for graph, key in keys.items() if key.precision is precision]
         folders[precision] = folder / precision
         try:
