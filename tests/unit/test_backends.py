@@ -59,7 +59,7 @@ TARGETS = [
     pytest.param(("torch:cpu", Memory.FAST), id="torch:cpu"),
     pytest.param(("torch:cpu:compiled", Memory.FAST), id="torch:cpu:compiled", marks=pytest.mark.nightly),
     pytest.param((tensorrt_on_cpu.NAME, Memory.FAST), id="tensorrt-on-cpu"),
-    pytest.param((tensorrt_on_cpu.NAME, Memory.LOW), id="tensorrt-on-cpu-low"),
+    pytest.param((tensorrt_on_cpu.NAME, Memory.LOW), id="tensorrt-on-cpu-low", marks=pytest.mark.nightly),
     pytest.param(("torch:cuda", Memory.FAST), id="torch:cuda", marks=GPU),
     pytest.param(("torch:cuda:compiled", Memory.FAST), id="torch:cuda:compiled", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("onnxruntime:cuda", Memory.FAST), id="onnxruntime:cuda", marks=GPU),
