@@ -17,7 +17,8 @@ class Memory(StrEnum):
     FAST = "fast"
     """Every engine packs its own copy of the weights for speed."""
     LOW = "low"
-    """All engines read one copy of the weights, mapped from a private temporary file."""
+    """All engines read one copy of the weights, mapped from a private temporary file. On a GPU, where TensorRT and
+    onnxruntime give every engine its own: only the engines of this phase and the next are there."""
 
 
 DEFAULT_TARGET = "onnxruntime:cpu"

@@ -1,7 +1,7 @@
 """Sample from a bundle: one loop over the steps, switching engines by noise level.
 
 From the noise to the last sample everything stays on the backend's device: samples, the solver's history, predictions,
-conditions and what engines emit. What comes back in each step is whether the prediction is finite.
+conditions and what engines emit, in one stream. What comes back in each step is whether the prediction is finite.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from unetc.artifacts.manifest import BundleEngine, Control, Manifest
@@ -27,6 +27,7 @@ from unetc.solver.trajectory import Trajectory
 from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
+from .residency import LoadedLater, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +52,6 @@ class Step:
     def sample(self) -> Array:
         """A copy of the samples, [batch, channel, height, width]."""
         return self.device.to_array(self.tensor)
-
-
-class LoadedLater:
-    """A program that is loaded when it is first called."""
-
-    def __init__(self, load: Callable[[], Program]) -> None:
-        self._load = load
-
-    def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
-        """Run the program."""
-        return self._program(inputs, output)
-
-    @cached_property
-    def _program(self) -> Program:
-        return self._load()
 
 
 class Replays:
@@ -93,6 +79,7 @@ class Request:
         turns: Turns | None,
         device: Device,
         replays: Replays,
+        stage: Stage,
     ) -> None:
         """Begin a trajectory.
 
@@ -103,6 +90,7 @@ class Request:
             turns: Which one runs when; always the full model when None.
             device: Where their tensors are.
             replays: Counts the steps made again.
+            stage: Loads the engines that are loaded later.
         """
         self.engine = FULL_ENGINE
         """Index of the engine that ran last."""
@@ -112,6 +100,7 @@ class Request:
         self._turns = turns
         self._device = device
         self._replays = replays
+        self._stage = stage
         self._held = Held(device=device)
 
     def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
@@ -132,6 +121,7 @@ class Request:
             NonFiniteError: If the full model produces NaN or infinity.
         """
         self.engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
+        self._stage.enter(self, self._turns.phase if self._turns else None)
         program = self._programs[self.engine] if self._turns else self._full
         inputs = conditions.widen(sample, timestep)
         prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
@@ -204,12 +194,14 @@ class Session:
         self._replays = Replays()
         self._full = full
         self._programs = tuple(programs)
+        self._stage = Stage(plan, self._programs, full, device)
 
     @classmethod
     def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
         """Load the engines of a bundle, or of one of its controls.
 
-        The full model is loaded when it is first asked for, unless it is an engine of the plan anyway.
+        The full model is loaded when it is first asked for, unless it is an engine of the plan anyway. Where a backend
+        loads engines later, they are loaded for the phases that need them.
         """
         manifest = bundle.manifest
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
@@ -294,7 +286,8 @@ class Session:
             raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
         conditions = replace(conditions, residuals=self.conditions.residuals)
         request = self.request(lossless=lossless)
-        sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
+        with self._device.stream():
+            sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
         return sampled if latents else self.decode(sampled)
 
     def request(self, *, lossless: bool = False) -> Request:
@@ -306,6 +299,7 @@ class Session:
             turns=None if lossless else Turns(self.plan),
             device=self._device,
             replays=self._replays,
+            stage=self._stage,
         )
 
     def decode(self, sampled: Array) -> Array:
@@ -354,7 +348,7 @@ def load(
         path: The bundle's folder.
         target: Where to run; the target it was built for when not given.
         threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
-        memory: "fast" gives every engine its own packed weights, "low" shares one copy in a private temporary file.
+        memory: "fast" or "low", see `Memory`.
 
     Raises:
         ArtifactError: If the bundle cannot be read or is damaged, or the target runs engines that were not compiled.

@@ -21,6 +21,7 @@ from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 
 from ..backend import Memory, take_inputs
+from ..residency import StreamingLoader
 from .onnxruntime import HandingLoader, open_session, run_bound  # first: it says how to get onnxruntime
 
 try:
@@ -119,16 +120,18 @@ def check_placement(session: Any, wanted: str) -> None:
 
 
 class OnnxRuntimeGpuBackend:
-    """Loads ONNX graphs into sessions on a GPU, each with its own copy of the weights, whatever `memory` says."""
+    """Loads ONNX graphs into sessions on a GPU."""
 
-    def __init__(self, place: str, gpu: torch.device, *, threads: int) -> None:
+    def __init__(self, place: str, gpu: torch.device, *, threads: int, memory: Memory = Memory.FAST) -> None:
         self.device: Device = OnnxRuntimeDevice(gpu)
         self._providers = PROVIDERS[place]
         self._threads = threads
+        self._memory = memory
 
     def open_weights(self, weights: bytes) -> Loader:
         """Keep the weights in memory."""
-        return HandingLoader(weights, self._threads, self._open_program)
+        loader = HandingLoader(weights, self._threads, self._open_program)
+        return StreamingLoader(loader) if self._memory is Memory.LOW else loader
 
     def _open_program(self, graph: SerialisedGraph, options: Any, weights: object) -> OnnxRuntimeGpuProgram:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -153,4 +156,4 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpu
             f"{', '.join(available)}. The package for GPUs takes its place: pip uninstall onnxruntime; "
             "pip install 'unetc[gpu]'"
         )
-    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads)
+    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads, memory=memory)

@@ -8,19 +8,23 @@ platform and this GPU; what is not found is never built here. Several that diffe
 Tensors are those of torch; no byte is copied on the way. A call is a CUDA graph, each over an execution context of its
 own, as a graph stays valid only as long as its context is left alone. What engines need beside their weights is taken
 from torch's allocator for every call and every capture, and all graphs of a loader capture from one pool, so engines
-share it: the most that one needs, not the sum. Weights cannot be shared between engines; `memory` changes nothing.
+share it: the most that one needs, not the sum. Weights cannot be shared between engines.
+
+With `memory="low"` engines stay in the memory of the process and are on the GPU for the phases that need them. Each is
+launched kernel by kernel then: what is captured for one phase would not pay for itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Mapping
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from unetc.backend import SerialisedGraph
+from unetc.backend import Program, SerialisedGraph
 from unetc.device import Device
 from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
@@ -33,13 +37,14 @@ from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
 
 from ..backend import Memory
+from ..residency import streamed
 
 try:
     import torch
     from torch import Tensor
 
     from .cuda_graph import CapturedModule, Pool
-    from .torch_device import TorchDevice, TorchProgram, gpu_of
+    from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
 except ImportError as error:
     raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
 
@@ -56,6 +61,9 @@ _TYPES = {
 """By the library's names."""
 _ALIGNMENT = 256
 """Bytes; torch's allocator gives no less."""
+
+Shapes = tuple[tuple[int, ...], ...]
+"""Of the inputs of a call."""
 
 
 class Engine:
@@ -98,10 +106,10 @@ class Engine:
             return self._engine.create_execution_context(user_managed)
         return self._engine.create_execution_context(self._finishing.config)
 
-    def keep_kernels(self) -> None:
-        """Write to disk what the library has finished here; called where a new shape has run."""
+    def keep_kernels(self, shapes: Shapes) -> None:
+        """Write to disk what the library has finished here, once a call has run."""
         if self._finishing is not None:
-            self._finishing.keep()
+            self._finishing.keep(shapes)
 
 
 class Finishing:
@@ -128,22 +136,25 @@ class Finishing:
         if known is not None and not self._cache.deserialize(known):
             logger.info("%s does not fit this GPU or driver any more; its kernels are made anew", kernels.path)
         self.config.set_runtime_cache(self._cache)
+        self._kept: set[Shapes] = set()
 
-    def keep(self) -> None:
-        """Write what is finished to disk."""
+    def keep(self, shapes: Shapes) -> None:
+        """Write what is finished to disk, once for every shape of a call: so never while a call is captured."""
+        if shapes in self._kept:
+            return
+        self._kept.add(shapes)
         finished = self._cache.serialize()
         if finished is not None:
             self._kernels.keep(bytes(finished))
 
 
 class Execution:
-    """An execution context of an engine, for calls of one shape."""
+    """An execution context of an engine; one that is captured is for calls of one shape."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self._engine = engine
         self._device = device
         self._context = engine.context()
-        self._called = False
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Launch the engine on torch's stream.
@@ -166,9 +177,7 @@ class Execution:
         context.set_device_memory(scratch.data_ptr(), engine.scratch_bytes)
         if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise RuntimeError(words(engine.complaints))
-        if not self._called:  # the kernels of this shape are finished now, and nothing is captured yet
-            self._called = True
-            engine.keep_kernels()
+        engine.keep_kernels(tuple(tuple(tensor.shape) for tensor in inputs))
         return tuple(tensors[name] for name in engine.outputs)
 
 
@@ -176,6 +185,19 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Give a tensor without gaps at an address that the libraries take."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+class Launched:
+    """An execution that threads take turns with."""
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Launch the engine."""
+        with self._lock:
+            return self._execution(*inputs)
 
 
 class EngineProgram:
@@ -202,7 +224,7 @@ class TensorRtLoader:
     def _pool(self) -> Pool:
         return Pool()
 
-    def load(self, graph: SerialisedGraph) -> EngineProgram:
+    def load(self, graph: SerialisedGraph) -> Program:
         """Load the engine of a graph.
 
         Raises:
@@ -212,14 +234,21 @@ class TensorRtLoader:
         backend = self._backend
         precision = backend.precision.over(self._weights_sha256)
         digest = hashlib.sha256(graph.graph).hexdigest()
-        return self.load_engine(*backend.engines.find(digest, self._weights_sha256, precision, backend.here))
+        found = backend.engines.find(digest, self._weights_sha256, precision, backend.here)
+        if backend.memory is Memory.LOW:
+            return streamed(partial(self.load_engine, *found))
+        return self.load_engine(*found)
 
     def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
         """Load an engine that the cache has given out."""
         library, device = self._backend.library, self._backend.gpu
         engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
         logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
-        module = CapturedModule(lambda: Execution(engine, device), self._pool)
+        module: Module
+        if self._backend.memory is Memory.LOW:
+            module = Launched(Execution(engine, device))
+        else:
+            module = CapturedModule(lambda: Execution(engine, device), self._pool)
         program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
         return EngineProgram(program, record)
 
@@ -228,7 +257,14 @@ class TensorRtBackend:
     """Runs engines of one library in one precision."""
 
     def __init__(
-        self, library: Library, precision: Precision, *, here: Origin, engines: EngineCache, gpu: torch.device
+        self,
+        library: Library,
+        precision: Precision,
+        *,
+        here: Origin,
+        engines: EngineCache,
+        gpu: torch.device,
+        memory: Memory = Memory.FAST,
     ) -> None:
         self.device: Device = TorchDevice(gpu)
         self.library = library
@@ -236,6 +272,7 @@ class TensorRtBackend:
         self.here = here
         self.engines = engines
         self.gpu = gpu
+        self.memory = memory
 
     def over(self, engines: EngineCache) -> TensorRtBackend:
         """Give this backend over another cache."""
@@ -265,4 +302,5 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBacken
         here=library.origin(on_this_gpu=True),
         engines=EngineCache.inside(cache_folder()),
         gpu=gpu,
+        memory=memory,
     )

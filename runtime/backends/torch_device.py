@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,24 @@ class TorchDevice:
         """Wait until everything that was asked of the device is done."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Use a stream beside the default one, which every copy of other libraries would wait for and hold up."""
+        if self._device.type != "cuda":
+            yield
+            return
+        around = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(around)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            around.wait_stream(self._stream)
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
 
 class TorchProgram:

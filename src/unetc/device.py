@@ -8,6 +8,7 @@ last sample but, once a step, whether the prediction is finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +59,10 @@ class Device(Protocol):
         """Wait until everything that was asked of the device is done."""
         ...
 
+    def stream(self) -> AbstractContextManager[object]:
+        """Give what is asked of the device inside a stream of its own, after all before it and before all after it."""
+        ...
+
 
 class Host:
     """The memory of the process: tensors are numpy arrays, and calls return when their work is done."""
@@ -93,6 +98,10 @@ class Host:
 
     def synchronize(self) -> None:
         """Do nothing: nothing is pending."""
+
+    def stream(self) -> AbstractContextManager[object]:
+        """Do nothing: everything is done when it is asked for."""
+        return nullcontext()
 
 
 HOST = Host()

@@ -167,7 +167,7 @@ def load(
         path: The bundle's folder.
         target: Where to run; the target it was built for when not given.
         threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
-        memory: "fast" gives every engine its own packed weights, "low" shares one copy in a private temporary file.
+        memory: "fast" or "low", see `unetc.runtime.backend.Memory`.
         lossless: Run the full model at every step.
 
     Raises:

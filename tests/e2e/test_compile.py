@@ -189,6 +189,9 @@ def test_inspect_tells_the_memory_of_engines(
     assert "tensorrt-rtx" in shown
     assert shown.count("phase from") == 2
     assert f"{sum(engine['engine_bytes'] for engine in built) / 2**20:.1f}" in shown
+    (low,) = (line for line in shown.splitlines() if "with --memory low, at most" in line)
+    in_phases = {engine.graph for engine in Manifest.load(tiny_bundle / "manifest.json").engines[1:]}
+    assert f"{sum(engine['engine_bytes'] for engine in built if engine['graph'] in in_phases) / 2**20:.1f}" in low
 
 
 @pytest.mark.rtx

@@ -8,25 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import unetc
+from tests import tensorrt_on_cpu
 from tests.models import ARCHITECTURES, TRANSFORMERS, Reuse, Tiny, daily, relative_error, tiny_of
+from tests.tensorrt_on_cpu import CpuTensorRt
 from tests.unit.test_law_of_reuse import Reference, inputs_at
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program, SerialisedGraph
 from unetc.compiler.emissions import with_emissions
 from unetc.device import Tensor
+from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
 from unetc.graph.capture import GATES, MEANS
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import HOLDS
 from unetc.graph.specialise import specialise
 from unetc.held import Held
+from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import ignore
 from unetc.runtime.backend import Memory, open_backend
@@ -52,6 +58,8 @@ TARGETS = [
     pytest.param(("onnxruntime:cpu", Memory.LOW), id="onnxruntime:cpu-low"),
     pytest.param(("torch:cpu", Memory.FAST), id="torch:cpu"),
     pytest.param(("torch:cpu:compiled", Memory.FAST), id="torch:cpu:compiled", marks=pytest.mark.nightly),
+    pytest.param((tensorrt_on_cpu.NAME, Memory.FAST), id="tensorrt-on-cpu"),
+    pytest.param((tensorrt_on_cpu.NAME, Memory.LOW), id="tensorrt-on-cpu-low", marks=pytest.mark.nightly),
     pytest.param(("torch:cuda", Memory.FAST), id="torch:cuda", marks=GPU),
     pytest.param(("torch:cuda:compiled", Memory.FAST), id="torch:cuda:compiled", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("onnxruntime:cuda", Memory.FAST), id="onnxruntime:cuda", marks=GPU),
@@ -62,7 +70,7 @@ TARGETS = [
 
 
 def on_gpu(target: str) -> bool:
-    return "cpu" not in target.split(":")
+    return "cpu" not in target.lower().replace(":", " ").split()
 
 
 class Target:
@@ -70,7 +78,8 @@ class Target:
 
     def __init__(self, name: str, memory: Memory) -> None:
         self.name = name
-        self._backend = open_backend(name, threads=1, memory=memory)
+        self._memory = memory
+        self._backend = None if name == tensorrt_on_cpu.NAME else open_backend(name, threads=1, memory=memory)
         self.agrees = GPU_AGREES if on_gpu(name) else BACKENDS_AGREE
         self.samples_agree = 10 * GPU_AGREES if on_gpu(name) else SAMPLES_AGREE
 
@@ -83,6 +92,8 @@ class Target:
             sizes=Sizes(batch=Range(least=1, usual=2, most=4), height=side, width=side),
             rows={name: array.shape[1:] for name, array in rows.items() if name not in ("sample", "timestep")},
         )
+        if self._backend is None:
+            return CpuTensorRt(tensorrt_on_cpu.LIBRARY, self._memory, calls, EngineCache.inside(cache_folder()))
         return build_as_needed(self.name, self._backend, calls, frozenset, ignore)
 
 
@@ -113,6 +124,11 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name, memory = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNETC_CACHE", str(tmp_path_factory.mktemp("cache")))  # where engines are built ahead
+        if name == tensorrt_on_cpu.NAME:
+            if torch.cuda.is_available():
+                pytest.skip("there is a GPU, on which the real libraries are tested")
+            patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+            patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         try:
             target = Target(name, memory)
         except (SessionError, MissingDependency) as error:

@@ -148,12 +148,15 @@ def test_the_library_is_asked_in_its_own_words(cache: EngineCache, fits: bool) -
     )
     assert first.config is config
     assert config.dynamic_shapes_kernel_specialization_strategy is trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    first.keep()
+    one, other = ((1, 8),), ((2, 8),)
+    for _ in range(2):
+        first.keep(one)
+    runtime_cache.serialize.assert_called_once_with()
     runtime_cache.serialize.return_value = KERNELS * 2
     later = Finishing(trt, engine, file_of(cache))
     runtime_cache.deserialize.assert_called_once_with(KERNELS)
-    later.keep()
+    later.keep(one)
     assert file_of(cache).read() == KERNELS * 2
     runtime_cache.serialize.return_value = None
-    later.keep()
+    later.keep(other)
     assert file_of(cache).read() == KERNELS * 2

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from unetc.nvidia.library import library_of
 from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
 from unetc.nvidia.sizes import Range, Sizes
-from unetc.runtime.backend import open_backend
+from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
@@ -42,11 +43,13 @@ def backend(cache: Path) -> TensorRtBackend:
     return backend_of(EngineCache(cache / "engines"))
 
 
-def backend_of(engines: EngineCache, precision: Precision = Precision.FP32, **origin: str) -> TensorRtBackend:
+def backend_of(
+    engines: EngineCache, precision: Precision = Precision.FP32, memory: Memory = Memory.FAST, **origin: str
+) -> TensorRtBackend:
     """Make a backend as it is on a GPU; nothing touches the GPU before an engine is loaded."""
     library = library_of(TARGET)
     here = msgspec.structs.replace(library.origin(), **origin)
-    return TensorRtBackend(library, precision, here=here, engines=engines, gpu=torch.device("cuda"))
+    return TensorRtBackend(library, precision, here=here, engines=engines, gpu=torch.device("cuda"), memory=memory)
 
 
 @WITHOUT_GPU
@@ -56,19 +59,23 @@ def test_without_a_gpu_the_target_says_what_to_do(cache: Path) -> None:
 
 
 @WITHOUT_GPU
+@pytest.mark.parametrize("memory", Memory)
 def test_an_engine_that_is_found_reaches_the_library_which_misses_the_gpu(
-    backend: TensorRtBackend, tiny_bundle: Path
+    cache: Path, tiny_bundle: Path, memory: Memory
 ) -> None:
+    backend = backend_of(EngineCache(cache / "engines"), memory=memory)
     with pytest.raises(SessionError, match=r"tensorrt_rtx [\d.]+ cannot load an engine: .*cudaError"):
         Session.of(Bundle.open(tiny_bundle), backend)
 
 
 @pytest.mark.gpu
-def test_an_engine_that_is_found_is_loaded(backend: TensorRtBackend, tiny_bundle: Path) -> None:
+def test_an_engine_that_is_found_is_loaded(cache: Path, tiny_bundle: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    session = Session.of(Bundle.open(tiny_bundle), backend)
-    session.sample(2)
+    bundle, engines = Bundle.open(tiny_bundle), EngineCache(cache / "engines")
+    session = Session.of(bundle, backend_of(engines))
+    streamed = Session.of(bundle, backend_of(engines, memory=Memory.LOW))
+    np.testing.assert_array_equal(streamed.sample(2), session.sample(2))
     with pytest.raises(ShapeMismatch, match="unetc compile BUNDLE --target tensorrt-rtx --batch 1,2,3"):
         session.sample(3)
 

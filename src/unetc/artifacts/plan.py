@@ -100,15 +100,17 @@ class Turns:
 
     def __init__(self, plan: Plan) -> None:
         """Begin a trajectory."""
+        self.phase = -1
+        """Of the last step."""
         self._plan = plan
-        self._phase = self._turn = -1
+        self._turn = -1
         self._available: set[str] = set()
 
     def take(self, log_snr: float) -> int:
         """Choose the engine of the next step, which is at a noise level that is not below that of the step before."""
         phase = sum(1 for later in self._plan.phases[1:] if log_snr >= later.low)
-        self._turn = self._turn + 1 if phase == self._phase else 0
-        self._phase = phase
+        self._turn = self._turn + 1 if phase == self.phase else 0
+        self.phase = phase
         cycle = self._plan.phases[phase].cycle
         engine = cycle[self._turn % len(cycle)]
         if not self._plan.engines[engine].reused <= self._available:

@@ -351,7 +351,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Run the full model at every step.")] = False,
     target: BundleTarget = None,
-    memory: Annotated[str, typer.Option(help="fast, or low: all engines share one copy of the weights.")] = "fast",
+    memory: Annotated[str, typer.Option(help="fast, or low: weights once; on a GPU two phases' engines.")] = "fast",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

@@ -53,11 +53,18 @@ def table_of(engines: EngineSet, manifest: Manifest) -> Table:
         _row(Path(graph).stem, engines, {graph})
         for graph in dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines))
     ]
-    for phase in plan.phases:
-        name = f"phase from {phase.low:.2f} to {phase.high:.2f}"
-        rows.append(_row(name, engines, {manifest.engines[i].graph for i in phase.cycle}))
+    graphs = [{manifest.engines[i].graph for i in phase.cycle} for phase in plan.phases]
+    for phase, own in zip(plan.phases, graphs, strict=True):
+        rows.append(_row(f"phase from {phase.low:.2f} to {phase.high:.2f}", engines, own))
     rows.append(_row("the plan, all loaded", engines, every))
+    pairs = [own | after for own, after in zip(graphs, [*graphs[1:], graphs[0]], strict=True)]
+    rows.append(_row("with --memory low, at most", engines, max(pairs, key=lambda pair: _bytes(engines, pair))))
     return table(engines_title(engines.key), ["on the GPU", "engines MiB", "scratch MiB"], rows)
+
+
+def _bytes(engines: EngineSet, graphs: Collection[str]) -> int:
+    """Add up the engines that are known."""
+    return sum(engines.records[graph].engine_bytes for graph in graphs if graph in engines.records)
 
 
 def _row(name: str, engines: EngineSet, graphs: Collection[str]) -> list[str]:
@@ -70,6 +77,6 @@ def _row(name: str, engines: EngineSet, graphs: Collection[str]) -> list[str]:
     shared = max((size for size in scratch if size is not None), default=0)
     return [
         name,
-        f"{sum(record.engine_bytes for record in known) / 2**20:.1f}",
+        f"{_bytes(engines, graphs) / 2**20:.1f}",
         "unknown" if None in scratch else f"{shared / 2**20:.1f}",
     ]

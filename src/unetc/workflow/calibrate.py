@@ -9,22 +9,20 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.artifacts.record import MAX_JSON_BYTES, read_bounded, write_atomically
-from unetc.backend import Program
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.overflow import LIMIT, overflowing
 from unetc.conditions import Conditions
-from unetc.device import HOST, Tensor
+from unetc.device import Tensor
 from unetc.errors import ArtifactError
-from unetc.graph.capture import GATES, MEANS
-from unetc.graph.gate import gate_values
 from unetc.held import COMPUTED, Held
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backend import DEFAULT_TARGET, open_backend
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import FULL_ENGINE, Replays, Request
+from unetc.runtime.session import FULL_ENGINE, Session
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.noise import initial_noise
-from unetc.solver.table import SolverTable
 from unetc.solver.trajectory import Trajectory
 
 from .compile import private_folder
@@ -60,7 +58,7 @@ def overflowing_values(
     emitters = dict.fromkeys(engines[FULL_ENGINE].graph for engines in plans)
     others = dict.fromkeys(engine.graph for engine in (manifest.full, *(e for engines in plans for e in engines)))
     order = [*emitters, *(graph for graph in others if graph not in emitters)]
-    probes = trajectory_of(bundle)
+    probes = trajectory(bundle)
     emitted: list[dict[str, Tensor]] = [{} for _ in probes]
     found: frozenset[str] = frozenset()
     for done, graph in enumerate(order):
@@ -99,11 +97,11 @@ def overflowing_in_model(
         prepared: The model.
         scheduler: What it is sampled with.
         conditions: Of its samples.
-        on_progress: Told when the trajectory is sampled.
+        on_progress: Told after every step.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run the graph.
-        NonFiniteError: If the model produces NaN or infinity.
+        ProfileError: If the model produces NaN or infinity.
     """
     model, gated = prepared.model, prepared.gated
     conditions = conditions.take(range(_SAMPLES))
@@ -113,85 +111,70 @@ def overflowing_in_model(
         return frozenset(msgspec.json.decode(read_bounded(known, MAX_JSON_BYTES), type=list[str]))
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         pass  # not looked at yet
-    graph, weights = gated.runnable(), gated.weights.read_bytes()
-    program = open_backend(DEFAULT_TARGET, threads=0).open_weights(weights).load(graph)
-    means = np.zeros(gated.channels, np.float32)
+    table = extract(make_scheduler(scheduler, model.scheduler_config), _STEPS)
+    watching = Watching(open_backend(DEFAULT_TARGET, threads=0))
+    denoiser = GatedDenoiser(gated, watching, conditions)
+    indices, means = range(_SAMPLES), np.zeros(gated.channels, np.float32)
+    state = Trajectory.start(table, initial_noise(0, indices, model.sample_shape))
+    for step in range(table.steps):
+        on_progress(Progress(stage=_STAGE, done=step, total=table.steps + 1))
 
-    def keeping(inputs: Probe) -> Probe:
-        gates = np.repeat(gate_values(gated.components, {})[None], len(inputs["sample"]), axis=0)
-        return {**inputs, GATES: gates, MEANS: means}
+        def predict(sample: Array, timestep: float = table.timesteps.item(step)) -> Array:
+            return denoiser.predict(sample, timestep, gates=denoiser.gates({}, len(sample)), means=means)
 
-    on_progress(Progress(stage=_STAGE, done=0, total=2))
-    probes = trajectory(
-        lambda inputs, output: program(keeping(inputs), output),
-        extract(make_scheduler(scheduler, model.scheduler_config), _STEPS),
-        sample_shape=model.sample_shape,
-        predicted_channels=gated.predicted_channels,
-        conditions=conditions,
-    )
-    on_progress(Progress(stage=_STAGE, done=1, total=2))
-    with private_folder(weights, {_GRAPH: graph.graph}) as folder:
-        found, _ = overflowing(Path(folder) / _GRAPH, [keeping(probe) for probe in probes.values()])
-    on_progress(Progress(stage=_STAGE, done=2, total=2, note=_note(found)))
+        state = state.advance(table, step, predict, seed=0, indices=indices)
+    on_progress(Progress(stage=_STAGE, done=table.steps, total=table.steps + 1))
+    with private_folder(gated.weights.read_bytes(), {_GRAPH: gated.runnable().graph}) as folder:
+        found, _ = overflowing(Path(folder) / _GRAPH, watching.calls)
+    on_progress(Progress(stage=_STAGE, done=table.steps + 1, total=table.steps + 1, note=_note(found)))
     write_atomically(known, msgspec.json.encode(sorted(found)))
     return found
+
+
+class Watching:
+    """A backend that notes what its programs are called with."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.device = backend.device
+        self.calls: list[Probe] = []
+        self._backend = backend
+
+    def open_weights(self, weights: bytes) -> Loader:
+        """Take a weights file."""
+        self._loader = self._backend.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        """Load a graph."""
+        program = self._loader.load(graph)
+
+        def watched(inputs: Probe, output: Tensor) -> Probe:
+            self.calls.append(inputs)
+            return program(inputs, output)
+
+        return watched
 
 
 def _note(found: frozenset[str]) -> str:
     return f"{len(found)} values stay float32, as float16 may not hold them" if found else ""
 
 
-def trajectory(
-    full: Program,
-    table: SolverTable,
-    *,
-    sample_shape: tuple[int, int, int],
-    predicted_channels: int,
-    conditions: Conditions,
-) -> dict[float, Probe]:
+def trajectory(bundle: Bundle) -> dict[float, Probe]:
     """Sample with the full model; give the inputs of its call at each timestep.
-
-    Args:
-        full: The full model, on arrays.
-        table: The solver.
-        sample_shape: [channel, height, width].
-        predicted_channels: Width of what it predicts.
-        conditions: Of the samples.
-
-    Raises:
-        NonFiniteError: If it produces NaN or infinity.
-    """
-    seen: dict[float, Probe] = {}
-
-    def watched(inputs: Probe, output: Tensor) -> Probe:
-        seen[float(inputs["timestep"][0])] = inputs
-        return full(inputs, output)
-
-    request = Request((), watched, predicted_channels=predicted_channels, turns=None, device=HOST, replays=Replays())
-    indices = range(_SAMPLES)
-    conditions = conditions.take(indices)
-    state = Trajectory.start(table, initial_noise(0, indices, sample_shape))
-    for step in range(table.steps):
-        timestep, level = table.timesteps.item(step), table.log_snr.item(step)
-
-        def predict(sample: Tensor, timestep: float = timestep, level: float = level) -> Tensor:
-            return request.predict(sample, timestep, level, conditions)
-
-        state = state.advance(table, step, predict, seed=0, indices=indices)
-    return seen
-
-
-def trajectory_of(bundle: Bundle) -> dict[float, Probe]:
-    """Sample with the full model of a bundle.
 
     The number of steps is the least that the bundle has and that is not below five, as each costs a call.
     """
     manifest, counts = bundle.manifest, bundle.solver.counts
-    loader = open_backend(DEFAULT_TARGET, threads=manifest.threads).open_weights(bundle.weights)
-    return trajectory(
-        loader.load(bundle.graph_of(manifest.full)),
-        bundle.solver.table(next((count for count in counts if count >= _STEPS), counts[-1])),
+    watching = Watching(open_backend(DEFAULT_TARGET, threads=manifest.threads))
+    session = Session(
+        plan=manifest.plan,
+        full=watching.open_weights(bundle.weights).load(bundle.graph_of(manifest.full)),
+        programs=(),
+        solver=bundle.solver,
         sample_shape=manifest.sample_shape,
+        steps=next((count for count in counts if count >= _STEPS), counts[-1]),
         predicted_channels=manifest.predicted_channels,
         conditions=bundle.conditions,
     )
+    session.sample(_SAMPLES, lossless=True, latents=True)
+    return {float(inputs["timestep"][0]): inputs for inputs in watching.calls}
