@@ -150,7 +150,7 @@ def analyze(
     on_progress(Progress(stage="full model", done=0, total=table.steps, note=str(duration)))
     base = run_base(sweep, on_progress)
     numbers = (options.steps, options.samples, options.bins, options.seed)
-    folder = work / _key("damage", options.scheduler, *numbers, conditions.sha256())
+    folder = work / _key("damage", options.scheduler, options.target, *numbers, conditions.sha256())
     effects, calls = _damages(sweep, base, costs, options, deadline, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,

@@ -5,8 +5,9 @@ outputs stay float32 and are cast at the border. These nodes stay float32 too:
 
 - what is computed from inputs alone, element by element: a timestep of 999 has a resolution of a half in float16, and
   its sine none; what is forecast is a difference of two almost equal numbers;
-- softmax, exponentials and reductions, the norms that slicing spells out among them (norms that are one operator
-  compute their statistics in float32 anyway, by their attribute stash_type);
+- softmax, exponentials, squares and reductions, and what is computed of sums alone, element by element: so the
+  statistics of the norms that slicing spells out (norms that are one operator compute theirs in float32 anyway, by
+  their attribute stash_type);
 - the last layer with weights before the prediction;
 - whatever is named besides: values that overflow when measured.
 
@@ -23,6 +24,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from unetc.backend import WEIGHTS
+from unetc.graph.slicing import PARTIAL
 from unetc.graph.weights import tensor_ranges, write_tensors
 from unetc.nvidia.precision import Precision
 
@@ -31,25 +33,11 @@ from .element_types import infer_types
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
 _LARGEST = {Precision.FP16: 65504.0, Precision.BF16: 3.3895313892515355e38}
 
-WIDE_OPERATORS = frozenset(
-    [
-        "Softmax",
-        "LogSoftmax",
-        "Exp",
-        "Log",
-        "Sin",
-        "Cos",
-        "Pow",
-        "Reciprocal",
-        "CumSum",
-        "ReduceMean",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-    ]
+_REDUCTIONS = frozenset(
+    ["ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd"]
+)
+WIDE_OPERATORS = _REDUCTIONS | frozenset(
+    ["Softmax", "LogSoftmax", "Exp", "Log", "Sin", "Cos", "Pow", "Reciprocal", "CumSum"]
 )
 """Operators that sum or that amplify rounding."""
 
@@ -67,6 +55,7 @@ _ELEMENTWISE = frozenset(
         "Cast",
         "Identity",
         "Concat",
+        "Pad",
         "Slice",
         "Gather",
         "Expand",
@@ -215,21 +204,29 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
 
 def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]:
     """Choose the nodes that stay float32."""
-    wide = {node for node in graph if node.op_type in WIDE_OPERATORS}
-    plain = set(graph.inputs)  # values that follow from inputs alone
+    wide = {node for node in graph if node.op_type in WIDE_OPERATORS or _squares(node)}
+    plain = set(graph.inputs)  # values that follow from inputs and sums alone
+    fixed: set[ir.Value] = set(graph.initializers.values())  # values that follow from weights alone
     for node in graph:
-        computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
-        if node.op_type == "Shape":
+        computed = [value for value in node.inputs if value is not None and value not in fixed]
+        if not computed:
+            fixed.update(node.outputs)
+        elif node.op_type == "Shape" or node.op_type in _REDUCTIONS:
             plain.update(node.outputs)  # a size is not rounded, whatever it is the size of
-        elif node.op_type in _ELEMENTWISE and computed and plain.issuperset(computed):
+        elif node.op_type in _ELEMENTWISE and plain.issuperset(computed):
             plain.update(node.outputs)
             wide.add(node)
     wide |= _last_layer(graph.outputs[0])
     for node in graph:
-        touched = {value.name for value in (*node.inputs, *node.outputs) if value is not None}
+        touched = {str(v.name).removesuffix(PARTIAL) for v in (*node.inputs, *node.outputs) if v is not None}
         if not touched.isdisjoint(measured):
             wide.add(node)
     return frozenset(wide)
+
+
+def _squares(node: ir.Node) -> bool:
+    """Tell whether a node multiplies a value by itself, which float16 cannot hold from 256 on."""
+    return node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
 
 
 def _last_layer(prediction: ir.Value) -> set[ir.Node]:

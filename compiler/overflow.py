@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
 
-from unetc.errors import EngineBuildError
+from unetc.errors import EngineBuildError, MissingDependency
 from unetc.graph.nodes import add_node, add_reshape
 
 from .element_types import infer_types
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise MissingDependency("finding what float16 cannot hold needs onnxruntime: pip install 'unetc[cpu]'") from error
 
 LIMIT = 65504 / 8
 """Values may be eight times as large on other inputs before float16 overflows."""

@@ -48,7 +48,7 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     _let_decompose(trt, network)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     signature = {value.name: _declared(value) for value in inputs}
-    shapes = resolve(signature, request.sizes, request.rows)
+    shapes = resolve(signature, request.sizes, request.rows, request.residuals)
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, shapes))
     config.builder_optimization_level = request.effort.optimization_level

@@ -9,6 +9,7 @@ import msgspec
 from unetc.artifacts.record import Record
 from unetc.nvidia.key import Effort
 from unetc.nvidia.sizes import Sizes
+from unetc.residuals import Residual
 
 STEPS = 1000
 """Progress is reported in so many parts."""
@@ -27,6 +28,8 @@ class Request(Record, frozen=True, kw_only=True):
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition, by the name of its input."""
+    residuals: tuple[Residual, ...] = ()
+    """What the graph takes of a ControlNet."""
     effort: Effort
     on_this_gpu: bool = False
     """Whether the engine need run on no other GPU; a library that builds for one alone always does so."""

@@ -20,6 +20,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property, partial
 from typing import Any
 
@@ -268,6 +269,12 @@ class TensorRtBackend:
         self.engines = engines
         self.gpu = gpu
         self.memory = memory
+
+    def over(self, engines: EngineCache) -> TensorRtBackend:
+        """Give this backend over another cache."""
+        other = copy(self)
+        other.engines = engines
+        return other
 
     def open_weights(self, weights: bytes) -> TensorRtLoader:
         """Take note of the weights, which engines have inside."""

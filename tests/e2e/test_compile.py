@@ -155,12 +155,14 @@ def test_targets_on_a_gpu_say_what_is_missing(tiny_bundle: Path, tmp_path: Path)
             assert "pip install" in error or "use onnxruntime:cpu" in error
 
 
-def test_nothing_is_measured_on_a_gpu_that_is_not_there(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt-rtx:fp16", "tensorrt-rtx:bf16", "tensorrt:fp16"])
+def test_nothing_is_measured_on_a_gpu_that_is_not_there(tiny_model: Path, tmp_path: Path, target: str) -> None:
     for command in (("analyze", "-o", tmp_path / "p.json"), ("build", "-o", tmp_path / "b")):
-        if not works("tensorrt-rtx"):
+        if not works(target):
             name, *options = command
-            error = run(name, tiny_model, "--target", "tensorrt-rtx", "--cache", tmp_path / "cache", *options).error
-            assert "target tensorrt-rtx needs" in error
+            error = run(name, tiny_model, "--target", target, "--cache", tmp_path / "cache", *options).error
+            assert f"target {target.partition(':')[0]}" in error
+            assert "needs" in error
             assert not (tmp_path / "cache").exists(), "the model was captured before its target was found missing"
 
 

@@ -26,8 +26,12 @@ from unetc.compiler.planner import PlanOptions
 from unetc.diffusers import BundleUNet
 from unetc.errors import NonFiniteError, SessionError, UnetcError
 from unetc.models import find_model
+from unetc.nvidia.precision import Precision
+from unetc.nvidia.profile import check_call
+from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Request, Session
 from unetc.workflow.build import BuildOptions, build
+from unetc.workflow.compile import CompileOptions, compile_bundle
 from unetc.workflow.setup import analyze_model
 
 pytestmark = pytest.mark.nightly
@@ -306,6 +310,28 @@ def test_a_controlnet_adds_to_every_engine(
         images = run()
     assert 1 in engines
     assert 1e-4 < np.linalg.norm(images - expected) / np.linalg.norm(expected) < 0.5
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("folder", ["sd", "sdxl"], indirect=True)
+@pytest.mark.parametrize(("precision", "side"), [(Precision.FP32, None), (Precision.FP16, "15,21")])
+def test_every_graph_becomes_an_engine_for_nvidia(
+    bundle: Path, tmp_path: Path, precision: Precision, side: str | None
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    options = CompileOptions(target="tensorrt-rtx", precision=precision, height=side, width=side)
+    built = compile_bundle(bundle, options, cache=tmp_path)
+    opened = Bundle.open(bundle)
+    assert {engine.graph for engine in built} == opened.manifest.graphs()
+    conditions = opened.conditions.take([0])
+    for size in (16,) if side is None else (15, 18, 21):
+        call = conditions.widen(np.zeros((1, 4, size, size), np.float32), 500.0)
+        shapes = {name: array.shape for name, array in call.items()}
+        for engine in built:
+            if engine.graph != "decoder.onnx":
+                assert shapes.keys() <= engine.record.shapes.keys()
+                held = {name: least for name, (least, _, _) in engine.record.shapes.items() if "." in name}
+                check_call(engine.record, shapes | held)
 
 
 @pytest.mark.parametrize(

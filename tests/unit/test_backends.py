@@ -94,7 +94,7 @@ class Target:
         )
         if self._backend is None:
             return CpuTensorRt(tensorrt_on_cpu.LIBRARY, self._memory, calls, EngineCache.inside(cache_folder()))
-        return build_as_needed(self.name, self._backend, calls, ignore)
+        return build_as_needed(self.name, self._backend, calls, frozenset, ignore)
 
 
 class Runner:

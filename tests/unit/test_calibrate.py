@@ -15,12 +15,12 @@ from unetc.held import HELD
 from unetc.progress import ignore
 from unetc.runtime.bundle import Bundle
 from unetc.solver.noise import initial_noise
-from unetc.workflow.calibrate import overflowing_values, trajectory
+from unetc.workflow.calibrate import overflowing_values, trajectory_of
 
 
 def test_probes_are_what_the_full_model_sees_while_it_samples(tiny_bundle: Path) -> None:
     bundle, session = Bundle.open(tiny_bundle), unetc.load(tiny_bundle)
-    probes = trajectory(bundle)
+    probes = trajectory_of(bundle)
     steps = len(probes)
     table = bundle.solver.table(steps)
     assert list(probes) == table.timesteps.tolist()

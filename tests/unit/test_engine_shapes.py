@@ -7,6 +7,7 @@ import pytest
 from unetc.compiler.tensorrt.shapes import resolve
 from unetc.errors import EngineBuildError
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.residuals import MIDDLE, residuals_of
 
 SIGNATURE = {
     "sample": ("s48", 4, "s43", "s39"),
@@ -50,6 +51,24 @@ def test_every_input_follows_the_sample() -> None:
         "held.3": ((1, 8, 8, 8), (2, 8, 16, 8), (8, 8, 16, 8)),
         "reach.3": ((1,), (1,), (1,)),
     }
+
+
+def test_the_batch_of_a_condition_may_have_a_name_of_its_own() -> None:
+    signature = {**SIGNATURE, "time_ids": ("s27", 6)}  # as that of Stable Diffusion XL
+    assert resolve(signature, sizes(), {**ROWS, "time_ids": (6,)})["time_ids"] == ((1, 6), (2, 6), (8, 6))
+
+
+def test_what_a_controlnet_adds_is_as_large_as_its_level() -> None:
+    residuals = residuals_of({"block_out_channels": (8, 16), "layers_per_block": 1})
+    signature = {
+        **SIGNATURE,
+        **{one.name: ("s48", one.channels, f"h{i}", f"w{i}") for i, one in enumerate(residuals)},
+        "held.4": ("s48", 16, "2*h2", "w4"),
+    }
+    shapes = resolve(signature, sizes(), ROWS, residuals)
+    assert shapes[residuals[0].name] == ((1, 8, 16, 15), (2, 8, 32, 15), (8, 8, 32, 15))
+    assert shapes[MIDDLE] == ((1, 16, 8, 8), (2, 16, 16, 8), (8, 16, 16, 8))
+    assert shapes["held.4"] == ((1, 16, 16, 8), (2, 16, 32, 8), (8, 16, 32, 8))
 
 
 def test_a_size_that_follows_from_nothing_is_named() -> None:

@@ -146,6 +146,30 @@ def test_values_that_overflow_can_be_kept_wide(tmp_path: Path) -> None:
         assert np.isfinite(evaluate(tmp_path / "fp16" / "large.onnx", inputs)["out"]).all() == finite
 
 
+def test_the_statistics_of_a_norm_that_is_spelled_out_stay_wide(tmp_path: Path) -> None:
+    graph = """<ir_version: 10, opset_import: ["": 23]>
+        norm (float[n, 4] sample) => (float[n, 4] out)
+        <float[4, 4] weight = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}, float[1, 4] scale = {1, 1, 1, 1},
+         float[1] epsilon = {0.0001}, int64[1] axes = {1}, int64[2] shape = {1, 4}> {
+        x = MatMul(sample, weight)  mean = ReduceMean(x, axes)  squared = Mul(x, x)  squares = ReduceMean(squared, axes)
+        part = Mul(mean, mean)  variance = Sub(squares, part)  sum = Add(variance, epsilon)  deviation = Sqrt(sum)
+        own = Reshape(scale, shape)  factor = Div(own, deviation)  centred = Sub(x, mean)  normal = Mul(centred, factor)
+        out = MatMul(normal, weight)
+        }"""
+    (tmp_path / "norm.onnx").write_bytes(onnx.parser.parse_model(graph).SerializeToString())
+    (tmp_path / WEIGHTS).write_bytes(save({}))
+    inputs: Values = {"sample": np.array([[300, 301, 302, 303]], np.float32)}  # whose squares float16 cannot hold
+    assert overflowing(tmp_path / "norm.onnx", [{"sample": inputs["sample"] / 10}])[0] == set()
+    lower_graphs(tmp_path, ["norm.onnx"], Precision.FP16, tmp_path / "fp16")
+    exact, half = (evaluate(path / "norm.onnx", inputs)["out"] for path in (tmp_path, tmp_path / "fp16"))
+    assert relative_error(half, exact) < TOLERANCE
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fp16" / "norm.onnx"))
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    statistics = {"mean", "squared", "squares", "part", "variance", "sum", "deviation", "factor"}
+    assert {types[name] for name in statistics} == {TensorProto.FLOAT}
+    assert {types[name] for name in ("x", "centred", "normal")} == {TensorProto.FLOAT16}
+
+
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(EngineBuildError, match=r"unknown precision 'fp8'\. Available: fp32, fp16, bf16"):
         Precision.parse("fp8")

@@ -20,6 +20,7 @@ from unetc.backend import Array, SerialisedGraph
 from unetc.graph.capture import GATES, MEANS
 from unetc.graph.gate import DOMAIN, gate_values, onnx_function
 from unetc.graph.gated import OPSET, GatedGraph
+from unetc.graph.slicing import PARTIAL
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import Memory, open_backend
 
@@ -322,3 +323,29 @@ def test_onnxruntime_slices_the_weights_when_it_loads(
     for kernel in ((1, 1), (3, 3)):
         assert (out, computed, *kernel) in read
         assert (out, channels, *kernel) not in read
+
+
+@pytest.mark.parametrize("treatment", [DROP, MEAN])
+def test_what_takes_the_place_of_a_value_has_its_name(shared: Path, treatment: Treatment) -> None:
+    tiny = tiny_of("cross-attention", shared)
+    means = np.ones(tiny.gated.channels, np.float32)
+    full = made_of_weights(specialise(tiny.gated, {}, means))
+    for component in tiny.gated.components:
+        if component.kind == "skip":
+            engine = specialise(tiny.gated, {component.name: treatment}, means)
+            assert PARTIAL.encode() in engine.graph, "nothing was narrowed"
+            kept = {weight: name for weight, name in made_of_weights(engine).items() if weight in full}
+            assert kept
+            assert kept.items() <= full.items()
+
+
+def made_of_weights(engine: SerialisedGraph) -> dict[str, str]:
+    """Name the result of every convolution and norm by the weight it reads, whole or sliced."""
+    graph = onnx.load_model_from_string(engine.graph).graph
+    sliced = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Slice"}
+    found = {}
+    for node in graph.node:
+        if node.op_type in ("Conv", "GroupNormalization"):
+            weight = sliced.get(node.input[1], node.input[1])
+            found[weight] = node.output[0].removesuffix(PARTIAL)
+    return found

@@ -611,6 +611,16 @@ def test_other_options_do_not_take_over_partial_results(tmp_path: Path, change: 
     assert analyse(tmp_path / "shared") == before
 
 
+@pytest.mark.usefixtures("no_timing")
+def test_damages_of_another_target_are_measured_anew(tmp_path: Path) -> None:
+    counts = []
+    for target in ("onnxruntime:cpu", "tensorrt-rtx:fp16", "onnxruntime:cpu"):
+        recorder = Recorder(backend())
+        analyse(tmp_path, on=recorder, target=target)
+        counts.append(len(recorder.calls))
+    assert counts[0] == counts[1] > counts[2]
+
+
 def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measured: list[dict[str, Any]] = []
 

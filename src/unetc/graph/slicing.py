@@ -9,6 +9,9 @@ activation. Both are taken apart exactly, to rounding:
 - a convolution is one over h with fewer weights. What the constants add is the same at all positions where no tap of
   the kernel reads padding: a bias if the convolution has no padding, else the sum of the taps that read no padding.
 
+What takes the place of a value has its name, so that what was learnt of values of the whole graph (`lowering.py` of the
+compiler) holds for those of a narrowed one.
+
 Weights are sliced and folded by nodes over the shared initializers, which a runtime computes once, when it loads the
 graph, so an engine's file holds no copy of them. Whatever else reads a concatenation keeps it as it is.
 """
@@ -25,6 +28,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from unetc.graph.nodes import add_initializer, add_integers, add_node, add_reshape, add_slice, copy_node
+
+PARTIAL = ".partial"
+"""Ends the name of what becomes the value of that name when the constants are added."""
 
 Constants = Mapping[ir.Value, NDArray[np.float32]]
 """Values that are constant over batch and positions, and what they are in each channel."""
@@ -135,12 +141,13 @@ def _narrow_behind(graph: ir.Graph, norm: ir.Node, join: _Join) -> None:
     if not all(_is_narrowable(reader, "Conv", last) for reader in convolutions):
         return
 
-    def activate(value: ir.Value) -> ir.Value:
-        return _replay(graph, activation, norm.outputs[0], value)
+    def activate(value: ir.Value, ending: str) -> ir.Value:
+        return _replay(graph, activation, norm.outputs[0], value, ending)
 
     image = _normalise(graph, norm, join, rank=len(_sizes(convolutions[0])))
-    runs = tuple(replace(run, value=activate(run.value)) for run in image.runs)
-    image = replace(image, computed=activate(image.computed), runs=runs)
+    image.computed.name = norm.outputs[0].name
+    runs = tuple(replace(run, value=activate(run.value, ".constant")) for run in image.runs)
+    image = replace(image, computed=activate(image.computed, ""), runs=runs)
     for convolution in convolutions:
         _narrow(graph, convolution, image)
 
@@ -159,11 +166,12 @@ def _activation(value: ir.Value) -> tuple[ir.Node, ...]:
             return ()
 
 
-def _replay(graph: ir.Graph, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value) -> ir.Value:
-    """Apply to one value the elementwise nodes that are applied to another."""
+def _replay(graph: ir.Graph, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value, ending: str) -> ir.Value:
+    """Apply to one value the elementwise nodes that are applied to another; names get an ending."""
     values: dict[ir.Value | None, ir.Value] = {old: new}
     for node in nodes:
         new = values[node.outputs[0]] = copy_node(graph, node, [values[value] for value in node.inputs])
+        new.name = f"{node.outputs[0].name}{ending}"
     return new
 
 
@@ -313,13 +321,15 @@ def _narrow(graph: ir.Graph, convolution: ir.Node, image: _Image) -> None:
     if fixed and not border:
         added = add_reshape(graph, _sum_of_taps(graph, convolution, fixed), -1)
         bias = [add_node(graph, "Add", [*bias, added])] if bias else [added]
-    output = copy_node(graph, convolution, [image.computed, inner, *bias])
+    output = partial = copy_node(graph, convolution, [image.computed, inner, *bias])
+    partial.name = f"{convolution.outputs[0].name}{PARTIAL}"
     if image.runs and border:
         output = add_node(graph, "Add", [output, _within_border(graph, convolution, image)])
     elif varying := [run for run in image.runs if run.per_sample]:
         positions = add_integers(graph, *range(2, len(_sizes(convolution))))
         added = add_node(graph, "Unsqueeze", [_sum_of_taps(graph, convolution, varying), positions])
         output = add_node(graph, "Add", [output, added])
+    output.name = convolution.outputs[0].name
     convolution.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
 
 

@@ -1,20 +1,39 @@
-"""Find what float16 cannot hold, on what a bundle's engines see while they sample."""
+"""Find what float16 cannot hold, on what engines see while they sample."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from unetc.compiler.overflow import overflowing
-from unetc.device import Tensor
+import msgspec
+import numpy as np
+
+from unetc.artifacts.record import MAX_JSON_BYTES, read_bounded, write_atomically
+from unetc.backend import Program
+from unetc.compiler.overflow import LIMIT, overflowing
+from unetc.conditions import Conditions
+from unetc.device import HOST, Tensor
+from unetc.errors import ArtifactError
+from unetc.graph.capture import GATES, MEANS
+from unetc.graph.gate import gate_values
 from unetc.held import COMPUTED, Held
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backend import DEFAULT_TARGET, open_backend
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import FULL_ENGINE, Session
+from unetc.runtime.session import FULL_ENGINE, Replays, Request
+from unetc.solver.extract import extract, make_scheduler
+from unetc.solver.noise import initial_noise
+from unetc.solver.table import SolverTable
+from unetc.solver.trajectory import Trajectory
+
+from .compile import private_folder
+from .prepare import Prepared
 
 _SAMPLES, _STEPS = 2, 5
 """Trajectories, and the least number of steps, that are looked at."""
+_STAGE = "find what overflows"
+_GRAPH = "gated.onnx"
 
 Probe = Mapping[str, Tensor]
 """Inputs of one denoiser call by name."""
@@ -41,11 +60,11 @@ def overflowing_values(
     emitters = dict.fromkeys(engines[FULL_ENGINE].graph for engines in plans)
     others = dict.fromkeys(engine.graph for engine in (manifest.full, *(e for engines in plans for e in engines)))
     order = [*emitters, *(graph for graph in others if graph not in emitters)]
-    probes = trajectory(bundle)
+    probes = trajectory_of(bundle)
     emitted: list[dict[str, Tensor]] = [{} for _ in probes]
     found: frozenset[str] = frozenset()
     for done, graph in enumerate(order):
-        on_progress(Progress(stage="find what overflows", done=done, total=len(order)))
+        on_progress(Progress(stage=_STAGE, done=done, total=len(order)))
         if done == len(emitters):
             probes = _with_held(probes, emitted)
         large, outputs = overflowing(path_of(graph), list(probes.values()))
@@ -53,8 +72,7 @@ def overflowing_values(
         if graph in emitters:  # the same values in all plans, as all of it is computed
             for known, own in zip(emitted, outputs, strict=True):
                 known.update({name: value for name, value in own.items() if name.startswith(COMPUTED)})
-    note = f"{len(found)} values stay float32, as float16 may not hold them" if found else ""
-    on_progress(Progress(stage="find what overflows", done=len(order), total=len(order), note=note))
+    on_progress(Progress(stage=_STAGE, done=len(order), total=len(order), note=_note(found)))
     return found
 
 
@@ -69,29 +87,111 @@ def _with_held(probes: Mapping[float, Probe], emitted: Sequence[Probe]) -> dict[
     return extended
 
 
-def trajectory(bundle: Bundle) -> dict[float, Probe]:
+def overflowing_in_model(
+    prepared: Prepared, scheduler: str, conditions: Conditions, on_progress: OnProgress
+) -> frozenset[str]:
+    """List values that float16 may not hold in a model at any step of a short trajectory, before there is a bundle.
+
+    What was found is kept for the next command. Values are those of the gated graph, and keep their names in whatever
+    is made of it.
+
+    Args:
+        prepared: The model.
+        scheduler: What it is sampled with.
+        conditions: Of its samples.
+        on_progress: Told when the trajectory is sampled.
+
+    Raises:
+        EngineBuildError: If onnxruntime cannot run the graph.
+        NonFiniteError: If the model produces NaN or infinity.
+    """
+    model, gated = prepared.model, prepared.gated
+    conditions = conditions.take(range(_SAMPLES))
+    question = repr((scheduler, _SAMPLES, _STEPS, LIMIT, conditions.sha256())).encode()
+    known = prepared.work / f"overflow-{hashlib.sha256(question).hexdigest()[:16]}.json"
+    try:
+        return frozenset(msgspec.json.decode(read_bounded(known, MAX_JSON_BYTES), type=list[str]))
+    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+        pass  # not looked at yet
+    graph, weights = gated.runnable(), gated.weights.read_bytes()
+    program = open_backend(DEFAULT_TARGET, threads=0).open_weights(weights).load(graph)
+    means = np.zeros(gated.channels, np.float32)
+
+    def keeping(inputs: Probe) -> Probe:
+        gates = np.repeat(gate_values(gated.components, {})[None], len(inputs["sample"]), axis=0)
+        return {**inputs, GATES: gates, MEANS: means}
+
+    on_progress(Progress(stage=_STAGE, done=0, total=2))
+    probes = trajectory(
+        lambda inputs, output: program(keeping(inputs), output),
+        extract(make_scheduler(scheduler, model.scheduler_config), _STEPS),
+        sample_shape=model.sample_shape,
+        predicted_channels=gated.predicted_channels,
+        conditions=conditions,
+    )
+    on_progress(Progress(stage=_STAGE, done=1, total=2))
+    with private_folder(weights, {_GRAPH: graph.graph}) as folder:
+        found, _ = overflowing(Path(folder) / _GRAPH, [keeping(probe) for probe in probes.values()])
+    on_progress(Progress(stage=_STAGE, done=2, total=2, note=_note(found)))
+    write_atomically(known, msgspec.json.encode(sorted(found)))
+    return found
+
+
+def _note(found: frozenset[str]) -> str:
+    return f"{len(found)} values stay float32, as float16 may not hold them" if found else ""
+
+
+def trajectory(
+    full: Program,
+    table: SolverTable,
+    *,
+    sample_shape: tuple[int, int, int],
+    predicted_channels: int,
+    conditions: Conditions,
+) -> dict[float, Probe]:
     """Sample with the full model; give the inputs of its call at each timestep.
+
+    Args:
+        full: The full model, on arrays.
+        table: The solver.
+        sample_shape: [channel, height, width].
+        predicted_channels: Width of what it predicts.
+        conditions: Of the samples.
+
+    Raises:
+        NonFiniteError: If it produces NaN or infinity.
+    """
+    seen: dict[float, Probe] = {}
+
+    def watched(inputs: Probe, output: Tensor) -> Probe:
+        seen[float(inputs["timestep"][0])] = inputs
+        return full(inputs, output)
+
+    request = Request((), watched, predicted_channels=predicted_channels, turns=None, device=HOST, replays=Replays())
+    indices = range(_SAMPLES)
+    conditions = conditions.take(indices)
+    state = Trajectory.start(table, initial_noise(0, indices, sample_shape))
+    for step in range(table.steps):
+        timestep, level = table.timesteps.item(step), table.log_snr.item(step)
+
+        def predict(sample: Tensor, timestep: float = timestep, level: float = level) -> Tensor:
+            return request.predict(sample, timestep, level, conditions)
+
+        state = state.advance(table, step, predict, seed=0, indices=indices)
+    return seen
+
+
+def trajectory_of(bundle: Bundle) -> dict[float, Probe]:
+    """Sample with the full model of a bundle.
 
     The number of steps is the least that the bundle has and that is not below five, as each costs a call.
     """
     manifest, counts = bundle.manifest, bundle.solver.counts
     loader = open_backend(DEFAULT_TARGET, threads=manifest.threads).open_weights(bundle.weights)
-    full = loader.load(bundle.graph_of(manifest.full))
-    seen: dict[float, Probe] = {}
-
-    def watched(inputs: Probe, output: Tensor) -> Mapping[str, Tensor]:
-        seen[float(inputs["timestep"][0])] = inputs
-        return full(inputs, output)
-
-    session = Session(
-        plan=manifest.plan,
-        full=watched,
-        programs=(),
-        solver=bundle.solver,
+    return trajectory(
+        loader.load(bundle.graph_of(manifest.full)),
+        bundle.solver.table(next((count for count in counts if count >= _STEPS), counts[-1])),
         sample_shape=manifest.sample_shape,
-        steps=next((count for count in counts if count >= _STEPS), counts[-1]),
         predicted_channels=manifest.predicted_channels,
         conditions=bundle.conditions,
     )
-    session.sample(_SAMPLES, lossless=True, latents=True)
-    return seen

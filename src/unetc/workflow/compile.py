@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from unetc.nvidia.library import library_of
 from unetc.nvidia.precision import NO_WEIGHTS, Precision
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.residuals import Residual
 from unetc.runtime.bundle import Bundle
 
 _BASE_BYTES = 400 * 2**20
@@ -102,7 +103,8 @@ def compile_bundle(
         graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in keys}
         with private_folder(bundle.weights, graphs) as private:
             folders = _lower(bundle, Path(private), missing, options.controls, on_progress)
-            for graph, record in _build_all(missing, folders, engines, options, on_progress):
+            residuals = bundle.conditions.residuals
+            for graph, record in _build_all(missing, folders, residuals, engines, options, on_progress):
                 done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
     return tuple(done[graph] for graph in keys)
 
@@ -178,24 +180,40 @@ def _lower(
     """Lower the precision of graphs in the private folder; return the folders of all precisions that are asked for."""
     folders = {Precision.FP32: folder}
     for precision in sorted({key.precision for key in keys.values()} - {Precision.FP32}):
-        from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
-
         wide: frozenset[str] = frozenset()
         if precision is Precision.FP16:
-            from .calibrate import overflowing_values
+            from .calibrate import overflowing_values  # needs onnx_ir, which float32 does without
 
             wide = overflowing_values(
                 bundle, lambda graph: folder / _beside_weights(graph), on_progress, controls=controls
             )
         names = [_beside_weights(graph) for graph, key in keys.items() if key.precision is precision]
-        folders[precision] = folder / precision
-        try:
-            lower_graphs(folder, names, precision, folders[precision], wide)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write weights to {folders[precision]}: {error.strerror}. Set TMPDIR to a folder with room."
-            ) from error
+        folders[precision] = lower_beside(folder, names, precision, wide)
     return folders
+
+
+def lower_beside(folder: Path, graphs: Sequence[str], precision: Precision, wide: Collection[str]) -> Path:
+    """Write graphs of a private folder in another precision into a folder inside it, which is returned.
+
+    Args:
+        folder: The private folder.
+        graphs: Names of the graphs.
+        precision: Less than float32.
+        wide: Values that stay float32.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
+    from unetc.compiler.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+
+    into = folder / precision
+    try:
+        lower_graphs(folder, graphs, precision, into, wide)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write weights to {into}: {error.strerror}. Set TMPDIR to a folder with room."
+        ) from error
+    return into
 
 
 def _beside_weights(graph: str) -> str:
@@ -206,6 +224,7 @@ def _beside_weights(graph: str) -> str:
 def _build_all(
     keys: Mapping[str, EngineKey],
     folders: Mapping[Precision, Path],
+    residuals: tuple[Residual, ...],
     engines: EngineCache,
     options: CompileOptions,
     on_progress: OnProgress,
@@ -221,7 +240,8 @@ def _build_all(
 
         key = keys[graph]
         place, name = folders[key.precision], _beside_weights(graph)
-        return graph, build_one(name, key, place, engines, time_limit_s=options.time_limit_s, on_advance=advance)
+        limit = options.time_limit_s
+        return graph, build_one(name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance)
 
     weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
     with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
@@ -239,6 +259,7 @@ def build_one(
     key: EngineKey,
     folder: Path,
     engines: EngineCache,
+    residuals: tuple[Residual, ...],
     *,
     time_limit_s: float,
     on_advance: Callable[[int], None],
@@ -250,6 +271,7 @@ def build_one(
         key: What the engine is to be.
         folder: A private folder with the graph, in the key's precision, and its weights.
         engines: The cache.
+        residuals: What the graph takes of a ControlNet.
         time_limit_s: For all tries together.
         on_advance: Told how many of `STEPS` are done.
 
@@ -264,6 +286,7 @@ def build_one(
         timing="timing.cache",
         sizes=key.sizes,
         rows=key.rows,
+        residuals=residuals,
         effort=key.effort,
         on_this_gpu=key.origin.gpu is not None,
     )

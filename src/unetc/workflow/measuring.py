@@ -2,12 +2,16 @@
 
 Analysis and build load graphs that no bundle has yet, some of them hundreds of times narrower than others. Sampling a
 bundle builds nothing: that is `unetc compile`.
+
+Engines are of the target's precision, so that what is measured is what will be served. What overflows float16 is looked
+for in the full model alone, where `compile` looks at every engine of a bundle; so no engine of float16 that was built
+here is ever given out by the cache that sampling reads.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,19 +21,23 @@ from unetc.backend import Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.tensorrt.messages import STEPS
 from unetc.conditions import Conditions
 from unetc.device import Device
-from unetc.errors import SessionError, StaleEngineError
+from unetc.errors import StaleEngineError
+from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.key import Effort, EngineKey
 from unetc.nvidia.library import LIBRARIES
 from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress
+from unetc.residuals import Residual
 
-from .compile import build_one, private_folder
+from .compile import build_one, lower_beside, private_folder
 
 if TYPE_CHECKING:
     from unetc.runtime.backends.tensorrt import TensorRtBackend, TensorRtLoader
 
 _GRAPH = "graph.onnx"
+_APART = "measured"
+"""Folder in the cache of engines for those that are never served; it has one cache for each set of wide values."""
 _TIME_LIMIT_S = 3600.0
 """For one engine."""
 
@@ -41,6 +49,8 @@ class Calls:
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition."""
+    residuals: tuple[Residual, ...] = ()
+    """What graphs take of a ControlNet."""
 
     @classmethod
     def of(cls, sample_shape: tuple[int, int, int], batch: int, samples: int, conditions: Conditions) -> Calls:
@@ -58,32 +68,40 @@ class Calls:
         return cls(
             sizes=Sizes(batch=rows, height=height, width=width),
             rows={name: tuple(array.shape[1:]) for name, array in conditions.own.items()},
+            residuals=conditions.residuals,
         )
 
 
-def build_as_needed(target: str, backend: Backend, calls: Calls, on_progress: OnProgress) -> Backend:
+def build_as_needed(
+    target: str, backend: Backend, calls: Calls, overflowing: Callable[[], frozenset[str]], on_progress: OnProgress
+) -> Backend:
     """Let a backend whose engines are built ahead build those that it lacks; another is given back as it is.
 
-    Raises:
-        SessionError: If the target is one of a lower precision, which needs a finished bundle.
+    Args:
+        target: What the backend was opened for.
+        backend: The backend.
+        calls: What programs will be called with.
+        overflowing: Finds the values that float16 cannot hold; asked if the target is one of float16.
+        on_progress: Told how far an engine is.
     """
-    library, _, precision = target.partition(":")
-    if library not in LIBRARIES:
+    if target.partition(":")[0] not in LIBRARIES:
         return backend
-    if precision:
-        raise SessionError(
-            f"cannot measure on target {target}: what must stay float32 is decided over all engines of a bundle. "
-            f"Analyse and build on {library}, then `unetc compile BUNDLE --target {library} --precision {precision}`."
-        )
-    return BuildingBackend(cast("TensorRtBackend", backend), calls, on_progress)
+    engines = cast("TensorRtBackend", backend)
+    wide: frozenset[str] = frozenset()
+    if engines.precision is Precision.FP16:
+        wide = overflowing()
+        digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
+        engines = engines.over(EngineCache(engines.engines.root / _APART / digest[:32]))
+    return BuildingBackend(engines, calls, wide, on_progress)
 
 
 class BuildingBackend:
-    """Builds engines of float32 and runs them."""
+    """Builds engines and runs them."""
 
-    def __init__(self, backend: TensorRtBackend, calls: Calls, on_progress: OnProgress) -> None:
+    def __init__(self, backend: TensorRtBackend, calls: Calls, wide: Collection[str], on_progress: OnProgress) -> None:
         self._backend = backend
         self._calls = calls
+        self._wide = wide
         self._on_progress = on_progress
 
     @property
@@ -93,17 +111,25 @@ class BuildingBackend:
 
     def open_weights(self, weights: bytes) -> Loader:
         """Write the weights where only we can change them; engines are built there."""
-        return BuildingLoader(self._backend, weights, self._calls, self._on_progress)
+        return BuildingLoader(self._backend, weights, self._calls, self._wide, self._on_progress)
 
 
 class BuildingLoader:
     """Builds the engine of a graph unless the cache has it, and loads it."""
 
-    def __init__(self, backend: TensorRtBackend, weights: bytes, calls: Calls, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        backend: TensorRtBackend,
+        weights: bytes,
+        calls: Calls,
+        wide: Collection[str],
+        on_progress: OnProgress,
+    ) -> None:
         self._backend = backend
         self._loader: TensorRtLoader = backend.open_weights(weights)
         self._weights_sha256 = hashlib.sha256(weights).hexdigest()
         self._calls = calls
+        self._wide = wide
         self._on_progress = on_progress
         self._folder = private_folder(weights)  # goes with the loader
 
@@ -117,7 +143,7 @@ class BuildingLoader:
             origin=self._backend.here,
             graph_sha256=hashlib.sha256(graph.graph).hexdigest(),
             weights_sha256=self._weights_sha256,
-            precision=Precision.FP32,
+            precision=self._backend.precision.over(self._weights_sha256),
             sizes=self._calls.sizes,
             rows=self._calls.rows,
             effort=Effort(),
@@ -132,8 +158,11 @@ class BuildingLoader:
     def _build(self, graph: SerialisedGraph, key: EngineKey) -> None:
         folder = Path(self._folder.name)
         (folder / _GRAPH).write_bytes(graph.graph)
+        if key.precision is not Precision.FP32:
+            folder = lower_beside(folder, [_GRAPH], key.precision, self._wide)
 
         def advance(done: int) -> None:
             self._on_progress(Progress(stage="build an engine", done=done, total=STEPS))
 
-        build_one(_GRAPH, key, folder, self._backend.engines, time_limit_s=_TIME_LIMIT_S, on_advance=advance)
+        engines, residuals = self._backend.engines, self._calls.residuals
+        build_one(_GRAPH, key, folder, engines, residuals, time_limit_s=_TIME_LIMIT_S, on_advance=advance)

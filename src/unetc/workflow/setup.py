@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,9 @@ def set_up(
     solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
     calls = Calls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
-    backend = build_as_needed(profile.target, backend, calls, on_progress)
+    backend = build_as_needed(
+        profile.target, backend, calls, _overflowing(prepared, profile.scheduler, conditions, on_progress), on_progress
+    )
     decoder = prepare_decoder(prepared)
     workbench = Workbench(
         prepared.gated,
@@ -138,8 +140,10 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
     conditions = model.encode(used, scale)
     calls = Calls.of(model.sample_shape, options.batch, options.samples, conditions)
-    backend = build_as_needed(options.target, backend, calls, on_progress)
     prepared = prepare(model, cache, on_progress)
+    backend = build_as_needed(
+        options.target, backend, calls, _overflowing(prepared, options.scheduler, conditions, on_progress), on_progress
+    )
     with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
         return analyze(
             prepared.gated,
@@ -153,6 +157,19 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
             work=prepared.work,
             on_progress=on_progress,
         )
+
+
+def _overflowing(
+    prepared: Prepared, scheduler: str, conditions: Conditions, on_progress: OnProgress
+) -> Callable[[], frozenset[str]]:
+    """Make what finds the values of a model that float16 cannot hold."""
+
+    def find() -> frozenset[str]:
+        from .calibrate import overflowing_in_model  # needs onnxruntime, which most targets do without
+
+        return overflowing_in_model(prepared, scheduler, conditions, on_progress)
+
+    return find
 
 
 def _check_profile(profile: Profile, model: Model) -> None:
