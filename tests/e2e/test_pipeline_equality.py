@@ -193,7 +193,7 @@ def test_a_session_of_a_learned_variance_is_the_ddpm_pipeline(
     assert np.abs(fixed.sample(BATCH, seed=SEED) - expected).max() > 0.1  # what the model says of it matters
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # capturing it takes 20 s; every day the tiny one, of the same class, is compared above
 def test_the_model_that_ships_is_its_ddim_pipeline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = full_session("digits", cache, "ddim", 20)
     noise = initial_noise(SEED, range(BATCH), session.sample_shape)
