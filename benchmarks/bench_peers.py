@@ -52,7 +52,7 @@ from unetc.compiler.emissions import with_emissions
 from unetc.compiler.planner import PlanOptions
 from unetc.conditions import Conditions
 from unetc.environment import cores, describe
-from unetc.models import Model, find_model
+from unetc.models import PipelineModel, find_model
 from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
 from unetc.runtime.backend import open_backend
 from unetc.runtime.bundle import Bundle
@@ -80,7 +80,7 @@ Contender = Callable[[Conditions, Array], Array]
 class Torch:
     """The pipeline of diffusers, as it is or with DeepCache around it."""
 
-    def __init__(self, model: Model, guidance: float) -> None:
+    def __init__(self, model: PipelineModel, guidance: float) -> None:
         """Load the pipeline."""
         self._pipeline = StableDiffusionPipeline.from_pretrained(model.folder, safety_checker=None)
         self._pipeline.scheduler = DDIMScheduler.from_config(model.scheduler_config)
@@ -174,7 +174,8 @@ def sample_all(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Let all contenders sample all prompts in turns, a batch at a time; return times and latents."""
     count = conditions.rows or 0
-    times, latents = [], {name: [] for name in contenders}
+    times = []
+    latents: dict[str, list[Array]] = {name: [] for name in contenders}
     shape = find_model(MODEL).sample_shape
     for first in range(0, count, BATCH):
         rows = range(first, min(first + BATCH, count))
@@ -195,7 +196,7 @@ def _keep(into: dict[str, Array], name: str, contender: Contender, conditions: C
 class Judge:
     """Reads off pictures whether they show what was asked for."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: PipelineModel) -> None:
         """Load the classifier and set the marks of the ruler."""
         self._classifier = DigitClassifier.load(model.folder / "classifier/model.safetensors")
         self._ruler = new_ruler(draw_pictures(PICTURES, seed=0))  # those that the model was trained on
@@ -215,7 +216,7 @@ def build_at(saving: float, work: Path, *, controls: bool) -> Bundle:
     return Bundle.open(path)
 
 
-def compare(interval: int, model: Model, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
+def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
     """Measure everything at the time of DeepCache with one interval."""
     requests = full_requests()
     conditions = model.encode([request.prompt for request in requests], guidance)
@@ -260,7 +261,7 @@ def compare(interval: int, model: Model, judge: Judge, work: Path, guidance: flo
     return rows
 
 
-def accuracy(model: Model, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
+def accuracy(model: PipelineModel, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
     """Compare how well a plan and the full model follow the prompts, at the same noise."""
     bundle = build_at(BUDGET, work, controls=False)
     session = Session.of(bundle, open_backend(bundle.manifest.target, threads=bundle.manifest.threads))
@@ -363,6 +364,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(cores())
     model = find_model(MODEL)
+    assert isinstance(model, PipelineModel)
     guidance, judge = model.guidance_scale, Judge(model)
     rows = [row for interval in INTERVALS for row in compare(interval, model, judge, options.work, guidance)]
     at_budget = accuracy(model, judge, options.work, guidance)

@@ -193,7 +193,7 @@ def gpu_facts() -> dict[str, str]:
         "compute capability": f"{properties.major}.{properties.minor}",
         "gpu memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
     }
     with suppress(PackageNotFoundError):
         facts["triton"] = version("triton")

@@ -45,10 +45,10 @@ def fit_classifier(images: Tensor, labels: Tensor, generator: torch.Generator, e
     classifier = DigitClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(64):
+        for batch in torch.split(torch.randperm(len(images), generator=generator), 64):
             _, logits = classifier(shifted(images[batch], generator))
             optimizer.zero_grad()
-            functional.cross_entropy(logits, labels[batch]).backward()
+            functional.cross_entropy(logits, labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return classifier.eval()
 

@@ -99,7 +99,7 @@ def save_gallery(images: Tensor, prompts: Sequence[str], path: Path, columns: in
     sheet.save(path, optimize=True)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Crossing:
     def close(self, guided: bool) -> None:
         """Keep what was given last; of a guided call, the mean of its two halves."""
         assert self._last is not None
-        self._kept = sum(self._last.chunk(2)) / 2 if guided else self._last
+        self._kept = torch.add(*self._last.chunk(2)) / 2 if guided else self._last
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +164,7 @@ def encoded_once(autoencoder: AutoencoderKL, images: Tensor, path: Path) -> Tens
 @torch.no_grad()
 def encoded(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     """Encode images [count, 1, 32, 32] to latents [count, 4, 16, 16]."""
-    modes = [autoencoder.encode(in_colour(batch)).latent_dist.mode() for batch in images.split(250)]
+    modes = [autoencoder.encode(in_colour(batch)).latent_dist.mode() for batch in torch.split(images, 250)]
     return torch.cat(modes).contiguous()
 
 
@@ -184,11 +183,12 @@ def teach_text_encoder(text_encoder: CLIPTextModel, tokens: Tensor, pictures: Pi
         ended = tokens[chosen] == text_encoder.config.eos_token_id
         logits = heads(text_encoder(tokens[chosen]).last_hidden_state[ended]).split((len(DIGITS), 2, 2, 2), dim=1)
         truth = truths[chosen].unsqueeze(1).expand(-1, TEXT_LENGTH, -1)[ended]
-        loss = sum(functional.cross_entropy(logit, truth[:, place]) for place, logit in enumerate(logits))
+        losses = (functional.cross_entropy(logit, truth[:, place]) for place, logit in enumerate(logits))
+        loss = sum(losses, start=torch.zeros(()))
         for group in optimizer.param_groups:
             group["lr"] = RATE * annealed(step, TEXT_STEPS)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     named = float((logits[0].argmax(1) == truth[:, 0]).float().mean())
     print(f"text encoder: loss {loss.item():.3f}, digit named {named:.3f}", flush=True)
@@ -203,7 +203,7 @@ def weights(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:
     Source:
         Hang et al. 2023, arXiv:2303.09556, eq. (9) for v. Differs: stated for epsilon, and bounded for pure noise too.
     """
-    kept = scheduler.alphas_cumprod[timesteps]
+    kept: Tensor = scheduler.alphas_cumprod[timesteps]
     ratio = kept / (1 - kept)
     return (ratio + 1).clamp(max=CLEAREST) / ratio.clamp(min=NOISIEST)
 
@@ -240,8 +240,9 @@ def train_denoiser(
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: tuple[str, ...]) -> Tensor:
     """Turn captions into tokens [count, 16], as the pipeline does."""
-    padded: Any = tokenizer(list(captions), padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
-    return padded.input_ids
+    padded = tokenizer(list(captions), padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    tokens: Tensor = padded.input_ids
+    return tokens
 
 
 def train_classifier(work: Path, seed: int) -> tuple[DigitClassifier, float]:

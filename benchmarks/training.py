@@ -60,7 +60,7 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * factor
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         self._ema.step(self._model.parameters())

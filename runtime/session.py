@@ -79,7 +79,7 @@ class Request:
         turns: Turns | None,
         device: Device,
         replays: Replays,
-        stage: Stage,
+        stage: Stage | None = None,
     ) -> None:
         """Begin a trajectory.
 
@@ -90,7 +90,7 @@ class Request:
             turns: Which one runs when; always the full model when None.
             device: Where their tensors are.
             replays: Counts the steps made again.
-            stage: Loads the engines that are loaded later.
+            stage: Loads the engines; None if they are loaded.
         """
         self.engine = FULL_ENGINE
         """Index of the engine that ran last."""
@@ -121,7 +121,8 @@ class Request:
             NonFiniteError: If the full model produces NaN or infinity.
         """
         self.engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
-        self._stage.enter(self, self._turns.phase if self._turns else None)
+        if self._stage is not None:
+            self._stage.enter(self, self._turns.phase if self._turns else None)
         program = self._programs[self.engine] if self._turns else self._full
         inputs = conditions.widen(sample, timestep)
         prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
@@ -194,7 +195,8 @@ class Session:
         self._replays = Replays()
         self._full = full
         self._programs = tuple(programs)
-        self._stage = Stage(plan, self._programs, full, device)
+        streamed = any(isinstance(program, LoadedLater) for program in self._programs)
+        self._stage = Stage(plan, self._programs, full, device) if streamed else None
 
     @classmethod
     def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:

@@ -77,6 +77,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def named(shared: Path) -> None:
+    """Let functions that are no fixtures find the shared folder: `tests.models.shared_folder`."""
+    os.environ["UNETC_TESTS_SHARED"] = str(shared)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(shared: Path) -> Path:
     """Save a diffusers pipeline of 45 000 weights, drawn so that every component matters."""

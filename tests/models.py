@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -401,6 +402,11 @@ def daily(architectures: Iterable[str]) -> list[ParameterSet]:
     """Let two architectures be tested every day, and the others nightly."""
     every_day = ("attention", "cross-attention")
     return [pytest.param(name, marks=() if name in every_day else pytest.mark.nightly) for name in architectures]
+
+
+def shared_folder() -> Path:
+    """Tell where the processes of a test run keep what they share, to what is no fixture."""
+    return Path(os.environ["UNETC_TESTS_SHARED"])
 
 
 @functools.cache

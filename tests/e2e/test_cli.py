@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import unetc
 from tests.command import Result, run, run_alone
 from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
 from unetc.artifacts.pareto import Pareto
+from unetc.workflow.pareto import ParetoOptions
+from unetc.workflow.repair import RepairOptions
 
 COMMANDS = ("analyze", "plan", "build", "sample", "compile", "verify", "report", "inspect", "doctor", "demo")
 LIMITS = ("--budget", "0.2", "--max-engines", "2", "--max-memory", "2.5")
@@ -132,7 +135,11 @@ def test_the_curve_is_saved_with_its_picture(way: Way) -> None:
     assert (way.folder / "pareto.svg").read_text().startswith("<svg")
 
 
-def test_the_fastest_plan_that_passes_is_built(way: Way, tiny_model: Path, cache: Path) -> None:
+def test_the_fastest_plan_that_passes_is_built(
+    way: Way, tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = partial(ParetoOptions, budgets=2, repair=RepairOptions(evaluations=3))  # the command line has no say in it
+    monkeypatch.setattr("unetc.workflow.build.ParetoOptions", coarse)
     profile = way.folder / "profile.json"
     common = (tiny_model, "--profile", profile, "--steps", 4, "--cache", cache, "--no-controls", "-o", "fast")
     facts = run("build", *common, "--at", "relative-l2<=0.9", "--json").json

@@ -227,6 +227,16 @@ def test_the_uniform_control_has_one_assignment_and_the_time_of_the_plan() -> No
     assert candidate.saving == pytest.approx(0.2, abs=0.04)
 
 
+@pytest.mark.parametrize("truth", [0.5, 0.7, 0.8, 1.1])
+def test_no_control_is_timed_twice(truth: float) -> None:
+    machine = Machine(truth)
+    fit_uniform(bench(machine), 0.2, correction=1.0)
+    for seed in range(3):
+        fit_random(bench(machine), 0.2, 1.0, seed, max_engines=3)
+    timed = [msgspec.json.encode((plan.engines, plan.phases)) for plan in machine.compiled]
+    assert len(set(timed)) == len(timed) > 4
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_random_controls_have_the_time_of_the_plan_and_differ(reuse: bool) -> None:
     machine = Machine(0.8, profile(levels=(0.1,), step=True) if reuse else profile())

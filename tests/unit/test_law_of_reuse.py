@@ -6,6 +6,7 @@ computes at those gates when each branch that is held or forecast is handed to i
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.profile import STEP, Treatment
-from unetc.backend import Array
+from unetc.backend import Array, Program, SerialisedGraph
 from unetc.compiler.emissions import with_emissions
 from unetc.errors import CompileError
 from unetc.graph.capture import GATES, MEANS
@@ -43,6 +44,12 @@ def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
 
+@functools.lru_cache(maxsize=128)  # in some tests an engine for every component, of which there are 30
+def load(tiny: Tiny, graph: SerialisedGraph) -> Program:
+    """Load an engine, or find it among those that an earlier test has loaded."""
+    return tiny.load(graph)
+
+
 def inputs_at(tiny: Tiny, step: int, size: tuple[int, int, int]) -> tuple[dict[str, Array], float]:
     """Draw the denoiser's inputs of a step, all samples at one timestep as they are while sampling."""
     batch, height, width = size
@@ -57,7 +64,7 @@ class Reference:
     def __init__(self, tiny: Tiny, means: Array) -> None:
         self._tiny = tiny
         self._means = means
-        self._program = tiny.load(tiny.gated.remembering())
+        self._program = load(tiny, tiny.gated.remembering())
         self._memory: dict[int, list[tuple[float, Array]]] = {}
         self._blank: dict[int, Array] = {}
         """What is handed in where nothing is held: NaN of the right shape, so that reading it shows."""
@@ -97,7 +104,7 @@ class Reference:
 
     def _shapes(self, inputs: Mapping[str, Array]) -> dict[int, Array]:
         everything = specialise(self._tiny.gated, {}, self._means, self._tiny.names)
-        _, computed = self._tiny.run_emitting(self._tiny.load(everything), inputs)
+        _, computed = self._tiny.run_emitting(load(self._tiny, everything), inputs)
         return {int(name.removeprefix(COMPUTED)): np.full_like(value, np.nan) for name, value in computed.items()}
 
 
@@ -121,7 +128,7 @@ def check_sequence(
 ) -> None:
     """Run the engines in an order, and the gated graph beside them."""
     engines = [
-        tiny.load(specialise(tiny.gated, engine.treatments, means, engine.emits))
+        load(tiny, specialise(tiny.gated, engine.treatments, means, engine.emits))
         for engine in with_emissions(assignments, tiny.gated.components)
     ]
     reference = Reference(tiny, means)
@@ -165,14 +172,14 @@ def test_a_held_level_takes_its_weights_along(tiny: Tiny) -> None:
 def test_holding_right_after_a_refresh_at_the_same_input_changes_nothing(tiny: Tiny) -> None:
     means = np.zeros(tiny.gated.channels, np.float32)
     inputs, _ = inputs_at(tiny, 0, (2, 2 * tiny.stride, 2 * tiny.stride))
-    full, emitted = tiny.run_emitting(tiny.load(specialise(tiny.gated, {}, means, tiny.names)), inputs)
+    full, emitted = tiny.run_emitting(load(tiny, specialise(tiny.gated, {}, means, tiny.names)), inputs)
     assert len(emitted) == len(tiny.names)
     for component in tiny.gated.components:
-        engine = tiny.load(specialise(tiny.gated, {component.name: HOLD}, means))
+        engine = load(tiny, specialise(tiny.gated, {component.name: HOLD}, means))
         key = str(component.index)
         output, _ = tiny.run_emitting(engine, {**inputs, HELD + key: emitted[COMPUTED + key]})
         assert relative_error(output, full) < 1e-5
-        forecast = tiny.load(specialise(tiny.gated, {component.name: FORECAST}, means))
+        forecast = load(tiny, specialise(tiny.gated, {component.name: FORECAST}, means))
         ahead = {
             HELD + key: 0.5 * emitted[COMPUTED + key],  # a line through zero and a half is at one a step further
             EARLIER + key: np.zeros_like(emitted[COMPUTED + key]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import shutil
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.models import Tiny, tiny_of
+from tests.models import Tiny, shared_folder, tiny_of
 from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, Kind, ablations_of, entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.screen import (
@@ -51,10 +50,8 @@ KINDS = REMOVALS + REUSES
 
 @functools.cache
 def tiny() -> Tiny:
-    """Share one architecture between the tests of this file."""
-    folder = Path(tempfile.mkdtemp(prefix="unetc-screen-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return tiny_of(ARCHITECTURE, folder)
+    """Share one architecture between the tests of all files."""
+    return tiny_of(ARCHITECTURE, shared_folder())
 
 
 class Counter:
@@ -105,9 +102,20 @@ def swept() -> tuple[Sweep, Base]:
 
 
 @functools.cache
+def finished() -> tuple[Screen, Path]:
+    """Give a screen and the folder of its partial results; copy the folder, as nothing is to be changed in it."""
+    work = Path(tempfile.mkdtemp(dir=shared_folder(), prefix="screen-"))
+    return run_screen(*swept(), work, ignore), work
+
+
 def screened() -> Screen:
-    with tempfile.TemporaryDirectory() as work:
-        return run_screen(*swept(), Path(work), ignore)
+    return finished()[0]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with the partial results of a finished screen."""
+    return Path(shutil.copytree(finished()[1], tmp_path / "work"))
 
 
 def test_every_ablation_is_screened_in_every_bin() -> None:
@@ -173,13 +181,9 @@ def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
     assert screen_calls(sweep) == counter.rows / SAMPLES
 
 
-def test_a_finished_screen_is_read_and_not_run(tmp_path: Path) -> None:
+def test_a_finished_screen_is_read_and_not_run(work: Path) -> None:
     counter = Counter()
-    sweep = sweep_on(counter)
-    base = run_base(sweep, ignore)
-    first = run_screen(sweep, base, tmp_path, ignore)
-    counter.rows = 0
-    assert run_screen(sweep, base, tmp_path, ignore) == first == screened()
+    assert run_screen(sweep_on(counter), swept()[1], work, ignore) == screened()
     assert counter.rows == 0
 
 
@@ -193,20 +197,24 @@ DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_screen_that_was_cut_off_continues_to_the_same_bits(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    run_screen(*swept(), tmp_path, ignore)
-    first, second = sorted(tmp_path.iterdir())
+def test_a_damaged_part_of_a_screen_is_made_again(work: Path, damage: Callable[[bytes], bytes]) -> None:
+    _, second = sorted(work.iterdir())
     whole = second.read_bytes()
     second.write_bytes(damage(whole))
-    assert run_screen(*swept(), tmp_path, ignore) == screened()
+    assert run_screen(*swept(), work, ignore) == screened()
     assert second.read_bytes() == whole
+
+
+def test_a_screen_that_was_cut_off_continues_to_the_same_bits(work: Path) -> None:
+    first, _ = sorted(work.iterdir())
     first.unlink()
-    assert run_screen(*swept(), tmp_path, ignore) == screened()
+    assert run_screen(*swept(), work, ignore) == screened()
 
 
-def test_progress_rises_to_the_end(tmp_path: Path) -> None:
+def test_progress_rises_to_the_end(work: Path) -> None:
     reports: list[Progress] = []
-    run_screen(*swept(), tmp_path, reports.append)
+    sorted(work.iterdir())[1].unlink()
+    run_screen(*swept(), work, reports.append)
     assert [(report.stage, report.done, report.total) for report in reports] == [("screen", 1, 2), ("screen", 2, 2)]
 
 

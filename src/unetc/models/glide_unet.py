@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from unetc.errors import ModelError
 
 
-class SuperResolutionUNet(UNet2DConditionModel):
+class SuperResolutionUNet(UNet2DConditionModel):  # type: ignore[misc]
     """A UNet that sees a low-resolution image, already enlarged, beside the noisy one: half of its channels."""
 
     def forward(self, sample: Tensor, timestep: Tensor, *, low_res: Tensor, **others: Any) -> Any:
         """Call the UNet."""
-        return super().forward(torch.cat([sample, low_res], dim=1), timestep, **others)  # type: ignore[misc]
+        return super().forward(torch.cat([sample, low_res], dim=1), timestep, **others)
 
 
 KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (SuperResolutionUNet, UNet2DConditionModel)}

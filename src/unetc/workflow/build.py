@@ -64,6 +64,8 @@ class BuildOptions:
     repair: RepairOptions = field(default_factory=RepairOptions)
     controls: bool = True
     """Whether to put control plans beside the plan, for `verify` and the report."""
+    random_plans: int = 5
+    """Random ones among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +139,15 @@ def build(
     wanted = options.controls and fitted.candidate.saving > 0.01
     controls: list[tuple[str, Candidate]] = []
     if wanted:
-        controls = make_controls(workbench, fitted.candidate, fitted.correction, notes, seed, on_progress)
+        controls = make_controls(
+            workbench,
+            fitted.candidate,
+            fitted.correction,
+            notes,
+            seed,
+            on_progress,
+            random_plans=options.random_plans,
+        )
     pairs = check_pairs(workbench, fitted.candidate, seed, on_progress) if wanted else ()
     return _write(path, setup, options, fitted, controls, pairs, notes, seed)
 

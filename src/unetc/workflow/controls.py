@@ -7,20 +7,27 @@ from collections.abc import Callable
 from unetc.errors import PlanError
 from unetc.progress import OnProgress, Progress
 
-from .fit import RANDOM_PLANS, fit_deep_hold, fit_random, fit_uniform
+from .fit import fit_deep_hold, fit_random, fit_uniform
 from .workbench import Candidate, Workbench
 
 
 def make_controls(
-    workbench: Workbench, candidate: Candidate, correction: float, notes: list[str], seed: int, on_progress: OnProgress
+    workbench: Workbench,
+    candidate: Candidate,
+    correction: float,
+    notes: list[str],
+    seed: int,
+    on_progress: OnProgress,
+    *,
+    random_plans: int,
 ) -> list[tuple[str, Candidate]]:
-    """Make the controls of a plan; one that cannot be made is noted and left out."""
+    """Make the controls of a plan, so many random ones among them; one that cannot be made is noted and left out."""
     target, engines = candidate.saving, candidate.plan.max_engines
     makers: list[tuple[str, Callable[[], Candidate]]] = [
         ("uniform", lambda: fit_uniform(workbench, target, correction)),
         ("deep-hold", lambda: fit_deep_hold(workbench, target, seed)),
     ]
-    for i in range(RANDOM_PLANS):
+    for i in range(random_plans):
 
         def draw(i: int = i) -> Candidate:
             return fit_random(workbench, target, correction, i, max_engines=engines)

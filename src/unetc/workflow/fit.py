@@ -23,7 +23,6 @@ TOLERANCE = 0.05
 """A saving may exceed the budget by this share of it."""
 
 ATTEMPTS = 6
-RANDOM_PLANS = 5
 LONGEST_PERIOD = 10
 
 
@@ -171,15 +170,20 @@ def fit_random(workbench: Workbench, target: float, correction: float, seed: int
 
 
 def _closest(workbench: Workbench, draw: Callable[[float], Plan], target: float) -> Candidate:
-    """Draw plans for corrected budgets and return the one whose measured saving is closest to the target."""
+    """Draw plans for corrected budgets, time each once and return the one whose saving is closest to the target."""
     budget = target
     best: Candidate | None = None
+    timed: dict[bytes, Candidate] = {}
     for _ in range(ATTEMPTS):
         try:
-            candidate = workbench.compile(draw(budget))
+            plan = draw(budget)
         except PlanError:
             budget *= 0.9
             continue
+        drawn = msgspec.json.encode((plan.engines, plan.phases))
+        if drawn not in timed:
+            timed[drawn] = workbench.compile(plan)
+        candidate = timed[drawn]
         if best is None or abs(candidate.saving - target) < abs(best.saving - target):
             best = candidate
         if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
