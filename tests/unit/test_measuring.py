@@ -177,7 +177,7 @@ def build(
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("form", ["runnable", "without a skip"])
+@pytest.mark.parametrize("form", ["runnable", "observing", "remembering", "without a skip"])
 def test_an_engine_of_float16_is_built_with_what_overflows_wide_and_is_never_served(
     loud: Prepared, wide: frozenset[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
