@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -17,10 +18,12 @@ from onnx import TensorProto, inliner
 
 from tests.conftest import once
 from tests.unit.test_lowering import evaluate, run
-from tests.unit.test_tensorrt_backend import backend_of
-from unetc.artifacts.profile import Treatment
+from tests.unit.test_tensorrt_backend import WITHOUT_GPU, backend_of
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.artifacts.profile import Profile, Treatment
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.lowering import lower_graphs
+from unetc.compiler.planner import PlanOptions
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import SessionError, StaleEngineError
 from unetc.graph.capture import GATES, MEANS
@@ -30,13 +33,18 @@ from unetc.graph.specialise import specialise
 from unetc.held import EARLIER, HELD, REACH
 from unetc.models import find_model
 from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.library import library_of
 from unetc.nvidia.precision import Precision
-from unetc.progress import ignore
+from unetc.progress import Progress, ignore
 from unetc.runtime.backend import open_backend
+from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.workflow import measuring
+from unetc.workflow.build import BuildOptions
+from unetc.workflow.build import build as build_bundle
 from unetc.workflow.calibrate import overflowing_in_model
 from unetc.workflow.measuring import Calls, build_as_needed
 from unetc.workflow.prepare import Prepared, prepare
+from unetc.workflow.setup import analyze_model
 
 TOLERANCE = 2e-2
 """Relative to the largest number of a prediction; see test_lowering. Norms of large values are not well conditioned."""
@@ -228,6 +236,44 @@ def test_what_cannot_overflow_is_not_looked_at_and_is_served(
     build(backend_of(engines, precision), CALLS, never, loud, forms_of(loud.gated)["full"])
     (record,) = engines.records()
     assert record.key.precision is precision
+
+
+@pytest.mark.rtx
+@WITHOUT_GPU
+@pytest.mark.parametrize("command", ["analyze", "build"])
+def test_commands_find_what_overflows_before_they_build_an_engine(
+    tiny_build: Path, tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    target, library, engines = "tensorrt-rtx:fp16", library_of("tensorrt-rtx"), EngineCache(tmp_path / "engines")
+    cpu = torch.device("cpu")  # where inputs can be put; no engine gets as far as reading them
+    backend = TensorRtBackend(library, Precision.FP16, here=library.origin(), engines=engines, gpu=cpu)
+    monkeypatch.setattr("unetc.workflow.setup.open_backend", lambda asked, threads: {target: backend}[asked])
+    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", ())
+    told: list[str] = []
+
+    def look(*_: object) -> frozenset[str]:
+        told.append("look")
+        return frozenset()
+
+    monkeypatch.setattr("unetc.workflow.calibrate.overflowing_in_model", look)
+    analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=1, threads=1, target=target)
+
+    def tell(progress: Progress) -> None:
+        told.append(progress.stage)
+
+    profile = msgspec.structs.replace(Profile.load(tiny_build / "profile.json"), target=target)
+    options = BuildOptions(plan=PlanOptions(budget=0.2), analysis=analysis, steps=4)
+    name, bundle = str(tiny_model), tmp_path / "bundle"
+    commands: dict[str, Callable[[], object]] = {
+        "analyze": lambda: analyze_model(name, analysis, cache=cache, on_progress=tell),
+        "build": lambda: build_bundle(name, bundle, options, cache=cache, profile=profile, on_progress=tell),
+    }
+    with pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError"):
+        commands[command]()
+    assert told.count("look") == 1
+    assert told.index("capture") < told.index("look") < told.index("build an engine")
+    assert list((tmp_path / "engines").glob("measured/*/*/engine.plan"))
 
 
 def test_other_targets_build_nothing() -> None:
