@@ -15,6 +15,9 @@ reference models, and writes `results/gpu.json`:
 - what engines take of the GPU's memory, one more after the other
 - CUDA graphs against torch eager, and what torch.compile makes of the full model and of an engine that holds
 
+Engines of TensorRT are built when they are first called, and kept. That takes longer than measuring, so the command
+is started until it has no more to do.
+
 Every part is saved when it is finished, and skipped when the command is started again with the same settings on the
 same machine. What cannot be measured is named in the result with the reason. What takes longest, torch.compile, comes
 last; when the time is up the command stops, and the next start goes on.
@@ -48,7 +51,7 @@ from gpu_engines import Loaded
 from gpu_folder import Folder, commit, open_folders
 from gpu_parts import compiled, engines, graphs, memory
 from gpu_result import Absent, Measured, joined
-from gpu_sampling import sampling
+from gpu_sampling import DAMAGE_SAMPLES, sampling
 
 from unetc.artifacts.record import write_atomically
 from unetc.environment import describe
@@ -135,13 +138,13 @@ def measure_all(options: argparse.Namespace, result: Result) -> None:
                 key: part for key, part in keys.items() if key not in result.parts and (key in result.late) is late
             }
             if pending and target not in result.absent:
-                measure_model(options.folder / model, target, pending, result)
+                measure_model(options.folder / model, target, pending, result, max(*options.batches, DAMAGE_SAMPLES))
 
 
-def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: Result) -> None:
-    """Measure parts on one model, which is loaded for all of them."""
+def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: Result, most: int) -> None:
+    """Measure parts on one model, which is loaded for all of them; no call has more than so many samples."""
     try:
-        loaded = Loaded(Folder(path), target)
+        loaded = Loaded(Folder(path), target, most=most)
     except UnetcError as error:
         result.absent[target] = str(error)
         result.save()

@@ -16,8 +16,10 @@ from unetc.compiler.schedule import phases_of
 from unetc.device import Device, Tensor
 from unetc.errors import PlanError
 from unetc.held import Held
+from unetc.progress import ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import Session
+from unetc.workflow.measuring import Calls, build_as_needed
 
 TIMESTEPS = (550.0, 525.0, 500.0)
 """Those at which held tensors were computed, and that of the timed calls."""
@@ -26,12 +28,13 @@ TIMESTEPS = (550.0, 525.0, 500.0)
 class Loaded:
     """A model on a target."""
 
-    def __init__(self, folder: Folder, target: str, threads: int = 0) -> None:
+    def __init__(self, folder: Folder, target: str, *, most: int, threads: int = 0) -> None:
         """Open the target.
 
         Args:
             folder: The model.
-            target: Name of a backend.
+            target: Name of a backend; where its engines are built ahead, they are built when they are first needed.
+            most: Most samples per call.
             threads: Number of CPU threads; 0 lets the backend choose.
 
         Raises:
@@ -39,7 +42,10 @@ class Loaded:
         """
         self.folder = folder
         self.target = target
-        self._backend = open_backend(target, threads=threads)
+        self.most = most
+        calls = Calls.of(folder.model.sample_shape, 1, most, folder.conditions())
+        backend = open_backend(target, threads=threads)
+        self._backend = build_as_needed(target, backend, calls, frozenset, ignore)
         self.device: Device = self._backend.device
         self.clock: Clock = clock_of(target, self.device)
         self._programs: dict[str, Program] = {}

@@ -119,7 +119,7 @@ def compiled(loaded: Loaded, effort: Effort) -> Measured:
         Absent: If the target has no such form, or there is no compiler.
     """
     try:
-        other = Loaded(loaded.folder, f"{loaded.target}:{COMPILED}")
+        other = Loaded(loaded.folder, f"{loaded.target}:{COMPILED}", most=loaded.most)
     except UnetcError as error:
         raise Absent(str(error)) from error
     batch = loaded.batch(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import gpu_engines
 import numpy as np
 import pytest
 import tables
@@ -22,13 +23,15 @@ from gpu_sampling import MOST_OVER, Times, Ways, evenly, fit, periodic
 from safetensors.numpy import load, save_file
 
 from tests.models import CONTEXT_WIDTH, Tiny, relative_error, tiny_of
+from tests.unit.test_tensorrt_backend import backend_of
 from unetc.artifacts.profile import ModelReference
 from unetc.backend import WEIGHTS, Array
 from unetc.conditions import UNCONDITIONAL
-from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.errors import ArtifactError, CorruptArtifactError, SessionError
 from unetc.graph.denoisers import CONTEXT
 from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
+from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.precision import Precision
 from unetc.solver.extract import extract_all, make_scheduler
 
@@ -79,7 +82,7 @@ def hollow(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def test_prepared_engines_compute_what_the_model_does(tiny: Tiny, whole: Folder) -> None:
-    loaded = Loaded(whole, "torch:cpu", 1)
+    loaded = Loaded(whole, "torch:cpu", most=2, threads=1)
     batch = loaded.batch(2)
     means = np.zeros(tiny.gated.channels, np.float32)
     sample = np.random.default_rng(0).standard_normal((2, 4, 16, 16), np.float32)
@@ -92,13 +95,30 @@ def test_prepared_engines_compute_what_the_model_does(tiny: Tiny, whole: Folder)
 
 def test_a_plan_samples_the_same_from_a_prepared_folder_on_two_targets(whole: Folder) -> None:
     def sample(target: str) -> Array:
-        loaded = Loaded(whole, target, 1)
+        loaded = Loaded(whole, target, most=2, threads=1)
         way = Ways(loaded).plan(evenly(3, 2, STEPS))
         total, inside = way.run(0)
         assert 0 < inside < total
         return way.sample(0)
 
     assert relative_error(sample("torch:cpu"), sample("onnxruntime:cpu")) < STEPS * HALF
+
+
+@pytest.mark.rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_engines_of_tensorrt_are_built_when_they_are_first_called(
+    whole: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    engines = EngineCache(tmp_path)
+    monkeypatch.setattr(gpu_engines, "open_backend", lambda target, *, threads: backend_of(engines))
+    loaded = Loaded(whole, "tensorrt-rtx", most=3)
+    for engine in (FULL, DROP):
+        with pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError"):  # built, but not run here
+            loaded.program(engine)
+    built = engines.records()
+    assert len(built) == 2
+    assert {record.shapes["sample"] for record in built} == {((1, 4, 16, 16), (1, 4, 16, 16), (3, 4, 16, 16))}
 
 
 def test_weights_that_did_not_travel_are_drawn_in_the_layout_of_those_that_were_exported(
@@ -251,7 +271,7 @@ def test_what_is_not_prepared_is_refused(hollow: Folder, capsys: pytest.CaptureF
 
 def test_a_part_that_fails_is_named_and_comes_last_the_next_time(hollow: Folder, tmp_path: Path) -> None:
     result = gpu.Result(tmp_path / gpu.RESULT, {}, {})
-    loaded = Loaded(hollow, "torch:cpu", 1)
+    loaded = Loaded(hollow, "torch:cpu", most=2, threads=1)
 
     def fail(loaded: Loaded) -> Any:
         raise RuntimeError("CUDA out of memory")

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from unetc.analyzer.analysis import largest_batch
 from unetc.backend import Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.tensorrt.messages import STEPS
 from unetc.conditions import Conditions
@@ -53,18 +52,18 @@ class Calls:
     """What graphs take of a ControlNet."""
 
     @classmethod
-    def of(cls, sample_shape: tuple[int, int, int], batch: int, samples: int, conditions: Conditions) -> Calls:
-        """Foresee the calls of an analysis and of what is built from it.
+    def of(cls, sample_shape: tuple[int, int, int], batch: int, most: int, conditions: Conditions) -> Calls:
+        """Foresee the calls of programs that are measured.
 
         Args:
             sample_shape: [channel, height, width].
             batch: Samples per call where time is measured.
-            samples: Trajectories of the analysis.
+            most: Most samples per call elsewhere.
             conditions: Of the samples; guided ones double the batch.
         """
         _, height, width = (Range(least=size, usual=size, most=size) for size in sample_shape)
-        each, most = conditions.rows_per_sample, max(batch, largest_batch(samples))
-        rows = Range(least=1, usual=each * batch, most=each * most)
+        each = conditions.rows_per_sample
+        rows = Range(least=1, usual=each * batch, most=each * max(batch, most))
         return cls(
             sizes=Sizes(batch=rows, height=height, width=width),
             rows={name: tuple(array.shape[1:]) for name, array in conditions.own.items()},

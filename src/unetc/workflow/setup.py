@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.analyzer.analysis import AnalysisOptions, analyze, largest_batch
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
 from unetc.compiler.engines import check_plan
@@ -86,7 +86,7 @@ def set_up(
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
-    calls = Calls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
+    calls = Calls.of(profile.sample_shape, profile.batch, largest_batch(profile.samples), conditions)
     backend = build_as_needed(
         profile.target, backend, calls, _overflowing(prepared, profile.scheduler, conditions, on_progress), on_progress
     )
@@ -139,7 +139,7 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
     scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
     conditions = model.encode(used, scale)
-    calls = Calls.of(model.sample_shape, options.batch, options.samples, conditions)
+    calls = Calls.of(model.sample_shape, options.batch, largest_batch(options.samples), conditions)
     prepared = prepare(model, cache, on_progress)
     backend = build_as_needed(
         options.target, backend, calls, _overflowing(prepared, options.scheduler, conditions, on_progress), on_progress
