@@ -32,8 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Write into the record of every test (--junitxml) what it shows of which architecture."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a GPU makes pointless; note for --junitxml what tests show of which architecture."""
+    if pointless := [item for item in items if item.get_closest_marker("without_gpu")]:
+        import torch  # late: many runs need neither
+
+        if torch.cuda.is_available():
+            config.hook.pytest_deselected(items=pointless)
+            items[:] = [item for item in items if item not in pointless]
     for item in items:
         architecture, shown = (item.get_closest_marker(name) for name in ("architecture", "shows"))
         if architecture and shown:
@@ -42,11 +48,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Under --require-gpu, fail a gpu test that skips itself: a GPU job cannot pass empty. The same for the others."""
+    """Under --require-gpu, fail a gpu test that skips itself: a GPU job cannot pass empty. The same for the others.
+
+    What needs several things may skip itself as long as one of them is not required.
+    """
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
-        for mark in REQUIRED:
-            if item.get_closest_marker(mark):
+        needed = [mark for mark in REQUIRED if item.get_closest_marker(mark)]
+        if all(item.config.getoption(f"require_{mark}") for mark in needed):
+            for mark in needed:
                 forbid_skip(report, item.config, mark)
     return report
 

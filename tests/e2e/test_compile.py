@@ -195,9 +195,8 @@ def test_inspect_tells_the_memory_of_engines(
 
 
 @pytest.mark.rtx
+@pytest.mark.without_gpu
 def test_engines_for_this_gpu_need_one(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
-    if shutil.which("nvidia-smi"):
-        pytest.skip("there may be a GPU")
     error = run("compile", tiny_bundle, *RTX, "--on-this-gpu", "--cache", tmp_path).error
     assert "this needs a tensorrt-rtx engine for the GPU of this machine, and nvidia-smi is not there" in error
 

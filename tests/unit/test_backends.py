@@ -52,20 +52,24 @@ GPU_AGREES = 2e-2
 SAMPLES_AGREE = 1e-3
 """Of samples in -1 to 1. What predictions differ by passes through the following steps."""
 
-GPU = pytest.mark.gpu
+GPU, WITHOUT_GPU = pytest.mark.gpu, pytest.mark.without_gpu
 TARGETS = [
     pytest.param(("onnxruntime:cpu", Memory.FAST), id="onnxruntime:cpu"),
     pytest.param(("onnxruntime:cpu", Memory.LOW), id="onnxruntime:cpu-low"),
     pytest.param(("torch:cpu", Memory.FAST), id="torch:cpu"),
     pytest.param(("torch:cpu:compiled", Memory.FAST), id="torch:cpu:compiled", marks=pytest.mark.nightly),
-    pytest.param((tensorrt_on_cpu.NAME, Memory.FAST), id="tensorrt-on-cpu"),
-    pytest.param((tensorrt_on_cpu.NAME, Memory.LOW), id="tensorrt-on-cpu-low", marks=pytest.mark.nightly),
+    pytest.param((tensorrt_on_cpu.NAME, Memory.FAST), id="tensorrt-on-cpu", marks=WITHOUT_GPU),
+    pytest.param(
+        (tensorrt_on_cpu.NAME, Memory.LOW), id="tensorrt-on-cpu-low", marks=[WITHOUT_GPU, pytest.mark.nightly]
+    ),
     pytest.param(("torch:cuda", Memory.FAST), id="torch:cuda", marks=GPU),
     pytest.param(("torch:cuda:compiled", Memory.FAST), id="torch:cuda:compiled", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("onnxruntime:cuda", Memory.FAST), id="onnxruntime:cuda", marks=GPU),
     pytest.param(("onnxruntime:tensorrt", Memory.FAST), id="onnxruntime:tensorrt", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("tensorrt", Memory.FAST), id="tensorrt", marks=[GPU, pytest.mark.nightly]),
     pytest.param(("tensorrt-rtx", Memory.FAST), id="tensorrt-rtx", marks=[GPU, pytest.mark.nightly]),
+    pytest.param(("tensorrt-rtx", Memory.LOW), id="tensorrt-rtx-low", marks=[GPU, pytest.mark.nightly]),
+    pytest.param(("tensorrt-rtx:fp16", Memory.FAST), id="tensorrt-rtx:fp16", marks=[GPU, pytest.mark.nightly]),
 ]
 
 
@@ -125,8 +129,6 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNETC_CACHE", str(tmp_path_factory.mktemp("cache")))  # where engines are built ahead
         if name == tensorrt_on_cpu.NAME:
-            if torch.cuda.is_available():
-                pytest.skip("there is a GPU, on which the real libraries are tested")
             patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
             patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from unetc.runtime.backends.cuda_graph import CapturedModule, Pool
 from unetc.runtime.backends.torch_device import Module
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="everything here can be captured")
+pytestmark = pytest.mark.without_gpu  # where there is one, everything here can be captured
 
 
 class Modules:

@@ -26,7 +26,7 @@ from unetc.runtime.backend import Memory
 from unetc.runtime.residency import LoadedLater
 from unetc.workflow.measuring import Calls
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the real one is tested")
+pytestmark = pytest.mark.without_gpu  # where there is one, the real library is tested
 
 SIDE = Range(least=8, usual=16, most=16)
 CALLS = Calls(sizes=Sizes(batch=Range(least=1, usual=2, most=3), height=SIDE, width=SIDE), rows={})

@@ -105,7 +105,7 @@ def test_a_plan_samples_the_same_from_a_prepared_folder_on_two_targets(whole: Fo
 
 
 @pytest.mark.rtx
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.without_gpu
 def test_engines_of_tensorrt_are_built_when_they_are_first_called(
     whole: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +114,7 @@ def test_engines_of_tensorrt_are_built_when_they_are_first_called(
     monkeypatch.setattr(gpu_engines, "open_backend", lambda target, *, threads: backend_of(engines))
     loaded = Loaded(whole, "tensorrt-rtx", most=3)
     for engine in (FULL, DROP):
-        with pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError"):  # built, but not run here
+        with pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)"):  # built, but not run here
             loaded.program(engine)
     built = engines.records()
     assert len(built) == 2

@@ -18,7 +18,7 @@ from onnx import TensorProto, inliner
 
 from tests.conftest import once
 from tests.unit.test_lowering import evaluate, run
-from tests.unit.test_tensorrt_backend import WITHOUT_GPU, backend_of
+from tests.unit.test_tensorrt_backend import backend_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts.profile import Profile, Treatment
 from unetc.backend import WEIGHTS, SerialisedGraph
@@ -179,7 +179,7 @@ def build(
     """Load a graph as an analysis does, which ends where the library misses a GPU."""
     building = build_as_needed("tensorrt-rtx", backend, calls, wide, ignore)
     loader = building.open_weights(loud.gated.weights.read_bytes())
-    misses = pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError")
+    misses = pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)")
     with nullcontext() if torch.cuda.is_available() else misses:
         loader.load(graph)
 
@@ -239,7 +239,7 @@ def test_what_cannot_overflow_is_not_looked_at_and_is_served(
 
 
 @pytest.mark.rtx
-@WITHOUT_GPU
+@pytest.mark.without_gpu
 @pytest.mark.parametrize("command", ["analyze", "build"])
 def test_commands_find_what_overflows_before_they_build_an_engine(
     tiny_build: Path, tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
@@ -269,7 +269,7 @@ def test_commands_find_what_overflows_before_they_build_an_engine(
         "analyze": lambda: analyze_model(name, analysis, cache=cache, on_progress=tell),
         "build": lambda: build_bundle(name, bundle, options, cache=cache, profile=profile, on_progress=tell),
     }
-    with pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError"):
+    with pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)"):
         commands[command]()
     assert told.count("look") == 1
     assert told.index("capture") < told.index("look") < told.index("build an engine")

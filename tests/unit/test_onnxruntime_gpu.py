@@ -27,7 +27,6 @@ from unetc.runtime.backends.onnxruntime_gpu import (
 
 FOR_GPUS = CUDA in onnxruntime.get_available_providers()
 """Whether the package for GPUs is installed."""
-WITHOUT_GPU = pytest.mark.skipif(not FOR_GPUS or torch.cuda.is_available(), reason="needs onnxruntime-gpu, and no GPU")
 DEVICE = OnnxRuntimeDevice(torch.device("cpu"))
 
 
@@ -55,13 +54,15 @@ def test_the_package_without_gpus_is_refused_by_name(target: str) -> None:
         open_backend(target, threads=1)
 
 
-@WITHOUT_GPU
+@pytest.mark.without_gpu
+@pytest.mark.skipif(not FOR_GPUS, reason="needs onnxruntime-gpu")
 def test_the_package_for_gpus_without_one_is_refused() -> None:
     with pytest.raises(SessionError, match="target onnxruntime:cuda needs an NVIDIA GPU"):
         open_backend("onnxruntime:cuda", threads=1)
 
 
-@WITHOUT_GPU
+@pytest.mark.without_gpu
+@pytest.mark.skipif(not FOR_GPUS, reason="needs onnxruntime-gpu")
 @pytest.mark.parametrize(
     ("place", "message"),
     [("cuda", "opened a session with CPUExecutionProvider; expected CUDA"), ("tensorrt", "install TensorRT libraries")],

@@ -27,7 +27,6 @@ from unetc.workflow.measuring import BuildingBackend, Calls
 pytestmark = pytest.mark.rtx
 
 TARGET = "tensorrt-rtx"
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +51,19 @@ def backend_of(
     return TensorRtBackend(library, precision, here=here, engines=engines, gpu=torch.device("cuda"), memory=memory)
 
 
-@WITHOUT_GPU
+@pytest.mark.without_gpu
 def test_without_a_gpu_the_target_says_what_to_do(cache: Path) -> None:
     with pytest.raises(SessionError, match=r"target tensorrt-rtx needs an NVIDIA GPU.*or use onnxruntime:cpu"):
         open_backend(TARGET, threads=1)
 
 
-@WITHOUT_GPU
+@pytest.mark.without_gpu
 @pytest.mark.parametrize("memory", Memory)
 def test_an_engine_that_is_found_reaches_the_library_which_misses_the_gpu(
     cache: Path, tiny_bundle: Path, memory: Memory
 ) -> None:
     backend = backend_of(EngineCache(cache / "engines"), memory=memory)
-    with pytest.raises(SessionError, match=r"tensorrt_rtx [\d.]+ cannot load an engine: .*cudaError"):
+    with pytest.raises(SessionError, match=r"tensorrt_rtx [\d.]+ cannot load an engine: .*(?i:cuda)"):
         Session.of(Bundle.open(tiny_bundle), backend)
 
 
@@ -119,7 +118,7 @@ def test_the_range_of_a_built_engine_decides_what_it_takes(cache: Path, tiny_bun
             check_call(record, shapes | {"sample": (3, 1, 16, 16)})
 
 
-@WITHOUT_GPU
+@pytest.mark.without_gpu
 @pytest.mark.parametrize("form", ["runnable", "observing", "remembering"])
 def test_what_an_analysis_runs_is_built_once_and_reaches_the_library(
     shared: Path, cache: Path, tmp_path: Path, form: str
@@ -135,7 +134,7 @@ def test_what_an_analysis_runs_is_built_once_and_reaches_the_library(
     graph = getattr(tiny.gated, form)()
     for stages in ({"build an engine"}, set()):
         told.clear()
-        with pytest.raises(SessionError, match=r"cannot load an engine: .*cudaError"):
+        with pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)"):
             loader.load(graph)
         assert {*told} == stages
     (record,) = engines.records()

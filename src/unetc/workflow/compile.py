@@ -83,6 +83,7 @@ def compile_bundle(
 
     Raises:
         ArtifactError: If the bundle or the cache cannot be read or written.
+        CorruptArtifactError: If a graph takes weights from elsewhere than the bundle's own file.
         EngineBuildError: If an engine cannot be built. Those that were finished before are in the cache.
         MissingDependency: If the library is not installed.
     """
@@ -100,6 +101,10 @@ def compile_bundle(
             record = engines.put(record, engine)
         done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
     if missing := {graph: key for graph, key in keys.items() if graph not in done}:
+        from unetc.compiler.tensorrt.references import check_references  # needs onnx
+
+        for graph in keys:
+            check_references(bundle.graphs[graph], str(path / graph), len(bundle.weights))
         graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in keys}
         with private_folder(bundle.weights, graphs) as private:
             folders = _lower(bundle, Path(private), missing, options.controls, on_progress)

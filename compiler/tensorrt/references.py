@@ -1,0 +1,75 @@
+"""Check where a graph takes its weights from, before a library reads whatever file it is pointed to.
+
+`tensorrt_rtx` up to 1.6 also reads past the end of that file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from unetc.backend import WEIGHTS
+from unetc.errors import CorruptArtifactError, MissingDependency
+
+try:
+    import onnx
+    from onnx import helper
+except ImportError as error:
+    raise MissingDependency("compiling engines needs onnx, to check graphs first: pip install 'unetc[rtx]'") from error
+
+
+def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
+    """Refuse a graph that refers to anything but parts of the weights file, each as long as its tensor.
+
+    Args:
+        graph: An ONNX graph.
+        name: What it is called in errors.
+        weights_bytes: Length of the weights file.
+
+    Raises:
+        CorruptArtifactError: If it does, or cannot be read.
+    """
+    for tensor, place in _references(graph, name):
+        offset = place.get("offset", "0")
+        begin = int(offset) if offset.isdecimal() else -1
+        wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        inside = place.get("location") == WEIGHTS and 0 <= begin <= weights_bytes - wanted
+        if not inside or place.get("length") != str(wanted):
+            raise CorruptArtifactError(
+                f"{name} takes {tensor.name!r} from {place}; expected {wanted} bytes inside of {WEIGHTS}, which has "
+                f"{weights_bytes}. Build the bundle again."
+            )
+
+
+def _references(graph: bytes, name: str) -> list[tuple[onnx.TensorProto, dict[str, str]]]:
+    """List the tensors that lie in files, and where."""
+    try:
+        model = onnx.load_model_from_string(graph)
+    except Exception as error:  # protobuf raises a class of its own
+        raise CorruptArtifactError(f"{name} is no graph of ONNX: {error}. Build the bundle again.") from error
+    lying = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    return [(tensor, {entry.key: entry.value for entry in tensor.external_data}) for tensor in lying]
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Find all tensors, in whatever is nested."""
+    yield from _of_graph(model.graph)
+    for function in model.functions:
+        yield from _of_nodes(function.node)
+
+
+def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _of_graph(graph)
