@@ -1,18 +1,23 @@
 """How long does tensorrt_rtx take to build engines of every kind on a machine without a GPU, and how large are they?
 
-    python benchmarks/bench_rtx_build.py --work /tmp/rtx    # about 5 minutes on two cores, captures included
+    python benchmarks/gpu_prepare.py /tmp/gpu --models sd15                        # the large one
+    python benchmarks/bench_rtx_build.py --work /tmp/rtx --prepared /tmp/gpu       # all in TIME on two cores
 
 Two models: `digits`, and a UNet with the blocks of Stable Diffusion 1.5 at a fifth of its width, with random weights.
 Five engines of each, as plans have them: one that computes everything, the same emitting what others reuse, one without
 two skips, one that holds a level, one that forecasts and holds residual branches. Each in float32 and in float16.
-Prints and writes `results/rtx_build.json`.
+Then every engine of the models that `gpu_prepare.py` has prepared, in their full size. Prints and writes
+`results/rtx_build.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from typing import Any
 import diffusers as untyped_diffusers
 import numpy as np
 import torch
+from gpu_folder import Folder, open_folders
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import WEIGHTS
@@ -93,9 +99,7 @@ def measure(name: str, work: Path) -> Iterator[dict[str, object]]:
     captured, sizes, rows = MODELS[name]
     gated = captured(work)
     means = np.zeros(gated.channels, np.float32)
-    folder = work / "graphs" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = emptied(work / "graphs" / name)
     shutil.copyfile(gated.weights, folder / WEIGHTS)
     files = {}
     for engine, treatments, emits in engines(gated.components):
@@ -103,42 +107,78 @@ def measure(name: str, work: Path) -> Iterator[dict[str, object]]:
         (folder / files[engine]).write_bytes(specialise(gated, treatments, means, emits).graph)
     lower_graphs(folder, tuple(files.values()), Precision.FP16, folder / Precision.FP16)
     for precision, place in ((Precision.FP32, folder), (Precision.FP16, folder / Precision.FP16)):
-        for engine, file in files.items():
-            request = Request(
-                target=TARGET,
-                graph=file,
-                engine="engine.plan",
-                timing="timing.cache",
-                sizes=sizes,
-                rows=rows,
-                effort=Effort(),
-            )
-            outcome = build_engine(request, place, time_limit_s=TIME_LIMIT_S, on_advance=lambda done: None)
-            yield {
-                "model and engine": f"{name}: {engine}",
-                "precision": precision,
-                "seconds": round(outcome.seconds, 1),
-                "weights MB": round((place / WEIGHTS).stat().st_size / 1e6, 1),
-                "engine MB": round(outcome.engine.stat().st_size / 1e6, 1),
-                "layers": outcome.built.layers,
-                "tries": outcome.tries,
-                "peak MB": round(outcome.built.peak_bytes / 1e6),
-            }
+        yield from build(name, precision, place, files, sizes, rows)
+
+
+def measure_prepared(prepared: Folder, work: Path) -> Iterator[dict[str, object]]:
+    """Build all engines of a model in its full size."""
+    model = prepared.model
+    folder = emptied(work / "graphs" / prepared.name)
+    (folder / WEIGHTS).write_bytes(prepared.weights)
+    prepared.__dict__.pop("weights")  # building needs the memory
+    files = {engine.name: f"{engine.name.replace(' ', '-')}.onnx" for engine in model.engines}
+    for engine, file in files.items():
+        (folder / file).write_bytes(prepared.graph(engine).graph)
+    _, height, width = model.sample_shape
+    sizes = Sizes(batch=BATCH, height=one(height), width=one(width))
+    yield from build(f"{prepared.name}, {height}x{width}", model.precision, folder, files, sizes, model.rows)
+
+
+def build(
+    name: str,
+    precision: str,
+    place: Path,
+    files: Mapping[str, str],
+    sizes: Sizes,
+    rows: Mapping[str, tuple[int, ...]],
+) -> Iterator[dict[str, object]]:
+    """Build engines of graphs in a folder."""
+    for engine, file in files.items():
+        request = Request(
+            target=TARGET,
+            graph=file,
+            engine="engine.plan",
+            timing="timing.cache",
+            sizes=sizes,
+            rows=rows,
+            effort=Effort(),
+        )
+        outcome = build_engine(request, place, time_limit_s=TIME_LIMIT_S, on_advance=lambda done: None)
+        yield {
+            "model and engine": f"{name}: {engine}",
+            "precision": precision,
+            "seconds": round(outcome.seconds, 1),
+            "weights MB": round((place / WEIGHTS).stat().st_size / 1e6, 1),
+            "engine MB": round(outcome.engine.stat().st_size / 1e6, 1),
+            "layers": outcome.built.layers,
+            "tries": outcome.tries,
+            "peak MB": round(outcome.built.peak_bytes / 1e6),
+        }
+
+
+def emptied(folder: Path) -> Path:
+    """Make a folder anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for captures and graphs")
+    parser.add_argument("--prepared", type=Path, help="what gpu_prepare.py has written")
     options = parser.parse_args()
     version = library_of(TARGET).load().__version__
     results = []
-    for name in MODELS:
-        for case in measure(name, options.work):
-            results.append(case)
-            print(json.dumps(case), flush=True)
+    prepared = open_folders(options.prepared) if options.prepared else ()
+    cases = [measure(name, options.work) for name in MODELS]
+    cases += [measure_prepared(folder, options.work) for folder in prepared]
+    for case in itertools.chain.from_iterable(cases):
+        results.append(case)
+        print(json.dumps(case), flush=True)
     record = {
-        "command": "python benchmarks/bench_rtx_build.py --work /tmp/rtx",
+        "command": shlex.join(["python", "benchmarks/bench_rtx_build.py", *sys.argv[1:]]),
         "settings": {"tensorrt_rtx": version, "batch": str(BATCH), "optimization level": Effort().optimization_level},
         "environment": describe(),
         "results": results,
