@@ -1,13 +1,13 @@
 """How long does tensorrt_rtx take to build engines of every kind on a machine without a GPU, and how large are they?
 
-    python benchmarks/gpu_prepare.py /tmp/gpu --models sd15                        # the large one
-    python benchmarks/bench_rtx_build.py --work /tmp/rtx --prepared /tmp/gpu       # all in TIME on two cores
+    python benchmarks/gpu_prepare.py /tmp/gpu --models glide-base sd15 sdxl    # 5 minutes on two cores
+    python benchmarks/bench_rtx_build.py --work /tmp/rtx --prepared /tmp/gpu   # 10 minutes and 18 GB of memory
 
 Two models: `digits`, and a UNet with the blocks of Stable Diffusion 1.5 at a fifth of its width, with random weights.
 Five engines of each, as plans have them: one that computes everything, the same emitting what others reuse, one without
 two skips, one that holds a level, one that forecasts and holds residual branches. Each in float32 and in float16.
-Then every engine of the models that `gpu_prepare.py` has prepared, in their full size. Prints and writes
-`results/rtx_build.json`.
+Then every engine of the models that `gpu_prepare.py` has prepared, in their full size and in float16. Prints and
+writes `results/rtx_build.json`.
 """
 
 from __future__ import annotations
