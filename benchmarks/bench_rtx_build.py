@@ -18,14 +18,14 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers as untyped_diffusers
 import numpy as np
 import torch
-from gpu_folder import Folder, open_folders
+from gpu_folder import FULL, PLANNED, REFRESH, Folder, open_folders
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import WEIGHTS
@@ -69,6 +69,8 @@ def one(size: int) -> Range:
     return Range(least=size, usual=size, most=size)
 
 
+MOST_TOGETHER = 1.3
+"""Three engines of a plan shall take no more than so many times one that computes everything."""
 BATCH = Range(least=1, usual=2, most=8)
 MODELS: Mapping[str, tuple[Any, Sizes, Mapping[str, tuple[int, ...]]]] = {
     "digits, 32x32": (digits, Sizes(batch=BATCH, height=one(32), width=one(32)), {}),
@@ -156,6 +158,20 @@ def build(
         }
 
 
+def together(results: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+    """Add up the engines of a plan that holds: on a GPU each has its own weights, and they are there together."""
+    sizes = {str(case["model and engine"]): float(case["engine MB"]) for case in results}
+    models = [label.removesuffix(f": {REFRESH}") for label in sizes if label.endswith(f": {REFRESH}")]
+    return [
+        {
+            "figure": f"{model}: engines MB, ({' + '.join(PLANNED)}) / {FULL}",
+            "value": sum(sizes[f"{model}: {engine}"] for engine in PLANNED) / sizes[f"{model}: {FULL}"],
+            "goal": {"at_most": MOST_TOGETHER},
+        }
+        for model in models
+    ]
+
+
 def emptied(folder: Path) -> Path:
     """Make a folder anew."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -181,6 +197,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/bench_rtx_build.py", *sys.argv[1:]]),
         "settings": {"tensorrt_rtx": version, "batch": str(BATCH), "optimization level": Effort().optimization_level},
         "environment": describe(),
+        "figures": together(results),
         "results": results,
     }
     (HERE / "results/rtx_build.json").write_text(json.dumps(record, indent=1) + "\n")
