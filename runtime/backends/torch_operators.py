@@ -297,7 +297,7 @@ def _padded(
     tensor: Tensor, axes: Sequence[int], begins: Sequence[int], ends: Sequence[int], mode: str, value: float
 ) -> Tensor:
     both = {axis % tensor.dim(): pair for axis, pair in zip(axes, zip(begins, ends, strict=True), strict=True)}
-    first = min((axis for axis, pair in both.items() if pair != (0, 0)), default=tensor.dim() - 1)
+    first = min([tensor.dim() - 1, *[axis for axis, pair in both.items() if pair != (0, 0)]])
     pads = [extent for axis in reversed(range(first, tensor.dim())) for extent in both.get(axis, (0, 0))]
     if mode == "constant":
         return F.pad(tensor, pads, value=value)
