@@ -61,3 +61,16 @@ def test_a_graph_compiles_whole_for_any_size(tiny: Tiny) -> None:
         with torch.no_grad():
             (expected,), (output,) = translation.module(*tensors), compiled(*tensors)
         assert relative_error(output.numpy(), expected.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("treatment", [Treatment.DROP, Treatment.MEAN])
+def test_a_narrowed_graph_is_followed_whole(tiny: Tiny, treatment: Treatment) -> None:
+    """torch.compile sees what slicing makes of norms and convolutions; its compiler, which takes long, is left out."""
+    skips = {component.name: treatment for component in tiny.gated.components if component.kind == "skip"}
+    translation = translation_of(tiny, skips, load(tiny.gated.weights.read_bytes()))
+    followed = torch.compile(translation.module, fullgraph=True, backend="eager")
+    inputs = tiny.inputs(batch=2, height=16, width=16)
+    tensors = [torch.from_numpy(inputs[name]) for name in translation.inputs]
+    with torch.no_grad():
+        (expected,), (output,) = translation.module(*tensors), followed(*tensors)
+    assert torch.equal(output, expected)
