@@ -91,7 +91,8 @@ def _quotient(dividend: Any, divisor: Any) -> Any:
         return dividend / divisor
     if isinstance(dividend, Tensor) or isinstance(divisor, Tensor):
         return torch.div(dividend, divisor, rounding_mode="trunc")
-    return dividend // divisor if (dividend >= 0) == (divisor > 0) else -(-dividend // divisor)
+    quotient = abs(dividend) // abs(divisor)
+    return quotient if dividend * divisor >= 0 else -quotient
 
 
 def _multiply(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
