@@ -7,6 +7,8 @@ from safetensors.numpy import save
 
 from unetc.backend import Array, Backend, SerialisedGraph
 
+from .residency import tried
+
 _CHANNELS = 3
 
 
@@ -23,7 +25,7 @@ class Decoder:
         """
         loader = backend.open_weights(save({}))
         self._device = backend.device
-        self._program = loader.load(SerialisedGraph(graph=graph, weights=frozenset()))
+        self._program = tried(loader.load(SerialisedGraph(graph=graph, weights=frozenset())))
         self._scale = scale
 
     def __call__(self, sampled: Array) -> Array:

@@ -43,11 +43,11 @@ class LoadedLater:
             self._program = None
 
 
-def streamed(load: Callable[[], Program]) -> LoadedLater:
-    """Make a program for a stage; it is loaded once now, so what cannot be is refused before anything is sampled."""
-    program = LoadedLater(load)
-    program.load()
-    program.release()
+def tried(program: Program) -> Program:
+    """Load a program that is loaded later, and let it go: what cannot be is refused before anything is sampled."""
+    if isinstance(program, LoadedLater):
+        program.load()
+        program.release()
     return program
 
 
@@ -59,7 +59,7 @@ class StreamingLoader:
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph, later and more than once."""
-        return streamed(partial(self._loader.load, graph))
+        return LoadedLater(partial(self._loader.load, graph))
 
 
 class Stage:

@@ -27,7 +27,7 @@ from unetc.solver.trajectory import Trajectory
 from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
-from .residency import LoadedLater, Stage
+from .residency import LoadedLater, Stage, tried
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class Session:
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
         decoder = manifest.decoder
         loader = backend.open_weights(bundle.weights)
-        programs = [loader.load(bundle.graph_of(engine)) for engine in engines]
+        programs = [tried(loader.load(bundle.graph_of(engine))) for engine in engines]
         emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph
         later = LoadedLater(partial(loader.load, bundle.graph_of(manifest.full)))
         return cls(

@@ -37,7 +37,7 @@ from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
 
 from ..backend import Memory
-from ..residency import streamed
+from ..residency import LoadedLater
 
 try:
     import torch
@@ -236,7 +236,7 @@ class TensorRtLoader:
         digest = hashlib.sha256(graph.graph).hexdigest()
         found = backend.engines.find(digest, self._weights_sha256, precision, backend.here)
         if backend.memory is Memory.LOW:
-            return streamed(partial(self.load_engine, *found))
+            return LoadedLater(partial(self.load_engine, *found))
         return self.load_engine(*found)
 
     def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:

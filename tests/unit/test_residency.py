@@ -54,8 +54,11 @@ def bundle(tiny_bundle: Path) -> Bundle:
     ends = [-30.0, *(levels[i * STEPS // 4] for i in (1, 2, 3)), 30.0]
     phases = tuple(Phase(low=ends[i], high=ends[i + 1], cycle=cycle) for i, cycle in enumerate(CYCLES))
     plan = msgspec.structs.replace(bundle.manifest.plan, phases=phases)
-    manifest = msgspec.structs.replace(bundle.manifest, plan=plan)
-    return Bundle(**{name: getattr(bundle, name) for name in bundle.__slots__} | {"manifest": manifest})
+    return changed(bundle, manifest=msgspec.structs.replace(bundle.manifest, plan=plan))
+
+
+def changed(bundle: Bundle, **fields: object) -> Bundle:
+    return Bundle(**{name: getattr(bundle, name) for name in bundle.__slots__} | fields)
 
 
 class Trajectory:
@@ -110,6 +113,21 @@ def test_streamed_engines_sample_the_same_bits(bundle: Bundle) -> None:
     assert {*used} == {0, 1, 2}
     assert len(counting.loads) > at_start + len(bundle.manifest.engines)  # some were let go between
     assert any(name.startswith("unetc-stage") for name in counting.loads)
+
+
+def test_the_full_model_is_loaded_once_when_it_is_asked_for(bundle: Bundle) -> None:
+    manifest, own = bundle.manifest, "engines/own.onnx"  # where engine 0 emits, it is another graph than the full model
+    full = msgspec.structs.replace(manifest.full, graph=own)
+    (file,) = (file for file in manifest.files if file.path == manifest.full.graph)
+    files = (*manifest.files, msgspec.structs.replace(file, path=own))
+    apart = msgspec.structs.replace(manifest, full=full, files=files)
+    graphs = bundle.graphs | {own: bundle.graphs[manifest.full.graph]}
+    counting = Counting(open_backend("onnxruntime:cpu", threads=1))
+    session = Session.of(changed(bundle, manifest=apart, graphs=graphs), counting)
+    before = len(counting.loads)
+    for _ in range(2):
+        session.sample(1, steps=STEPS, lossless=True)
+    assert len(counting.loads) == before + 1
 
 
 def test_a_phase_and_the_next_are_loaded_and_nothing_else(stage: Stage, loads: Loads) -> None:
@@ -176,10 +194,7 @@ def test_the_next_phase_is_loaded_while_this_one_samples(bundle: Bundle) -> None
 
 
 def test_what_cannot_be_loaded_is_refused_before_anything_is_sampled(bundle: Bundle) -> None:
-    broken = Bundle(
-        **{name: getattr(bundle, name) for name in bundle.__slots__}
-        | {"graphs": dict.fromkeys(bundle.graphs, b"no graph")}
-    )
+    broken = changed(bundle, graphs=dict.fromkeys(bundle.graphs, b"no graph"))
     with pytest.raises(SessionError, match="onnxruntime cannot load an engine"):
         Session.of(broken, Counting(open_backend("onnxruntime:cpu", threads=1)))
 
