@@ -117,7 +117,7 @@ def measure_prepared(prepared: Folder, work: Path) -> Iterator[dict[str, object]
     model = prepared.model
     folder = emptied(work / "graphs" / prepared.name)
     (folder / WEIGHTS).write_bytes(prepared.weights)
-    prepared.__dict__.pop("weights")  # building needs the memory
+    del prepared.weights  # a cached property; building needs the memory
     files = {engine.name: f"{engine.name.replace(' ', '-')}.onnx" for engine in model.engines}
     for engine, file in files.items():
         (folder / file).write_bytes(prepared.graph(engine).graph)

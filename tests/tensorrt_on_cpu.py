@@ -14,11 +14,13 @@ import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -34,7 +36,7 @@ from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.workflow.measuring import Calls
 
 __version__ = "1.0.cpu"
-NAME = "tensorrt on the CPU"
+NAME = "tensorrt:cpu"
 LIBRARY = Library(target=NAME, module=__name__, extra="none", portable=True, times_kernels=False)
 
 SCRATCH_BYTES = 4096
@@ -95,13 +97,21 @@ class CpuLoader:
 
 def signature(graph: bytes) -> dict[str, tuple[int | str, ...]]:
     """Read the shapes of a graph's inputs: sizes, or the names that they have."""
-    proto = onnx.load_model_from_string(graph).graph
-    inside = {one.name for one in proto.initializer}
     return {
         value.name: tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
-        for value in proto.input
-        if value.name not in inside
+        for value in _inputs(onnx.load_model_from_string(graph).graph)
     }
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    inside = {one.name for one in graph.initializer}
+    return [value for value in graph.input if value.name not in inside]
+
+
+def without_streams(patch: pytest.MonkeyPatch) -> None:
+    """Let torch have streams and pools where there is no GPU; no graph is captured."""
+    patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 class ILogger:
@@ -198,13 +208,12 @@ class ICudaEngine:
         self.logger = logger
         proto = onnx.load_model_from_string(graph).graph
         external = {one.name for one in proto.initializer if one.data_location == onnx.TensorProto.EXTERNAL}
-        inside = {one.name for one in proto.initializer}
-        self._inputs = [value for value in proto.input if value.name not in inside]
-        self._tensors = [*self._inputs, *proto.output]
+        inputs = _inputs(proto)
+        self._tensors = [*inputs, *proto.output]
         loader = HandingLoader(weights, 1, _session)
         self.session: Any = loader.load(SerialisedGraph(graph=graph, weights=frozenset(external)))
         self.elements = {value.name: _ELEMENTS[value.type.tensor_type.elem_type] for value in self._tensors}
-        self.inputs = [value.name for value in self._inputs]
+        self.inputs = [value.name for value in inputs]
         self.outputs = [value.name for value in proto.output]
         self.device_memory_size_v2 = SCRATCH_BYTES
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import unetc
 from tests import tensorrt_on_cpu
@@ -74,7 +72,7 @@ TARGETS = [
 
 
 def on_gpu(target: str) -> bool:
-    return "cpu" not in target.lower().replace(":", " ").split()
+    return "cpu" not in target.split(":")
 
 
 class Target:
@@ -129,8 +127,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNETC_CACHE", str(tmp_path_factory.mktemp("cache")))  # where engines are built ahead
         if name == tensorrt_on_cpu.NAME:
-            patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-            patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+            tensorrt_on_cpu.without_streams(patch)
         try:
             target = Target(name, memory)
         except (SessionError, MissingDependency) as error:

@@ -77,7 +77,12 @@ def find(cache: EngineCache, here: Origin = ORIGIN, precision: Precision = Preci
 
 @pytest.fixture
 def cache(tmp_path: Path) -> EngineCache:
-    cache = EngineCache(tmp_path / "engines")
+    return cache_in(tmp_path)
+
+
+def cache_in(folder: Path) -> EngineCache:
+    """Make a cache with one engine."""
+    cache = EngineCache(folder / "engines")
     cache.put(record(), ENGINE_BYTES)
     return cache
 

@@ -8,7 +8,6 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,7 @@ CALLS = Calls(sizes=Sizes(batch=Range(least=1, usual=2, most=3), height=SIDE, wi
 
 @pytest.fixture(autouse=True)
 def _streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    tensorrt_on_cpu.without_streams(monkeypatch)
 
 
 @pytest.fixture(scope="module")

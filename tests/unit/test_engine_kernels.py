@@ -10,7 +10,7 @@ from unittest.mock import create_autospec
 import msgspec
 import pytest
 
-from tests.unit.test_engine_cache import ENGINE_BYTES, GPU, KEY, ORIGIN, record
+from tests.unit.test_engine_cache import ENGINE_BYTES, GPU, KEY, ORIGIN, cache_in, record
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.kernels import MOST_BYTES, KernelFile
 from unetc.runtime.backends.tensorrt import Finishing
@@ -20,9 +20,7 @@ KERNELS = b"not kernels, but bytes that nobody may change"
 
 @pytest.fixture
 def cache(tmp_path: Path) -> EngineCache:
-    cache = EngineCache(tmp_path / "engines")
-    cache.put(record(), ENGINE_BYTES)
-    return cache
+    return cache_in(tmp_path)
 
 
 def file_of(cache: EngineCache) -> KernelFile:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,12 +77,15 @@ class Loads:
         return {i for i, program in enumerate(self.programs) if program._program is not None}
 
     def wait_for(self, engines: set[int]) -> None:
-        waiter = threading.Event()
-        for _ in range(int(WAIT_S / 0.01)):
-            if self.loaded() == engines:
-                return
-            waiter.wait(0.01)
+        wait_until(lambda: self.loaded() == engines)
         assert self.loaded() == engines
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Wait for another thread, until it is too late."""
+    end = time.monotonic() + WAIT_S
+    while not done() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -177,14 +182,11 @@ def test_the_next_phase_is_loaded_while_this_one_samples(bundle: Bundle) -> None
     session = Session.of(bundle, backend)
     later = session._programs[2]
     assert isinstance(later, LoadedLater)
-    waiter, seen = threading.Event(), []
+    seen: list[bool] = []
 
     def watch(step: Step) -> None:
         if session.plan.phases[1].low <= bundle.solver.table(STEPS).log_snr[step.index] < session.plan.phases[2].low:
-            for _ in range(int(WAIT_S / 0.01)):
-                if later._program is not None:
-                    break
-                waiter.wait(0.01)
+            wait_until(lambda: later._program is not None)
             seen.append(later._program is not None)
         elif not seen:
             assert later._program is None

@@ -12,8 +12,6 @@ import hashlib
 import hmac
 import logging
 
-import msgspec
-
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.errors import ArtifactError
 
@@ -38,7 +36,7 @@ class KernelFile:
             record: Of the engine.
             here: Where it runs.
         """
-        place = hashlib.sha256(msgspec.json.encode(here, order="deterministic")).hexdigest()
+        place = here.sha256()
         self.path = cache.folder(record.key) / f"kernels-{place[:16]}.bin"
         self._cache = cache
         self._about = f"kernels {record.engine_sha256} {place} ".encode()

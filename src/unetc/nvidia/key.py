@@ -22,7 +22,13 @@ class Gpu(Record, frozen=True, kw_only=True):
     driver: str
 
 
-class Origin(Record, frozen=True, kw_only=True):
+class _Hashed(Record, frozen=True, kw_only=True):
+    def sha256(self) -> str:
+        """Hash all fields."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+
+class Origin(_Hashed, frozen=True, kw_only=True):
     """Where an engine is built, and so where it may run."""
 
     unetc: str
@@ -49,7 +55,7 @@ class Effort(Record, frozen=True, kw_only=True):
     """Of the memory for scratch that the library would allow itself."""
 
 
-class EngineKey(Record, frozen=True, kw_only=True):
+class EngineKey(_Hashed, frozen=True, kw_only=True):
     """Two engines differ where two keys do."""
 
     origin: Origin
@@ -62,10 +68,6 @@ class EngineKey(Record, frozen=True, kw_only=True):
     """Shape of one row of each condition."""
     effort: Effort
     """What was asked for."""
-
-    def sha256(self) -> str:
-        """Hash all fields."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
 
     def differences(self, other: EngineKey) -> list[str]:
         """Name the fields in which another key differs."""
