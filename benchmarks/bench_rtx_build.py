@@ -39,8 +39,8 @@ from unetc.graph.specialise import specialise
 from unetc.models import find_model
 from unetc.nvidia.key import Effort
 from unetc.nvidia.library import library_of
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 
 diffusers: Any = untyped_diffusers
 

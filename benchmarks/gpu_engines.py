@@ -19,7 +19,7 @@ from unetc.held import Held
 from unetc.progress import ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import Session
-from unetc.workflow.measuring import Calls, build_as_needed
+from unetc.workflow.measuring import Calls, take_any_graph
 
 TIMESTEPS = (550.0, 525.0, 500.0)
 """Those at which held tensors were computed, and that of the timed calls."""
@@ -45,7 +45,7 @@ class Loaded:
         self.most = most
         calls = Calls.of(folder.model.sample_shape, 1, most, folder.conditions())
         backend = open_backend(target, threads=threads)
-        self._backend = build_as_needed(target, backend, calls, frozenset, ignore)
+        self._backend = take_any_graph(target, backend, calls, frozenset, ignore)
         self.device: Device = self._backend.device
         self.clock: Clock = clock_of(target, self.device)
         self._programs: dict[str, Program] = {}

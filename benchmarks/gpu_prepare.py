@@ -61,7 +61,7 @@ from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.graph.specialise import specialise
 from unetc.models import find_model
 from unetc.models.glide import VARIANTS
-from unetc.nvidia.precision import Precision
+from unetc.precision import Precision
 from unetc.solver.extract import extract_all, make_scheduler
 from unetc.solver.table import SolverTables
 

@@ -20,18 +20,19 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from unetc.backend import WEIGHTS
+from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.graph.gated import serialise
 from unetc.graph.slicing import PARTIAL
 from unetc.graph.weights import tensor_ranges, write_tensors
-from unetc.nvidia.precision import Precision
+from unetc.precision import LARGEST, Precision
 
 from .element_types import infer_types
 
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
-_LARGEST = {Precision.FP16: 65504.0, Precision.BF16: 3.3895313892515355e38}
 
 _REDUCTIONS = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd"]
@@ -99,7 +100,21 @@ def lower_graphs(
         (into / name).write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _pointer(tensor: ir.TensorProtocol, name: str, begin: int, end: int, folder: Path) -> ir.ExternalTensor:
+def lower_graph(graph: SerialisedGraph, precision: Precision, wide: Collection[str] = ()) -> SerialisedGraph:
+    """Lower a graph alone: its weights are named as `unetc.precision` says, and are rounded by whoever loads it.
+
+    Args:
+        graph: In float32.
+        precision: What to compute in, less than float32.
+        wide: Names of values whose producers and readers stay float32, as they overflow.
+    """
+    model = ir.from_proto(onnx.load_model_from_string(graph.graph))
+    for name, tensor in _Lowering(model, precision, frozenset(wide)).run().items():
+        model.graph.initializers[name].const_value = _pointer(tensor, name, 0, tensor.nbytes, "")
+    return serialise(model)
+
+
+def _pointer(tensor: ir.TensorProtocol, name: str, begin: int, end: int, folder: Path | str) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         WEIGHTS, begin, end - begin, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=folder
     )
@@ -170,8 +185,8 @@ class _Lowering:
 
     def _convert(self, value: ir.Value, constant: ir.TensorProtocol) -> ir.Value:
         """Give a constant in low precision, read when it is written."""
-        name = f"{value.name}.{self._precision}"
-        largest = _LARGEST[self._precision]
+        name = self._precision.name_of(str(value.name))
+        largest = LARGEST[self._precision]
 
         def convert() -> ir.TensorProtocol:
             array = np.clip(constant.numpy(), -largest, largest)  # what is too large becomes the largest number

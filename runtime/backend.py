@@ -23,23 +23,25 @@ class Memory(StrEnum):
 
 DEFAULT_TARGET = "onnxruntime:cpu"
 
+
+def _in_each(precisions: Sequence[str], target: str, module: str) -> dict[str, str]:
+    return {target + precision: module for precision in precisions}
+
+
 BACKENDS: Mapping[str, str] = {
     "onnxruntime:cpu": "unetc.runtime.backends.onnxruntime",
-    "torch:cpu": "unetc.runtime.backends.torch",
-    "torch:cpu:compiled": "unetc.runtime.backends.torch",
-    "torch:cuda": "unetc.runtime.backends.torch",
-    "torch:cuda:compiled": "unetc.runtime.backends.torch",
-    "onnxruntime:cuda": "unetc.runtime.backends.onnxruntime_gpu",
-    "onnxruntime:tensorrt": "unetc.runtime.backends.onnxruntime_gpu",
-    "tensorrt": "unetc.runtime.backends.tensorrt",
-    "tensorrt:fp16": "unetc.runtime.backends.tensorrt",
-    "tensorrt:bf16": "unetc.runtime.backends.tensorrt",
-    "tensorrt-rtx": "unetc.runtime.backends.tensorrt",
-    "tensorrt-rtx:fp16": "unetc.runtime.backends.tensorrt",
-    "tensorrt-rtx:bf16": "unetc.runtime.backends.tensorrt",
+    **_in_each(("", ":fp16", ":bf16"), "torch:cpu", "unetc.runtime.backends.torch"),
+    **_in_each(("", ":fp16", ":bf16"), "torch:cpu:compiled", "unetc.runtime.backends.torch"),
+    **_in_each(("", ":fp16", ":bf16"), "torch:cuda", "unetc.runtime.backends.torch"),
+    **_in_each(("", ":fp16", ":bf16"), "torch:cuda:compiled", "unetc.runtime.backends.torch"),
+    **_in_each(("", ":fp16"), "onnxruntime:cuda", "unetc.runtime.backends.onnxruntime_gpu"),
+    **_in_each(("", ":fp16"), "onnxruntime:tensorrt", "unetc.runtime.backends.onnxruntime_gpu"),
+    **_in_each(("", ":fp16", ":bf16"), "tensorrt", "unetc.runtime.backends.tensorrt"),
+    **_in_each(("", ":fp16", ":bf16"), "tensorrt-rtx", "unetc.runtime.backends.tensorrt"),
     "null": "unetc.runtime.backends.null",
 }
-"""Module of each target's backend, imported on first use; a target is a library, a place, and how it runs there."""
+"""Module of each target's backend, imported on first use; a target is a library, a place, how it runs there, and in
+which precision if not in float32."""
 
 
 def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> Backend:

@@ -17,6 +17,7 @@ from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
+from unetc.precision import Precision
 from unetc.residuals import residuals_of
 from unetc.solver.table import SolverTables
 
@@ -39,8 +40,20 @@ class Bundle:
     profile: bytes
     """JSON of the profile that the plan was made from."""
 
-    def graph_of(self, engine: BundleEngine) -> SerialisedGraph:
-        """Give the graph of an engine, with the names of what it reads of the weights."""
+    def graph_of(self, engine: BundleEngine, precision: Precision = Precision.FP32) -> SerialisedGraph:
+        """Give the graph of an engine, with the names of what it reads of the weights.
+
+        Raises:
+            SessionError: If the bundle does not have it in this precision.
+        """
+        if precision is not Precision.FP32:
+            if engine.lowered is None or precision is not self.manifest.precision:
+                raise SessionError(
+                    f"{self.path} was built for {self.manifest.target} and has no graphs in {precision}. Build it for "
+                    f"a target that ends with :{precision}, or sample it on one that does not."
+                )
+            lowered = engine.lowered
+            return SerialisedGraph(graph=self.graphs[lowered.graph], weights=frozenset(lowered.weights))
         return SerialisedGraph(graph=self.graphs[engine.graph], weights=self.tensors.difference(engine.unused_weights))
 
     @classmethod

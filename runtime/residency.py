@@ -65,7 +65,9 @@ class StreamingLoader:
 class Stage:
     """Loads what the trajectories in progress need, and lets go what none of them does."""
 
-    def __init__(self, plan: Plan, programs: Sequence[Program], full: Program, device: Device) -> None:
+    def __init__(
+        self, plan: Plan, programs: Sequence[Program], full: Program, device: Device, *, spare: Program | None = None
+    ) -> None:
         """Load nothing yet.
 
         Args:
@@ -73,10 +75,12 @@ class Stage:
             programs: The engines; those that are loaded later are the stage's.
             full: The full model, which is needed where there are no phases.
             device: Where they run.
+            spare: What is needed in no phase, and goes with the one in which it was.
         """
         self._plan = plan
         self._programs = programs
         self._full = full
+        self._all = _later([*programs, full] if spare is None else [*programs, full, spare])
         self._device = device
         self._lock = threading.Lock()
         self._phases: WeakKeyDictionary[object, int | None] = WeakKeyDictionary()
@@ -95,7 +99,7 @@ class Stage:
                 return
             self._phases[trajectory] = phase
             self._wanted = frozenset(program for at in self._phases.values() for program in self._near(at))
-            if gone := [program for program in _later([*self._programs, self._full]) if program not in self._wanted]:
+            if gone := [program for program in self._all if program not in self._wanted]:
                 self._device.synchronize()  # what was launched may read them still
                 for program in gone:
                     program.release()

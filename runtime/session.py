@@ -15,11 +15,12 @@ from pathlib import Path
 
 from unetc.artifacts.manifest import BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan, Turns
-from unetc.backend import Backend, Program
+from unetc.backend import Backend, LowPrecision, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
-from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
+from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
 from unetc.held import Held
+from unetc.precision import Precision
 from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTable, SolverTables
 from unetc.solver.trajectory import Trajectory
@@ -75,6 +76,7 @@ class Request:
         programs: Sequence[Program],
         full: Program,
         *,
+        exact: Program | None = None,
         predicted_channels: int,
         turns: Turns | None,
         device: Device,
@@ -85,7 +87,8 @@ class Request:
 
         Args:
             programs: The engines.
-            full: The full model, which makes a step again that an engine has spoilt.
+            full: The full model.
+            exact: The full model in float32, which makes a step again that an engine has spoilt; None if `full` is.
             predicted_channels: Width of what they predict.
             turns: Which one runs when; always the full model when None.
             device: Where their tensors are.
@@ -96,6 +99,7 @@ class Request:
         """Index of the engine that ran last."""
         self._programs = programs
         self._full = full
+        self._exact = exact or full
         self._predicted_channels = predicted_channels
         self._turns = turns
         self._device = device
@@ -104,7 +108,7 @@ class Request:
         self._held = Held(device=device)
 
     def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
-        """Run the engine whose turn it is; if it gives NaN or infinity, the full model.
+        """Run the engine whose turn it is; if it gives NaN or infinity, the full model in float32.
 
         Then all that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed.
 
@@ -134,15 +138,15 @@ class Request:
         return conditions.guide(prediction, sample.shape[1])
 
     def _replay(self, failed: Program, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float) -> None:
-        """Predict with the full model what another engine could not, and start without a past."""
+        """Predict with the full model, in float32, what another engine could not, and start without a past."""
         who = f"engine {self.engine}"
-        if failed is not self._full:
+        if failed is not self._exact:
             logger.warning("%s produced NaN or infinity at timestep %g; the full model takes its turn.", who, timestep)
             self._replays.add()
             self._held = Held(device=self._device)
             if self._turns:
                 self._turns.forget()
-            self._full(inputs, prediction)
+            self._make_again(inputs, prediction)
             self.engine = FULL_ENGINE
             if self._device.is_finite(prediction):
                 return
@@ -151,6 +155,14 @@ class Request:
             f"{who} produced NaN or infinity at timestep {timestep:g}. Check the noise and the conditions that were "
             "given, and that the weights are finite."
         )
+
+    def _make_again(self, inputs: Mapping[str, Tensor], prediction: Tensor) -> None:
+        """Run the full model in float32, or in its own precision where no engine was compiled for that."""
+        try:
+            self._exact(inputs, prediction)
+        except StaleEngineError as error:
+            logger.warning("the full model takes its turn in the precision that overflowed: %s", error)
+            self._full(inputs, prediction)
 
 
 class Session:
@@ -165,6 +177,7 @@ class Session:
         solver: SolverTables,
         sample_shape: tuple[int, int, int],
         steps: int,
+        exact: Program | None = None,
         predicted_channels: int | None = None,
         conditions: Conditions = UNCONDITIONAL,
         decoder: Decoder | None = None,
@@ -179,6 +192,7 @@ class Session:
             solver: The solver for every number of steps.
             sample_shape: [channel, height, width] of one sample.
             steps: Default number of steps.
+            exact: The full model in float32; None if `full` is.
             predicted_channels: Width of what the denoiser predicts; that of a sample when not given.
             conditions: What samples are conditioned on by default: sample k on row k, modulo their number.
             decoder: What turns samples into images; none if they are images.
@@ -194,9 +208,10 @@ class Session:
         self._device = device
         self._replays = Replays()
         self._full = full
+        self._exact = exact
         self._programs = tuple(programs)
         streamed = any(isinstance(program, LoadedLater) for program in self._programs)
-        self._stage = Stage(plan, self._programs, full, device) if streamed else None
+        self._stage = Stage(plan, self._programs, full, device, spare=exact) if streamed else None
 
     @classmethod
     def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
@@ -209,13 +224,16 @@ class Session:
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
         decoder = manifest.decoder
         loader = backend.open_weights(bundle.weights)
-        programs = [tried(loader.load(bundle.graph_of(engine))) for engine in engines]
+        low = backend if isinstance(backend, LowPrecision) else None
+        reads = low.reads if low else Precision.FP32
+        programs = [tried(loader.load(bundle.graph_of(engine, reads))) for engine in engines]
         emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph
-        later = LoadedLater(partial(loader.load, bundle.graph_of(manifest.full)))
+        later = LoadedLater(partial(loader.load, bundle.graph_of(manifest.full, reads)))
         return cls(
             plan=control.plan if control else manifest.plan,
             full=programs[FULL_ENGINE] if emits_nothing else later,
             programs=programs,
+            exact=_exact(bundle, low.exact() if low else None),
             solver=bundle.solver,
             sample_shape=manifest.sample_shape,
             steps=manifest.steps,
@@ -297,6 +315,7 @@ class Session:
         return Request(
             self._programs,
             self._full,
+            exact=self._exact,
             predicted_channels=self._predicted_channels,
             turns=None if lossless else Turns(self.plan),
             device=self._device,
@@ -339,6 +358,14 @@ class Session:
                     )
                 )
         return self._device.to_array(trajectory.sample)
+
+
+def _exact(bundle: Bundle, backend: Backend | None) -> Program | None:
+    """Make the full model in float32, loaded when it is first needed; None if the backend computes in that anyway."""
+    if backend is None:
+        return None
+    full = bundle.graph_of(bundle.manifest.full)
+    return LoadedLater(lambda: backend.open_weights(bundle.weights).load(full))
 
 
 def load(

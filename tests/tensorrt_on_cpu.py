@@ -29,7 +29,7 @@ from unetc.compiler.tensorrt.shapes import resolve
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.key import Effort, EngineKey
 from unetc.nvidia.library import Library
-from unetc.nvidia.precision import Precision
+from unetc.precision import Precision
 from unetc.runtime.backend import Memory
 from unetc.runtime.backends.onnxruntime import HandingLoader
 from unetc.runtime.backends.tensorrt import TensorRtBackend

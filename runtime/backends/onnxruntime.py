@@ -28,6 +28,7 @@ from safetensors.numpy import load
 from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
+from unetc.precision import LARGEST, Precision, rounded_from
 
 from ..backend import Memory, take_inputs
 
@@ -35,6 +36,10 @@ try:
     import onnxruntime
 except ImportError as error:
     raise MissingDependency("target onnxruntime:cpu needs onnxruntime: pip install 'unetc[cpu]'") from error
+
+
+_TYPES = {Precision.FP16: np.float16}
+"""numpy has no bfloat16, so no target of onnxruntime has."""
 
 
 class OnnxRuntimeProgram:
@@ -84,13 +89,27 @@ class HandingLoader:
         self._threads = threads
         self._open_program = open_program or _open_program
         self._values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in load(weights).items()}
+        self._rounded: dict[str, Any] = {}
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph."""
-        values = {name: value for name, value in self._values.items() if name in graph.weights}
+        values = {name: self._value(name) for name in sorted(graph.weights)}
         options = _options(self._threads, os.devnull)
         options.add_external_initializers(list(values), list(values.values()))
         return self._open_program(graph, options, values)
+
+    def _value(self, name: str) -> Any:
+        """Give a weight, rounded where its name says so."""
+        source = rounded_from(name, self._values)
+        if source is None:
+            if name not in self._values:
+                raise SessionError(f"the weights file has no {name!r}. Build the bundle again.")
+            return self._values[name]
+        if name not in self._rounded:
+            weight, precision = source
+            clipped = np.clip(self._values[weight].numpy(), -LARGEST[precision], LARGEST[precision])
+            self._rounded[name] = onnxruntime.OrtValue.ortvalue_from_numpy(clipped.astype(_TYPES[precision]))
+        return self._rounded[name]
 
 
 class MappingLoader:

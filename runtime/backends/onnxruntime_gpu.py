@@ -12,6 +12,7 @@ takes more than one size.) With `onnxruntime:tensorrt`, what TensorRT does not t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from unetc.backend import Array, Loader, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
+from unetc.precision import Precision
 
 from ..backend import Memory, take_inputs
 from ..residency import StreamingLoader
@@ -122,11 +124,28 @@ def check_placement(session: Any, wanted: str) -> None:
 class OnnxRuntimeGpuBackend:
     """Loads ONNX graphs into sessions on a GPU."""
 
-    def __init__(self, place: str, gpu: torch.device, *, threads: int, memory: Memory = Memory.FAST) -> None:
+    def __init__(
+        self,
+        place: str,
+        gpu: torch.device,
+        *,
+        threads: int,
+        memory: Memory = Memory.FAST,
+        reads: Precision = Precision.FP32,
+    ) -> None:
         self.device: Device = OnnxRuntimeDevice(gpu)
+        self.reads = reads
         self._providers = PROVIDERS[place]
         self._threads = threads
         self._memory = memory
+
+    def exact(self) -> OnnxRuntimeGpuBackend | None:
+        """Give the same backend in float32; None if this one is."""
+        if self.reads is Precision.FP32:
+            return None
+        other = copy(self)
+        other.reads = Precision.FP32
+        return other
 
     def open_weights(self, weights: bytes) -> Loader:
         """Keep the weights in memory."""
@@ -148,7 +167,7 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpu
         MissingDependency: If the installed onnxruntime is not the one for GPUs.
         SessionError: If there is no GPU.
     """
-    _, _, place = target.partition(":")
+    _, place, *_ = target.split(":")
     wanted, _ = PROVIDERS[place][0]
     if wanted not in (available := onnxruntime.get_available_providers()):
         raise MissingDependency(
@@ -156,4 +175,5 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpu
             f"{', '.join(available)}. The package for GPUs takes its place: pip uninstall onnxruntime; "
             "pip install 'unetc[gpu]'"
         )
-    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads, memory=memory)
+    reads = Precision.of_target(target)
+    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads, memory=memory, reads=reads)

@@ -33,8 +33,8 @@ from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.key import Origin
 from unetc.nvidia.library import LIBRARIES, Library, words
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
+from unetc.precision import Precision
 
 from ..backend import Memory
 from ..residency import LoadedLater
@@ -273,6 +273,19 @@ class TensorRtBackend:
         self.engines = engines
         self.gpu = gpu
         self.memory = memory
+
+    @property
+    def reads(self) -> Precision:
+        """Engines are made of graphs in float32."""
+        return Precision.FP32
+
+    def exact(self) -> TensorRtBackend | None:
+        """Give the same backend in float32; None if this one is."""
+        if self.precision is Precision.FP32:
+            return None
+        other = copy(self)
+        other.precision = Precision.FP32
+        return other
 
     def over(self, engines: EngineCache) -> TensorRtBackend:
         """Give this backend over another cache."""

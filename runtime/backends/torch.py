@@ -1,7 +1,8 @@
 """torch, on the CPU or an NVIDIA GPU, from the same graphs and weights as every other backend.
 
 Places are `cpu` and `cuda`, each with `:compiled` behind it if torch is to compile the engines. That takes up to
-minutes for each engine and shape of its inputs, so it is a target of its own, with costs of its own.
+minutes for each engine and shape of its inputs, so it is a target of its own, with costs of its own. With `:fp16` or
+`:bf16` behind that it loads the graphs of a bundle that compute in half precision.
 
 All engines of a loader read one copy of the weights on the device, whatever `memory` says; what is sliced for a
 narrowed engine is copied besides. torch has one number of threads for the whole process: that of the backend opened
@@ -14,16 +15,19 @@ a loader take turns.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 
 from unetc.backend import Loader, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
+from unetc.precision import LARGEST, Precision, rounded_from
 
 from ..backend import Memory
 
 try:
     import torch
     from safetensors.torch import load
+    from torch import Tensor
 
     from .cuda_graph import CapturedModule, Pool
     from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
@@ -36,14 +40,54 @@ COMPILED = "compiled"
 
 _COMPILERS = ("g++", "c++", "clang++")
 
+_TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+
+
+class WeightsOnDevice(Mapping[str, Tensor]):
+    """The weights of a file, rounded where their name says so, each on a device from when it is first read.
+
+    Most of them are read in half precision alone, so all of the file would take three times the room.
+    """
+
+    def __init__(self, weights: bytes, device: torch.device) -> None:
+        self._host = load(weights)
+        self._device = device
+        self._there: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Give a weight."""
+        if name not in self._there:
+            self._there[name] = self._rounded(name).to(self._device)
+        return self._there[name]
+
+    def _rounded(self, name: str) -> Tensor:
+        source = rounded_from(name, self._host)
+        if source is None:
+            return self._host[name]
+        weight, precision = source
+        largest = LARGEST[precision]
+        return self._host[weight].clamp(-largest, largest).to(_TYPES[precision])
+
+    def __iter__(self) -> Iterator[str]:
+        """List what is in the file."""
+        return iter(self._host)
+
+    def __len__(self) -> int:
+        """Count what is in the file."""
+        return len(self._host)
+
 
 class TorchLoader:
     """Translates graphs over one copy of the weights on the device."""
 
-    def __init__(self, weights: bytes, device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, weights: bytes, device: torch.device, *, compiled: bool, reads: Precision) -> None:
         self._device = device
         self._compiled = compiled
-        self._weights = {name: tensor.to(device) for name, tensor in load(weights).items()}
+        self._weights: Mapping[str, Tensor]
+        if reads is Precision.FP32:
+            self._weights = {name: tensor.to(device) for name, tensor in load(weights).items()}
+        else:
+            self._weights = WeightsOnDevice(weights, device)
         self._pool = Pool() if device.type == "cuda" else None
 
     def load(self, graph: SerialisedGraph) -> TorchProgram:
@@ -60,14 +104,19 @@ class TorchLoader:
 class TorchBackend:
     """Runs graphs in torch."""
 
-    def __init__(self, device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, device: torch.device, *, compiled: bool, reads: Precision = Precision.FP32) -> None:
         self.device: Device = TorchDevice(device)
+        self.reads = reads
         self._device = device
         self._compiled = compiled
 
+    def exact(self) -> TorchBackend | None:
+        """Give the same backend in float32; None if this one is."""
+        return None if self.reads is Precision.FP32 else TorchBackend(self._device, compiled=self._compiled)
+
     def open_weights(self, weights: bytes) -> Loader:
-        """Copy the weights to the device, once for all engines."""
-        return TorchLoader(weights, self._device, compiled=self._compiled)
+        """Take the weights, which are copied to the device once for all engines."""
+        return TorchLoader(weights, self._device, compiled=self._compiled, reads=self.reads)
 
 
 def open_backend(target: str, *, threads: int, memory: Memory) -> TorchBackend:
@@ -78,11 +127,12 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TorchBackend:
     """
     _, place, *mode = target.split(":")
     device = gpu_of(target) if place == "cuda" else torch.device(place)
-    if mode and not any(map(shutil.which, _COMPILERS)):
+    compiled = COMPILED in mode
+    if compiled and not any(map(shutil.which, _COMPILERS)):
         raise SessionError(
             f"target {target} needs a C++ compiler, and none of {', '.join(_COMPILERS)} is on the path. "
             f"Install one, or use torch:{place}."
         )
     if threads:
         torch.set_num_threads(threads)
-    return TorchBackend(device, compiled=mode == [COMPILED])
+    return TorchBackend(device, compiled=compiled, reads=Precision.of_target(target))

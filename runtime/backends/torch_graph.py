@@ -14,13 +14,13 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import inliner, numpy_helper, shape_inference
+from onnx import inliner, shape_inference
 from torch import Tensor, fx
 
 from unetc.errors import SessionError
 
 from .torch_operators import OPERATORS
-from .torch_values import Builder, Unsupported, Value
+from .torch_values import Builder, Unsupported, Value, tensor_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def _weight(initializer: onnx.TensorProto, weights: Mapping[str, Tensor], device
         if initializer.name not in weights:
             raise SessionError(f"the weights file has no {initializer.name!r}. Build the bundle again.")
         return weights[initializer.name]
-    return torch.from_numpy(numpy_helper.to_array(initializer).copy()).to(device)
+    return tensor_of(initializer).to(device)
 
 
 def _apply(node: onnx.NodeProto, builder: Builder, inputs: Sequence[Value | None]) -> Sequence[Value]:

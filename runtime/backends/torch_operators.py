@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from torch import Tensor, fx
 
-from .torch_values import Builder, Numbers, Unsupported, Value, are_numbers, each, size
+from .torch_values import Builder, Numbers, Unsupported, Value, are_numbers, each, size, tensor_of
 
 Attributes = Mapping[str, Any]
 Inputs = Sequence[Value | None]
@@ -137,7 +137,7 @@ def _clip(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
 def _constant(build: Builder, inputs: Inputs, attributes: Attributes) -> Tensor:
     ((name, value),) = attributes.items()
     if name == "value":
-        return torch.from_numpy(numpy_helper.to_array(value).copy()).to(build.device)
+        return tensor_of(value).to(build.device)
     if name not in ("value_float", "value_floats", "value_int", "value_ints"):
         raise Unsupported(name)
     dtype = torch.float32 if "float" in name else torch.int64
@@ -277,7 +277,7 @@ def _range(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
 
 
 def _constant_of_shape(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
-    value = torch.from_numpy(numpy_helper.to_array(attributes["value"]).copy()) if attributes else torch.zeros(1)
+    value = tensor_of(attributes["value"]) if attributes else torch.zeros(1)
     shape = build.numbers(inputs[0])
     return build.emit(torch.full, shape, value.item(), dtype=value.dtype, device=build.device)
 

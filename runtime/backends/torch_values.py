@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from onnx import TensorProto, numpy_helper
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
@@ -28,6 +30,14 @@ Value = Tensor | fx.Node | Numbers
 
 class Unsupported(Exception):
     """An operator is known, but not in the form that is named; never leaves the translation."""
+
+
+def tensor_of(constant: TensorProto) -> Tensor:
+    """Copy a tensor of ONNX; bfloat16 is none of numpy's own types, and passes through float32."""
+    array = numpy_helper.to_array(constant)
+    if constant.data_type == TensorProto.BFLOAT16:
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 class Builder:

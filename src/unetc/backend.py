@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from unetc.device import Array as Array
 from unetc.device import Device, Tensor
+from unetc.precision import Precision
 
 WEIGHTS = "weights.safetensors"
 """What graphs call the file that their external initializers lie in."""
@@ -22,6 +23,7 @@ class SerialisedGraph:
 
     graph: bytes
     weights: frozenset[str]
+    """Those that are rounded from the file's are called as `unetc.precision` says."""
 
 
 class Program(Protocol):
@@ -59,4 +61,18 @@ class Backend(Protocol):
 
     def open_weights(self, weights: bytes) -> Loader:
         """Take a weights file, whole, in the form that loading graphs needs."""
+        ...
+
+
+@runtime_checkable
+class LowPrecision(Protocol):
+    """A backend that may compute in less than float32."""
+
+    @property
+    def reads(self) -> Precision:
+        """Precision of the graphs that it loads: float32 where it lowers them itself, ahead of time."""
+        ...
+
+    def exact(self) -> Backend | None:
+        """Give the same backend in float32; None if this one is."""
         ...

@@ -26,8 +26,8 @@ from unetc.compiler.planner import PlanOptions
 from unetc.diffusers import BundleUNet
 from unetc.errors import NonFiniteError, SessionError, UnetcError
 from unetc.models import find_model
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
+from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Request, Session
 from unetc.workflow.build import BuildOptions, build

@@ -37,7 +37,7 @@ from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.solver.noise import initial_noise
-from unetc.workflow.measuring import Calls, build_as_needed
+from unetc.workflow.measuring import Calls, take_any_graph
 
 KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
 
@@ -96,7 +96,7 @@ class Target:
         )
         if self._backend is None:
             return CpuTensorRt(tensorrt_on_cpu.LIBRARY, self._memory, calls, EngineCache.inside(cache_folder()))
-        return build_as_needed(self.name, self._backend, calls, frozenset, ignore)
+        return take_any_graph(self.name, self._backend, calls, frozenset, ignore)
 
 
 class Runner:

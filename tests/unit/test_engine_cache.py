@@ -14,8 +14,8 @@ import pytest
 from unetc.errors import StaleEngineError
 from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord
 from unetc.nvidia.key import Effort, EngineKey, Gpu, Origin
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 
 ENGINE_BYTES = b"not an engine, but bytes that nobody may change"
 ONE, TWO = Range(least=1, usual=1, most=1), Range(least=1, usual=2, most=2)

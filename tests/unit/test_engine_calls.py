@@ -8,9 +8,9 @@ import pytest
 from tests.unit.test_engine_cache import KEY, record
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.nvidia.cache import EngineRecord
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 
 SIDE = Range(least=64, usual=64, most=96)
 ENGINE = msgspec.structs.replace(

@@ -32,7 +32,7 @@ from unetc.graph.denoisers import CONTEXT
 from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.nvidia.cache import EngineCache
-from unetc.nvidia.precision import Precision
+from unetc.precision import Precision
 from unetc.solver.extract import extract_all, make_scheduler
 
 BENCHMARKS = Path(gpu.__file__).parent

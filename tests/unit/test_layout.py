@@ -18,7 +18,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 SHARED = {"", "__version__", "artifacts", "backend", "conditions", "device", "environment", "errors", "held"}
-SHARED |= {"nvidia", "progress", "residuals", "solver", "timing"}
+SHARED |= {"nvidia", "precision", "progress", "residuals", "solver", "timing"}
 EVERYTHING_BELOW = SHARED | STAGES | {"graph", "models", "report"}
 MAY_IMPORT = {
     "errors": set(),
@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "timing": set(),
     "environment": set(),
     "device": set(),
-    "backend": {"device"},
+    "backend": {"device", "precision"},
     "held": {"device"},
     "conditions": {"device", "errors", "residuals"},
     "residuals": {"device"},
+    "precision": {"errors"},
     "solver": {"device", "errors"},
-    "artifacts": {"errors", "solver"},
-    "nvidia": {"", "__version__", "artifacts", "errors"},
+    "artifacts": {"errors", "precision", "solver"},
+    "nvidia": {"", "__version__", "artifacts", "errors", "precision"},
     "graph": SHARED,
     "models": SHARED,
     "report": SHARED,
@@ -63,6 +64,7 @@ LIGHT = (
     "unetc.errors",
     "unetc.held",
     "unetc.nvidia",
+    "unetc.precision",
     "unetc.runtime",
     "unetc.solver.noise",
     "unetc.solver.table",

@@ -23,7 +23,7 @@ from unetc.compiler.overflow import overflowing
 from unetc.errors import EngineBuildError
 from unetc.graph.specialise import specialise
 from unetc.held import COMPUTED, EARLIER, HELD, REACH
-from unetc.nvidia.precision import Precision
+from unetc.precision import Precision
 
 SIZES = {"least": (1, 8, 8), "usual": (2, 16, 16), "most": (4, 24, 16), "odd": (3, 10, 14)}
 TOLERANCE = 5e-3

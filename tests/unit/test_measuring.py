@@ -34,7 +34,7 @@ from unetc.held import EARLIER, HELD, REACH
 from unetc.models import find_model
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.library import library_of
-from unetc.nvidia.precision import Precision
+from unetc.precision import Precision
 from unetc.progress import Progress, ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
@@ -42,7 +42,7 @@ from unetc.workflow import measuring
 from unetc.workflow.build import BuildOptions
 from unetc.workflow.build import build as build_bundle
 from unetc.workflow.calibrate import overflowing_in_model
-from unetc.workflow.measuring import Calls, build_as_needed
+from unetc.workflow.measuring import Calls, take_any_graph
 from unetc.workflow.prepare import Prepared, prepare
 from unetc.workflow.setup import analyze_model
 
@@ -177,7 +177,7 @@ def build(
     backend: Any, calls: Calls, wide: Callable[[], frozenset[str]], loud: Prepared, graph: SerialisedGraph
 ) -> None:
     """Load a graph as an analysis does, which ends where the library misses a GPU."""
-    building = build_as_needed("tensorrt-rtx", backend, calls, wide, ignore)
+    building = take_any_graph("tensorrt-rtx", backend, calls, wide, ignore)
     loader = building.open_weights(loud.gated.weights.read_bytes())
     misses = pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)")
     with nullcontext() if torch.cuda.is_available() else misses:
@@ -278,4 +278,4 @@ def test_commands_find_what_overflows_before_they_build_an_engine(
 
 def test_other_targets_build_nothing() -> None:
     backend = open_backend("onnxruntime:cpu", threads=1)
-    assert build_as_needed("onnxruntime:cpu", backend, CALLS, frozenset, ignore) is backend
+    assert take_any_graph("onnxruntime:cpu", backend, CALLS, frozenset, ignore) is backend

@@ -19,8 +19,8 @@ from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.held import EARLIER, HELD, REACH
 from unetc.nvidia.key import Effort
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 
 pytestmark = [pytest.mark.rtx, pytest.mark.nightly]
 

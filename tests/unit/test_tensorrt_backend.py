@@ -14,9 +14,9 @@ from tests.models import tiny_of
 from unetc.errors import SessionError, ShapeMismatch, StaleEngineError
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.library import library_of
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.profile import check_call
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.runtime.bundle import Bundle

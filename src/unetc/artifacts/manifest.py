@@ -11,6 +11,7 @@ from typing import Any
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, ModelReference, Treatment
 from unetc.artifacts.record import Artifact, Record, require
+from unetc.precision import Precision
 from unetc.solver.table import SolverHeader
 
 MANIFEST = "manifest.json"
@@ -42,6 +43,15 @@ class FileRecord(Record, frozen=True, kw_only=True):
         require(bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "a sha256 has 64 hexadecimal digits")
 
 
+class LoweredGraph(Record, frozen=True, kw_only=True):
+    """A graph in half precision."""
+
+    graph: str
+    """Path of the ONNX graph."""
+    weights: tuple[str, ...]
+    """What it reads of the weights file, called after what it is rounded from, as `unetc.precision` says."""
+
+
 class BundleEngine(Record, frozen=True, kw_only=True):
     """One compiled graph."""
 
@@ -49,6 +59,8 @@ class BundleEngine(Record, frozen=True, kw_only=True):
     """Path of the ONNX graph; its weights are in the bundle's one weights file."""
     unused_weights: tuple[str, ...]
     """Tensors of the weights file that the graph does not read."""
+    lowered: LoweredGraph | None = None
+    """The same in the bundle's precision, if that is less than float32."""
     treatments: dict[str, Treatment]
     step_ms: float
     """Median milliseconds per call, measured on the target at the manifest's batch."""
@@ -120,6 +132,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     unetc: str
     model: ModelReference
     target: str
+    precision: Precision = Precision.FP32
+    """What graphs are there in besides float32; float32 if in nothing else."""
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
@@ -170,6 +184,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
         require(bool(self.used_seeds), "a bundle names the seeds it was made with")
+        lowered = {engine.lowered is not None for engine in self.all_engines()}
+        require(lowered == {self.precision is not Precision.FP32}, "all graphs are there in the bundle's precision")
 
     def all_engines(self) -> tuple[BundleEngine, ...]:
         """List the full model, the engines of the plan and those of the controls."""
@@ -177,5 +193,6 @@ class Manifest(Artifact, frozen=True, kw_only=True):
 
     def graphs(self) -> frozenset[str]:
         """Name every file that a backend loads."""
-        engines = frozenset(engine.graph for engine in self.all_engines())
-        return engines if self.decoder is None else engines | {self.decoder.graph}
+        engines = self.all_engines()
+        graphs = {engine.graph for engine in engines} | {one.lowered.graph for one in engines if one.lowered}
+        return frozenset(graphs if self.decoder is None else graphs | {self.decoder.graph})

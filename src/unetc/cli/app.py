@@ -429,7 +429,7 @@ def compile_(
     """
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
-    from unetc.nvidia.precision import Precision
+    from unetc.precision import Precision
     from unetc.workflow.compile import CompileOptions, compile_bundle
 
     options = CompileOptions(

@@ -20,9 +20,9 @@ import msgspec
 
 from unetc.artifacts.record import Artifact, read_bounded, write_atomically
 from unetc.errors import ArtifactError, StaleEngineError
+from unetc.precision import Precision
 
 from .key import Effort, EngineKey, Origin, compile_command
-from .precision import Precision
 from .sizes import Shape
 
 ENGINE = "engine.plan"

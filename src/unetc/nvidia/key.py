@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import msgspec
 
 from unetc.artifacts.record import Record
+from unetc.precision import Precision
 
-from .precision import Precision
 from .sizes import Sizes
 
 

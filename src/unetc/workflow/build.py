@@ -19,6 +19,7 @@ from unetc.artifacts.manifest import (
     Control,
     EnginePair,
     FileRecord,
+    LoweredGraph,
     Manifest,
     Measurement,
 )
@@ -30,6 +31,7 @@ from unetc.compiler.planner import PlanOptions
 from unetc.compiler.store import check_destination, write_bundle
 from unetc.errors import PlanError, QualityGateError
 from unetc.models.lora import Lora
+from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress, ignore
 
 from .additivity import check_pairs
@@ -257,13 +259,29 @@ def _write(
         contents[DECODER_FILE] = setup.decoder
     full = setup.workbench.full
     names: dict[bytes, str] = {}
+    lowered: dict[str, LoweredGraph | None] = {}
 
     def add(name: str, graph: SerialisedGraph, treatments: dict[str, Treatment], step_ms: float) -> BundleEngine:
         """Give a graph a file, equal ones the same."""
         path = names.setdefault(graph.graph, name)
-        contents[path] = graph.graph
-        unused = tuple(sorted(full.weights - graph.weights))
-        return BundleEngine(graph=path, unused_weights=unused, treatments=treatments, step_ms=step_ms)
+        if path not in contents:
+            contents[path] = graph.graph
+            lowered[path] = lower(path, graph)
+        return BundleEngine(
+            graph=path,
+            unused_weights=tuple(sorted(full.weights - graph.weights)),
+            lowered=lowered[path],
+            treatments=treatments,
+            step_ms=step_ms,
+        )
+
+    def lower(path: str, graph: SerialisedGraph) -> LoweredGraph | None:
+        """Put a graph beside it in the precision of the target, if that is less than float32."""
+        if setup.lowering is None:
+            return None
+        low = setup.lowering.lower(graph)
+        contents[own := f"{setup.lowering.precision}/{path}"] = low.graph
+        return LoweredGraph(graph=own, weights=tuple(sorted(low.weights)))
 
     def add_all(prefix: str, candidate: Candidate) -> tuple[BundleEngine, ...]:
         made = zip(candidate.graphs, candidate.plan.engines, candidate.step_ms, strict=True)
@@ -281,6 +299,7 @@ def _write(
             unetc=unetc.__version__,
             model=profile.model,
             target=profile.target,
+            precision=setup.lowering.precision if setup.lowering else Precision.FP32,
             threads=profile.threads,
             sample_shape=profile.sample_shape,
             denoiser_config=setup.prepared.model.denoiser_config,

@@ -20,8 +20,8 @@ from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.key import Effort, EngineKey, Origin
 from unetc.nvidia.library import library_of
-from unetc.nvidia.precision import NO_WEIGHTS, Precision
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import NO_WEIGHTS, Precision
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.residuals import Residual
 from unetc.runtime.bundle import Bundle

@@ -1,11 +1,10 @@
-"""Measure on targets whose engines are built ahead: each is built when it is first loaded.
+"""Measure graphs that no bundle has yet, in the precision of their target.
 
-Analysis and build load graphs that no bundle has yet, some of them hundreds of times narrower than others. Sampling a
-bundle builds nothing: that is `unetc compile`.
+Analysis and build load hundreds of graphs, all in float32. Where a target loads them in half precision, they are
+lowered first; where its engines are built ahead, each is built when it is first loaded. Sampling a bundle does neither.
 
-Engines are of the target's precision, so that what is measured is what will be served. What overflows float16 is looked
-for in the full model alone, where `compile` looks at every engine of a bundle; so no engine of float16 that was built
-here is ever given out by the cache that sampling reads.
+What overflows float16 is looked for in the full model alone. `compile` looks at every engine of a bundle; so no engine
+of float16 that was built here is ever given out by the cache that sampling reads.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from unetc.backend import Backend, Loader, Program, SerialisedGraph
+from unetc.backend import Backend, Loader, LowPrecision, Program, SerialisedGraph
 from unetc.compiler.tensorrt.messages import STEPS
 from unetc.conditions import Conditions
 from unetc.device import Device
@@ -24,8 +23,8 @@ from unetc.errors import StaleEngineError
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.key import Effort, EngineKey
 from unetc.nvidia.library import LIBRARIES
-from unetc.nvidia.precision import Precision
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress
 from unetc.residuals import Residual
 
@@ -71,27 +70,65 @@ class Calls:
         )
 
 
-def build_as_needed(
+def take_any_graph(
     target: str, backend: Backend, calls: Calls, overflowing: Callable[[], frozenset[str]], on_progress: OnProgress
 ) -> Backend:
-    """Let a backend whose engines are built ahead build those that it lacks; another is given back as it is.
+    """Let a backend take every graph in float32: lower it, or build its engine, where that is needed.
 
     Args:
         target: What the backend was opened for.
-        backend: The backend.
+        backend: The backend; given back as it is if it takes every graph.
         calls: What programs will be called with.
         overflowing: Finds the values that float16 cannot hold; asked if the target is one of float16.
         on_progress: Told how far an engine is.
     """
+    precision = Precision.of_target(target)
+    wide = overflowing() if precision is Precision.FP16 else frozenset()
+    if isinstance(backend, LowPrecision) and backend.reads is not Precision.FP32:
+        return LoweringBackend(backend, precision, wide)
     if target.partition(":")[0] not in LIBRARIES:
         return backend
     engines = cast("TensorRtBackend", backend)
-    wide: frozenset[str] = frozenset()
-    if engines.precision is Precision.FP16:
-        wide = overflowing()
+    if precision is Precision.FP16:
         digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
         engines = engines.over(EngineCache(engines.engines.root / _APART / digest[:32]))
     return BuildingBackend(engines, calls, wide, on_progress)
+
+
+class LoweringBackend:
+    """Lowers graphs and runs them."""
+
+    def __init__(self, backend: Backend, precision: Precision, wide: Collection[str]) -> None:
+        self.precision = precision
+        self._backend = backend
+        self._wide = wide
+
+    @property
+    def device(self) -> Device:
+        """Where inputs and outputs live."""
+        return self._backend.device
+
+    def open_weights(self, weights: bytes) -> Loader:
+        """Take the weights."""
+        return LoweringLoader(self._backend.open_weights(weights), self)
+
+    def lower(self, graph: SerialisedGraph) -> SerialisedGraph:
+        """Lower a graph; one with its weights inside, a decoder, stays as it is."""
+        from unetc.compiler.lowering import lower_graph  # needs onnx_ir, which float32 does without
+
+        return lower_graph(graph, self.precision, self._wide) if graph.weights else graph
+
+
+class LoweringLoader:
+    """Lowers graphs and loads them."""
+
+    def __init__(self, loader: Loader, backend: LoweringBackend) -> None:
+        self._loader = loader
+        self._backend = backend
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        """Load a graph."""
+        return self._loader.load(self._backend.lower(graph))
 
 
 class BuildingBackend:

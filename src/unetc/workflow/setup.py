@@ -22,7 +22,7 @@ from unetc.runtime.decoder import Decoder
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.table import SolverTables
 
-from .measuring import Calls, build_as_needed
+from .measuring import Calls, LoweringBackend, take_any_graph
 from .prepare import Prepared, prepare, prepare_decoder, prepare_solver
 from .workbench import Workbench
 
@@ -42,6 +42,8 @@ class Setup:
     decoder: bytes | None
     """ONNX graph that turns samples into images; None if samples are images."""
     workbench: Workbench
+    lowering: LoweringBackend | None
+    """What lowers graphs for the profile's target; None if it takes them in float32."""
 
 
 def set_up(
@@ -87,7 +89,7 @@ def set_up(
     solver = prepare_solver(model, profile.scheduler, (steps,), on_progress)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
     calls = Calls.of(profile.sample_shape, profile.batch, largest_batch(profile.samples), conditions)
-    backend = build_as_needed(
+    backend = take_any_graph(
         profile.target, backend, calls, _overflowing(prepared, profile.scheduler, conditions, on_progress), on_progress
     )
     decoder = prepare_decoder(prepared)
@@ -107,6 +109,7 @@ def set_up(
         conditions=conditions,
         decoder=decoder,
         workbench=workbench,
+        lowering=backend if isinstance(backend, LoweringBackend) else None,
     )
 
 
@@ -141,7 +144,7 @@ def analyze_found(model: Model, options: AnalysisOptions, cache: Path, on_progre
     conditions = model.encode(used, scale)
     calls = Calls.of(model.sample_shape, options.batch, largest_batch(options.samples), conditions)
     prepared = prepare(model, cache, on_progress)
-    backend = build_as_needed(
+    backend = take_any_graph(
         options.target, backend, calls, _overflowing(prepared, options.scheduler, conditions, on_progress), on_progress
     )
     with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
