@@ -64,11 +64,13 @@ def graphs_of(bundle: Path) -> list[str]:
     return list(dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines)))
 
 
-def check_compile(bundle: Path, cache: Path, *options: str) -> None:
+def check_compile(bundle: Path, cache: Path, *options: str, fallback: bool = False) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
     arguments = ("compile", bundle, *RTX, "--cache", cache, *options, "--json")
     engines = run(*arguments).json["engines"]
-    assert [engine["graph"] for engine in engines] == graphs_of(bundle)
+    graphs = graphs_of(bundle)
+    assert [engine["graph"] for engine in engines] == (graphs + graphs[:1] if fallback else graphs)
+    assert engines[-1]["key"]["precision"] == "fp32" or not fallback
     assert all(not engine["known"] and engine["tries"] == 1 and engine["layers"] > 0 for engine in engines)
     for engine in engines:
         assert (Path(engine["folder"]) / "engine.plan").stat().st_size == engine["engine_bytes"] > 0
@@ -87,10 +89,12 @@ def test_every_engine_is_built_once(tiny_bundle: Path, tmp_path: Path, rtx: None
 
 @pytest.mark.rtx
 def test_half_precision_and_other_sizes_are_other_engines(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
-    check_compile(tiny_bundle, tmp_path / "cache", "--precision", "fp16", "--batch", "1,2", "--jobs", "2")
-    assert len(list((tmp_path / "cache/engines").glob("*/engine.plan"))) == len(graphs_of(tiny_bundle))
-    check_compile(tiny_bundle, tmp_path / "cache", "--precision", "fp16", "--batch", "1,3", "--jobs", "2")
-    assert len(list((tmp_path / "cache/engines").glob("*/engine.plan"))) == 2 * len(graphs_of(tiny_bundle))
+    cache, half = tmp_path / "cache", ("--precision", "fp16", "--jobs", "2")
+    check_compile(tiny_bundle, cache, *half, "--batch", "1,2", fallback=True)
+    assert len(list((cache / "engines").glob("*/engine.plan"))) == len(graphs_of(tiny_bundle)) + 1
+    check_compile(tiny_bundle, cache, *half, "--batch", "1,3", "--no-fallback")
+    assert len(list((cache / "engines").glob("*/engine.plan"))) == 2 * len(graphs_of(tiny_bundle)) + 1
+    assert "full in fp32" in run("compile", tiny_bundle, *RTX, "--cache", cache, *half, "--batch", "1,2").out
 
 
 @pytest.mark.rtx
@@ -110,7 +114,8 @@ def test_engines_of_others_are_built_again_unless_trusted(tiny_bundle: Path, tmp
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_phase_of_digits_is_built(digits_bundle: Path, tmp_path: Path, rtx: None, precision: str) -> None:
     assert len(graphs_of(digits_bundle)) == 4
-    check_compile(digits_bundle, tmp_path / "cache", "--precision", precision, "--batch", "1,2,8")
+    options = ("--precision", precision, "--batch", "1,2,8")
+    check_compile(digits_bundle, tmp_path / "cache", *options, fallback=precision != "fp32")
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,10 @@ def compile_(
     controls: Annotated[
         bool, typer.Option("--controls", help="Build the engines of the control plans too, which verify runs.")
     ] = False,
+    fallback: Annotated[
+        bool,
+        typer.Option(help="Below fp32: build the full model in fp32 too, which makes a step again that overflows."),
+    ] = True,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -443,6 +447,7 @@ def compile_(
         trust_engines=trust_engines,
         on_this_gpu=on_this_gpu,
         controls=controls,
+        fallback=fallback,
     )
     with progress() as on_progress:
         engines = compile_bundle(bundle, options, cache=_cache(cache), on_progress=on_progress)

@@ -32,6 +32,10 @@ _COPIES_OF_WEIGHTS = 4
 """What it holds of them at its peak. Both bound all that was measured: benchmarks/results/rtx_build.json."""
 
 
+Wanted = tuple[str, Precision]
+"""An engine: the path of its graph in the bundle, and what it computes in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileOptions:
     """What to build engines for, and what that may take."""
@@ -53,6 +57,8 @@ class CompileOptions:
     """Whether engines need run on no other GPU than that of this machine."""
     controls: bool = False
     """Whether to build the engines of the control plans too."""
+    fallback: bool = True
+    """Whether to build the full model in float32 too, which makes a step again that overflows in less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +85,8 @@ def compile_bundle(
         on_progress: Told how far each engine is.
 
     Returns:
-        One engine per graph: the full model first, then those of the plan that differ from it, the decoder last.
+        One engine per graph: the full model first, then those of the plan that differ from it, the decoder, and last
+        the full model in float32 where the others are in less.
 
     Raises:
         ArtifactError: If the bundle or the cache cannot be read or written.
@@ -90,28 +97,30 @@ def compile_bundle(
     origin = library_of(options.target).origin(on_this_gpu=options.on_this_gpu)
     bundle = Bundle.open(path)
     engines = EngineCache.inside(cache)
-    keys = _keys(bundle, options, origin)
-    done: dict[str, CompiledEngine] = {}
-    for graph, key in keys.items():
+    wanted = _wanted(bundle, options, origin)
+    done: dict[Wanted, CompiledEngine] = {}
+    for one, key in wanted.items():
         try:
             record, engine = engines.open(key, trust=options.trust_engines)
         except StaleEngineError:
             continue  # built below
         if options.trust_engines:
             record = engines.put(record, engine)
-        done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(key), known=True)
-    if missing := {graph: key for graph, key in keys.items() if graph not in done}:
+        done[one] = CompiledEngine(graph=one[0], record=record, folder=engines.folder(key), known=True)
+    if missing := {one: key for one, key in wanted.items() if one not in done}:
         from unetc.compiler.tensorrt.references import check_references  # needs onnx
 
-        for graph in keys:
+        names = sorted({graph for graph, _ in wanted})
+        for graph in names:
             check_references(bundle.graphs[graph], str(path / graph), len(bundle.weights))
-        graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in keys}
+        graphs = {_beside_weights(graph): bundle.graphs[graph] for graph in names}
         with private_folder(bundle.weights, graphs) as private:
             folders = _lower(bundle, Path(private), missing, options.controls, on_progress)
             residuals = bundle.conditions.residuals
-            for graph, record in _build_all(missing, folders, residuals, engines, options, on_progress):
-                done[graph] = CompiledEngine(graph=graph, record=record, folder=engines.folder(record.key), known=False)
-    return tuple(done[graph] for graph in keys)
+            for one, record in _build_all(missing, folders, residuals, engines, options, on_progress):
+                folder = engines.folder(record.key)
+                done[one] = CompiledEngine(graph=one[0], record=record, folder=folder, known=False)
+    return tuple(done[one] for one in wanted)
 
 
 def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
@@ -125,36 +134,36 @@ def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
     )
 
 
-def _keys(bundle: Bundle, options: CompileOptions, origin: Origin) -> dict[str, EngineKey]:
-    """Make the key of every engine, by the path of its graph."""
+def _wanted(bundle: Bundle, options: CompileOptions, origin: Origin) -> dict[Wanted, EngineKey]:
+    """Make the keys of all engines."""
     manifest = bundle.manifest
     hashes = {file.path: file.sha256 for file in manifest.files}
-    sizes = sizes_of(bundle, options)
-    rows = {name: tuple(array.shape[1:]) for name, array in bundle.conditions.own.items()}
+    model = EngineKey(
+        origin=origin,
+        graph_sha256=hashes[manifest.full.graph],
+        weights_sha256=hashes[manifest.weights],
+        precision=options.precision,
+        sizes=sizes_of(bundle, options),
+        rows={name: tuple(array.shape[1:]) for name, array in bundle.conditions.own.items()},
+        effort=Effort(),
+    )
     engines = manifest.all_engines() if options.controls else (manifest.full, *manifest.engines)
-    keys = {
-        engine.graph: EngineKey(
-            origin=origin,
-            graph_sha256=hashes[engine.graph],
-            weights_sha256=hashes[manifest.weights],
-            precision=options.precision,
-            sizes=sizes,
-            rows=rows,
-            effort=Effort(),
-        )
-        for engine in engines
-    }
+    graphs = dict.fromkeys(engine.graph for engine in engines)
+    wanted = {(graph, model.precision): msgspec.structs.replace(model, graph_sha256=hashes[graph]) for graph in graphs}
     if manifest.decoder is not None:
-        keys[manifest.decoder.graph] = EngineKey(
-            origin=origin,
+        decoder = msgspec.structs.replace(
+            model,
             graph_sha256=hashes[manifest.decoder.graph],
             weights_sha256=NO_WEIGHTS,
             precision=options.precision.over(NO_WEIGHTS),
-            sizes=msgspec.structs.replace(sizes, batch=Range(least=1, usual=1, most=1)),
+            sizes=msgspec.structs.replace(model.sizes, batch=Range(least=1, usual=1, most=1)),
             rows={},
-            effort=Effort(),
         )
-    return keys
+        wanted[manifest.decoder.graph, decoder.precision] = decoder
+    if options.fallback:
+        exact = msgspec.structs.replace(model, precision=Precision.FP32)
+        wanted.setdefault((manifest.full.graph, exact.precision), exact)
+    return wanted
 
 
 def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> tempfile.TemporaryDirectory[str]:
@@ -180,11 +189,11 @@ def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) ->
 
 
 def _lower(
-    bundle: Bundle, folder: Path, keys: Mapping[str, EngineKey], controls: bool, on_progress: OnProgress
+    bundle: Bundle, folder: Path, wanted: Mapping[Wanted, EngineKey], controls: bool, on_progress: OnProgress
 ) -> Mapping[Precision, Path]:
     """Lower the precision of graphs in the private folder; return the folders of all precisions that are asked for."""
     folders = {Precision.FP32: folder}
-    for precision in sorted({key.precision for key in keys.values()} - {Precision.FP32}):
+    for precision in sorted({precision for _, precision in wanted} - {Precision.FP32}):
         wide: frozenset[str] = frozenset()
         if precision is Precision.FP16:
             from .calibrate import overflowing_values  # needs onnx_ir, which float32 does without
@@ -192,7 +201,7 @@ def _lower(
             wide = overflowing_values(
                 bundle, lambda graph: folder / _beside_weights(graph), on_progress, controls=controls
             )
-        names = [_beside_weights(graph) for graph, key in keys.items() if key.precision is precision]
+        names = [_beside_weights(graph) for graph, own in wanted if own is precision]
         folders[precision] = lower_beside(folder, names, precision, wide)
     return folders
 
@@ -227,30 +236,32 @@ def _beside_weights(graph: str) -> str:
 
 
 def _build_all(
-    keys: Mapping[str, EngineKey],
+    wanted: Mapping[Wanted, EngineKey],
     folders: Mapping[Precision, Path],
     residuals: tuple[Residual, ...],
     engines: EngineCache,
     options: CompileOptions,
     on_progress: OnProgress,
-) -> list[tuple[str, EngineRecord]]:
+) -> list[tuple[Wanted, EngineRecord]]:
     """Build engines, several at once where there is room; each is in the cache as soon as it is finished."""
     stopping = threading.Event()
 
-    def build(graph: str) -> tuple[str, EngineRecord]:
+    def build(one: Wanted) -> tuple[Wanted, EngineRecord]:
+        graph, key = one[0], wanted[one]
+        stage = f"build {Path(graph).stem}" + (f" in {key.precision}" if key.precision is not options.precision else "")
+
         def advance(done: int) -> None:
             if stopping.is_set():
                 raise EngineBuildError(f"{graph}: given up, as another engine failed or you stopped it.")
-            on_progress(Progress(stage=f"build {Path(graph).stem}", done=done, total=STEPS))
+            on_progress(Progress(stage=stage, done=done, total=STEPS))
 
-        key = keys[graph]
         place, name = folders[key.precision], _beside_weights(graph)
         limit = options.time_limit_s
-        return graph, build_one(name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance)
+        return one, build_one(name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance)
 
     weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
     with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
-        futures = [pool.submit(build, graph) for graph in keys]
+        futures = [pool.submit(build, one) for one in wanted]
         try:
             return [future.result() for future in as_completed(futures)]
         except BaseException:
