@@ -23,6 +23,7 @@ from unetc.progress import OnProgress, Progress
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
     from unetc.nvidia.key import EngineKey
+    from unetc.precision import Precision
     from unetc.runtime.session import Step
     from unetc.workflow.compile import CompiledEngine
 
@@ -269,6 +270,12 @@ def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
             for engine in engines
         ]
     }
+
+
+def _label(engine: CompiledEngine, precision: Precision) -> str:
+    """Name an engine; where most are in another precision, say its own."""
+    own = engine.record.key.precision
+    return Path(engine.graph).stem if own is precision else f"{Path(engine.graph).stem} in {own}"
 
 
 def engine_table(engines: Sequence[CompiledEngine]) -> Table:
