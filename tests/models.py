@@ -375,7 +375,15 @@ class Reuse:
         config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
         self.solver = extract_all(make_scheduler("ddim", config), "ddim", [7])
 
-    def session(self, backend: Backend, full: Program, programs: Sequence[Program], cycle: tuple[int, ...]) -> Session:
+    def session(
+        self,
+        backend: Backend,
+        full: Program,
+        programs: Sequence[Program],
+        cycle: tuple[int, ...],
+        *,
+        exact: Program | None = None,
+    ) -> Session:
         """Put together a session of 7 steps in which loaded engines take turns."""
         plan = Plan(
             unetc="0",
@@ -391,6 +399,7 @@ class Reuse:
             plan=plan,
             full=full,
             programs=programs,
+            exact=exact,
             solver=self.solver,
             sample_shape=self.SHAPE,
             steps=7,
