@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import subprocess
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -189,13 +188,3 @@ def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) ->
     fan_in = math.prod(shape[1:]) if len(shape) > 2 else max(shape)  # matrices lie either way round
     drawn = torch.randn(shape, generator=generator, device=device) / math.sqrt(fan_in)
     return drawn.to(dtype).cpu().numpy().tobytes()
-
-
-@functools.cache
-def commit() -> str:
-    """Name the commit of these sources, with `-dirty` behind it if they were changed; `unknown` where git is not."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
