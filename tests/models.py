@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers as untyped_diffusers
 import numpy as np
 import pytest
 import torch
@@ -30,8 +29,6 @@ from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import Session
 from unetc.solver.extract import extract_all, make_scheduler
-
-diffusers: Any = untyped_diffusers
 
 CONTEXT_WIDTH = 12
 
@@ -169,6 +166,8 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def new_denoiser(architecture: str) -> nn.Module:
     """Build a denoiser; it has the same weights every time."""
+    import diffusers
+
     name, config = {**ARCHITECTURES, **TRANSFORMERS}[architecture]
     denoiser: nn.Module = getattr(diffusers, name)(**config)
     condition_well(denoiser, seed=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -223,9 +222,7 @@ def measured(hollow: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.splitlines()[-1]).is_relative_to(clone), (
-        "its own sources, not what is installed"
-    )
+    assert Path(run.stdout.splitlines()[-1]).is_relative_to(clone), "its own sources, not what is installed"
     return results / gpu.RESULT
 
 
