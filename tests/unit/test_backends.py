@@ -56,17 +56,22 @@ class Tolerance:
 
 
 EXACT = Tolerance(prediction=1e-4, sample=1e-3)
-TOLERANCES = {
+ROUNDED = {
     Precision.FP32: Tolerance(prediction=1e-2, sample=1e-2),
     Precision.FP16: Tolerance(prediction=1e-2, sample=1e-2),
-    Precision.BF16: Tolerance(prediction=1e-2, sample=1e-2),
+    Precision.BF16: Tolerance(prediction=8e-2, sample=8e-2),
 }
-"""By the precision that a target computes in."""
+"""Of targets that round what they multiply, by their precision: about four times what was measured on the CPU.
+
+On a GPU convolutions in float32 are in TF32, which has 10 bits as float16 has: 1e-3 of a prediction and 2e-3 of a
+sample with TF32 emulated, 2e-3 and 3e-3 in float16. bfloat16 has 7 bits: 2e-2 of both. An engine that reuses changes
+samples by 0.2, so what computes something else is seen.
+"""
 
 
 def tolerance_of(target: str) -> Tolerance:
     precision = Precision.of_target(target)
-    return EXACT if precision is Precision.FP32 and not on_gpu(target) else TOLERANCES[precision]
+    return EXACT if precision is Precision.FP32 and not on_gpu(target) else ROUNDED[precision]
 
 
 GPU, WITHOUT_GPU = pytest.mark.gpu, pytest.mark.without_gpu
@@ -247,10 +252,8 @@ def test_the_analysis_sees_the_same_on_every_backend(tiny: Tiny, target: Target)
     assert relative_error(own.branch_means(sample, 500.0), means) < target.tolerance.prediction
     gates = np.stack([gate_values(tiny.gated.components, drawn(tiny, seed, DROP, MEAN)) for seed in range(batch)])
     predicted = own.predict(sample, 500.0, gates=gates, means=means)
-    assert (
-        relative_error(predicted, reference.predict(sample, 500.0, gates=gates, means=means))
-        < target.tolerance.prediction
-    )
+    expected = reference.predict(sample, 500.0, gates=gates, means=means)
+    assert relative_error(predicted, expected) < target.tolerance.prediction
     holds = np.random.default_rng(0).integers(0, 2, (batch, len(tiny.names))).astype(np.float32)
     recalled = []
     for denoiser in (own, reference):
@@ -290,7 +293,7 @@ def test_sampling_with_reuse_gives_the_same_images(target: Target, reuse: Reuse,
     sample = own.sample(3, seed=1, on_step=lambda step: used.append(step.engine))
     assert used == [0, 1, 0, 2, 0, 1, 0]
     np.testing.assert_allclose(sample, expected.sample(3, seed=1), atol=target.tolerance.sample)
-    assert np.abs(sample - own.sample(3, seed=1, lossless=True)).max() > 10 * target.tolerance.sample
+    assert np.abs(sample - own.sample(3, seed=1, lossless=True)).max() > 2 * target.tolerance.sample
     serial = [own.sample(1 + seed % 3, seed=seed) for seed in range(6)]
     with ThreadPoolExecutor(4) as pool:
         parallel = list(pool.map(lambda seed: own.sample(1 + seed % 3, seed=seed), range(6)))
