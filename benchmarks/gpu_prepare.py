@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import diffusers as untyped_diffusers
 import numpy as np
 import onnx
 import safetensors.numpy
+import safetensors.torch
 import torch
 from gpu_folder import (
     CONDITIONS,
@@ -108,6 +109,10 @@ class Shape:
     tokens: int
     """Of its text."""
     schedule: Mapping[str, Any]
+
+    def sized(self, side: int | None) -> Shape:
+        """Take samples of another size, in height and width, if there is one."""
+        return self if side is None else replace(self, config={**self.config, "sample_size": side})
 
     def narrow(self) -> Shape:
         """Keep blocks and layers, at most one transformer deep and one layer a block, with few channels."""
@@ -276,9 +281,9 @@ def write_graphs(source: Source, chosen: Mapping[str, Assignment], graphs: Mappi
 
 def contents_of(weights: Path, limit: float) -> bytes:
     """Read the tensors of a weights file that have no more than so many numbers."""
-    with safetensors.safe_open(weights, framework="numpy") as file:
+    with safetensors.safe_open(weights, framework="pt") as file:  # numpy has no bfloat16
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return safetensors.numpy.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
+        return safetensors.torch.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
 
 
 def external(graph: Path) -> tuple[str, ...]:
@@ -307,8 +312,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", nargs="*", choices=(*TRAINED, *random), default=[*TRAINED, *random])
-    parser.add_argument("--precision", type=Precision, choices=(Precision.FP16, Precision.FP32), default=Precision.FP16)
+    parser.add_argument("--precision", type=Precision, default=Precision.FP16)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--size", type=int, help="side of the samples of random models [default: the model's own]")
     parser.add_argument("--work", type=Path, help="folder for captures [default: the system's for temporary files]")
     parser.add_argument("--again", action="store_true", help="prepare also what is there already")
     parser.add_argument("--python", default="3.12", help="version there, for libraries; empty: none")
@@ -322,7 +328,7 @@ def main() -> None:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             if name in random:
-                shape = random[name].narrow() if options.smoke else random[name]
+                shape = random[name].narrow() if options.smoke else random[name].sized(options.size)
                 source = random_source(name, shape, options.precision, options.steps, Path(work))
             else:
                 source = trained_source(name, options.steps, Path(work))
