@@ -109,9 +109,8 @@ def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def without_streams(patch: pytest.MonkeyPatch) -> None:
-    """Let torch have streams and pools where there is no GPU; no graph is captured."""
+    """Let torch have a stream where there is no GPU; no graph is captured."""
     patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 class ILogger:

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Mapping
 from copy import copy
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from unetc.backend import Program, SerialisedGraph
@@ -188,15 +187,15 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 class Launched:
-    """An execution that threads take turns with."""
+    """An execution that threads take turns with, whatever streams they use."""
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, pool: Pool) -> None:
         self._execution = execution
-        self._lock = threading.Lock()
+        self._pool = pool
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Launch the engine."""
-        with self._lock:
+        with self._pool.turn():
             return self._execution(*inputs)
 
 
@@ -219,10 +218,7 @@ class TensorRtLoader:
     def __init__(self, backend: TensorRtBackend, weights_sha256: str) -> None:
         self._backend = backend
         self._weights_sha256 = weights_sha256
-
-    @cached_property
-    def _pool(self) -> Pool:
-        return Pool()
+        self._pool = Pool(backend.gpu)
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load the engine of a graph.
@@ -246,7 +242,7 @@ class TensorRtLoader:
         logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
         module: Module
         if self._backend.memory is Memory.LOW:
-            module = Launched(Execution(engine, device))
+            module = Launched(Execution(engine, device), self._pool)
         else:
             module = CapturedModule(lambda: Execution(engine, device), self._pool)
         program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
