@@ -42,9 +42,13 @@ PROVIDERS = {
 }
 """By place, in the order in which they may take nodes."""
 
-SHAPE_ARITHMETIC = {"Shape", "Size", "Constant", "Gather", "Squeeze", "Unsqueeze", "Concat", "Slice", "Cast"}
-SHAPE_ARITHMETIC |= {"Add", "Sub", "Mul", "Div"}
-"""What may be on the CPU."""
+SHAPE_ARITHMETIC = {"Shape", "Size", "Constant", "ConstantOfShape", "Range", "Gather", "Squeeze", "Unsqueeze", "Concat"}
+SHAPE_ARITHMETIC |= {"Slice", "Reshape", "Expand", "Identity", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Sqrt"}
+SHAPE_ARITHMETIC |= {"Min", "Max", "ReduceProd", "Equal", "Not", "And", "Where"}
+"""What may be on the CPU: onnxruntime computes there what depends on shapes alone, in functions that it inlines too.
+
+Nodes are told by their operators, as those of inlined functions have no names and onnxruntime says no types.
+"""
 
 
 class OnnxRuntimeGpuProgram:

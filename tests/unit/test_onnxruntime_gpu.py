@@ -19,6 +19,7 @@ from unetc.runtime.backends.onnxruntime import HandingLoader, open_session
 from unetc.runtime.backends.onnxruntime_gpu import (
     CPU,
     CUDA,
+    SHAPE_ARITHMETIC,
     OnnxRuntimeDevice,
     OnnxRuntimeGpuBackend,
     OnnxRuntimeGpuProgram,
@@ -28,6 +29,8 @@ from unetc.runtime.backends.onnxruntime_gpu import (
 FOR_GPUS = CUDA in onnxruntime.get_available_providers()
 """Whether the package for GPUs is installed."""
 DEVICE = OnnxRuntimeDevice(torch.device("cpu"))
+READ_ON_THE_CPU = {"ConstantOfShape": 0, "Range": 0, "Reshape": 1, "Expand": 1, "Slice": 1, "Tile": 1}
+"""First input that a kernel of CUDA takes from there, so that it need not be there itself, by operator."""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,34 @@ def test_arithmetic_of_shapes_may_be_on_the_cpu() -> None:
     graph = SerialisedGraph(graph=parser.parse_model(text).SerializeToString(), weights=frozenset())
     options = onnxruntime.SessionOptions()
     check_placement(session_of(graph, options, None), CPU)
+
+
+@pytest.mark.parametrize("architecture", ["attention", "cross-attention"])
+@pytest.mark.parametrize("functions", [[], ["GroupNormalization"], ["GroupNormalization", "Attention"]])
+def test_what_depends_on_shapes_alone_may_be_on_the_cpu(shared: Path, architecture: str, functions: list[str]) -> None:
+    """As onnxruntime does it (GetCpuPreferredNodes), whichever of its kernels there are for functions of ONNX."""
+    import onnx
+    from onnx.inliner import inline_selected_functions
+
+    tiny = tiny_of(architecture, shared)
+    graph = specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32), tiny.names)
+    inlined = inline_selected_functions(
+        onnx.load_model_from_string(graph.graph), [("", name) for name in functions], inline_schema_functions=True
+    ).graph
+    small = {one.name for one in inlined.initializer if np.prod(one.dims) <= 100}
+    on_cpu: set[str] = set()
+    computed: set[str] = set()
+    for node in inlined.node:
+        if node.op_type == "Constant":
+            small |= {*node.output}
+        elif node.op_type in {"Shape", "Size"} or (
+            not on_cpu.isdisjoint(node.input)
+            and all(name in small | on_cpu | {""} for name in node.input)
+            and on_cpu.isdisjoint(node.input[READ_ON_THE_CPU.get(node.op_type, 9) :])
+        ):
+            on_cpu |= {*node.output}
+            computed.add(node.op_type)
+    assert {"Shape", "Reshape", "Div", "Concat"} <= computed <= SHAPE_ARITHMETIC
 
 
 def test_tensors_are_bound_where_they_lie(tiny: Tiny) -> None:
