@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ class Event:
 class Stream:
     """Knows which work is done before what it is given next."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: int) -> None:
+        self.device = device
         self.before: set[int] = set()
         self.cuda_stream = id(self)
 
@@ -55,10 +56,10 @@ class Workspace:
 
 
 class Cuda:
-    """The GPU of a process."""
+    """The GPUs of a process."""
 
     def __init__(self) -> None:
-        self.default = Stream()
+        self.defaults = [Stream(device) for device in range(2)]
         self.workspaces: dict[Stream, Workspace] = {}
         self.recording: set[int] = set()
         self.recording_on_host: set[int] = set()
@@ -71,13 +72,30 @@ class Cuda:
         self._last: dict[int, int] = {}
 
     @property
-    def current(self) -> Stream:
-        stream: Stream = getattr(self._thread, "stream", self.default)
-        return stream
+    def device(self) -> int:
+        """That of this thread, the first if it has not said another."""
+        device: int = getattr(self._thread, "device", 0)
+        return device
 
-    @current.setter
-    def current(self, stream: Stream) -> None:
-        self._thread.stream = stream
+    @property
+    def current(self) -> Stream:
+        """That of this thread on its device."""
+        streams: dict[int, Stream] = self._thread.__dict__.setdefault("streams", {})
+        return streams.get(self.device, self.defaults[self.device])
+
+    @contextmanager
+    def on(self, device: torch.device | int) -> Iterator[None]:
+        """Change the device of this thread."""
+        before, self._thread.device = self.device, device if isinstance(device, int) else device.index
+        try:
+            yield
+        finally:
+            self._thread.device = before
+
+    def set(self, stream: Stream) -> None:
+        """Change the stream of this thread, and its device with it."""
+        self._thread.device = stream.device
+        self._thread.__dict__.setdefault("streams", {})[stream.device] = stream
 
     def multiply(self) -> None:
         """Do what needs a workspace: that of the stream, taken from the pool that is captured into if there is none."""
@@ -103,18 +121,22 @@ class Cuda:
         """Take the place of torch's GPU."""
         cuda = self
 
-        class OwnStream(Stream):
-            def __init__(self, device: torch.device | None = None) -> None:
-                super().__init__(device)
-                cuda.streams_made += 1
+        def make_stream(device: torch.device | None = None) -> Stream:
+            cuda.streams_made += 1
+            return Stream(cuda.device if device is None else device.index)
 
         @contextmanager
-        def using(stream: Stream) -> Any:
-            before, cuda.current = cuda.current, stream
+        def using(stream: Stream) -> Iterator[None]:
+            device, before = cuda.device, cuda.current
+            with cuda.on(stream.device):
+                there = cuda.current
+            cuda.set(stream)
             try:
                 yield
             finally:
-                cuda.current = before
+                cuda.set(there)
+                cuda.set(before)
+                assert cuda.device == device
 
         class Capture:
             def __init__(self, graph: Graph, pool: int, stream: Stream, capture_error_mode: str) -> None:
@@ -122,7 +144,8 @@ class Cuda:
                 self.graph, self.pool, self.stream = graph, pool, stream
 
             def __enter__(self) -> None:
-                self.before, cuda.current = cuda.current, self.stream
+                self.before = cuda.current
+                cuda.set(self.stream)
                 assert cuda.capturing is None, "two captures at a time"
                 for recording in (cuda.recording, cuda.recording_on_host):
                     if self.pool in recording:
@@ -138,7 +161,7 @@ class Cuda:
                 cuda.recording.remove(self.pool)
                 cuda.recording_on_host.remove(self.pool)
                 self.graph.ended = True
-                cuda.current = self.before
+                cuda.set(self.before)
 
         def end(device: int, pool: int) -> None:
             if pool not in cuda.recording:
@@ -152,13 +175,15 @@ class Cuda:
             assert cuda.capturing is None, "waiting for the GPU spoils a capture"
 
         for name, own in {
-            "Stream": OwnStream,
+            "Stream": make_stream,
             "Event": Event,
             "CUDAGraph": lambda: Graph(cuda),
             "stream": using,
             "graph": Capture,
-            "current_stream": lambda device=None: cuda.current,
-            "current_device": lambda: 0,
+            "current_stream": lambda: cuda.current,
+            "current_device": lambda: cuda.device,
+            "device": cuda.on,
+            "is_available": lambda: True,
             "graph_pool_handle": lambda: next(cuda._pools),
             "synchronize": synchronize,
         }.items():

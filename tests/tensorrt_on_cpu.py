@@ -110,7 +110,7 @@ def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 def without_streams(patch: pytest.MonkeyPatch) -> None:
     """Let torch have a stream where there is no GPU; no graph is captured."""
-    patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
 
 
 class ILogger:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_device import CAPTURING, Module
+from .torch_device import CAPTURING, Module, current
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ class Pool:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Run what is inside after all turns before it, on the GPU too."""
-        with self._lock:
+        with self._lock, current(self._device):
             if self._device.type != "cuda":
                 yield
                 return
-            stream = torch.cuda.current_stream(self._device)
+            stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             try:
                 yield

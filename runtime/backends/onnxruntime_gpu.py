@@ -73,7 +73,7 @@ class OnnxRuntimeGpuProgram:
                 binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output, *_place(output))
         for name in self._emitted:
-            binding.bind_output(name, output.device.type)
+            binding.bind_output(name, output.device.type, output.device.index or 0)
         self._device.synchronize()
         return run_bound(self._session, binding, self._emitted)
 
@@ -139,7 +139,8 @@ class OnnxRuntimeGpuBackend:
     ) -> None:
         self.device: Device = OnnxRuntimeDevice(gpu)
         self.reads = reads
-        self._providers = PROVIDERS[place]
+        number = {"device_id": str(gpu.index or 0)}
+        self._providers = [(provider, {**options, **number}) for provider, options in PROVIDERS[place]]
         self._threads = threads
         self._memory = memory
 

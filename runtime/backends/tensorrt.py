@@ -43,7 +43,7 @@ try:
     from torch import Tensor
 
     from .cuda_graph import CapturedModule, Pool
-    from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
+    from .torch_device import Module, TorchDevice, TorchProgram, current, gpu_of
 except ImportError as error:
     raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
 
@@ -238,13 +238,14 @@ class TensorRtLoader:
     def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
         """Load an engine that the cache has given out."""
         library, device = self._backend.library, self._backend.gpu
-        engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
-        logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
         module: Module
-        if self._backend.memory is Memory.LOW:
-            module = Launched(Execution(engine, device), self._pool)
-        else:
-            module = CapturedModule(lambda: Execution(engine, device), self._pool)
+        with current(device):  # in whatever thread that is
+            engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
+            if self._backend.memory is Memory.LOW:
+                module = Launched(Execution(engine, device), self._pool)
+            else:
+                module = CapturedModule(lambda: Execution(engine, device), self._pool)
+        logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
         program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
         return EngineProgram(program, record)
 

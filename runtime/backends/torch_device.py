@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ CAPTURING = threading.Lock()
 
 
 def gpu_of(target: str) -> torch.device:
-    """Find the GPU that a target runs on.
+    """Find the GPU that a target runs on: that which is current where it is opened.
 
     Raises:
         SessionError: If there is none.
@@ -34,7 +34,12 @@ def gpu_of(target: str) -> torch.device:
             f"target {target} needs an NVIDIA GPU, and torch {torch.__version__} finds none. Install its driver and a "
             "build of torch for CUDA, or use onnxruntime:cpu: a bundle that was built there runs on any target."
         )
-    return torch.device("cuda")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU that of this thread, which libraries take; every thread starts with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TorchDevice:
@@ -87,13 +92,14 @@ class TorchDevice:
         if self._device.type != "cuda":
             yield
             return
-        around, own = torch.cuda.current_stream(self._device), self._own_stream()
-        own.wait_stream(around)
-        try:
-            with torch.cuda.stream(own):
-                yield
-        finally:
-            around.wait_stream(own)
+        with current(self._device):
+            around, own = torch.cuda.current_stream(), self._own_stream()
+            own.wait_stream(around)
+            try:
+                with torch.cuda.stream(own):
+                    yield
+            finally:
+                around.wait_stream(own)
 
     def _own_stream(self) -> torch.cuda.Stream:
         """Give the one stream of all threads, made when the first needs it."""

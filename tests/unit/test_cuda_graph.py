@@ -22,7 +22,7 @@ from unetc.backend import Array, Backend
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
 from unetc.runtime.backends.cuda_graph import CapturedModule, Pool
-from unetc.runtime.backends.torch_device import Module, TorchDevice
+from unetc.runtime.backends.torch_device import Module, TorchDevice, gpu_of
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_every_shape_has_a_module_of_its_own_and_those_used_last_are_kept() -> N
 
 @pytest.mark.without_gpu
 def test_a_graph_that_goes_takes_no_memory_of_others_along(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Stream()  # of the 32 that torch gives out again and again
+    one = Stream(0)  # of the 32 that torch gives out again and again
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: one)
     first, second = (CapturedModule(Modules(cuda.multiply), Pool(DEVICE)) for _ in range(2))
     first(torch.ones(1))
@@ -101,8 +101,8 @@ def test_graphs_of_a_pool_share_no_workspace_that_one_of_them_takes_along(cuda: 
 @pytest.mark.without_gpu
 def test_turns_in_several_streams_follow_each_other(cuda: Cuda) -> None:
     captured = CapturedModule(Modules(), Pool(DEVICE))
-    for stream in (Stream(), Stream(), cuda.default):
-        cuda.current = stream
+    for stream in (Stream(0), Stream(0), cuda.defaults[0]):
+        cuda.set(stream)
         captured(torch.ones(1))
 
 
@@ -137,7 +137,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda: Cuda, caplog: pytest.L
     (result,) = CapturedModule(Modules(cuda.spoil), pool)(torch.ones(1))
     assert result.tolist() == [2]
     assert "one by one: operation not permitted when stream is capturing" in caplog.text
-    assert cuda.current is cuda.default
+    assert cuda.current is cuda.defaults[0]
     assert cuda.recording == set()
     assert cuda.released == [1]
     caplog.clear()
@@ -152,6 +152,19 @@ def test_all_shapes_are_tried_and_captured_in_one_stream(cuda: Cuda) -> None:
     for size in (1, 2, 3):
         captured(torch.ones(size))
     assert cuda.streams_made == 1
+
+
+@pytest.mark.without_gpu
+def test_a_thread_runs_on_the_gpu_of_the_target_whatever_its_own_is(cuda: Cuda) -> None:
+    with cuda.on(1):
+        gpu = gpu_of("torch:cuda")
+    device, inside = TorchDevice(gpu), []
+    captured = CapturedModule(Modules(lambda: inside.append(torch.cuda.current_device())), Pool(gpu))
+    captured(torch.ones(1))
+    assert {*inside} == {1}
+    with device.stream():
+        assert (torch.cuda.current_device(), cuda.current.device) == (1, 1)
+    assert (torch.cuda.current_device(), cuda.current) == (0, cuda.defaults[0])
 
 
 @pytest.mark.without_gpu

@@ -15,13 +15,16 @@ import pytest
 import torch
 
 from tests import tensorrt_on_cpu
+from tests.cuda_on_cpu import Cuda
 from tests.models import Tiny, tiny_of
 from tests.tensorrt_on_cpu import LIBRARY, CpuTensorRt
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.graph.specialise import specialise
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 from unetc.runtime.backend import Memory
+from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.runtime.residency import LoadedLater
 from unetc.workflow.measuring import Calls
 
@@ -142,6 +145,30 @@ def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
     output = torch.full((2, tiny.gated.predicted_channels, 16, 16), torch.nan)
     program({"sample": padded, "timestep": timestep}, output)
     assert torch.equal(output, expected)
+
+
+def test_an_engine_is_loaded_on_the_gpu_of_the_target_in_any_thread(
+    tiny: Tiny, tmp_path: Path, monkeypatch: Any
+) -> None:
+    load(tiny, tmp_path)
+    engines = EngineCache(tmp_path)
+    (record,) = engines.records()
+    Cuda().install(monkeypatch)
+    backend = TensorRtBackend(
+        LIBRARY, Precision.FP32, here=LIBRARY.origin(), engines=engines, gpu=torch.device("cuda", 1), memory=Memory.LOW
+    )
+    where: list[int] = []
+    for name in ("deserialize_cuda_engine", "create_execution_context"):
+        owner = tensorrt_on_cpu.Runtime if name.startswith("des") else tensorrt_on_cpu.ICudaEngine
+        make = getattr(owner, name)
+        monkeypatch.setattr(
+            owner,
+            name,
+            lambda self, given, make=make: (where.append(torch.cuda.current_device()), make(self, given))[1],
+        )
+    backend.open_weights(tiny.gated.weights.read_bytes()).load_engine(*engines.open(record.key))
+    assert where == [1, 1]
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.rtx

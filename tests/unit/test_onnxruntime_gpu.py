@@ -15,6 +15,7 @@ from unetc.backend import SerialisedGraph
 from unetc.errors import MissingDependency, SessionError, UnetcError
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
+from unetc.runtime.backends import onnxruntime_gpu
 from unetc.runtime.backends.onnxruntime import HandingLoader, open_session
 from unetc.runtime.backends.onnxruntime_gpu import (
     CPU,
@@ -75,6 +76,24 @@ def test_without_the_libraries_of_cuda_nothing_is_loaded(tiny: Tiny, place: str,
     loader = backend.open_weights(tiny.gated.weights.read_bytes())
     with pytest.raises(SessionError, match=message):
         loader.load(specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32)))
+
+
+@pytest.mark.parametrize("place", ["cuda", "tensorrt"])
+def test_a_session_is_asked_for_on_the_gpu_of_the_target(monkeypatch: Any, tiny: Tiny, place: str) -> None:
+    asked: list[Any] = []
+
+    def note(graph: SerialisedGraph, options: Any, providers: Any) -> Any:
+        asked.extend(providers)
+        return open_session(graph, options, [CPU])
+
+    monkeypatch.setattr(onnxruntime_gpu, "open_session", note)
+    backend = OnnxRuntimeGpuBackend(place, torch.device("cuda", 1), threads=1)
+    with pytest.raises(SessionError, match="opened a session with CPUExecutionProvider"):
+        backend.open_weights(tiny.gated.weights.read_bytes()).load(
+            specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32))
+        )
+    assert {options["device_id"] for _, options in asked} == {"1"}
+    assert dict(asked)[CUDA]["use_tf32"] == "0"
 
 
 def test_a_session_that_was_opened_elsewhere_is_refused(tiny: Tiny) -> None:

@@ -19,6 +19,7 @@ from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
+from unetc.runtime.backends.torch_device import gpu_of
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.workflow.compile import CompileOptions, compile_bundle
@@ -45,10 +46,11 @@ def backend(cache: Path) -> TensorRtBackend:
 def backend_of(
     engines: EngineCache, precision: Precision = Precision.FP32, memory: Memory = Memory.FAST, **origin: str
 ) -> TensorRtBackend:
-    """Make a backend as it is on a GPU; nothing touches the GPU before an engine is loaded."""
+    """Make a backend as it is on a GPU; without one, the library is the first to miss it."""
     library = library_of(TARGET)
+    gpu = gpu_of(TARGET) if torch.cuda.is_available() else torch.device("cpu")
     here = msgspec.structs.replace(library.origin(), **origin)
-    return TensorRtBackend(library, precision, here=here, engines=engines, gpu=torch.device("cuda"), memory=memory)
+    return TensorRtBackend(library, precision, here=here, engines=engines, gpu=gpu, memory=memory)
 
 
 @pytest.mark.without_gpu
