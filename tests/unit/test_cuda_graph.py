@@ -158,12 +158,18 @@ def test_all_shapes_are_tried_and_captured_in_one_stream(cuda: Cuda) -> None:
 def test_a_thread_runs_on_the_gpu_of_the_target_whatever_its_own_is(cuda: Cuda) -> None:
     with cuda.on(1):
         gpu = gpu_of("torch:cuda")
-    device, inside = TorchDevice(gpu), []
-    captured = CapturedModule(Modules(lambda: inside.append(torch.cuda.current_device())), Pool(gpu))
-    captured(torch.ones(1))
-    assert {*inside} == {1}
-    with device.stream():
-        assert (torch.cuda.current_device(), cuda.current.device) == (1, 1)
+    inside: list[int] = []
+
+    def note() -> None:
+        inside.append(torch.cuda.current_device())
+        cuda.spoil()
+
+    captured = CapturedModule(Modules(note), Pool(gpu))
+    captured(torch.ones(1))  # tries, is refused and runs
+    assert inside == [1] * 5
+    cuda.defaults[1].before.add(-1)
+    with TorchDevice(gpu).stream():
+        assert (torch.cuda.current_device(), cuda.current.device, cuda.current.before) == (1, 1, {-1})
     assert (torch.cuda.current_device(), cuda.current) == (0, cuda.defaults[0])
 
 
