@@ -289,6 +289,10 @@ class IExecutionContext:
         """Lend scratch memory."""
         self.scratch = address, size
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        """Tell whether calls can be captured; on the CPU none can."""
+        return False
+
     def execute_async_v3(self, stream: int) -> bool:
         """Read the inputs, compute, write the outputs; what was lent is given back."""
         engine, (address, size), self.scratch = self.engine, self.scratch, (0, 0)

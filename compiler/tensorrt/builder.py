@@ -53,6 +53,8 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     config.add_optimization_profile(_profile(builder, shapes))
     config.builder_optimization_level = request.effort.optimization_level
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; who wants less says so in the graph
+    if library.portable:  # or its runtime allocates memory at some sizes, which no CUDA graph can capture
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * request.effort.workspace_share))
     if request.on_this_gpu and library.portable:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ _WARMUP_CALLS = 3
 """Calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones."""
 _KEPT_GRAPHS = 4
 """CUDA graphs kept per engine, those used last."""
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A module that may refuse to be captured."""
+
+    def is_capturable(self) -> bool:
+        """Tell, after a call, whether more of its kind can be captured in the stream that is current."""
+        ...
 
 
 class Pool:
@@ -93,6 +102,8 @@ class Replay:
             with torch.cuda.stream(aside):
                 for _ in range(_WARMUP_CALLS):
                     module(*self._inputs)
+                if isinstance(module, Choosy) and not module.is_capturable():
+                    raise RuntimeError("its library says that it cannot be captured")
                 self._graph = torch.cuda.CUDAGraph()
                 with _capturing(self._graph, pool):
                     self._outputs = module(*self._inputs)

@@ -179,6 +179,11 @@ class Execution:
         engine.keep_kernels(tuple(tuple(tensor.shape) for tensor in inputs))
         return tuple(tensors[name] for name in engine.outputs)
 
+    def is_capturable(self) -> bool:
+        """Ask the library, where it can tell."""
+        asked = getattr(self._context, "is_stream_capturable", None)  # tensorrt_rtx alone has it
+        return asked is None or bool(asked(torch.cuda.current_stream(self._device).cuda_stream))
+
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Give a tensor without gaps at an address that the libraries take."""

@@ -147,6 +147,26 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda: Cuda, caplog: pytest.L
 
 
 @pytest.mark.without_gpu
+def test_what_says_that_it_cannot_be_captured_is_not(cuda: Cuda, caplog: pytest.LogCaptureFixture) -> None:
+    pool = Pool(DEVICE)
+    asked: list[Stream] = []
+
+    class Refusing:
+        def __call__(self, tensor: Tensor) -> tuple[Tensor, ...]:
+            cuda.spoil()
+            return (2 * tensor,)
+
+        def is_capturable(self) -> bool:
+            asked.append(cuda.current)
+            return False
+
+    (result,) = CapturedModule(Refusing, pool)(torch.ones(1))
+    assert result.tolist() == [2]
+    assert asked == [pool.stream]
+    assert "one by one: its library says that it cannot be captured" in caplog.text
+
+
+@pytest.mark.without_gpu
 def test_all_shapes_are_tried_and_captured_in_one_stream(cuda: Cuda) -> None:
     captured = CapturedModule(Modules(), Pool(DEVICE))
     for size in (1, 2, 3):

@@ -21,10 +21,12 @@ from tests.tensorrt_on_cpu import LIBRARY, CpuTensorRt
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.graph.specialise import specialise
 from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.runtime.backend import Memory
-from unetc.runtime.backends.tensorrt import TensorRtBackend
+from unetc.runtime.backends.cuda_graph import Choosy
+from unetc.runtime.backends.tensorrt import Engine, Execution, TensorRtBackend
 from unetc.runtime.residency import LoadedLater
 from unetc.workflow.measuring import Calls
 
@@ -145,6 +147,17 @@ def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
     output = torch.full((2, tiny.gated.predicted_channels, 16, 16), torch.nan)
     program({"sample": padded, "timestep": timestep}, output)
     assert torch.equal(output, expected)
+
+
+def test_the_library_is_asked_whether_calls_can_be_captured(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    load(tiny, tmp_path)
+    engines = EngineCache(tmp_path)
+    record, plan = engines.open(engines.records()[0].key)
+    execution = Execution(Engine(LIBRARY, plan, KernelFile(engines, record, LIBRARY.origin())), torch.device("cpu"))
+    assert isinstance(execution, Choosy)
+    assert not execution.is_capturable()
+    monkeypatch.delattr(tensorrt_on_cpu.IExecutionContext, "is_stream_capturable")  # as with tensorrt
+    assert execution.is_capturable()
 
 
 def test_an_engine_is_loaded_on_the_gpu_of_the_target_in_any_thread(

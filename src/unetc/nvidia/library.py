@@ -19,7 +19,7 @@ from typing import Any
 import unetc
 from unetc.errors import EngineBuildError, MissingDependency
 
-from .key import Gpu, Origin
+from .key import RECIPE, Gpu, Origin
 
 _KEPT_COMPLAINTS = 5
 
@@ -59,6 +59,7 @@ class Library:
         """
         return Origin(
             unetc=unetc.__version__,
+            recipe=RECIPE,
             target=self.target,
             library=str(self.load().__version__),
             platform=f"{platform.system()} {platform.machine()}",
