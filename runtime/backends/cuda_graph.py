@@ -177,6 +177,6 @@ class CapturedModule:
         try:
             return Replay(module, inputs, self._pool)
         except RuntimeError as error:
-            cause = error.__context__ or error  # ending a capture that has failed fails too
-            logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", cause)
+            said = str(error.__context__ or error)  # ending a capture that has failed fails too
+            logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", said)
             return module

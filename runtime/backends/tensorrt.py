@@ -31,7 +31,7 @@ from unetc.held import COMPUTED
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.key import Origin
-from unetc.nvidia.library import LIBRARIES, Library, words
+from unetc.nvidia.library import LIBRARIES, Library, started, words
 from unetc.nvidia.profile import check_call
 from unetc.precision import Precision
 
@@ -60,6 +60,7 @@ _TYPES = {
 """By the library's names."""
 _ALIGNMENT = 256
 """Bytes; torch's allocator gives no less."""
+_OLDER_GPUS = "Engines for many GPUs run from compute capability 8.0 on; below it, compile with --on-this-gpu."
 
 Shapes = tuple[tuple[int, ...], ...]
 """Of the inputs of a call."""
@@ -79,14 +80,16 @@ class Engine:
         Raises:
             SessionError: If the library refuses it, in its own words.
         """
+        self._finishing: Finishing | None = None  # the first to go, as attributes go in this order
         self._trt = library.load()
         self.complaints: list[str] = []
         self._logger = library.logger(self.complaints)  # the library keeps none of these alive
-        self._runtime = self._trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        self._runtime = started(self._trt.Runtime, self._logger)
+        self._engine: Any = None if self._runtime is None else self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise SessionError(
                 f"{library.module} {self._trt.__version__} cannot load an engine: {words(self.complaints)}"
+                + (f". {_OLDER_GPUS}" if library.portable else "")
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self.types = {name: _TYPES[self._engine.get_tensor_dtype(name).name] for name in names}
@@ -96,7 +99,8 @@ class Engine:
         self.outputs = tuple(sorted(outputs, key=lambda name: name.startswith(COMPUTED)))
         """The prediction first."""
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
-        self._finishing = Finishing(self._trt, self._engine, kernels) if library.portable else None
+        if library.portable:
+            self._finishing = Finishing(self._trt, self._engine, kernels)
 
     def context(self) -> Any:
         """Make an execution context that is given its scratch memory."""
@@ -151,9 +155,9 @@ class Execution:
     """An execution context of an engine; one that is captured is for calls of one shape."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
+        self._context = engine.context()  # goes before the engine, as attributes go in this order
         self._engine = engine
         self._device = device
-        self._context = engine.context()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Launch the engine on torch's stream.
@@ -166,12 +170,14 @@ class Execution:
             raise RuntimeError(f"no execution context: {words(engine.complaints)}")
         tensors = {name: _aligned(t.to(engine.types[name])) for name, t in zip(engine.inputs, inputs, strict=True)}
         for name, tensor in tensors.items():
-            context.set_input_shape(name, tuple(tensor.shape))
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(words(engine.complaints))
         for name in engine.outputs:
             shape = tuple(context.get_tensor_shape(name))
             tensors[name] = torch.empty(shape, dtype=engine.types[name], device=self._device)
         for name, tensor in tensors.items():
-            context.set_tensor_address(name, tensor.data_ptr())
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise RuntimeError(words(engine.complaints))
         scratch = torch.empty(max(1, engine.scratch_bytes), dtype=torch.uint8, device=self._device)
         context.set_device_memory(scratch.data_ptr(), engine.scratch_bytes)
         if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):

@@ -132,8 +132,60 @@ def test_what_the_library_says_is_the_error(tiny: Tiny, tmp_path: Path, monkeypa
     monkeypatch.setattr(
         tensorrt_on_cpu.Runtime, "refuse", lambda self: self.logger.log(1, "of another GPU"), raising=False
     )
-    with pytest.raises(SessionError, match=r"cannot load an engine: of another GPU"):
+    with pytest.raises(SessionError, match=r"cannot load an engine: of another GPU\..* 8.0 .*--on-this-gpu"):
         load(tiny, tmp_path)
+
+
+def test_a_shape_that_the_library_refuses_is_the_error(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    program = load(tiny, tmp_path)
+    monkeypatch.setattr(
+        tensorrt_on_cpu.IExecutionContext,
+        "set_input_shape",
+        lambda self, name, shape: self._refuse(f"{name} is out of the profile"),
+    )
+    with pytest.raises(SessionError, match=r"tests.tensorrt_on_cpu failed: sample is out of the profile"):
+        run(tiny, program)
+
+
+def test_a_library_that_misses_the_driver_is_the_error(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    def start(logger: Any) -> Any:
+        logger.log(tensorrt_on_cpu.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt_on_cpu, "Runtime", start)
+    with pytest.raises(SessionError, match=r"cannot load an engine: CUDA initialization failure with error: 35"):
+        load(tiny, tmp_path)
+
+
+def test_what_needs_another_goes_before_it(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    gone: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        make = getattr(owner, name)
+
+        def watched(*given: Any) -> Any:
+            made = make(*given)
+            weakref.finalize(made, gone.append, name)
+            return made
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(tensorrt_on_cpu.ICudaEngine, "create_execution_context")
+    watch(tensorrt_on_cpu.ICudaEngine, "create_runtime_config")
+    watch(tensorrt_on_cpu.IRuntimeConfig, "create_runtime_cache")
+    watch(tensorrt_on_cpu.Runtime, "deserialize_cuda_engine")
+    for memory in Memory:
+        program = load(tiny, tmp_path, memory)
+        run(tiny, program)
+        del program
+        gc.collect()
+        assert gone == [
+            "create_execution_context",
+            "create_runtime_config",
+            "create_runtime_cache",
+            "deserialize_cuda_engine",
+        ]
+        gone.clear()
 
 
 def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:

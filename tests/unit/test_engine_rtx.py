@@ -91,6 +91,21 @@ def test_the_caller_gives_all_memory_at_every_size(tmp_path: Path, monkeypatch: 
     assert (asked, RECIPE) == ([True], 2)
 
 
+def test_a_library_that_cannot_start_is_an_error_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx
+
+    def start(logger: Any) -> Any:
+        logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt_rtx, "Runtime", start)
+    built = builder.build(write(tmp_path, ATTENTION), tmp_path, lambda done: True)
+    assert built.scratch_bytes is None
+    monkeypatch.setattr(tensorrt_rtx, "Builder", start)
+    with pytest.raises(EngineBuildError, match="tensorrt_rtx cannot start: CUDA initialization failure with error: 35"):
+        builder.build(write(tmp_path, ATTENTION), tmp_path, lambda done: True)
+
+
 def test_the_weights_are_those_beside_the_graph(tmp_path: Path) -> None:
     request = write(tmp_path, ATTENTION)
     whole = (tmp_path / WEIGHTS).read_bytes()

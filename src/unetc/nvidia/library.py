@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,14 @@ class Library:
     def logger(self, complaints: list[str]) -> Any:
         """Make a logger that keeps the last errors that the library reports."""
         return _logger(self.load(), complaints)
+
+
+def started(make: Callable[[Any], Any], logger: Any) -> Any:
+    """Make a library's builder or runtime; None where CUDA cannot start, which the binding calls a TypeError."""
+    try:
+        return make(logger)
+    except TypeError:
+        return None
 
 
 def words(complaints: list[str]) -> str:
