@@ -21,6 +21,7 @@ from unetc.runtime.backends.onnxruntime_gpu import (
     CPU,
     CUDA,
     SHAPE_ARITHMETIC,
+    TENSORRT,
     OnnxRuntimeDevice,
     OnnxRuntimeGpuBackend,
     OnnxRuntimeGpuProgram,
@@ -69,7 +70,10 @@ def test_the_package_for_gpus_without_one_is_refused() -> None:
 @pytest.mark.skipif(not FOR_GPUS, reason="needs onnxruntime-gpu")
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("cuda", "opened a session with CPUExecutionProvider; expected CUDA"), ("tensorrt", "install TensorRT libraries")],
+    [
+        ("cuda", "opened a session with CPUExecutionProvider; expected CUDA"),
+        ("tensorrt", "install TensorRT libraries.*tensorrt>=10,<11"),
+    ],
 )
 def test_without_the_libraries_of_cuda_nothing_is_loaded(tiny: Tiny, place: str, message: str) -> None:
     backend = OnnxRuntimeGpuBackend(place, torch.device("cuda"), threads=1)
@@ -94,6 +98,22 @@ def test_a_session_is_asked_for_on_the_gpu_of_the_target(monkeypatch: Any, tiny:
         )
     assert {options["device_id"] for _, options in asked} == {"1"}
     assert dict(asked)[CUDA]["use_tf32"] == "0"
+
+
+def test_without_its_libraries_tensorrt_10_is_asked_for(monkeypatch: Any, tiny: Tiny) -> None:
+    session = opened(tiny, specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32)))
+    with pytest.raises(SessionError, match=r"expected TensorrtExecutionProvider\..*pip install 'tensorrt>=10,<11'"):
+        check_placement(session, TENSORRT)
+
+    def refuse(graph: SerialisedGraph, options: Any, providers: Any) -> Any:
+        raise SessionError("onnxruntime cannot load an engine: Please install TensorRT libraries as mentioned")
+
+    monkeypatch.setattr(onnxruntime_gpu, "open_session", refuse)
+    backend = OnnxRuntimeGpuBackend("tensorrt", torch.device("cuda", 0), threads=1)
+    with pytest.raises(SessionError, match=r"install TensorRT libraries.*pip install 'tensorrt>=10,<11'"):
+        backend.open_weights(tiny.gated.weights.read_bytes()).load(
+            specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32))
+        )
 
 
 def test_a_session_that_was_opened_elsewhere_is_refused(tiny: Tiny) -> None:
