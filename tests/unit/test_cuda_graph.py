@@ -244,7 +244,9 @@ class Loaded:
 
 
 @pytest.mark.gpu
-def test_a_loader_that_goes_takes_nothing_of_another_along(shared: Path, backend: Backend) -> None:
+def test_a_loader_that_goes_takes_nothing_of_another_along(
+    shared: Path, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     tiny = tiny_of("cross-attention", shared)
     first, second = Loaded(tiny, backend), Loaded(tiny, backend)
     first(2)
@@ -255,6 +257,7 @@ def test_a_loader_that_goes_takes_nothing_of_another_along(shared: Path, backend
     second(3)  # a capture empties the cache of memory too
     np.testing.assert_array_equal(second(2), expected)
     assert np.isfinite(expected).all()
+    assert "no CUDA graph" not in caplog.text
 
 
 @pytest.mark.gpu
@@ -265,6 +268,26 @@ def test_graphs_that_were_let_go_are_captured_again(shared: Path, backend: Backe
     for batch in (2, 1, 5, 2):
         np.testing.assert_allclose(model(batch), results[batch], rtol=1e-4, atol=1e-5)
         assert relative_error(model(batch), host(batch)) < 1e-2
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_failed_others_succeed(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    gpu = gpu_of("torch:cuda")
+    pool, around = Pool(gpu), torch.cuda.current_stream()
+
+    def reads_back(tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor * float(tensor.sum()),)
+
+    (result,) = CapturedModule(lambda: reads_back, pool)(torch.ones(2, device=gpu))
+    assert result.tolist() == [2, 2]
+    assert caplog.text.count("no CUDA graph could be captured") == 1
+    assert torch.cuda.current_stream() == around
+    weight = torch.full((64, 64), 0.5, device=gpu)
+    whole = CapturedModule(lambda: lambda tensor: (tensor @ weight,), pool)
+    for rows in (1, 2, 1):
+        (result,) = whole(torch.ones(rows, 64, device=gpu))
+        assert result.tolist() == [[32.0] * 64] * rows
+    assert caplog.text.count("no CUDA graph could be captured") == 1
 
 
 @pytest.mark.gpu

@@ -70,7 +70,9 @@ def test_an_engine_that_is_found_reaches_the_library_which_misses_the_gpu(
 
 
 @pytest.mark.gpu
-def test_an_engine_that_is_found_is_loaded(cache: Path, tiny_bundle: Path) -> None:
+def test_an_engine_that_is_found_is_loaded_and_captured(
+    cache: Path, tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
     bundle, engines = Bundle.open(tiny_bundle), EngineCache(cache / "engines")
@@ -79,6 +81,7 @@ def test_an_engine_that_is_found_is_loaded(cache: Path, tiny_bundle: Path) -> No
     np.testing.assert_array_equal(streamed.sample(2), session.sample(2))
     with pytest.raises(ShapeMismatch, match="unetc compile BUNDLE --target tensorrt-rtx --batch 1,2,3"):
         session.sample(3)
+    assert "no CUDA graph" not in caplog.text
 
 
 @pytest.mark.parametrize(
