@@ -1,8 +1,8 @@
 """The libraries that build and run engines, and everything in which they differ.
 
 Both have the same API under two names. `tensorrt_rtx` needs no GPU: its engines are finished where they run, on any
-GPU of the compute capabilities that it supports. `tensorrt` measures kernels on the GPU it finds, and what it builds
-runs on that kind of GPU alone.
+GPU of the compute capabilities that it supports, if that is 8.0 or later; for an older one they must be built for it.
+`tensorrt` measures kernels on the GPU it finds, and what it builds runs on that kind of GPU alone.
 """
 
 from __future__ import annotations
