@@ -117,7 +117,7 @@ class TorchLoader:
             self._weights = {name: tensor.to(device) for name, tensor in load(weights).items()}
         else:
             self._weights = WeightsOnDevice(weights, device)
-        self._pool = Pool() if device.type == "cuda" else None
+        self._pool = Pool(device) if device.type == "cuda" else None
 
     def load(self, graph: SerialisedGraph) -> TorchProgram:
         """Translate a graph."""
