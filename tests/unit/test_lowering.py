@@ -183,10 +183,14 @@ def test_positions_are_counted_in_float32() -> None:
         onnx.helper.make_node("Squeeze", ["shape"], ["size"]),
         onnx.helper.make_node("Cast", ["size"], ["most"], to=kind),
         onnx.helper.make_node("Range", ["zero", "most", "one"], ["positions"]),
-        onnx.helper.make_node("Add", ["sample", "positions"], ["prediction"]),
+        onnx.helper.make_node("Unsqueeze", ["positions", "axis"], ["column"]),
+        onnx.helper.make_node("MatMul", ["column", "weight"], ["prediction"]),  # what follows the last layer is float32
     ]
     numbers = [onnx.helper.make_tensor(name, kind, [], [value]) for name, value in (("zero", 0.0), ("one", 1.0))]
-    sample, prediction = (onnx.helper.make_tensor_value_info(name, kind, ["n"]) for name in ("sample", "prediction"))
+    numbers += [onnx.helper.make_tensor("weight", kind, [1, 1], [1.0])]
+    numbers += [onnx.helper.make_tensor("axis", TensorProto.INT64, [1], [1])]
+    sample = onnx.helper.make_tensor_value_info("sample", kind, ["n"])
+    prediction = onnx.helper.make_tensor_value_info("prediction", kind, ["n", 1])
     model = onnx.helper.make_model(
         onnx.helper.make_graph(nodes, "counting", [sample], [prediction], numbers),
         opset_imports=[onnx.helper.make_opsetid("", 23)],
@@ -195,4 +199,4 @@ def test_positions_are_counted_in_float32() -> None:
     (counted,) = ReferenceEvaluator(onnx.load_model_from_string(low.graph)).run(
         None, {"sample": np.zeros(size, np.float32)}
     )
-    np.testing.assert_array_equal(counted, np.arange(size))
+    np.testing.assert_array_equal(counted[:, 0], np.arange(size))
