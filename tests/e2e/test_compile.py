@@ -7,16 +7,23 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import unetc
+from tests import tensorrt_on_cpu
 from tests.e2e.test_cli import run
+from tests.tensorrt_on_cpu import LIBRARY, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
 from unetc.compiler.planner import PlanOptions
+from unetc.conditions import UNCONDITIONAL
 from unetc.errors import UnetcError
-from unetc.runtime.backend import open_backend
+from unetc.nvidia.cache import EngineCache
+from unetc.runtime.backend import Memory, open_backend
 from unetc.workflow.build import BuildOptions, build
+from unetc.workflow.measuring import Calls
 from unetc.workflow.setup import analyze_model
 
 RTX = ("--target", "tensorrt-rtx")
@@ -169,6 +176,33 @@ def test_nothing_is_measured_on_a_gpu_that_is_not_there(tiny_model: Path, tmp_pa
             assert f"target {target.partition(':')[0]}" in error
             assert "needs" in error
             assert not (tmp_path / "cache").exists(), "the model was captured before its target was found missing"
+
+
+@pytest.mark.without_gpu  # where there is one, the real library is tested
+def test_samples_are_drawn_in_calls_that_engines_for_the_bundles_batch_take(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_the_stand_in(target: str, *, threads: int, memory: Memory) -> CpuTensorRt:
+        return CpuTensorRt(LIBRARY, memory, calls, EngineCache(tmp_path / "engines"))
+
+    side, most = 16, Manifest.load(tiny_bundle / "manifest.json").batch
+    calls = Calls.of((1, side, side), most, most, UNCONDITIONAL)
+    own = run("sample", tiny_bundle, "--batch", 2 * most + 1, "-o", tmp_path / "own.png")
+    assert own.code == 0
+    tensorrt_on_cpu.without_streams(monkeypatch)
+    monkeypatch.setattr("unetc.runtime.session.open_backend", on_the_stand_in)
+    result = run("sample", tiny_bundle, "--batch", 2 * most + 1, "-o", tmp_path / "samples.png", "--json")
+    assert result.json["shape"] == [2 * most + 1, 1, side, side]
+    for output in (own, result):
+        assert [line.split(" after")[0] for line in output.err.splitlines()] == [
+            "loading the engines: 0 %",
+            "loading the engines: 100 %",
+            f"sampling: {100 / (3 * 4):.0f} %",
+            "sampling: 100 %",
+        ]
+    with Image.open(tmp_path / "own.png") as one, Image.open(tmp_path / "samples.png") as other:
+        difference = np.abs(np.asarray(one, dtype=np.int64) - np.asarray(other, dtype=np.int64))
+    assert difference.max() <= 1  # of 255; rounding may fall to either side
 
 
 def works(target: str) -> bool:

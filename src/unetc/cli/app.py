@@ -355,22 +355,31 @@ def sample(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Sample from a bundle into one picture. Needs no torch."""
+    """Sample from a bundle into one picture. Needs no torch.
+
+    No call has more samples than the bundle's batch, which engines are compiled for.
+    """
     import time
+    from functools import partial
 
     from unetc.artifacts.record import check_writable, write_atomically
-    from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
+    from unetc.cli.sampling import sample_in_calls
+    from unetc.progress import Progress
     from unetc.report.pictures import grid, png_bytes
-    from unetc.runtime.session import load
+    from unetc.runtime.bundle import Bundle
+    from unetc.runtime.session import Session, backend_for
 
     check_writable(output)
-    session = load(bundle, target=target, memory=memory, threads=threads)
     with progress() as on_progress:
+        on_progress(Progress(stage="loading the engines", done=0, total=1))
+        opened = Bundle.open(bundle)
+        backend = backend_for(opened.manifest, target=target, threads=threads, memory=memory)
+        session = Session.of(opened, backend)
+        on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
-        images = session.sample(
-            batch, seed=seed, steps=steps, lossless=lossless, on_step=summary.step_progress(on_progress)
-        )
+        draw = partial(session.sample, seed=seed, steps=steps, lossless=lossless)
+        images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
         seconds = time.perf_counter() - start
     write_atomically(output, png_bytes(grid(images)))
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,11 @@ from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.verification import Verification
 from unetc.cli.output import table
 from unetc.errors import ArtifactError, CorruptArtifactError
-from unetc.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
     from unetc.nvidia.key import EngineKey
     from unetc.precision import Precision
-    from unetc.runtime.session import Step
     from unetc.workflow.compile import CompiledEngine
 
 
@@ -233,15 +231,6 @@ def diagnosis_table(findings: Sequence[Finding]) -> Table:
         for f in findings
     ]
     return table("unetc on this machine", ["", "", ""], rows, words=3)
-
-
-def step_progress(on_progress: OnProgress) -> Callable[[Step], None]:
-    """Report steps of a session as progress."""
-
-    def report(step: Step) -> None:
-        on_progress(Progress(stage="sampling", done=step.index + 1, total=step.steps))
-
-    return report
 
 
 def _damage(damage: Damage) -> str:
