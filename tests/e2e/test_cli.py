@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 import unetc
-from tests.command import Result, run, run_alone
+from tests.command import ALONE, Result, run, run_alone
 from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
 from unetc.artifacts.pareto import Pareto
 from unetc.workflow.pareto import ParetoOptions
@@ -535,6 +536,26 @@ def test_an_interrupt_is_one_line_and_exits_with_130(tiny_bundle: Path, monkeypa
     result = run("sample", tiny_bundle)
     assert result.code == 130
     assert result.err.splitlines()[1:] == ["unetc: interrupted; run the same command again to continue."]
+
+
+def test_a_command_that_is_terminated_leaves_no_temporary_files(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    process = subprocess.Popen(
+        [*ALONE, "sample", tiny_bundle, "--memory", "low", "--batch", "1000000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+    )
+    assert process.stderr is not None
+    with process, process.stderr as said:
+        while "sampling" not in said.readline():
+            assert process.poll() is None
+        assert len(list((tmp_path / "temporary").glob("unetc-*"))) == 1
+        process.terminate()
+        assert said.read().splitlines()[-1:] == ["unetc: interrupted; run the same command again to continue."]
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert list((tmp_path / "temporary").glob("unetc-*")) == []
+    assert not Path("samples.png").exists()
 
 
 def test_the_doctor_finds_what_is_needed() -> None:
