@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +20,17 @@ from PIL import Image
 import unetc
 from tests import tensorrt_on_cpu
 from tests.e2e.test_cli import run
-from tests.tensorrt_on_cpu import LIBRARY, CpuTensorRt
+from tests.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
 from unetc.compiler.planner import PlanOptions
+from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import UnetcError
 from unetc.nvidia.cache import EngineCache
 from unetc.runtime.backend import Memory, open_backend
 from unetc.workflow.build import BuildOptions, build
+from unetc.workflow.compile import CompileOptions, compile_bundle
 from unetc.workflow.measuring import Calls
 from unetc.workflow.setup import analyze_model
 
@@ -176,6 +184,37 @@ def test_nothing_is_measured_on_a_gpu_that_is_not_there(tiny_model: Path, tmp_pa
             assert f"target {target.partition(':')[0]}" in error
             assert "needs" in error
             assert not (tmp_path / "cache").exists(), "the model was captured before its target was found missing"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_stops_builds_that_hang(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    source = f"import os, time; open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w'); time.sleep(300)"
+    hangs = partial(build_engine, command=(sys.executable, "-S", "-c", source))
+    monkeypatch.setattr("unetc.workflow.compile.build_engine", hangs)
+    monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
+    monkeypatch.setattr("unetc.workflow.compile._jobs", lambda wanted, weights: wanted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("[0-9]*"))) < jobs:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    clock, began = threading.Thread(target=interrupt, daemon=True), time.monotonic()
+    try:
+        clock.start()
+        with pytest.raises(KeyboardInterrupt):
+            compile_bundle(tiny_bundle, CompileOptions(target=NAME, jobs=jobs), cache=tmp_path / "cache")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 60
+    started = [int(path.name) for path in tmp_path.glob("[0-9]*")]
+    assert len(started) == jobs
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
 
 
 @pytest.mark.without_gpu  # where there is one, the real library is tested

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import msgspec
 
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.messages import STEPS, Request
-from unetc.compiler.tensorrt.supervise import build_engine
+from unetc.compiler.tensorrt.supervise import Running, build_engine
 from unetc.environment import cores, free_memory
 from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
 from unetc.nvidia.cache import EngineCache, EngineRecord
@@ -244,20 +243,22 @@ def _build_all(
     on_progress: OnProgress,
 ) -> list[tuple[Wanted, EngineRecord]]:
     """Build engines, several at once where there is room; each is in the cache as soon as it is finished."""
-    stopping = threading.Event()
+    running = Running()
 
     def build(one: Wanted) -> tuple[Wanted, EngineRecord]:
         graph, key = one[0], wanted[one]
         stage = f"build {Path(graph).stem}" + (f" in {key.precision}" if key.precision is not options.precision else "")
 
         def advance(done: int) -> None:
-            if stopping.is_set():
-                raise EngineBuildError(f"{graph}: given up, as another engine failed or you stopped it.")
             on_progress(Progress(stage=stage, done=done, total=STEPS))
 
-        place, name = folders[key.precision], _beside_weights(graph)
-        limit = options.time_limit_s
-        return one, build_one(name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance)
+        place, name, limit = folders[key.precision], _beside_weights(graph), options.time_limit_s
+        try:
+            return one, build_one(
+                name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance, running=running
+            )
+        except EngineBuildError as error:
+            raise EngineBuildError(f"{graph}: {error}") from error
 
     weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
     with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
@@ -265,7 +266,7 @@ def _build_all(
         try:
             return [future.result() for future in as_completed(futures)]
         except BaseException:
-            stopping.set()
+            running.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -279,6 +280,7 @@ def build_one(
     *,
     time_limit_s: float,
     on_advance: Callable[[int], None],
+    running: Running | None = None,
 ) -> EngineRecord:
     """Build one engine and put it into the cache.
 
@@ -290,6 +292,7 @@ def build_one(
         residuals: What the graph takes of a ControlNet.
         time_limit_s: For all tries together.
         on_advance: Told how many of `STEPS` are done.
+        running: What stops it from another thread.
 
     Raises:
         EngineBuildError: If it cannot be built.
@@ -306,12 +309,12 @@ def build_one(
         effort=key.effort,
         on_this_gpu=key.origin.gpu is not None,
     )
-    outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance)
+    outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance, running=running)
     try:
         engine = outcome.engine.read_bytes()
         outcome.engine.unlink()
     except OSError as error:
-        raise EngineBuildError(f"{graph}: the engine cannot be read back: {error.strerror}.") from error
+        raise EngineBuildError(f"the engine cannot be read back: {error.strerror}.") from error
     on_advance(STEPS)
     return engines.put(
         EngineRecord(
