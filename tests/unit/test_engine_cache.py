@@ -109,7 +109,7 @@ def test_another_gpu_or_driver_is_refused(cache: EngineCache, field: str) -> Non
     here = msgspec.structs.replace(ORIGIN, gpu=msgspec.structs.replace(GPU, **{field: "another"}))
     with pytest.raises(StaleEngineError):
         cache.open(msgspec.structs.replace(KEY, origin=here), trust=True)
-    with pytest.raises(StaleEngineError, match=r"differs in gpu .*NVIDIA L40S.*here.*another"):
+    with pytest.raises(StaleEngineError, match=r"1 for gpu NVIDIA L40S.* \(here .*another.*\)\. Build it"):
         find(cache, here)
 
 
@@ -149,7 +149,7 @@ def test_an_edited_record_is_refused(cache: EngineCache, field: str) -> None:
 def test_an_engine_from_elsewhere_needs_trust(cache: EngineCache, tmp_path: Path) -> None:
     here = EngineCache(tmp_path / "here")
     shutil.copytree(cache.folder(KEY), here.folder(KEY))
-    with pytest.raises(StaleEngineError, match="was not built here, and loading one runs code"):
+    with pytest.raises(StaleEngineError, match=r"not built here \(loading one runs code; .*--trust-engines`"):
         here.open(KEY)
     assert here.open(KEY, trust=True)[1] == ENGINE_BYTES
 
@@ -171,7 +171,7 @@ def test_an_engine_is_found_by_its_graph_and_its_weights(cache: EngineCache) -> 
 
 @pytest.mark.parametrize("field", ["unetc", "library", "platform", "gpu"])
 def test_an_engine_for_another_place_is_not_found(cache: EngineCache, field: str) -> None:
-    with pytest.raises(StaleEngineError, match=rf"differs in {field} .*here.*unetc compile BUNDLE"):
+    with pytest.raises(StaleEngineError, match=rf"1 for {field} .*\(here.*unetc compile BUNDLE"):
         find(cache, msgspec.structs.replace(ORIGIN, **{field: OTHER_ORIGIN[field]}))
 
 
@@ -202,7 +202,7 @@ def test_of_several_sizes_the_largest_calls_and_then_the_widest_range_win(cache:
 def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: Path) -> None:
     here = EngineCache(tmp_path / "here")
     shutil.copytree(cache.folder(KEY), here.folder(KEY))
-    with pytest.raises(StaleEngineError, match="was not built here"):
+    with pytest.raises(StaleEngineError, match="not built here"):
         find(here)
     smaller = msgspec.structs.replace(KEY, sizes=Sizes(batch=ONE, height=ONE, width=ONE))
     here.put(record(smaller), ENGINE_BYTES)
@@ -213,7 +213,7 @@ def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: P
 
 def test_a_changed_engine_is_not_found(cache: EngineCache) -> None:
     (cache.folder(KEY) / ENGINE).write_bytes(ENGINE_BYTES[:-1] + b"!")
-    with pytest.raises(StaleEngineError, match="its hash differs"):
+    with pytest.raises(StaleEngineError, match="Others are: 1 damaged"):
         find(cache)
     (cache.folder(KEY) / RECORD).write_text("{}")
     with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32"):
