@@ -394,7 +394,12 @@ def compile_(
     target: Annotated[
         str, typer.Option(help="tensorrt-rtx, or tensorrt for the GPU of this machine.")
     ] = "tensorrt-rtx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; the borders of a graph stay fp32.")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16 or bf16 (default: what the target ends with, or fp32); the borders of a graph stay fp32."
+        ),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -403,10 +408,12 @@ def compile_(
         ),
     ] = None,
     height: Annotated[
-        str | None, typer.Option(help="Height of samples, in the same form (default: the bundle's).")
+        str | None,
+        typer.Option(help="Height of samples, in the same form (default: the bundle's); of latents, not of pixels."),
     ] = None,
     width: Annotated[
-        str | None, typer.Option(help="Width of samples, in the same form (default: the bundle's).")
+        str | None,
+        typer.Option(help="Width of samples, in the same form (default: the bundle's); of latents, not of pixels."),
     ] = None,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds that building one engine may take.")] = 3600.0,
     jobs: Annotated[int, typer.Option(min=1, help="Most engines built at once; fewer if memory is short.")] = 1,
@@ -440,14 +447,15 @@ def compile_(
 
     Interrupted, the same command goes on with the engines that are missing. tensorrt-rtx needs no GPU for it.
     """
+    from unetc.artifacts.manifest import MANIFEST, Manifest
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
-    from unetc.precision import Precision
-    from unetc.workflow.compile import CompileOptions, compile_bundle
+    from unetc.workflow.compile import CompileOptions, compile_bundle, target_of
 
+    library, own = target_of(target, precision)
     options = CompileOptions(
-        target=target,
-        precision=Precision.parse(precision),
+        target=library,
+        precision=own,
         batch=batch,
         height=height,
         width=width,
@@ -463,7 +471,7 @@ def compile_(
     if as_json:
         print_json(summary.engine_facts(engines))
     else:
-        OUT.print(summary.engine_table(engines))
+        OUT.print(summary.engine_table(engines, Manifest.load(bundle / MANIFEST)))
 
 
 @app.command()

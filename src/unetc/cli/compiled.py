@@ -59,7 +59,7 @@ def table_of(engines: EngineSet, manifest: Manifest) -> Table:
     rows.append(_row("the plan, all loaded", engines, every))
     pairs = [own | after for own, after in zip(graphs, [*graphs[1:], graphs[0]], strict=True)]
     rows.append(_row("with --memory low, at most", engines, max(pairs, key=lambda pair: _bytes(engines, pair))))
-    return table(engines_title(engines.key), ["on the GPU", "engines MiB", "scratch MiB"], rows)
+    return table(engines_title(engines.key, manifest), ["on the GPU", "engines MiB", "scratch MiB"], rows)
 
 
 def _bytes(engines: EngineSet, graphs: Collection[str]) -> int:

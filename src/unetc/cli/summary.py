@@ -18,6 +18,7 @@ from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.verification import Verification
 from unetc.cli.output import table
 from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.workflow.sizes import describe_sides
 
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
@@ -242,13 +243,12 @@ def _damage_cells(damage: Damage) -> list[str]:
     return [f"{l2.mean:.4f} ({l2.low:.4f}–{l2.high:.4f})", f"{damage.psnr.mean:.1f}", f"{damage.ssim.mean:.4f}"]
 
 
-def engines_title(key: EngineKey) -> str:
+def engines_title(key: EngineKey, manifest: Manifest) -> str:
     """Say what engines were built for."""
     origin, sizes = key.origin, key.sizes
     gpu = "any GPU it supports" if origin.gpu is None else origin.gpu.name
-    return (
-        f"{origin.target} {origin.library}, {key.precision}, batch {sizes.batch}, {sizes.height} x {sizes.width}, {gpu}"
-    )
+    sides = describe_sides(manifest, sizes)
+    return f"{origin.target} {origin.library}, {key.precision}, batch {sizes.batch}, {sides}, {gpu}"
 
 
 def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
@@ -267,7 +267,7 @@ def _label(engine: CompiledEngine, precision: Precision) -> str:
     return Path(engine.graph).stem if own is precision else f"{Path(engine.graph).stem} in {own}"
 
 
-def engine_table(engines: Sequence[CompiledEngine]) -> Table:
+def engine_table(engines: Sequence[CompiledEngine], manifest: Manifest) -> Table:
     """Lay out compiled engines and what building them took."""
     key = engines[0].record.key
     rows = [
@@ -284,7 +284,7 @@ def engine_table(engines: Sequence[CompiledEngine]) -> Table:
         for engine in engines
     ]
     return table(
-        f"{engines_title(key)}; in {engines[0].folder.parent}",
+        f"{engines_title(key, manifest)}; in {engines[0].folder.parent}",
         ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", ""],
         rows,
     )

@@ -116,7 +116,11 @@ def library_of(target: str) -> Library:
         EngineBuildError: If there is none of this name.
     """
     if target not in LIBRARIES:
-        raise EngineBuildError(f"no engines can be built for target {target!r}. Available: {', '.join(LIBRARIES)}.")
+        as_they_are = target.partition(":")[0] in ("onnxruntime", "torch")
+        reason = ": it runs the graphs of a bundle as they are, so `unetc sample` needs none" if as_they_are else ""
+        raise EngineBuildError(
+            f"no engines can be built for target {target!r}{reason}. Available: {', '.join(LIBRARIES)}."
+        )
     return LIBRARIES[target]
 
 
