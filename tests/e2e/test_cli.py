@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -567,8 +568,16 @@ def test_the_doctor_finds_what_is_needed() -> None:
     assert gpu["works"] or "NVIDIA GPU" in gpu["detail"]
     assert not gpu["needed"]
     assert all(finding["works"] for finding in findings.values() if finding["needed"])
+    assert "GiB of memory free" in findings["machine"]["detail"]
+    assert findings["NVIDIA GPU"]["works"] or "nvidia-smi" in findings["NVIDIA GPU"]["detail"]
     shown = run("doctor")
     assert (shown.code, "works" in shown.out) == (0, True)
+    assert all(heading in shown.out for heading in ("what", "state", "detail"))
+
+
+def test_python_runs_the_package() -> None:
+    done = subprocess.run([sys.executable, "-m", "unetc", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == unetc.__version__
 
 
 def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tensorrt_on_cpu import LIBRARY
-from unetc.cli.diagnosis import diagnose
+from unetc.cli.diagnosis import Finding, diagnose
 from unetc.errors import EngineBuildError, MissingDependency
 from unetc.nvidia import driver
 from unetc.nvidia.key import Gpu
@@ -75,6 +75,27 @@ def test_without_the_tool_engines_for_many_gpus_are_run(
     assert "nvidia-smi is not there" in caplog.text
     with pytest.raises(EngineBuildError, match="nvidia-smi is not there"):
         BOUND.here()
+
+
+def test_the_doctor_shows_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, monkeypatch, f"echo {L40S}, 46068 MiB")
+    (gpu,) = (finding for finding in diagnose() if finding.name == "NVIDIA GPU")
+    assert gpu.works
+    assert gpu.detail == "NVIDIA L40S, compute capability 8.9, driver 580.65.06, 46068 MiB"
+
+
+def test_the_doctor_names_what_compiling_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> Finding:
+        return next(one for one in diagnose() if one.name == f"compile for {LIBRARY.target}")
+
+    monkeypatch.setattr("unetc.cli.diagnosis.LIBRARIES", {LIBRARY.target: LIBRARY})
+    assert finding().works
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)  # which Python takes for a library that is not there
+    assert finding().works
+    assert "in fp16 needs onnx_ir: pip install 'unetc[none]'" in finding().detail
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert not finding().works
+    assert "in fp32 needs onnx: pip install 'unetc[none]'" in finding().detail
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def diagnosis_table(findings: Sequence[Finding]) -> Table:
         ]
         for f in findings
     ]
-    return table("unetc on this machine", ["", "", ""], rows, words=3)
+    return table("unetc on this machine", ["what", "state", "detail"], rows, words=3)
 
 
 def _damage(damage: Damage) -> str:
@@ -285,6 +285,6 @@ def engine_table(engines: Sequence[CompiledEngine], manifest: Manifest) -> Table
     ]
     return table(
         f"{engines_title(key, manifest)}; in {engines[0].folder.parent}",
-        ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", ""],
+        ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", "state"],
         rows,
     )
