@@ -361,13 +361,47 @@ def test_inspect_tells_the_memory_of_engines(
     assert {graph: own["engine_bytes"] for graph, own in one["engines"].items()} == {
         engine["graph"]: engine["engine_bytes"] for engine in built
     }
+    sums = {row["name"]: row for row in one["memory"]}
+    assert sums["full"]["engine_bytes"] == built[0]["engine_bytes"]
+    assert sums["with --memory low, at most"]["engine_bytes"] < sums["the plan, all loaded"]["engine_bytes"]
+    assert (one["missing"], one["misfit"]) == ([], "")
     shown = run("inspect", tiny_bundle).out
     assert "tensorrt-rtx" in shown
+    if sums["full"]["scratch_bytes"] is None:
+        assert "Scratch memory is not known of engines" in shown
     assert shown.count("phase from") == 2
     assert f"{sum(engine['engine_bytes'] for engine in built) / 2**20:.1f}" in shown
     (low,) = (line for line in shown.splitlines() if "with --memory low, at most" in line)
     in_phases = {engine.graph for engine in Manifest.load(tiny_bundle / "manifest.json").engines[1:]}
     assert f"{sum(engine['engine_bytes'] for engine in built if engine['graph'] in in_phases) / 2**20:.1f}" in low
+
+
+def test_inspect_says_what_is_missing_and_what_cannot_be_run(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNETC_CACHE", str(tmp_path))
+    monkeypatch.setattr("unetc.cli.compiled.LIBRARIES", {NAME: LIBRARY})
+    monkeypatch.setattr("unetc.runtime.session.open_backend", lambda *_, **__: backend)
+    tensorrt_on_cpu.without_streams(monkeypatch)
+    assert f"No engines of this bundle are in {tmp_path}. `unetc compile BUNDLE` builds them." in shown_of(tiny_bundle)
+    calls = Calls.of((1, 16, 16), 2, 2, UNCONDITIONAL)
+    backend = CpuTensorRt(LIBRARY, Memory.FAST, calls, EngineCache(tmp_path / "engines"))
+    assert run("sample", tiny_bundle, "-o", tmp_path / "samples.png").code == 0
+    assert "the plan, all loaded" in shown_of(tiny_bundle)
+    monkeypatch.setattr(tensorrt_on_cpu, "__version__", "2.0.cpu")
+    assert "cannot be run here (for library 1.0.cpu, here 2.0.cpu)" in shown_of(tiny_bundle)
+    (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
+    assert (one["missing"], one["misfit"]) == ([], "for library 1.0.cpu, here 2.0.cpu")
+    monkeypatch.setattr(tensorrt_on_cpu, "__version__", "1.0.cpu")
+    shutil.rmtree(next((tmp_path / "engines").glob("*/record.json")).parent)
+    (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
+    assert f"not complete, without {one['missing'][0]}" in shown_of(tiny_bundle)
+
+
+def shown_of(bundle: Path) -> str:
+    shown = run("inspect", bundle)
+    assert shown.code == 0, shown.err
+    return shown.out.replace("\n", " ")
 
 
 @pytest.mark.rtx

@@ -542,8 +542,8 @@ def inspect(
     facts, shown = summary.facts(artifact, path), [summary.render(artifact)]
     if isinstance(artifact, Manifest):
         sets = compiled.find(artifact)
-        facts |= {"compiled": compiled.facts(sets)}
-        shown += [compiled.table_of(one, artifact) for one in sets]
+        facts |= {"compiled": compiled.facts(sets, artifact)}
+        shown += compiled.shown(sets, artifact)
     if as_json:
         print_json(facts)
     else:

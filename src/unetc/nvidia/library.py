@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 import unetc
 from unetc.errors import EngineBuildError, MissingDependency
 
@@ -64,12 +66,22 @@ class Library:
             MissingDependency: If the library is not installed, or cannot be loaded here.
             EngineBuildError: If a GPU is needed and there is none.
         """
+        here = self.anywhere()
+        bound = on_this_gpu or not self.portable
+        return msgspec.structs.replace(here, gpu=_first_gpu(self.target)) if bound else here
+
+    def anywhere(self) -> Origin:
+        """Describe this machine without its GPU.
+
+        Raises:
+            MissingDependency: If the library is not installed, or cannot be loaded here.
+        """
         return Origin(
             unetc=unetc.__version__,
             target=self.target,
             library=str(self.load().__version__),
             platform=f"{platform.system()} {platform.machine()}",
-            gpu=_first_gpu(self.target) if on_this_gpu or not self.portable else None,
+            gpu=None,
         )
 
     def here(self) -> Origin:
