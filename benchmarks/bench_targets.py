@@ -28,17 +28,19 @@ from clock import HostClock, Timed
 from unetc.artifacts.profile import Treatment
 from unetc.cli.output import progress
 from unetc.compiler.emissions import with_emissions
+from unetc.conditions import UNCONDITIONAL
 from unetc.device import Array
 from unetc.environment import cores, describe
 from unetc.errors import UnetcError
 from unetc.graph.specialise import specialise
 from unetc.held import Held
 from unetc.models import find_model
-from unetc.progress import Progress
+from unetc.progress import Progress, ignore
 from unetc.runtime.backend import BACKENDS, open_backend
 from unetc.runtime.session import Session
 from unetc.solver.extract import extract_all, make_scheduler
 from unetc.timing import interleaved_ms
+from unetc.workflow.measuring import Calls, take_any_graph
 from unetc.workflow.prepare import Prepared, prepare
 
 HERE = Path(__file__).parent
@@ -53,7 +55,8 @@ class Target:
         model, gated = prepared.model, prepared.gated
         level = next(component.name for component in gated.components if component.kind == "level")
         chosen = with_emissions([{}, {level: Treatment.DROP}, {level: Treatment.HOLD}], gated.components)
-        backend = open_backend(name, threads=threads)
+        calls = Calls.of(model.sample_shape, batch, batch, UNCONDITIONAL)
+        backend = take_any_graph(name, open_backend(name, threads=threads), calls, frozenset, ignore)
         device = backend.device
         loader = backend.open_weights(gated.weights.read_bytes())
         self._batch, self._steps = batch, steps

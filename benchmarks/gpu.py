@@ -1,8 +1,7 @@
 """What do phase engines save on an NVIDIA GPU, and what does the runtime cost there?
 
     python benchmarks/gpu_prepare.py FOLDER      # beforehand, on a machine with everything; needs no GPU
-    python -m pip install --no-index --no-deps --find-links FOLDER/wheels unetc msgspec safetensors
-    python benchmarks/gpu.py FOLDER              # on a machine with torch, numpy, onnx and a GPU; under 9 minutes
+    PYTHONPATH=FOLDER/libraries python benchmarks/gpu.py FOLDER      # on a machine with a GPU, torch, numpy and onnx
 
 Measures UNets of the shapes of Stable Diffusion 1.5, XL and GLIDE's base model (random weights) and the trained
 reference models, and writes `results/gpu.json`:
@@ -18,9 +17,11 @@ reference models, and writes `results/gpu.json`:
 Engines of TensorRT are built when they are first called, and kept. That takes longer than measuring, so the command
 is started until it has no more to do.
 
-Every part is saved when it is finished, and skipped when the command is started again with the same settings on the
-same machine. What cannot be measured is named in the result with the reason. What takes longest, torch.compile, comes
-last; when the time is up the command stops, and the next start goes on.
+Every part is saved when it is finished, and skipped when the command is started again, be it for other models, parts
+or targets: all add to one result, as long as sources, settings, machine and the prepared model are the same. What
+cannot be measured is named in the result with the reason. What takes longest, torch.compile, comes last; when the time
+is up the command stops, and the next start goes on. A part that fails does not keep the others from their turn. That no
+CUDA graph could be captured is a failure: times of kernels that are launched one by one are not those of graphs.
 
 `--target torch:cpu` tries the script on the CPU; what it then measures says nothing about a GPU.
 """
@@ -29,8 +30,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
+import logging
 import shlex
 import shutil
 import signal
@@ -45,10 +46,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import checkout
 import torch
 from clock import Effort
 from gpu_engines import Loaded
-from gpu_folder import Folder, commit, open_folders
+from gpu_folder import Folder, open_folders
 from gpu_parts import compiled, engines, graphs, memory
 from gpu_result import Absent, Measured, joined
 from gpu_sampling import DAMAGE_SAMPLES, sampling
@@ -57,8 +59,8 @@ from unetc.artifacts.record import write_atomically
 from unetc.environment import describe
 from unetc.errors import ArtifactError, MissingDependency, UnetcError
 from unetc.runtime.backend import open_backend
+from unetc.runtime.backends import cuda_graph
 
-HERE = Path(__file__).parent
 RESULT = "gpu.json"
 TARGET = "torch:cuda"
 OTHERS = ("onnxruntime:cuda", "onnxruntime:tensorrt", "tensorrt", "tensorrt-rtx")
@@ -71,21 +73,36 @@ class TimeIsUp(BaseException):
     """Not an `Exception`: libraries that try several ways would take it for one that failed."""
 
 
+class Eager(UnetcError):
+    """Kernels were launched one by one where a CUDA graph was to be measured."""
+
+
 class Result:
     """The result file: what is finished stays in it."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], environment: dict[str, str]) -> None:
-        """Read what an earlier start has finished, if it had the same settings and environment.
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str],
+        prepared: Mapping[str, str],
+    ) -> None:
+        """Read what earlier starts have finished and what would be measured the same way now.
+
+        A file of other settings or of another machine is moved aside.
+
+        Args:
+            path: The file.
+            settings: What decides all parts.
+            environment: The machine and its libraries.
+            prepared: Hash of what is prepared of each model, by name.
 
         Raises:
             ArtifactError: If there is a file that is no result.
         """
         self.path = path
-        self._head = {
-            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-            "environment": environment,
-            "settings": settings,
-        }
+        self._settings = settings
+        self._environment = environment
         self.parts: dict[str, Any] = {}
         self.absent: dict[str, str] = {}
         self.failed: dict[str, str] = {}
@@ -94,16 +111,37 @@ class Result:
         if path.exists():
             try:
                 before = json.loads(path.read_text())
-                parts, failed, *same = (before[key] for key in ("parts", "failed", "settings", "environment"))
+                parts, absent, failed, *same = (
+                    before[key] for key in ("parts", "absent", "failed", "settings", "environment")
+                )
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ArtifactError(f"{path} is no result of gpu.py. Move it, or choose other --results.") from error
-            if same == [settings, environment]:
-                self.parts, self.failed, self.late = parts, failed, frozenset(failed)
+            if same != [settings, environment]:
+                aside = path.replace(path.with_name(f"{path.name}.before"))
+                print(f"{aside}: what was measured so far, with other settings or on another machine", flush=True)
+                return
+            self.absent, self.failed, self.late = absent, failed, frozenset(failed)
+            self.parts = {
+                key: part for key, part in parts.items() if prepared.get(part["model"]) in (None, part["prepared"])
+            }
+
+    def add(self, key: str, loaded: Loaded, seconds: float, measured: Measured) -> None:
+        """Add what a part has measured."""
+        self.parts[key] = {
+            "model": loaded.folder.name,
+            "prepared": loaded.folder.model.sha256(),
+            "seconds": seconds,
+            "figures": measured.figures,
+            "tables": measured.tables,
+        }
 
     def save(self) -> None:
         """Write everything so far."""
         record = {
-            **self._head,
+            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+            "commit": checkout.commit(),
+            "environment": self._environment,
+            "settings": self._settings,
             **joined(self.parts.values()),
             "absent": self.absent,
             "failed": self.failed,
@@ -113,7 +151,7 @@ class Result:
 
 
 def turns_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Part]]]:
-    """List what is measured, in order: target, model, and its parts by name."""
+    """List what is measured, in order: target, model, and its parts by what they are called in the result."""
     effort = Effort(seconds=options.seconds, least=options.rounds)
     patient = Effort(seconds=3 * options.seconds, least=options.rounds)
     calls: dict[str, Part] = {
@@ -126,16 +164,18 @@ def turns_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, 
     passes = [(options.target, first), *((target, calls) for target in options.others), (options.target, last)]
     for target, parts in passes:
         for model in options.models:
-            yield target, model, {name: part for name, part in parts.items() if name in options.parts}
+            chosen = {name: part for name, part in parts.items() if name in options.parts}
+            yield target, model, {f"{model}, {target}: {name}": part for name, part in chosen.items()}
 
 
 def measure_all(options: argparse.Namespace, result: Result) -> None:
     """Measure what is not finished yet."""
+    tried = {name for target, _, parts in turns_of(options) for name in (target, *parts)}
+    result.absent = {name: reason for name, reason in result.absent.items() if name not in tried}
     for late in (False, True):
         for target, model, parts in turns_of(options):
-            keys = {f"{model}, {target}: {name}": part for name, part in parts.items()}
             pending = {
-                key: part for key, part in keys.items() if key not in result.parts and (key in result.late) is late
+                key: part for key, part in parts.items() if key not in result.parts and (key in result.late) is late
             }
             if pending and target not in result.absent:
                 measure_model(options.folder / model, target, pending, result, max(*options.batches, DAMAGE_SAMPLES))
@@ -150,12 +190,47 @@ def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: 
         result.save()
         print(f"{target}: absent, {error}", flush=True)
         return
-    for key, part in pending.items():
-        measure(key, part, loaded, result)
+    with warnings_of(cuda_graph.logger) as said:
+        for key, part in pending.items():
+            measure(key, partial(captured, part, said), loaded, result)
     del loaded
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def captured(part: Part, said: Sequence[str], loaded: Loaded) -> Measured:
+    """Measure a part that engines run as CUDA graphs in, where they can.
+
+    Args:
+        part: The part.
+        said: Why no CUDA graph could be captured, since the model was loaded; what failed once stays eager.
+        loaded: The model.
+
+    Raises:
+        Eager: If one could not be captured.
+    """
+    measured = part(loaded)
+    if said:
+        raise Eager(said[0])
+    return measured
+
+
+@contextmanager
+def warnings_of(logger: logging.Logger) -> Iterator[Sequence[str]]:
+    """Collect the warnings that a logger is given."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler = Collect(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
@@ -172,7 +247,7 @@ def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
     except (Absent, MissingDependency) as error:
         result.absent[key] = str(error)
         print(f"{key}: absent, {error}", flush=True)
-    except (UnetcError, RuntimeError) as error:  # torch: out of memory, and whatever a driver says
+    except Exception as error:  # whatever a driver or a compiler says; the other parts have their turn
         result.failed[key] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         print(f"{key}: failed, {result.failed[key]}", flush=True)
     except TimeIsUp:
@@ -181,7 +256,7 @@ def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
         raise
     else:
         seconds = time.perf_counter() - start
-        result.parts[key] = {"seconds": seconds, "figures": measured.figures, "tables": measured.tables}
+        result.add(key, loaded, seconds, measured)
         print(f"{key}: {seconds:.0f} s", flush=True)
     result.save()
 
@@ -207,19 +282,14 @@ def gpu_facts() -> dict[str, str]:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Say everything that decides what is measured."""
-    models = {name: Folder(options.folder / name).model for name in options.models}
-    prepared = hashlib.sha256("".join(model.sha256() for model in models.values()).encode()).hexdigest()
+    """Say everything that decides all parts."""
     return {
-        "models": ", ".join(f"{name} ({model.precision})" for name, model in models.items()),
-        "targets": ", ".join([options.target, *options.others]),
         "batches": ", ".join(map(str, options.batches)),
         "seconds": options.seconds,
         "rounds": options.rounds,
         "convolutions in TF32": torch.backends.cudnn.allow_tf32,
         "matrices in TF32": torch.backends.cuda.matmul.allow_tf32,
-        "prepared": prepared[:12],
-        "commit": next(iter(models.values())).commit if commit() == "unknown" else commit(),
+        "sources": checkout.sources_sha256()[:12],
     }
 
 
@@ -254,7 +324,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 8])
     parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison; three times that for sampling")
     parser.add_argument("--rounds", type=int, default=5, help="fewest rounds of a comparison, however long they take")
-    parser.add_argument("--minutes", type=float, default=8.8, help="when to stop")
+    parser.add_argument("--minutes", type=float, default=8.3, help="when to stop")
     parser.add_argument("--smoke", action="store_true", help="two rounds of everything: tries the script")
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -275,15 +345,16 @@ def check(options: argparse.Namespace) -> None:
     if unknown := [name for name in options.models if name not in prepared]:
         raise UnetcError(f"{options.folder} has no {unknown[0]}. It has: {', '.join(prepared)}.")
     options.models = options.models or prepared
-    options.results = options.results or HERE / "results"
+    options.results = options.results or checkout.ROOT / "benchmarks/results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns 0, or 1 if a part failed or nothing can be measured, or 3 if time was too short."""
+    """Run the benchmark; returns 0, or 1 if nothing is measured or the result has a failure, or 3 if time was short."""
     options = parse(arguments)
     try:
         check(options)
-        result = Result(options.results / RESULT, settings_of(options), describe() | gpu_facts())
+        prepared = {folder.name: folder.model.sha256() for folder in open_folders(options.folder)}
+        result = Result(options.results / RESULT, settings_of(options), describe() | gpu_facts(), prepared)
     except UnetcError as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import subprocess
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from unetc.artifacts.manifest import SOLVER_ROWS, FileRecord
 from unetc.artifacts.plan import Assignment
@@ -43,7 +44,7 @@ PLANNED = (REFRESH, OUTER, INNER)
 LARGEST_FILE = 2**30
 """Bytes; no file of a folder is nearly as large."""
 
-_TYPES: Mapping[str, torch.dtype] = {"F16": torch.float16, "F32": torch.float32}
+_TYPES: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class Engine(Record, frozen=True, kw_only=True):
@@ -65,7 +66,7 @@ class PreparedModel(Artifact, frozen=True, kw_only=True):
     """Of the sources that prepared it."""
     reference: ModelReference
     precision: str
-    """What its engines compute in: fp32 or fp16."""
+    """What its engines compute in: fp32, fp16 or bf16."""
     trained: bool
     """Whether its weights mean anything, so that damage can be told."""
     sample_shape: tuple[int, int, int]
@@ -145,11 +146,11 @@ class Folder:
     @functools.cached_property
     def weights(self) -> bytes:
         """The weights file, put together; on a GPU random numbers take a second, on the CPU half a minute."""
-        given = safetensors.numpy.load(self.read(CONTENTS))
+        given = safetensors.torch.load(self.read(CONTENTS))  # numpy has no bfloat16
         device = "cuda" if torch.cuda.is_available() else "cpu"
         parts = [header := self.read(HEADER)]
         for name, shape, dtype in _entries(header):
-            parts.append(given[name].tobytes() if name in given else _draw(name, shape, dtype, device))
+            parts.append(_bytes(given[name]) if name in given else _bytes(_draw(name, shape, device).to(dtype)))
         return b"".join(parts)
 
 
@@ -183,19 +184,12 @@ def _entries(header: bytes) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]
         yield name, tuple(entry["shape"]), _TYPES[entry["dtype"]]
 
 
-def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> bytes:
+def _draw(name: str, shape: tuple[int, ...], device: str) -> Tensor:
     """Draw normal numbers that leave the size of what they are applied to about as it is."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     fan_in = math.prod(shape[1:]) if len(shape) > 2 else max(shape)  # matrices lie either way round
-    drawn = torch.randn(shape, generator=generator, device=device) / math.sqrt(fan_in)
-    return drawn.to(dtype).cpu().numpy().tobytes()
+    return torch.randn(shape, generator=generator, device=device) / math.sqrt(fan_in)
 
 
-@functools.cache
-def commit() -> str:
-    """Name the commit of these sources, with `-dirty` behind it if they were changed; `unknown` where git is not."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

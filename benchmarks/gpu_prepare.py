@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_prepare.py FOLDER              # about 15 minutes on two cores, 15 GB on disk for a while
 
-Large weights of random models are never drawn here, and none of them travels, so the folder takes about 55 MB. A model
-that is prepared already is left alone unless `--again` is given. `FOLDER/wheels` gets unetc itself and the libraries
-that its runtime needs and the machine with the GPU may lack.
+Large weights of random models are never drawn here, and none of them travels, so the folder takes about 32 MiB. A model
+that is prepared already is left alone unless `--again` is given. `FOLDER/libraries` gets what unetc's runtime needs and
+the machine with the GPU may lack; unetc itself is read from the checkout that `gpu.py` lies in.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import checkout
 import diffusers as untyped_diffusers
 import numpy as np
 import onnx
 import safetensors.numpy
+import safetensors.torch
 import torch
 from gpu_folder import (
     CONDITIONS,
@@ -42,7 +45,6 @@ from gpu_folder import (
     SOLVER,
     Engine,
     PreparedModel,
-    commit,
     header_of,
 )
 from torch import nn
@@ -67,8 +69,7 @@ from unetc.solver.table import SolverTables
 
 diffusers: Any = untyped_diffusers
 
-HERE = Path(__file__).parent
-CONFIGS = HERE.parent / "tests/configs"
+CONFIGS = checkout.ROOT / "tests/configs"
 STEPS = 50
 PROMPTS = 8
 LARGE = 2**14
@@ -108,6 +109,10 @@ class Shape:
     tokens: int
     """Of its text."""
     schedule: Mapping[str, Any]
+
+    def sized(self, side: int | None) -> Shape:
+        """Take samples of another size, in height and width, if there is one."""
+        return self if side is None else replace(self, config={**self.config, "sample_size": side})
 
     def narrow(self) -> Shape:
         """Keep blocks and layers, at most one transformer deep and one layer a block, with few channels."""
@@ -238,7 +243,7 @@ def write(source: Source, folder: Path) -> PreparedModel:
         (folder / CONDITIONS).write_bytes(safetensors.numpy.save(arrays))
     model = PreparedModel(
         unetc=unetc.__version__,
-        commit=commit(),
+        commit=checkout.commit(),
         reference=source.reference,
         precision=source.precision,
         trained=source.trained,
@@ -276,9 +281,9 @@ def write_graphs(source: Source, chosen: Mapping[str, Assignment], graphs: Mappi
 
 def contents_of(weights: Path, limit: float) -> bytes:
     """Read the tensors of a weights file that have no more than so many numbers."""
-    with safetensors.safe_open(weights, framework="numpy") as file:
+    with safetensors.safe_open(weights, framework="pt") as file:  # numpy has no bfloat16
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return safetensors.numpy.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
+        return safetensors.torch.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
 
 
 def external(graph: Path) -> tuple[str, ...]:
@@ -293,28 +298,26 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(path=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def fetch_wheels(folder: Path, python: str) -> None:
-    """Fetch wheels of the libraries that unetc's runtime needs, and build one of unetc from a copy of these sources."""
-    pip = [sys.executable, "-m", "pip", "--quiet"]
+def fetch_libraries(folder: Path, python: str) -> None:
+    """Unpack the libraries that unetc's runtime needs, in the versions that are installed here, for another Python."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--no-compile", "--target", str(folder)]
     where = ["--only-binary", ":all:", "--platform", "manylinux2014_x86_64", "--python-version", python]
-    subprocess.run([*pip, "download", "--no-deps", *where, "--dest", str(folder), *CARRIED], check=True)
-    with tempfile.TemporaryDirectory() as work:
-        left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-        sources = shutil.copytree(HERE.parent, Path(work) / "unetc", symlinks=True, ignore=left_out)
-        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(sources)], check=True)
+    subprocess.run([*pip, *where, *(f"{name}=={version(name)}" for name in CARRIED)], check=True)
 
 
 def main() -> None:
-    """Prepare models and wheels."""
+    """Prepare models and libraries."""
     random = shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", nargs="*", choices=(*TRAINED, *random), default=[*TRAINED, *random])
-    parser.add_argument("--precision", type=Precision, choices=(Precision.FP16, Precision.FP32), default=Precision.FP16)
+    parser.add_argument("--precision", type=Precision, default=Precision.FP16)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--size", type=int, help="side of the samples of random models [default: the model's own]")
     parser.add_argument("--work", type=Path, help="folder for captures [default: the system's for temporary files]")
     parser.add_argument("--again", action="store_true", help="prepare also what is there already")
-    parser.add_argument("--python", default="3.12", help="version of Python there, for wheels; empty: no wheels")
+    parser.add_argument("--python", default="3.12", help="version there, for libraries; empty: none")
     parser.add_argument("--smoke", action="store_true", help="narrow models, which try the script")
     options = parser.parse_args()
     for name in options.models:
@@ -325,7 +328,7 @@ def main() -> None:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             if name in random:
-                shape = random[name].narrow() if options.smoke else random[name]
+                shape = random[name].narrow() if options.smoke else random[name].sized(options.size)
                 source = random_source(name, shape, options.precision, options.steps, Path(work))
             else:
                 source = trained_source(name, options.steps, Path(work))
@@ -333,7 +336,7 @@ def main() -> None:
         size = sum(file.bytes for file in model.files) / 1e6
         print(f"{name}: {size:.1f} MB in {time.perf_counter() - start:.0f} s", flush=True)
     if options.python:
-        fetch_wheels(options.folder / "wheels", options.python)
+        fetch_libraries(options.folder / "libraries", options.python)
 
 
 if __name__ == "__main__":

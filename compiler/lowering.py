@@ -38,9 +38,9 @@ _REDUCTIONS = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd"]
 )
 WIDE_OPERATORS = _REDUCTIONS | frozenset(
-    ["Softmax", "LogSoftmax", "Exp", "Log", "Sin", "Cos", "Pow", "Reciprocal", "CumSum"]
+    ["Softmax", "LogSoftmax", "Exp", "Log", "Sin", "Cos", "Pow", "Reciprocal", "CumSum", "Range"]
 )
-"""Operators that sum or that amplify rounding."""
+"""Operators that sum or that amplify rounding, or that count: float16 knows no odd number beyond 2048."""
 
 _ELEMENTWISE = frozenset(
     [
@@ -64,6 +64,7 @@ _ELEMENTWISE = frozenset(
         "Squeeze",
         "Unsqueeze",
         "Transpose",
+        "Range",
     ]
 )
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "MatMul", "Gemm"))

@@ -32,8 +32,9 @@ class Decoder:
         """Decode latents [batch, channel, height, width], one after the other: activations are large at full size."""
         batch, _, height, width = sampled.shape
         images = np.empty((batch, _CHANNELS, height * self._scale, width * self._scale), dtype=np.float32)
-        image = self._device.empty(images[:1].shape)
-        for i in range(batch):
-            self._program({"sample": self._device.put(np.ascontiguousarray(sampled[i : i + 1]))}, image)
-            images[i : i + 1] = self._device.to_array(image)
+        with self._device.stream():
+            image = self._device.empty(images[:1].shape)
+            for i in range(batch):
+                self._program({"sample": self._device.put(np.ascontiguousarray(sampled[i : i + 1]))}, image)
+                images[i : i + 1] = self._device.to_array(image)
         return images

@@ -25,21 +25,19 @@ REQUIRED = {"gpu": "an NVIDIA GPU", "rtx": "tensorrt_rtx"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --require-gpu and --require-rtx."""
+    """Add --require-gpu, --require-rtx and --shared."""
     for mark, what in REQUIRED.items():
         parser.addoption(
             f"--require-{mark}", action="store_true", help=f"fail tests that skip themselves without {what}"
         )
+    parser.addoption("--shared", metavar="FOLDER", help="keep what tests share there, and use what is there already")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a GPU makes pointless; note for --junitxml what tests show of which architecture."""
-    if pointless := [item for item in items if item.get_closest_marker("without_gpu")]:
-        import torch  # late: many runs need neither
-
-        if torch.cuda.is_available():
-            config.hook.pytest_deselected(items=pointless)
-            items[:] = [item for item in items if item not in pointless]
+    if (pointless := [item for item in items if item.get_closest_marker("without_gpu")]) and finds_gpu():
+        config.hook.pytest_deselected(items=pointless)
+        items[:] = [item for item in items if item not in pointless]
     for item in items:
         architecture, shown = (item.get_closest_marker(name) for name in ("architecture", "shows"))
         if architecture and shown:
@@ -74,15 +72,29 @@ def pytest_make_collect_report(
 
 
 def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config, mark: str) -> None:
-    """Make a skip a failure if what it lacks is required."""
-    if report.skipped and config.getoption(f"require_{mark}"):
+    """Make a skip a failure if what it lacks is required.
+
+    Where torch finds a GPU, a test of one lacks something else: the library of another target.
+    """
+    if report.skipped and config.getoption(f"require_{mark}") and not (mark == "gpu" and finds_gpu()):
         *_, reason = report.longrepr
         report.outcome, report.longrepr = "failed", f"--require-{mark}, but {reason}"
 
 
+def finds_gpu() -> bool:
+    """Tell whether torch finds a GPU."""
+    import torch  # late: many runs need none
+
+    return torch.cuda.is_available()
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the folder of this run that all workers of pytest-xdist share."""
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder that all workers of pytest-xdist share: of this run, or the one that --shared names."""
+    if given := request.config.getoption("shared"):
+        folder = Path(given).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers as untyped_diffusers
 import numpy as np
 import pytest
 import torch
@@ -30,8 +29,6 @@ from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
 from unetc.runtime.session import Session
 from unetc.solver.extract import extract_all, make_scheduler
-
-diffusers: Any = untyped_diffusers
 
 CONTEXT_WIDTH = 12
 
@@ -169,6 +166,8 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def new_denoiser(architecture: str) -> nn.Module:
     """Build a denoiser; it has the same weights every time."""
+    import diffusers
+
     name, config = {**ARCHITECTURES, **TRANSFORMERS}[architecture]
     denoiser: nn.Module = getattr(diffusers, name)(**config)
     condition_well(denoiser, seed=0)
@@ -375,7 +374,15 @@ class Reuse:
         config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
         self.solver = extract_all(make_scheduler("ddim", config), "ddim", [7])
 
-    def session(self, backend: Backend, full: Program, programs: Sequence[Program], cycle: tuple[int, ...]) -> Session:
+    def session(
+        self,
+        backend: Backend,
+        full: Program,
+        programs: Sequence[Program],
+        cycle: tuple[int, ...],
+        *,
+        exact: Program | None = None,
+    ) -> Session:
         """Put together a session of 7 steps in which loaded engines take turns."""
         plan = Plan(
             unetc="0",
@@ -391,6 +398,7 @@ class Reuse:
             plan=plan,
             full=full,
             programs=programs,
+            exact=exact,
             solver=self.solver,
             sample_shape=self.SHAPE,
             steps=7,

@@ -109,9 +109,8 @@ def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def without_streams(patch: pytest.MonkeyPatch) -> None:
-    """Let torch have streams and pools where there is no GPU; no graph is captured."""
-    patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    """Let torch have a stream where there is no GPU; no graph is captured."""
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
 
 
 class ILogger:
@@ -289,6 +288,10 @@ class IExecutionContext:
     def set_device_memory(self, address: int, size: int) -> None:
         """Lend scratch memory."""
         self.scratch = address, size
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        """Tell whether calls can be captured; on the CPU none can."""
+        return False
 
     def execute_async_v3(self, stream: int) -> bool:
         """Read the inputs, compute, write the outputs; what was lent is given back."""

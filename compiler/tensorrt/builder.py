@@ -10,7 +10,7 @@ from typing import Any
 from unetc.artifacts.record import write_atomically
 from unetc.environment import peak_memory
 from unetc.errors import EngineBuildError
-from unetc.nvidia.library import Library, library_of, words
+from unetc.nvidia.library import Library, library_of, started, words
 from unetc.nvidia.sizes import Shape
 
 from .messages import STEPS, Built, Request
@@ -40,7 +40,7 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     trt = library.load()
     complaints: list[str] = []
     logger = library.logger(complaints)
-    builder = trt.Builder(logger)
+    builder = started(trt.Builder, logger)
     if builder is None:
         raise EngineBuildError(f"{library.module} cannot start: {words(complaints)}")
     network = builder.create_network(_strongly_typed(trt))
@@ -53,6 +53,8 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     config.add_optimization_profile(_profile(builder, shapes))
     config.builder_optimization_level = request.effort.optimization_level
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; who wants less says so in the graph
+    if library.portable:  # or its runtime allocates memory at some sizes, which no CUDA graph can capture
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * request.effort.workspace_share))
     if request.on_this_gpu and library.portable:
@@ -122,7 +124,8 @@ def _attach_timing(library: Library, config: Any, path: Path) -> Any:
 
 def _scratch(trt: Any, logger: Any, engine: Any) -> int | None:
     """Load an engine to see what it needs beside its weights; None without a GPU that it runs on."""
-    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    runtime = started(trt.Runtime, logger)
+    loaded = None if runtime is None else runtime.deserialize_cuda_engine(engine)
     return None if loaded is None else int(loaded.device_memory_size_v2)
 
 

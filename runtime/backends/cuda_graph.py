@@ -1,37 +1,88 @@
 """CUDA graphs of modules: captured once for every shape of the inputs, and replayed after that.
 
 A graph computes in memory of its own, which its next replay overwrites, so what leaves it is copied. Since nothing else
-does, graphs that take turns share their memory.
+does, graphs that take turns share their memory. A turn ends when the GPU is done with it, in whatever stream that is.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .torch_device import Module
+from .torch_device import CAPTURING, Module, current
 
 logger = logging.getLogger(__name__)
 
 _WARMUP_CALLS = 3
 """Calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones."""
 _KEPT_GRAPHS = 4
-"""CUDA graphs kept per engine, those captured last."""
+"""CUDA graphs kept per engine, those used last."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@runtime_checkable
+class Choosy(Protocol):
+    """A module that may refuse to be captured."""
+
+    def is_capturable(self) -> bool:
+        """Tell, after a call, whether more of its kind can be captured in the stream that is current."""
+        ...
+
+
 class Pool:
-    """What CUDA graphs that never run at the same time share."""
+    """What modules that never run at the same time share; all but its turns is for who has one."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    memory: Any = field(default_factory=lambda: torch.cuda.graph_pool_handle())
-    """Where they compute."""
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Run what is inside after all turns before it, on the GPU too."""
+        with self._lock, current(self._device):
+            if self._device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+    def wait(self) -> None:
+        """Wait until the GPU is done with the turns before."""
+        if self._device.type == "cuda":
+            self._done.synchronize()
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where modules are tried and captured."""
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def memory(self) -> Any:
+        """Where graphs compute."""
+        return torch.cuda.graph_pool_handle()
+
+    def abandon_memory(self) -> None:
+        """Let later graphs compute elsewhere: torch does not end a capture that fails, and begins none on top of it."""
+        device = torch.cuda.current_device()
+        with suppress(AttributeError, RuntimeError):  # private to torch; RuntimeError: it was ended
+            torch._C._cuda_endAllocateToPool(device, self.memory)
+            torch._C._cuda_releasePool(device, self.memory)
+        del self.memory
+
+    @cached_property
+    def _done(self) -> torch.cuda.Event:
+        """The end of the last turn."""
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 class Replay:
@@ -45,16 +96,19 @@ class Replay:
         """
         self._module = module  # a library's own may be part of what is replayed
         self._inputs = tuple(tensor.clone() for tensor in inputs)
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(_WARMUP_CALLS):
-                module(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        # What other threads do on the GPU meanwhile spoils no capture.
-        with torch.cuda.graph(self._graph, pool=pool.memory, capture_error_mode="thread_local"):
-            self._outputs = module(*self._inputs)
+        aside, around = pool.stream, torch.cuda.current_stream()
+        aside.wait_stream(around)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(_WARMUP_CALLS):
+                    module(*self._inputs)
+                if isinstance(module, Choosy) and not module.is_capturable():
+                    raise RuntimeError("its library says that it cannot be captured")
+                self._graph = torch.cuda.CUDAGraph()
+                with _capturing(self._graph, pool):
+                    self._outputs = module(*self._inputs)
+        finally:
+            around.wait_stream(aside)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Replay; the results are copies."""
@@ -62,6 +116,31 @@ class Replay:
             own.copy_(given)
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Pool) -> Iterator[None]:
+    """Capture what is done inside.
+
+    cuBLAS keeps a workspace for each stream. All graphs that are captured there would share it, whatever their pools,
+    and it goes with the first of them (pytorch#193402). Cleared before and after, it is in the pool of each graph.
+    """
+    with CAPTURING:
+        _clear_workspaces()
+        try:
+            # What other threads do on the GPU meanwhile spoils no capture.
+            with torch.cuda.graph(graph, pool=pool.memory, stream=pool.stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            pool.abandon_memory()
+            raise
+        finally:
+            _clear_workspaces()
+
+
+def _clear_workspaces() -> None:
+    with suppress(AttributeError):  # private to torch
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class CapturedModule:
@@ -77,21 +156,27 @@ class CapturedModule:
         self._make = make
         self._pool = pool
         self._modules: dict[object, Module] = {}
+        """By shapes and types of the inputs, the one used last at the end."""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute; what is given back is overwritten by no later call."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-        with self._pool.lock:
-            if key not in self._modules:
-                while len(self._modules) >= _KEPT_GRAPHS:
-                    del self._modules[next(iter(self._modules))]
-                self._modules[key] = self._capture(inputs)
-            return self._modules[key](*inputs)
+        with self._pool.turn():
+            module = self._modules.pop(key, None)
+            if module is None:
+                module = self._capture(inputs)
+            self._modules[key] = module
+            return module(*inputs)
 
     def _capture(self, inputs: Sequence[Tensor]) -> Module:
+        """Capture the module for inputs of one more shape, in place of that used longest ago if there are enough."""
+        while len(self._modules) >= _KEPT_GRAPHS:
+            self._pool.wait()  # it may run still
+            del self._modules[next(iter(self._modules))]
         module = self._make()
         try:
             return Replay(module, inputs, self._pool)
         except RuntimeError as error:
-            logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", error)
+            said = str(error.__context__ or error)  # ending a capture that has failed fails too
+            logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", said)
             return module

@@ -7,11 +7,16 @@ onnxruntime would run anywhere rather than fail, and say nothing. Here a session
 or there is none, and no node but the arithmetic of shapes may be on the CPU, where onnxruntime puts that on purpose:
 its results are read there. (The option `session.disable_cpu_ep_fallback` refuses those too, and so every graph that
 takes more than one size.) With `onnxruntime:tensorrt`, what TensorRT does not take is run by CUDA kernels.
+
+That TensorRT computes in TF32 where it finds that faster, as no option of onnxruntime forbids it: only
+NVIDIA_TF32_OVERRIDE=0 in the environment does, if it is set before anything uses the GPU.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
@@ -38,13 +43,24 @@ except ImportError as error:
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 PROVIDERS = {
     "cuda": ((CUDA, {"use_tf32": "0"}),),  # float32 means float32
-    "tensorrt": ((TENSORRT, {}), (CUDA, {"use_tf32": "0"})),
+    "tensorrt": ((TENSORRT, {"trt_load_user_initializer": "1"}), (CUDA, {"use_tf32": "0"})),  # weights above 2 GB too
 }
 """By place, in the order in which they may take nodes."""
+MISSING = {
+    CUDA: "It could not load its CUDA libraries: `python -c 'import onnxruntime; onnxruntime.preload_dlls()'` names "
+    "those that are missing.",
+    TENSORRT: "It is linked to the libraries of TensorRT 10: pip install 'tensorrt>=10,<11'; `unetc[tensorrt]` may "
+    "have brought 11.",
+}
+"""What a provider lacks that cannot be loaded, and what to do."""
 
-SHAPE_ARITHMETIC = {"Shape", "Size", "Constant", "Gather", "Squeeze", "Unsqueeze", "Concat", "Slice", "Cast"}
-SHAPE_ARITHMETIC |= {"Add", "Sub", "Mul", "Div"}
-"""What may be on the CPU."""
+SHAPE_ARITHMETIC = {"Shape", "Size", "Constant", "ConstantOfShape", "Range", "Gather", "Squeeze", "Unsqueeze", "Concat"}
+SHAPE_ARITHMETIC |= {"Slice", "Reshape", "Expand", "Identity", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Sqrt"}
+SHAPE_ARITHMETIC |= {"Min", "Max", "ReduceProd", "Equal", "Not", "And", "Where"}
+"""What may be on the CPU: onnxruntime computes there what depends on shapes alone, in functions that it inlines too.
+
+Nodes are told by their operators, as those of inlined functions have no names and onnxruntime says no types.
+"""
 
 
 class OnnxRuntimeGpuProgram:
@@ -69,7 +85,7 @@ class OnnxRuntimeGpuProgram:
                 binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output, *_place(output))
         for name in self._emitted:
-            binding.bind_output(name, output.device.type)
+            binding.bind_output(name, output.device.type, output.device.index or 0)
         self._device.synchronize()
         return run_bound(self._session, binding, self._emitted)
 
@@ -105,8 +121,7 @@ def check_placement(session: Any, wanted: str) -> None:
     if wanted not in providers:
         raise SessionError(
             f"onnxruntime {onnxruntime.__version__} opened a session with {', '.join(providers)}; expected {wanted}. "
-            "It could not load its CUDA libraries: `python -c 'import onnxruntime; onnxruntime.preload_dlls()'` names "
-            "those that are missing."
+            + MISSING[wanted]
         )
     on_cpu = {
         node.op_type
@@ -135,7 +150,8 @@ class OnnxRuntimeGpuBackend:
     ) -> None:
         self.device: Device = OnnxRuntimeDevice(gpu)
         self.reads = reads
-        self._providers = PROVIDERS[place]
+        number = {"device_id": str(gpu.index or 0)}
+        self._providers = [(provider, {**options, **number}) for provider, options in PROVIDERS[place]]
         self._threads = threads
         self._memory = memory
 
@@ -154,8 +170,13 @@ class OnnxRuntimeGpuBackend:
 
     def _open_program(self, graph: SerialisedGraph, options: Any, weights: object) -> OnnxRuntimeGpuProgram:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = open_session(graph, options, self._providers)
         wanted, _ = self._providers[0]
+        try:
+            session = open_session(graph, options, self._providers)
+        except SessionError as error:
+            if wanted != TENSORRT or "TensorRT libraries" not in str(error):
+                raise
+            raise SessionError(f"{error}. {MISSING[TENSORRT]}") from error
         check_placement(session, wanted)
         return OnnxRuntimeGpuProgram(session, weights, self.device)
 
@@ -175,5 +196,13 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpu
             f"{', '.join(available)}. The package for GPUs takes its place: pip uninstall onnxruntime; "
             "pip install 'unetc[gpu]'"
         )
+    if wanted == TENSORRT:
+        _load_tensorrt()
     reads = Precision.of_target(target)
     return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads, memory=memory, reads=reads)
+
+
+def _load_tensorrt() -> None:
+    """Load TensorRT, which pip puts where onnxruntime does not look; it takes what is loaded already."""
+    with suppress(ImportError, OSError):  # they may lie where it does look
+        importlib.import_module("tensorrt")

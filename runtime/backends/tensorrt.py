@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Mapping
 from copy import copy
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from unetc.backend import Program, SerialisedGraph
@@ -32,7 +31,7 @@ from unetc.held import COMPUTED
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.key import Origin
-from unetc.nvidia.library import LIBRARIES, Library, words
+from unetc.nvidia.library import LIBRARIES, Library, started, words
 from unetc.nvidia.profile import check_call
 from unetc.precision import Precision
 
@@ -44,7 +43,7 @@ try:
     from torch import Tensor
 
     from .cuda_graph import CapturedModule, Pool
-    from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
+    from .torch_device import Module, TorchDevice, TorchProgram, current, gpu_of
 except ImportError as error:
     raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
 
@@ -61,6 +60,7 @@ _TYPES = {
 """By the library's names."""
 _ALIGNMENT = 256
 """Bytes; torch's allocator gives no less."""
+_OLDER_GPUS = "Engines for many GPUs run from compute capability 8.0 on; below it, compile with --on-this-gpu."
 
 Shapes = tuple[tuple[int, ...], ...]
 """Of the inputs of a call."""
@@ -80,14 +80,16 @@ class Engine:
         Raises:
             SessionError: If the library refuses it, in its own words.
         """
+        self._finishing: Finishing | None = None  # the first to go, as attributes go in this order
         self._trt = library.load()
         self.complaints: list[str] = []
         self._logger = library.logger(self.complaints)  # the library keeps none of these alive
-        self._runtime = self._trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        self._runtime = started(self._trt.Runtime, self._logger)
+        self._engine: Any = None if self._runtime is None else self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise SessionError(
                 f"{library.module} {self._trt.__version__} cannot load an engine: {words(self.complaints)}"
+                + (f". {_OLDER_GPUS}" if library.portable else "")
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self.types = {name: _TYPES[self._engine.get_tensor_dtype(name).name] for name in names}
@@ -97,7 +99,8 @@ class Engine:
         self.outputs = tuple(sorted(outputs, key=lambda name: name.startswith(COMPUTED)))
         """The prediction first."""
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
-        self._finishing = Finishing(self._trt, self._engine, kernels) if library.portable else None
+        if library.portable:
+            self._finishing = Finishing(self._trt, self._engine, kernels)
 
     def context(self) -> Any:
         """Make an execution context that is given its scratch memory."""
@@ -152,9 +155,9 @@ class Execution:
     """An execution context of an engine; one that is captured is for calls of one shape."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
+        self._context = engine.context()  # goes before the engine, as attributes go in this order
         self._engine = engine
         self._device = device
-        self._context = engine.context()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Launch the engine on torch's stream.
@@ -167,18 +170,25 @@ class Execution:
             raise RuntimeError(f"no execution context: {words(engine.complaints)}")
         tensors = {name: _aligned(t.to(engine.types[name])) for name, t in zip(engine.inputs, inputs, strict=True)}
         for name, tensor in tensors.items():
-            context.set_input_shape(name, tuple(tensor.shape))
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(words(engine.complaints))
         for name in engine.outputs:
             shape = tuple(context.get_tensor_shape(name))
             tensors[name] = torch.empty(shape, dtype=engine.types[name], device=self._device)
         for name, tensor in tensors.items():
-            context.set_tensor_address(name, tensor.data_ptr())
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise RuntimeError(words(engine.complaints))
         scratch = torch.empty(max(1, engine.scratch_bytes), dtype=torch.uint8, device=self._device)
         context.set_device_memory(scratch.data_ptr(), engine.scratch_bytes)
         if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise RuntimeError(words(engine.complaints))
         engine.keep_kernels(tuple(tuple(tensor.shape) for tensor in inputs))
         return tuple(tensors[name] for name in engine.outputs)
+
+    def is_capturable(self) -> bool:
+        """Ask the library, where it can tell."""
+        asked = getattr(self._context, "is_stream_capturable", None)  # tensorrt_rtx alone has it
+        return asked is None or bool(asked(torch.cuda.current_stream(self._device).cuda_stream))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -188,15 +198,15 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 class Launched:
-    """An execution that threads take turns with."""
+    """An execution that threads take turns with, whatever streams they use."""
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, pool: Pool) -> None:
         self._execution = execution
-        self._lock = threading.Lock()
+        self._pool = pool
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Launch the engine."""
-        with self._lock:
+        with self._pool.turn():
             return self._execution(*inputs)
 
 
@@ -219,10 +229,7 @@ class TensorRtLoader:
     def __init__(self, backend: TensorRtBackend, weights_sha256: str) -> None:
         self._backend = backend
         self._weights_sha256 = weights_sha256
-
-    @cached_property
-    def _pool(self) -> Pool:
-        return Pool()
+        self._pool = Pool(backend.gpu)
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load the engine of a graph.
@@ -242,13 +249,14 @@ class TensorRtLoader:
     def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
         """Load an engine that the cache has given out."""
         library, device = self._backend.library, self._backend.gpu
-        engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
-        logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
         module: Module
-        if self._backend.memory is Memory.LOW:
-            module = Launched(Execution(engine, device))
-        else:
-            module = CapturedModule(lambda: Execution(engine, device), self._pool)
+        with current(device):  # in whatever thread that is
+            engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
+            if self._backend.memory is Memory.LOW:
+                module = Launched(Execution(engine, device), self._pool)
+            else:
+                module = CapturedModule(lambda: Execution(engine, device), self._pool)
+        logger.info("%s: %s, %s", library.target, record.key.precision, record.key.sizes.options())
         program = TorchProgram(module, engine.inputs, engine.outputs, library=library.module)
         return EngineProgram(program, record)
 

@@ -14,6 +14,7 @@ a loader take turns.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 
@@ -27,13 +28,16 @@ from ..backend import Memory
 try:
     import torch
     from safetensors.torch import load
-    from torch import Tensor
+    from torch import Tensor, fx
+    from torch._inductor.exc import InductorError
 
     from .cuda_graph import CapturedModule, Pool
     from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
     from .torch_graph import translate
 except ImportError as error:
     raise MissingDependency("targets torch:* need torch and onnx: pip install 'unetc[torch]'") from error
+
+logger = logging.getLogger(__name__)
 
 COMPILED = "compiled"
 """What follows the place where engines are compiled."""
@@ -77,6 +81,31 @@ class WeightsOnDevice(Mapping[str, Tensor]):
         return len(self._host)
 
 
+class Compiled:
+    """A module that torch compiles when it is called.
+
+    Once for the sizes of the first call, then once for any; where the compiler fails at that, once for each.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._original = module
+        self._module: Module = torch.compile(module, fullgraph=True)
+        self._any_size = True
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Compute."""
+        try:
+            return self._module(*inputs)
+        except InductorError as error:
+            if not self._any_size:
+                raise
+            said = str(error).splitlines()[0]
+            logger.warning("torch cannot compile an engine for all sizes (%s); each is compiled for itself", said)
+            self._any_size = False
+            self._module = torch.compile(self._original, fullgraph=True, dynamic=False)
+            return self._module(*inputs)
+
+
 class TorchLoader:
     """Translates graphs over one copy of the weights on the device."""
 
@@ -88,14 +117,14 @@ class TorchLoader:
             self._weights = {name: tensor.to(device) for name, tensor in load(weights).items()}
         else:
             self._weights = WeightsOnDevice(weights, device)
-        self._pool = Pool() if device.type == "cuda" else None
+        self._pool = Pool(device) if device.type == "cuda" else None
 
     def load(self, graph: SerialisedGraph) -> TorchProgram:
         """Translate a graph."""
         translation = translate(graph.graph, self._weights, self._device)
         module: Module = translation.module
         if self._compiled:
-            module = torch.compile(module, fullgraph=True)
+            module = Compiled(translation.module)
         if self._pool is not None:
             module = CapturedModule(lambda own=module: own, self._pool)  # type: ignore[misc]
         return TorchProgram(module, translation.inputs, translation.outputs)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from ..backend import take_inputs
 
 Module = Callable[..., tuple[Tensor, ...]]
 """Computes tensors from tensors, in order."""
+CAPTURING = threading.Lock()
+"""Held while a CUDA graph is captured: a process captures one at a time, and does not wait for the GPU meanwhile."""
 
 
 def gpu_of(target: str) -> torch.device:
-    """Find the GPU that a target runs on.
+    """Find the GPU that a target runs on: that which is current where it is opened.
 
     Raises:
         SessionError: If there is none.
@@ -32,7 +34,12 @@ def gpu_of(target: str) -> torch.device:
             f"target {target} needs an NVIDIA GPU, and torch {torch.__version__} finds none. Install its driver and a "
             "build of torch for CUDA, or use onnxruntime:cpu: a bundle that was built there runs on any target."
         )
-    return torch.device("cuda")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU that of this thread, which libraries take; every thread starts with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TorchDevice:
@@ -40,6 +47,8 @@ class TorchDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """Copy an array to the device; on the CPU the tensor shares its memory."""
@@ -74,7 +83,8 @@ class TorchDevice:
     def synchronize(self) -> None:
         """Wait until everything that was asked of the device is done."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            with CAPTURING:
+                torch.cuda.synchronize(self._device)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -82,17 +92,21 @@ class TorchDevice:
         if self._device.type != "cuda":
             yield
             return
-        around = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(around)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            around.wait_stream(self._stream)
+        with current(self._device):
+            around, own = torch.cuda.current_stream(), self._own_stream()
+            own.wait_stream(around)
+            try:
+                with torch.cuda.stream(own):
+                    yield
+            finally:
+                around.wait_stream(own)
 
-    @cached_property
-    def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+    def _own_stream(self) -> torch.cuda.Stream:
+        """Give the one stream of all threads, made when the first needs it."""
+        with self._lock:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            return self._stream
 
 
 class TorchProgram:

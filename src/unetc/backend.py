@@ -65,7 +65,7 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class LowPrecision(Protocol):
+class LowPrecision(Backend, Protocol):
     """A backend that may compute in less than float32."""
 
     @property

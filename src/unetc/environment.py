@@ -32,13 +32,35 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_memory() -> int | None:
-    """Tell how many bytes programs may still take without swapping; None where the system does not say."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Tell how many bytes programs may still take without swapping; None where the system does not say.
+
+    Source:
+        https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files (what a container may take)
+    """
+    said = [_available(root / "proc/meminfo"), *(_left(root / "sys/fs/cgroup" / folder) for folder in (".", "memory"))]
+    return min((size for size in said if size is not None), default=None)
+
+
+def _available(meminfo: Path) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = meminfo.read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return None
+
+
+def _left(group: Path) -> int | None:
+    """Tell what is left of the limit of a control group; files that could be dropped do not count as taken."""
+    version_2, version_1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for names in (version_2, version_1):
+        try:
+            limit, taken = (int((group / name).read_text()) for name in names)  # "max" where there is none
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return max(0, limit - taken + int(stat.get("inactive_file", 0)))
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def peak_memory() -> int:

@@ -10,11 +10,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.messages import Request
 from unetc.compiler.tensorrt.supervise import Running, build_engine
 from unetc.errors import EngineBuildError
-from unetc.nvidia.key import Effort
+from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.key import Effort, EngineKey, Origin
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
+from unetc.progress import ignore
+from unetc.workflow.compile import CompileOptions, _build_all
 
 ONE = Range(least=1, usual=1, most=1)
 REQUEST = Request(
@@ -134,3 +139,38 @@ def test_where_one_side_alone_is_a_range_the_error_says_that_it_may_be_that(tmp_
     request, command = msgspec.structs.replace(REQUEST, sizes=sizes), process(tmp_path, *[EXITS] * 3)
     with pytest.raises(EngineBuildError, match=r"exit code 137\. Make both height and width a range, or neither"):
         build_engine(request, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+
+
+@pytest.mark.parametrize(("target", "most"), [("tensorrt", 1), ("tensorrt-rtx", 3)])
+def test_builds_that_time_kernels_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, most: int
+) -> None:
+    """They have one GPU; others go on together where cores and memory allow it."""
+    origin = Origin(unetc="0", recipe=2, target=target, library="0", platform="Linux x86_64", gpu=None)
+    key = EngineKey(
+        origin=origin,
+        graph_sha256="1",
+        weights_sha256="2",
+        precision=Precision.FP32,
+        sizes=REQUEST.sizes,
+        rows={},
+        effort=Effort(),
+    )
+    running: set[int] = set()
+    together: list[int] = []
+
+    def note(*given: object, **options: object) -> None:
+        running.add(threading.get_ident())
+        time.sleep(0.2)
+        together.append(len(running))
+        time.sleep(0.2)
+        running.remove(threading.get_ident())
+
+    monkeypatch.setattr("unetc.workflow.compile.build_one", note)
+    monkeypatch.setattr("unetc.workflow.compile.cores", lambda: 4)
+    monkeypatch.setattr("unetc.workflow.compile.free_memory", lambda: None)
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    wanted = {(f"{name}.onnx", key.precision): key for name in "abc"}
+    options = CompileOptions(target=target, jobs=3)
+    _build_all(wanted, {Precision.FP32: tmp_path}, (), EngineCache(tmp_path), options, ignore)
+    assert max(together) == most

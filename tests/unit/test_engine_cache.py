@@ -20,7 +20,7 @@ from unetc.precision import Precision
 ENGINE_BYTES = b"not an engine, but bytes that nobody may change"
 ONE, TWO = Range(least=1, usual=1, most=1), Range(least=1, usual=2, most=2)
 GPU = Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06")
-ORIGIN = Origin(unetc="0.1.0", target="tensorrt", library="11.4.1", platform="Linux x86_64", gpu=GPU)
+ORIGIN = Origin(unetc="0.1.0", recipe=2, target="tensorrt", library="11.4.1", platform="Linux x86_64", gpu=GPU)
 KEY = EngineKey(
     origin=ORIGIN,
     graph_sha256="1" * 64,
@@ -32,6 +32,7 @@ KEY = EngineKey(
 )
 OTHER_ORIGIN: dict[str, Any] = {
     "unetc": "0.1.1",
+    "recipe": 1,
     "target": "tensorrt-rtx",
     "library": "11.4.2",
     "platform": "Windows AMD64",
@@ -169,10 +170,19 @@ def test_an_engine_is_found_by_its_graph_and_its_weights(cache: EngineCache) -> 
         find(cache, precision=Precision.FP16)
 
 
-@pytest.mark.parametrize("field", ["unetc", "library", "platform", "gpu"])
+@pytest.mark.parametrize("field", ["unetc", "recipe", "library", "platform", "gpu"])
 def test_an_engine_for_another_place_is_not_found(cache: EngineCache, field: str) -> None:
     with pytest.raises(StaleEngineError, match=rf"1 for {field} .*\(here.*unetc compile BUNDLE"):
         find(cache, msgspec.structs.replace(ORIGIN, **{field: OTHER_ORIGIN[field]}))
+
+
+def test_an_engine_of_a_record_that_names_no_recipe_is_not_found(cache: EngineCache) -> None:
+    path = cache.folder(KEY) / RECORD
+    older = json.loads(path.read_text())
+    del older["key"]["origin"]["recipe"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32 of this graph"):
+        find(cache)
 
 
 def test_an_engine_for_many_gpus_runs_on_each_but_one_for_this_gpu_is_preferred(cache: EngineCache) -> None:

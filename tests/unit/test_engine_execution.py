@@ -15,13 +15,18 @@ import pytest
 import torch
 
 from tests import tensorrt_on_cpu
+from tests.cuda_on_cpu import Cuda
 from tests.models import Tiny, tiny_of
 from tests.tensorrt_on_cpu import LIBRARY, CpuTensorRt
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.graph.specialise import specialise
 from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
 from unetc.runtime.backend import Memory
+from unetc.runtime.backends.cuda_graph import Choosy
+from unetc.runtime.backends.tensorrt import Engine, Execution, TensorRtBackend
 from unetc.runtime.residency import LoadedLater
 from unetc.workflow.measuring import Calls
 
@@ -127,8 +132,60 @@ def test_what_the_library_says_is_the_error(tiny: Tiny, tmp_path: Path, monkeypa
     monkeypatch.setattr(
         tensorrt_on_cpu.Runtime, "refuse", lambda self: self.logger.log(1, "of another GPU"), raising=False
     )
-    with pytest.raises(SessionError, match=r"cannot load an engine: of another GPU"):
+    with pytest.raises(SessionError, match=r"cannot load an engine: of another GPU\..* 8.0 .*--on-this-gpu"):
         load(tiny, tmp_path)
+
+
+def test_a_shape_that_the_library_refuses_is_the_error(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    program = load(tiny, tmp_path)
+    monkeypatch.setattr(
+        tensorrt_on_cpu.IExecutionContext,
+        "set_input_shape",
+        lambda self, name, shape: self._refuse(f"{name} is out of the profile"),
+    )
+    with pytest.raises(SessionError, match=r"tests.tensorrt_on_cpu failed: sample is out of the profile"):
+        run(tiny, program)
+
+
+def test_a_library_that_misses_the_driver_is_the_error(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    def start(logger: Any) -> Any:
+        logger.log(tensorrt_on_cpu.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt_on_cpu, "Runtime", start)
+    with pytest.raises(SessionError, match=r"cannot load an engine: CUDA initialization failure with error: 35"):
+        load(tiny, tmp_path)
+
+
+def test_what_needs_another_goes_before_it(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    gone: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        make = getattr(owner, name)
+
+        def watched(*given: Any) -> Any:
+            made = make(*given)
+            weakref.finalize(made, gone.append, name)
+            return made
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(tensorrt_on_cpu.ICudaEngine, "create_execution_context")
+    watch(tensorrt_on_cpu.ICudaEngine, "create_runtime_config")
+    watch(tensorrt_on_cpu.IRuntimeConfig, "create_runtime_cache")
+    watch(tensorrt_on_cpu.Runtime, "deserialize_cuda_engine")
+    for memory in Memory:
+        program = load(tiny, tmp_path, memory)
+        run(tiny, program)
+        del program
+        gc.collect()
+        assert gone == [
+            "create_execution_context",
+            "create_runtime_config",
+            "create_runtime_cache",
+            "deserialize_cuda_engine",
+        ]
+        gone.clear()
 
 
 def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
@@ -142,6 +199,40 @@ def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
     output = torch.full((2, tiny.gated.predicted_channels, 16, 16), torch.nan)
     program({"sample": padded, "timestep": timestep}, output)
     assert torch.equal(output, expected)
+
+
+def test_the_library_is_asked_whether_calls_can_be_captured(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    load(tiny, tmp_path)
+    engines = EngineCache(tmp_path)
+    record, plan = engines.open(engines.records()[0].key)
+    execution = Execution(Engine(LIBRARY, plan, KernelFile(engines, record, LIBRARY.origin())), torch.device("cpu"))
+    assert isinstance(execution, Choosy)
+    assert not execution.is_capturable()
+    monkeypatch.delattr(tensorrt_on_cpu.IExecutionContext, "is_stream_capturable")  # as with tensorrt
+    assert execution.is_capturable()
+
+
+def test_an_engine_is_loaded_on_the_gpu_of_the_target_in_any_thread(
+    tiny: Tiny, tmp_path: Path, monkeypatch: Any
+) -> None:
+    load(tiny, tmp_path)
+    engines = EngineCache(tmp_path)
+    (record,) = engines.records()
+    Cuda().install(monkeypatch)
+    backend = TensorRtBackend(
+        LIBRARY, Precision.FP32, here=LIBRARY.origin(), engines=engines, gpu=torch.device("cuda", 1), memory=Memory.LOW
+    )
+    where: list[int] = []
+    load_plan = tensorrt_on_cpu.Runtime.deserialize_cuda_engine
+
+    def note(self: Any, plan: bytes) -> Any:
+        where.append(torch.cuda.current_device())
+        return load_plan(self, plan)
+
+    monkeypatch.setattr(tensorrt_on_cpu.Runtime, "deserialize_cuda_engine", note)
+    backend.open_weights(tiny.gated.weights.read_bytes()).load_engine(*engines.open(record.key))
+    assert where == [1]
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.rtx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from onnx import TensorProto, parser
 from safetensors.numpy import save
 
 from unetc.backend import WEIGHTS
+from unetc.compiler.tensorrt import builder
 from unetc.compiler.tensorrt.messages import STEPS, Request
 from unetc.compiler.tensorrt.supervise import CHILD, Outcome, build_engine
 from unetc.errors import EngineBuildError
-from unetc.nvidia.key import Effort
+from unetc.nvidia.key import RECIPE, Effort
 from unetc.nvidia.sizes import Range, Sizes
 
 pytestmark = pytest.mark.rtx
@@ -71,6 +73,37 @@ def test_attention_in_float32_is_built_of_plain_operators(tmp_path: Path) -> Non
     assert told == sorted(told)
     assert len(set(told)) > 5
     assert told[-1] <= STEPS
+
+
+def test_the_caller_gives_all_memory_at_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So engines can be captured; those that were built otherwise have another `RECIPE`."""
+    import tensorrt_rtx
+
+    asked: list[bool] = []
+    make = tensorrt_rtx.Builder.build_serialized_network
+
+    def note(self: object, network: object, config: Any) -> object:
+        asked.append(config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION))
+        return make(self, network, config)
+
+    monkeypatch.setattr(tensorrt_rtx.Builder, "build_serialized_network", note)
+    builder.build(write(tmp_path, ATTENTION), tmp_path, lambda done: True)
+    assert (asked, RECIPE) == ([True], 2)
+
+
+def test_a_library_that_cannot_start_is_an_error_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx
+
+    def start(logger: Any) -> Any:
+        logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt_rtx, "Runtime", start)
+    built = builder.build(write(tmp_path, ATTENTION), tmp_path, lambda done: True)
+    assert built.scratch_bytes is None
+    monkeypatch.setattr(tensorrt_rtx, "Builder", start)
+    with pytest.raises(EngineBuildError, match="tensorrt_rtx cannot start: CUDA initialization failure with error: 35"):
+        builder.build(write(tmp_path, ATTENTION), tmp_path, lambda done: True)
 
 
 def test_the_weights_are_those_beside_the_graph(tmp_path: Path) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import checkout
 import gpu
 import gpu_engines
 import numpy as np
 import pytest
 import tables
 import torch
+from clock import Effort, timed_ms
 from gpu_engines import Loaded
 from gpu_folder import CONTENTS, DROP, FULL, HEADER, Folder
 from gpu_prepare import LARGE, SCHEDULE, Source, contents_of, hollow_unet, shapes, write
+from gpu_result import Measured
 from gpu_sampling import MOST_OVER, Times, Ways, evenly, fit, periodic
 from safetensors.numpy import load, save_file
 
@@ -33,6 +36,7 @@ from unetc.graph.gated import GatedGraph
 from unetc.graph.specialise import specialise
 from unetc.nvidia.cache import EngineCache
 from unetc.precision import Precision
+from unetc.runtime.backends import cuda_graph
 from unetc.solver.extract import extract_all, make_scheduler
 
 BENCHMARKS = Path(gpu.__file__).parent
@@ -201,16 +205,24 @@ def start(folder: Path, results: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def measured(hollow: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the script where only the libraries of the runtime are, and give its result."""
-    results = tmp_path_factory.mktemp("results")
-    arguments = start(hollow.path.parent, results)
-    script = (
-        f"import runpy, sys; sys.modules.update(dict.fromkeys({SAMPLING_LACKS})); sys.argv = ['gpu.py', *{arguments}];"
-        f"runpy.run_path({str(BENCHMARKS / 'gpu.py')!r}, run_name='__main__')"
-    )
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    """Run the script from a clone, where only the libraries of the runtime are, and give its result."""
+    results, clone = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("clone")
+    left_out = shutil.ignore_patterns("__pycache__", "*.safetensors", "results")
+    for folder in ("src", "analyzer", "compiler", "runtime", "benchmarks"):
+        shutil.copytree(checkout.ROOT / folder, clone / folder, symlinks=True, ignore=left_out)
+    scripts = clone / "benchmarks"
+    lines = [
+        "import runpy, sys",
+        f"sys.modules.update(dict.fromkeys({SAMPLING_LACKS}))",
+        f"sys.path[0], sys.argv = {str(scripts)!r}, ['gpu.py', *{start(hollow.path.parent, results)}]",
+        "try:",
+        f"    runpy.run_path({str(scripts / 'gpu.py')!r}, run_name='__main__')",
+        "finally:",
+        "    print(sys.modules['unetc'].__file__)",
+    ]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.splitlines()[-1]).is_relative_to(clone), "its own sources, not what is installed"
     return results / gpu.RESULT
 
 
@@ -221,7 +233,7 @@ def test_the_script_needs_the_libraries_of_the_runtime_alone_and_names_what_is_m
     assert "onnxruntime:cuda" in record["absent"]
     assert "GPU" in record["absent"]["tiny, torch:cpu: memory"]
     assert {"torch", "numpy"} <= set(record["environment"])
-    assert record["settings"]["commit"]
+    assert checkout.sources_sha256().startswith(record["settings"]["sources"])
 
 
 def test_a_table_is_made_of_the_result(measured: Path) -> None:
@@ -234,17 +246,47 @@ def test_a_table_is_made_of_the_result(measured: Path) -> None:
     assert "Not measured: " in text
 
 
-def test_a_second_start_measures_nothing_again_and_other_settings_everything(
-    measured: Path, hollow: Folder, tmp_path: Path
-) -> None:
-    before = json.loads(measured.read_text())["parts"]
+def test_a_second_start_measures_nothing_again(measured: Path, hollow: Folder, tmp_path: Path) -> None:
+    before = json.loads(measured.read_text())
     result = Path(shutil.copy(measured, tmp_path))
     assert gpu.main(start(hollow.path.parent, tmp_path)) == 0
-    assert json.loads(result.read_text())["parts"] == before
-    assert gpu.Result(result, {"other": "settings"}, {}).parts == {}
+    after = json.loads(result.read_text())
+    assert after["parts"] == before["parts"]
+    assert after["absent"].keys() == before["absent"].keys()
+
+
+def test_starts_for_other_models_parts_and_targets_add_to_one_result(
+    measured: Path, hollow: Folder, tmp_path: Path
+) -> None:
+    before = json.loads(measured.read_text())
+    result = Path(shutil.copy(measured, tmp_path))
+    shutil.copytree(hollow.path, tmp_path / "prepared/other")
+    arguments = ["--results", str(tmp_path), "--target", "torch:cpu", "--others", "--parts", "engines", "--smoke"]
+    assert gpu.main([str(tmp_path / "prepared"), *arguments]) == 0
+    after = json.loads(result.read_text())
+    assert list(after["parts"]) == [*before["parts"], "other, torch:cpu: engines"]
+    assert before["parts"].items() <= after["parts"].items()
+    assert after["absent"] == before["absent"]
+    assert len(after["tables"][0]["rows"]) == 2 * len(before["tables"][0]["rows"])
+
+
+def test_what_would_be_measured_otherwise_now_is_not_kept(measured: Path, tmp_path: Path) -> None:
+    before = json.loads(measured.read_text())
+    settings, environment = before["settings"], before["environment"]
+    prepared = {part["model"]: part["prepared"] for part in before["parts"].values()}
+    result = Path(shutil.copy(measured, tmp_path))
+    assert gpu.Result(result, settings, environment, prepared | {"another": "1"}).parts == before["parts"]
+    assert gpu.Result(result, settings, environment, {"tiny": "prepared again"}).parts == {}
+    aside = result.with_name("gpu.json.before")
+    for changed in ((settings | {"rounds": 3}, environment), (settings, environment | {"driver": "another"})):
+        shutil.copy(measured, tmp_path)
+        assert gpu.Result(result, *changed, prepared).parts == {}
+        assert not result.exists()
+        assert aside.read_text() == measured.read_text()
+        aside.unlink()
     result.write_text("{}")
     with pytest.raises(ArtifactError, match="no result"):
-        gpu.Result(result, {}, {})
+        gpu.Result(result, {}, {}, {})
 
 
 def test_the_script_stops_when_the_time_is_up(hollow: Folder, tmp_path: Path) -> None:
@@ -270,24 +312,75 @@ def test_what_is_not_prepared_is_refused(hollow: Folder, capsys: pytest.CaptureF
 
 
 def test_a_part_that_fails_is_named_and_comes_last_the_next_time(hollow: Folder, tmp_path: Path) -> None:
-    result = gpu.Result(tmp_path / gpu.RESULT, {}, {})
+    result = gpu.Result(tmp_path / gpu.RESULT, {}, {}, {})
     loaded = Loaded(hollow, "torch:cpu", most=2, threads=1)
 
-    def fail(loaded: Loaded) -> Any:
+    def exhaust(loaded: Loaded) -> Any:
         raise RuntimeError("CUDA out of memory")
+
+    def compile_a_launcher(loaded: Loaded) -> Any:
+        raise subprocess.CalledProcessError(1, ["gcc"])
 
     def last(loaded: Loaded) -> Any:
         raise gpu.TimeIsUp
 
-    gpu.measure("a part", fail, loaded, result)
+    gpu.measure("a part", exhaust, loaded, result)
+    gpu.measure("another part", compile_a_launcher, loaded, result)
     with pytest.raises(gpu.TimeIsUp):
         gpu.measure("a long part", last, loaded, result)
     record = json.loads(result.path.read_text())
     assert record["failed"] == {
         "a part": "RuntimeError: CUDA out of memory",
+        "another part": "CalledProcessError: Command '['gcc']' returned non-zero exit status 1.",
         "a long part": "cut short after 0 s",
     }
-    assert gpu.Result(result.path, {}, {}).late == {"a part", "a long part"}
+    assert gpu.Result(result.path, {}, {}, {}).late == set(record["failed"])
+
+
+def test_times_of_kernels_that_no_cuda_graph_holds_are_a_failure(hollow: Folder, tmp_path: Path) -> None:
+    """Without a GPU a capture fails; that is what it does on one when a kernel cannot be captured."""
+    result = gpu.Result(tmp_path / gpu.RESULT, {}, {}, {})
+    pool = cuda_graph.Pool(lock=threading.Lock(), memory=None)
+
+    def eager(loaded: Loaded) -> Measured:
+        module = cuda_graph.CapturedModule(lambda: lambda tensor: (tensor + 1,), pool)
+        assert module(torch.zeros(1))[0] == 1
+        return Measured()
+
+    def other(loaded: Loaded) -> Measured:
+        return Measured()
+
+    gpu.measure_model(hollow.path, "torch:cpu", {"first": other, "second": eager, "third": other}, result, 2)
+    assert list(result.parts) == ["first"]
+    assert list(result.failed) == ["second", "third"], "what was loaded for the second part computes in the third"
+    assert all("no CUDA graph could be captured" in reason for reason in result.failed.values())
+    gpu.measure_model(hollow.path, "torch:cpu", {"third": other}, result, 2)
+    assert list(result.parts) == ["first", "third"]
+
+
+def test_a_call_can_be_timed_from_an_idle_device() -> None:
+    """A clock and a device by hand: launching takes the host 1 ms, computing the device 3 ms."""
+
+    class Simulated:
+        host = device = 0.0
+
+        def launch(self) -> None:
+            self.host += 1
+            self.device = max(self.device, self.host) + 3
+
+        def mark(self) -> float:
+            return max(self.device, self.host)
+
+        def between_ms(self, start: float, end: float) -> float:
+            return end - start
+
+        def synchronize(self) -> None:
+            self.host = max(self.host, self.device)
+
+    ahead, step = Simulated(), Simulated()
+    effort = Effort(seconds=0.0, least=4)
+    assert np.all(timed_ms([ahead.launch], ahead, effort) == 3)
+    assert np.all(timed_ms([step.launch], step, effort, between=step.synchronize) == 4)
 
 
 @pytest.mark.nightly
@@ -302,7 +395,7 @@ def test_models_of_every_shape_are_prepared_and_measured(tmp_path: Path) -> None
     run("gpu_prepare.py", "--smoke", "--steps", "6", "--python", "", "--models", *models)
     run("gpu.py", *cpu, str(tmp_path / "most"), "--parts", "memory", "engines", "sampling", "graphs")
     record = json.loads((tmp_path / "most" / gpu.RESULT).read_text())
-    assert [model.split()[0] for model in record["settings"]["models"].split(", ")] == models
+    assert list(dict.fromkeys(part["model"] for part in record["parts"].values())) == models
     assert set(record["parts"]) == {
         f"{model}, torch:cpu: {part}" for model in models for part in ("engines", "sampling")
     }

@@ -18,19 +18,23 @@ from safetensors.numpy import load, save
 import unetc
 from tests.conftest import once
 from tests.models import Reuse, Tiny, relative_error, tiny_of
+from tests.unit.test_engine_cache import ORIGIN
 from tests.unit.test_law_of_reuse import Reference, inputs_at
 from unetc.artifacts import Plan, Profile, Treatment
 from unetc.artifacts.manifest import Manifest
-from unetc.backend import WEIGHTS, Array, SerialisedGraph
+from unetc.backend import WEIGHTS, Array, LowPrecision, SerialisedGraph
 from unetc.compiler.lowering import lower_graph, lower_graphs
 from unetc.compiler.planner import PlanOptions
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import CorruptArtifactError, NonFiniteError, SessionError
 from unetc.held import Held
+from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.library import LIBRARIES
 from unetc.precision import LARGEST, Precision, rounded_from
 from unetc.progress import ignore
 from unetc.runtime.backend import open_backend
 from unetc.runtime.backends.onnxruntime import HandingLoader
+from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.runtime.backends.torch import WeightsOnDevice
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
@@ -180,6 +184,19 @@ def test_what_float16_cannot_hold_is_computed_in_float32(half_bundle: Path, capl
     broken = Session.of(louder(bundle, np.inf), open_backend("torch:cpu:fp16", threads=1))
     with pytest.raises(NonFiniteError, match="and the full model produced NaN"):
         broken.sample()
+
+
+def test_tensorrt_knows_itself_in_float32(tmp_path: Path) -> None:
+    def backend(precision: Precision) -> TensorRtBackend:
+        engines, gpu = EngineCache(tmp_path), torch.device("cpu")
+        return TensorRtBackend(LIBRARIES["tensorrt"], precision, here=ORIGIN, engines=engines, gpu=gpu)
+
+    low = backend(Precision.FP16)
+    exact = low.exact()
+    assert isinstance(low, LowPrecision)
+    assert exact is not None
+    assert (low.precision, exact.precision, low.reads) == (Precision.FP16, Precision.FP32, Precision.FP32)
+    assert exact.exact() is None
 
 
 def test_a_manifest_that_promises_a_weight_that_is_not_there_is_refused(half_bundle: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors.numpy import save
 
 from tests.models import Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import Treatment
-from unetc.backend import WEIGHTS
-from unetc.compiler.lowering import lower_graphs
+from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.compiler.lowering import lower_graph, lower_graphs
 from unetc.compiler.overflow import overflowing
 from unetc.errors import EngineBuildError
 from unetc.graph.specialise import specialise
@@ -173,3 +173,26 @@ def test_the_statistics_of_a_norm_that_is_spelled_out_stay_wide(tmp_path: Path) 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(EngineBuildError, match=r"unknown precision 'fp8'\. Available: fp32, fp16, bf16"):
         Precision.parse("fp8")
+
+
+def test_positions_are_counted_in_float32() -> None:
+    """float16 knows no odd number beyond 2048; positions are computed from a size alone, as PixArt's and FLUX's are."""
+    size, kind = 4099, TensorProto.FLOAT
+    nodes = [
+        onnx.helper.make_node("Shape", ["sample"], ["shape"]),
+        onnx.helper.make_node("Squeeze", ["shape"], ["size"]),
+        onnx.helper.make_node("Cast", ["size"], ["most"], to=kind),
+        onnx.helper.make_node("Range", ["zero", "most", "one"], ["positions"]),
+        onnx.helper.make_node("Add", ["sample", "positions"], ["prediction"]),
+    ]
+    numbers = [onnx.helper.make_tensor(name, kind, [], [value]) for name, value in (("zero", 0.0), ("one", 1.0))]
+    sample, prediction = (onnx.helper.make_tensor_value_info(name, kind, ["n"]) for name in ("sample", "prediction"))
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "counting", [sample], [prediction], numbers),
+        opset_imports=[onnx.helper.make_opsetid("", 23)],
+    )
+    low = lower_graph(SerialisedGraph(graph=model.SerializeToString(), weights=frozenset()), Precision.FP16)
+    (counted,) = ReferenceEvaluator(onnx.load_model_from_string(low.graph)).run(
+        None, {"sample": np.zeros(size, np.float32)}
+    )
+    np.testing.assert_array_equal(counted, np.arange(size))

@@ -15,10 +15,13 @@ from unetc.backend import SerialisedGraph
 from unetc.errors import MissingDependency, SessionError, UnetcError
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
+from unetc.runtime.backends import onnxruntime_gpu
 from unetc.runtime.backends.onnxruntime import HandingLoader, open_session
 from unetc.runtime.backends.onnxruntime_gpu import (
     CPU,
     CUDA,
+    SHAPE_ARITHMETIC,
+    TENSORRT,
     OnnxRuntimeDevice,
     OnnxRuntimeGpuBackend,
     OnnxRuntimeGpuProgram,
@@ -28,6 +31,8 @@ from unetc.runtime.backends.onnxruntime_gpu import (
 FOR_GPUS = CUDA in onnxruntime.get_available_providers()
 """Whether the package for GPUs is installed."""
 DEVICE = OnnxRuntimeDevice(torch.device("cpu"))
+READ_ON_THE_CPU = {"ConstantOfShape": 0, "Range": 0, "Reshape": 1, "Expand": 1, "Slice": 1, "Tile": 1}
+"""First input that a kernel of CUDA takes from there, so that it need not be there itself, by operator."""
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +70,50 @@ def test_the_package_for_gpus_without_one_is_refused() -> None:
 @pytest.mark.skipif(not FOR_GPUS, reason="needs onnxruntime-gpu")
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("cuda", "opened a session with CPUExecutionProvider; expected CUDA"), ("tensorrt", "install TensorRT libraries")],
+    [
+        ("cuda", "opened a session with CPUExecutionProvider; expected CUDA"),
+        ("tensorrt", "install TensorRT libraries.*tensorrt>=10,<11"),
+    ],
 )
 def test_without_the_libraries_of_cuda_nothing_is_loaded(tiny: Tiny, place: str, message: str) -> None:
     backend = OnnxRuntimeGpuBackend(place, torch.device("cuda"), threads=1)
     loader = backend.open_weights(tiny.gated.weights.read_bytes())
     with pytest.raises(SessionError, match=message):
         loader.load(specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32)))
+
+
+@pytest.mark.parametrize("place", ["cuda", "tensorrt"])
+def test_a_session_is_asked_for_on_the_gpu_of_the_target(monkeypatch: Any, tiny: Tiny, place: str) -> None:
+    asked: list[Any] = []
+
+    def note(graph: SerialisedGraph, options: Any, providers: Any) -> Any:
+        asked.extend(providers)
+        return open_session(graph, options, [CPU])
+
+    monkeypatch.setattr(onnxruntime_gpu, "open_session", note)
+    backend = OnnxRuntimeGpuBackend(place, torch.device("cuda", 1), threads=1)
+    with pytest.raises(SessionError, match="opened a session with CPUExecutionProvider"):
+        backend.open_weights(tiny.gated.weights.read_bytes()).load(
+            specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32))
+        )
+    assert {options["device_id"] for _, options in asked} == {"1"}
+    assert dict(asked)[CUDA]["use_tf32"] == "0"
+
+
+def test_without_its_libraries_tensorrt_10_is_asked_for(monkeypatch: Any, tiny: Tiny) -> None:
+    session = opened(tiny, specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32)))
+    with pytest.raises(SessionError, match=r"expected TensorrtExecutionProvider\..*pip install 'tensorrt>=10,<11'"):
+        check_placement(session, TENSORRT)
+
+    def refuse(graph: SerialisedGraph, options: Any, providers: Any) -> Any:
+        raise SessionError("onnxruntime cannot load an engine: Please install TensorRT libraries as mentioned")
+
+    monkeypatch.setattr(onnxruntime_gpu, "open_session", refuse)
+    backend = OnnxRuntimeGpuBackend("tensorrt", torch.device("cuda", 0), threads=1)
+    with pytest.raises(SessionError, match=r"install TensorRT libraries.*pip install 'tensorrt>=10,<11'"):
+        backend.open_weights(tiny.gated.weights.read_bytes()).load(
+            specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32))
+        )
 
 
 def test_a_session_that_was_opened_elsewhere_is_refused(tiny: Tiny) -> None:
@@ -94,6 +136,34 @@ def test_arithmetic_of_shapes_may_be_on_the_cpu() -> None:
     graph = SerialisedGraph(graph=parser.parse_model(text).SerializeToString(), weights=frozenset())
     options = onnxruntime.SessionOptions()
     check_placement(session_of(graph, options, None), CPU)
+
+
+@pytest.mark.parametrize("architecture", ["attention", "cross-attention"])
+@pytest.mark.parametrize("functions", [[], ["GroupNormalization"], ["GroupNormalization", "Attention"]])
+def test_what_depends_on_shapes_alone_may_be_on_the_cpu(shared: Path, architecture: str, functions: list[str]) -> None:
+    """As onnxruntime does it (GetCpuPreferredNodes), whichever of its kernels there are for functions of ONNX."""
+    import onnx
+    from onnx.inliner import inline_selected_functions
+
+    tiny = tiny_of(architecture, shared)
+    graph = specialise(tiny.gated, {}, np.zeros(tiny.gated.channels, np.float32), tiny.names)
+    inlined = inline_selected_functions(
+        onnx.load_model_from_string(graph.graph), [("", name) for name in functions], inline_schema_functions=True
+    ).graph
+    small = {one.name for one in inlined.initializer if np.prod(one.dims) <= 100}
+    on_cpu: set[str] = set()
+    computed: set[str] = set()
+    for node in inlined.node:
+        if node.op_type == "Constant":
+            small |= {*node.output}
+        elif node.op_type in {"Shape", "Size"} or (
+            not on_cpu.isdisjoint(node.input)
+            and all(name in small | on_cpu | {""} for name in node.input)
+            and on_cpu.isdisjoint(node.input[READ_ON_THE_CPU.get(node.op_type, 9) :])
+        ):
+            on_cpu |= {*node.output}
+            computed.add(node.op_type)
+    assert {"Shape", "Reshape", "Div", "Concat"} <= computed <= SHAPE_ARITHMETIC
 
 
 def test_tensors_are_bound_where_they_lie(tiny: Tiny) -> None:

@@ -135,6 +135,17 @@ def test_the_full_model_is_loaded_once_when_it_is_asked_for(bundle: Bundle) -> N
     assert len(counting.loads) == before + 1
 
 
+def test_what_no_phase_needs_goes_with_the_one_that_needed_it(bundle: Bundle) -> None:
+    engine, full, spare = (LoadedLater(lambda: nothing) for _ in range(3))
+    stage, trajectory = Stage(bundle.manifest.plan, [engine] * 3, full, HOST, spare=spare), Trajectory()
+    stage.enter(trajectory, 0)
+    spare.load()
+    stage.enter(trajectory, 0)
+    assert spare._program is not None
+    stage.enter(trajectory, 1)
+    assert spare._program is None
+
+
 def test_a_phase_and_the_next_are_loaded_and_nothing_else(stage: Stage, loads: Loads) -> None:
     trajectory = Trajectory()
     for phase, near in enumerate(({0, 1}, {1, 2}, {2, 0}, {2, 0, 1})):  # the first phase follows the last

@@ -28,11 +28,12 @@ from tests.models import Reuse, Tiny, tiny_of
 from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
 from unetc.backend import WEIGHTS, Array, Backend, Loader, Program, SerialisedGraph
 from unetc.device import Device
-from unetc.errors import NonFiniteError, SessionError, ShapeMismatch
+from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
 from unetc.held import Held
 from unetc.runtime import session as session_module
 from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.bundle import Bundle
+from unetc.runtime.residency import LoadedLater
 from unetc.runtime.session import Session, Step
 from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTables, update
@@ -393,8 +394,8 @@ class Spoilt:
         times = [*self.table.timesteps.tolist(), -1.0]
         return self._loader.load(spoilt(graph, times[from_step] + 0.5))
 
-    def session(self, full: Program, *programs: Program) -> Session:
-        return self._reuse.session(self._backend, full, programs, (0, 1, 1))
+    def session(self, full: Program, *programs: Program, exact: Program | None = None) -> Session:
+        return self._reuse.session(self._backend, full, programs, (0, 1, 1), exact=exact)
 
     def by_hand(self, *programs: Program, forgets_before: int) -> Array:
         """Sample with one program a step; what was emitted before a step is forgotten there."""
@@ -454,6 +455,34 @@ def test_nan_of_the_full_model_too_is_an_error(poison: Spoilt) -> None:
     with pytest.raises(NonFiniteError, match=f"engine 1 and the full model .* timestep {timestep}"):
         session.sample(2)
     assert session.replays == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_the_model_in_float32_makes_steps_again_where_it_is_there(
+    poison: Spoilt, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, emitting, holding = (poison.load(graph, 4) for graph in (poison.full, poison.emitting, poison.holding))
+    exact = poison.load(poison.full)
+    session = poison.session(full, emitting, holding, exact=exact)
+    used = [
+        poison.load(poison.emitting),
+        *[poison.load(poison.holding)] * 2,
+        poison.load(poison.emitting),
+        *[exact] * 3,
+    ]
+    np.testing.assert_array_equal(session.sample(2, seed=2), poison.by_hand(*used, forgets_before=4))
+    assert session.replays == 3
+    np.testing.assert_array_equal(
+        session.sample(2, seed=2, lossless=True), poison.by_hand(*[exact] * 7, forgets_before=0)
+    )
+
+    def absent() -> Program:
+        raise StaleEngineError("no engine in fp32 is there. Build it.")
+
+    caplog.clear()
+    session = poison.session(poison.load(poison.full), emitting, holding, exact=LoadedLater(absent))
+    np.testing.assert_array_equal(session.sample(2, seed=2), poison.by_hand(*used, forgets_before=4))
+    assert caplog.text.count("in the precision that overflowed: no engine in fp32 is there. Build it.") == 3
 
 
 def test_every_step_is_reported_in_order(session: Session, bundle: Bundle) -> None:

@@ -19,6 +19,7 @@ from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
+from unetc.runtime.backends.torch_device import gpu_of
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.workflow.compile import CompileOptions, compile_bundle
@@ -45,10 +46,11 @@ def backend(cache: Path) -> TensorRtBackend:
 def backend_of(
     engines: EngineCache, precision: Precision = Precision.FP32, memory: Memory = Memory.FAST, **origin: str
 ) -> TensorRtBackend:
-    """Make a backend as it is on a GPU; nothing touches the GPU before an engine is loaded."""
+    """Make a backend as it is on a GPU; without one, the library is the first to miss it."""
     library = library_of(TARGET)
+    gpu = gpu_of(TARGET) if torch.cuda.is_available() else torch.device("cpu")
     here = msgspec.structs.replace(library.origin(), **origin)
-    return TensorRtBackend(library, precision, here=here, engines=engines, gpu=torch.device("cuda"), memory=memory)
+    return TensorRtBackend(library, precision, here=here, engines=engines, gpu=gpu, memory=memory)
 
 
 @pytest.mark.without_gpu
@@ -68,7 +70,9 @@ def test_an_engine_that_is_found_reaches_the_library_which_misses_the_gpu(
 
 
 @pytest.mark.gpu
-def test_an_engine_that_is_found_is_loaded(cache: Path, tiny_bundle: Path) -> None:
+def test_an_engine_that_is_found_is_loaded_and_captured(
+    cache: Path, tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
     bundle, engines = Bundle.open(tiny_bundle), EngineCache(cache / "engines")
@@ -77,6 +81,7 @@ def test_an_engine_that_is_found_is_loaded(cache: Path, tiny_bundle: Path) -> No
     np.testing.assert_array_equal(streamed.sample(2), session.sample(2))
     with pytest.raises(ShapeMismatch, match="unetc compile BUNDLE --target tensorrt-rtx --batch 1,2,3"):
         session.sample(3)
+    assert "no CUDA graph" not in caplog.text
 
 
 @pytest.mark.parametrize(

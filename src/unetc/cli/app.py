@@ -416,7 +416,9 @@ def compile_(
         typer.Option(help="Width of samples, in the same form (default: the bundle's); of latents, not of pixels."),
     ] = None,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds that building one engine may take.")] = 3600.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Most engines built at once; fewer if memory is short.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Most engines built at once; fewer if memory is short, one with tensorrt.")
+    ] = 1,
     trust_engines: Annotated[
         bool,
         typer.Option(

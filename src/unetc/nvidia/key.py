@@ -12,6 +12,9 @@ from unetc.precision import Precision
 
 from .sizes import Sizes
 
+RECIPE = 2
+"""Of this version: 1 did not ask for scratch memory that the caller always gives."""
+
 
 class Gpu(Record, frozen=True, kw_only=True):
     """A GPU that an engine is bound to."""
@@ -36,6 +39,8 @@ class Origin(_Hashed, frozen=True, kw_only=True):
     """Where an engine is built, and so where it may run."""
 
     unetc: str
+    recipe: int
+    """What unetc asks of the library whatever the engine; another number where it asks for something else."""
     target: str
     """What the library is called on the command line."""
     library: str

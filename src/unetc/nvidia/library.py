@@ -1,8 +1,8 @@
 """The libraries that build and run engines, and everything in which they differ.
 
 Both have the same API under two names. `tensorrt_rtx` needs no GPU: its engines are finished where they run, on any
-GPU of the compute capabilities that it supports. `tensorrt` measures kernels on the GPU it finds, and what it builds
-runs on that kind of GPU alone.
+GPU of the compute capabilities that it supports, if that is 8.0 or later; for an older one they must be built for it.
+`tensorrt` measures kernels on the GPU it finds, and what it builds runs on that kind of GPU alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import unetc
 from unetc.errors import EngineBuildError, MissingDependency
 
 from .driver import ask
-from .key import Gpu, Origin
+from .key import RECIPE, Gpu, Origin
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class Library:
         """
         return Origin(
             unetc=unetc.__version__,
+            recipe=RECIPE,
             target=self.target,
             library=str(self.load().__version__),
             platform=f"{platform.system()} {platform.machine()}",
@@ -105,6 +106,14 @@ class Library:
     def logger(self, complaints: list[str]) -> Any:
         """Make a logger that keeps the last errors that the library reports."""
         return _logger(self.load(), complaints)
+
+
+def started(make: Callable[[Any], Any], logger: Any) -> Any:
+    """Make a library's builder or runtime; None where CUDA cannot start, which the binding calls a TypeError."""
+    try:
+        return make(logger)
+    except TypeError:
+        return None
 
 
 def words(complaints: list[str]) -> str:

@@ -53,7 +53,7 @@ class CompileOptions:
     time_limit_s: float = 3600.0
     """For one engine."""
     jobs: int = 1
-    """Most engines that are built at once; fewer where memory or cores do not allow it."""
+    """Most engines that are built at once; fewer where memory or cores do not allow it, one where kernels are timed."""
     trust_engines: bool = False
     """Whether to take engines that others have put into the cache; from then on they count as built here."""
     on_this_gpu: bool = False
@@ -329,7 +329,7 @@ def _build_all(
             raise EngineBuildError(f"{graph}: {error}") from error
 
     weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
-    with ThreadPoolExecutor(_jobs(options.jobs, weights)) as pool:
+    with ThreadPoolExecutor(_jobs(options, weights)) as pool:
         futures = [pool.submit(build, one) for one in wanted]
         try:
             return [future.result() for future in as_completed(futures)]
@@ -401,9 +401,14 @@ def build_one(
     )
 
 
-def _jobs(wanted: int, weights_bytes: int) -> int:
-    """Tell how many builds fit beside each other: each has a core and its memory, and one is always tried."""
-    fit = min(wanted, cores())
+def _jobs(options: CompileOptions, weights_bytes: int) -> int:
+    """Tell how many builds fit beside each other: each has a core and its memory, and one is always tried.
+
+    Builds that time kernels would time each other's, on the one GPU that they share.
+    """
+    if library_of(options.target).times_kernels:
+        return 1
+    fit = min(options.jobs, cores())
     if (free := free_memory()) is not None:
         fit = min(fit, free // (_BASE_BYTES + _COPIES_OF_WEIGHTS * weights_bytes))
     return max(1, fit)

@@ -82,24 +82,27 @@ def take_any_graph(
         overflowing: Finds the values that float16 cannot hold; asked if the target is one of float16.
         on_progress: Told how far an engine is.
     """
-    precision = Precision.of_target(target)
-    wide = overflowing() if precision is Precision.FP16 else frozenset()
     if isinstance(backend, LowPrecision) and backend.reads is not Precision.FP32:
-        return LoweringBackend(backend, precision, wide)
+        return LoweringBackend(backend, _wide(backend.reads, overflowing))
     if target.partition(":")[0] not in LIBRARIES:
         return backend
     engines = cast("TensorRtBackend", backend)
-    if precision is Precision.FP16:
+    wide = _wide(engines.precision, overflowing)
+    if engines.precision is Precision.FP16:
         digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
         engines = engines.over(EngineCache(engines.engines.root / _APART / digest[:32]))
     return BuildingBackend(engines, calls, wide, on_progress)
 
 
+def _wide(precision: Precision, overflowing: Callable[[], frozenset[str]]) -> frozenset[str]:
+    return overflowing() if precision is Precision.FP16 else frozenset()
+
+
 class LoweringBackend:
     """Lowers graphs and runs them."""
 
-    def __init__(self, backend: Backend, precision: Precision, wide: Collection[str]) -> None:
-        self.precision = precision
+    def __init__(self, backend: LowPrecision, wide: Collection[str]) -> None:
+        self.precision = backend.reads
         self._backend = backend
         self._wide = wide
 

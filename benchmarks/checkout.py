@@ -1,0 +1,37 @@
+"""The checkout that a script lies in: importing this puts its sources on the path, so that unetc need not be installed.
+
+It comes before what imports unetc. The stages are found through the links in `src/unetc`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = ("src", "analyzer", "compiler", "runtime", "benchmarks")
+
+sys.path.insert(0, str(ROOT / "src"))
+
+
+@functools.cache
+def commit() -> str:
+    """Name the commit of these sources, with `-dirty` behind it if they were changed; `unknown` where git is not."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@functools.cache
+def sources_sha256() -> str:
+    """Hash these sources, which works where no git is."""
+    files = sorted(path for folder in _SOURCES for path in (ROOT / folder).rglob("*.py"))
+    hashed = hashlib.sha256()
+    for path in files:
+        hashed.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return hashed.hexdigest()

@@ -1,0 +1,57 @@
+"""Latents are decoded one after the other, in the stream of their device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+from unetc.backend import Array, SerialisedGraph
+from unetc.device import Host
+from unetc.runtime.decoder import Decoder
+
+
+class Streamed(Host):
+    """A host that knows whether it is in its stream."""
+
+    inside = False
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def to_array(self, tensor: Array) -> Array:
+        assert self.inside
+        return super().to_array(tensor)
+
+
+class Doubling:
+    """A backend whose decoders repeat every pixel and every channel."""
+
+    def __init__(self) -> None:
+        self.device = Streamed()
+        self.batches: list[int] = []
+
+    def open_weights(self, weights: bytes) -> Doubling:
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Doubling:
+        return self
+
+    def __call__(self, inputs: Mapping[str, Array], output: Array) -> Mapping[str, Array]:
+        assert self.device.inside
+        self.batches.append(len(inputs["sample"]))
+        output[...] = inputs["sample"].repeat(2, axis=2).repeat(2, axis=3)
+        return {}
+
+
+def test_latents_are_decoded_one_by_one_in_the_stream_of_their_device() -> None:
+    backend = Doubling()
+    latents = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+    images = Decoder(b"", 2, backend)(latents)
+    np.testing.assert_array_equal(images, latents.repeat(2, axis=2).repeat(2, axis=3))
+    assert backend.batches == [1, 1]
+    assert not backend.device.inside
