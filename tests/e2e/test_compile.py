@@ -132,7 +132,7 @@ def test_engines_of_others_are_built_again_unless_trusted(tiny_bundle: Path, tmp
     assert not any(engine["known"] for engine in again.json["engines"])
     assert "engines/full.onnx is built again: the engine in " in again.err
     assert "was not built here" in again.err
-    assert "take it with `unetc compile --trust-engines`" in again.err
+    assert "`unetc compile --trust-engines` takes it" in again.err
 
 
 @pytest.mark.rtx
@@ -292,7 +292,8 @@ def test_an_interrupt_stops_builds_that_hang(
     hangs = partial(build_engine, command=(sys.executable, "-S", "-c", source))
     monkeypatch.setattr("unetc.workflow.compile.build_engine", hangs)
     monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
-    monkeypatch.setattr("unetc.workflow.compile._jobs", lambda wanted, weights: wanted)
+    monkeypatch.setattr("unetc.workflow.compile.cores", lambda: 2)
+    monkeypatch.setattr("unetc.workflow.compile.free_memory", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
