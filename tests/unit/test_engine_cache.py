@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from unetc.errors import StaleEngineError
-from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord
+from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord, trim
 from unetc.nvidia.key import Effort, EngineKey, Gpu, Origin
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
@@ -228,3 +229,23 @@ def test_a_changed_engine_is_not_found(cache: EngineCache) -> None:
     (cache.folder(KEY) / RECORD).write_text("{}")
     with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32"):
         find(cache)
+
+
+def test_of_engines_that_take_too_much_those_used_longest_ago_go(tmp_path: Path) -> None:
+    one, other = EngineCache(tmp_path / "one"), EngineCache(tmp_path / "other")
+    keys = [(one, KEY), (other, KEY), (one, differing("effort")), (other, differing("effort"))]
+    for age, (cache, key) in enumerate(keys):
+        cache.put(record(key), ENGINE_BYTES)
+        os.utime(cache.folder(key) / ENGINE, (1000 - age, 1000 - age))
+    one.touch(keys[2][1])
+
+    def there() -> list[bool]:
+        return [cache.folder(key).exists() for cache, key in keys]
+
+    trim(tmp_path, 4 * len(ENGINE_BYTES))
+    assert there() == [True] * 4
+    trim(tmp_path, 2 * len(ENGINE_BYTES))
+    assert there() == [True, False, True, False]
+    trim(tmp_path, 0)
+    assert there() == [False, False, True, False], "the one in use stays"
+    assert one.open(keys[2][1])[1] == ENGINE_BYTES

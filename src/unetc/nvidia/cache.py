@@ -7,11 +7,13 @@ that only who can read the cache's own secret can make. An engine that was copie
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
 import os
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,11 @@ class EngineCache:
         if not trust and not self._is_ours(record):
             raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
         return record, engine
+
+    def touch(self, key: EngineKey) -> None:
+        """Note that an engine was used now, for `trim`; that it cannot be noted does not matter."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder(key) / ENGINE)
 
     def records(self) -> list[EngineRecord]:
         """List what can be read of the cache; that nothing was changed is only checked when an engine is opened."""
@@ -197,6 +204,35 @@ class EngineCache:
         if len(secret) != _SECRET_BYTES:
             raise ArtifactError(f"{path} is damaged. Delete it; engines in {self.root} are built again.")
         return secret
+
+
+def trim(folder: Path, most_bytes: int) -> None:
+    """Delete the engines of all caches in a folder that were used longest ago, until the others fit; one always stays.
+
+    Args:
+        folder: Holds caches, each a folder.
+        most_bytes: What the engines that stay take at most.
+    """
+    left = most_bytes
+    for i, engine in enumerate(sorted(folder.glob(f"*/*/{ENGINE}"), key=_used, reverse=True)):
+        left -= _size(engine)
+        if i and left < 0:
+            shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be doing the same
+
+
+def _used(engine: Path) -> float:
+    """Tell when an engine was used last; 0 if it is gone by now."""
+    try:
+        return engine.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(engine: Path) -> int:
+    try:
+        return engine.stat().st_size
+    except OSError:
+        return 0
 
 
 def _difference(own: Origin, here: Origin, fields: Sequence[str]) -> str:
