@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from enum import StrEnum
 
 from unetc.backend import Backend
 from unetc.device import Tensor
 from unetc.errors import SessionError
+from unetc.precision import Precision
 
 
 class Memory(StrEnum):
@@ -22,6 +24,8 @@ class Memory(StrEnum):
 
 
 DEFAULT_TARGET = "onnxruntime:cpu"
+_FOR_TESTS = "null"
+"""A target that nobody is offered."""
 
 
 def _in_each(precisions: Sequence[str], target: str, module: str) -> dict[str, str]:
@@ -38,7 +42,7 @@ BACKENDS: Mapping[str, str] = {
     **_in_each(("", ":fp16"), "onnxruntime:tensorrt", "unetc.runtime.backends.onnxruntime_gpu"),
     **_in_each(("", ":fp16", ":bf16"), "tensorrt", "unetc.runtime.backends.tensorrt"),
     **_in_each(("", ":fp16", ":bf16"), "tensorrt-rtx", "unetc.runtime.backends.tensorrt"),
-    "null": "unetc.runtime.backends.null",
+    _FOR_TESTS: "unetc.runtime.backends.null",
 }
 """Module of each target's backend, imported on first use; a target is a library, a place, how it runs there, and in
 which precision if not in float32."""
@@ -57,10 +61,21 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
         MissingDependency: If its library is not installed.
     """
     if target not in BACKENDS:
-        raise SessionError(f"no backend for target {target!r}. Available: {', '.join(BACKENDS)}.")
+        raise SessionError(f"no backend for target {target!r}. {_advice(target)} `unetc doctor` lists all.")
     module = importlib.import_module(BACKENDS[target])
     backend: Backend = module.open_backend(target, threads=threads, memory=memory)
     return backend
+
+
+def _advice(target: str) -> str:
+    """Name the targets that may be meant."""
+    if target.endswith(f":{Precision.FP32}"):
+        return f"A target without a suffix is one of {Precision.FP32}: {target.rpartition(':')[0]}."
+    named = [known for known in BACKENDS if known != _FOR_TESTS]
+    plain = [known for known in named if Precision.of_target(known) is Precision.FP32]
+    wanted = target.lower().replace("_", "-")
+    close = [known for known in plain if wanted in known] or get_close_matches(wanted, named)
+    return f"Close ones: {', '.join(close)}." if close else f"Available: {', '.join(plain)}."
 
 
 def take_inputs(inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ import pytest
 
 from unetc.cli import main
 
+ALONE = (sys.executable, "-c", "from unetc.cli import main; main()")
+"""The command line in a process of its own."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,7 +63,7 @@ def run(*arguments: object) -> Result:
 def run_alone(*arguments: object, **environment: str) -> Result:
     """Run a command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", "from unetc.cli import main; main()", *map(str, arguments)],
+        [*ALONE, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,

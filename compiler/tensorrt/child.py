@@ -38,6 +38,12 @@ def _answer(request: Request, on_advance: Callable[[int], bool]) -> Built | Refu
         return Refused(message="out of memory", memory=True)
     except UnetcError as error:
         return Refused(message=str(error), memory=isinstance(error, OutOfMemory))
+    except OSError as error:
+        return Refused(
+            message=f"cannot read or write {error.filename or 'the engine'} in {Path.cwd()}: {error.strerror}. Set "
+            "TMPDIR to a folder with room.",
+            memory=False,
+        )
 
 
 if __name__ == "__main__":

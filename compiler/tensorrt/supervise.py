@@ -28,6 +28,34 @@ _TAIL = 400
 """Bytes of a process's last words that are shown."""
 
 
+class Running:
+    """The processes that build at the moment, all of which can be stopped at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """Take note of a process that was started."""
+        with self._lock:
+            self._processes.add(process)
+            if self.stopped:
+                process.kill()
+
+    def remove(self, process: subprocess.Popen[bytes]) -> None:
+        """Forget a process that has ended."""
+        with self._lock:
+            self._processes.discard(process)
+
+    def stop(self) -> None:
+        """Kill them all, and each that is added from now on."""
+        with self._lock:
+            self.stopped = True
+            for process in self._processes:
+                process.kill()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """An engine that was built."""
@@ -48,6 +76,7 @@ def build_engine(
     time_limit_s: float,
     on_advance: Callable[[int], None],
     command: Sequence[str] = CHILD,
+    running: Running | None = None,
 ) -> Outcome:
     """Build an engine in another process; tried again with less effort when that dies or runs out of memory.
 
@@ -57,17 +86,21 @@ def build_engine(
         time_limit_s: For all tries together.
         on_advance: Told how many of `STEPS` are done, first 0 at every try. If it raises, the process is stopped.
         command: What to start; it is sent the request and answers with messages.
+        running: What stops it from another thread.
 
     Raises:
-        EngineBuildError: If the library refuses the graph, the time is over, or the last try has died too.
+        EngineBuildError: If the library refuses the graph, the time is over, the last try has died too, or
+            it was stopped.
     """
+    running = running or Running()
     began = time.monotonic()
     deaths: list[str] = []
     for effort in _ladder(request.effort):
         left = time_limit_s - (time.monotonic() - began)
         (folder / request.engine).unlink(missing_ok=True)
         on_advance(0)
-        answer = _run(msgspec.structs.replace(request, effort=effort), folder, command, max(left, 0.0), on_advance)
+        one = msgspec.structs.replace(request, effort=effort)
+        answer = _run(one, folder, command, max(left, 0.0), on_advance, running)
         if isinstance(answer, Built):
             return Outcome(
                 engine=folder / request.engine,
@@ -76,19 +109,30 @@ def build_engine(
                 tries=len(deaths) + 1,
                 seconds=time.monotonic() - began,
             )
+        if running.stopped:
+            raise EngineBuildError("given up, as another engine failed or you stopped it.")
         if isinstance(answer, Refused) and not answer.memory:
-            raise EngineBuildError(f"{request.graph}: {answer.message}")
+            raise EngineBuildError(answer.message)
         deaths.append(answer.message if isinstance(answer, Refused) else answer)
         if time.monotonic() - began >= time_limit_s:
             raise EngineBuildError(
-                f"{request.graph}: no engine within {time_limit_s:g} s ({'; '.join(deaths)}). "
+                f"no engine within {time_limit_s:g} s ({_once(deaths)}). "
                 "Give it more with --time-limit, or build for fewer sizes."
             )
     raise EngineBuildError(
-        f"{request.graph}: building failed {len(deaths)} times, with less effort each time: {'; '.join(deaths)}. "
-        "Build for smaller sizes, or where there is more memory. If one of height and width is a range, make both one: "
-        "tensorrt_rtx 1.7 fails on some graphs otherwise."
+        f"building failed {len(deaths)} times, with less effort each time: {_once(deaths)}. " + _advice(request)
     )
+
+
+def _once(deaths: Sequence[str]) -> str:
+    """Say each death once."""
+    return "; ".join(dict.fromkeys(deaths))
+
+
+def _advice(request: Request) -> str:
+    if request.sizes.one_side_varies():
+        return "Make both height and width a range, or neither: tensorrt_rtx 1.7 fails on some graphs otherwise."
+    return "Build for smaller sizes, or where there is more memory."
 
 
 def _ladder(first: Effort) -> list[Effort]:
@@ -100,7 +144,12 @@ def _ladder(first: Effort) -> list[Effort]:
 
 
 def _run(
-    request: Request, folder: Path, command: Sequence[str], time_limit_s: float, on_advance: Callable[[int], None]
+    request: Request,
+    folder: Path,
+    command: Sequence[str],
+    time_limit_s: float,
+    on_advance: Callable[[int], None],
+    running: Running,
 ) -> Built | Refused | str:
     """Run one process to its end; a text says how it died."""
     with tempfile.TemporaryFile() as words:
@@ -114,6 +163,7 @@ def _run(
         )
         clock = threading.Timer(time_limit_s, process.kill)
         clock.start()
+        running.add(process)
         last: Built | Refused | None = None
         assert process.stdin is not None
         assert process.stdout is not None
@@ -136,6 +186,7 @@ def _run(
         finally:
             process.kill()  # does nothing to one that has ended
             process.wait()
+            running.remove(process)
             clock.cancel()
             process.stdout.close()
         if last is not None and process.returncode == 0:

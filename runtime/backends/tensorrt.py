@@ -320,7 +320,7 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBacken
     return TensorRtBackend(
         library,
         Precision(precision or Precision.FP32),
-        here=library.origin(on_this_gpu=True),
+        here=library.here(),
         engines=EngineCache.inside(cache_folder()),
         gpu=gpu,
         memory=memory,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -71,6 +73,17 @@ def peak_memory() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration, ValueError):
         return 0
+
+
+def lacking(libraries: Iterable[str]) -> list[str]:
+    """List the libraries that cannot be imported here."""
+    missing = []
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError:
+            missing.append(library)
+    return missing
 
 
 def describe() -> dict[str, str]:

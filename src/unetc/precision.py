@@ -27,13 +27,13 @@ class Precision(StrEnum):
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """Read a precision.
+        """Read a precision, in small letters or large.
 
         Raises:
             EngineBuildError: If there is none of this name.
         """
         try:
-            return cls(text)
+            return cls(text.lower())
         except ValueError as error:
             raise EngineBuildError(f"unknown precision {text!r}. Available: {', '.join(cls)}.") from error
 

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ import pytest
 from PIL import Image
 
 import unetc
-from tests.command import Result, run, run_alone
+from tests.command import ALONE, Result, run, run_alone
 from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
 from unetc.artifacts.pareto import Pareto
 from unetc.workflow.pareto import ParetoOptions
@@ -513,7 +515,7 @@ def test_a_bug_shows_its_traceback(tiny_bundle: Path, monkeypatch: pytest.Monkey
     def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("unetc.runtime.session.load", break_down)
+    monkeypatch.setattr("unetc.runtime.session.Session.of", break_down)
     with pytest.raises(ZeroDivisionError):
         run("sample", tiny_bundle)
 
@@ -531,10 +533,30 @@ def test_an_interrupt_is_one_line_and_exits_with_130(tiny_bundle: Path, monkeypa
     def interrupt(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("unetc.runtime.session.load", interrupt)
+    monkeypatch.setattr("unetc.runtime.session.Session.of", interrupt)
     result = run("sample", tiny_bundle)
     assert result.code == 130
-    assert result.err.splitlines() == ["unetc: interrupted; run the same command again to continue."]
+    assert result.err.splitlines()[1:] == ["unetc: interrupted; run the same command again to continue."]
+
+
+def test_a_command_that_is_terminated_leaves_no_temporary_files(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    process = subprocess.Popen(
+        [*ALONE, "sample", tiny_bundle, "--memory", "low", "--batch", "1000000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+    )
+    assert process.stderr is not None
+    with process, process.stderr as said:
+        while "sampling" not in said.readline():
+            assert process.poll() is None
+        assert len(list((tmp_path / "temporary").glob("unetc-*"))) == 1
+        process.terminate()
+        assert said.read().splitlines()[-1:] == ["unetc: interrupted; run the same command again to continue."]
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert list((tmp_path / "temporary").glob("unetc-*")) == []
+    assert not Path("samples.png").exists()
 
 
 def test_the_doctor_finds_what_is_needed() -> None:
@@ -546,8 +568,16 @@ def test_the_doctor_finds_what_is_needed() -> None:
     assert gpu["works"] or "NVIDIA GPU" in gpu["detail"]
     assert not gpu["needed"]
     assert all(finding["works"] for finding in findings.values() if finding["needed"])
+    assert "GiB of memory free" in findings["machine"]["detail"]
+    assert findings["NVIDIA GPU"]["works"] or "nvidia-smi" in findings["NVIDIA GPU"]["detail"]
     shown = run("doctor")
     assert (shown.code, "works" in shown.out) == (0, True)
+    assert all(heading in shown.out for heading in ("what", "state", "detail"))
+
+
+def test_python_runs_the_package() -> None:
+    done = subprocess.run([sys.executable, "-m", "unetc", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == unetc.__version__
 
 
 def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:

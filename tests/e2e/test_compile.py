@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import unetc
+from tests import tensorrt_on_cpu
 from tests.e2e.test_cli import run
+from tests.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
+from unetc.artifacts.manifest import BundleDecoder
 from unetc.compiler.planner import PlanOptions
-from unetc.errors import UnetcError
-from unetc.runtime.backend import open_backend
+from unetc.compiler.tensorrt.supervise import build_engine
+from unetc.conditions import UNCONDITIONAL
+from unetc.errors import ArtifactError, EngineBuildError, MissingDependency, SessionError, UnetcError
+from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.sizes import Range, Sizes
+from unetc.precision import Precision
+from unetc.runtime.backend import Memory, open_backend
 from unetc.workflow.build import BuildOptions, build
+from unetc.workflow.compile import CompileOptions, compile_bundle, target_of
+from unetc.workflow.measuring import Calls
 from unetc.workflow.setup import analyze_model
+from unetc.workflow.sizes import describe_sides
 
 RTX = ("--target", "tensorrt-rtx")
 
@@ -106,7 +128,19 @@ def test_engines_of_others_are_built_again_unless_trusted(tiny_bundle: Path, tmp
     assert all(engine["known"] for engine in run(*arguments).json["engines"]), "who was trusted once is one of ours"
     for record in (tmp_path / "theirs/engines").glob("*/record.json"):
         shutil.copyfile(record, tmp_path / "ours/engines" / record.parent.name / record.name)
-    assert not any(engine["known"] for engine in run(*arguments).json["engines"])
+    again = run(*arguments)
+    assert not any(engine["known"] for engine in again.json["engines"])
+    assert "engines/full.onnx is built again: the engine in " in again.err
+    assert "was not built here" in again.err
+    assert "`unetc compile --trust-engines` takes it" in again.err
+
+
+@pytest.mark.rtx
+def test_what_may_not_be_meant_is_said_before_building(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
+    arguments = ("compile", tiny_bundle, *RTX, "--cache", tmp_path)
+    said = run(*arguments, "--height", "16,32").err
+    assert said.index("One of height and width is a range: tensorrt_rtx 1.7 fails on some graphs") < said.index("build")
+    assert "is a range" not in run(*arguments, "--height", "16,32", "--width", "16,32").err
 
 
 @pytest.mark.rtx
@@ -122,7 +156,14 @@ def test_every_phase_of_digits_is_built(digits_bundle: Path, tmp_path: Path, rtx
     ("options", "message"),
     [
         (("--target", "onnxruntime:cpu"), "no engines can be built for target 'onnxruntime:cpu'"),
+        (("--target", "torch:cuda"), "runs the graphs of a bundle as they are, so `unetc sample` needs none"),
+        (("--target", "tpu"), "no engines can be built for target 'tpu'. Available: tensorrt, tensorrt-rtx."),
         (("--precision", "fp8"), "unknown precision 'fp8'. Available: fp32, fp16, bf16."),
+        (("--target", "tensorrt-rtx:fp8"), "unknown precision 'fp8'. Available: fp32, fp16, bf16."),
+        (
+            ("--target", "tensorrt-rtx:bf16", "--precision", "fp16"),
+            "--target tensorrt-rtx:bf16 and --precision fp16 contradict each other. Give one of them.",
+        ),
     ],
 )
 def test_what_does_not_exist_is_refused(
@@ -171,6 +212,137 @@ def test_nothing_is_measured_on_a_gpu_that_is_not_there(tiny_model: Path, tmp_pa
             assert not (tmp_path / "cache").exists(), "the model was captured before its target was found missing"
 
 
+@pytest.mark.parametrize(
+    ("text", "precision", "read"),
+    [
+        ("tensorrt-rtx", None, ("tensorrt-rtx", Precision.FP32)),
+        ("tensorrt-rtx:fp16", None, ("tensorrt-rtx", Precision.FP16)),
+        ("tensorrt:bf16", "BF16", ("tensorrt", Precision.BF16)),
+        ("tensorrt", "FP16", ("tensorrt", Precision.FP16)),
+    ],
+)
+def test_a_target_may_end_with_its_precision(text: str, precision: str | None, read: tuple[str, Precision]) -> None:
+    assert target_of(text, precision) == read
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> CompileOptions:
+    """Let engines be compiled for the stand-in for the CPU; none can be built."""
+    monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
+    monkeypatch.setattr("unetc.workflow.compile.build_engine", lambda *_, **__: pytest.fail("began to build"))
+    return CompileOptions(target=NAME)
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        (
+            {"height": "15"},
+            r"a height of 15: a UNet of 2 levels takes multiples of 2\. Nearest: 14 or 16\.",
+        ),
+        ({"height": "16,32", "width": "16,33"}, r"a width of 33: .* Nearest: 32 or 34\."),
+        ({"width": "1,16"}, r"a width of 1: .* Nearest: 2\."),
+    ],
+)
+def test_sides_that_a_unet_cannot_halve_are_refused_before_building(
+    tiny_bundle: Path, tmp_path: Path, stand_in: CompileOptions, sides: dict[str, str], message: str
+) -> None:
+    with pytest.raises(EngineBuildError, match=message):
+        compile_bundle(tiny_bundle, replace(stand_in, **sides), cache=tmp_path)
+    session = unetc.load(tiny_bundle)
+    with pytest.raises(SessionError, match="Concat"):
+        session.sample(noise=np.zeros((1, 1, 15, 16), np.float32))
+    assert session.sample(noise=np.zeros((1, 1, 14, 18), np.float32)).shape == (1, 1, 14, 18)
+
+
+def test_sides_of_latents_are_told_in_pixels_too(tiny_bundle: Path) -> None:
+    manifest = Manifest.load(tiny_bundle / "manifest.json")
+    side, varying = Range(least=64, usual=64, most=64), Range(least=32, usual=64, most=96)
+    sizes = Sizes(batch=side, height=side, width=varying)
+    assert describe_sides(manifest, sizes) == "64 x 32,64,96"
+    latent = SimpleNamespace(decoder=BundleDecoder(graph="decoder.onnx", scale=8))
+    assert describe_sides(cast("Manifest", latent), sizes) == "64 x 32,64,96 latents (512 x 256,512,768 pixels)"
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_building(
+    tiny_bundle: Path, tmp_path: Path, stand_in: CompileOptions
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"cannot write .*file/engines"):
+        compile_bundle(tiny_bundle, stand_in, cache=tmp_path / "file")
+
+
+def test_all_tools_that_are_missing_are_named_at_once(
+    tiny_bundle: Path, tmp_path: Path, stand_in: CompileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("onnx", "onnx_ir", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, library, None)  # which Python takes for a library that is not there
+    half = replace(stand_in, precision=Precision.FP16)
+    with pytest.raises(MissingDependency, match=r"in fp16 and fp32 needs onnx, onnx_ir, onnxruntime: .*\[none,cpu\]"):
+        compile_bundle(tiny_bundle, half, cache=tmp_path)
+    with pytest.raises(MissingDependency, match=r"in fp32 needs onnx: pip install 'unetc\[none\]'"):
+        compile_bundle(tiny_bundle, stand_in, cache=tmp_path)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_stops_builds_that_hang(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    source = f"import os, time; open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w'); time.sleep(300)"
+    hangs = partial(build_engine, command=(sys.executable, "-S", "-c", source))
+    monkeypatch.setattr("unetc.workflow.compile.build_engine", hangs)
+    monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
+    monkeypatch.setattr("unetc.workflow.compile.cores", lambda: 2)
+    monkeypatch.setattr("unetc.workflow.compile.free_memory", lambda: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("[0-9]*"))) < jobs:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    clock, began = threading.Thread(target=interrupt, daemon=True), time.monotonic()
+    try:
+        clock.start()
+        with pytest.raises(KeyboardInterrupt):
+            compile_bundle(tiny_bundle, CompileOptions(target=NAME, jobs=jobs), cache=tmp_path / "cache")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 60
+    started = [int(path.name) for path in tmp_path.glob("[0-9]*")]
+    assert len(started) == jobs
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+@pytest.mark.without_gpu  # where there is one, the real library is tested
+def test_samples_are_drawn_in_calls_that_engines_for_the_bundles_batch_take(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_the_stand_in(target: str, *, threads: int, memory: Memory) -> CpuTensorRt:
+        return CpuTensorRt(LIBRARY, memory, calls, EngineCache(tmp_path / "engines"))
+
+    side, most = 16, Manifest.load(tiny_bundle / "manifest.json").batch
+    calls = Calls.of((1, side, side), most, most, UNCONDITIONAL)
+    own = run("sample", tiny_bundle, "--batch", 2 * most + 1, "-o", tmp_path / "own.png")
+    assert own.code == 0
+    tensorrt_on_cpu.without_streams(monkeypatch)
+    monkeypatch.setattr("unetc.runtime.session.open_backend", on_the_stand_in)
+    result = run("sample", tiny_bundle, "--batch", 2 * most + 1, "-o", tmp_path / "samples.png", "--json")
+    assert result.json["shape"] == [2 * most + 1, 1, side, side]
+    for output in (own, result):
+        assert [line.split(" after")[0] for line in output.err.splitlines()] == [
+            "loading the engines: 0 %",
+            "loading the engines: 100 %",
+            f"sampling: {100 / (3 * 4):.0f} %",
+            "sampling: 100 %",
+        ]
+    with Image.open(tmp_path / "own.png") as one, Image.open(tmp_path / "samples.png") as other:
+        difference = np.abs(np.asarray(one, dtype=np.int64) - np.asarray(other, dtype=np.int64))
+    assert difference.max() <= 1  # of 255; rounding may fall to either side
+
+
 def works(target: str) -> bool:
     try:
         open_backend(target, threads=1)
@@ -190,13 +362,47 @@ def test_inspect_tells_the_memory_of_engines(
     assert {graph: own["engine_bytes"] for graph, own in one["engines"].items()} == {
         engine["graph"]: engine["engine_bytes"] for engine in built
     }
+    sums = {row["name"]: row for row in one["memory"]}
+    assert sums["full"]["engine_bytes"] == built[0]["engine_bytes"]
+    assert sums["with --memory low, at most"]["engine_bytes"] < sums["the plan, all loaded"]["engine_bytes"]
+    assert (one["missing"], one["misfit"]) == ([], "")
     shown = run("inspect", tiny_bundle).out
     assert "tensorrt-rtx" in shown
+    if sums["full"]["scratch_bytes"] is None:
+        assert "Scratch memory is not known of engines" in shown
     assert shown.count("phase from") == 2
     assert f"{sum(engine['engine_bytes'] for engine in built) / 2**20:.1f}" in shown
     (low,) = (line for line in shown.splitlines() if "with --memory low, at most" in line)
     in_phases = {engine.graph for engine in Manifest.load(tiny_bundle / "manifest.json").engines[1:]}
     assert f"{sum(engine['engine_bytes'] for engine in built if engine['graph'] in in_phases) / 2**20:.1f}" in low
+
+
+def test_inspect_says_what_is_missing_and_what_cannot_be_run(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNETC_CACHE", str(tmp_path))
+    monkeypatch.setattr("unetc.cli.compiled.LIBRARIES", {NAME: LIBRARY})
+    monkeypatch.setattr("unetc.runtime.session.open_backend", lambda *_, **__: backend)
+    tensorrt_on_cpu.without_streams(monkeypatch)
+    assert f"No engines of this bundle are in {tmp_path}. `unetc compile BUNDLE` builds them." in shown_of(tiny_bundle)
+    calls = Calls.of((1, 16, 16), 2, 2, UNCONDITIONAL)
+    backend = CpuTensorRt(LIBRARY, Memory.FAST, calls, EngineCache(tmp_path / "engines"))
+    assert run("sample", tiny_bundle, "-o", tmp_path / "samples.png").code == 0
+    assert "the plan, all loaded" in shown_of(tiny_bundle)
+    monkeypatch.setattr(tensorrt_on_cpu, "__version__", "2.0.cpu")
+    assert "cannot be run here (for library 1.0.cpu, here 2.0.cpu)" in shown_of(tiny_bundle)
+    (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
+    assert (one["missing"], one["misfit"]) == ([], "for library 1.0.cpu, here 2.0.cpu")
+    monkeypatch.setattr(tensorrt_on_cpu, "__version__", "1.0.cpu")
+    shutil.rmtree(next((tmp_path / "engines").glob("*/record.json")).parent)
+    (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
+    assert f"not complete, without {one['missing'][0]}" in shown_of(tiny_bundle)
+
+
+def shown_of(bundle: Path) -> str:
+    shown = run("inspect", bundle)
+    assert shown.code == 0, shown.err
+    return shown.out.replace("\n", " ")
 
 
 @pytest.mark.rtx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from unetc.errors import StaleEngineError
-from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord
+from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord, trim
 from unetc.nvidia.key import Effort, EngineKey, Gpu, Origin
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
@@ -110,7 +111,7 @@ def test_another_gpu_or_driver_is_refused(cache: EngineCache, field: str) -> Non
     here = msgspec.structs.replace(ORIGIN, gpu=msgspec.structs.replace(GPU, **{field: "another"}))
     with pytest.raises(StaleEngineError):
         cache.open(msgspec.structs.replace(KEY, origin=here), trust=True)
-    with pytest.raises(StaleEngineError, match=r"differs in gpu .*NVIDIA L40S.*here.*another"):
+    with pytest.raises(StaleEngineError, match=r"1 for gpu NVIDIA L40S.* \(here .*another.*\)\. Build it"):
         find(cache, here)
 
 
@@ -150,7 +151,7 @@ def test_an_edited_record_is_refused(cache: EngineCache, field: str) -> None:
 def test_an_engine_from_elsewhere_needs_trust(cache: EngineCache, tmp_path: Path) -> None:
     here = EngineCache(tmp_path / "here")
     shutil.copytree(cache.folder(KEY), here.folder(KEY))
-    with pytest.raises(StaleEngineError, match="was not built here, and loading one runs code"):
+    with pytest.raises(StaleEngineError, match=r"not built here \(loading one runs code; .*--trust-engines`"):
         here.open(KEY)
     assert here.open(KEY, trust=True)[1] == ENGINE_BYTES
 
@@ -172,7 +173,7 @@ def test_an_engine_is_found_by_its_graph_and_its_weights(cache: EngineCache) -> 
 
 @pytest.mark.parametrize("field", ["unetc", "recipe", "library", "platform", "gpu"])
 def test_an_engine_for_another_place_is_not_found(cache: EngineCache, field: str) -> None:
-    with pytest.raises(StaleEngineError, match=rf"differs in {field} .*here.*unetc compile BUNDLE"):
+    with pytest.raises(StaleEngineError, match=rf"1 for {field} .*\(here.*unetc compile BUNDLE"):
         find(cache, msgspec.structs.replace(ORIGIN, **{field: OTHER_ORIGIN[field]}))
 
 
@@ -212,7 +213,7 @@ def test_of_several_sizes_the_largest_calls_and_then_the_widest_range_win(cache:
 def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: Path) -> None:
     here = EngineCache(tmp_path / "here")
     shutil.copytree(cache.folder(KEY), here.folder(KEY))
-    with pytest.raises(StaleEngineError, match="was not built here"):
+    with pytest.raises(StaleEngineError, match="not built here"):
         find(here)
     smaller = msgspec.structs.replace(KEY, sizes=Sizes(batch=ONE, height=ONE, width=ONE))
     here.put(record(smaller), ENGINE_BYTES)
@@ -223,8 +224,28 @@ def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: P
 
 def test_a_changed_engine_is_not_found(cache: EngineCache) -> None:
     (cache.folder(KEY) / ENGINE).write_bytes(ENGINE_BYTES[:-1] + b"!")
-    with pytest.raises(StaleEngineError, match="its hash differs"):
+    with pytest.raises(StaleEngineError, match="Others are: 1 damaged"):
         find(cache)
     (cache.folder(KEY) / RECORD).write_text("{}")
     with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32"):
         find(cache)
+
+
+def test_of_engines_that_take_too_much_those_used_longest_ago_go(tmp_path: Path) -> None:
+    one, other = EngineCache(tmp_path / "one"), EngineCache(tmp_path / "other")
+    keys = [(one, KEY), (other, KEY), (one, differing("effort")), (other, differing("effort"))]
+    for age, (cache, key) in enumerate(keys):
+        cache.put(record(key), ENGINE_BYTES)
+        os.utime(cache.folder(key) / ENGINE, (1000 - age, 1000 - age))
+    one.touch(keys[2][1])
+
+    def there() -> list[bool]:
+        return [cache.folder(key).exists() for cache, key in keys]
+
+    trim(tmp_path, 4 * len(ENGINE_BYTES))
+    assert there() == [True] * 4
+    trim(tmp_path, 2 * len(ENGINE_BYTES))
+    assert there() == [True, False, True, False]
+    trim(tmp_path, 0)
+    assert there() == [False, False, True, False], "the one in use stays"
+    assert one.open(keys[2][1])[1] == ENGINE_BYTES

@@ -124,3 +124,11 @@ def test_an_operator_that_the_parser_does_not_know_is_named(tmp_path: Path) -> N
     with pytest.raises(EngineBuildError, match=r"refuses the graph.*Det"):
         build(write(tmp_path, DETERMINANT), tmp_path, [])
     assert not (tmp_path / "engine.plan").exists()
+
+
+def test_a_full_disk_is_said_and_not_tried_again(tmp_path: Path) -> None:
+    told: list[int] = []
+    full = ("bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *CHILD)  # KiB that a file may have
+    with pytest.raises(EngineBuildError, match=r"^cannot read or write .*: File too large. Set TMPDIR to a folder"):
+        build(write(tmp_path, ATTENTION), tmp_path, told, full)
+    assert told.count(0) == 1

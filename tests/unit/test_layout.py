@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "diffusers": SHARED | {"runtime"},
     "workflow": EVERYTHING_BELOW,
     "cli": EVERYTHING_BELOW | {"workflow"},
+    "__main__": {"cli"},
 }
 """What a layer, a direct child of unetc, may import besides itself.
 

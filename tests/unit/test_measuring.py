@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, inliner
 
 from tests.conftest import once
+from tests.unit import test_engine_cache
 from tests.unit.test_lowering import evaluate, run
 from tests.unit.test_tensorrt_backend import backend_of
 from unetc.analyzer.analysis import AnalysisOptions
@@ -224,7 +226,7 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
-def test_what_cannot_overflow_is_not_looked_at_and_is_served(
+def test_what_cannot_overflow_is_not_looked_at_and_lies_apart_too(
     loud: Prepared, tmp_path: Path, precision: Precision
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -234,8 +236,27 @@ def test_what_cannot_overflow_is_not_looked_at_and_is_served(
 
     engines = EngineCache(tmp_path)
     build(backend_of(engines, precision), CALLS, never, loud, forms_of(loud.gated)["full"])
-    (record,) = engines.records()
+    assert engines.records() == []
+    (apart,) = (tmp_path / "measured").iterdir()
+    (record,) = EngineCache(apart).records()
     assert record.key.precision is precision
+
+
+@pytest.mark.rtx
+def test_engines_that_were_measured_longest_ago_make_room_and_those_that_are_served_stay(
+    loud: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(measuring, "_MOST_BYTES", 0)
+    backend, forms = backend_of(EngineCache(tmp_path)), forms_of(loud.gated)
+    served = EngineCache(tmp_path).folder(test_engine_cache.KEY)
+    EngineCache(tmp_path).put(test_engine_cache.record(), test_engine_cache.ENGINE_BYTES)
+    for form in ("full", "without a skip"):
+        build(backend, CALLS, frozenset, loud, forms[form])
+        (apart,) = (tmp_path / "measured").iterdir()
+        (record,) = EngineCache(apart).records()
+        assert record.key.graph_sha256 == hashlib.sha256(forms[form].graph).hexdigest()
+    assert served.exists()
 
 
 @pytest.mark.rtx

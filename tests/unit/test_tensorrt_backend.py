@@ -87,9 +87,9 @@ def test_an_engine_that_is_found_is_loaded_and_captured(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"library": "1.7.0"}, "differs in library"),
-        ({"unetc": "0.0.9"}, "differs in unetc"),
-        ({"platform": "Windows AMD64"}, "differs in platform"),
+        ({"library": "1.7.0"}, "1 for library .*here"),
+        ({"unetc": "0.0.9"}, "1 for unetc .*here"),
+        ({"platform": "Windows AMD64"}, "1 for platform .*here"),
         ({"target": "tensorrt"}, "no tensorrt engine in fp32"),
     ],
 )
@@ -111,7 +111,7 @@ def test_an_engine_of_another_precision_or_other_weights_is_never_loaded(cache: 
 
 def test_an_engine_of_others_is_never_loaded(cache: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(cache / "engines", tmp_path / "engines", ignore=shutil.ignore_patterns("secret"))
-    with pytest.raises(StaleEngineError, match="was not built here, and loading one runs code"):
+    with pytest.raises(StaleEngineError, match=r"1 not built here \(loading one runs code"):
         Session.of(Bundle.open(tiny_bundle), backend_of(EngineCache(tmp_path / "engines")))
 
 

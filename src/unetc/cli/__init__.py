@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from unetc.errors import UnetcError
@@ -19,12 +20,15 @@ _EXTRAS = {
 
 _INTERRUPTED = 130
 """What typer exits with on Ctrl-C."""
+_TERMINATED = 128 + signal.SIGTERM
+"""What shells take for the end by this signal."""
 
 
 def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
     from unetc.cli.app import app
 
+    signal.signal(signal.SIGTERM, _end)  # which would leave temporary folders and the processes of builds behind
     try:
         app(prog_name="unetc")
     except UnetcError as error:
@@ -37,9 +41,13 @@ def main() -> None:
         print(f"unetc: this command needs {library}: pip install 'unetc[{_EXTRAS[library]}]'", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        if end.code in (_INTERRUPTED, _TERMINATED):
             print("unetc: interrupted; run the same command again to continue.", file=sys.stderr)
         raise
+
+
+def _end(*_: object) -> None:
+    sys.exit(_TERMINATED)
 
 
 __all__ = ["main"]

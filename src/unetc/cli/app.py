@@ -355,22 +355,31 @@ def sample(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Sample from a bundle into one picture. Needs no torch."""
+    """Sample from a bundle into one picture. Needs no torch.
+
+    No call has more samples than the bundle's batch, which engines are compiled for.
+    """
     import time
+    from functools import partial
 
     from unetc.artifacts.record import check_writable, write_atomically
-    from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
+    from unetc.cli.sampling import sample_in_calls
+    from unetc.progress import Progress
     from unetc.report.pictures import grid, png_bytes
-    from unetc.runtime.session import load
+    from unetc.runtime.bundle import Bundle
+    from unetc.runtime.session import Session, backend_for
 
     check_writable(output)
-    session = load(bundle, target=target, memory=memory, threads=threads)
     with progress() as on_progress:
+        on_progress(Progress(stage="loading the engines", done=0, total=1))
+        opened = Bundle.open(bundle)
+        backend = backend_for(opened.manifest, target=target, threads=threads, memory=memory)
+        session = Session.of(opened, backend)
+        on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
-        images = session.sample(
-            batch, seed=seed, steps=steps, lossless=lossless, on_step=summary.step_progress(on_progress)
-        )
+        draw = partial(session.sample, seed=seed, steps=steps, lossless=lossless)
+        images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
         seconds = time.perf_counter() - start
     write_atomically(output, png_bytes(grid(images)))
     if as_json:
@@ -385,7 +394,12 @@ def compile_(
     target: Annotated[
         str, typer.Option(help="tensorrt-rtx, or tensorrt for the GPU of this machine.")
     ] = "tensorrt-rtx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; the borders of a graph stay fp32.")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16 or bf16 (default: what the target ends with, or fp32); the borders of a graph stay fp32."
+        ),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -394,10 +408,12 @@ def compile_(
         ),
     ] = None,
     height: Annotated[
-        str | None, typer.Option(help="Height of samples, in the same form (default: the bundle's).")
+        str | None,
+        typer.Option(help="Height of samples, in the same form (default: the bundle's); of latents, not of pixels."),
     ] = None,
     width: Annotated[
-        str | None, typer.Option(help="Width of samples, in the same form (default: the bundle's).")
+        str | None,
+        typer.Option(help="Width of samples, in the same form (default: the bundle's); of latents, not of pixels."),
     ] = None,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds that building one engine may take.")] = 3600.0,
     jobs: Annotated[
@@ -433,14 +449,15 @@ def compile_(
 
     Interrupted, the same command goes on with the engines that are missing. tensorrt-rtx needs no GPU for it.
     """
+    from unetc.artifacts.manifest import MANIFEST, Manifest
     from unetc.cli import summary
     from unetc.cli.output import OUT, print_json, progress
-    from unetc.precision import Precision
-    from unetc.workflow.compile import CompileOptions, compile_bundle
+    from unetc.workflow.compile import CompileOptions, compile_bundle, target_of
 
+    library, own = target_of(target, precision)
     options = CompileOptions(
-        target=target,
-        precision=Precision.parse(precision),
+        target=library,
+        precision=own,
         batch=batch,
         height=height,
         width=width,
@@ -456,7 +473,7 @@ def compile_(
     if as_json:
         print_json(summary.engine_facts(engines))
     else:
-        OUT.print(summary.engine_table(engines))
+        OUT.print(summary.engine_table(engines, Manifest.load(bundle / MANIFEST)))
 
 
 @app.command()
@@ -527,8 +544,8 @@ def inspect(
     facts, shown = summary.facts(artifact, path), [summary.render(artifact)]
     if isinstance(artifact, Manifest):
         sets = compiled.find(artifact)
-        facts |= {"compiled": compiled.facts(sets)}
-        shown += [compiled.table_of(one, artifact) for one in sets]
+        facts |= {"compiled": compiled.facts(sets, artifact)}
+        shown += compiled.shown(sets, artifact)
     if as_json:
         print_json(facts)
     else:

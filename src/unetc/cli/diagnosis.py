@@ -6,10 +6,13 @@ import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from unetc.environment import describe
-from unetc.errors import UnetcError
+from unetc.environment import describe, free_memory
+from unetc.errors import EngineBuildError, MissingDependency, UnetcError
+from unetc.nvidia.driver import ask
 from unetc.nvidia.library import LIBRARIES, Library
+from unetc.precision import Precision
 from unetc.runtime.backend import BACKENDS, DEFAULT_TARGET, open_backend
+from unetc.workflow.compile import check_tools
 
 _STAGES = {
     "analyze, plan, build, verify": ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics"),
@@ -33,11 +36,23 @@ def diagnose() -> list[Finding]:
     machine = ", ".join(
         f"{key} {value}" for key, value in describe().items() if key in ("processor", "cores", "python")
     )
-    findings = [Finding(name="machine", works=True, needed=True, detail=machine)]
+    if (free := free_memory()) is not None:
+        machine += f", {free / 2**30:.0f} GiB of memory free"
+    findings = [Finding(name="machine", works=True, needed=True, detail=machine), _find_gpu()]
     findings += [_try_backend(target) for target in BACKENDS if target != "null"]
     findings += [_try_library(library) for library in LIBRARIES.values()]
     findings += [_try_stage(stage, libraries) for stage, libraries in _STAGES.items()]
     return findings
+
+
+def _find_gpu() -> Finding:
+    name = "NVIDIA GPU"
+    try:
+        gpu, capability, driver, memory = ask("name", "compute_cap", "driver_version", "memory.total")
+    except EngineBuildError as error:
+        return Finding(name=name, works=False, needed=False, detail=str(error))
+    detail = f"{gpu}, compute capability {capability}, driver {driver}, {memory}"
+    return Finding(name=name, works=True, needed=False, detail=detail)
 
 
 def _try_backend(target: str) -> Finding:
@@ -53,10 +68,16 @@ def _try_library(library: Library) -> Finding:
     name = f"compile for {library.target}"
     try:
         origin = library.origin()
+        check_tools(library, [Precision.FP32])
     except UnetcError as error:
         return Finding(name=name, works=False, needed=False, detail=str(error))
     place = "for any GPU it supports" if origin.gpu is None else f"for {origin.gpu.name}"
-    return Finding(name=name, works=True, needed=False, detail=f"{library.module} {origin.library}, {place}")
+    detail = f"{library.module} {origin.library}, {place}"
+    try:
+        check_tools(library, [Precision.FP16])
+    except MissingDependency as error:
+        detail += f"; {error}"
+    return Finding(name=name, works=True, needed=False, detail=detail)
 
 
 def _try_stage(stage: str, libraries: tuple[str, ...]) -> Finding:

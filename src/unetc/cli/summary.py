@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,12 @@ from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.verification import Verification
 from unetc.cli.output import table
 from unetc.errors import ArtifactError, CorruptArtifactError
-from unetc.progress import OnProgress, Progress
+from unetc.workflow.sizes import describe_sides
 
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
     from unetc.nvidia.key import EngineKey
     from unetc.precision import Precision
-    from unetc.runtime.session import Step
     from unetc.workflow.compile import CompiledEngine
 
 
@@ -232,16 +231,7 @@ def diagnosis_table(findings: Sequence[Finding]) -> Table:
         ]
         for f in findings
     ]
-    return table("unetc on this machine", ["", "", ""], rows, words=3)
-
-
-def step_progress(on_progress: OnProgress) -> Callable[[Step], None]:
-    """Report steps of a session as progress."""
-
-    def report(step: Step) -> None:
-        on_progress(Progress(stage="sampling", done=step.index + 1, total=step.steps))
-
-    return report
+    return table("unetc on this machine", ["what", "state", "detail"], rows, words=3)
 
 
 def _damage(damage: Damage) -> str:
@@ -253,13 +243,12 @@ def _damage_cells(damage: Damage) -> list[str]:
     return [f"{l2.mean:.4f} ({l2.low:.4f}–{l2.high:.4f})", f"{damage.psnr.mean:.1f}", f"{damage.ssim.mean:.4f}"]
 
 
-def engines_title(key: EngineKey) -> str:
+def engines_title(key: EngineKey, manifest: Manifest) -> str:
     """Say what engines were built for."""
     origin, sizes = key.origin, key.sizes
     gpu = "any GPU it supports" if origin.gpu is None else origin.gpu.name
-    return (
-        f"{origin.target} {origin.library}, {key.precision}, batch {sizes.batch}, {sizes.height} x {sizes.width}, {gpu}"
-    )
+    sides = describe_sides(manifest, sizes)
+    return f"{origin.target} {origin.library}, {key.precision}, batch {sizes.batch}, {sides}, {gpu}"
 
 
 def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
@@ -278,7 +267,7 @@ def _label(engine: CompiledEngine, precision: Precision) -> str:
     return Path(engine.graph).stem if own is precision else f"{Path(engine.graph).stem} in {own}"
 
 
-def engine_table(engines: Sequence[CompiledEngine]) -> Table:
+def engine_table(engines: Sequence[CompiledEngine], manifest: Manifest) -> Table:
     """Lay out compiled engines and what building them took."""
     key = engines[0].record.key
     rows = [
@@ -295,7 +284,7 @@ def engine_table(engines: Sequence[CompiledEngine]) -> Table:
         for engine in engines
     ]
     return table(
-        f"{engines_title(key)}; in {engines[0].folder.parent}",
-        ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", ""],
+        f"{engines_title(key, manifest)}; in {engines[0].folder.parent}",
+        ["engine", "MiB", "layers", "seconds", "tries", "peak MiB", "state"],
         rows,
     )

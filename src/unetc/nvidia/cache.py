@@ -7,12 +7,15 @@ that only who can read the cache's own secret can make. An engine that was copie
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ ENGINE = "engine.plan"
 RECORD = "record.json"
 _SECRET = "secret"
 _SECRET_BYTES = 32
+_TRUST = "loading one runs code; if you trust who built it, `unetc compile --trust-engines` takes it"
 
 
 class EngineRecord(Artifact, frozen=True, kw_only=True):
@@ -94,12 +98,14 @@ class EngineCache:
             )
         if len(engine) != record.engine_bytes or hashlib.sha256(engine).hexdigest() != record.engine_sha256:
             raise StaleEngineError(f"{folder / ENGINE} is not what was built (its hash differs). Build it again.")
-        if not trust and not hmac.compare_digest(record.seal, self._seal_of(record)):
-            raise StaleEngineError(
-                f"the engine in {folder} was not built here, and loading one runs code. Build it again, or say "
-                "--trust-engines if you trust who built it."
-            )
+        if not trust and not self._is_ours(record):
+            raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
         return record, engine
+
+    def touch(self, key: EngineKey) -> None:
+        """Note that an engine was used now, for `trim`; that it cannot be noted does not matter."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder(key) / ENGINE)
 
     def records(self) -> list[EngineRecord]:
         """List what can be read of the cache; that nothing was changed is only checked when an engine is opened."""
@@ -130,20 +136,23 @@ class EngineCache:
         """
         wanted = (graph_sha256, weights_sha256, precision, here.target)
         known = [record for record in self.records() if _question(record.key) == wanted]
-        refusals: list[str] = []
+        refusals: Counter[str] = Counter()
         for record in sorted(known, key=_preference, reverse=True):
             if misfits := record.key.origin.misfits(here):
-                own, there = ([getattr(origin, name) for name in misfits] for origin in (record.key.origin, here))
-                refusals.append(f"{self.folder(record.key)} differs in {', '.join(misfits)} ({own}, here {there})")
+                refusals[_difference(record.key.origin, here, misfits)] += 1
+                continue
+            if not self._is_ours(record):
+                refusals[f"not built here ({_TRUST})"] += 1
                 continue
             try:
                 return self.open(record.key)
-            except StaleEngineError as error:
-                refusals.append(str(error))
+            except StaleEngineError:
+                refusals["damaged"] += 1
+        there = "; ".join(f"{count} {reason}" for reason, count in refusals.items())
         raise StaleEngineError(
-            f"no {here.target} engine in {precision} of this graph that can be run here is in {self.root}"
-            + "".join(f"; {refusal}" for refusal in refusals)
-            + f". Build it: `{compile_command(here.target, precision)}` (--controls for those of verify). "
+            f"no {here.target} engine in {precision} of this graph that can be run here is in {self.root}. "
+            + (f"Others are: {there}. " if there else "")
+            + f"Build it: `{compile_command(here.target, precision)}` (--controls for those of verify). "
             "UNETC_CACHE says where engines are."
         )
 
@@ -166,6 +175,9 @@ class EngineCache:
             ArtifactError: If there is no secret and none can be written, or it is damaged.
         """
         return hmac.digest(self._secret(), data, hashlib.sha256)
+
+    def _is_ours(self, record: EngineRecord) -> bool:
+        return hmac.compare_digest(record.seal, self._seal_of(record))
 
     def _seal_of(self, record: EngineRecord) -> str:
         return self.seal(record.unsealed()).hex()
@@ -192,6 +204,41 @@ class EngineCache:
         if len(secret) != _SECRET_BYTES:
             raise ArtifactError(f"{path} is damaged. Delete it; engines in {self.root} are built again.")
         return secret
+
+
+def trim(folder: Path, most_bytes: int) -> None:
+    """Delete the engines of all caches in a folder that were used longest ago, until the others fit; one always stays.
+
+    Args:
+        folder: Holds caches, each a folder.
+        most_bytes: What the engines that stay take at most.
+    """
+    left = most_bytes
+    for i, engine in enumerate(sorted(folder.glob(f"*/*/{ENGINE}"), key=_used, reverse=True)):
+        left -= _size(engine)
+        if i and left < 0:
+            shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be doing the same
+
+
+def _used(engine: Path) -> float:
+    """Tell when an engine was used last; 0 if it is gone by now."""
+    try:
+        return engine.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(engine: Path) -> int:
+    try:
+        return engine.stat().st_size
+    except OSError:
+        return 0
+
+
+def _difference(own: Origin, here: Origin, fields: Sequence[str]) -> str:
+    """Say in what the place of an engine differs from here."""
+    pairs = ((name, getattr(own, name), getattr(here, name)) for name in fields)
+    return "for " + ", ".join(f"{name} {there} (here {now or 'not known'})" for name, there, now in pairs)
 
 
 def _question(key: EngineKey) -> tuple[str, str, Precision, str]:

@@ -24,6 +24,10 @@ class Gpu(Record, frozen=True, kw_only=True):
     """As in 8.9."""
     driver: str
 
+    def __str__(self) -> str:
+        """Write for people."""
+        return f"{self.name} of {self.compute_capability} with driver {self.driver}"
+
 
 class _Hashed(Record, frozen=True, kw_only=True):
     def sha256(self) -> str:

@@ -8,18 +8,21 @@ GPU of the compute capabilities that it supports, if that is 8.0 or later; for a
 from __future__ import annotations
 
 import importlib
-import os
+import logging
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 import unetc
 from unetc.errors import EngineBuildError, MissingDependency
 
+from .driver import ask
 from .key import RECIPE, Gpu, Origin
+
+logger = logging.getLogger(__name__)
 
 _KEPT_COMPLAINTS = 5
 
@@ -44,11 +47,17 @@ class Library:
             MissingDependency: If it is not installed, or cannot be loaded here.
         """
         try:
-            return importlib.import_module(self.module)
+            module = importlib.import_module(self.module)
         except (ImportError, OSError) as error:  # OSError: a library that it is linked to is missing
-            raise MissingDependency(
-                f"target {self.target} needs {self.module} ({error}): pip install 'unetc[{self.extra}]'"
-            ) from error
+            if isinstance(error.__cause__, KeyboardInterrupt):  # which its bindings turn into an ImportError
+                raise error.__cause__ from None
+            raise MissingDependency(self._lacking(str(error))) from error
+        if not hasattr(module, "__version__"):
+            raise MissingDependency(self._lacking(f"an empty package is installed, {list(module.__path__)}"))
+        return module
+
+    def _lacking(self, reason: str) -> str:
+        return f"target {self.target} needs {self.module} ({reason}): pip install 'unetc[{self.extra}]'"
 
     def origin(self, *, on_this_gpu: bool = False) -> Origin:
         """Describe this machine as the place of an engine, which is bound to its GPU if it must be or is asked to.
@@ -57,14 +66,42 @@ class Library:
             MissingDependency: If the library is not installed, or cannot be loaded here.
             EngineBuildError: If a GPU is needed and there is none.
         """
+        here = self.anywhere()
+        bound = on_this_gpu or not self.portable
+        return msgspec.structs.replace(here, gpu=_first_gpu(self.target)) if bound else here
+
+    def anywhere(self) -> Origin:
+        """Describe this machine without its GPU.
+
+        Raises:
+            MissingDependency: If the library is not installed, or cannot be loaded here.
+        """
         return Origin(
             unetc=unetc.__version__,
             recipe=RECIPE,
             target=self.target,
             library=str(self.load().__version__),
             platform=f"{platform.system()} {platform.machine()}",
-            gpu=_first_gpu(self.target) if on_this_gpu or not self.portable else None,
+            gpu=None,
         )
+
+    def here(self) -> Origin:
+        """Describe this machine as the place where engines run.
+
+        Where the driver's tool is missing, as in many containers, the GPU is not known: then engines for many GPUs are
+        run, and none that is for one alone.
+
+        Raises:
+            MissingDependency: If the library is not installed, or cannot be loaded here.
+            EngineBuildError: If the library's engines are for one GPU alone, and it is not known.
+        """
+        try:
+            return self.origin(on_this_gpu=True)
+        except EngineBuildError as error:
+            if not self.portable:
+                raise
+            logger.warning("engines for one GPU alone are not run here: %s", error)
+            return self.origin()
 
     def logger(self, complaints: list[str]) -> Any:
         """Make a logger that keeps the last errors that the library reports."""
@@ -100,7 +137,11 @@ def library_of(target: str) -> Library:
         EngineBuildError: If there is none of this name.
     """
     if target not in LIBRARIES:
-        raise EngineBuildError(f"no engines can be built for target {target!r}. Available: {', '.join(LIBRARIES)}.")
+        as_they_are = target.partition(":")[0] in ("onnxruntime", "torch")
+        reason = ": it runs the graphs of a bundle as they are, so `unetc sample` needs none" if as_they_are else ""
+        raise EngineBuildError(
+            f"no engines can be built for target {target!r}{reason}. Available: {', '.join(LIBRARIES)}."
+        )
     return LIBRARIES[target]
 
 
@@ -117,18 +158,12 @@ def _logger(trt: Any, complaints: list[str]) -> Any:
 
 
 def _first_gpu(target: str) -> Gpu:
-    """Ask the driver's own tool, which needs no further library, for the GPU that programs see first."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        query.append(f"--id={visible.split(',')[0]}")
-    missing = f"this needs a {target} engine for the GPU of this machine, and"
-    if shutil.which(query[0]) is None:
+    """Ask the driver for the GPU that programs see first."""
+    try:
+        name, capability, driver = ask("name", "compute_cap", "driver_version")
+    except EngineBuildError as error:
         raise EngineBuildError(
-            f"{missing} {query[0]} is not there. Do it on the machine with the GPU; engines of tensorrt-rtx for any "
-            "GPU are built without one."
-        )
-    asked = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    if asked.returncode or not asked.stdout.strip():
-        raise EngineBuildError(f"{missing} {query[0]} finds none: {(asked.stdout + asked.stderr).strip()[-200:]}")
-    name, capability, driver = (field.strip() for field in asked.stdout.splitlines()[0].rsplit(",", 2))
+            f"this needs a {target} engine for the GPU of this machine, and {error}. Do it on the machine with the "
+            "GPU; engines of tensorrt-rtx for any GPU are built without one."
+        ) from error
     return Gpu(name=name, compute_capability=capability, driver=driver)

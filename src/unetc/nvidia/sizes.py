@@ -73,6 +73,10 @@ class Sizes(Record, frozen=True, kw_only=True):
             batch=self.batch.including(batch), height=self.height.including(height), width=self.width.including(width)
         )
 
+    def one_side_varies(self) -> bool:
+        """Tell whether one of height and width is a range and the other one size."""
+        return (self.height.least == self.height.most) != (self.width.least == self.width.most)
+
     def options(self) -> str:
         """Write as options of `unetc compile`."""
         return f"--batch {self.batch} --height {self.height} --width {self.width}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -12,25 +11,29 @@ from pathlib import Path
 
 import msgspec
 
+from unetc.artifacts.record import check_writable
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.messages import STEPS, Request
-from unetc.compiler.tensorrt.supervise import build_engine
-from unetc.environment import cores, free_memory
-from unetc.errors import ArtifactError, EngineBuildError, StaleEngineError
-from unetc.nvidia.cache import EngineCache, EngineRecord
+from unetc.compiler.tensorrt.supervise import Running, build_engine
+from unetc.environment import cores, free_memory, lacking
+from unetc.errors import ArtifactError, EngineBuildError, MissingDependency, StaleEngineError
+from unetc.nvidia.cache import ENGINE, EngineCache, EngineRecord
 from unetc.nvidia.key import Effort, EngineKey, Origin
-from unetc.nvidia.library import library_of
+from unetc.nvidia.library import LIBRARIES, Library, library_of
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import NO_WEIGHTS, Precision
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.residuals import Residual
 from unetc.runtime.bundle import Bundle
 
+from .sizes import check_sides, describe_sides
+
 _BASE_BYTES = 900 * 2**20
 """What a building process holds besides weights: libraries, kernels, and what it knows of some thousand layers."""
 _COPIES_OF_WEIGHTS = 4
 """What it holds of them at its peak. Both bound all that was measured: benchmarks/results/rtx_build.json."""
-
+_FIND = "find engines"
+"""A stage of the work."""
 
 Wanted = tuple[str, Precision]
 """An engine: the path of its graph in the bundle, and what it computes in."""
@@ -92,22 +95,20 @@ def compile_bundle(
         ArtifactError: If the bundle or the cache cannot be read or written.
         CorruptArtifactError: If a graph takes weights from elsewhere than the bundle's own file.
         EngineBuildError: If an engine cannot be built. Those that were finished before are in the cache.
-        MissingDependency: If the library is not installed.
+        MissingDependency: If the library is not installed, or others that building needs.
     """
-    origin = library_of(options.target).origin(on_this_gpu=options.on_this_gpu)
+    library = library_of(options.target)
+    origin = library.origin(on_this_gpu=options.on_this_gpu)
     bundle = Bundle.open(path)
+    check_sides(bundle.manifest, sizes_of(bundle, options))
     engines = EngineCache.inside(cache)
     wanted = _wanted(bundle, options, origin)
-    done: dict[Wanted, CompiledEngine] = {}
-    for one, key in wanted.items():
-        try:
-            record, engine = engines.open(key, trust=options.trust_engines)
-        except StaleEngineError:
-            continue  # built below
-        if options.trust_engines:
-            record = engines.put(record, engine)
-        done[one] = CompiledEngine(graph=one[0], record=record, folder=engines.folder(key), known=True)
+    for note in _notes(bundle, options):
+        on_progress(Progress(stage=_FIND, done=0, total=len(wanted), note=note))
+    done = _find(wanted, engines, options.trust_engines, on_progress)
     if missing := {one: key for one, key in wanted.items() if one not in done}:
+        check_tools(library, {precision for _, precision in missing})
+        check_writable(engines.root / ENGINE)
         from unetc.compiler.tensorrt.references import check_references  # needs onnx
 
         names = sorted({graph for graph, _ in wanted})
@@ -123,6 +124,39 @@ def compile_bundle(
     return tuple(done[one] for one in wanted)
 
 
+def target_of(text: str, precision: str | None) -> tuple[str, Precision]:
+    """Read a target as `unetc sample` takes it, with the precision behind a colon, or given apart.
+
+    Raises:
+        EngineBuildError: If no engines are built for it, or two precisions are given.
+    """
+    name, _, suffix = text.partition(":")
+    library_of(name if name in LIBRARIES else text)
+    given = {Precision.parse(one) for one in (suffix, precision) if one}
+    if len(given) > 1:
+        raise EngineBuildError(f"--target {text} and --precision {precision} contradict each other. Give one of them.")
+    return name, given.pop() if given else Precision.FP32
+
+
+def check_tools(library: Library, precisions: Collection[Precision]) -> None:
+    """Refuse to build where libraries are missing that check, lower and calibrate graphs.
+
+    Raises:
+        MissingDependency: It names all of them.
+    """
+    needed = {"onnx": library.extra}
+    if any(precision is not Precision.FP32 for precision in precisions):
+        needed["onnx_ir"] = library.extra
+    if Precision.FP16 in precisions:
+        needed["onnxruntime"] = "cpu"
+    if missing := lacking(needed):
+        extras = ",".join(dict.fromkeys([library.extra, *(needed[name] for name in missing)]))
+        raise MissingDependency(
+            f"compiling for {library.target} in {' and '.join(sorted(precisions))} needs {', '.join(missing)}: "
+            f"pip install 'unetc[{extras}]'"
+        )
+
+
 def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
     """Read what sizes are asked for; what is not said is the bundle's own."""
     _, height, width = bundle.manifest.sample_shape
@@ -132,6 +166,39 @@ def sizes_of(bundle: Bundle, options: CompileOptions) -> Sizes:
         height=Range.parse(options.height, height),
         width=Range.parse(options.width, width),
     )
+
+
+def _notes(bundle: Bundle, options: CompileOptions) -> list[str]:
+    """Say of sizes what may not be what was meant, before it takes minutes."""
+    sizes, notes = sizes_of(bundle, options), []
+    if bundle.manifest.decoder is not None and (options.height or options.width):
+        notes.append(f"Engines take {describe_sides(bundle.manifest, sizes)}.")
+    if sizes.one_side_varies() and options.target == "tensorrt-rtx":
+        notes.append(
+            "One of height and width is a range: tensorrt_rtx 1.7 fails on some graphs then. If it does, make both a "
+            "range, or neither."
+        )
+    return notes
+
+
+def _find(
+    wanted: Mapping[Wanted, EngineKey], engines: EngineCache, trust: bool, on_progress: OnProgress
+) -> dict[Wanted, CompiledEngine]:
+    """Find the engines that the cache has, and say why one that it has cannot be taken."""
+    found = {}
+    for i, (one, key) in enumerate(wanted.items()):
+        folder, note = engines.folder(key), ""
+        try:
+            record, engine = engines.open(key, trust=trust)
+        except StaleEngineError as error:
+            if folder.exists():
+                note = f"{one[0]} is built again: {error}"
+        else:
+            if trust:
+                record = engines.put(record, engine)
+            found[one] = CompiledEngine(graph=one[0], record=record, folder=folder, known=True)
+        on_progress(Progress(stage=_FIND, done=i + 1, total=len(wanted), note=note))
+    return found
 
 
 def _wanted(bundle: Bundle, options: CompileOptions, origin: Origin) -> dict[Wanted, EngineKey]:
@@ -244,20 +311,22 @@ def _build_all(
     on_progress: OnProgress,
 ) -> list[tuple[Wanted, EngineRecord]]:
     """Build engines, several at once where there is room; each is in the cache as soon as it is finished."""
-    stopping = threading.Event()
+    running = Running()
 
     def build(one: Wanted) -> tuple[Wanted, EngineRecord]:
         graph, key = one[0], wanted[one]
         stage = f"build {Path(graph).stem}" + (f" in {key.precision}" if key.precision is not options.precision else "")
 
         def advance(done: int) -> None:
-            if stopping.is_set():
-                raise EngineBuildError(f"{graph}: given up, as another engine failed or you stopped it.")
             on_progress(Progress(stage=stage, done=done, total=STEPS))
 
-        place, name = folders[key.precision], _beside_weights(graph)
-        limit = options.time_limit_s
-        return one, build_one(name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance)
+        place, name, limit = folders[key.precision], _beside_weights(graph), options.time_limit_s
+        try:
+            return one, build_one(
+                name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance, running=running
+            )
+        except EngineBuildError as error:
+            raise EngineBuildError(f"{graph}: {error}") from error
 
     weights = max((folder / WEIGHTS).stat().st_size for folder in folders.values())
     with ThreadPoolExecutor(_jobs(options, weights)) as pool:
@@ -265,7 +334,7 @@ def _build_all(
         try:
             return [future.result() for future in as_completed(futures)]
         except BaseException:
-            stopping.set()
+            running.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -279,6 +348,7 @@ def build_one(
     *,
     time_limit_s: float,
     on_advance: Callable[[int], None],
+    running: Running | None = None,
 ) -> EngineRecord:
     """Build one engine and put it into the cache.
 
@@ -290,6 +360,7 @@ def build_one(
         residuals: What the graph takes of a ControlNet.
         time_limit_s: For all tries together.
         on_advance: Told how many of `STEPS` are done.
+        running: What stops it from another thread.
 
     Raises:
         EngineBuildError: If it cannot be built.
@@ -306,12 +377,12 @@ def build_one(
         effort=key.effort,
         on_this_gpu=key.origin.gpu is not None,
     )
-    outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance)
+    outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance, running=running)
     try:
         engine = outcome.engine.read_bytes()
         outcome.engine.unlink()
     except OSError as error:
-        raise EngineBuildError(f"{graph}: the engine cannot be read back: {error.strerror}.") from error
+        raise EngineBuildError(f"the engine cannot be read back: {error.strerror}.") from error
     on_advance(STEPS)
     return engines.put(
         EngineRecord(

@@ -4,7 +4,7 @@ Analysis and build load hundreds of graphs, all in float32. Where a target loads
 lowered first; where its engines are built ahead, each is built when it is first loaded. Sampling a bundle does neither.
 
 What overflows float16 is looked for in the full model alone. `compile` looks at every engine of a bundle; so no engine
-of float16 that was built here is ever given out by the cache that sampling reads.
+that was built here is ever given out by the cache that sampling reads, and those used longest ago are deleted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unetc.compiler.tensorrt.messages import STEPS
 from unetc.conditions import Conditions
 from unetc.device import Device
 from unetc.errors import StaleEngineError
-from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.cache import EngineCache, trim
 from unetc.nvidia.key import Effort, EngineKey
 from unetc.nvidia.library import LIBRARIES
 from unetc.nvidia.sizes import Range, Sizes
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _GRAPH = "graph.onnx"
 _APART = "measured"
 """Folder in the cache of engines for those that are never served; it has one cache for each set of wide values."""
+_MOST_BYTES = 20 * 2**30
+"""Most that these engines take on disk: a few of the largest model, 5 GB each, or all of an analysis of a small one."""
 _TIME_LIMIT_S = 3600.0
 """For one engine."""
 
@@ -88,9 +90,8 @@ def take_any_graph(
         return backend
     engines = cast("TensorRtBackend", backend)
     wide = _wide(engines.precision, overflowing)
-    if engines.precision is Precision.FP16:
-        digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
-        engines = engines.over(EngineCache(engines.engines.root / _APART / digest[:32]))
+    digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
+    engines = engines.over(EngineCache(engines.engines.root / _APART / digest[:32]))
     return BuildingBackend(engines, calls, wide, on_progress)
 
 
@@ -192,6 +193,10 @@ class BuildingLoader:
         except StaleEngineError:
             self._build(graph, key)
             found = self._backend.engines.open(key)
+        self._backend.engines.touch(key)
+        folder = self._backend.engines.root.parent
+        if folder.name == _APART:  # never what is served
+            trim(folder, _MOST_BYTES)
         return self._loader.load_engine(*found)
 
     def _build(self, graph: SerialisedGraph, key: EngineKey) -> None:

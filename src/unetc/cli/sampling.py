@@ -1,0 +1,48 @@
+"""Sample many images in calls that engines take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from unetc.device import Array
+from unetc.progress import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from unetc.runtime.session import Step
+
+
+class Draw(Protocol):
+    """Samples one batch, as `Session.sample` does."""
+
+    def __call__(self, batch: int, *, first_index: int, on_step: Callable[[Step], None]) -> Array:
+        """Sample from noise."""
+        ...
+
+
+def sample_in_calls(draw: Draw, samples: int, most: int, on_progress: OnProgress) -> Array:
+    """Sample in calls of at most `most` samples; sample k of a seed is the same whatever the call.
+
+    Args:
+        draw: Samples one batch.
+        samples: Number of samples.
+        most: Of one call.
+        on_progress: Told of the steps of all calls together.
+
+    Returns:
+        Samples [samples, channel, height, width], float32.
+    """
+    firsts = range(0, samples, most)
+
+    def report(call: int, step: Step) -> None:
+        done = call * step.steps + step.index + 1
+        on_progress(Progress(stage="sampling", done=done, total=len(firsts) * step.steps))
+
+    batches = [
+        draw(min(most, samples - first), first_index=first, on_step=partial(report, call))
+        for call, first in enumerate(firsts)
+    ]
+    return np.concatenate(batches)
