@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +28,7 @@ from tests.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
 from unetc.artifacts.manifest import BundleDecoder
+from unetc.cli.summary import compiling
 from unetc.compiler.planner import PlanOptions
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.conditions import UNCONDITIONAL
@@ -183,6 +185,14 @@ def test_without_the_library_the_extra_is_named(tiny_bundle: Path, tmp_path: Pat
 def test_sizes_that_cannot_be_are_refused(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
     error = run("compile", tiny_bundle, *RTX, "--cache", tmp_path, "--batch", "8,1").error
     assert "cannot build for the sizes '8,1'" in error
+
+
+def test_a_bundle_for_tensorrt_says_how_it_is_compiled(tiny_bundle: Path) -> None:
+    manifest = Manifest.load(tiny_bundle / "manifest.json")
+    assert compiling(manifest, tiny_bundle) == ""
+    for target, options in (("tensorrt", ""), ("tensorrt-rtx:fp16", " --precision fp16")):
+        command = compiling(msgspec.structs.replace(manifest, target=target), Path("b"))
+        assert command == f"unetc compile b --target {target.removesuffix(':fp16')}{options}"
 
 
 def test_the_doctor_lists_what_can_be_compiled_for() -> None:

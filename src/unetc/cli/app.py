@@ -270,6 +270,8 @@ def build(
     else:
         OUT.print(summary.bundle_table(manifest))
         OUT.print(f"wrote {output}", soft_wrap=True)
+        if command := summary.compiling(manifest, output):
+            OUT.print(f"its engines are not built yet: {command}", soft_wrap=True)
 
 
 @app.command()

@@ -18,12 +18,13 @@ from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.verification import Verification
 from unetc.cli.output import table
 from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.nvidia.key import EngineKey, compile_command
+from unetc.nvidia.library import LIBRARIES
+from unetc.precision import Precision
 from unetc.workflow.sizes import describe_sides
 
 if TYPE_CHECKING:
     from unetc.cli.diagnosis import Finding
-    from unetc.nvidia.key import EngineKey
-    from unetc.precision import Precision
     from unetc.workflow.compile import CompiledEngine
 
 
@@ -259,6 +260,14 @@ def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
             for engine in engines
         ]
     }
+
+
+def compiling(manifest: Manifest, path: Path) -> str:
+    """Write the command that builds the engines which a bundle needs on its own target; empty if it needs none."""
+    library = manifest.target.partition(":")[0]
+    if library not in LIBRARIES:
+        return ""
+    return compile_command(library, Precision.of_target(manifest.target), bundle=str(path))
 
 
 def _label(engine: CompiledEngine, precision: Precision) -> str:

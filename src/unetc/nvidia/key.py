@@ -83,9 +83,9 @@ class EngineKey(_Hashed, frozen=True, kw_only=True):
         return _differences(self.origin, other.origin) + [n for n in _differences(self, other) if n != "origin"]
 
 
-def compile_command(target: str, precision: Precision, sizes: Sizes | None = None) -> str:
+def compile_command(target: str, precision: Precision, sizes: Sizes | None = None, *, bundle: str = "BUNDLE") -> str:
     """Write the command that builds an engine of a bundle."""
-    command = f"unetc compile BUNDLE --target {target}"
+    command = f"unetc compile {bundle} --target {target}"
     if precision is not Precision.FP32:
         command += f" --precision {precision}"
     return command if sizes is None else f"{command} {sizes.options()}"
