@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +339,7 @@ def test_a_part_that_fails_is_named_and_comes_last_the_next_time(hollow: Folder,
 def test_times_of_kernels_that_no_cuda_graph_holds_are_a_failure(hollow: Folder, tmp_path: Path) -> None:
     """Without a GPU a capture fails; that is what it does on one when a kernel cannot be captured."""
     result = gpu.Result(tmp_path / gpu.RESULT, {}, {}, {})
-    pool = cuda_graph.Pool(lock=threading.Lock(), memory=None)
+    pool = cuda_graph.Pool(torch.device("cpu"))
 
     def eager(loaded: Loaded) -> Measured:
         module = cuda_graph.CapturedModule(lambda: lambda tensor: (tensor + 1,), pool)
