@@ -56,8 +56,12 @@ def find(manifest: Manifest) -> list[EngineSet]:
 
 def missing(engines: EngineSet, manifest: Manifest) -> list[str]:
     """List the graphs of the full model and the plan that have no engine."""
-    graphs = dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines))
-    return [graph for graph in graphs if graph not in engines.records]
+    return [graph for graph in _needed(manifest) if graph not in engines.records]
+
+
+def _needed(manifest: Manifest) -> dict[str, None]:
+    """List the graphs of the full model and the plan, each once."""
+    return dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines))
 
 
 def misfit(engines: EngineSet) -> str:
@@ -117,10 +121,7 @@ def memory_of(engines: EngineSet, manifest: Manifest) -> list[Memory]:
     """Sum up the memory of engines, and of those that take turns in a phase."""
     plan = manifest.plan
     every = {engine.graph for engine in manifest.engines}
-    rows = [
-        _together(Path(graph).stem, engines, {graph})
-        for graph in dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines))
-    ]
+    rows = [_together(Path(graph).stem, engines, {graph}) for graph in _needed(manifest)]
     graphs = [{manifest.engines[i].graph for i in phase.cycle} for phase in plan.phases]
     for phase, own in zip(plan.phases, graphs, strict=True):
         rows.append(_together(f"phase from {phase.low:.2f} to {phase.high:.2f}", engines, own))

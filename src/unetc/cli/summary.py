@@ -281,8 +281,7 @@ def engine_table(engines: Sequence[CompiledEngine], manifest: Manifest) -> Table
     key = engines[0].record.key
     rows = [
         [
-            Path(engine.graph).stem
-            + (f" in {own}" if (own := engine.record.key.precision) is not key.precision else ""),
+            _label(engine, key.precision),
             f"{engine.record.engine_bytes / 2**20:.1f}",
             str(engine.record.layers),
             f"{engine.record.seconds:.1f}",
