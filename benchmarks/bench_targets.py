@@ -36,7 +36,7 @@ from unetc.graph.specialise import specialise
 from unetc.held import Held
 from unetc.models import find_model
 from unetc.progress import Progress, ignore
-from unetc.runtime.backend import BACKENDS, open_backend
+from unetc.runtime.backend import OFFERED, open_backend
 from unetc.runtime.session import Session
 from unetc.solver.extract import extract_all, make_scheduler
 from unetc.timing import interleaved_ms
@@ -111,9 +111,8 @@ def main() -> None:
     absent: dict[str, str] = {}
     with progress() as on_progress:
         prepared = prepare(find_model("digits"), options.work, on_progress)
-        names = [name for name in BACKENDS if name != "null"]
-        for i, name in enumerate(names):
-            on_progress(Progress(stage="loading", done=i, total=len(names)))
+        for i, name in enumerate(OFFERED):
+            on_progress(Progress(stage="loading", done=i, total=len(OFFERED)))
             try:
                 targets[name] = Target(name, prepared, options.steps, options.batch, cores())
             except UnetcError as error:

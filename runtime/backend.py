@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from difflib import get_close_matches
 from enum import StrEnum
+from typing import Self
 
 from unetc.backend import Backend
 from unetc.device import Tensor
@@ -24,8 +26,6 @@ class Memory(StrEnum):
 
 
 DEFAULT_TARGET = "onnxruntime:cpu"
-_FOR_TESTS = "null"
-"""A target that nobody is offered."""
 
 
 def _in_each(precisions: Sequence[str], target: str, module: str) -> dict[str, str]:
@@ -42,10 +42,31 @@ BACKENDS: Mapping[str, str] = {
     **_in_each(("", ":fp16"), "onnxruntime:tensorrt", "unetc.runtime.backends.onnxruntime_gpu"),
     **_in_each(("", ":fp16", ":bf16"), "tensorrt", "unetc.runtime.backends.tensorrt"),
     **_in_each(("", ":fp16", ":bf16"), "tensorrt-rtx", "unetc.runtime.backends.tensorrt"),
-    _FOR_TESTS: "unetc.runtime.backends.null",
+    "null": "unetc.runtime.backends.null",
 }
 """Module of each target's backend, imported on first use; a target is a library, a place, how it runs there, and in
 which precision if not in float32."""
+OFFERED = tuple(target for target in BACKENDS if target != "null")
+"""Targets that compute something."""
+
+
+class InPrecision:
+    """A backend that computes in one precision, and loads graphs that do."""
+
+    precision: Precision
+
+    @property
+    def reads(self) -> Precision:
+        """Precision of the graphs that it loads."""
+        return self.precision
+
+    def exact(self) -> Self | None:
+        """Give the same backend in float32; None if this one is."""
+        if self.precision is Precision.FP32:
+            return None
+        other = copy(self)
+        other.precision = Precision.FP32
+        return other
 
 
 def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> Backend:
@@ -71,10 +92,9 @@ def _advice(target: str) -> str:
     """Name the targets that may be meant."""
     if target.endswith(f":{Precision.FP32}"):
         return f"A target without a suffix is one of {Precision.FP32}: {target.rpartition(':')[0]}."
-    named = [known for known in BACKENDS if known != _FOR_TESTS]
-    plain = [known for known in named if Precision.of_target(known) is Precision.FP32]
+    plain = [known for known in OFFERED if Precision.of_target(known) is Precision.FP32]
     wanted = target.lower().replace("_", "-")
-    close = [known for known in plain if wanted in known] or get_close_matches(wanted, named)
+    close = [known for known in plain if wanted in known] or get_close_matches(wanted, OFFERED)
     return f"Close ones: {', '.join(close)}." if close else f"Available: {', '.join(plain)}."
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from contextlib import suppress
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import Precision
 
-from ..backend import Memory, take_inputs
+from ..backend import InPrecision, Memory, take_inputs
 from ..residency import StreamingLoader
 from .onnxruntime import HandingLoader, open_session, run_bound  # first: it says how to get onnxruntime
 
@@ -136,7 +135,7 @@ def check_placement(session: Any, wanted: str) -> None:
         )
 
 
-class OnnxRuntimeGpuBackend:
+class OnnxRuntimeGpuBackend(InPrecision):
     """Loads ONNX graphs into sessions on a GPU."""
 
     def __init__(
@@ -146,22 +145,14 @@ class OnnxRuntimeGpuBackend:
         *,
         threads: int,
         memory: Memory = Memory.FAST,
-        reads: Precision = Precision.FP32,
+        precision: Precision = Precision.FP32,
     ) -> None:
         self.device: Device = OnnxRuntimeDevice(gpu)
-        self.reads = reads
+        self.precision = precision
         number = {"device_id": str(gpu.index or 0)}
         self._providers = [(provider, {**options, **number}) for provider, options in PROVIDERS[place]]
         self._threads = threads
         self._memory = memory
-
-    def exact(self) -> OnnxRuntimeGpuBackend | None:
-        """Give the same backend in float32; None if this one is."""
-        if self.reads is Precision.FP32:
-            return None
-        other = copy(self)
-        other.reads = Precision.FP32
-        return other
 
     def open_weights(self, weights: bytes) -> Loader:
         """Keep the weights in memory."""
@@ -198,8 +189,8 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpu
         )
     if wanted == TENSORRT:
         _load_tensorrt()
-    reads = Precision.of_target(target)
-    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads, memory=memory, reads=reads)
+    precision = Precision.of_target(target)
+    return OnnxRuntimeGpuBackend(place, gpu_of(target), threads=threads, memory=memory, precision=precision)
 
 
 def _load_tensorrt() -> None:

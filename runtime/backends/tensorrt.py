@@ -35,7 +35,7 @@ from unetc.nvidia.library import LIBRARIES, Library, started, words
 from unetc.nvidia.profile import check_call
 from unetc.precision import Precision
 
-from ..backend import Memory
+from ..backend import InPrecision, Memory
 from ..residency import LoadedLater
 
 try:
@@ -261,7 +261,7 @@ class TensorRtLoader:
         return EngineProgram(program, record)
 
 
-class TensorRtBackend:
+class TensorRtBackend(InPrecision):
     """Runs engines of one library in one precision."""
 
     def __init__(
@@ -286,14 +286,6 @@ class TensorRtBackend:
     def reads(self) -> Precision:
         """Engines are made of graphs in float32."""
         return Precision.FP32
-
-    def exact(self) -> TensorRtBackend | None:
-        """Give the same backend in float32; None if this one is."""
-        if self.precision is Precision.FP32:
-            return None
-        other = copy(self)
-        other.precision = Precision.FP32
-        return other
 
     def over(self, engines: EngineCache) -> TensorRtBackend:
         """Give this backend over another cache."""

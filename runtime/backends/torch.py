@@ -23,7 +23,7 @@ from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
 
-from ..backend import Memory
+from ..backend import InPrecision, Memory
 
 try:
     import torch
@@ -130,18 +130,14 @@ class TorchLoader:
         return TorchProgram(module, translation.inputs, translation.outputs)
 
 
-class TorchBackend:
+class TorchBackend(InPrecision):
     """Runs graphs in torch."""
 
-    def __init__(self, device: torch.device, *, compiled: bool, reads: Precision = Precision.FP32) -> None:
+    def __init__(self, device: torch.device, *, compiled: bool, precision: Precision = Precision.FP32) -> None:
         self.device: Device = TorchDevice(device)
-        self.reads = reads
+        self.precision = precision
         self._device = device
         self._compiled = compiled
-
-    def exact(self) -> TorchBackend | None:
-        """Give the same backend in float32; None if this one is."""
-        return None if self.reads is Precision.FP32 else TorchBackend(self._device, compiled=self._compiled)
 
     def open_weights(self, weights: bytes) -> Loader:
         """Take the weights, which are copied to the device once for all engines."""
@@ -164,4 +160,4 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TorchBackend:
         )
     if threads:
         torch.set_num_threads(threads)
-    return TorchBackend(device, compiled=compiled, reads=Precision.of_target(target))
+    return TorchBackend(device, compiled=compiled, precision=Precision.of_target(target))

@@ -75,14 +75,14 @@ def peak_memory() -> int:
         return 0
 
 
-def lacking(libraries: Iterable[str]) -> list[str]:
-    """List the libraries that cannot be imported here."""
-    missing = []
+def lacking(libraries: Iterable[str]) -> dict[str, str]:
+    """Say of the libraries that cannot be imported here why not, by their names."""
+    missing = {}
     for library in libraries:
         try:
             importlib.import_module(library)
-        except ImportError:
-            missing.append(library)
+        except ImportError as error:
+            missing[library] = str(error)
     return missing
 
 

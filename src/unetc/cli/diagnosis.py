@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from unetc.environment import describe, free_memory
+from unetc.environment import describe, free_memory, lacking
 from unetc.errors import EngineBuildError, MissingDependency, UnetcError
 from unetc.nvidia.driver import ask
 from unetc.nvidia.library import LIBRARIES, Library
 from unetc.precision import Precision
-from unetc.runtime.backend import BACKENDS, DEFAULT_TARGET, open_backend
+from unetc.runtime.backend import DEFAULT_TARGET, OFFERED, open_backend
 from unetc.workflow.compile import check_tools
 
 _STAGES = {
@@ -39,7 +38,7 @@ def diagnose() -> list[Finding]:
     if (free := free_memory()) is not None:
         machine += f", {free / 2**30:.0f} GiB of memory free"
     findings = [Finding(name="machine", works=True, needed=True, detail=machine), _find_gpu()]
-    findings += [_try_backend(target) for target in BACKENDS if target != "null"]
+    findings += [_try_backend(target) for target in OFFERED]
     findings += [_try_library(library) for library in LIBRARIES.values()]
     findings += [_try_stage(stage, libraries) for stage, libraries in _STAGES.items()]
     return findings
@@ -81,14 +80,9 @@ def _try_library(library: Library) -> Finding:
 
 
 def _try_stage(stage: str, libraries: tuple[str, ...]) -> Finding:
-    missing = []
-    for library in libraries:
-        try:
-            importlib.import_module(library)
-        except ImportError as error:
-            missing.append(f"{library} ({error})")
-    if missing:
-        detail = f"{', '.join(missing)}: pip install 'unetc[{_EXTRAS[stage]}]'"
+    if missing := lacking(libraries):
+        reasons = ", ".join(f"{library} ({reason})" for library, reason in missing.items())
+        detail = f"{reasons}: pip install 'unetc[{_EXTRAS[stage]}]'"
         return Finding(name=stage, works=False, needed=False, detail=detail)
     return Finding(name=stage, works=True, needed=False, detail=", ".join(_version(name) for name in libraries))
 
