@@ -169,7 +169,7 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     """Probe the middle step of a bin; what is held there is of as many steps before as it is on average."""
     step = _probed(sweep, b)
     size = sweep.ablations_per_batch
-    sample = np.concatenate([sweep.seen(base.states[step], step)] * size)
+    sample = np.concatenate([base.states[step].seen(sweep.table, step)] * size)
     expected = base.states[step + 1].predictions[0]
     errors: list[_Local] = []
     calls = 0

@@ -69,11 +69,6 @@ class Sweep:
         """Number the samples of a batch of `count` ablations within the seed."""
         return np.tile(np.arange(self.samples), count)
 
-    def seen(self, trajectory: Trajectory, step: int) -> Array:
-        """Scale the current samples to what the denoiser sees at a step."""
-        seen: Array = trajectory.sample * np.float32(self.table.input_scale[step])
-        return seen
-
     def timestep(self, step: int) -> float:
         """Read the scheduler's value at a step."""
         return float(self.table.timesteps[step])
@@ -145,12 +140,10 @@ def run_base(sweep: Sweep, on_progress: OnProgress) -> Base:
     states = [trajectory]
     means: list[Array] = []
     for step in range(sweep.table.steps):
-        means.append(sweep.denoiser.branch_means(sweep.seen(trajectory, step), sweep.timestep(step)))
-
-        def predict(sample: Array, step: int = step) -> Array:
-            return sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=means[step])
-
-        trajectory = trajectory.advance(sweep.table, step, predict, seed=sweep.seed, indices=indices.tolist())
+        seen, timestep = trajectory.seen(sweep.table, step), sweep.timestep(step)
+        means.append(sweep.denoiser.branch_means(seen, timestep))
+        prediction = sweep.denoiser.predict(seen, timestep, gates=gates, means=means[step])
+        trajectory = trajectory.advance(sweep.table, step, prediction, seed=sweep.seed, indices=indices.tolist())
         states.append(trajectory)
         on_progress(Progress(stage="full model", done=step + 1, total=sweep.table.steps))
     per_bin = [
@@ -240,15 +233,14 @@ def _run(sweep: Sweep, base: Base, job: _Job) -> tuple[Effect, ...]:
     trajectory = base.states[steps[0]].repeat(count)
     treated = _Removed(sweep, base, job) if not job.kind.treatment.reuses else _Reused(sweep, base, job)
     kept = sweep.denoiser.gates({}, count * sweep.samples)
+    indices = sweep.indices(count).tolist()
     for step in range(steps[0], sweep.table.steps):
-
-        def predict(sample: Array, step: int = step) -> Array:
-            if step in steps:
-                return treated.predict(sample, step)
-            return sweep.denoiser.predict(sample, sweep.timestep(step), gates=kept, means=base.means[job.bin])
-
-        indices = sweep.indices(count).tolist()
-        trajectory = trajectory.advance(sweep.table, step, predict, seed=sweep.seed, indices=indices)
+        seen = trajectory.seen(sweep.table, step)
+        if step in steps:
+            prediction = treated.predict(seen, step)
+        else:
+            prediction = sweep.denoiser.predict(seen, sweep.timestep(step), gates=kept, means=base.means[job.bin])
+        trajectory = trajectory.advance(sweep.table, step, prediction, seed=sweep.seed, indices=indices)
     finals = trajectory.sample.reshape(count, sweep.samples, *sweep.sample_shape)
     return tuple(
         Effect(
@@ -293,6 +285,6 @@ def remembered(sweep: Sweep, base: Base, steps: Iterable[int], count: int) -> He
     """Compute all branches at some steps of the full model's trajectory, for a batch of `count` ablations."""
     held = Held()
     for step in steps:
-        sample = np.concatenate([sweep.seen(base.states[step], step)] * count)
+        sample = np.concatenate([base.states[step].seen(sweep.table, step)] * count)
         sweep.denoiser.remember(sample, sweep.timestep(step), held)
     return held

@@ -129,7 +129,7 @@ def calibrate(
     for b in range(len(sweep.bins)):
         moments = {component.name: Moments(component.channels) for component in components}
         for step in sweep.steps_of(b):
-            outputs = traced(sweep.seen(base.states[step], step), sweep.timestep(step))
+            outputs = traced(base.states[step].seen(sweep.table, step), sweep.timestep(step))
             for c in components:
                 moments[c.name].add(outputs[f"{TRUNK}{c.index}"], outputs[f"{COMPUTED}{c.index}"], c.axis)
         fitted.append({name: own.fit() for name, own in moments.items()})
@@ -160,7 +160,7 @@ def local_errors(
     """
     steps = sweep.steps_of(b)
     step = steps[len(steps) // 2]
-    seen, timestep = sweep.seen(base.states[step], step), sweep.timestep(step)
+    seen, timestep = base.states[step].seen(sweep.table, step), sweep.timestep(step)
     expected = base.states[step + 1].predictions[0]
     outputs = traced(seen, timestep)
     branches = {name: array for name, array in outputs.items() if name.startswith(COMPUTED)}

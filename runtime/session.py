@@ -22,12 +22,12 @@ from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngin
 from unetc.held import Held
 from unetc.precision import Precision
 from unetc.solver.noise import initial_noise
-from unetc.solver.table import SolverTable, SolverTables
-from unetc.solver.trajectory import Trajectory
+from unetc.solver.table import SolverTables
 
 from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
+from .loop import Start, begin
 from .residency import LoadedLater, Stage, tried
 
 logger = logging.getLogger(__name__)
@@ -108,9 +108,7 @@ class Request:
         self._held = Held(device=device)
 
     def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
-        """Run the engine whose turn it is; if it gives NaN or infinity, the full model in float32.
-
-        Then all that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed.
+        """Predict what a solver elsewhere asks for.
 
         Args:
             sample: What the denoiser sees, [batch, channel, height, width], on the device.
@@ -124,23 +122,43 @@ class Request:
         Raises:
             NonFiniteError: If the full model produces NaN or infinity.
         """
+        inputs = conditions.widen(sample, timestep)
+        prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
+        self.run(inputs, prediction, timestep, log_snr, partial(self._device.is_finite, prediction))
+        return conditions.guide(prediction, sample.shape[1])
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        prediction: Tensor,
+        timestep: float,
+        log_snr: float,
+        accept: Callable[[], bool],
+    ) -> None:
+        """Run the engine whose turn it is; if it gives NaN or infinity, the full model in float32.
+
+        Then all that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed.
+
+        Args:
+            inputs: Of a call, but for what is held.
+            prediction: To be written, [row, channel, height, width].
+            timestep: The scheduler's value.
+            log_snr: The noise level there, not below that of the call before.
+            accept: Takes the prediction; tells whether all of it was finite.
+
+        Raises:
+            NonFiniteError: If the full model produces NaN or infinity.
+        """
         self.engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
         if self._stage is not None:
             self._stage.enter(self, self._turns.phase if self._turns else None)
         program = self._programs[self.engine] if self._turns else self._full
-        inputs = conditions.widen(sample, timestep)
-        prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
         emitted = program({**inputs, **self._held.inputs(timestep)}, prediction)
-        if self._device.is_finite(prediction):
+        if accept():
             self._held.remember(emitted, timestep)
-        else:
-            self._replay(program, inputs, prediction, timestep)
-        return conditions.guide(prediction, sample.shape[1])
-
-    def _replay(self, failed: Program, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float) -> None:
-        """Predict with the full model, in float32, what another engine could not, and start without a past."""
+            return
         who = f"engine {self.engine}"
-        if failed is not self._exact:
+        if program is not self._exact:
             logger.warning("%s produced NaN or infinity at timestep %g; the full model takes its turn.", who, timestep)
             self._replays.add()
             self._held = Held(device=self._device)
@@ -148,7 +166,7 @@ class Request:
                 self._turns.forget()
             self._make_again(inputs, prediction)
             self.engine = FULL_ENGINE
-            if self._device.is_finite(prediction):
+            if accept():
                 return
             who += " and the full model"
         raise NonFiniteError(
@@ -304,10 +322,16 @@ class Session:
             conditions = self.conditions.take(indices)
         elif (rows := conditions.rows) not in (None, len(noise)):
             raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
-        conditions = replace(conditions, residuals=self.conditions.residuals)
-        request = self.request(lossless=lossless)
+        start = Start(
+            table=table,
+            noise=noise,
+            conditions=replace(conditions, residuals=self.conditions.residuals),
+            seed=seed,
+            indices=indices,
+            predicted_channels=self._predicted_channels,
+        )
         with self._device.stream():
-            sampled = self._denoise(table, request, noise, conditions, seed, indices, on_step)
+            sampled = self._denoise(start, self.request(lossless=lossless), on_step)
         return sampled if latents else self.decode(sampled)
 
     def request(self, *, lossless: bool = False) -> Request:
@@ -327,25 +351,12 @@ class Session:
         """Turn what has been sampled into images, [batch, channel, height, width]; they may be the same."""
         return sampled if self._decoder is None else self._decoder(sampled)
 
-    def _denoise(
-        self,
-        table: SolverTable,
-        request: Request,
-        noise: Array,
-        conditions: Conditions,
-        seed: int,
-        indices: Sequence[int],
-        on_step: Callable[[Step], None] | None,
-    ) -> Array:
-        trajectory = Trajectory.start(table, noise, self._device)
-        conditions = conditions.on(self._device)
+    def _denoise(self, start: Start, request: Request, on_step: Callable[[Step], None] | None) -> Array:
+        table, loop = start.table, begin(start, self._device)
         for i in range(table.steps):
             timestep, level = table.timesteps.item(i), table.log_snr.item(i)
-
-            def predict(sample: Tensor, timestep: float = timestep, level: float = level) -> Tensor:
-                return request.predict(sample, timestep, level, conditions)
-
-            trajectory = trajectory.advance(table, i, predict, seed=seed, indices=indices)
+            inputs, prediction = loop.call(i)
+            request.run(inputs, prediction, timestep, level, partial(loop.advance, i))
             if on_step is not None:
                 on_step(
                     Step(
@@ -353,11 +364,11 @@ class Session:
                         steps=table.steps,
                         timestep=timestep,
                         engine=request.engine,
-                        tensor=trajectory.sample,
+                        tensor=loop.sample,
                         device=self._device,
                     )
                 )
-        return self._device.to_array(trajectory.sample)
+        return self._device.to_array(loop.sample)
 
 
 def _exact(bundle: Bundle, backend: Backend | None) -> Program | None:

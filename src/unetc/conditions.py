@@ -98,13 +98,19 @@ class Conditions:
             rows: Further inputs, [batch, ...].
         """
         batch, _, height, width = sample.shape
-        blank = zeros(self.residuals, batch, height, width, self.device)
-        inputs = {"sample": sample, "timestep": self.device.full((batch,), timestep), **blank, **rows}
+        inputs = {"sample": sample, **rows}
+        if self.guided:
+            inputs = {name: self.device.concatenate([tensor, tensor]) for name, tensor in inputs.items()}
+        inputs["timestep"] = self.device.full((batch * self.rows_per_sample,), timestep)
+        return inputs | self.constant(batch, height, width)
+
+    def constant(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
+        """Make those inputs that are the same at every timestep, for a batch of samples of a size."""
+        inputs = dict(zeros(self.residuals, batch * self.rows_per_sample, height, width, self.device))
         if not self.guided:
             return {**inputs, **self.own}
         join = self.device.concatenate
-        twice = {name: join([tensor, tensor]) for name, tensor in inputs.items()}
-        return twice | {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
+        return inputs | {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
 
     def guide(self, prediction: Tensor, channels: int) -> Tensor:
         """Combine the two halves of a prediction, [2 * batch, ...]; of the channels behind the first, take the own.

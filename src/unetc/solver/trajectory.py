@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,21 +34,24 @@ class Trajectory:
         """The current samples, [batch, channel, height, width]."""
         return self.samples[0]
 
+    def seen(self, table: SolverTable, step: int) -> Tensor:
+        """Scale the current samples to what the denoiser sees at a step."""
+        scale = table.input_scale.item(step)
+        return self.sample if scale == 1.0 else self.sample * scale
+
     def advance(
-        self, table: SolverTable, step: int, predict: Callable[[Tensor], Tensor], *, seed: int, indices: Sequence[int]
+        self, table: SolverTable, step: int, prediction: Tensor, *, seed: int, indices: Sequence[int]
     ) -> Trajectory:
         """Make one step.
 
         Args:
             table: The solver.
             step: Step index.
-            predict: The denoiser at this step's timestep: maps scaled samples to predictions of the same shape, or of
-                twice the channels, of which the second half tells the variance of a stochastic solver's noise.
+            prediction: What the denoiser makes of what it sees at this step, of the same shape, or of twice the
+                channels, of which the second half tells the variance of a stochastic solver's noise.
             seed: Seed of the noise a stochastic solver adds.
             indices: Index of every sample within the seed.
         """
-        scale = table.input_scale.item(step)
-        prediction = predict(self.sample if scale == 1.0 else self.sample * scale)
         shape = self.sample.shape[1:]
         channels = shape[0]
         variance = prediction[:, channels:] if prediction.shape[1] > channels else None

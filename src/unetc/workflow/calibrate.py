@@ -11,7 +11,7 @@ import numpy as np
 
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.artifacts.record import MAX_JSON_BYTES, read_bounded, write_atomically
-from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.backend import Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.overflow import LIMIT, overflowing
 from unetc.conditions import Conditions
 from unetc.device import Tensor
@@ -115,14 +115,12 @@ def overflowing_in_model(
     watching = Watching(open_backend(DEFAULT_TARGET, threads=0))
     denoiser = GatedDenoiser(gated, watching, conditions)
     indices, means = range(_SAMPLES), np.zeros(gated.channels, np.float32)
+    gates = denoiser.gates({}, _SAMPLES)
     state = Trajectory.start(table, initial_noise(0, indices, model.sample_shape))
     for step in range(table.steps):
         on_progress(Progress(stage=_STAGE, done=step, total=table.steps + 1))
-
-        def predict(sample: Array, timestep: float = table.timesteps.item(step)) -> Array:
-            return denoiser.predict(sample, timestep, gates=denoiser.gates({}, len(sample)), means=means)
-
-        state = state.advance(table, step, predict, seed=0, indices=indices)
+        prediction = denoiser.predict(state.seen(table, step), table.timesteps.item(step), gates=gates, means=means)
+        state = state.advance(table, step, prediction, seed=0, indices=indices)
     on_progress(Progress(stage=_STAGE, done=table.steps, total=table.steps + 1))
     with private_folder(gated.weights.read_bytes(), {_GRAPH: gated.runnable().graph}) as folder:
         found, _ = overflowing(Path(folder) / _GRAPH, watching.calls)

@@ -1,0 +1,102 @@
+"""What of sampling is not an engine: the inputs of every call, and the step that is made of its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from unetc.conditions import Conditions
+from unetc.device import Array, Device, Tensor
+from unetc.solver.table import SolverTable
+from unetc.solver.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a trajectory begins with, in the memory of the process."""
+
+    table: SolverTable
+    noise: Array
+    """Unit normal noise, [batch, channel, height, width]."""
+    conditions: Conditions
+    """One row per sample."""
+    seed: int
+    """Of the noise that a stochastic solver adds."""
+    indices: Sequence[int]
+    """Index of every sample within the seed."""
+    predicted_channels: int
+    """Width of what engines predict."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a call: twice the batch with guidance."""
+        return len(self.noise) * self.conditions.rows_per_sample
+
+
+class Loop(Protocol):
+    """A trajectory on a device; between its steps the session calls engines."""
+
+    @property
+    def sample(self) -> Tensor:
+        """The current samples, [batch, channel, height, width]; no later step writes into them."""
+        ...
+
+    def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Give the inputs of the engine at a step, and the tensor [row, channel, height, width] for its prediction."""
+        ...
+
+    def advance(self, step: int) -> bool:
+        """Make the step from what was predicted; if that has NaN or infinity, change nothing and give False."""
+        ...
+
+
+@runtime_checkable
+class Fusing(Protocol):
+    """A device that may have a loop of its own, which does at once what others do operation by operation."""
+
+    def fused_loop(self, start: Start) -> Loop | None:
+        """Begin a trajectory; None if this cannot be done here."""
+        ...
+
+
+def begin(start: Start, device: Device) -> Loop:
+    """Begin a trajectory in the best way that a device has."""
+    fused = device.fused_loop(start) if isinstance(device, Fusing) else None
+    return PlainLoop(start, device) if fused is None else fused
+
+
+class PlainLoop:
+    """A loop of what every device can do."""
+
+    def __init__(self, start: Start, device: Device) -> None:
+        batch, _, height, width = start.noise.shape
+        self._start = start
+        self._device = device
+        self._trajectory = Trajectory.start(start.table, start.noise, device)
+        self._conditions = start.conditions.on(device)
+        self._constant = self._conditions.constant(batch, height, width)
+
+    @property
+    def sample(self) -> Tensor:
+        """The current samples, [batch, channel, height, width]."""
+        return self._trajectory.sample
+
+    def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Give the inputs of the engine at a step, and the tensor for its prediction."""
+        start, device = self._start, self._device
+        seen = self._trajectory.seen(start.table, step)
+        if start.conditions.guided:
+            seen = device.concatenate([seen, seen])
+        timestep = device.full((start.rows,), start.table.timesteps.item(step))
+        self._prediction = device.empty((start.rows, start.predicted_channels, *seen.shape[2:]))
+        return {"sample": seen, "timestep": timestep, **self._constant}, self._prediction
+
+    def advance(self, step: int) -> bool:
+        """Make the step, unless the prediction has NaN or infinity."""
+        if not self._device.is_finite(self._prediction):
+            return False
+        start = self._start
+        guided = self._conditions.guide(self._prediction, start.noise.shape[1])
+        self._trajectory = self._trajectory.advance(start.table, step, guided, seed=start.seed, indices=start.indices)
+        return True
