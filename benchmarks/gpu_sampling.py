@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 from clock import Effort, Timed, timed_ms
@@ -15,7 +15,7 @@ from gpu_result import Goal, Measured
 from numpy.typing import NDArray
 from rounds import spread
 
-from unetc.device import Device, Tensor
+from unetc.device import Device
 from unetc.errors import NonFiniteError
 from unetc.runtime.session import Session
 
@@ -33,20 +33,12 @@ MOST_LOOP: Goal = {"at_most": 1.01}
 DAMAGE_SAMPLES, DAMAGE_SEED = 8, 1000
 
 
-class Trusting:
-    """A device that finds everything finite without looking."""
-
-    def __init__(self, device: Device) -> None:
-        """Wrap a device."""
-        self._device = device
-
-    def __getattr__(self, name: str) -> Any:
-        """Leave everything else to the device."""
-        return getattr(self._device, name)
-
-    def is_finite(self, tensor: Tensor) -> bool:
-        """Take it that it is."""
-        return True
+def variants(device: Device) -> tuple[Device, Device, Device]:
+    """Give a device; one that finds everything finite without looking; one that makes a step operation by operation."""
+    unguarded, unfused = copy(device), copy(device)
+    for variant, name, answer in ((unguarded, "is_finite", True), (unfused, "fused_loop", None)):
+        setattr(variant, name, lambda _, answer=answer: answer)
+    return device, unguarded, unfused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,23 +158,26 @@ class Choice:
 def sampling(loaded: Loaded, effort: Effort) -> Measured:
     """Predict and measure the time of plans, of the loop, and of asking whether all is finite."""
     steps, ways, label = loaded.folder.model.steps, Ways(loaded), f"{loaded.title}, {loaded.target}"
-    full, trusting = ways.full(loaded.device), ways.full(cast(Device, Trusting(loaded.device)))
+    full, unguarded, unfused = (ways.full(device) for device in variants(loaded.device))
     times = step_times(loaded, full, effort)
     choices = choose(times, steps)
     plans = [ways.plan(choice.schedule) for choice in choices]
-    taken = in_turns([full, trusting, *plans], effort)
+    taken = in_turns([full, unguarded, unfused, *plans], effort)
     lost = damages(full, plans) if loaded.folder.model.trained else [None] * len(plans)
     measured = Measured()
     loop = spread(taken[:, 0, 0] / taken[:, 0, 1])[0]
     measured.figure(f"{label}, full model: sampling / engine calls", loop, MOST_LOOP)
     guard = spread(taken[:, 0, 0] / taken[:, 1, 0] - 1)[0]
     measured.figure(f"{label}, full model: cost of asking whether all is finite", guard, {"at_most": 0.01})
+    if "cpu" not in loaded.target.split(":"):  # which has no such kernel
+        fused = spread(taken[:, 0, 0] / taken[:, 2, 0])[0]
+        measured.figure(f"{label}, full model: sampling with one kernel a step / with one for each operation", fused)
     reached = sum(choice.budget is not None for choice in choices)
     name = f"{label}: budgets that a plan reaches, of {len(BUDGETS)}"
     measured.figure(name, reached, {"at_least": len(BUDGETS)})
     rows = []
     for i, choice in enumerate(choices):
-        whole, inside = taken[:, 2 + i].T
+        whole, inside = taken[:, 3 + i].T
         ratio, loop = spread(whole / taken[:, 0, 0]), spread(whole / inside)[0]
         if choice.budget is not None:
             compare(measured, choice, 1 - ratio[0], loop, f"{label}, {choice.name}", loaded.folder.name)

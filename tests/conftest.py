@@ -33,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shared", metavar="FOLDER", help="keep what tests share there, and use what is there already")
 
 
+def pytest_configure() -> None:
+    """Let kernels of Triton run in its interpreter where there is no GPU; it decides that when they are imported."""
+    if not finds_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a GPU makes pointless; note for --junitxml what tests show of which architecture."""
     if (pointless := [item for item in items if item.get_closest_marker("without_gpu")]) and finds_gpu():
@@ -83,7 +89,7 @@ def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest
 
 def finds_gpu() -> bool:
     """Tell whether torch finds a GPU."""
-    import torch  # late: many runs need none
+    import torch  # late: what is set above is read when it is imported
 
     return torch.cuda.is_available()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -86,7 +87,10 @@ class Pool:
 
 
 class Replay:
-    """A module captured as a CUDA graph."""
+    """A module captured as a CUDA graph; an input that is the same tensor as in the call before is not copied again.
+
+    So conditions are copied once a trajectory, and what is held once it is computed.
+    """
 
     def __init__(self, module: Module, inputs: Sequence[Tensor], pool: Pool) -> None:
         """Capture over copies of the inputs.
@@ -96,6 +100,7 @@ class Replay:
         """
         self._module = module  # a library's own may be part of what is replayed
         self._inputs = tuple(tensor.clone() for tensor in inputs)
+        self._copied: list[_Version | None] = [None for _ in inputs]
         aside, around = pool.stream, torch.cuda.current_stream()
         aside.wait_stream(around)
         try:
@@ -112,10 +117,22 @@ class Replay:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Replay; the results are copies."""
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        new = [i for i, tensor in enumerate(inputs) if not _is(tensor, self._copied[i])]
+        if new:
+            torch._foreach_copy_([self._inputs[i] for i in new], [inputs[i] for i in new])
+        for i in new:
+            self._copied[i] = None if inputs[i].is_inference() else (ref(inputs[i]), inputs[i]._version)
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
+
+
+_Version = tuple[ref[Tensor], int]
+"""A tensor, which need not live on, and how often it had been written into."""
+
+
+def _is(tensor: Tensor, version: _Version | None) -> bool:
+    """Tell whether a tensor is the one that was seen, and not written into since."""
+    return version is not None and version[0]() is tensor and version[1] == tensor._version
 
 
 @contextmanager

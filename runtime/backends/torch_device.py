@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +18,9 @@ from unetc.device import Array
 from unetc.errors import SessionError, ShapeMismatch
 
 from ..backend import take_inputs
+from ..loop import Loop, Start
+
+logger = logging.getLogger(__name__)
 
 Module = Callable[..., tuple[Tensor, ...]]
 """Computes tensors from tensors, in order."""
@@ -49,6 +54,7 @@ class TorchDevice:
         self._device = device
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
+        self._fuses = device.type == "cuda"
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """Copy an array to the device; on the CPU the tensor shares its memory."""
@@ -77,8 +83,29 @@ class TorchDevice:
         return torch.exp(tensor)
 
     def is_finite(self, tensor: Tensor) -> bool:
-        """Tell whether no element is NaN or infinite; this one flag is copied from the device."""
-        return bool(torch.isfinite(tensor).all())
+        """Tell whether no element is NaN or infinite; this one number is copied from the device."""
+        farthest = tensor if tensor.numel() == 1 else torch.linalg.vector_norm(tensor, math.inf)
+        return math.isfinite(farthest.item())
+
+    def fused_loop(self, start: Start) -> Loop | None:
+        """Begin a trajectory of one kernel a step; None where that cannot be had, which is said once."""
+        if not self._fuses:
+            return None
+        try:
+            from .fused_loop import FusedLoop, can_fuse  # needs Triton
+
+            if not can_fuse(start):
+                return None
+            loop = FusedLoop(start, self, self._device)
+            loop.launch(0)  # compiles the kernel; the first step does it again
+        except SessionError:
+            raise
+        except Exception as error:  # whatever a compiler may raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("a step takes many kernels in place of one, as Triton gives none: %s", said)
+            self._fuses = False
+            return None
+        return loop
 
     def synchronize(self) -> None:
         """Wait until everything that was asked of the device is done."""

@@ -21,7 +21,7 @@ from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend
 from unetc.graph.specialise import specialise
 from unetc.runtime.backend import open_backend
-from unetc.runtime.backends.cuda_graph import CapturedModule, Pool
+from unetc.runtime.backends.cuda_graph import CapturedModule, Pool, Replay
 from unetc.runtime.backends.torch_device import Module, TorchDevice, gpu_of
 
 CPU = torch.device("cpu")
@@ -212,6 +212,40 @@ def test_threads_that_come_together_share_the_stream_of_a_device(cuda: Cuda, mon
     with ThreadPoolExecutor(4) as threads:
         streams = {call.result() for call in [threads.submit(request) for _ in range(4)]}
     assert len(streams) == 1
+
+
+@pytest.mark.without_gpu
+def test_what_is_the_same_tensor_as_before_is_not_copied_into_a_graph_again(cuda: Cuda) -> None:
+    captured = CapturedModule(Modules(), Pool(DEVICE))
+    given = torch.ones(3)
+    captured(given)
+    (replay,) = captured._modules.values()
+    assert isinstance(replay, Replay)
+    (own,) = replay._inputs
+
+    def copied(tensor: Tensor) -> bool:
+        own.fill_(-1)
+        captured(tensor)
+        assert own.tolist() in ([-1.0] * 3, tensor.tolist())
+        return own.tolist() == tensor.tolist()
+
+    assert not copied(given)
+    given.add_(1)
+    assert copied(given)
+    assert not copied(given)
+    given[0] = 5
+    assert copied(given)
+    assert copied(given.clone())
+    assert copied(given)
+    assert copied(given[:])  # what a kernel writes into memory is known by nothing but a new view
+    with torch.inference_mode():  # where torch does not count
+        frozen = torch.ones(3)
+    assert copied(frozen)
+    assert copied(frozen)
+    values = given.tolist()
+    del given
+    gc.collect()
+    assert copied(torch.tensor(values))
 
 
 def test_torch_declares_what_is_private_to_it() -> None:

@@ -51,11 +51,12 @@ The facade, "", may import everything, and others may ask it for unetc.__version
 """
 
 COMPILE_TIME_BACKENDS = tuple(
-    f"unetc.runtime.backends.{name}" for name in ("cuda_graph", "onnxruntime_gpu", "tensorrt", "torch")
+    f"unetc.runtime.backends.{name}"
+    for name in ("cuda_graph", "fused_loop", "onnxruntime_gpu", "step_kernel", "tensorrt", "torch")
 )
 """Backends that need the libraries of compile time, by the beginning of their modules' names."""
 
-HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch", "transformers"}
+HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch", "transformers", "triton"}
 """Libraries of the extra `compile`: what runs where samples are drawn does without them."""
 
 LIGHT = (

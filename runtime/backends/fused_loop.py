@@ -1,0 +1,164 @@
+"""The loop on a GPU: one kernel a step, over memory that is laid out before the first one.
+
+Samples, the solver's history, what engines see and predict, and the timesteps are parts of one arena; conditions, the
+solver's coefficients and the keys of the noise are put on the device beside it. Between the first step and the last
+nothing is copied from the host, and what comes back in each step is one number that says whether all was finite.
+
+The kernel is in Triton, which torch brings where it is built for CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from unetc.device import Device
+from unetc.solver.noise import require_words
+from unetc.solver.table import SolverTable
+
+from ..loop import Start
+from .step_kernel import BLOCK, SCALARS, make_step
+
+_ALIGNMENT = 64
+"""Elements of 4 bytes; engines want the addresses of their inputs at multiples of 256 bytes."""
+
+
+class FusedLoop:
+    """A trajectory in an arena."""
+
+    def __init__(self, start: Start, device: Device, place: torch.device) -> None:
+        """Lay out the arena and begin.
+
+        Args:
+            start: What `can_fuse` has found to be possible.
+            device: Tells what is finite.
+            place: Where the arena is.
+
+        Raises:
+            SessionError: If seed or an index is out of range.
+        """
+        table, (batch, *shape) = start.table, start.noise.shape
+        require_words(start.seed, *start.indices)
+        self._start = start
+        self._device = device
+        self._place = place
+        self._made = 0
+        lags, rows, steps = table.window, start.rows, table.steps
+        arena = _carve(
+            place,
+            {
+                "samples": (lags + 1, batch, *shape),
+                "predictions": (lags, batch, *shape),
+                "even": (rows, *shape),
+                "odd": (rows, *shape),
+                "prediction": (rows, start.predicted_channels, *shape[1:]),
+                "spoilt": (steps,),
+                "timesteps": (steps, -(-rows // _ALIGNMENT) * _ALIGNMENT),
+            },
+        )
+        self._samples, self._predictions = arena["samples"], arena["predictions"]
+        self._seen = arena["even"], arena["odd"]
+        self._prediction, self._spoilt = arena["prediction"], arena["spoilt"]
+        self._timesteps = arena["timesteps"][:, :rows]
+        self._timesteps.copy_(device.put(table.timesteps)[:, None])
+        self._coefficients = device.put(coefficients(table))
+        self._keys = device.put(np.array([start.seed, *start.indices], np.uint64).view(np.int64))
+        self._constant = start.conditions.on(device).constant(batch, *shape[1:])
+        noise = device.put(np.asarray(start.noise, np.float32))
+        self._samples[0] = noise * table.initial_scale
+        self._seen[0].view(-1, batch, *shape)[:] = self._samples[0] * table.input_scale.item(0)
+
+    @property
+    def sample(self) -> Tensor:
+        """A copy of the current samples, [batch, channel, height, width]."""
+        return self._samples[self._made % len(self._samples)].clone()
+
+    def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Give the inputs of the engine at a step, and the tensor for its prediction; both are in the arena."""
+        inputs = {"sample": self._seen[step % 2], "timestep": self._timesteps[step], **self._constant}
+        return inputs, self._prediction
+
+    def advance(self, step: int) -> bool:
+        """Make the step, unless the prediction has NaN or infinity."""
+        self.launch(step)
+        spoilt = self._spoilt[step]
+        if self._device.is_finite(spoilt):
+            self._made = step + 1
+            return True
+        spoilt.zero_()
+        return False
+
+    def launch(self, step: int) -> None:
+        """Launch the kernel, which writes nothing that the step itself reads; so it can be launched again."""
+        start, (batch, *shape) = self._start, self._start.noise.shape
+        elements, ahead = math.prod(shape), self._seen[(step + 1) % 2]
+        make_step[triton.cdiv(elements, BLOCK), batch](
+            self._prediction,
+            self._samples,
+            self._predictions,
+            ahead,
+            self._spoilt,
+            self._coefficients,
+            self._keys,
+            step,
+            float(start.conditions.scale),
+            batch,
+            elements,
+            LAGS=start.table.window,
+            GUIDED=start.conditions.guided,
+            LEARNED=start.predicted_channels > shape[0],
+            NOISY=bool(start.table.noise_coefficient.any()),
+            BLOCK=BLOCK,
+        )
+        if not ahead.is_inference():
+            increment_version(ahead)  # torch does not see what a kernel writes
+
+
+def can_fuse(start: Start) -> bool:
+    """Tell whether the kernel can make these steps; what it cannot is left to the loop that says what is wrong."""
+    table, (batch, channels, height, width) = start.table, start.noise.shape
+    lags = np.arange(table.window) > np.arange(table.steps)[:, None]
+    before_the_first = table.sample_coefficients[lags].any() or table.prediction_coefficients[lags].any()
+    learned = start.predicted_channels == 2 * channels
+    asks = table.variance_low.any() or table.variance_high.any()
+    return (
+        not before_the_first
+        and (learned or (start.predicted_channels == channels and not asks))
+        and channels * height * width < 2**30  # the kernel counts them in 32 bits
+        and batch < 2**16  # CUDA's limit of the second axis
+    )
+
+
+def coefficients(table: SolverTable) -> NDArray[np.float32]:
+    """Give the numbers of every step in the order of the kernel, [step, SCALARS + 2 * window]."""
+    columns: Sequence[NDArray[np.float64]] = (
+        np.append(table.input_scale[1:], 1.0),
+        table.denoised_sample,
+        table.denoised_prediction,
+        table.denoised_coefficient,
+        np.full(table.steps, table.clip),
+        table.noise_coefficient,
+        table.variance_low,
+        table.variance_high,
+    )
+    assert len(columns) == SCALARS.value
+    whole = np.column_stack([*columns, table.sample_coefficients, table.prediction_coefficients])
+    return whole.astype(np.float32)
+
+
+def _carve(place: torch.device, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Allocate memory once, and cut it into tensors of zeros that begin at aligned addresses."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    arena = torch.zeros(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), device=place)
+    parts, begin = {}, 0
+    for (name, shape), size in zip(shapes.items(), sizes, strict=True):
+        parts[name] = arena[begin : begin + size].view(*shape)
+        begin += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return parts
