@@ -15,6 +15,7 @@ from unetc.artifacts.profile import Damage
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.session import FULL_ENGINE
 
+from .fit import TOLERANCE
 from .workbench import Candidate, Workbench
 
 
@@ -58,7 +59,9 @@ def repair(
     Args:
         workbench: Where to measure.
         candidate: A plan that saves the budget.
-        budget: Share of the time that the result saves at least, by its engines' times.
+        budget: Share of the time that is to be saved. By its engines' times the result saves so much and half of what
+            `fit` tolerates above it, or as much as the candidate if that is less: a sampling run is noisy, and would
+            miss an edge half of the time.
         seed: Seed of the noise that damage is measured on.
         options: How long to search.
         on_progress: Told how far the work is.
@@ -69,9 +72,10 @@ def repair(
     tried = {workbench.schedule(best)}
     misses = 0
     generator = np.random.default_rng(seed)
+    floor = min(candidate.saving, (1 + TOLERANCE / 2) * budget)
     while len(evaluated) < options.evaluations and misses < options.patience:
         changed = next(
-            (c for c in _neighbours(workbench, best, budget, generator) if workbench.schedule(c) not in tried), None
+            (c for c in _neighbours(workbench, best, floor, generator) if workbench.schedule(c) not in tried), None
         )
         if changed is None:
             break
@@ -88,13 +92,13 @@ def repair(
 
 
 _PROPOSALS = 200
-"""Random changes drawn before the search gives up finding one that is new and saves the budget."""
+"""Random changes drawn before the search gives up finding one that is new and saves enough."""
 
 
 def _neighbours(
-    workbench: Workbench, candidate: Candidate, budget: float, generator: np.random.Generator
+    workbench: Workbench, candidate: Candidate, floor: float, generator: np.random.Generator
 ) -> Iterator[Candidate]:
-    """Propose schedules that save the budget and differ in one or two steps."""
+    """Propose schedules that save enough and differ in one or two steps."""
     schedule = workbench.schedule(candidate)
     count = len(candidate.programs)
     for _ in range(_PROPOSALS):
@@ -108,5 +112,5 @@ def _neighbours(
         else:  # one step gets another engine, engine 0 as often as all others together
             changed[first] = FULL_ENGINE if generator.integers(2) else int(generator.integers(count))
         proposal = workbench.reschedule(candidate, changed)
-        if proposal.saving >= budget and workbench.schedule(proposal) == tuple(changed) != schedule:
+        if proposal.saving >= floor and workbench.schedule(proposal) == tuple(changed) != schedule:
             yield proposal
