@@ -29,6 +29,8 @@ class Held:
     """Where the inputs are made."""
     _history: dict[str, tuple[tuple[float, Tensor], ...]] = field(default_factory=dict)
     """By component: timestep and value, newest first."""
+    _reaches: dict[float, Tensor] = field(default_factory=dict)
+    """Inputs that say how far a forecast looks; steps of one distance look equally far."""
 
     def remember(self, emitted: Mapping[str, Tensor], timestep: float) -> None:
         """Take what an engine emitted at a step."""
@@ -42,13 +44,12 @@ class Held:
         A component that was computed once only is held: its forecast reaches nowhere.
         """
         inputs: dict[str, Tensor] = {}
-        reaches: dict[float, Tensor] = {}
         for key, history in self._history.items():
             (last, held), (before, earlier) = history[0], history[-1]
             reach = (timestep - last) / (last - before) if last != before else 0.0
             inputs[HELD + key] = held
             inputs[EARLIER + key] = earlier
-            if reach not in reaches:
-                reaches[reach] = self.device.full((1,), reach)
-            inputs[REACH + key] = reaches[reach]
+            if reach not in self._reaches:
+                self._reaches[reach] = self.device.full((1,), reach)
+            inputs[REACH + key] = self._reaches[reach]
         return inputs

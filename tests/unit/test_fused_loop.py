@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetc
 from unetc.conditions import Conditions
@@ -221,6 +222,28 @@ def test_nothing_is_copied_from_the_host_between_the_first_step_and_the_last() -
     assert before > 0
     run(loop, STEPS)
     assert device.puts == before
+
+
+class Counting(TorchDispatchMode):
+    """Notes what torch is asked for, but for views, which cost no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not operation.is_view:
+            self.operations.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_torch_for_one_number_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = FusedLoop(start_of(extract(make_scheduler("ddpm", CONFIG), STEPS), guided=True), DEVICE, PLACE)
+    monkeypatch.setattr(fused_loop, "make_step", {(2, 2): lambda *args, **kwargs: None})  # it is none of torch's
+    with Counting() as counting:
+        loop.call(0)
+        assert loop.advance(0)
+    assert counting.operations == ["_local_scalar_dense"]
 
 
 def test_tensors_of_engines_are_at_aligned_places_of_one_arena() -> None:
