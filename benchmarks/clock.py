@@ -102,16 +102,13 @@ class Effort:
         return int(np.clip(1e3 * self.seconds / round_ms, self.least, self.most))
 
 
-def timed_ms(
-    calls: Sequence[Callable[[], object]], clock: Clock, effort: Effort, between: Callable[[], object] = lambda: None
-) -> NDArray[np.float64]:
+def timed_ms(calls: Sequence[Callable[[], object]], clock: Clock, effort: Effort) -> NDArray[np.float64]:
     """Time calls in turns: A B C, A B C, ...
 
     Args:
         calls: What is timed. The host runs ahead of a GPU, so launching a call takes none of its time.
         clock: Notes when calls begin and end.
         effort: How long to measure.
-        between: Done before each call, and not timed. If it waits for the device, launching takes time of the call.
 
     Returns:
         [round, call] milliseconds.
@@ -119,13 +116,11 @@ def timed_ms(
     for _ in range(WARMUP_ROUNDS):
         start = clock.mark()
         for call in calls:
-            between()
             call()
         round_ms = clock.between_ms(start, clock.mark())
     marks = []
     for _ in range(effort.rounds(round_ms)):
         for call in calls:
-            between()
             start = clock.mark()
             call()
             marks.append((start, clock.mark()))

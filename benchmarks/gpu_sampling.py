@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from clock import Effort, Timed, timed_ms
@@ -15,8 +15,9 @@ from gpu_result import Goal, Measured
 from numpy.typing import NDArray
 from rounds import spread
 
-from unetc.device import Device
+from unetc.device import Device, Tensor
 from unetc.errors import NonFiniteError
+from unetc.runtime.loop import Fusing, Loop, Start
 from unetc.runtime.session import Session
 
 BUDGETS = (0.27, 0.5)
@@ -33,12 +34,35 @@ MOST_LOOP: Goal = {"at_most": 1.01}
 DAMAGE_SAMPLES, DAMAGE_SEED = 8, 1000
 
 
-def variants(device: Device) -> tuple[Device, Device, Device]:
-    """Give a device; one that finds everything finite without looking; one that makes a step operation by operation."""
-    unguarded, unfused = copy(device), copy(device)
-    for variant, name, answer in ((unguarded, "is_finite", True), (unfused, "fused_loop", None)):
-        setattr(variant, name, lambda _, answer=answer: answer)
-    return device, unguarded, unfused
+class Unfused:
+    """A device that makes a step operation by operation."""
+
+    def __init__(self, device: Device) -> None:
+        """Wrap a device."""
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave everything else to the device."""
+        return getattr(self._device, name)
+
+    def fused_loop(self, start: Start) -> Loop | None:
+        """Have none."""
+        return None
+
+
+class Trusting(Unfused):
+    """A device that finds everything finite without looking."""
+
+    def is_finite(self, tensor: Tensor) -> bool:
+        """Take it that it is."""
+        return True
+
+    def fused_loop(self, start: Start) -> Loop | None:
+        """Begin a loop of the device that takes it so too."""
+        loop: Any = self._device.fused_loop(start) if isinstance(self._device, Fusing) else None
+        if loop is not None:
+            loop.is_finite = lambda step: True
+        return cast(Loop | None, loop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +182,8 @@ class Choice:
 def sampling(loaded: Loaded, effort: Effort) -> Measured:
     """Predict and measure the time of plans, of the loop, and of asking whether all is finite."""
     steps, ways, label = loaded.folder.model.steps, Ways(loaded), f"{loaded.title}, {loaded.target}"
-    full, unguarded, unfused = (ways.full(device) for device in variants(loaded.device))
+    devices = (loaded.device, Trusting(loaded.device), Unfused(loaded.device))
+    full, unguarded, unfused = (ways.full(cast(Device, device)) for device in devices)
     times = step_times(loaded, full, effort)
     choices = choose(times, steps)
     plans = [ways.plan(choice.schedule) for choice in choices]
@@ -211,11 +236,11 @@ def compare(measured: Measured, choice: Choice, removed: float, loop: float, nam
 def step_times(loaded: Loaded, full: Way, effort: Effort) -> Times:
     """Time the engines in turns, and the loop around them.
 
-    Every step of the loop ends with a question to the device, so its calls begin on an idle device. So do those timed
-    here: an engine's time has the time in it that launching it takes.
+    The host runs ahead of the device here as it does in the loop, where a step is asked about once the next engine has
+    been called.
     """
-    batch, wait = loaded.batch(1), loaded.device.synchronize
-    calls = timed_ms([batch.call(engine) for engine in (FULL, *PLANNED)], loaded.clock, effort, between=wait)
+    batch = loaded.batch(1)
+    calls = timed_ms([batch.call(engine) for engine in (FULL, *PLANNED)], loaded.clock, effort)
     whole, inside = in_turns([full], effort)[:, 0].T
     alone, *planned = np.median(calls, axis=0)
     around = float(np.median(whole - inside)) / loaded.folder.model.steps

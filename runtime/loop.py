@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from unetc.conditions import Conditions
 from unetc.device import Array, Device, Tensor
 from unetc.solver.table import SolverTable
@@ -46,8 +48,17 @@ class Loop(Protocol):
         """Give the inputs of the engine at a step, and the tensor [row, channel, height, width] for its prediction."""
         ...
 
-    def advance(self, step: int) -> bool:
-        """Make the step from what was predicted; if that has NaN or infinity, change nothing and give False."""
+    def advance(self, step: int) -> None:
+        """Make the step from what was predicted; the last one that was made can be made again."""
+        ...
+
+    def is_finite(self, step: int) -> bool:
+        """Tell whether the prediction of the last step that was made has no NaN and no infinity; waits for it."""
+        ...
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next engine may be called before `is_finite` is, so that the device need not wait for it."""
         ...
 
 
@@ -69,34 +80,40 @@ def begin(start: Start, device: Device) -> Loop:
 class PlainLoop:
     """A loop of what every device can do."""
 
+    runs_ahead = False
+
     def __init__(self, start: Start, device: Device) -> None:
         batch, _, height, width = start.noise.shape
         self._start = start
         self._device = device
-        self._trajectory = Trajectory.start(start.table, start.noise, device)
+        self._before = {0: Trajectory.start(start.table, start.noise, device)}
+        """The trajectory before a step, of the last one that was made and of the next."""
         self._conditions = start.conditions.on(device)
         self._constant = self._conditions.constant(batch, height, width)
 
     @property
     def sample(self) -> Tensor:
         """The current samples, [batch, channel, height, width]."""
-        return self._trajectory.sample
+        return self._before[max(self._before)].sample
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
         """Give the inputs of the engine at a step, and the tensor for its prediction."""
         start, device = self._start, self._device
-        seen = self._trajectory.seen(start.table, step)
+        seen = self._before[step].seen(start.table, step)
         if start.conditions.guided:
             seen = device.concatenate([seen, seen])
         timestep = device.full((start.rows,), start.table.timesteps.item(step))
         self._prediction = device.empty((start.rows, start.predicted_channels, *seen.shape[2:]))
         return {"sample": seen, "timestep": timestep, **self._constant}, self._prediction
 
-    def advance(self, step: int) -> bool:
-        """Make the step, unless the prediction has NaN or infinity."""
-        if not self._device.is_finite(self._prediction):
-            return False
-        start = self._start
-        guided = self._conditions.guide(self._prediction, start.noise.shape[1])
-        self._trajectory = self._trajectory.advance(start.table, step, guided, seed=start.seed, indices=start.indices)
-        return True
+    def advance(self, step: int) -> None:
+        """Make the step."""
+        start, before = self._start, self._before[step]
+        with np.errstate(invalid="ignore"):  # whether it was finite is asked later
+            guided = self._conditions.guide(self._prediction, start.noise.shape[1])
+            after = before.advance(start.table, step, guided, seed=start.seed, indices=start.indices)
+        self._before = {step: before, step + 1: after}
+
+    def is_finite(self, step: int) -> bool:
+        """Tell whether the prediction of the last step has no NaN and no infinity."""
+        return self._device.is_finite(self._prediction)

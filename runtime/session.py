@@ -1,7 +1,7 @@
 """Sample from a bundle: one loop over the steps, switching engines by noise level.
 
 From the noise to the last sample everything stays on the backend's device: samples, the solver's history, predictions,
-conditions and what engines emit, in one stream. What comes back in each step is whether the prediction is finite.
+conditions and what engines emit, in one stream. What comes back in each step is whether the prediction was finite.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,12 @@ from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngin
 from unetc.held import Held
 from unetc.precision import Precision
 from unetc.solver.noise import initial_noise
-from unetc.solver.table import SolverTables
+from unetc.solver.table import SolverTable, SolverTables
 
 from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
-from .loop import Start, begin
+from .loop import Loop, Start, begin
 from .residency import LoadedLater, Stage, tried
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,18 @@ class Replays:
             self.count += 1
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One engine call of a trajectory."""
+
+    engine: int
+    """Index in the plan; 0 for the full model."""
+    timestep: float
+    program: Program
+    turns: Turns | None
+    """After this call; None where the full model makes all of them."""
+
+
 class Request:
     """One trajectory through loaded engines: whose turn it is, and what they have emitted so far."""
 
@@ -95,8 +108,6 @@ class Request:
             replays: Counts the steps made again.
             stage: Loads the engines; None if they are loaded.
         """
-        self.engine = FULL_ENGINE
-        """Index of the engine that ran last."""
         self._programs = programs
         self._full = full
         self._exact = exact or full
@@ -124,63 +135,72 @@ class Request:
         """
         inputs = conditions.widen(sample, timestep)
         prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
-        self.run(inputs, prediction, timestep, log_snr, partial(self._device.is_finite, prediction))
+        ran = self.run(inputs, prediction, timestep, log_snr)
+        if not self._device.is_finite(prediction):
+            self.run_again(ran, inputs, prediction)
+            if not self._device.is_finite(prediction):
+                raise not_finite(ran, "and the full model")
         return conditions.guide(prediction, sample.shape[1])
 
-    def run(
-        self,
-        inputs: Mapping[str, Tensor],
-        prediction: Tensor,
-        timestep: float,
-        log_snr: float,
-        accept: Callable[[], bool],
-    ) -> None:
-        """Run the engine whose turn it is; if it gives NaN or infinity, the full model in float32.
-
-        Then all that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed.
+    def run(self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float) -> Ran:
+        """Run the engine whose turn it is.
 
         Args:
             inputs: Of a call, but for what is held.
             prediction: To be written, [row, channel, height, width].
             timestep: The scheduler's value.
             log_snr: The noise level there, not below that of the call before.
-            accept: Takes the prediction; tells whether all of it was finite.
-
-        Raises:
-            NonFiniteError: If the full model produces NaN or infinity.
         """
-        self.engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
+        engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
         if self._stage is not None:
             self._stage.enter(self, self._turns.phase if self._turns else None)
-        program = self._programs[self.engine] if self._turns else self._full
-        emitted = program({**inputs, **self._held.inputs(timestep)}, prediction)
-        if accept():
-            self._held.remember(emitted, timestep)
-            return
-        who = f"engine {self.engine}"
-        if program is not self._exact:
-            logger.warning("%s produced NaN or infinity at timestep %g; the full model takes its turn.", who, timestep)
-            self._replays.add()
-            self._held = Held(device=self._device)
-            if self._turns:
-                self._turns.forget()
-            self._make_again(inputs, prediction)
-            self.engine = FULL_ENGINE
-            if accept():
-                return
-            who += " and the full model"
-        raise NonFiniteError(
-            f"{who} produced NaN or infinity at timestep {timestep:g}. Check the noise and the conditions that were "
-            "given, and that the weights are finite."
-        )
+        program = self._programs[engine] if self._turns else self._full
+        self._held.remember(program({**inputs, **self._held.inputs(timestep)}, prediction), timestep)
+        return Ran(engine, timestep, program, copy(self._turns))
 
-    def _make_again(self, inputs: Mapping[str, Tensor], prediction: Tensor) -> None:
-        """Run the full model in float32, or in its own precision where no engine was compiled for that."""
+    def run_again(self, ran: Ran, inputs: Mapping[str, Tensor], prediction: Tensor) -> Ran:
+        """Run the full model, in float32, in place of an engine that gave NaN or infinity.
+
+        All that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed. So is
+        what was run after that engine.
+
+        Args:
+            ran: The call of the engine.
+            inputs: As they were given to it.
+            prediction: To be written, [row, channel, height, width].
+
+        Raises:
+            NonFiniteError: If that engine was the full model in float32.
+        """
+        if ran.program is self._exact:
+            raise not_finite(ran)
+        logger.warning(
+            "engine %d produced NaN or infinity at timestep %g; the full model takes its turn.",
+            ran.engine,
+            ran.timestep,
+        )
+        self._replays.add()
+        self._held = Held(device=self._device)
+        self._turns = copy(ran.turns)
+        if self._turns:
+            self._turns.forget()
+        program = self._exact
         try:
-            self._exact(inputs, prediction)
+            program(inputs, prediction)
         except StaleEngineError as error:
             logger.warning("the full model takes its turn in the precision that overflowed: %s", error)
-            self._full(inputs, prediction)
+            program = self._full
+            program(inputs, prediction)
+        return Ran(FULL_ENGINE, ran.timestep, program, copy(self._turns))
+
+
+def not_finite(ran: Ran, *others: str) -> NonFiniteError:
+    """Say who could not go on with a trajectory."""
+    who = " ".join([f"engine {ran.engine}", *others])
+    return NonFiniteError(
+        f"{who} produced NaN or infinity at timestep {ran.timestep:g}. Check the noise and the conditions that were "
+        "given, and that the weights are finite."
+    )
 
 
 class Session:
@@ -352,23 +372,48 @@ class Session:
         return sampled if self._decoder is None else self._decoder(sampled)
 
     def _denoise(self, start: Start, request: Request, on_step: Callable[[Step], None] | None) -> Array:
+        """Make all steps.
+
+        Whether a prediction was finite is asked once the next engine has been called, where the loop allows for it, so
+        that a GPU has work meanwhile; but at once if somebody looks at every step, and in the last one.
+        """
         table, loop = start.table, begin(start, self._device)
-        for i in range(table.steps):
-            timestep, level = table.timesteps.item(i), table.log_snr.item(i)
-            inputs, prediction = loop.call(i)
-            request.run(inputs, prediction, timestep, level, partial(loop.advance, i))
+        late = loop.runs_ahead and on_step is None
+        step, ran = 0, None
+        while step < table.steps:
+            before, ran = ran, self._run(request, loop, table, step)
+            if late and before is not None and not loop.is_finite(step - 1):
+                step -= 1
+                ran = self._make_again(request, loop, step, before)
+            else:
+                loop.advance(step)
+                if not (late and step < table.steps - 1) and not loop.is_finite(step):
+                    ran = self._make_again(request, loop, step, ran)
             if on_step is not None:
                 on_step(
                     Step(
-                        index=i,
+                        index=step,
                         steps=table.steps,
-                        timestep=timestep,
-                        engine=request.engine,
+                        timestep=ran.timestep,
+                        engine=ran.engine,
                         tensor=loop.sample,
                         device=self._device,
                     )
                 )
+            step += 1
         return self._device.to_array(loop.sample)
+
+    def _run(self, request: Request, loop: Loop, table: SolverTable, step: int) -> Ran:
+        """Call the engine of a step."""
+        return request.run(*loop.call(step), table.timesteps.item(step), table.log_snr.item(step))
+
+    def _make_again(self, request: Request, loop: Loop, step: int, failed: Ran) -> Ran:
+        """Make a step with the full model."""
+        ran = request.run_again(failed, *loop.call(step))
+        loop.advance(step)
+        if not loop.is_finite(step):
+            raise not_finite(failed, "and the full model")
+        return ran
 
 
 def _exact(bundle: Bundle, backend: Backend | None) -> Program | None:

@@ -33,12 +33,14 @@ _ALIGNMENT = 64
 class FusedLoop:
     """A trajectory in an arena."""
 
+    runs_ahead = True
+
     def __init__(self, start: Start, device: Device, place: torch.device) -> None:
         """Lay out the arena and begin.
 
         Args:
             start: What `can_fuse` has found to be possible.
-            device: Tells what is finite.
+            device: Brings arrays to the place.
             place: Where the arena is.
 
         Raises:
@@ -47,8 +49,6 @@ class FusedLoop:
         table, (batch, *shape) = start.table, start.noise.shape
         require_words(start.seed, *start.indices)
         self._start = start
-        self._device = device
-        self._place = place
         self._made = 0
         lags, rows, steps = table.window, start.rows, table.steps
         arena = _carve(
@@ -66,6 +66,11 @@ class FusedLoop:
         self._samples, self._predictions = arena["samples"], arena["predictions"]
         self._seen = arena["even"], arena["odd"]
         self._prediction, self._spoilt = arena["prediction"], arena["spoilt"]
+        on_gpu = place.type == "cuda"
+        self._said = torch.zeros((), pin_memory=on_gpu)
+        """What was found in the last step, in the memory of the process."""
+        self._there = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        """When it is there; after that a question need not wait for the engine that was called since."""
         self._timesteps = arena["timesteps"][:, :rows]
         self._timesteps.copy_(device.put(table.timesteps)[:, None])
         self._coefficients = device.put(coefficients(table))
@@ -85,15 +90,22 @@ class FusedLoop:
         inputs = {"sample": self._seen[step % 2], "timestep": self._timesteps[step], **self._constant}
         return inputs, self._prediction
 
-    def advance(self, step: int) -> bool:
-        """Make the step, unless the prediction has NaN or infinity."""
+    def advance(self, step: int) -> None:
+        """Make the step."""
         self.launch(step)
-        spoilt = self._spoilt[step]
-        if self._device.is_finite(spoilt):
-            self._made = step + 1
-            return True
-        spoilt.zero_()
-        return False
+        self._said.copy_(self._spoilt[step], non_blocking=True)
+        if self._there is not None:
+            self._there.record()
+        self._made = step + 1
+
+    def is_finite(self, step: int) -> bool:
+        """Tell whether the prediction of the last step has no NaN and no infinity; waits for that step alone."""
+        if self._there is not None:
+            self._there.synchronize()
+        finite = math.isfinite(self._said.item())
+        if not finite:
+            self._spoilt[step].zero_()
+        return finite
 
     def launch(self, step: int) -> None:
         """Launch the kernel, which writes nothing that the step itself reads; so it can be launched again."""

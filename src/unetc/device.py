@@ -2,7 +2,7 @@
 
 A device's tensors know `+`, `-`, `*`, `clip`, slices and `shape`, as arrays of numpy and tensors of torch do. What they
 cannot do alike is here. A loop that is written in these terms takes nothing from the device between the noise and the
-last sample but, once a step, whether the prediction is finite.
+last sample but, once a step, whether the prediction was finite.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Plan(Artifact, frozen=True, kw_only=True):
 
 
 class Turns:
-    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time."""
+    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time; `copy` remembers it."""
 
     def __init__(self, plan: Plan) -> None:
         """Begin a trajectory."""
@@ -104,7 +104,7 @@ class Turns:
         """Of the last step."""
         self._plan = plan
         self._turn = -1
-        self._available: set[str] = set()
+        self._available: frozenset[str] = frozenset()
 
     def take(self, log_snr: float) -> int:
         """Choose the engine of the next step, which is at a noise level that is not below that of the step before."""
@@ -115,9 +115,9 @@ class Turns:
         engine = cycle[self._turn % len(cycle)]
         if not self._plan.engines[engine].reused <= self._available:
             engine = 0
-        self._available.update(self._plan.engines[engine].emits)
+        self._available = self._available.union(self._plan.engines[engine].emits)
         return engine
 
     def forget(self) -> None:
         """Take it that nothing was emitted yet."""
-        self._available.clear()
+        self._available = frozenset()
