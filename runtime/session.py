@@ -6,10 +6,7 @@ conditions and what engines emit, in one stream. What comes back in each step is
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +16,7 @@ from unetc.artifacts.plan import Plan, Turns
 from unetc.backend import Backend, LowPrecision, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
-from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
-from unetc.held import Held
+from unetc.errors import SessionError, ShapeMismatch
 from unetc.precision import Precision
 from unetc.solver.noise import initial_noise
 from unetc.solver.table import SolverTable, SolverTables
@@ -29,12 +25,8 @@ from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
 from .loop import Loop, Start, begin
+from .request import FULL_ENGINE, Ran, Replays, Request, not_finite
 from .residency import LoadedLater, Stage, tried
-
-logger = logging.getLogger(__name__)
-
-FULL_ENGINE = 0
-"""The engine of a plan that computes everything, and emits what the others reuse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,153 +46,6 @@ class Step:
     def sample(self) -> Array:
         """A copy of the samples, [batch, channel, height, width]."""
         return self.device.to_array(self.tensor)
-
-
-class Replays:
-    """Counts the steps that the full model had to make again; sessions are sampled from several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
-
-    def add(self) -> None:
-        """Count one more."""
-        with self._lock:
-            self.count += 1
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """One engine call of a trajectory."""
-
-    engine: int
-    """Index in the plan; 0 for the full model."""
-    timestep: float
-    program: Program
-    turns: Turns | None
-    """After this call; None where the full model makes all of them."""
-
-
-class Request:
-    """One trajectory through loaded engines: whose turn it is, and what they have emitted so far."""
-
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        full: Program,
-        *,
-        exact: Program | None = None,
-        predicted_channels: int,
-        turns: Turns | None,
-        device: Device,
-        replays: Replays,
-        stage: Stage | None = None,
-    ) -> None:
-        """Begin a trajectory.
-
-        Args:
-            programs: The engines.
-            full: The full model.
-            exact: The full model in float32, which makes a step again that an engine has spoilt; None if `full` is.
-            predicted_channels: Width of what they predict.
-            turns: Which one runs when; always the full model when None.
-            device: Where their tensors are.
-            replays: Counts the steps made again.
-            stage: Loads the engines; None if they are loaded.
-        """
-        self._programs = programs
-        self._full = full
-        self._exact = exact or full
-        self._predicted_channels = predicted_channels
-        self._turns = turns
-        self._device = device
-        self._replays = replays
-        self._stage = stage
-        self._held = Held(device=device)
-
-    def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
-        """Predict what a solver elsewhere asks for.
-
-        Args:
-            sample: What the denoiser sees, [batch, channel, height, width], on the device.
-            timestep: The scheduler's value.
-            log_snr: The noise level there, not below that of the call before.
-            conditions: What the samples are conditioned on, on the device.
-
-        Returns:
-            The prediction, guided; it has further channels where the denoiser predicts a variance too.
-
-        Raises:
-            NonFiniteError: If the full model produces NaN or infinity.
-        """
-        inputs = conditions.widen(sample, timestep)
-        prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
-        ran = self.run(inputs, prediction, timestep, log_snr)
-        if not self._device.is_finite(prediction):
-            self.run_again(ran, inputs, prediction)
-            if not self._device.is_finite(prediction):
-                raise not_finite(ran, "and the full model")
-        return conditions.guide(prediction, sample.shape[1])
-
-    def run(self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float) -> Ran:
-        """Run the engine whose turn it is.
-
-        Args:
-            inputs: Of a call, but for what is held.
-            prediction: To be written, [row, channel, height, width].
-            timestep: The scheduler's value.
-            log_snr: The noise level there, not below that of the call before.
-        """
-        engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
-        if self._stage is not None:
-            self._stage.enter(self, self._turns.phase if self._turns else None)
-        program = self._programs[engine] if self._turns else self._full
-        self._held.remember(program({**inputs, **self._held.inputs(timestep)}, prediction), timestep)
-        return Ran(engine, timestep, program, copy(self._turns))
-
-    def run_again(self, ran: Ran, inputs: Mapping[str, Tensor], prediction: Tensor) -> Ran:
-        """Run the full model, in float32, in place of an engine that gave NaN or infinity.
-
-        All that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed. So is
-        what was run after that engine.
-
-        Args:
-            ran: The call of the engine.
-            inputs: As they were given to it.
-            prediction: To be written, [row, channel, height, width].
-
-        Raises:
-            NonFiniteError: If that engine was the full model in float32.
-        """
-        if ran.program is self._exact:
-            raise not_finite(ran)
-        logger.warning(
-            "engine %d produced NaN or infinity at timestep %g; the full model takes its turn.",
-            ran.engine,
-            ran.timestep,
-        )
-        self._replays.add()
-        self._held = Held(device=self._device)
-        self._turns = copy(ran.turns)
-        if self._turns:
-            self._turns.forget()
-        program = self._exact
-        try:
-            program(inputs, prediction)
-        except StaleEngineError as error:
-            logger.warning("the full model takes its turn in the precision that overflowed: %s", error)
-            program = self._full
-            program(inputs, prediction)
-        return Ran(FULL_ENGINE, ran.timestep, program, copy(self._turns))
-
-
-def not_finite(ran: Ran, *others: str) -> NonFiniteError:
-    """Say who could not go on with a trajectory."""
-    who = " ".join([f"engine {ran.engine}", *others])
-    return NonFiniteError(
-        f"{who} produced NaN or infinity at timestep {ran.timestep:g}. Check the noise and the conditions that were "
-        "given, and that the weights are finite."
-    )
 
 
 class Session:

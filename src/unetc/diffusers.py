@@ -24,7 +24,8 @@ from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, SessionError
 from unetc.runtime.backend import Memory
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import Request, Session, backend_for
+from unetc.runtime.request import Request
+from unetc.runtime.session import Session, backend_for
 
 try:
     import diffusers

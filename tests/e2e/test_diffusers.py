@@ -29,7 +29,8 @@ from unetc.models import find_model
 from unetc.nvidia.profile import check_call
 from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import Request, Session
+from unetc.runtime.request import Request
+from unetc.runtime.session import Session
 from unetc.workflow.build import BuildOptions, build
 from unetc.workflow.compile import CompileOptions, compile_bundle
 from unetc.workflow.setup import analyze_model

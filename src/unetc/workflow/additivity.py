@@ -7,7 +7,7 @@ from itertools import combinations
 
 from unetc.artifacts.manifest import EnginePair
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.session import FULL_ENGINE
+from unetc.runtime.request import FULL_ENGINE
 
 from .workbench import Candidate, Workbench
 

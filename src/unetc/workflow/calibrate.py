@@ -20,7 +20,8 @@ from unetc.held import COMPUTED, Held
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backend import DEFAULT_TARGET, open_backend
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.session import FULL_ENGINE, Session
+from unetc.runtime.request import FULL_ENGINE
+from unetc.runtime.session import Session
 from unetc.solver.extract import extract, make_scheduler
 from unetc.solver.noise import initial_noise
 from unetc.solver.trajectory import Trajectory

@@ -13,7 +13,7 @@ import numpy as np
 
 from unetc.artifacts.profile import Damage
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.session import FULL_ENGINE
+from unetc.runtime.request import FULL_ENGINE
 
 from .fit import TOLERANCE
 from .workbench import Candidate, Workbench

@@ -21,7 +21,8 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.graph.gated import GatedGraph
 from unetc.held import Held
 from unetc.runtime.decoder import Decoder
-from unetc.runtime.session import FULL_ENGINE, Session
+from unetc.runtime.request import FULL_ENGINE
+from unetc.runtime.session import Session
 from unetc.solver.table import SolverTables
 from unetc.timing import interleaved_ms
 
