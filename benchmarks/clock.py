@@ -61,8 +61,8 @@ class HostClock:
 
 
 def clock_of(target: str, device: Device) -> Clock:
-    """Choose the clock of a target; other libraries than torch work on streams of their own."""
-    return EventClock() if target.startswith("torch:cuda") else HostClock(device)
+    """Choose the clock of a target: events where engines run in torch's stream; onnxruntime has one of its own."""
+    return EventClock() if target.startswith(("torch:cuda", "tensorrt")) else HostClock(device)
 
 
 class Timed:

@@ -99,7 +99,8 @@ class Replay:
             RuntimeError: If the module does what cannot be captured.
         """
         self._module = module  # a library's own may be part of what is replayed
-        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        with torch.inference_mode(False):  # in which alone could be written into what is made in it
+            self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._copied: list[_Version | None] = [None for _ in inputs]
         aside, around = pool.stream, torch.cuda.current_stream()
         aside.wait_stream(around)
@@ -118,10 +119,13 @@ class Replay:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Replay; the results are copies."""
         new = [i for i, tensor in enumerate(inputs) if not _is(tensor, self._copied[i])]
+        for i in new:
+            self._copied[i] = None
         if new:
             torch._foreach_copy_([self._inputs[i] for i in new], [inputs[i] for i in new])
         for i in new:
-            self._copied[i] = None if inputs[i].is_inference() else (ref(inputs[i]), inputs[i]._version)
+            if not inputs[i].is_inference():
+                self._copied[i] = ref(inputs[i]), inputs[i]._version
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
 

@@ -48,8 +48,6 @@ class FusedLoop:
         """
         table, (batch, *shape) = start.table, start.noise.shape
         require_words(start.seed, *start.indices)
-        self._start = start
-        self._made = 0
         lags, rows, steps = table.window, start.rows, table.steps
         arena = _carve(
             place,
@@ -69,8 +67,11 @@ class FusedLoop:
         on_gpu = place.type == "cuda"
         self._said = torch.zeros((), pin_memory=on_gpu)
         """What was found in the last step, in the memory of the process."""
-        self._there = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._there = torch.cuda.Event(blocking=True) if on_gpu else None  # type: ignore[no-untyped-call]
         """When it is there; after that a question need not wait for the engine that was called since."""
+        self._kernel = make_step[triton.cdiv(math.prod(shape), BLOCK), batch]
+        self._settings = settings(start)
+        self._made = 0
         self._timesteps = arena["timesteps"][:, :rows]
         self._timesteps.copy_(device.put(table.timesteps)[:, None])
         self._coefficients = device.put(coefficients(table))
@@ -109,9 +110,8 @@ class FusedLoop:
 
     def launch(self, step: int) -> None:
         """Launch the kernel, which writes nothing that the step itself reads; so it can be launched again."""
-        start, (batch, *shape) = self._start, self._start.noise.shape
-        elements, ahead = math.prod(shape), self._seen[(step + 1) % 2]
-        make_step[triton.cdiv(elements, BLOCK), batch](
+        ahead = self._seen[(step + 1) % 2]
+        self._kernel(
             self._prediction,
             self._samples,
             self._predictions,
@@ -120,14 +120,7 @@ class FusedLoop:
             self._coefficients,
             self._keys,
             step,
-            float(start.conditions.scale),
-            batch,
-            elements,
-            LAGS=start.table.window,
-            GUIDED=start.conditions.guided,
-            LEARNED=start.predicted_channels > shape[0],
-            NOISY=bool(start.table.noise_coefficient.any()),
-            BLOCK=BLOCK,
+            **self._settings,
         )
         if not ahead.is_inference():
             increment_version(ahead)  # torch does not see what a kernel writes
@@ -146,6 +139,21 @@ def can_fuse(start: Start) -> bool:
         and channels * height * width < 2**30  # the kernel counts them in 32 bits
         and batch < 2**16  # CUDA's limit of the second axis
     )
+
+
+def settings(start: Start) -> dict[str, object]:
+    """Give what the kernel is told in every step alike."""
+    batch, *shape = start.noise.shape
+    return {
+        "guidance": float(start.conditions.scale),
+        "batch": batch,
+        "elements": math.prod(shape),
+        "LAGS": start.table.window,
+        "GUIDED": start.conditions.guided,
+        "LEARNED": start.predicted_channels > shape[0],
+        "NOISY": bool(start.table.noise_coefficient.any()),
+        "BLOCK": BLOCK,
+    }
 
 
 def coefficients(table: SolverTable) -> NDArray[np.float32]:

@@ -93,19 +93,27 @@ class TorchDevice:
             return None
         try:
             from .fused_loop import FusedLoop, can_fuse  # needs Triton
-
-            if not can_fuse(start):
-                return None
-            loop = FusedLoop(start, self, self._device)
-            loop.launch(0)  # compiles the kernel; the first step does it again
-        except SessionError:
+        except ImportError as error:
+            self._give_up_fusing(error)
+            return None
+        if not can_fuse(start):
+            return None
+        loop = FusedLoop(start, self, self._device)
+        try:
+            with CAPTURING:  # as loading a kernel is no work for two threads, nor beside a capture
+                loop.launch(0)  # compiles it; the first step does this again
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # whatever a compiler may raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            logger.warning("a step takes many kernels in place of one, as Triton gives none: %s", said)
-            self._fuses = False
+            self._give_up_fusing(error)
             return None
         return loop
+
+    def _give_up_fusing(self, error: Exception) -> None:
+        """Do without a kernel from now on."""
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("a step takes many kernels in place of one, as Triton gives none: %s", said)
+        self._fuses = False
 
     def synchronize(self) -> None:
         """Wait until everything that was asked of the device is done."""

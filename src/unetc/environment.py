@@ -16,6 +16,7 @@ LIBRARIES = (
     "tensorrt",
     "tensorrt-rtx",
     "torch",
+    "triton",
     "diffusers",
     "onnx",
     "scipy",

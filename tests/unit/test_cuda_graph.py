@@ -248,6 +248,20 @@ def test_what_is_the_same_tensor_as_before_is_not_copied_into_a_graph_again(cuda
     assert copied(torch.tensor(values))
 
 
+@pytest.mark.without_gpu
+def test_a_graph_that_is_captured_in_inference_mode_serves_outside_of_it(cuda: Cuda) -> None:
+    captured = CapturedModule(Modules(), Pool(DEVICE))
+    with torch.inference_mode():
+        captured(torch.ones(2))
+    captured(torch.full((2,), 3.0))
+    (replay,) = captured._modules.values()
+    assert isinstance(replay, Replay)
+    assert replay._inputs[0].tolist() == [3, 3]
+    with torch.inference_mode():
+        captured(torch.full((2,), 4.0))
+    assert replay._inputs[0].tolist() == [4, 4]
+
+
 def test_torch_declares_what_is_private_to_it() -> None:
     declared = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
     for name in PRIVATE:

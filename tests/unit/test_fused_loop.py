@@ -47,9 +47,9 @@ LEARNED = {"variance_type": "learned_range"}
 STEPS = 9
 SHAPE = (3, 25, 8)
 """600 elements, so that a sample has more than one block, the last of them not full."""
-ROUNDING = 2e-5
-"""Of the largest number: multiplications and additions are fused, a GPU approximates logarithm, sine, cosine and
-exponential to some 1e-6, and 9 steps add their roundings up. In the interpreter it is 1e-6."""
+ROUNDING = 5e-5
+"""Of the largest number: multiplications and additions are fused, a GPU approximates exponential and square root, and 9
+steps add their roundings up; most with guidance, which takes differences. In the interpreter it is 1e-6."""
 
 
 class Fused(TorchDevice):
@@ -63,6 +63,14 @@ class Fused(TorchDevice):
     def put(self, array: Any) -> torch.Tensor:
         self.puts += 1
         return super().put(array)
+
+
+class Unfused(TorchDevice):
+    """A device without a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__(PLACE)
+        self._fuses = False
 
 
 DEVICE = Fused()
@@ -245,8 +253,8 @@ class Counting(TorchDispatchMode):
 
 
 def test_a_step_asks_torch_for_one_number_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = FusedLoop(start_of(extract(make_scheduler("ddpm", CONFIG), STEPS), guided=True), DEVICE, PLACE)
     monkeypatch.setattr(fused_loop, "make_step", {(2, 2): lambda *args, **kwargs: None})  # it is none of torch's
+    loop = FusedLoop(start_of(extract(make_scheduler("ddpm", CONFIG), STEPS), guided=True), DEVICE, PLACE)
     with Counting() as counting:
         loop.call(0)
         loop.advance(0)
@@ -293,7 +301,7 @@ def session_on(bundle: Bundle, device: TorchDevice) -> Session:
 def test_a_session_samples_the_same_in_both_loops(tiny_bundle: Path) -> None:
     bundle, told = Bundle.open(tiny_bundle), [[], []]
     samples = []
-    for device, steps in zip((Fused(), TorchDevice(PLACE)), told, strict=True):
+    for device, steps in zip((Fused(), Unfused()), told, strict=True):
         samples.append(session_on(bundle, device).sample(2, seed=4, on_step=steps.append))
     assert np.abs(samples[0] - samples[1]).max() <= ROUNDING
     for fused, plain in zip(*told, strict=True):
@@ -351,7 +359,7 @@ class Late:
 @given(spoilt=st.frozensets(st.tuples(st.integers(0, 2), st.integers(0, Late.STEPS - 1))))
 def test_what_is_asked_late_changes_nothing(spoilt: frozenset[tuple[int, int]]) -> None:
     results = []
-    for device in (Fused(), TorchDevice(PLACE)):
+    for device in (Fused(), Unfused()):
         late = Late(device)
         late.spoilt = spoilt
         results.append((late.session.sample(1, seed=2), late.session.replays))
@@ -463,6 +471,24 @@ def test_where_triton_fails_the_plain_loop_takes_its_place(
     with caplog.at_level(logging.WARNING):
         assert [type(begin(start, device)) for _ in range(2)] == [PlainLoop, PlainLoop]
     assert caplog.text.count("Failed to find C compiler.") == 1
+
+
+def test_what_fails_for_another_reason_is_raised_and_the_next_trajectory_is_fused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: FusedLoop, step: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device, start = Fused(), start_of(extract(make_scheduler("ddim", CONFIG), 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_loop.FusedLoop, "launch", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            begin(start, device)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "put", lambda array: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begin(start, device)
+    assert isinstance(begin(start, device), FusedLoop)
 
 
 def test_where_triton_is_missing_the_plain_loop_takes_its_place(
