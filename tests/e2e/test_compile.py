@@ -400,9 +400,10 @@ def test_inspect_says_what_is_missing_and_what_cannot_be_run(
     assert run("sample", tiny_bundle, "-o", tmp_path / "samples.png").code == 0
     assert "the plan, all loaded" in shown_of(tiny_bundle)
     monkeypatch.setattr(tensorrt_on_cpu, "__version__", "2.0.cpu")
-    assert "cannot be run here (for library 1.0.cpu, here 2.0.cpu)" in shown_of(tiny_bundle)
+    misfit = "for library 1.0.cpu (here 2.0.cpu)"
+    assert f"cannot be run here: {misfit}" in shown_of(tiny_bundle)
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
-    assert (one["missing"], one["misfit"]) == ([], "for library 1.0.cpu, here 2.0.cpu")
+    assert (one["missing"], one["misfit"]) == ([], misfit)
     monkeypatch.setattr(tensorrt_on_cpu, "__version__", "1.0.cpu")
     shutil.rmtree(next((tmp_path / "engines").glob("*/record.json")).parent)
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]

@@ -57,7 +57,7 @@ def test_where_the_gpu_is_known_engines_for_it_are_run(tmp_path: Path, monkeypat
     tool(tmp_path, monkeypatch, f"echo {L40S}")
     here = LIBRARY.here()
     assert here == LIBRARY.origin(on_this_gpu=True)
-    assert LIBRARY.origin().misfits(here) == here.misfits(here) == []
+    assert LIBRARY.origin().misfit(here) == here.misfit(here) == ""
 
 
 @pytest.mark.without_gpu
@@ -69,8 +69,8 @@ def test_without_the_tool_engines_for_many_gpus_are_run(
     (tmp_path / driver.TOOL).unlink()
     here = LIBRARY.here()
     assert here.gpu is None
-    assert LIBRARY.origin().misfits(here) == []
-    assert bound.misfits(here) == ["gpu"]
+    assert LIBRARY.origin().misfit(here) == ""
+    assert bound.misfit(here) == "for gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here not known)"
     assert "engines for one GPU alone are not run here: " in caplog.text
     assert "nvidia-smi is not there" in caplog.text
     with pytest.raises(EngineBuildError, match="nvidia-smi is not there"):

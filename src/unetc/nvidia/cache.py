@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,8 +138,8 @@ class EngineCache:
         known = [record for record in self.records() if _question(record.key) == wanted]
         refusals: Counter[str] = Counter()
         for record in sorted(known, key=_preference, reverse=True):
-            if misfits := record.key.origin.misfits(here):
-                refusals[_difference(record.key.origin, here, misfits)] += 1
+            if misfit := record.key.origin.misfit(here):
+                refusals[misfit] += 1
                 continue
             if not self._is_ours(record):
                 refusals[f"not built here ({_TRUST})"] += 1
@@ -233,12 +233,6 @@ def _size(engine: Path) -> int:
         return engine.stat().st_size
     except OSError:
         return 0
-
-
-def _difference(own: Origin, here: Origin, fields: Sequence[str]) -> str:
-    """Say in what the place of an engine differs from here."""
-    pairs = ((name, getattr(own, name), getattr(here, name)) for name in fields)
-    return "for " + ", ".join(f"{name} {there} (here {now or 'not known'})" for name, there, now in pairs)
 
 
 def _question(key: EngineKey) -> tuple[str, str, Precision, str]:
