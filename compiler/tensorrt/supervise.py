@@ -17,6 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from unetc.errors import EngineBuildError
+from unetc.nvidia.driver import showing
 from unetc.nvidia.key import Effort
 
 from .messages import STEPS, Advance, Built, Refused, Request, decode, encode
@@ -89,8 +90,8 @@ def build_engine(
         running: What stops it from another thread.
 
     Raises:
-        EngineBuildError: If the library refuses the graph, the time is over, the last try has died too, or
-            it was stopped.
+        EngineBuildError: If the library refuses the graph, the time is over, the last try has died too,
+            it was stopped, or the GPU cannot be shown to it.
     """
     running = running or Running()
     began = time.monotonic()
@@ -156,6 +157,7 @@ def _run(
         process = subprocess.Popen(
             command,
             cwd=folder,
+            env=os.environ | showing(request.gpu),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=words,

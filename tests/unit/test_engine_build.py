@@ -71,6 +71,14 @@ def test_a_build_that_dies_is_tried_again_with_less(tmp_path: Path, death: str) 
     assert outcome.effort == requests(tmp_path)[-1].effort
 
 
+def test_the_process_sees_the_gpu_alone_that_it_builds_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f2e,GPU-7a")
+    seen = "open('seen', 'w').write(os.environ['CUDA_VISIBLE_DEVICES']); "
+    request, command = msgspec.structs.replace(REQUEST, gpu=1), process(tmp_path, seen + BUILDS)
+    build_engine(request, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+    assert (tmp_path / "seen").read_text() == "GPU-7a"
+
+
 def test_after_three_tries_it_says_how_each_died(tmp_path: Path) -> None:
     command = process(tmp_path, DIES, EXITS, "sys.stderr.write('last words'); sys.exit(1)")
     message = r"failed 3 times.*signal SIGKILL; exit code 137; exit code 1 \(last words\)"

@@ -349,6 +349,7 @@ def build_one(
     time_limit_s: float,
     on_advance: Callable[[int], None],
     running: Running | None = None,
+    gpu: int = 0,
 ) -> EngineRecord:
     """Build one engine and put it into the cache.
 
@@ -361,6 +362,7 @@ def build_one(
         time_limit_s: For all tries together.
         on_advance: Told how many of `STEPS` are done.
         running: What stops it from another thread.
+        gpu: Which of those that CUDA shows this process; the one that the key names.
 
     Raises:
         EngineBuildError: If it cannot be built.
@@ -376,6 +378,7 @@ def build_one(
         residuals=residuals,
         effort=key.effort,
         on_this_gpu=key.origin.gpu is not None,
+        gpu=gpu,
     )
     outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance, running=running)
     try:

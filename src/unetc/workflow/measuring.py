@@ -209,4 +209,5 @@ class BuildingLoader:
             self._on_progress(Progress(stage="build an engine", done=done, total=STEPS))
 
         engines, residuals = self._backend.engines, self._calls.residuals
-        build_one(_GRAPH, key, folder, engines, residuals, time_limit_s=_TIME_LIMIT_S, on_advance=advance)
+        gpu = self._backend.gpu.index or 0
+        build_one(_GRAPH, key, folder, engines, residuals, time_limit_s=_TIME_LIMIT_S, on_advance=advance, gpu=gpu)
