@@ -49,6 +49,15 @@ class Running:
         with self._lock:
             self._processes.discard(process)
 
+    def check(self) -> None:
+        """Refuse to go on once all are stopped.
+
+        Raises:
+            EngineBuildError: If they are.
+        """
+        if self.stopped:
+            raise EngineBuildError("given up, as another engine failed or you stopped it.")
+
     def stop(self) -> None:
         """Kill them all, and each that is added from now on."""
         with self._lock:
@@ -110,8 +119,7 @@ def build_engine(
                 tries=len(deaths) + 1,
                 seconds=time.monotonic() - began,
             )
-        if running.stopped:
-            raise EngineBuildError("given up, as another engine failed or you stopped it.")
+        running.check()
         if isinstance(answer, Refused) and not answer.memory:
             raise EngineBuildError(answer.message)
         deaths.append(answer.message if isinstance(answer, Refused) else answer)

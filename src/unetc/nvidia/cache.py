@@ -15,7 +15,8 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from unetc.errors import ArtifactError, StaleEngineError
 from unetc.precision import Precision
 
 from .key import Effort, EngineKey, Origin, compile_command
+from .lock import locked
 from .sizes import Shape
 
 ENGINE = "engine.plan"
@@ -101,6 +103,17 @@ class EngineCache:
         if not trust and not self._is_ours(record):
             raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
         return record, engine
+
+    def building(self, key: EngineKey, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
+        """Wait until nobody builds the engine of a key; then whoever asks waits for what is inside.
+
+        Engines of other keys can be built meanwhile. Who builds one must look first whether it is there by now.
+
+        Args:
+            key: Of the engine.
+            on_wait: Called now and then while it waits. If it raises, the wait is over.
+        """
+        return locked(self.folder(key).with_suffix(".lock"), on_wait)
 
     def touch(self, key: EngineKey) -> None:
         """Note that an engine was used now, for `trim`; that it cannot be noted does not matter."""
