@@ -223,8 +223,11 @@ def test_an_engine_that_somebody_builds_is_waited_for_and_not_built_again(
 
 def test_engines_of_other_keys_are_built_meanwhile(tmp_path: Path, building: Callable[..., Builder]) -> None:
     builder = building()
+    clock = threading.Timer(20, builder.running.stop)
+    clock.start()
     with EngineCache(tmp_path / "cache").building(KEY, ignore_wait):
         assert not builder(msgspec.structs.replace(KEY, graph_sha256="3"))
+    clock.cancel()
     assert builder.notes == []
 
 
