@@ -33,6 +33,8 @@ class Request(Record, frozen=True, kw_only=True):
     effort: Effort
     on_this_gpu: bool = False
     """Whether the engine need run on no other GPU; a library that builds for one alone always does so."""
+    gpu: int = 0
+    """Which of the GPUs that CUDA shows this process; it is all that the building process sees."""
 
 
 class Advance(Record, frozen=True, kw_only=True, tag="advance"):

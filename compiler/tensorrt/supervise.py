@@ -17,6 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from unetc.errors import EngineBuildError
+from unetc.nvidia.driver import showing
 from unetc.nvidia.key import Effort
 
 from .messages import STEPS, Advance, Built, Refused, Request, decode, encode
@@ -47,6 +48,15 @@ class Running:
         """Forget a process that has ended."""
         with self._lock:
             self._processes.discard(process)
+
+    def check(self) -> None:
+        """Refuse to go on once all are stopped.
+
+        Raises:
+            EngineBuildError: If they are.
+        """
+        if self.stopped:
+            raise EngineBuildError("given up, as another engine failed or you stopped it.")
 
     def stop(self) -> None:
         """Kill them all, and each that is added from now on."""
@@ -89,8 +99,8 @@ def build_engine(
         running: What stops it from another thread.
 
     Raises:
-        EngineBuildError: If the library refuses the graph, the time is over, the last try has died too, or
-            it was stopped.
+        EngineBuildError: If the library refuses the graph, the time is over, the last try has died too,
+            it was stopped, or the GPU cannot be shown to it.
     """
     running = running or Running()
     began = time.monotonic()
@@ -109,8 +119,7 @@ def build_engine(
                 tries=len(deaths) + 1,
                 seconds=time.monotonic() - began,
             )
-        if running.stopped:
-            raise EngineBuildError("given up, as another engine failed or you stopped it.")
+        running.check()
         if isinstance(answer, Refused) and not answer.memory:
             raise EngineBuildError(answer.message)
         deaths.append(answer.message if isinstance(answer, Refused) else answer)
@@ -156,6 +165,7 @@ def _run(
         process = subprocess.Popen(
             command,
             cwd=folder,
+            env=os.environ | showing(request.gpu),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=words,

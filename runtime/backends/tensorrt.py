@@ -312,7 +312,7 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBacken
     return TensorRtBackend(
         library,
         Precision(precision or Precision.FP32),
-        here=library.here(),
+        here=library.here(gpu.index),
         engines=EngineCache.inside(cache_folder()),
         gpu=gpu,
         memory=memory,

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -109,6 +110,24 @@ def test_every_engine_is_built_once(tiny_bundle: Path, tmp_path: Path, rtx: None
     check_compile(tiny_bundle, tmp_path / "cache")
     shown = run("compile", tiny_bundle, *RTX, "--cache", tmp_path / "cache")
     assert (shown.code, shown.out.count("was there")) == (0, len(graphs_of(tiny_bundle)))
+
+
+@pytest.mark.rtx
+def test_two_that_compile_a_bundle_at_once_build_every_engine_once(
+    tiny_bundle: Path, tmp_path: Path, rtx: None
+) -> None:
+    arguments = ("compile", tiny_bundle, *RTX, "--cache", tmp_path / "cache", "--jobs", "2", "--json")
+    command = [sys.executable, "-m", "unetc", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    said = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    one, other = (json.loads(out)["engines"] for out, _ in said)
+    graphs = graphs_of(tiny_bundle)
+    assert [engine["graph"] for engine in one] == [engine["graph"] for engine in other] == graphs
+    assert all(mine["known"] != theirs["known"] for mine, theirs in zip(one, other, strict=True))
+    left = sorted(path.name for path in (tmp_path / "cache/engines").iterdir())
+    assert left == sorted([*(Path(engine["folder"]).name for engine in one), "secret"]), "locks are left"
 
 
 @pytest.mark.rtx
@@ -400,9 +419,10 @@ def test_inspect_says_what_is_missing_and_what_cannot_be_run(
     assert run("sample", tiny_bundle, "-o", tmp_path / "samples.png").code == 0
     assert "the plan, all loaded" in shown_of(tiny_bundle)
     monkeypatch.setattr(tensorrt_on_cpu, "__version__", "2.0.cpu")
-    assert "cannot be run here (for library 1.0.cpu, here 2.0.cpu)" in shown_of(tiny_bundle)
+    misfit = "for library 1.0.cpu (here 2.0.cpu)"
+    assert f"cannot be run here: {misfit}" in shown_of(tiny_bundle)
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
-    assert (one["missing"], one["misfit"]) == ([], "for library 1.0.cpu, here 2.0.cpu")
+    assert (one["missing"], one["misfit"]) == ([], misfit)
     monkeypatch.setattr(tensorrt_on_cpu, "__version__", "1.0.cpu")
     shutil.rmtree(next((tmp_path / "engines").glob("*/record.json")).parent)
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from unetc.backend import WEIGHTS
-from unetc.compiler.tensorrt.messages import Request
+from unetc.compiler.tensorrt.messages import STEPS, Request
 from unetc.compiler.tensorrt.supervise import Running, build_engine
 from unetc.errors import EngineBuildError
 from unetc.nvidia.cache import EngineCache
@@ -19,7 +24,7 @@ from unetc.nvidia.key import Effort, EngineKey, Origin
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.progress import ignore
-from unetc.workflow.compile import CompileOptions, _build_all
+from unetc.workflow.compile import CompileOptions, _build_all, build_one
 
 ONE = Range(least=1, usual=1, most=1)
 REQUEST = Request(
@@ -69,6 +74,14 @@ def test_a_build_that_dies_is_tried_again_with_less(tmp_path: Path, death: str) 
     efforts = [(request.effort.optimization_level, request.effort.workspace_share) for request in requests(tmp_path)]
     assert efforts == [(3, 1.0), (2, 0.5), (1, 0.25)]
     assert outcome.effort == requests(tmp_path)[-1].effort
+
+
+def test_the_process_sees_the_gpu_alone_that_it_builds_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f2e,GPU-7a")
+    seen = "open('seen', 'w').write(os.environ['CUDA_VISIBLE_DEVICES']); "
+    request, command = msgspec.structs.replace(REQUEST, gpu=1), process(tmp_path, seen + BUILDS)
+    build_engine(request, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+    assert (tmp_path / "seen").read_text() == "GPU-7a"
 
 
 def test_after_three_tries_it_says_how_each_died(tmp_path: Path) -> None:
@@ -141,21 +154,116 @@ def test_where_one_side_alone_is_a_range_the_error_says_that_it_may_be_that(tmp_
         build_engine(request, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
 
 
+ORIGIN = Origin(unetc="0", recipe=2, target="tensorrt-rtx", library="0", platform="Linux x86_64", gpu=None)
+KEY = EngineKey(
+    origin=ORIGIN,
+    graph_sha256="1",
+    weights_sha256="2",
+    precision=Precision.FP32,
+    sizes=REQUEST.sizes,
+    rows={},
+    effort=Effort(),
+)
+
+
+@dataclass
+class Builder:
+    """Builds the engine of a key, in a folder of its own."""
+
+    folder: Path
+    cache: Path
+    running: Running = field(default_factory=Running)
+    notes: list[str] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
+
+    def __call__(self, key: EngineKey = KEY) -> bool:
+        """Build it; tell whether somebody else has."""
+        (own := self.folder / str(id(self))).mkdir(exist_ok=True)
+        record, known = build_one(
+            "full.onnx",
+            key,
+            own,
+            EngineCache(self.cache),
+            (),
+            time_limit_s=60,
+            on_advance=self.done.append,
+            on_note=self.notes.append,
+            running=self.running,
+        )
+        assert record.key == key
+        return known
+
+
+@pytest.fixture
+def building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]:
+    """Let a process build engines of nothing."""
+    source = f"time.sleep(0.5); open('full.onnx.plan', 'w').write('engine'); print('{BUILT.decode()}')"
+    command = process(tmp_path, *[source] * 4)
+    monkeypatch.setattr("unetc.workflow.compile.build_engine", partial(build_engine, command=command))
+    return partial(Builder, tmp_path, tmp_path / "cache")
+
+
+def test_an_engine_that_somebody_builds_is_waited_for_and_not_built_again(
+    tmp_path: Path, building: Callable[..., Builder]
+) -> None:
+    one, other = building(), building()
+    with ThreadPoolExecutor(2) as pool:
+        known = list(pool.map(lambda builder: builder(), (one, other)))
+    assert sorted(known) == [False, True]
+    assert len(requests(tmp_path)) == 1
+    first, second = (other, one) if known[0] else (one, other)
+    assert first.notes == []
+    assert second.notes == [
+        "the engine is being built elsewhere; waiting for it.",
+        "the engine has been built elsewhere meanwhile; it is taken from the cache.",
+    ]
+    assert (first.done[-1], second.done) == (STEPS, [STEPS])
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_file()) == ["secret"]
+
+
+def test_engines_of_other_keys_are_built_meanwhile(tmp_path: Path, building: Callable[..., Builder]) -> None:
+    builder = building()
+    clock = threading.Timer(20, builder.running.stop)
+    clock.start()
+    with EngineCache(tmp_path / "cache").building(KEY, ignore_wait):
+        assert not builder(msgspec.structs.replace(KEY, graph_sha256="3"))
+    clock.cancel()
+    assert builder.notes == []
+
+
+def test_an_engine_that_appears_and_was_not_built_here_is_built(
+    tmp_path: Path, building: Callable[..., Builder]
+) -> None:
+    Builder(tmp_path, tmp_path / "theirs")()
+    folder = EngineCache(tmp_path / "theirs").folder(KEY)
+    shutil.copytree(folder, EngineCache(tmp_path / "cache").folder(KEY))
+    assert not building()()
+    assert len(requests(tmp_path)) == 2
+    assert building()()
+
+
+def test_who_waits_for_an_engine_is_stopped_with_the_others(tmp_path: Path, building: Callable[..., Builder]) -> None:
+    builder = building()
+    with EngineCache(tmp_path / "cache").building(KEY, ignore_wait):
+        clock = threading.Timer(0.5, builder.running.stop)
+        clock.start()
+        with pytest.raises(EngineBuildError, match="given up"):
+            builder()
+        clock.join()
+    assert builder.notes == ["the engine is being built elsewhere; waiting for it."]
+    assert not (tmp_path / "requests").exists()
+
+
+def ignore_wait() -> None:
+    """Wait on."""
+
+
 @pytest.mark.parametrize(("target", "most"), [("tensorrt", 1), ("tensorrt-rtx", 3)])
 def test_builds_that_time_kernels_wait_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, most: int
 ) -> None:
     """They have one GPU; others go on together where cores and memory allow it."""
-    origin = Origin(unetc="0", recipe=2, target=target, library="0", platform="Linux x86_64", gpu=None)
-    key = EngineKey(
-        origin=origin,
-        graph_sha256="1",
-        weights_sha256="2",
-        precision=Precision.FP32,
-        sizes=REQUEST.sizes,
-        rows={},
-        effort=Effort(),
-    )
+    key = msgspec.structs.replace(KEY, origin=msgspec.structs.replace(ORIGIN, target=target))
     running: set[int] = set()
     together: list[int] = []
 

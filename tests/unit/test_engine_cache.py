@@ -177,6 +177,16 @@ def test_an_engine_for_another_place_is_not_found(cache: EngineCache, field: str
         find(cache, msgspec.structs.replace(ORIGIN, **{field: OTHER_ORIGIN[field]}))
 
 
+def test_all_that_an_origin_differs_in_is_said_in_the_words_that_the_cache_uses(cache: EngineCache) -> None:
+    here = msgspec.structs.replace(ORIGIN, library="11.4.2", gpu=None)
+    said = "for library 11.4.1 (here 11.4.2), gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here not known)"
+    assert ORIGIN.misfit(here) == said
+    with pytest.raises(StaleEngineError) as caught:
+        find(cache, here)
+    assert f"Others are: 1 {said}. Build it" in str(caught.value)
+    assert here.misfit(ORIGIN) == "for library 11.4.2 (here 11.4.1)", "one for many GPUs runs on each of them"
+
+
 def test_an_engine_of_a_record_that_names_no_recipe_is_not_found(cache: EngineCache) -> None:
     path = cache.folder(KEY) / RECORD
     older = json.loads(path.read_text())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tensorrt_on_cpu import LIBRARY
 from unetc.cli.diagnosis import Finding, diagnose
@@ -13,9 +16,29 @@ from unetc.errors import EngineBuildError, MissingDependency
 from unetc.nvidia import driver
 from unetc.nvidia.key import Gpu
 from unetc.nvidia.library import Library
+from unetc.runtime.backend import Memory
+from unetc.runtime.backends import tensorrt
 
 BOUND = Library(target="tensorrt:bound", module=LIBRARY.module, extra="none", portable=False, times_kernels=False)
-L40S = "NVIDIA L40S, 8.9, 580.65.06"
+L40S = "00000000:01:00.0, NVIDIA L40S, 8.9, 580.65.06"
+H100 = "00000000:C1:00.0, NVIDIA H100, 9.0, 580.65.06"
+
+CUDA = """
+#include <stdio.h>
+static const char *places[] = {%s};
+int cuInit(unsigned flags) { return %d; }
+int cuDeviceGet(int *device, int ordinal) {
+    if (ordinal >= (int)(sizeof places / sizeof *places)) return 101;
+    *device = ordinal + 7;
+    return 0;
+}
+int cuDeviceGetPCIBusId(char *place, int size, int device) {
+    snprintf(place, size, "%%s", places[device - 7]);
+    return 0;
+}
+int cuGetErrorString(int error, const char **text) { *text = error == 100 ? "no device" : 0; return 0; }
+"""
+"""What is asked of CUDA's own library, which is not where there is no GPU."""
 
 
 def tool(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -26,6 +49,16 @@ def tool(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
         path.chmod(0o755)
     patch.setenv("PATH", f"{folder}:/bin:/usr/bin")
     patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def cuda(folder: Path, patch: pytest.MonkeyPatch, *places: str, starts_with: int = 0) -> None:
+    """Put a library in place of CUDA's, which counts GPUs at these places of the PCI bus."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    source, library = folder / "cuda.c", folder / "libcuda.so"
+    source.write_text(CUDA % (", ".join(f'"{place}"' for place in places), starts_with))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    patch.setattr(driver, "CUDA", str(library))
 
 
 @pytest.mark.parametrize(
@@ -48,16 +81,93 @@ def test_a_tool_that_shows_no_gpu_is_quoted(
 
 
 def test_a_name_with_a_comma_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool(tmp_path, monkeypatch, "echo 'NVIDIA, of course, 9.0, 580.1'", "echo second, 9.0, 580.1")
+    tool(tmp_path, monkeypatch, "echo '00000000:01:00.0, NVIDIA, of course, 9.0, 580.1'")
     gpu = LIBRARY.origin(on_this_gpu=True).gpu
     assert gpu == Gpu(name="NVIDIA, of course", compute_capability="9.0", driver="580.1")
+
+
+@pytest.mark.parametrize("order", [("0000:c1:00.0", "0000:01:00.0"), ("0000:01:00.0", "0000:c1:00.0")])
+def test_of_unlike_gpus_the_one_is_named_that_cuda_gives_the_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]
+) -> None:
+    tool(tmp_path, monkeypatch, f"echo {L40S}", f"echo {H100}")
+    cuda(tmp_path, monkeypatch, *order)
+    at = {"0000:01:00.0": "NVIDIA L40S", "0000:c1:00.0": "NVIDIA H100"}
+    own = [LIBRARY.origin(on_this_gpu=True, gpu=gpu).gpu for gpu in (0, 1)]
+    assert [gpu.name for gpu in own if gpu] == [at[place] for place in order]
+    assert [LIBRARY.here().gpu, LIBRARY.here(1).gpu] == own
+    monkeypatch.setattr(tensorrt, "LIBRARIES", {LIBRARY.target.partition(":")[0]: LIBRARY})
+    for gpu in (0, 1):  # what samples may use a GPU that is not the first
+        monkeypatch.setattr(tensorrt, "gpu_of", lambda target, gpu=gpu: torch.device("cuda", gpu))
+        assert (
+            tensorrt.open_backend(LIBRARY.target.partition(":")[0], threads=1, memory=Memory.FAST).here.gpu == own[gpu]
+        )
+
+
+@pytest.mark.parametrize(
+    ("places", "starts_with", "message"),
+    [
+        (["0000:c1:00.0"], 100, "its GPU 1: cuInit fails with 100, no device"),
+        (["0000:c1:00.0"], 0, "its GPU 1: cuDeviceGet fails with 101, unknown"),
+        (
+            ["0000:c1:00.0", "0001:c1:00.0"],
+            0,
+            "does not list GPU 1 of CUDA, which is at 0001:c1:00.0; .*:01:00.0, .*:C1:",
+        ),
+        ([], 0, "its GPU 1: .*no_such_library"),
+    ],
+)
+def test_which_of_unlike_gpus_it_is_is_never_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: list[str], starts_with: int, message: str
+) -> None:
+    tool(tmp_path, monkeypatch, f"echo {L40S}", f"echo {H100}")
+    monkeypatch.setattr(driver, "CUDA", str(tmp_path / "no_such_library"))
+    if places:
+        cuda(tmp_path, monkeypatch, *places, starts_with=starts_with)
+    with pytest.raises(EngineBuildError, match=message):
+        LIBRARY.origin(on_this_gpu=True, gpu=1)
+    assert LIBRARY.here(1).gpu is None, "no engine for one GPU alone is run"
+
+
+def test_gpus_that_are_alike_are_not_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, monkeypatch, f"echo {L40S}", f"echo {L40S.replace(':01:', ':02:')}")
+    monkeypatch.setattr(driver, "CUDA", str(tmp_path / "no_such_library"))
+    assert LIBRARY.here() == LIBRARY.here(1)
+    assert LIBRARY.here().gpu == Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06")
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "shown"),
+    [
+        (None, 0, "0"),
+        (None, 2, "2"),
+        ("3", 0, "3"),
+        ("3, 1", 1, "1"),
+        ("GPU-1f2e,GPU-7a,MIG-5c", 1, "GPU-7a"),
+        ("", 0, ""),
+        ("-1", 0, "-1"),
+    ],
+)
+def test_one_gpu_is_shown_to_another_process_in_the_words_of_this_one(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, gpu: int, shown: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert driver.showing(gpu) == {"CUDA_VISIBLE_DEVICES": shown}
+
+
+def test_a_gpu_that_cannot_be_shown_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(EngineBuildError, match="CUDA_VISIBLE_DEVICES=0 has no GPU 1"):
+        driver.showing(1)
 
 
 def test_where_the_gpu_is_known_engines_for_it_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, monkeypatch, f"echo {L40S}")
     here = LIBRARY.here()
     assert here == LIBRARY.origin(on_this_gpu=True)
-    assert LIBRARY.origin().misfits(here) == here.misfits(here) == []
+    assert LIBRARY.origin().misfit(here) == here.misfit(here) == ""
 
 
 @pytest.mark.without_gpu
@@ -69,8 +179,8 @@ def test_without_the_tool_engines_for_many_gpus_are_run(
     (tmp_path / driver.TOOL).unlink()
     here = LIBRARY.here()
     assert here.gpu is None
-    assert LIBRARY.origin().misfits(here) == []
-    assert bound.misfits(here) == ["gpu"]
+    assert LIBRARY.origin().misfit(here) == ""
+    assert bound.misfit(here) == "for gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here not known)"
     assert "engines for one GPU alone are not run here: " in caplog.text
     assert "nvidia-smi is not there" in caplog.text
     with pytest.raises(EngineBuildError, match="nvidia-smi is not there"):

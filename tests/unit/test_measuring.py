@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, inliner
 
 from tests.conftest import once
+from tests.tensorrt_on_cpu import LIBRARY
 from tests.unit import test_engine_cache
 from tests.unit.test_lowering import evaluate, run
 from tests.unit.test_tensorrt_backend import backend_of
@@ -26,8 +27,10 @@ from unetc.artifacts.profile import Profile, Treatment
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.lowering import lower_graphs
 from unetc.compiler.planner import PlanOptions
+from unetc.compiler.tensorrt.messages import Request
+from unetc.compiler.tensorrt.supervise import Outcome
 from unetc.conditions import UNCONDITIONAL
-from unetc.errors import SessionError, StaleEngineError
+from unetc.errors import EngineBuildError, SessionError, StaleEngineError
 from unetc.graph.capture import GATES, MEANS
 from unetc.graph.gate import gate_values
 from unetc.graph.gated import HOLDS, GatedGraph
@@ -38,13 +41,13 @@ from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.library import library_of
 from unetc.precision import Precision
 from unetc.progress import Progress, ignore
-from unetc.runtime.backend import open_backend
+from unetc.runtime.backend import Memory, open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.workflow import measuring
 from unetc.workflow.build import BuildOptions
 from unetc.workflow.build import build as build_bundle
 from unetc.workflow.calibrate import overflowing_in_model
-from unetc.workflow.measuring import Calls, take_any_graph
+from unetc.workflow.measuring import BuildingBackend, Calls, take_any_graph
 from unetc.workflow.prepare import Prepared, prepare
 from unetc.workflow.setup import analyze_model
 
@@ -295,6 +298,24 @@ def test_commands_find_what_overflows_before_they_build_an_engine(
     assert told.count("look") == 1
     assert told.index("capture") < told.index("look") < told.index("build an engine")
     assert list((tmp_path / "engines").glob("measured/*/*/engine.plan"))
+
+
+def test_an_engine_is_built_on_the_gpu_that_it_is_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def note(request: Request, folder: Path, **options: Any) -> Outcome:
+        asked.append(request)
+        raise EngineBuildError("far enough")
+
+    monkeypatch.setattr("unetc.workflow.compile.build_engine", note)
+    second = torch.device("cuda", 1)
+    engines = TensorRtBackend(
+        LIBRARY, Precision.FP32, here=LIBRARY.origin(), engines=EngineCache(tmp_path), gpu=second, memory=Memory.LOW
+    )
+    loader = BuildingBackend(engines, CALLS, (), ignore).open_weights(b"weights")
+    with pytest.raises(EngineBuildError, match="far enough"):
+        loader.load(SerialisedGraph(graph=b"graph", weights=frozenset()))
+    assert [request.gpu for request in asked] == [1]
 
 
 def test_other_targets_build_nothing() -> None:

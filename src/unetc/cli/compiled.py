@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import msgspec
 from rich.console import RenderableType
 from rich.markup import escape
 
@@ -71,8 +72,7 @@ def misfit(engines: EngineSet) -> str:
         here = LIBRARIES[origin.target].anywhere()
     except MissingDependency as error:
         return str(error)
-    differing = [name for name in origin.misfits(here) if name != "gpu"]
-    return ", ".join(f"for {name} {getattr(origin, name)}, here {getattr(here, name)}" for name in differing)
+    return origin.misfit(msgspec.structs.replace(here, gpu=origin.gpu))
 
 
 def facts(sets: Sequence[EngineSet], manifest: Manifest) -> list[dict[str, object]]:
@@ -98,7 +98,7 @@ def shown(sets: Sequence[EngineSet], manifest: Manifest) -> list[RenderableType]
 def _shown(engines: EngineSet, manifest: Manifest) -> RenderableType:
     title = engines_title(engines.key, manifest)
     if why := misfit(engines):
-        return escape(f"{title}: cannot be run here ({why})")
+        return escape(f"{title}: cannot be run here: {why}")
     if lacking := missing(engines, manifest):
         return escape(f"{title}: not complete, without {', '.join(lacking)}")
     rows = memory_of(engines, manifest)

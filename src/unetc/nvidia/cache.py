@@ -15,7 +15,8 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from unetc.errors import ArtifactError, StaleEngineError
 from unetc.precision import Precision
 
 from .key import Effort, EngineKey, Origin, compile_command
+from .lock import locked
 from .sizes import Shape
 
 ENGINE = "engine.plan"
@@ -102,6 +104,17 @@ class EngineCache:
             raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
         return record, engine
 
+    def building(self, key: EngineKey, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
+        """Wait until nobody builds the engine of a key; then whoever asks waits for what is inside.
+
+        Engines of other keys can be built meanwhile. Who builds one must look first whether it is there by now.
+
+        Args:
+            key: Of the engine.
+            on_wait: Called now and then while it waits. If it raises, the wait is over.
+        """
+        return locked(self.folder(key).with_suffix(".lock"), on_wait)
+
     def touch(self, key: EngineKey) -> None:
         """Note that an engine was used now, for `trim`; that it cannot be noted does not matter."""
         with contextlib.suppress(OSError):
@@ -138,8 +151,8 @@ class EngineCache:
         known = [record for record in self.records() if _question(record.key) == wanted]
         refusals: Counter[str] = Counter()
         for record in sorted(known, key=_preference, reverse=True):
-            if misfits := record.key.origin.misfits(here):
-                refusals[_difference(record.key.origin, here, misfits)] += 1
+            if misfit := record.key.origin.misfit(here):
+                refusals[misfit] += 1
                 continue
             if not self._is_ours(record):
                 refusals[f"not built here ({_TRUST})"] += 1
@@ -233,12 +246,6 @@ def _size(engine: Path) -> int:
         return engine.stat().st_size
     except OSError:
         return 0
-
-
-def _difference(own: Origin, here: Origin, fields: Sequence[str]) -> str:
-    """Say in what the place of an engine differs from here."""
-    pairs = ((name, getattr(own, name), getattr(here, name)) for name in fields)
-    return "for " + ", ".join(f"{name} {there} (here {now or 'not known'})" for name, there, now in pairs)
 
 
 def _question(key: EngineKey) -> tuple[str, str, Precision, str]:

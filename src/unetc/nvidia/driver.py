@@ -1,30 +1,44 @@
-"""What the driver's own tool, which needs no further library, says of the GPU that programs see first."""
+"""What the driver's own tool, which needs no further library, says of a GPU that CUDA shows this process.
+
+The tool lists all GPUs of the machine, by their place on the PCI bus. CUDA counts them by speed, unless
+CUDA_DEVICE_ORDER says otherwise, and CUDA_VISIBLE_DEVICES hides and reorders them. Where they are unlike, CUDA is asked
+where the one that it gives a number is.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from typing import Any
 
 from unetc.errors import EngineBuildError
 
 TOOL = "nvidia-smi"
+CUDA = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+"""Comes with the driver."""
 ANSWERS_WITHIN_S = 60.0
 """One that takes longer hangs."""
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TAIL = 200
 """Characters of a wrong answer that are shown."""
 
+Bus = tuple[int, ...]
+"""Place of a GPU on the PCI bus: domain, bus, device, function."""
 
-def ask(*fields: str) -> tuple[str, ...]:
-    """Ask for fields of the GPU, as `nvidia-smi --help-query-gpu` names them.
+
+def ask(*fields: str, gpu: int = 0) -> tuple[str, ...]:
+    """Ask for fields of a GPU, as `nvidia-smi --help-query-gpu` names them.
+
+    Args:
+        fields: Their names; only the first may have commas in its value.
+        gpu: Its number among those that CUDA shows this process.
 
     Raises:
-        EngineBuildError: If the tool is not there, finds no GPU or does not answer.
+        EngineBuildError: If the tool is not there, finds no GPU or does not answer, or CUDA does not say which it is.
     """
-    query = [TOOL, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        query.append(f"--id={visible.split(',')[0]}")
+    query = [TOOL, f"--query-gpu={','.join(('pci.bus_id', *fields))}", "--format=csv,noheader"]
     if shutil.which(TOOL) is None:
         raise EngineBuildError(f"{TOOL} is not there")
     try:
@@ -33,12 +47,70 @@ def ask(*fields: str) -> tuple[str, ...]:
         raise EngineBuildError(f"{TOOL} does not answer within {ANSWERS_WITHIN_S:g} s") from error
     except OSError as error:
         raise EngineBuildError(f"{TOOL} cannot be run: {error.strerror}") from error
-    return _read(asked, fields)
+    known = _read(asked, len(fields))
+    if all(answer == known[0][1] for _, answer in known):  # GPUs that are alike need not be told apart
+        return known[0][1]
+    bus = _bus_of(gpu)
+    for place, answer in known:
+        if _parsed(place) == _parsed(bus):
+            return answer
+    places = ", ".join(place for place, _ in known)
+    raise EngineBuildError(f"{TOOL} does not list GPU {gpu} of CUDA, which is at {bus}; those that it lists: {places}")
 
 
-def _read(asked: subprocess.CompletedProcess[str], fields: Sequence[str]) -> tuple[str, ...]:
-    values = asked.stdout.partition("\n")[0].rsplit(",", len(fields) - 1)  # the name, asked for first, may have commas
-    if asked.returncode or len(values) != len(fields):
+def showing(gpu: int) -> dict[str, str]:
+    """Give the variables of a process that is to see one GPU alone.
+
+    Args:
+        gpu: Its number among those that CUDA shows this process.
+
+    Raises:
+        EngineBuildError: If CUDA can show no such GPU.
+    """
+    if (given := os.environ.get(_VISIBLE)) is None:
+        return {_VISIBLE: str(gpu)}
+    if gpu >= len(shown := given.split(",")):
+        raise EngineBuildError(f"{_VISIBLE}={given} has no GPU {gpu}. Set it before CUDA is first used, or not at all.")
+    return {_VISIBLE: shown[gpu].strip()}
+
+
+def _read(asked: subprocess.CompletedProcess[str], fields: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Read the place of every GPU and the values of its fields."""
+    rows = [line.partition(",") for line in asked.stdout.splitlines() if line.strip()]
+    known = [(place.strip(), tuple(map(str.strip, rest.rsplit(",", fields - 1)))) for place, _, rest in rows]
+    if asked.returncode or not known or any(len(values) != fields or not all(values) for _, values in known):
         said = " ".join((asked.stdout + asked.stderr).split())[-_TAIL:]
         raise EngineBuildError(f"{TOOL} finds none: {said or 'it says nothing'}")
-    return tuple(value.strip() for value in values)
+    return known
+
+
+def _bus_of(gpu: int) -> str:
+    """Ask CUDA where a GPU is.
+
+    Source:
+        CUDA Driver API: cuInit, cuDeviceGet, cuDeviceGetPCIBusId, cuGetErrorString.
+    """
+    unknown = f"{TOOL} lists unlike GPUs, and CUDA does not say which of them is its GPU {gpu}"
+    try:
+        cuda = ctypes.CDLL(CUDA)
+    except OSError as error:
+        raise EngineBuildError(f"{unknown}: {error}") from error
+    device, place, reason = ctypes.c_int(), ctypes.create_string_buffer(32), ctypes.c_char_p()
+    calls: dict[str, tuple[Any, ...]] = {
+        "cuInit": (0,),
+        "cuDeviceGet": (ctypes.byref(device), gpu),
+        "cuDeviceGetPCIBusId": (place, len(place), device),
+    }
+    for name, arguments in calls.items():
+        if result := cuda[name](*arguments):
+            cuda.cuGetErrorString(result, ctypes.byref(reason))
+            raise EngineBuildError(f"{unknown}: {name} fails with {result}, {(reason.value or b'unknown').decode()}")
+    return place.value.decode()
+
+
+def _parsed(place: str) -> Bus:
+    """Read a place, of whose numbers the tool writes more zeros than CUDA does."""
+    try:
+        return tuple(int(part, 16) for part in place.replace(".", ":").split(":"))
+    except ValueError:
+        return ()  # [N/A]

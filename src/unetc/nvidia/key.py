@@ -50,9 +50,15 @@ class Origin(_Hashed, frozen=True, kw_only=True):
     gpu: Gpu | None
     """Of the machine; None if the engine is for many."""
 
-    def misfits(self, here: Origin) -> list[str]:
-        """Name what keeps an engine from here from running there; one that is for many GPUs runs on each of them."""
-        return [name for name in _differences(self, here) if name != "gpu" or self.gpu is not None]
+    def misfit(self, here: Origin) -> str:
+        """Say what keeps an engine of this origin from running here; nothing if it runs.
+
+        One that is for many GPUs runs on each of them.
+        """
+        names = [name for name in _differences(self, here) if name != "gpu" or self.gpu is not None]
+        pairs = ((name, getattr(self, name), getattr(here, name)) for name in names)
+        said = ", ".join(f"{name} {own} (here {now or 'not known'})" for name, own, now in pairs)
+        return said and f"for {said}"
 
 
 class Effort(Record, frozen=True, kw_only=True):

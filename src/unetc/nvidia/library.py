@@ -59,8 +59,12 @@ class Library:
     def _lacking(self, reason: str) -> str:
         return f"target {self.target} needs {self.module} ({reason}): pip install 'unetc[{self.extra}]'"
 
-    def origin(self, *, on_this_gpu: bool = False) -> Origin:
-        """Describe this machine as the place of an engine, which is bound to its GPU if it must be or is asked to.
+    def origin(self, *, on_this_gpu: bool = False, gpu: int = 0) -> Origin:
+        """Describe this machine as the place of an engine, which is bound to a GPU if it must be or is asked to.
+
+        Args:
+            on_this_gpu: Whether it is asked to.
+            gpu: Which of those that CUDA shows this process.
 
         Raises:
             MissingDependency: If the library is not installed, or cannot be loaded here.
@@ -68,7 +72,7 @@ class Library:
         """
         here = self.anywhere()
         bound = on_this_gpu or not self.portable
-        return msgspec.structs.replace(here, gpu=_first_gpu(self.target)) if bound else here
+        return msgspec.structs.replace(here, gpu=_gpu(self.target, gpu)) if bound else here
 
     def anywhere(self) -> Origin:
         """Describe this machine without its GPU.
@@ -85,8 +89,8 @@ class Library:
             gpu=None,
         )
 
-    def here(self) -> Origin:
-        """Describe this machine as the place where engines run.
+    def here(self, gpu: int = 0) -> Origin:
+        """Describe this machine as the place where engines run, on one of the GPUs that CUDA shows this process.
 
         Where the driver's tool is missing, as in many containers, the GPU is not known: then engines for many GPUs are
         run, and none that is for one alone.
@@ -96,7 +100,7 @@ class Library:
             EngineBuildError: If the library's engines are for one GPU alone, and it is not known.
         """
         try:
-            return self.origin(on_this_gpu=True)
+            return self.origin(on_this_gpu=True, gpu=gpu)
         except EngineBuildError as error:
             if not self.portable:
                 raise
@@ -157,10 +161,10 @@ def _logger(trt: Any, complaints: list[str]) -> Any:
     return Logger()
 
 
-def _first_gpu(target: str) -> Gpu:
-    """Ask the driver for the GPU that programs see first."""
+def _gpu(target: str, gpu: int) -> Gpu:
+    """Ask the driver for a GPU."""
     try:
-        name, capability, driver = ask("name", "compute_cap", "driver_version")
+        name, capability, driver = ask("name", "compute_cap", "driver_version", gpu=gpu)
     except EngineBuildError as error:
         raise EngineBuildError(
             f"this needs a {target} engine for the GPU of this machine, and {error}. Do it on the machine with the "

@@ -73,7 +73,7 @@ class CompiledEngine:
     record: EngineRecord
     folder: Path
     known: bool
-    """Whether it was in the cache already."""
+    """Whether it was in the cache already, or was built elsewhere meanwhile."""
 
 
 def compile_bundle(
@@ -118,9 +118,9 @@ def compile_bundle(
         with private_folder(bundle.weights, graphs) as private:
             folders = _lower(bundle, Path(private), missing, options.controls, on_progress)
             residuals = bundle.conditions.residuals
-            for one, record in _build_all(missing, folders, residuals, engines, options, on_progress):
+            for one, (record, known) in _build_all(missing, folders, residuals, engines, options, on_progress):
                 folder = engines.folder(record.key)
-                done[one] = CompiledEngine(graph=one[0], record=record, folder=folder, known=False)
+                done[one] = CompiledEngine(graph=one[0], record=record, folder=folder, known=known)
     return tuple(done[one] for one in wanted)
 
 
@@ -309,21 +309,32 @@ def _build_all(
     engines: EngineCache,
     options: CompileOptions,
     on_progress: OnProgress,
-) -> list[tuple[Wanted, EngineRecord]]:
+) -> list[tuple[Wanted, tuple[EngineRecord, bool]]]:
     """Build engines, several at once where there is room; each is in the cache as soon as it is finished."""
     running = Running()
 
-    def build(one: Wanted) -> tuple[Wanted, EngineRecord]:
+    def build(one: Wanted) -> tuple[Wanted, tuple[EngineRecord, bool]]:
         graph, key = one[0], wanted[one]
         stage = f"build {Path(graph).stem}" + (f" in {key.precision}" if key.precision is not options.precision else "")
 
         def advance(done: int) -> None:
             on_progress(Progress(stage=stage, done=done, total=STEPS))
 
+        def note(said: str) -> None:
+            on_progress(Progress(stage=stage, done=0, total=STEPS, note=f"{graph}: {said}"))
+
         place, name, limit = folders[key.precision], _beside_weights(graph), options.time_limit_s
         try:
             return one, build_one(
-                name, key, place, engines, residuals, time_limit_s=limit, on_advance=advance, running=running
+                name,
+                key,
+                place,
+                engines,
+                residuals,
+                time_limit_s=limit,
+                on_advance=advance,
+                on_note=note,
+                running=running,
             )
         except EngineBuildError as error:
             raise EngineBuildError(f"{graph}: {error}") from error
@@ -348,9 +359,11 @@ def build_one(
     *,
     time_limit_s: float,
     on_advance: Callable[[int], None],
+    on_note: Callable[[str], None],
     running: Running | None = None,
-) -> EngineRecord:
-    """Build one engine and put it into the cache.
+    gpu: int = 0,
+) -> tuple[EngineRecord, bool]:
+    """Build one engine and put it into the cache, unless somebody else has built it or is about to.
 
     Args:
         graph: Name of the graph in the folder.
@@ -358,9 +371,14 @@ def build_one(
         folder: A private folder with the graph, in the key's precision, and its weights.
         engines: The cache.
         residuals: What the graph takes of a ControlNet.
-        time_limit_s: For all tries together.
+        time_limit_s: For all tries together, not for waiting for somebody else.
         on_advance: Told how many of `STEPS` are done.
+        on_note: Told when somebody else builds it, or has built it.
         running: What stops it from another thread.
+        gpu: Which of those that CUDA shows this process; the one that the key names.
+
+    Returns:
+        What the cache knows of it, and whether somebody else has built it.
 
     Raises:
         EngineBuildError: If it cannot be built.
@@ -376,7 +394,37 @@ def build_one(
         residuals=residuals,
         effort=key.effort,
         on_this_gpu=key.origin.gpu is not None,
+        gpu=gpu,
     )
+    running, waited = running or Running(), False
+
+    def wait() -> None:
+        nonlocal waited
+        running.check()
+        if not waited:
+            on_note("the engine is being built elsewhere; waiting for it.")
+        waited = True
+
+    with engines.building(key, wait):
+        try:
+            record, _ = engines.open(key)
+        except StaleEngineError:
+            return _build(request, key, folder, engines, time_limit_s, on_advance, running), False
+        on_note("the engine has been built elsewhere meanwhile; it is taken from the cache.")
+        on_advance(STEPS)
+        return record, True
+
+
+def _build(
+    request: Request,
+    key: EngineKey,
+    folder: Path,
+    engines: EngineCache,
+    time_limit_s: float,
+    on_advance: Callable[[int], None],
+    running: Running,
+) -> EngineRecord:
+    """Build one engine and put it into the cache."""
     outcome = build_engine(request, folder, time_limit_s=time_limit_s, on_advance=on_advance, running=running)
     try:
         engine = outcome.engine.read_bytes()

@@ -38,6 +38,8 @@ _APART = "measured"
 """Folder in the cache of engines for those that are never served; it has one cache for each set of wide values."""
 _MOST_BYTES = 20 * 2**30
 """Most that these engines take on disk: a few of the largest model, 5 GB each, or all of an analysis of a small one."""
+_STAGE = "build an engine"
+"""A stage of the work."""
 _TIME_LIMIT_S = 3600.0
 """For one engine."""
 
@@ -206,7 +208,19 @@ class BuildingLoader:
             folder = lower_beside(folder, [_GRAPH], key.precision, self._wide)
 
         def advance(done: int) -> None:
-            self._on_progress(Progress(stage="build an engine", done=done, total=STEPS))
+            self._on_progress(Progress(stage=_STAGE, done=done, total=STEPS))
 
-        engines, residuals = self._backend.engines, self._calls.residuals
-        build_one(_GRAPH, key, folder, engines, residuals, time_limit_s=_TIME_LIMIT_S, on_advance=advance)
+        def note(said: str) -> None:
+            self._on_progress(Progress(stage=_STAGE, done=0, total=STEPS, note=said))
+
+        build_one(
+            _GRAPH,
+            key,
+            folder,
+            self._backend.engines,
+            self._calls.residuals,
+            time_limit_s=_TIME_LIMIT_S,
+            on_advance=advance,
+            on_note=note,
+            gpu=self._backend.gpu.index or 0,
+        )
