@@ -14,17 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from unetc.nvidia import lock
 from unetc.nvidia.lock import locked
-
-pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="files cannot be locked here")
 
 TAKES_TURNS = """
 import os, sys, threading, time
 from pathlib import Path
 from unetc.nvidia import lock
 
-lock._EVERY_S = 0.002
+lock._EVERY_S = 0.01
 folder, path = Path(sys.argv[1]), Path(sys.argv[2])
 
 def take_turns():
@@ -63,7 +60,7 @@ def held(path: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def test_threads_of_several_processes_take_turns_and_leave_no_file(tmp_path: Path) -> None:
+def test_threads_of_several_processes_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "key.lock"
     command = [sys.executable, "-c", TAKES_TURNS, str(tmp_path), str(path)]
     processes = [subprocess.Popen(command) for _ in range(3)]
@@ -72,7 +69,6 @@ def test_threads_of_several_processes_take_turns_and_leave_no_file(tmp_path: Pat
     assert len(log) == 3 * 3 * 20 * 2
     assert log[::2] == log[1::2], "somebody came in before the one before was out"
     assert len(set(log)) == 9
-    assert not path.exists()
 
 
 def test_the_lock_of_a_process_that_dies_is_let_go(tmp_path: Path) -> None:
@@ -87,8 +83,6 @@ def test_the_lock_of_a_process_that_dies_is_let_go(tmp_path: Path) -> None:
         with locked(path, kill):
             assert waits
             assert waits[-1] - waits[0] < 20
-            assert path.exists()
-    assert not path.exists()
 
 
 def test_who_waits_can_give_up_and_other_locks_are_free(tmp_path: Path) -> None:
@@ -101,7 +95,6 @@ def test_who_waits_can_give_up_and_other_locks_are_free(tmp_path: Path) -> None:
             pass
         with pytest.raises(KeyboardInterrupt), locked(path, stop):
             pytest.fail("two hold it")
-        assert path.exists(), "who gave up deletes nothing"
 
 
 def test_what_is_raised_inside_lets_go(tmp_path: Path) -> None:
@@ -112,11 +105,9 @@ def test_what_is_raised_inside_lets_go(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("why", ["no fcntl", "no folder", "no locks"])
+@pytest.mark.parametrize("why", ["no folder", "no locks"])
 def test_where_files_cannot_be_locked_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     path = tmp_path / "key.lock"
-    if why == "no fcntl":
-        monkeypatch.setattr(lock, "fcntl", None)
     if why == "no folder":
         (tmp_path / "file").write_text("mine")
         path = tmp_path / "file" / "key.lock"
@@ -125,7 +116,7 @@ def test_where_files_cannot_be_locked_it_goes_on(tmp_path: Path, monkeypatch: py
         def refuse(handle: int, operation: int) -> None:
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr(lock.fcntl, "flock", refuse)
+        monkeypatch.setattr("fcntl.flock", refuse)
     inside = threading.Barrier(2, timeout=20)
 
     def enter() -> None:

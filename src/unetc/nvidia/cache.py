@@ -113,7 +113,7 @@ class EngineCache:
             key: Of the engine.
             on_wait: Called now and then while it waits. If it raises, the wait is over.
         """
-        return locked(self.folder(key).with_suffix(".lock"), on_wait)
+        return locked(_lock_of(self.folder(key)), on_wait)
 
     def touch(self, key: EngineKey) -> None:
         """Note that an engine was used now, for `trim`; that it cannot be noted does not matter."""
@@ -231,6 +231,12 @@ def trim(folder: Path, most_bytes: int) -> None:
         left -= _size(engine)
         if i and left < 0:
             shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be doing the same
+            _lock_of(engine.parent).unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    """Name the file that is locked while the engine in a folder is built."""
+    return folder.with_suffix(".lock")
 
 
 def _used(engine: Path) -> float:
