@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+MORE = 4
+
 
 def _nothing_is_pending() -> None:
     """Return at once: the call has done its work."""
@@ -19,14 +21,16 @@ def interleaved_ms(
     rounds: int,
     warmup: int = 2,
     wait: Callable[[], object] = _nothing_is_pending,
+    seconds: float = 0.0,
 ) -> NDArray[np.float64]:
     """Time calls in turns: A B C, A B C, ...
 
     Args:
         calls: What to time.
-        rounds: Number of timed rounds.
+        rounds: Number of timed rounds, if they are not short.
         warmup: Number of rounds before, not timed.
         wait: Returns when the work of a call is done, if the call itself does not wait for it; timed with it.
+        seconds: How long short rounds are timed: up to `MORE` times as many.
 
     Returns:
         [round, call] milliseconds.
@@ -35,11 +39,14 @@ def interleaved_ms(
         for call in calls:
             call()
             wait()
-    times = np.empty((rounds, len(calls)))
-    for row in times:
-        for i, call in enumerate(calls):
+    times: list[list[float]] = []
+    first = time.perf_counter()
+    while len(times) < rounds or (len(times) < MORE * rounds and time.perf_counter() - first < seconds):
+        row = []
+        for call in calls:
             start = time.perf_counter()
             call()
             wait()
-            row[i] = 1e3 * (time.perf_counter() - start)
-    return times
+            row.append(1e3 * (time.perf_counter() - start))
+        times.append(row)
+    return np.array(times)

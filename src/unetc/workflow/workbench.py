@@ -27,6 +27,8 @@ from unetc.solver.table import SolverTables
 from unetc.timing import interleaved_ms
 
 ENGINE_ROUNDS = 15
+ENGINE_SECONDS = 5.0
+"""How long engines are timed whose calls are short: what disturbs a machine may last a second or two."""
 SAMPLING_ROUNDS = 5
 _LOADED_ENGINES = 12
 """Engines kept for the next plan; each has its own copy of the weights it packs."""
@@ -195,5 +197,5 @@ class Workbench:
         inputs |= held.inputs(500.0)
         distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
         calls = [partial(program, inputs, output) for program in distinct]
-        times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize)
+        times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize, seconds=ENGINE_SECONDS)
         return times[:, 0], times[:, [distinct.index(program) for program in programs]]
