@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from unetc.conditions import Conditions
 from unetc.device import Array, Device, Tensor
 from unetc.solver.table import SolverTable
@@ -49,7 +47,7 @@ class Loop(Protocol):
         ...
 
     def advance(self, step: int) -> None:
-        """Make the step from what was predicted; the last one that was made can be made again."""
+        """Make the step from what was predicted; if that was not finite, it is to be made again."""
         ...
 
     def is_finite(self, step: int) -> bool:
@@ -86,20 +84,19 @@ class PlainLoop:
         batch, _, height, width = start.noise.shape
         self._start = start
         self._device = device
-        self._before = {0: Trajectory.start(start.table, start.noise, device)}
-        """The trajectory before a step, of the last one that was made and of the next."""
+        self._trajectory = Trajectory.start(start.table, start.noise, device)
         self._conditions = start.conditions.on(device)
         self._constant = self._conditions.constant(batch, height, width)
 
     @property
     def sample(self) -> Tensor:
         """The current samples, [batch, channel, height, width]."""
-        return self._before[max(self._before)].sample
+        return self._trajectory.sample
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
         """Give the inputs of the engine at a step, and the tensor for its prediction."""
         start, device = self._start, self._device
-        seen = self._before[step].seen(start.table, step)
+        seen = self._trajectory.seen(start.table, step)
         if start.conditions.guided:
             seen = device.concatenate([seen, seen])
         timestep = device.full((start.rows,), start.table.timesteps.item(step))
@@ -107,13 +104,14 @@ class PlainLoop:
         return {"sample": seen, "timestep": timestep, **self._constant}, self._prediction
 
     def advance(self, step: int) -> None:
-        """Make the step."""
-        start, before = self._start, self._before[step]
-        with np.errstate(invalid="ignore"):  # whether it was finite is asked later
-            guided = self._conditions.guide(self._prediction, start.noise.shape[1])
-            after = before.advance(start.table, step, guided, seed=start.seed, indices=start.indices)
-        self._before = {step: before, step + 1: after}
+        """Make the step, unless the prediction has NaN or infinity."""
+        self._finite = self._device.is_finite(self._prediction)
+        if not self._finite:
+            return
+        start = self._start
+        guided = self._conditions.guide(self._prediction, start.noise.shape[1])
+        self._trajectory = self._trajectory.advance(start.table, step, guided, seed=start.seed, indices=start.indices)
 
     def is_finite(self, step: int) -> bool:
         """Tell whether the prediction of the last step has no NaN and no infinity."""
-        return self._device.is_finite(self._prediction)
+        return self._finite

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 
-from unetc.artifacts.plan import Turns
+from unetc.artifacts.plan import Turn, Turns
 from unetc.backend import Program
 from unetc.conditions import Conditions
 from unetc.device import Device, Tensor
@@ -44,7 +43,7 @@ class Ran:
     """Index in the plan; 0 for the full model."""
     timestep: float
     program: Program
-    turns: Turns | None
+    turn: Turn | None
     """After this call; None where the full model makes all of them."""
 
 
@@ -123,7 +122,7 @@ class Request:
             self._stage.enter(self, self._turns.phase if self._turns else None)
         program = self._programs[engine] if self._turns else self._full
         self._held.remember(program({**inputs, **self._held.inputs(timestep)}, prediction), timestep)
-        return Ran(engine, timestep, program, copy(self._turns))
+        return Ran(engine, timestep, program, self._turns.remember() if self._turns else None)
 
     def run_again(self, ran: Ran, inputs: Mapping[str, Tensor], prediction: Tensor) -> Ran:
         """Run the full model, in float32, in place of an engine that gave NaN or infinity.
@@ -148,9 +147,11 @@ class Request:
         )
         self._replays.add()
         self._held = Held(device=self._device)
-        self._turns = copy(ran.turns)
-        if self._turns:
+        turn = None
+        if self._turns and ran.turn:
+            self._turns.go_back(ran.turn)
             self._turns.forget()
+            turn = self._turns.remember()
         program = self._exact
         try:
             program(inputs, prediction)
@@ -158,7 +159,7 @@ class Request:
             logger.warning("the full model takes its turn in the precision that overflowed: %s", error)
             program = self._full
             program(inputs, prediction)
-        return Ran(FULL_ENGINE, ran.timestep, program, copy(self._turns))
+        return Ran(FULL_ENGINE, ran.timestep, program, turn)
 
 
 def not_finite(ran: Ran, *others: str) -> NonFiniteError:

@@ -58,7 +58,7 @@ class FusedLoop:
                 "odd": (rows, *shape),
                 "prediction": (rows, start.predicted_channels, *shape[1:]),
                 "spoilt": (steps,),
-                "timesteps": (steps, -(-rows // _ALIGNMENT) * _ALIGNMENT),
+                "timesteps": (steps, _aligned(rows)),
             },
         )
         self._samples, self._predictions = arena["samples"], arena["predictions"]
@@ -176,9 +176,14 @@ def coefficients(table: SolverTable) -> NDArray[np.float32]:
 def _carve(place: torch.device, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Allocate memory once, and cut it into tensors of zeros that begin at aligned addresses."""
     sizes = [math.prod(shape) for shape in shapes.values()]
-    arena = torch.zeros(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), device=place)
+    arena = torch.zeros(sum(map(_aligned, sizes)), device=place)
     parts, begin = {}, 0
     for (name, shape), size in zip(shapes.items(), sizes, strict=True):
         parts[name] = arena[begin : begin + size].view(*shape)
-        begin += -(-size // _ALIGNMENT) * _ALIGNMENT
+        begin += _aligned(size)
     return parts
+
+
+def _aligned(elements: int) -> int:
+    """Round up to where the next tensor may begin."""
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT

@@ -95,8 +95,12 @@ class Plan(Artifact, frozen=True, kw_only=True):
         return tuple(turns.take(level) for level in log_snr)
 
 
+Turn = tuple[int, int, frozenset[str]]
+"""Phase, number of steps in it, and what has been emitted, for `Turns` alone."""
+
+
 class Turns:
-    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time; `copy` remembers it."""
+    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time."""
 
     def __init__(self, plan: Plan) -> None:
         """Begin a trajectory."""
@@ -117,6 +121,14 @@ class Turns:
             engine = 0
         self._available = self._available.union(self._plan.engines[engine].emits)
         return engine
+
+    def remember(self) -> Turn:
+        """Tell where the trajectory is."""
+        return self.phase, self._turn, self._available
+
+    def go_back(self, turn: Turn) -> None:
+        """Be again where the trajectory was."""
+        self.phase, self._turn, self._available = turn
 
     def forget(self) -> None:
         """Take it that nothing was emitted yet."""
