@@ -23,11 +23,13 @@ from unetc.device import Device
 from unetc.solver.noise import require_words
 from unetc.solver.table import SolverTable
 
-from ..loop import Start
+from ..loop import PlainLoop, Start
 from .step_kernel import BLOCK, SCALARS, make_step
 
 _ALIGNMENT = 64
 """Elements of 4 bytes; engines want the addresses of their inputs at multiples of 256 bytes."""
+_ROUNDING = 1e-3
+"""Of the largest number of a step: roundings are some 1e-6, and a kernel that does something else is off by more."""
 
 
 class FusedLoop:
@@ -139,6 +141,22 @@ def can_fuse(start: Start) -> bool:
         and channels * height * width < 2**30  # the kernel counts them in 32 bits
         and batch < 2**16  # CUDA's limit of the second axis
     )
+
+
+def agrees(fused: FusedLoop, plain: PlainLoop) -> bool:
+    """Compile the kernel for a trajectory, and tell whether its first step is that of single operations."""
+    (_, own), (_, prediction) = fused.call(0), plain.call(0)
+    own.view(-1)[:] = torch.linspace(-1, 1, own.numel(), device=own.device)
+    prediction.copy_(own)
+    fused.advance(0)
+    plain.advance(0)
+    expected = plain.sample
+    return bool((fused.sample - expected).abs().max() <= _ROUNDING * expected.abs().max())
+
+
+def form(start: Start) -> tuple[object, ...]:
+    """Tell what the kernel is compiled for."""
+    return tuple(value for name, value in settings(start).items() if name.isupper())
 
 
 def settings(start: Start) -> dict[str, object]:

@@ -18,7 +18,7 @@ from unetc.device import Array
 from unetc.errors import SessionError, ShapeMismatch
 
 from ..backend import take_inputs
-from ..loop import Loop, Start
+from ..loop import Loop, PlainLoop, Start
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ class TorchDevice:
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         self._fuses = device.type == "cuda"
+        self._forms: set[tuple[object, ...]] = set()
+        """Of the kernel: those that were found to make the step that they should."""
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """Copy an array to the device; on the CPU the tensor shares its memory."""
@@ -92,28 +94,30 @@ class TorchDevice:
         if not self._fuses:
             return None
         try:
-            from .fused_loop import FusedLoop, can_fuse  # needs Triton
+            from .fused_loop import FusedLoop, agrees, can_fuse, form  # needs Triton
         except ImportError as error:
-            self._give_up_fusing(error)
-            return None
+            return self._give_up_fusing(str(error))
         if not can_fuse(start):
             return None
-        loop = FusedLoop(start, self, self._device)
-        try:
-            with CAPTURING:  # as loading a kernel is no work for two threads, nor beside a capture
-                loop.launch(0)  # compiles it; the first step does this again
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # whatever a compiler may raise
-            self._give_up_fusing(error)
-            return None
-        return loop
+        if form(start) not in self._forms:
+            tried = FusedLoop(start, self, self._device), PlainLoop(start, self)
+            try:
+                with CAPTURING:  # as loading a kernel is no work for two threads, nor beside a capture
+                    agreed = agrees(*tried)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except Exception as error:  # whatever a compiler may raise
+                return self._give_up_fusing((str(error).splitlines() or [type(error).__name__])[0])
+            if not agreed:
+                return self._give_up_fusing("the step that it makes is another")
+            self._forms.add(form(start))
+        return FusedLoop(start, self, self._device)
 
-    def _give_up_fusing(self, error: Exception) -> None:
+    def _give_up_fusing(self, why: str) -> Loop | None:
         """Do without a kernel from now on."""
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("a step takes many kernels in place of one, as Triton gives none: %s", said)
+        logger.warning("a step takes many kernels in place of one, as Triton gives none: %s", why)
         self._fuses = False
+        return None
 
     def synchronize(self) -> None:
         """Wait until everything that was asked of the device is done."""

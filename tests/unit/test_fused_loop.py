@@ -473,6 +473,34 @@ def test_where_triton_fails_the_plain_loop_takes_its_place(
     assert caplog.text.count("Failed to find C compiler.") == 1
 
 
+def test_a_kernel_that_makes_another_step_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = fused_loop.coefficients
+
+    def wrong(table: SolverTable) -> np.ndarray:
+        return right(table) * np.float32(1.01)
+
+    monkeypatch.setattr(fused_loop, "coefficients", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(begin(start_of(extract(make_scheduler("ddim", CONFIG), 2)), Fused()), PlainLoop)
+    assert "the step that it makes is another" in caplog.text
+
+
+def test_a_kernel_is_looked_at_once_for_each_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+
+    def note(fused: FusedLoop, plain: PlainLoop) -> bool:
+        looked.append(fused._settings["GUIDED"])
+        return True
+
+    monkeypatch.setattr(fused_loop, "agrees", note)
+    device, table = Fused(), extract(make_scheduler("ddim", CONFIG), 2)
+    for guided in (False, True, False, True):
+        assert isinstance(begin(start_of(table, guided=guided), device), FusedLoop)
+    assert looked == [False, True]
+
+
 def test_what_fails_for_another_reason_is_raised_and_the_next_trajectory_is_fused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
