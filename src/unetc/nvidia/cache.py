@@ -27,7 +27,6 @@ from unetc.errors import ArtifactError, StaleEngineError
 from unetc.precision import Precision
 
 from .key import Effort, EngineKey, Origin, compile_command
-from .lock import locked
 from .sizes import Shape
 
 ENGINE = "engine.plan"
@@ -113,6 +112,8 @@ class EngineCache:
             key: Of the engine.
             on_wait: Called now and then while it waits. If it raises, the wait is over.
         """
+        from .lock import locked  # late: who only runs engines has no filelock
+
         return locked(_lock_of(self.folder(key)), on_wait)
 
     def touch(self, key: EngineKey) -> None:
