@@ -13,9 +13,6 @@ step, the others at every step. Writes `results/affine.json`.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from result_file import write
 
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.metrics.distances import relative_l2
@@ -30,7 +28,7 @@ from unetc.analyzer.sweep import Base, Sweep, make_bins, remembered, run_base
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import Array, Backend
 from unetc.cli.output import progress
-from unetc.environment import cores, describe
+from unetc.environment import cores
 from unetc.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
 from unetc.graph.nodes import add_name
 from unetc.held import COMPUTED, Held
@@ -278,17 +276,13 @@ def main() -> None:
             errors.append(local_errors(evaluation, base, b, means, maps[b], traced, components))
             on_progress(Progress(stage="local errors", done=b + 1, total=options.bins))
     sizes = {name: getattr(options, name) for name in ("steps", "samples", "bins", "seed")}
-    record = {
-        "command": shlex.join(["python", "benchmarks/bench_affine.py", *sys.argv[1:]]),
-        "environment": describe(),
+    measured = {
         "settings": {"model": "digits", **sizes, "threads": threads},
         "figures": judge(errors),
         "tables": [tabulate(errors, components)],
         "errors": errors,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "affine.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["figures"], indent=1))
+    write(options.results, "affine", measured)
 
 
 if __name__ == "__main__":

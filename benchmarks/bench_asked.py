@@ -12,17 +12,14 @@ an analysis measures a hundred.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
+from result_file import write
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.cli.output import progress
 from unetc.compiler.planner import PlanOptions
-from unetc.environment import describe
 from unetc.errors import UnetcError
 from unetc.progress import OnProgress
 from unetc.runtime.backend import OFFERED
@@ -77,9 +74,7 @@ def main() -> None:
         for target, budget, _, _, _, asked, _ in rows
     ]
     columns = ["target", "budget", "time / full", "least", "most", "removed / asked", "relative L2"]
-    record = {
-        "command": shlex.join(["python", "benchmarks/bench_asked.py", *sys.argv[1:]]),
-        "environment": describe(),
+    measured = {
         "settings": {
             "model": "digits",
             "steps": 50,
@@ -89,9 +84,7 @@ def main() -> None:
         "tables": [{"title": "Plans of the fast planner, repaired", "columns": columns, "rows": rows}],
         "absent": absent,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "asked.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["figures"], indent=1))
+    write(options.results, "asked", measured)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ constants, for analyses that carry nothing to the final output; the unit tests h
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
+from result_file import write
 
 from unetc.analyzer.ablation import entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -24,7 +22,6 @@ from unetc.analyzer.duration import entries_of
 from unetc.analyzer.screen import run_screen
 from unetc.analyzer.sweep import Sweep, make_bins, run_base, run_sweep
 from unetc.cli.output import progress
-from unetc.environment import describe
 from unetc.models import find_model
 from unetc.runtime.backend import open_backend
 from unetc.solver.extract import extract, make_scheduler
@@ -76,9 +73,7 @@ def main() -> None:
         if error > 0 and effect.relative_l2.mean > 0:
             ratios[effect.bin].append(float(np.log(effect.relative_l2.mean / error)))
     everything = [ratio for own in ratios.values() for ratio in own]
-    record = {
-        "command": shlex.join(["python", "benchmarks/bench_gain.py", *sys.argv[1:]]),
-        "environment": describe(),
+    measured = {
         "settings": {"model": "digits", **settings},
         "figures": [
             {"figure": "ablations compared", "value": len(everything)},
@@ -93,9 +88,7 @@ def main() -> None:
             }
         ],
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "gain.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["figures"], indent=1))
+    write(options.results, "gain", measured)
 
 
 if __name__ == "__main__":

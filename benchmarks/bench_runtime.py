@@ -21,8 +21,6 @@ Ratios are medians over rounds of the ratio within a round. `memory` counts whol
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +31,7 @@ import numpy as np
 import torch
 from clock import HostClock, Timed
 from diffusers import UNet2DModel
+from result_file import write
 from rounds import spread, switch_cost
 
 import unetc
@@ -43,7 +42,7 @@ from unetc.backend import Array, Backend, Program
 from unetc.cli.output import progress
 from unetc.compiler.emissions import with_emissions
 from unetc.device import HOST
-from unetc.environment import cores, describe
+from unetc.environment import cores
 from unetc.graph.capture import capture
 from unetc.graph.gated import GatedGraph, open_or_build
 from unetc.graph.specialise import specialise
@@ -356,17 +355,13 @@ def main() -> None:
         drawn = assignments_of(large.gated, options.seed)
         figures += memory("95 MiB", large, drawn, threads, options.work, on_progress)
     sizes = {name: getattr(options, name) for name in ("steps", "batch", "rounds", "seed")}
-    record = {
-        "command": shlex.join(["python", "benchmarks/bench_runtime.py", *sys.argv[1:]]),
-        "environment": describe(),
+    measured = {
         "settings": {"model": "digits", **sizes, "threads": threads},
         "figures": figures,
         "tables": [table],
         "assignments": assignments,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "runtime.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write(options.results, "runtime", measured)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,16 @@ batch of ablations; the two cut different batches, so an entry that both measure
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
+from result_file import write
 from scipy import stats
 
 from unetc.analyzer.ablation import Kind
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.artifacts.profile import Effect, Profile, Treatment
 from unetc.cli.output import progress
-from unetc.environment import describe
 from unetc.workflow.setup import analyze_model
 
 HERE = Path(__file__).parent
@@ -137,15 +134,11 @@ def main() -> None:
         brute = analyze_model(
             "digits", AnalysisOptions(**sizes, decisive=None), cache=options.work, on_progress=on_progress
         )
-    record = {
-        "command": shlex.join(["python", "benchmarks/bench_screen.py", *sys.argv[1:]]),
-        "environment": describe(),
+    measured = {
         "settings": {"model": "digits", **sizes, "decisive": two_tier.decisive, "threads": two_tier.threads},
         "figures": compare(brute, tiers, two_tier.decisive),
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "screen.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["figures"], indent=1))
+    write(options.results, "screen", measured)
 
 
 if __name__ == "__main__":

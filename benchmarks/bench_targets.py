@@ -14,9 +14,6 @@ Times engines of the reference model on every target, in turns, and writes `resu
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,13 +21,14 @@ from pathlib import Path
 import numpy as np
 from bench_runtime import plan_of
 from clock import HostClock, Timed
+from result_file import write
 
 from unetc.artifacts.profile import Treatment
 from unetc.cli.output import progress
 from unetc.compiler.emissions import with_emissions
 from unetc.conditions import UNCONDITIONAL
 from unetc.device import Array
-from unetc.environment import cores, describe
+from unetc.environment import cores
 from unetc.errors import UnetcError
 from unetc.graph.specialise import specialise
 from unetc.held import Held
@@ -137,9 +135,7 @@ def main() -> None:
             )
     columns = ["target", *(f"{name}, ms" for name in ENGINES), "dropped saves", "held saves"]
     columns += ["sampling / engine calls", "difference", "load, s"]
-    record = {
-        "command": shlex.join(["python", "benchmarks/bench_targets.py", *sys.argv[1:]]),
-        "environment": describe(),
+    measured = {
         "settings": {
             "model": "digits",
             "threads": cores(),
@@ -148,9 +144,7 @@ def main() -> None:
         "tables": [{"title": "Targets", "columns": columns, "rows": rows}],
         "absent": absent,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "targets.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["tables"], indent=1))
+    write(options.results, "targets", measured)
 
 
 if __name__ == "__main__":
