@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from unetc.artifacts import ModelReference, Phase, Plan, Prediction, Treatment
+from tests.plans import plan_of
+from unetc.artifacts import Phase, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.emissions import with_emissions
 from unetc.graph.capture import GATES, MEANS, Capture, capture
@@ -384,16 +385,7 @@ class Reuse:
         exact: Program | None = None,
     ) -> Session:
         """Put together a session of 7 steps in which loaded engines take turns."""
-        plan = Plan(
-            unetc="0",
-            model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
-            profile_sha256="0" * 64,
-            budget=0.0,
-            max_engines=9,
-            engines=self.engines,
-            phases=(Phase(low=-20.0, high=20.0, cycle=cycle),),
-            prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
-        )
+        plan = plan_of(self.engines, [Phase(low=-20.0, high=20.0, cycle=cycle)])
         return Session(
             plan=plan,
             full=full,

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetc
-from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
+from tests.plans import plan_of
+from unetc.artifacts import Assignment, Phase, Treatment
 from unetc.backend import Program
 from unetc.conditions import Conditions
 from unetc.device import Array
@@ -324,16 +325,7 @@ class Late:
         """Engines by number, -1 for the full model, and steps."""
         self.table = extract(make_scheduler("dpmsolver++", CONFIG), self.STEPS)
         self.session = Session(
-            plan=Plan(
-                unetc="0",
-                model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
-                profile_sha256="0" * 64,
-                budget=0.0,
-                max_engines=3,
-                engines=engines,
-                phases=phases,
-                prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
-            ),
+            plan=plan_of(engines, phases),
             full=self.program(-1),
             programs=[self.program(i) for i in range(3)],
             solver=SolverTables(scheduler="dpmsolver++", tables=(self.table,)),

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.models import Tiny, relative_error, tiny_of
-from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
-from unetc.artifacts.profile import ModelReference, Treatment
+from tests.plans import plan_of
+from unetc.artifacts.plan import Phase, Plan
+from unetc.artifacts.profile import Treatment
 from unetc.backend import Array
 from unetc.compiler.emissions import with_emissions
 from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP
@@ -36,19 +37,9 @@ def tiny(shared: Path) -> Tiny:
     return found
 
 
-def plan_of(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: tuple[Phase, ...]) -> Plan:
+def plan_for(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: tuple[Phase, ...]) -> Plan:
     """Write a plan by hand."""
-    engines: tuple[Assignment, ...] = with_emissions(assignments, tiny.gated.components)
-    return Plan(
-        unetc="0",
-        model=ModelReference(name="tiny", sha256="0" * 64, pipeline="-", denoiser="-"),
-        profile_sha256="0" * 64,
-        budget=0.0,
-        max_engines=len(engines),
-        engines=engines,
-        phases=phases,
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
-    )
+    return plan_of(with_emissions(assignments, tiny.gated.components), phases)
 
 
 LEVELS = [float(step) for step in range(STEPS)]
@@ -149,7 +140,7 @@ def check(tiny: Tiny, plan: Plan, reused: Mapping[str, Callable[[int], bool]]) -
 def test_deepcache(tiny: Tiny) -> None:
     """Ma et al. 2023, arXiv:2312.00858: the deep branch is computed at one of N steps."""
     level = next(c.name for c in tiny.gated.components if c.kind == "level" and "upsamplers" in c.name)
-    plan = plan_of(tiny, [{}, {level: HOLD}], always((0, 1, 1)))
+    plan = plan_for(tiny, [{}, {level: HOLD}], always((0, 1, 1)))
     check(tiny, plan, {"up_blocks.0.upsamplers.0": lambda step: step % 3 > 0})
 
 
@@ -157,7 +148,7 @@ def test_faster_diffusion(tiny: Tiny) -> None:
     """Li et al. 2023, arXiv:2312.09608: the encoder is skipped between key steps, the decoder runs at every step."""
     skips = [c.name for c in tiny.gated.components if c.kind == "skip"]
     lowest = next(c.name for c in tiny.gated.components if c.kind == "level")
-    plan = plan_of(tiny, [{}, dict.fromkeys([*skips, lowest], HOLD)], always((0, 1)))
+    plan = plan_for(tiny, [{}, dict.fromkeys([*skips, lowest], HOLD)], always((0, 1)))
     means = np.zeros(tiny.gated.channels, np.float32)
     holding = specialise(tiny.gated, plan.engines[1].treatments, means)
     used = {tiny.parameters[weight] for weight in holding.weights}
@@ -172,7 +163,7 @@ def test_tgate(tiny: Tiny) -> None:
     cross = [c for c in tiny.gated.components if c.name.endswith("attn2")]
     assert cross
     phases = (Phase(low=0.0, high=float(gate), cycle=(0,)), Phase(low=float(gate), high=float(STEPS), cycle=(1,)))
-    plan = plan_of(tiny, [{}, {c.name: HOLD for c in cross}], phases)
+    plan = plan_for(tiny, [{}, {c.name: HOLD for c in cross}], phases)
     assert plan.schedule(LEVELS) == (0,) * gate + (1,) * (STEPS - gate)
     check(tiny, plan, {c.name: lambda step: step >= gate for c in cross})
 
@@ -186,7 +177,7 @@ def test_block_caching(tiny: Tiny) -> None:
     held = [[c.name for c in tiny.gated.components if c.owner == owner] for owner in transformers[:2]]
     assert all(held)
     first, second = (dict.fromkeys(names, HOLD) for names in held)
-    plan = plan_of(tiny, [{}, first, second, {**first, **second}], always((0, 3, 1, 2)))
+    plan = plan_for(tiny, [{}, first, second, {**first, **second}], always((0, 3, 1, 2)))
     schedule = plan.schedule(LEVELS)
     assert schedule[:5] == (0, 3, 1, 2, 0)
     # a transformer's residual branch is what the hook below replaces: output minus input of the module
@@ -202,6 +193,6 @@ def test_a_start_in_the_middle_computes_what_it_would_hold(tiny: Tiny) -> None:
     """As image to image does: the first step finds nothing held, so the full engine runs there."""
     cross = {c.name: HOLD for c in tiny.gated.components if c.name.endswith("attn2")}
     phases = (Phase(low=0.0, high=4.0, cycle=(0,)), Phase(low=4.0, high=float(STEPS), cycle=(1,)))
-    plan = plan_of(tiny, [{}, cross], phases)
+    plan = plan_for(tiny, [{}, cross], phases)
     assert plan.schedule(LEVELS[5:]) == (0, 1, 1, 1)
     assert CONTEXT in tiny.inputs(batch=1, height=8, width=8)

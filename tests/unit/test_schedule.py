@@ -7,8 +7,9 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
-from unetc.artifacts.profile import ModelReference, Treatment
+from tests.plans import plan_of
+from unetc.artifacts.plan import Assignment, Phase
+from unetc.artifacts.profile import Treatment
 from unetc.compiler.schedule import phases_of
 
 ENGINES = (
@@ -16,19 +17,6 @@ ENGINES = (
     Assignment(treatments={"a": Treatment.DROP}, emits=("step",)),
     Assignment(treatments={"step": Treatment.FORECAST}),
 )
-
-
-def plan_of(phases: tuple[Phase, ...]) -> Plan:
-    return Plan(
-        unetc="0",
-        model=ModelReference(name="m", sha256="0" * 64, pipeline="-", denoiser="-"),
-        profile_sha256="0" * 64,
-        budget=0.0,
-        max_engines=2,
-        engines=ENGINES,
-        phases=phases,
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
-    )
 
 
 @given(
@@ -39,7 +27,7 @@ def test_phases_give_the_schedule_back(schedule: list[int], gaps: list[float]) -
     schedule = [0, *schedule]  # something has to be computed first
     levels = [sum(gaps[:i]) - 20 for i in range(len(schedule))]
     phases = phases_of(schedule, levels, levels[0] - 1, levels[-1] + 1)
-    assert plan_of(phases).schedule(levels) == tuple(schedule)
+    assert plan_of(ENGINES, phases).schedule(levels) == tuple(schedule)
     assert all(left.high == right.low for left, right in itertools.pairwise(phases))
 
 
@@ -61,7 +49,7 @@ def test_cycles_are_found(cycles: list[tuple[tuple[int, ...], int]]) -> None:
 def test_a_choice_depends_on_what_was_before_alone(levels: list[float], cut: float, prefix: int) -> None:
     """So steps that come one at a time, as in a pipeline of diffusers, get the engines that a whole schedule gets."""
     phases = Phase(low=0.0, high=cut, cycle=(1, 2)), Phase(low=cut, high=3.0, cycle=(2, 0, 1))
-    plan = plan_of(phases)
+    plan = plan_of(ENGINES, phases)
     assert plan.schedule(levels[:prefix]) == plan.schedule(levels)[:prefix]
 
 
@@ -73,7 +61,7 @@ def test_a_regular_schedule_is_one_phase() -> None:
 
 def test_a_schedule_serves_other_numbers_of_steps() -> None:
     levels = [i / 4 for i in range(40)]
-    plan = plan_of(phases_of([0] * 20 + [0, 2] * 10, levels, 0.0, 10.0))
+    plan = plan_of(ENGINES, phases_of([0] * 20 + [0, 2] * 10, levels, 0.0, 10.0))
     finer = plan.schedule([i / 8 for i in range(80)])
     assert finer[:38] == (0,) * 38  # the phases change half-way between two steps
     assert 19 <= finer.count(2) <= 22

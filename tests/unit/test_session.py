@@ -25,7 +25,8 @@ from onnx import parser
 
 import unetc
 from tests.models import Reuse, Tiny, tiny_of
-from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
+from tests.plans import plan_of
+from unetc.artifacts import Assignment, Phase, Plan, Treatment
 from unetc.backend import WEIGHTS, Array, Backend, Loader, Program, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
@@ -51,19 +52,6 @@ def bundle(tiny_bundle: Path) -> Bundle:
 @pytest.fixture(scope="module")
 def session(tiny_bundle: Path) -> Session:
     return unetc.load(tiny_bundle)
-
-
-def plan_of(engines: Sequence[Assignment], phases: tuple[Phase, ...]) -> Plan:
-    return Plan(
-        unetc="0",
-        model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
-        profile_sha256="0" * 64,
-        budget=0.0,
-        max_engines=9,
-        engines=tuple(engines),
-        phases=phases,
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
-    )
 
 
 def dropping(count: int) -> list[Assignment]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tests.models import TRANSFORMERS, Tiny, new_denoiser, relative_error
-from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction, Treatment
+from tests.plans import plan_of
+from unetc.artifacts import Phase, Treatment
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.compiler.emissions import with_emissions
@@ -245,7 +246,7 @@ def check_sampling(tiny: Tiny) -> None:
     means = np.zeros(tiny.gated.channels, np.float32)
     drawn = tiny.inputs(batch=2, height=8, width=8)
     session = Session(
-        plan=plan_of(engines),
+        plan=plan_of(engines, [Phase(low=-40.0, high=40.0, cycle=tuple(range(len(engines))))]),
         full=tiny.load(specialise(tiny.gated, {}, means)),
         programs=[tiny.load(specialise(tiny.gated, engine.treatments, means, engine.emits)) for engine in engines],
         solver=extract_all(scheduler, name, (3,)),
@@ -260,20 +261,6 @@ def check_sampling(tiny: Tiny) -> None:
     sampled = session.sample(2, seed=1, on_step=lambda step: planned.append(step.engine))
     assert planned == [0, 1, 2]
     assert relative_error(sampled, expected) > 1e-3
-
-
-def plan_of(engines: tuple[Assignment, ...]) -> Plan:
-    """Give every engine a step."""
-    return Plan(
-        unetc="0",
-        model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),
-        profile_sha256="0" * 64,
-        budget=0.0,
-        max_engines=len(engines),
-        engines=engines,
-        phases=(Phase(low=-40.0, high=40.0, cycle=tuple(range(len(engines)))),),
-        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
-    )
 
 
 def sample_diffusers(tiny: Tiny, scheduler: Any, conditions: Conditions) -> Array:
