@@ -182,27 +182,27 @@ class Choice:
 def sampling(loaded: Loaded, effort: Effort) -> Measured:
     """Predict and measure the time of plans, of the loop, and of asking whether all is finite."""
     steps, ways, label = loaded.folder.model.steps, Ways(loaded), f"{loaded.title}, {loaded.target}"
-    devices = (loaded.device, Trusting(loaded.device), Unfused(loaded.device))
-    full, unguarded, unfused = (ways.full(cast(Device, device)) for device in devices)
+    full, unguarded = (ways.full(cast(Device, device)) for device in (loaded.device, Trusting(loaded.device)))
+    unfused = [] if "cpu" in loaded.target.split(":") else [ways.full(cast(Device, Unfused(loaded.device)))]
     times = step_times(loaded, full, effort)
     choices = choose(times, steps)
     plans = [ways.plan(choice.schedule) for choice in choices]
-    taken = in_turns([full, unguarded, unfused, *plans], effort)
+    taken = in_turns([full, unguarded, *plans, *unfused], effort)
     lost = damages(full, plans) if loaded.folder.model.trained else [None] * len(plans)
     measured = Measured()
     loop = spread(taken[:, 0, 0] / taken[:, 0, 1])[0]
     measured.figure(f"{label}, full model: sampling / engine calls", loop, MOST_LOOP)
     guard = spread(taken[:, 0, 0] / taken[:, 1, 0] - 1)[0]
     measured.figure(f"{label}, full model: cost of asking whether all is finite", guard, {"at_most": 0.01})
-    if "cpu" not in loaded.target.split(":"):  # which has no such kernel
-        fused = spread(taken[:, 0, 0] / taken[:, 2, 0])[0]
+    if unfused:  # a CPU has no other loop
+        fused = spread(taken[:, 0, 0] / taken[:, -1, 0])[0]
         measured.figure(f"{label}, full model: sampling with one kernel a step / with one for each operation", fused)
     reached = sum(choice.budget is not None for choice in choices)
     name = f"{label}: budgets that a plan reaches, of {len(BUDGETS)}"
     measured.figure(name, reached, {"at_least": len(BUDGETS)})
     rows = []
     for i, choice in enumerate(choices):
-        whole, inside = taken[:, 3 + i].T
+        whole, inside = taken[:, 2 + i].T
         ratio, loop = spread(whole / taken[:, 0, 0]), spread(whole / inside)[0]
         if choice.budget is not None:
             compare(measured, choice, 1 - ratio[0], loop, f"{label}, {choice.name}", loaded.folder.name)
