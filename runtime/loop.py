@@ -95,13 +95,11 @@ class PlainLoop:
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
         """Give the inputs of the engine at a step, and the tensor for its prediction."""
-        start, device = self._start, self._device
+        start = self._start
         seen = self._trajectory.seen(start.table, step)
-        if start.conditions.guided:
-            seen = device.concatenate([seen, seen])
-        timestep = device.full((start.rows,), start.table.timesteps.item(step))
-        self._prediction = device.empty((start.rows, start.predicted_channels, *seen.shape[2:]))
-        return {"sample": seen, "timestep": timestep, **self._constant}, self._prediction
+        inputs = self._conditions.varying(seen, start.table.timesteps.item(step)) | self._constant
+        self._prediction = self._device.empty((start.rows, start.predicted_channels, *seen.shape[2:]))
+        return inputs, self._prediction
 
     def advance(self, step: int) -> None:
         """Make the step, unless the prediction has NaN or infinity."""

@@ -22,6 +22,7 @@ from torch.autograd.graph import increment_version
 from unetc.device import Device
 from unetc.solver.noise import require_words
 from unetc.solver.table import SolverTable
+from unetc.solver.trajectory import Trajectory
 
 from ..loop import PlainLoop, Start
 from .step_kernel import BLOCK, SCALARS, make_step
@@ -79,9 +80,14 @@ class FusedLoop:
         self._coefficients = device.put(coefficients(table))
         self._keys = device.put(np.array([start.seed, *start.indices], np.uint64).view(np.int64))
         self._constant = start.conditions.on(device).constant(batch, *shape[1:])
-        noise = device.put(np.asarray(start.noise, np.float32))
-        self._samples[0] = noise * table.initial_scale
-        self._seen[0].view(-1, batch, *shape)[:] = self._samples[0] * table.input_scale.item(0)
+        first = Trajectory.start(table, start.noise, device)
+        self._samples[0] = first.sample
+        self._seen[0].view(-1, batch, *shape)[:] = first.seen(table, 0)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What the kernel is compiled for."""
+        return tuple(value for name, value in self._settings.items() if name.isupper())
 
     @property
     def sample(self) -> Tensor:
@@ -152,11 +158,6 @@ def agrees(fused: FusedLoop, plain: PlainLoop) -> bool:
     plain.advance(0)
     expected = plain.sample
     return bool((fused.sample - expected).abs().max() <= _ROUNDING * expected.abs().max())
-
-
-def form(start: Start) -> tuple[object, ...]:
-    """Tell what the kernel is compiled for."""
-    return tuple(value for name, value in settings(start).items() if name.isupper())
 
 
 def settings(start: Start) -> dict[str, object]:

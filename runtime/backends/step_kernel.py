@@ -5,11 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unetc.solver.noise import ROUNDS
+
 BLOCK = 512
 """Elements of a sample that one program makes."""
 SCALARS = tl.constexpr(8)
 """Columns of the coefficients before those of samples and predictions: the scale of what is seen next; p, q, weight and
 clip of the denoised sample; the weight of the noise, and both bounds of its variance."""
+_ROUNDS = tl.constexpr(ROUNDS)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 """Of float32."""
 
@@ -106,7 +109,7 @@ def _normal(seed, index, step, place):
     nothing = tl.zeros_like(block)
     low = nothing + (index & 0xFFFFFFFF).to(tl.uint32)
     high = nothing + ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    words = tl.philox(seed, block, nothing + step.to(tl.uint32), low, high, 10)
+    words = tl.philox(seed, block, nothing + step.to(tl.uint32), low, high, _ROUNDS)
     lane = place % 4
     radius = tl.sqrt(tl.maximum(-2.0 * tl.log(_uniform(tl.where(lane < 2, words[0], words[2]))), 0.0))
     angle = 6.283185307179586 * _uniform(tl.where(lane < 2, words[1], words[3]))

@@ -94,12 +94,13 @@ class TorchDevice:
         if not self._fuses:
             return None
         try:
-            from .fused_loop import FusedLoop, agrees, can_fuse, form  # needs Triton
+            from .fused_loop import FusedLoop, agrees, can_fuse  # needs Triton
         except ImportError as error:
             return self._give_up_fusing(str(error))
         if not can_fuse(start):
             return None
-        if form(start) not in self._forms:
+        loop = FusedLoop(start, self, self._device)
+        if loop.form not in self._forms:
             tried = FusedLoop(start, self, self._device), PlainLoop(start, self)
             try:
                 with CAPTURING:  # as loading a kernel is no work for two threads, nor beside a capture
@@ -110,8 +111,8 @@ class TorchDevice:
                 return self._give_up_fusing((str(error).splitlines() or [type(error).__name__])[0])
             if not agreed:
                 return self._give_up_fusing("the step that it makes is another")
-            self._forms.add(form(start))
-        return FusedLoop(start, self, self._device)
+            self._forms.add(loop.form)
+        return loop
 
     def _give_up_fusing(self, why: str) -> Loop | None:
         """Do without a kernel from now on."""

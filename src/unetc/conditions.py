@@ -98,11 +98,15 @@ class Conditions:
             rows: Further inputs, [batch, ...].
         """
         batch, _, height, width = sample.shape
+        return self.varying(sample, timestep, **rows) | self.constant(batch, height, width)
+
+    def varying(self, sample: Tensor, timestep: float, **rows: Tensor) -> dict[str, Tensor]:
+        """Make those inputs that are others in every call; arguments as for `widen`."""
         inputs = {"sample": sample, **rows}
         if self.guided:
             inputs = {name: self.device.concatenate([tensor, tensor]) for name, tensor in inputs.items()}
-        inputs["timestep"] = self.device.full((batch * self.rows_per_sample,), timestep)
-        return inputs | self.constant(batch, height, width)
+        inputs["timestep"] = self.device.full((len(sample) * self.rows_per_sample,), timestep)
+        return inputs
 
     def constant(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
         """Make those inputs that are the same at every timestep, for a batch of samples of a size."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MORE = 4
+"""How many times as many rounds are timed if they are short."""
 
 
 def _nothing_is_pending() -> None:

@@ -45,8 +45,7 @@ def fit_plan(
     """
     best: tuple[Candidate, float] | None = None
     most = 0.0
-    # aim at the middle of the accepted range: a fit to its edge would miss it half of the time
-    middle = aim = (1 + TOLERANCE / 2) * options.budget
+    middle = aim = middle_of(options.budget)
     for attempt in range(ATTEMPTS):
         asked = replace(options, budget=min(aim, 0.99))
         candidate = workbench.compile(make_plan(workbench.profile, asked, correction=correction))
@@ -77,6 +76,11 @@ def fit_plan(
             "Ask for a smaller budget, or analyse again on a quiet machine."
         )
     return best
+
+
+def middle_of(budget: float) -> float:
+    """Give the middle of what a plan for a budget may save: an edge would be missed half of the time."""
+    return (1 + TOLERANCE / 2) * budget
 
 
 def _saved_by_steps(workbench: Workbench, candidate: Candidate) -> float:

@@ -15,7 +15,7 @@ from unetc.artifacts.profile import Damage
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.request import FULL_ENGINE
 
-from .fit import TOLERANCE
+from .fit import middle_of
 from .workbench import Candidate, Workbench
 
 
@@ -72,7 +72,7 @@ def repair(
     tried = {workbench.schedule(best)}
     misses = 0
     generator = np.random.default_rng(seed)
-    floor = min(candidate.saving, (1 + TOLERANCE / 2) * budget)
+    floor = min(candidate.saving, middle_of(budget))
     while len(evaluated) < options.evaluations and misses < options.patience:
         changed = next(
             (c for c in _neighbours(workbench, best, floor, generator) if workbench.schedule(c) not in tried), None
