@@ -15,7 +15,7 @@ PERIODS = (2, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class PeriodicTreatment:
     """A treatment and how often the component is computed all the same."""
 
     treatment: Treatment
@@ -37,18 +37,20 @@ class Ablation:
     """A component and what is done to it."""
 
     component: str
-    kind: Kind
+    periodic: PeriodicTreatment
 
 
 def entry_of(effect: Effect) -> tuple[Ablation, int]:
     """Read which ablation an effect is of, and in which bin."""
-    kind = Kind(treatment=effect.treatment, period=effect.period)
-    return Ablation(component=effect.component, kind=kind), effect.bin
+    kind = PeriodicTreatment(treatment=effect.treatment, period=effect.period)
+    return Ablation(component=effect.component, periodic=kind), effect.bin
 
 
-REMOVALS = (Kind(treatment=Treatment.DROP), Kind(treatment=Treatment.MEAN))
+REMOVALS = (PeriodicTreatment(treatment=Treatment.DROP), PeriodicTreatment(treatment=Treatment.MEAN))
 REUSES = tuple(
-    Kind(treatment=treatment, period=period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in PERIODS
+    PeriodicTreatment(treatment=treatment, period=period)
+    for treatment in (Treatment.HOLD, Treatment.FORECAST)
+    for period in PERIODS
 )
 
 
@@ -70,7 +72,7 @@ def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Co
     )
 
 
-def kinds_for(component: Component) -> tuple[Kind, ...]:
+def treatments_for(component: Component) -> tuple[PeriodicTreatment, ...]:
     """List what is tried on a component; the step can only be reused."""
     return REUSES if component.kind == "step" else REMOVALS + REUSES
 
@@ -78,8 +80,8 @@ def kinds_for(component: Component) -> tuple[Kind, ...]:
 def ablations_of(components: Sequence[Component]) -> tuple[Ablation, ...]:
     """List all ablations, those of one kind together."""
     return tuple(
-        Ablation(component=component.name, kind=kind)
+        Ablation(component=component.name, periodic=kind)
         for kind in REMOVALS + REUSES
         for component in components
-        if kind in kinds_for(component)
+        if kind in treatments_for(component)
     )

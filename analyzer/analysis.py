@@ -14,22 +14,20 @@ import unetc
 from unetc.artifacts.profile import Component, Effect, ModelReference, Profile
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
+from unetc.compiler.graph.gated import GatedGraph
+from unetc.compiler.measured_calls import CACHED_ROWS
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.environment import cores
 from unetc.errors import ArtifactError, ProfileError
-from unetc.graph.gated import GatedGraph
 from unetc.progress import OnProgress, Progress, ignore
-from unetc.solver.table import SolverTable
+from unetc.sampler.table import SchedulerTable
 
 from .ablation import entry_of, select
 from .cost import Costs, measure_costs
 from .denoiser import GatedDenoiser
 from .duration import entries_of, predict_duration
 from .screen import choose, estimate_rest, run_screen
-from .sweep import Base, Sweep, make_bins, run_base, run_sweep, sweep_calls
-
-_CACHED_ROWS = 32
-"""Samples per batch on a CPU: larger batches fall out of its caches and gain nothing."""
+from .sweep import FullTrajectory, Sweep, make_bins, run_base, run_sweep, sweep_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +58,6 @@ class AnalysisOptions:
     """What a model that takes prompts is measured on; its own list when empty."""
     guidance_scale: float | None = None
     """Of classifier-free guidance, dimensionless; what the pipeline usually has when None."""
-    controlnet: bool = False
-    """Whether engines are to take the residuals of a ControlNet; they are measured with zeros."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -89,15 +85,10 @@ class AnalysisOptions:
         return self.decisive is not None or self.time_limit_s < math.inf
 
 
-def largest_batch(samples: int) -> int:
-    """Tell the most samples of one call while damages of so many trajectories are measured."""
-    return max(_CACHED_ROWS, samples)
-
-
 def analyze(
     gated: GatedGraph,
     reference: ModelReference,
-    table: SolverTable,
+    table: SchedulerTable,
     backend: Backend,
     *,
     sample_shape: tuple[int, int, int],
@@ -112,7 +103,7 @@ def analyze(
     Args:
         gated: The denoiser's gated graph.
         reference: Which model it is.
-        table: The solver of `options.scheduler` at `options.steps`.
+        table: The scheduler of `options.scheduler` at `options.steps`.
         backend: The target, opened.
         sample_shape: [channel, height, width].
         conditions: What the samples are conditioned on; sample k has row k, modulo the number of rows.
@@ -138,7 +129,7 @@ def analyze(
         sample_shape=sample_shape,
         samples=options.samples,
         seed=options.seed,
-        rows=_CACHED_ROWS,
+        rows=CACHED_ROWS,
     )
     duration = predict_duration(
         sweep,
@@ -179,7 +170,7 @@ def analyze(
 
 def _damages(
     sweep: Sweep,
-    base: Base,
+    base: FullTrajectory,
     costs: Costs,
     options: AnalysisOptions,
     deadline: float,

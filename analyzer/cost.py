@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from unetc.artifacts.profile import Component, Cost, Estimate, Treatment
 from unetc.artifacts.record import Record
 from unetc.backend import Backend, SerialisedGraph
+from unetc.compiler.graph.gated import GatedGraph
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.graph.weights import tensor_ranges
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.graph.gated import GatedGraph
-from unetc.graph.specialise import specialise
-from unetc.graph.weights import tensor_ranges
+from unetc.metrics.damage import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.timing import interleaved_ms
-
-from .damage import estimate
 
 
 class Costs(Record, frozen=True, kw_only=True):

@@ -10,13 +10,13 @@ import numpy as np
 
 from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
+from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gated import HOLDS, GatedGraph
+from unetc.compiler.graph.specialise import specialise
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
 from unetc.errors import ProfileError
-from unetc.graph.gate import gate_values
-from unetc.graph.gated import HOLDS, GatedGraph
-from unetc.graph.specialise import specialise
-from unetc.held import EARLIER, HELD, REACH, Held
+from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD, Held
 
 
 class GatedDenoiser:
@@ -90,7 +90,7 @@ class GatedDenoiser:
         inputs = held.inputs(timestep)
         for index in forecast:
             latest, earlier = (self._device.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
-            inputs[f"{HELD}{index}"] = latest + inputs[f"{REACH}{index}"] * (latest - earlier)
+            inputs[f"{HELD}{index}"] = latest + inputs[f"{EXTRAPOLATION}{index}"] * (latest - earlier)
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
         return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
 

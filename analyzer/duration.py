@@ -34,7 +34,7 @@ def entries_of(sweep: Sweep) -> tuple[tuple[Ablation, int], ...]:
         (ablation, b)
         for ablation in ablations_of(sweep.ablated)
         for b in range(len(sweep.bins))
-        if any(map(ablation.kind.treats, sweep.steps_of(b)))
+        if any(map(ablation.periodic.treats, sweep.steps_of(b)))
     )
 
 

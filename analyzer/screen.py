@@ -18,20 +18,20 @@ import numpy as np
 from unetc.artifacts.profile import Cost, Effect, Estimate, Treatment
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError
-from unetc.held import Held
+from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
+from unetc.runtime.branch_cache import Held
 
-from .ablation import REMOVALS, REUSES, Ablation, Kind, entry_of, kinds_for
-from .metrics.distances import relative_l2
-from .sweep import Base, Sweep, remembered
+from .ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, entry_of, treatments_for
+from .sweep import FullTrajectory, Sweep, remembered
 
 Z_95 = 1.96
 _LEAST_SPREAD = 0.1
 """Standard deviation of the logarithm that an estimate has at least, however well few measurements agree."""
 
-TYPICAL_LOG_GAIN, TYPICAL_SPREAD = -2.22, 1.23
+TYPICAL_LOG_AMPLIFICATION, TYPICAL_SPREAD = -2.22, 1.23
 """Mean and standard deviation of log(damage / local error) where nothing tells more: over random ablations in all bins
-of `digits` at 50 steps, from benchmarks/results/gain.json."""
+of `digits` at 50 steps, from benchmarks/results/amplification.json."""
 
 
 class _Local(Record, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class Screen:
     """Denoiser calls per sample."""
 
 
-def run_screen(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) -> Screen:
+def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnProgress) -> Screen:
     """Measure the local error of every ablation in every bin that has a step treated so.
 
     Raises:
@@ -75,9 +75,9 @@ def run_screen(sweep: Sweep, base: Base, work: Path, on_progress: OnProgress) ->
             screened = _screen_bin(sweep, base, b)
             write_atomically(path, msgspec.json.encode(screened))
         for local in screened.errors:
-            kind = Kind(treatment=local.treatment, period=local.period)
+            kind = PeriodicTreatment(treatment=local.treatment, period=local.period)
             if treated := sum(map(kind.treats, sweep.steps_of(b))):
-                errors[Ablation(component=local.component, kind=kind), b] = local.error * treated
+                errors[Ablation(component=local.component, periodic=kind), b] = local.error * treated
         calls += screened.calls
         on_progress(Progress(stage="screen", done=b + 1, total=len(sweep.bins)))
     return Screen(errors=errors, calls=calls)
@@ -91,7 +91,7 @@ def screen_calls(sweep: Sweep) -> int:
         calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
         for kind in REMOVALS + REUSES:
             if not kind.treatment.reuses or _sources(kind, step):
-                count = sum(kind in kinds_for(component) for component in sweep.ablated)
+                count = sum(kind in treatments_for(component) for component in sweep.ablated)
                 calls += -(-count // size) * size
     return calls
 
@@ -107,7 +107,7 @@ def choose(
     share = {cost.component: max(0.0, cost.saved_ms.mean) / full_ms for cost in costs}
     worth: dict[int, list[tuple[float, int, Ablation]]] = {}
     for position, ((ablation, b), error) in enumerate(screen.errors.items()):
-        saved = share.get(ablation.component, 0.0) * ablation.kind.share
+        saved = share.get(ablation.component, 0.0) * ablation.periodic.share
         if saved > 0:
             worth.setdefault(b, []).append((error / saved, position, ablation))
     ranked = [
@@ -121,29 +121,29 @@ def choose(
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
     """Estimate the final damage of what was not measured, from its local error and the measured ones of its bin.
 
-    In a bin, damage = gain x local error; the gain is the geometric mean over the ablations measured there. Intervals
-    are the scatter of all measured ablations around their bins' gains. Where nothing was measured, the gain and the
-    scatter are those of another model.
+    In a bin, damage = error amplification x local error. The amplification is the geometric mean over the ablations
+    measured there. Intervals are the scatter of all measured ablations around their bins' amplifications. Where
+    nothing was measured, amplification and scatter come from another model.
     """
     known = {entry_of(effect): effect.relative_l2.mean for effect in measured}
     ratios: dict[int, list[float]] = {}
     for (ablation, b), damage in known.items():
         if damage > 0 and (error := screen.errors.get((ablation, b), 0.0)) > 0:
             ratios.setdefault(b, []).append(float(np.log(damage / error)))
-    everywhere = float(np.mean([np.mean(own) for own in ratios.values()])) if ratios else TYPICAL_LOG_GAIN
-    gains = {b: float(np.mean(own)) for b, own in ratios.items()}
-    scatter = [ratio - gains[b] for b, own in ratios.items() for ratio in own]
+    everywhere = float(np.mean([np.mean(own) for own in ratios.values()])) if ratios else TYPICAL_LOG_AMPLIFICATION
+    amplifications = {b: float(np.mean(own)) for b, own in ratios.items()}
+    scatter = [ratio - amplifications[b] for b, own in ratios.items() for ratio in own]
     spread = max(_LEAST_SPREAD, float(np.std(scatter))) if ratios else TYPICAL_SPREAD
     factor = float(np.exp(Z_95 * spread))
     effects = []
     for (ablation, b), error in screen.errors.items():
         if (ablation, b) not in known:
-            mean = float(np.exp(gains.get(b, everywhere))) * error
+            mean = float(np.exp(amplifications.get(b, everywhere))) * error
             effects.append(
                 Effect(
                     component=ablation.component,
-                    treatment=ablation.kind.treatment,
-                    period=ablation.kind.period,
+                    treatment=ablation.periodic.treatment,
+                    period=ablation.periodic.period,
                     bin=b,
                     measured=False,
                     relative_l2=Estimate(mean=mean, low=mean / factor, high=mean * factor),
@@ -157,7 +157,7 @@ def _probed(sweep: Sweep, b: int) -> int:
     return steps[len(steps) // 2]
 
 
-def _sources(kind: Kind, step: int) -> list[int]:
+def _sources(kind: PeriodicTreatment, step: int) -> list[int]:
     """List the steps whose results a probe of a reuse finds; none before the first step."""
     if not kind.treatment.reuses:
         return []
@@ -165,7 +165,7 @@ def _sources(kind: Kind, step: int) -> list[int]:
     return [at for at in (latest - kind.period, latest) if 0 <= at < step]
 
 
-def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
+def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
     """Probe the middle step of a bin; what is held there is of as many steps before as it is on average."""
     step = _probed(sweep, b)
     size = sweep.ablations_per_batch
@@ -175,7 +175,7 @@ def _screen_bin(sweep: Sweep, base: Base, b: int) -> _Screened:
     calls = 0
     remembered_for: dict[int, Held] = {}
     for kind in REMOVALS + REUSES:
-        names = [component.name for component in sweep.ablated if kind in kinds_for(component)]
+        names = [component.name for component in sweep.ablated if kind in treatments_for(component)]
         sources = _sources(kind, step)
         if kind.treatment.reuses and not sources:
             continue

@@ -24,18 +24,18 @@ from numpy.typing import NDArray
 from unetc.artifacts.profile import Bin, Component, Effect, Treatment
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Array
+from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ArtifactError
-from unetc.graph.gate import gate_values
-from unetc.held import Held
+from unetc.metrics.damage import estimate
+from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
-from unetc.solver.noise import initial_noise
-from unetc.solver.table import SolverTable
-from unetc.solver.trajectory import Trajectory
+from unetc.runtime.branch_cache import Held
+from unetc.runtime.trajectory import Trajectory
+from unetc.sampler.noise import initial_noise
+from unetc.sampler.table import SchedulerTable
 
-from .ablation import Ablation, Kind
-from .damage import estimate
+from .ablation import Ablation, PeriodicTreatment
 from .denoiser import GatedDenoiser
-from .metrics.distances import relative_l2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Sweep:
     """All of the denoiser."""
     ablated: Sequence[Component]
     """Those to try something on."""
-    table: SolverTable
+    table: SchedulerTable
     bins: tuple[Bin, ...]
     sample_shape: tuple[int, int, int]
     samples: int
@@ -94,7 +94,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class FullTrajectory:
     """The full model's trajectory."""
 
     states: tuple[Trajectory, ...]
@@ -112,13 +112,13 @@ class Base:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     bin: int
-    kind: Kind
+    periodic: PeriodicTreatment
     names: tuple[str, ...]
 
     @property
     def file(self) -> str:
-        key = hashlib.sha256(repr((self.kind, self.names)).encode()).hexdigest()[:16]
-        return f"bin{self.bin:02d}-{self.kind.treatment}{self.kind.period}-{key}.json"
+        key = hashlib.sha256(repr((self.periodic, self.names)).encode()).hexdigest()[:16]
+        return f"bin{self.bin:02d}-{self.periodic.treatment}{self.periodic.period}-{key}.json"
 
 
 def make_bins(log_snr: NDArray[np.float64], count: int) -> tuple[Bin, ...]:
@@ -132,7 +132,7 @@ def make_bins(log_snr: NDArray[np.float64], count: int) -> tuple[Bin, ...]:
     )
 
 
-def run_base(sweep: Sweep, on_progress: OnProgress) -> Base:
+def run_base(sweep: Sweep, on_progress: OnProgress) -> FullTrajectory:
     """Sample with the full model, keeping the state before every step and the mean of every branch."""
     indices = sweep.indices(1)
     trajectory = Trajectory.start(sweep.table, initial_noise(sweep.seed, indices.tolist(), sweep.sample_shape))
@@ -149,12 +149,12 @@ def run_base(sweep: Sweep, on_progress: OnProgress) -> Base:
     per_bin = [
         np.mean([means[step] for step in sweep.steps_of(b)], axis=0, dtype=np.float64) for b in range(len(sweep.bins))
     ]
-    return Base(states=tuple(states), means=np.stack(per_bin).astype(np.float32))
+    return FullTrajectory(states=tuple(states), means=np.stack(per_bin).astype(np.float32))
 
 
 def run_sweep(
     sweep: Sweep,
-    base: Base,
+    base: FullTrajectory,
     chosen: Sequence[tuple[Ablation, int]],
     work: Path,
     on_progress: OnProgress,
@@ -190,7 +190,7 @@ def sweep_calls(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> int:
     return sum(_calls(sweep, job) for job in _jobs(sweep, chosen))
 
 
-def recall_steps(kind: Kind, first: int) -> tuple[int, ...]:
+def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
     """List the last two steps before `first` at which a component treated so was computed; none if it is removed."""
     return tuple(step for step in range(first) if not kind.treats(step))[-2:]
 
@@ -199,7 +199,7 @@ def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
     """Cut ablations into batches of one kind and bin; where they are cut depends on nothing else."""
 
     def key(entry: tuple[Ablation, int]) -> tuple[int, str, int]:
-        return entry[1], entry[0].kind.treatment.value, entry[0].kind.period
+        return entry[1], entry[0].periodic.treatment.value, entry[0].periodic.period
 
     size = sweep.ablations_per_batch
     jobs: list[tuple[int, _Job]] = []
@@ -208,13 +208,13 @@ def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
         alike = [ablation for ablation, _ in group]
         for start in range(0, len(alike), size):
             names = tuple(ablation.component for ablation in alike[start : start + size])
-            jobs.append((place[alike[start], b], _Job(bin=b, kind=alike[0].kind, names=names)))
+            jobs.append((place[alike[start], b], _Job(bin=b, periodic=alike[0].periodic, names=names)))
     return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]
 
 
 def _calls(sweep: Sweep, job: _Job) -> int:
     first = sweep.steps_of(job.bin)[0]
-    return (sweep.table.steps - first + len(recall_steps(job.kind, first))) * len(job.names)
+    return (sweep.table.steps - first + len(recall_steps(job.periodic, first))) * len(job.names)
 
 
 def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
@@ -224,14 +224,14 @@ def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     measured = [(effect.component, effect.treatment, effect.period, effect.bin) for effect in result]
-    wanted = [(name, job.kind.treatment, job.kind.period, job.bin) for name in job.names]
+    wanted = [(name, job.periodic.treatment, job.periodic.period, job.bin) for name in job.names]
     return result if measured == wanted else None
 
 
-def _run(sweep: Sweep, base: Base, job: _Job) -> tuple[Effect, ...]:
+def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> tuple[Effect, ...]:
     count, steps = len(job.names), sweep.steps_of(job.bin)
     trajectory = base.states[steps[0]].repeat(count)
-    treated = _Removed(sweep, base, job) if not job.kind.treatment.reuses else _Reused(sweep, base, job)
+    treated = _Removed(sweep, base, job) if not job.periodic.treatment.reuses else _Reused(sweep, base, job)
     kept = sweep.denoiser.gates({}, count * sweep.samples)
     indices = sweep.indices(count).tolist()
     for step in range(steps[0], sweep.table.steps):
@@ -245,8 +245,8 @@ def _run(sweep: Sweep, base: Base, job: _Job) -> tuple[Effect, ...]:
     return tuple(
         Effect(
             component=name,
-            treatment=job.kind.treatment,
-            period=job.kind.period,
+            treatment=job.periodic.treatment,
+            period=job.periodic.period,
             bin=job.bin,
             measured=True,
             relative_l2=estimate(relative_l2(base.final, final)),
@@ -258,9 +258,9 @@ def _run(sweep: Sweep, base: Base, job: _Job) -> tuple[Effect, ...]:
 class _Removed:
     """Predictions with one component dropped, or replaced by its mean, per ablation of a batch."""
 
-    def __init__(self, sweep: Sweep, base: Base, job: _Job) -> None:
+    def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep
-        self._gates = sweep.gates(job.names, job.kind.treatment)
+        self._gates = sweep.gates(job.names, job.periodic.treatment)
         self._means = base.means[job.bin]
 
     def predict(self, sample: Array, step: int) -> Array:
@@ -270,18 +270,18 @@ class _Removed:
 class _Reused:
     """Predictions with one component held or forecast per ablation of a batch, and computed every few steps."""
 
-    def __init__(self, sweep: Sweep, base: Base, job: _Job) -> None:
+    def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep
         self._job = job
-        self._held = remembered(sweep, base, recall_steps(job.kind, sweep.steps_of(job.bin)[0]), len(job.names))
+        self._held = remembered(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]), len(job.names))
 
     def predict(self, sample: Array, step: int) -> Array:
-        if self._job.kind.treats(step):
-            return self._sweep.recall(sample, step, self._held, self._job.names, self._job.kind.treatment)
+        if self._job.periodic.treats(step):
+            return self._sweep.recall(sample, step, self._held, self._job.names, self._job.periodic.treatment)
         return self._sweep.denoiser.remember(sample, self._sweep.timestep(step), self._held)
 
 
-def remembered(sweep: Sweep, base: Base, steps: Iterable[int], count: int) -> Held:
+def remembered(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> Held:
     """Compute all branches at some steps of the full model's trajectory, for a batch of `count` ablations."""
     held = Held()
     for step in steps:

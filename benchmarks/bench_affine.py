@@ -23,20 +23,20 @@ from numpy.typing import NDArray
 from result_file import write
 
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.analyzer.metrics.distances import relative_l2
-from unetc.analyzer.sweep import Base, Sweep, make_bins, remembered, run_base
+from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, remembered, run_base
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import Array, Backend
 from unetc.cli.output import progress
+from unetc.compiler.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
+from unetc.compiler.graph.nodes import add_name
+from unetc.compiler.prepare import prepare
+from unetc.compiler.scheduler import extract, make_scheduler
 from unetc.environment import cores
-from unetc.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
-from unetc.graph.nodes import add_name
-from unetc.held import COMPUTED, Held
-from unetc.models import find_model
+from unetc.metrics.distances import relative_l2
+from unetc.models.find import find_model
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.backend import open_backend
-from unetc.solver.extract import extract, make_scheduler
-from unetc.workflow.prepare import prepare
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.branch_cache import COMPUTED, Held
 
 HERE = Path(__file__).parent
 TRUNK = "trunk."
@@ -120,7 +120,7 @@ class Moments:
 
 
 def calibrate(
-    sweep: Sweep, base: Base, traced: TracedDenoiser, components: Sequence[Component], on_progress: OnProgress
+    sweep: Sweep, base: FullTrajectory, traced: TracedDenoiser, components: Sequence[Component], on_progress: OnProgress
 ) -> list[dict[str, Affine]]:
     """Fit an affine map per bin and component along a trajectory of the full model."""
     fitted = []
@@ -145,7 +145,7 @@ def hand_in(sweep: Sweep, seen: Array, step: int, branches: Mapping[str, Array],
 
 def local_errors(
     sweep: Sweep,
-    base: Base,
+    base: FullTrajectory,
     b: int,
     means: NDArray[np.float32],
     maps: Mapping[str, Affine],

@@ -18,14 +18,16 @@ import numpy as np
 from result_file import write
 
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
+from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.cli.output import progress
-from unetc.compiler.planner import PlanOptions
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.planner import PlanOptions
 from unetc.errors import UnetcError
+from unetc.models.find import find_model
 from unetc.progress import OnProgress
-from unetc.runtime.backend import OFFERED
+from unetc.runtime.backends.registry import OFFERED
 from unetc.runtime.bundle import Bundle
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.verify import VerifyOptions, verify
 
 HERE = Path(__file__).parent
 BUDGETS = (0.27, 0.5)
@@ -36,8 +38,10 @@ def built(target: str, budget: float, options: argparse.Namespace, on_progress: 
     """Build a bundle for one target and budget."""
     path = options.work / f"asked-{target.replace(':', '-')}-{budget:g}"
     analysis = AnalysisOptions(samples=options.samples, target=target)
-    building = BuildOptions(plan=PlanOptions(budget=budget), analysis=analysis, controls=False)
-    build("digits", path, building, cache=options.work, on_progress=on_progress)
+    building = BuildOptions(plan=PlanOptions(budget=budget), controls=False)
+    model = find_model("digits")
+    profile = analyze_model(model, analysis, cache=options.work, on_progress=on_progress)
+    build(model, profile, path, building, cache=options.work, on_progress=on_progress)
     return Bundle.open(path)
 
 

@@ -14,22 +14,24 @@ import json
 from pathlib import Path
 
 import numpy as np
+from digit_classifier import DigitClassifier
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
-from unetc.analyzer.metrics.classifier import DigitClassifier
+from unetc.analyzer.analyze import analyze_model
+from unetc.analyzer.report import write_report
+from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.artifacts.profile import Profile
 from unetc.artifacts.record import to_builtins
 from unetc.cli.output import progress
-from unetc.compiler.planner import PlanOptions
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.models.find import find_model
 from unetc.report import heatmap
 from unetc.report.pictures import grid, png_bytes
-from unetc.runtime.backend import open_backend
+from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.report import write_report
-from unetc.workflow.verify import VerifyOptions, verify
 
 HERE = Path(__file__).parent
 ANALYSIS = AnalysisOptions(samples=8)
@@ -44,12 +46,12 @@ def judge(session: Session, seed: int) -> dict[str, float]:
     """Ask the digit classifier about samples of the full and of the pruned model at the same noise."""
     classifier = DigitClassifier.load(Path(unetc.__file__).parent / "models/digits/classifier/model.safetensors")
     chances = {}
-    for lossless in (True, False):
+    for full_model in (True, False):
         batches = [
-            session.sample(32, seed=seed, first_index=first, lossless=lossless)
+            session.sample(32, seed=seed, first_index=first, full_model=full_model)
             for first in range(0, JUDGED_SAMPLES, 32)
         ]
-        _, chances[lossless] = classifier.describe(np.concatenate(batches))
+        _, chances[full_model] = classifier.describe(np.concatenate(batches))
     return {
         "samples": JUDGED_SAMPLES,
         "same_digit_share": float((chances[True].argmax(1) == chances[False].argmax(1)).mean()),
@@ -60,7 +62,7 @@ def judge(session: Session, seed: int) -> dict[str, float]:
 
 def draw(session: Session, profile: Profile, seed: int) -> None:
     """Draw the README's pictures: full, pruned and difference for the same noise; the damage map with the plan."""
-    full = session.sample(8, seed=seed, lossless=True)
+    full = session.sample(8, seed=seed, full_model=True)
     pruned = session.sample(8, seed=seed)
     PICTURES.mkdir(parents=True, exist_ok=True)
     sheet = grid(np.concatenate([full, pruned, np.clip(4 * (pruned - full), -1, 1)]), columns=8)
@@ -72,13 +74,13 @@ def run(budget: float, work: Path) -> dict[str, object]:
     """Build, verify and judge at one budget."""
     path = work / f"bundle-{budget:g}"
     with progress() as on_progress:
-        options = BuildOptions(plan=PlanOptions(budget=budget), analysis=ANALYSIS)
-        build("digits", path, options, cache=work, on_progress=on_progress)
+        model = find_model("digits")
+        profile = analyze_model(model, ANALYSIS, cache=work, on_progress=on_progress)
+        build(model, profile, path, BuildOptions(plan=PlanOptions(budget=budget)), cache=work, on_progress=on_progress)
         bundle = Bundle.open(path)
         result = verify(bundle, VerifyOptions(rounds=ROUNDS), on_progress)
         write_report(path, work / f"report-{budget:g}.html", verification=result, on_progress=on_progress)
     session = Session.of(bundle, open_backend(bundle.manifest.target, threads=bundle.manifest.threads))
-    profile = Profile.from_json(bundle.profile, "the bundle's profile")
     if budget == BUDGETS[0]:
         draw(session, profile, result.seed)
     print(f"report: {work / f'report-{budget:g}.html'}")

@@ -14,13 +14,15 @@ import json
 from pathlib import Path
 
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
+from unetc.analyzer.verify import HELD_OUT
 from unetc.artifacts.record import to_builtins
 from unetc.cli.output import progress
+from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
+from unetc.compiler.search.quality_gate import QualityGate
+from unetc.compiler.search.set_up import set_up
+from unetc.models.find import find_model
 from unetc.report.curve import draw
-from unetc.workflow.gate import QualityGate
-from unetc.workflow.pareto import ParetoOptions, fastest_passing, refine, trace
-from unetc.workflow.setup import set_up
-from unetc.workflow.verify import HELD_OUT
 
 HERE = Path(__file__).parent
 ANALYSIS = AnalysisOptions(samples=8)
@@ -33,7 +35,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
     options = parser.parse_args()
     with progress() as on_progress:
-        setup = set_up("digits", analysis=ANALYSIS, steps=50, cache=options.work, on_progress=on_progress)
+        model = find_model("digits")
+        profile = analyze_model(model, ANALYSIS, cache=options.work, on_progress=on_progress)
+        setup = set_up(model, profile, steps=50, cache=options.work, on_progress=on_progress)
         curve = refine(setup, trace(setup, ParetoOptions(), on_progress), GATE, ParetoOptions(), on_progress)
         fastest = fastest_passing(curve, GATE)
         candidate = setup.workbench.compile(fastest.plan)

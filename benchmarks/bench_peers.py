@@ -34,6 +34,7 @@ from captioned_digits import PICTURES, new_ruler
 from captioned_digits import draw as draw_pictures
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from digit_classifier import DigitClassifier
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from prompt_following import Request, followed, full_requests
@@ -41,26 +42,27 @@ from tgate import gated
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
-from unetc.analyzer.damage import measure_damage
-from unetc.analyzer.metrics.classifier import DigitClassifier
+from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Profile, Treatment
 from unetc.artifacts.record import to_builtins
 from unetc.backend import Array
 from unetc.cli.output import progress
-from unetc.compiler.emissions import with_emissions
-from unetc.compiler.planner import PlanOptions
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.set_up import Setup, set_up
 from unetc.conditions import Conditions
 from unetc.environment import cores, describe
-from unetc.models import PipelineModel, find_model
+from unetc.metrics.damage import measure_damage
+from unetc.models.find import find_model
+from unetc.models.pipeline import PipelineModel
 from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
-from unetc.runtime.backend import open_backend
+from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
-from unetc.solver.noise import initial_noise
+from unetc.sampler.noise import initial_noise
 from unetc.timing import interleaved_ms
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.setup import Setup, set_up
 
 HERE = Path(__file__).parent
 MODEL = "prompted-digits"
@@ -163,7 +165,7 @@ def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
 
 def tgate(setup: Setup, saving: float) -> tuple[int, Session]:
     """Find the gate step that saves what is asked, or else as much as cross-attention can."""
-    log_snr = setup.solver.table(STEPS).log_snr.tolist()
+    log_snr = setup.scheduler.table(STEPS).log_snr.tolist()
     earliest = setup.workbench.compile(gated_at(setup.profile, log_snr, 1))
     step = gate_step(1 - earliest.saving * STEPS / (STEPS - 1), saving)
     return step, setup.workbench.compile(gated_at(setup.profile, log_snr, step)).session
@@ -210,9 +212,10 @@ class Judge:
 def build_at(saving: float, work: Path, *, controls: bool) -> Bundle:
     """Build a bundle that saves a share of the time."""
     path = work / f"peers-{saving:.3f}"
-    options = BuildOptions(plan=PlanOptions(budget=saving), analysis=ANALYSIS, controls=controls)
+    model, options = find_model(MODEL), BuildOptions(plan=PlanOptions(budget=saving), controls=controls)
     with progress() as on_progress:
-        build(MODEL, path, options, cache=work, on_progress=on_progress)
+        profile = analyze_model(model, ANALYSIS, cache=work, on_progress=on_progress)
+        build(model, profile, path, options, cache=work, on_progress=on_progress)
     return Bundle.open(path)
 
 
@@ -230,7 +233,7 @@ def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guida
     backend = open_backend(bundle.manifest.target, threads=bundle.manifest.threads)
     session = Session.of(bundle, backend)
     profile = Profile.from_json(bundle.profile, "the bundle's profile")
-    setup = set_up(MODEL, analysis=ANALYSIS, steps=STEPS, cache=work, profile=profile)
+    setup = set_up(model, profile, steps=STEPS, cache=work)
     gate, crossing_held = tgate(setup, saving)
     fewer = max(1, round(STEPS * (1 - saving)))
     deep = next(control for control in bundle.manifest.controls if control.name == "deep-hold")
@@ -238,11 +241,11 @@ def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guida
         "full, torch": torch_side.sample,
         f"DeepCache 0.1.1, interval {interval}": partial(torch_side.cached, interval=interval),
         f"T-GATE, gate {torch_gate}": partial(torch_side.gated, gate=torch_gate),
-        "full": partial(in_session, session, lossless=True),
+        "full": partial(in_session, session, full_model=True),
         f"unetc, budget {saving:.2f}": partial(in_session, session),
         "DeepCache's rule, best level and period": partial(in_session, Session.of(bundle, backend, control=deep)),
         f"T-GATE's rule as a plan, from step {gate}": partial(in_session, crossing_held),
-        f"fewer steps ({fewer})": partial(in_session, session, lossless=True, steps=fewer),
+        f"fewer steps ({fewer})": partial(in_session, session, full_model=True, steps=fewer),
     }
     times, latents = sample_all(contenders, conditions, SEED)
     images = {name: session.decode(own) for name, own in latents.items()}
@@ -266,7 +269,7 @@ def accuracy(model: PipelineModel, judge: Judge, work: Path, guidance: float) ->
     bundle = build_at(BUDGET, work, controls=False)
     session = Session.of(bundle, open_backend(bundle.manifest.target, threads=bundle.manifest.threads))
     contenders: dict[str, Contender] = {
-        "full": partial(in_session, session, lossless=True),
+        "full": partial(in_session, session, full_model=True),
         f"unetc, budget {BUDGET}": partial(in_session, session),
     }
     requests = full_requests()

@@ -29,14 +29,14 @@ from gpu_folder import FULL, PLANNED, REFRESH, Folder, open_folders
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import WEIGHTS
-from unetc.compiler.lowering import lower_graphs
-from unetc.compiler.tensorrt.messages import Request
+from unetc.compiler.graph.capture import capture
+from unetc.compiler.graph.gated import GatedGraph, open_or_build
+from unetc.compiler.graph.lowering import lower_graphs
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.tensorrt.messages import BuildRequest
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.environment import describe
-from unetc.graph.capture import capture
-from unetc.graph.gated import GatedGraph, open_or_build
-from unetc.graph.specialise import specialise
-from unetc.models import find_model
+from unetc.models.find import find_model
 from unetc.nvidia.key import Effort
 from unetc.nvidia.library import library_of
 from unetc.nvidia.sizes import Range, Sizes
@@ -136,7 +136,7 @@ def build(
 ) -> Iterator[dict[str, object]]:
     """Build engines of graphs in a folder."""
     for engine, file in files.items():
-        request = Request(
+        request = BuildRequest(
             target=TARGET,
             graph=file,
             engine="engine.plan",

@@ -40,20 +40,21 @@ from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import STEP, ModelReference, Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.cli.output import progress
-from unetc.compiler.emissions import with_emissions
+from unetc.compiler.graph.capture import capture
+from unetc.compiler.graph.gated import GatedGraph, open_or_build
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.prepare import prepare
+from unetc.compiler.scheduler import extract_all, make_scheduler
 from unetc.device import HOST
 from unetc.environment import cores
-from unetc.graph.capture import capture
-from unetc.graph.gated import GatedGraph, open_or_build
-from unetc.graph.specialise import specialise
-from unetc.models import Model, find_model
+from unetc.models.find import find_model
+from unetc.models.model import Model
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.backend import Memory, open_backend
+from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.runtime.session import Session
-from unetc.solver.extract import extract_all, make_scheduler
-from unetc.solver.table import SolverTables
+from unetc.sampler.table import SchedulerTables
 from unetc.timing import interleaved_ms
-from unetc.workflow.prepare import prepare
 
 HERE = Path(__file__).parent
 TIMESTEP = 500.0
@@ -70,7 +71,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from unetc.backend import SerialisedGraph
-from unetc.runtime.backend import Memory, open_backend
+from unetc.runtime.backends.registry import Memory, open_backend
 
 memory, threads, weights, shape, *graphs = sys.argv[1:]
 backend = open_backend("onnxruntime:cpu", threads=int(threads), memory=Memory(memory))
@@ -204,7 +205,7 @@ def plan_of(model: ModelReference, engines: tuple[Assignment, ...], cycle: tuple
 
 
 def overhead(
-    engines: Engines, model: Model, solver: SolverTables, steps: int, rounds: int, on_progress: OnProgress
+    engines: Engines, model: Model, scheduler: SchedulerTables, steps: int, rounds: int, on_progress: OnProgress
 ) -> list[dict[str, object]]:
     """Compare the wall time of sampling with the time inside of the engines."""
     components = engines.gated.components
@@ -226,7 +227,7 @@ def overhead(
             plan=plan,
             full=programs[0],
             programs=programs,
-            solver=solver,
+            scheduler=scheduler,
             sample_shape=model.sample_shape,
             steps=steps,
         )
@@ -341,14 +342,14 @@ def main() -> None:
     options = parser.parse_args()
     threads = cores()
     model = find_model("digits")
-    solver = extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [options.steps])
+    scheduler = extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [options.steps])
     with progress() as on_progress:
         gated = prepare(model, options.work, on_progress).gated
         backend = open_backend("onnxruntime:cpu", threads=threads)
         engines = Engines(gated, backend, model.sample_shape, options.batch)
         assignments = assignments_of(gated, options.seed)
         figures, table = additivity_and_emission(engines, assignments, options.rounds, on_progress)
-        figures += overhead(engines, model, solver, options.steps, max(1, options.rounds // 4), on_progress)
+        figures += overhead(engines, model, scheduler, options.steps, max(1, options.rounds // 4), on_progress)
         figures += switching(engines, SWITCHES_PER_ROUND * options.rounds, on_progress)
         figures += memory("digits", engines, assignments, threads, options.work, on_progress)
         large = Engines(large_model(options.work), backend, (3, 32, 32), 1)

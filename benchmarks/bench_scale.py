@@ -32,7 +32,7 @@ def write_pipeline(config: dict[str, Any], folder: Path) -> int:
     import onnx_ir as ir
     import torch
 
-    from unetc.graph.weights import write_tensors
+    from unetc.compiler.graph.weights import write_tensors
 
     diffusers: Any = untyped_diffusers
     with torch.device("meta"):
@@ -61,10 +61,10 @@ def write_pipeline(config: dict[str, Any], folder: Path) -> int:
 
 def measure(folder: Path) -> dict[str, object]:
     """Load, capture and export; report seconds, sizes and the peak of memory after each."""
+    from unetc.compiler.graph.capture import capture
+    from unetc.compiler.graph.gated import GatedGraph
     from unetc.environment import peak_memory
-    from unetc.graph.capture import capture
-    from unetc.graph.gated import GatedGraph
-    from unetc.models import find_model
+    from unetc.models.find import find_model
 
     measured: dict[str, object] = {"libraries: peak MiB": peak_memory() / MIB}
     start = time.perf_counter()

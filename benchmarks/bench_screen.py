@@ -22,11 +22,12 @@ import numpy as np
 from result_file import write
 from scipy import stats
 
-from unetc.analyzer.ablation import Kind
+from unetc.analyzer.ablation import PeriodicTreatment
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.profile import Effect, Profile, Treatment
 from unetc.cli.output import progress
-from unetc.workflow.setup import analyze_model
+from unetc.models.find import find_model
 
 HERE = Path(__file__).parent
 DECISIVE_SHARE = 0.25
@@ -46,7 +47,7 @@ def ranked_by_price(profile: Profile) -> list[list[Entry]]:
     prices: list[dict[Entry, float]] = [{} for _ in profile.bins]
     for entry, effect in entries_of(profile).items():
         component, treatment, period, b = entry
-        share = saved[component] * Kind(treatment=treatment, period=period).share
+        share = saved[component] * PeriodicTreatment(treatment=treatment, period=period).share
         if share > 0:
             prices[b][entry] = effect.relative_l2.mean / share
     return [sorted(own, key=own.__getitem__) for own in prices]
@@ -129,10 +130,11 @@ def main() -> None:
     sizes = {name: getattr(options, name) for name in ("steps", "samples", "bins", "seed", "rounds")}
     two_tier = AnalysisOptions(**sizes)
     assert two_tier.decisive is not None
+    model = find_model("digits")
     with progress() as on_progress:
-        tiers = analyze_model("digits", two_tier, cache=options.work, on_progress=on_progress)
+        tiers = analyze_model(model, two_tier, cache=options.work, on_progress=on_progress)
         brute = analyze_model(
-            "digits", AnalysisOptions(**sizes, decisive=None), cache=options.work, on_progress=on_progress
+            model, AnalysisOptions(**sizes, decisive=None), cache=options.work, on_progress=on_progress
         )
     measured = {
         "settings": {"model": "digits", **sizes, "decisive": two_tier.decisive, "threads": two_tier.threads},

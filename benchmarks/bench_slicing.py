@@ -22,12 +22,12 @@ from safetensors.numpy import save
 
 from unetc.artifacts.profile import Component, Treatment
 from unetc.backend import SerialisedGraph
+from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.compiler.graph.gate import DOMAIN
+from unetc.compiler.graph.gated import OPSET, GatedGraph, serialise
+from unetc.compiler.graph.specialise import specialise
 from unetc.environment import describe
-from unetc.graph.denoisers import SAMPLE
-from unetc.graph.gate import DOMAIN
-from unetc.graph.gated import OPSET, GatedGraph, serialise
-from unetc.graph.specialise import specialise
-from unetc.runtime.backend import Memory, open_backend
+from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.timing import interleaved_ms
 
 HERE = Path(__file__).parent

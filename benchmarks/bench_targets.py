@@ -25,21 +25,22 @@ from result_file import write
 
 from unetc.artifacts.profile import Treatment
 from unetc.cli.output import progress
-from unetc.compiler.emissions import with_emissions
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.prepare import Prepared, prepare
+from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.tensorrt.on_demand import take_any_graph
 from unetc.conditions import UNCONDITIONAL
 from unetc.device import Array
 from unetc.environment import cores
 from unetc.errors import UnetcError
-from unetc.graph.specialise import specialise
-from unetc.held import Held
-from unetc.models import find_model
+from unetc.models.find import find_model
 from unetc.progress import Progress, ignore
-from unetc.runtime.backend import OFFERED, open_backend
+from unetc.runtime.backends.registry import OFFERED, open_backend
+from unetc.runtime.branch_cache import Held
 from unetc.runtime.session import Session
-from unetc.solver.extract import extract_all, make_scheduler
 from unetc.timing import interleaved_ms
-from unetc.workflow.measuring import Calls, take_any_graph
-from unetc.workflow.prepare import Prepared, prepare
 
 HERE = Path(__file__).parent
 ENGINES = ("full", "dropped", "held")
@@ -53,7 +54,7 @@ class Target:
         model, gated = prepared.model, prepared.gated
         level = next(component.name for component in gated.components if component.kind == "level")
         chosen = with_emissions([{}, {level: Treatment.DROP}, {level: Treatment.HOLD}], gated.components)
-        calls = Calls.of(model.sample_shape, batch, batch, UNCONDITIONAL)
+        calls = MeasuredCalls.of(model.sample_shape, batch, batch, UNCONDITIONAL)
         backend = take_any_graph(name, open_backend(name, threads=threads), calls, frozenset, ignore)
         device = backend.device
         loader = backend.open_weights(gated.weights.read_bytes())
@@ -76,7 +77,7 @@ class Target:
             plan=plan_of(model.reference, chosen, (0, 2)),
             full=self._programs[0],
             programs=self._programs,
-            solver=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
+            scheduler=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
             sample_shape=model.sample_shape,
             steps=steps,
             device=device,

@@ -58,8 +58,8 @@ from gpu_sampling import DAMAGE_SAMPLES, sampling
 from unetc.artifacts.record import write_atomically
 from unetc.environment import describe
 from unetc.errors import ArtifactError, MissingDependency, UnetcError
-from unetc.runtime.backend import open_backend
 from unetc.runtime.backends import cuda_graph
+from unetc.runtime.backends.registry import open_backend
 
 RESULT = "gpu.json"
 TARGET = "torch:cuda"

@@ -12,14 +12,15 @@ from gpu_folder import PLANNED, REFRESH, Folder
 import unetc
 from unetc.artifacts.plan import Plan, Prediction
 from unetc.backend import Loader, Program
-from unetc.compiler.schedule import phases_of
+from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.planner.schedule import phases_of
+from unetc.compiler.tensorrt.on_demand import take_any_graph
 from unetc.device import Device, Tensor
 from unetc.errors import PlanError
-from unetc.held import Held
 from unetc.progress import ignore
-from unetc.runtime.backend import open_backend
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.branch_cache import Held
 from unetc.runtime.session import Session
-from unetc.workflow.measuring import Calls, take_any_graph
 
 TIMESTEPS = (550.0, 525.0, 500.0)
 """Those at which held tensors were computed, and that of the timed calls."""
@@ -43,7 +44,7 @@ class Loaded:
         self.folder = folder
         self.target = target
         self.most = most
-        calls = Calls.of(folder.model.sample_shape, 1, most, folder.conditions())
+        calls = MeasuredCalls.of(folder.model.sample_shape, 1, most, folder.conditions())
         backend = open_backend(target, threads=threads)
         self._backend = take_any_graph(target, backend, calls, frozenset, ignore)
         self.device: Device = self._backend.device
@@ -97,7 +98,7 @@ class Loaded:
             plan=plan,
             full=full,
             programs=programs,
-            solver=self.folder.solver(),
+            scheduler=self.folder.scheduler(),
             sample_shape=model.sample_shape,
             steps=model.steps,
             predicted_channels=model.predicted_channels,

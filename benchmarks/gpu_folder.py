@@ -22,18 +22,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from unetc.artifacts.manifest import SOLVER_ROWS, FileRecord
+from unetc.artifacts.manifest import SCHEDULER_ROWS, FileRecord
 from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import ModelReference
 from unetc.artifacts.record import Artifact, Record, read_bounded, require
 from unetc.backend import SerialisedGraph
 from unetc.conditions import Conditions
 from unetc.errors import ArtifactError, CorruptArtifactError
-from unetc.solver.table import SolverHeader, SolverTable, SolverTables
+from unetc.sampler.table import SchedulerHeader, SchedulerTable, SchedulerTables
 
 RECORD = "prepared.json"
 HEADER, CONTENTS = "weights.header", "weights.safetensors"
-SOLVER, CONDITIONS = "solver.safetensors", "conditions.safetensors"
+SOLVER, CONDITIONS = "scheduler.safetensors", "conditions.safetensors"
 
 FULL, REFRESH, OUTER, FORECAST, INNER, DROP = "full", "refresh", "hold outer", "forecast outer", "hold inner", "drop"
 """Engines of every model. Outer is the level that joins last: all but the blocks of the finest resolution, which is
@@ -76,7 +76,7 @@ class PreparedModel(Artifact, frozen=True, kw_only=True):
     guidance_scale: float
     """1 if there is no guidance."""
     steps: int
-    solver: SolverHeader
+    scheduler: SchedulerHeader
     engines: tuple[Engine, ...]
     files: tuple[FileRecord, ...]
 
@@ -126,14 +126,16 @@ class Folder:
         own = self._engines[engine]
         return SerialisedGraph(graph=self.read(own.graph), weights=frozenset(own.reads))
 
-    def solver(self) -> SolverTables:
-        """Read the solver."""
-        return SolverTables.from_array(self.model.solver, safetensors.numpy.load(self.read(SOLVER))[SOLVER_ROWS])
+    def scheduler(self) -> SchedulerTables:
+        """Read the scheduler."""
+        return SchedulerTables.from_array(
+            self.model.scheduler, safetensors.numpy.load(self.read(SOLVER))[SCHEDULER_ROWS]
+        )
 
     @property
-    def table(self) -> SolverTable:
-        """The solver at the model's number of steps."""
-        return self.solver().table(self.model.steps)
+    def table(self) -> SchedulerTable:
+        """The scheduler at the model's number of steps."""
+        return self.scheduler().table(self.model.steps)
 
     def conditions(self) -> Conditions:
         """Read what samples are conditioned on, or draw it."""

@@ -50,22 +50,22 @@ from gpu_folder import (
 from torch import nn
 
 import unetc
-from unetc.artifacts.manifest import SOLVER_ROWS, FileRecord
+from unetc.artifacts.manifest import SCHEDULER_ROWS, FileRecord
 from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import Component, ModelReference, Treatment
 from unetc.backend import WEIGHTS
-from unetc.compiler.emissions import with_emissions
-from unetc.compiler.lowering import lower_graphs
+from unetc.compiler.graph.capture import capture
+from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP, denoiser_of
+from unetc.compiler.graph.gated import GatedGraph, open_or_build
+from unetc.compiler.graph.lowering import lower_graphs
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.scheduler import extract_all, make_scheduler
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.graph.capture import capture
-from unetc.graph.denoisers import CONTEXT, SAMPLE, TIMESTEP, denoiser_of
-from unetc.graph.gated import GatedGraph, open_or_build
-from unetc.graph.specialise import specialise
-from unetc.models import find_model
+from unetc.models.find import find_model
 from unetc.models.glide import VARIANTS
 from unetc.precision import Precision
-from unetc.solver.extract import extract_all, make_scheduler
-from unetc.solver.table import SolverTables
+from unetc.sampler.table import SchedulerTables
 
 diffusers: Any = untyped_diffusers
 
@@ -98,7 +98,7 @@ class Source:
     sample_shape: tuple[int, int, int]
     rows: Mapping[str, tuple[int, ...]]
     conditions: Conditions
-    solver: SolverTables
+    scheduler: SchedulerTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +189,7 @@ def random_source(name: str, shape: Shape, precision: Precision, steps: int, wor
         sample_shape=(shape.config["in_channels"], size, size),
         rows=rows,
         conditions=UNCONDITIONAL,
-        solver=extract_all(make_scheduler("ddim", shape.schedule), "ddim", [steps]),
+        scheduler=extract_all(make_scheduler("ddim", shape.schedule), "ddim", [steps]),
     )
 
 
@@ -206,7 +206,7 @@ def trained_source(name: str, steps: int, work: Path) -> Source:
         sample_shape=model.sample_shape,
         rows={},
         conditions=model.encode(prompts, model.guidance_scale),
-        solver=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
+        scheduler=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
     )
 
 
@@ -236,8 +236,8 @@ def write(source: Source, folder: Path) -> PreparedModel:
     weights = write_graphs(source, chosen, graphs, folder)
     (folder / HEADER).write_bytes(header_of(weights))
     (folder / CONTENTS).write_bytes(contents_of(weights, source.carried))
-    header, rows = source.solver.to_array()
-    (folder / SOLVER).write_bytes(safetensors.numpy.save({SOLVER_ROWS: rows}))
+    header, rows = source.scheduler.to_array()
+    (folder / SOLVER).write_bytes(safetensors.numpy.save({SCHEDULER_ROWS: rows}))
     if source.conditions.own:
         arrays = {name: np.ascontiguousarray(array) for name, array in source.conditions.to_arrays().items()}
         (folder / CONDITIONS).write_bytes(safetensors.numpy.save(arrays))
@@ -251,8 +251,8 @@ def write(source: Source, folder: Path) -> PreparedModel:
         predicted_channels=source.gated.predicted_channels,
         rows=dict(source.rows),
         guidance_scale=source.conditions.scale,
-        steps=source.solver.counts[0],
-        solver=header,
+        steps=source.scheduler.counts[0],
+        scheduler=header,
         engines=tuple(
             Engine(name=name, graph=graphs[name], reads=external(folder / graphs[name]), assignment=assignment)
             for name, assignment in chosen.items()

@@ -17,7 +17,7 @@ from rounds import spread
 
 from unetc.device import Device, Tensor
 from unetc.errors import NonFiniteError
-from unetc.runtime.loop import Fusing, Loop, Start
+from unetc.runtime.loop import FusedLoopDevice, Loop, Start
 from unetc.runtime.session import Session
 
 BUDGETS = (0.27, 0.5)
@@ -59,7 +59,7 @@ class Trusting(Unfused):
 
     def fused_loop(self, start: Start) -> Loop | None:
         """Begin a loop of the device that takes it so too."""
-        loop: Any = self._device.fused_loop(start) if isinstance(self._device, Fusing) else None
+        loop: Any = self._device.fused_loop(start) if isinstance(self._device, FusedLoopDevice) else None
         if loop is not None:
             loop.is_finite = lambda step: True
         return cast(Loop | None, loop)
@@ -130,25 +130,25 @@ class Ways:
 
     def full(self, device: Device) -> Way:
         """Sample with the full model; what the loop asks of a device goes to the one given."""
-        return self._way((0,) * self._loaded.folder.model.steps, device, lossless=True)
+        return self._way((0,) * self._loaded.folder.model.steps, device, full_model=True)
 
     def plan(self, schedule: Sequence[int]) -> Way:
         """Sample by a plan."""
-        return self._way(schedule, self._loaded.device, lossless=False)
+        return self._way(schedule, self._loaded.device, full_model=False)
 
-    def _way(self, schedule: Sequence[int], device: Device, *, lossless: bool) -> Way:
+    def _way(self, schedule: Sequence[int], device: Device, *, full_model: bool) -> Way:
         session = self._loaded.session(self._loaded.plan(schedule), device, self._programs, self._full)
-        return Way(session, (self._full, *self._programs), lossless=lossless)
+        return Way(session, (self._full, *self._programs), full_model=full_model)
 
 
 class Way:
     """One way of sampling."""
 
-    def __init__(self, session: Session, programs: Sequence[Timed], *, lossless: bool) -> None:
+    def __init__(self, session: Session, programs: Sequence[Timed], *, full_model: bool) -> None:
         """Sample with a session; the programs are all that it may call."""
         self._session = session
         self._programs = programs
-        self._lossless = lossless
+        self._full_model = full_model
 
     def sample(self, seed: int, batch: int = 1) -> NDArray[np.float32]:
         """Sample.
@@ -156,8 +156,8 @@ class Way:
         Raises:
             NonFiniteError: If the full model had to take the turn of an engine, so that the plan was not followed.
         """
-        sampled = self._session.sample(batch, seed=seed, lossless=self._lossless, latents=True)
-        if self._session.replays:
+        sampled = self._session.sample(batch, seed=seed, full_model=self._full_model, latents=True)
+        if self._session.non_finite_steps:
             raise NonFiniteError("an engine gave NaN or infinity, so what was timed is not the plan.")
         return sampled
 

@@ -7,11 +7,10 @@ E. Alpaydin and C. Kaynak, CC BY 4.0). Nothing is downloaded.
 from __future__ import annotations
 
 import torch
+from digit_classifier import DigitClassifier
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
-
-from unetc.analyzer.metrics.classifier import DigitClassifier
 
 
 def scans() -> tuple[Tensor, Tensor]:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from captioned_digits import CAPTION_FORMS, DIGITS, GROUNDS, PENS, SLANTS, Ruler, caption
 from diffusers import StableDiffusionPipeline
+from digit_classifier import DigitClassifier
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from unetc.analyzer.metrics.classifier import DigitClassifier
 
 ATTRIBUTES = {"slant": SLANTS, "pen": PENS, "ground": GROUNDS}
 STEPS = 50

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from digit_classifier import DigitClassifier, frechet_distance
 from handwritten_digits import accuracy, divided, fit_classifier, real_digits, shifted
 from model_card import machine, write_card
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 from training import Training, warmed_up
-
-from unetc.analyzer.metrics.classifier import DigitClassifier, frechet_distance
 
 MODEL = Path(__file__).parents[1] / "src/unetc/models/digits"
 BATCH = 64

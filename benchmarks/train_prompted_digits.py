@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from captioned_digits import DIGITS, GROUNDS, PENS, PICTURES, SLANTS, Pictures, Ruler, draw, new_ruler
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from digit_classifier import DigitClassifier
 from handwritten_digits import accuracy, divided, fit_classifier, scans
 from model_card import machine, write_card
 from prompt_following import STEPS, Request, followed, full_requests, left_open, sample, save_gallery
@@ -28,8 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from training import Training, annealed
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from unetc.analyzer.metrics.classifier import DigitClassifier
 
 Figures = dict[str, object]
 

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Bin, Profile
 from unetc.backend import SerialisedGraph
+from unetc.compiler.graph.gated import GatedGraph
+from unetc.compiler.graph.specialise import specialise
 from unetc.errors import PlanError
-from unetc.graph.gated import GatedGraph
-from unetc.graph.specialise import specialise
 
 
 def compile_full(gated: GatedGraph) -> SerialisedGraph:

@@ -12,14 +12,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from unetc.artifacts.manifest import DIGEST, MANIFEST, SOLVER_ROWS, BundleEngine, Manifest, digest_of
+from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, Manifest, digest_of
 from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.controlnet import controlnet_inputs
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
 from unetc.precision import Precision
-from unetc.residuals import residuals_of
-from unetc.solver.table import SolverTables
+from unetc.sampler.table import SchedulerTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Bundle:
     """The weights file, which all graphs read."""
     tensors: frozenset[str]
     """Names of what is in the weights file."""
-    solver: SolverTables
+    scheduler: SchedulerTables
     conditions: Conditions
     """Of the prompts in the manifest; `UNCONDITIONAL` if there are none."""
     profile: bytes
@@ -82,7 +82,9 @@ class Bundle:
         }
         try:
             tensors = frozenset(load(contents[manifest.weights]))
-            solver = SolverTables.from_array(manifest.solver, load(contents[manifest.solver_file])[SOLVER_ROWS])
+            scheduler = SchedulerTables.from_array(
+                manifest.scheduler, load(contents[manifest.scheduler_file])[SCHEDULER_ROWS]
+            )
             conditions = _conditions(manifest, contents)
         except (SafetensorError, SessionError, ShapeMismatch, ValueError, KeyError) as error:
             raise CorruptArtifactError(f"{path} holds what unetc does not write: {error}") from error
@@ -92,7 +94,7 @@ class Bundle:
             graphs={path: contents[path] for path in manifest.graphs()},
             weights=contents[manifest.weights],
             tensors=tensors,
-            solver=solver,
+            scheduler=scheduler,
             conditions=conditions,
             profile=contents[manifest.profile],
         )
@@ -103,7 +105,7 @@ def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions
         return UNCONDITIONAL
     arrays, scale = load(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale
     return Conditions.from_arrays(
-        arrays, scale, residuals_of(manifest.denoiser_config) if manifest.model.controlnet else ()
+        arrays, scale, controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
     )
 
 

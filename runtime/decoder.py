@@ -7,7 +7,7 @@ from safetensors.numpy import save
 
 from unetc.backend import Array, Backend, SerialisedGraph
 
-from .residency import tried
+from .engine_pool import tried
 
 _CHANNELS = 3
 

@@ -8,21 +8,22 @@ from typing import Protocol, runtime_checkable
 
 from unetc.conditions import Conditions
 from unetc.device import Array, Device, Tensor
-from unetc.solver.table import SolverTable
-from unetc.solver.trajectory import Trajectory
+from unetc.sampler.table import SchedulerTable
+
+from .trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """What a trajectory begins with, in the memory of the process."""
 
-    table: SolverTable
+    table: SchedulerTable
     noise: Array
     """Unit normal noise, [batch, channel, height, width]."""
     conditions: Conditions
     """One row per sample."""
     seed: int
-    """Of the noise that a stochastic solver adds."""
+    """Of the noise that a stochastic scheduler adds."""
     indices: Sequence[int]
     """Index of every sample within the seed."""
     predicted_channels: int
@@ -61,7 +62,7 @@ class Loop(Protocol):
 
 
 @runtime_checkable
-class Fusing(Protocol):
+class FusedLoopDevice(Protocol):
     """A device that may have a loop of its own, which does at once what others do operation by operation."""
 
     def fused_loop(self, start: Start) -> Loop | None:
@@ -71,7 +72,7 @@ class Fusing(Protocol):
 
 def begin(start: Start, device: Device) -> Loop:
     """Begin a trajectory in the best way that a device has."""
-    fused = device.fused_loop(start) if isinstance(device, Fusing) else None
+    fused = device.fused_loop(start) if isinstance(device, FusedLoopDevice) else None
     return PlainLoop(start, device) if fused is None else fused
 
 

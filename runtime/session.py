@@ -1,6 +1,6 @@
 """Sample from a bundle: one loop over the steps, switching engines by noise level.
 
-From the noise to the last sample everything stays on the backend's device: samples, the solver's history, predictions,
+From the noise to the last sample everything stays on the backend's device: samples and their history, predictions,
 conditions and what engines emit, in one stream. What comes back in each step is whether the prediction was finite.
 """
 
@@ -18,15 +18,15 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.precision import Precision
-from unetc.solver.noise import initial_noise
-from unetc.solver.table import SolverTable, SolverTables
+from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.sampler.noise import initial_noise
+from unetc.sampler.table import SchedulerTable, SchedulerTables
 
-from .backend import Memory, open_backend
 from .bundle import Bundle
 from .decoder import Decoder
+from .engine_pool import EnginePool, LoadedLater, tried
 from .loop import Loop, Start, begin
-from .request import FULL_ENGINE, Ran, Replays, Request, not_finite
-from .residency import LoadedLater, Stage, tried
+from .rollout import FULL_ENGINE, EngineCall, NonFiniteSteps, Rollout, not_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class Session:
         plan: Plan,
         full: Program,
         programs: Sequence[Program],
-        solver: SolverTables,
+        scheduler: SchedulerTables,
         sample_shape: tuple[int, int, int],
         steps: int,
         exact: Program | None = None,
@@ -72,7 +72,7 @@ class Session:
             plan: Which engine runs at which noise level.
             full: The full model.
             programs: One loaded engine per engine of the plan.
-            solver: The solver for every number of steps.
+            scheduler: The scheduler for every number of steps.
             sample_shape: [channel, height, width] of one sample.
             steps: Default number of steps.
             exact: The full model in float32; None if `full` is.
@@ -82,19 +82,19 @@ class Session:
             device: Where the programs compute.
         """
         self.plan = plan
-        self.solver = solver
+        self.scheduler = scheduler
         self.sample_shape = sample_shape
         self.steps = steps
         self.conditions = conditions
         self._predicted_channels = predicted_channels or sample_shape[0]
         self._decoder = decoder
         self._device = device
-        self._replays = Replays()
+        self._non_finite_steps = NonFiniteSteps()
         self._full = full
         self._exact = exact
         self._programs = tuple(programs)
         streamed = any(isinstance(program, LoadedLater) for program in self._programs)
-        self._stage = Stage(plan, self._programs, full, device, spare=exact) if streamed else None
+        self._pool = EnginePool(plan, self._programs, full, device, spare=exact) if streamed else None
 
     @classmethod
     def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
@@ -117,7 +117,7 @@ class Session:
             full=programs[FULL_ENGINE] if emits_nothing else later,
             programs=programs,
             exact=_exact(bundle, low.exact() if low else None),
-            solver=bundle.solver,
+            scheduler=bundle.scheduler,
             sample_shape=manifest.sample_shape,
             steps=manifest.steps,
             predicted_channels=manifest.predicted_channels,
@@ -132,13 +132,13 @@ class Session:
         return self._device
 
     @property
-    def replays(self) -> int:
+    def non_finite_steps(self) -> int:
         """Number of steps so far in which an engine gave NaN or infinity and the full model took its turn."""
-        return self._replays.count
+        return self._non_finite_steps.count
 
     def schedule(self, steps: int) -> tuple[int, ...]:
         """Tell which engine serves each step when sampling with a number of steps."""
-        return self.plan.schedule(self.solver.table(steps).log_snr.tolist())
+        return self.plan.schedule(self.scheduler.table(steps).log_snr.tolist())
 
     def sample(
         self,
@@ -149,7 +149,7 @@ class Session:
         first_index: int = 0,
         noise: Array | None = None,
         conditions: Conditions | None = None,
-        lossless: bool = False,
+        full_model: bool = False,
         latents: bool = False,
         on_step: Callable[[Step], None] | None = None,
     ) -> Array:
@@ -162,7 +162,7 @@ class Session:
             first_index: Index of the first sample within the seed.
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
             conditions: What the batch is conditioned on, one row per sample; those of the bundle when not given.
-            lossless: Run the full model at every step.
+            full_model: Run the full model at every step.
             latents: Give back what has been sampled as it is, where a decoder would make an image of it.
             on_step: Called after every step.
 
@@ -170,11 +170,11 @@ class Session:
             Samples [batch, channel, height, width], float32, in the range the model was trained on (mostly -1 to 1).
 
         Raises:
-            SessionError: If the bundle has no solver table for this number of steps.
+            SessionError: If the bundle has no scheduler table for this number of steps.
             ShapeMismatch: If the noise does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity; it takes the turn of an engine that does.
         """
-        table = self.solver.table(self.steps if steps is None else steps)
+        table = self.scheduler.table(self.steps if steps is None else steps)
         channels, height, width = self.sample_shape
         if noise is None:
             if batch < 1:
@@ -190,33 +190,33 @@ class Session:
         start = Start(
             table=table,
             noise=noise,
-            conditions=replace(conditions, residuals=self.conditions.residuals),
+            conditions=replace(conditions, controlnet=self.conditions.controlnet),
             seed=seed,
             indices=indices,
             predicted_channels=self._predicted_channels,
         )
         with self._device.stream():
-            sampled = self._denoise(start, self.request(lossless=lossless), on_step)
+            sampled = self._denoise(start, self.rollout(full_model=full_model), on_step)
         return sampled if latents else self.decode(sampled)
 
-    def request(self, *, lossless: bool = False) -> Request:
+    def rollout(self, *, full_model: bool = False) -> Rollout:
         """Begin a trajectory, of the engines or of the full model."""
-        return Request(
+        return Rollout(
             self._programs,
             self._full,
             exact=self._exact,
             predicted_channels=self._predicted_channels,
-            turns=None if lossless else Turns(self.plan),
+            turns=None if full_model else Turns(self.plan),
             device=self._device,
-            replays=self._replays,
-            stage=self._stage,
+            non_finite_steps=self._non_finite_steps,
+            pool=self._pool,
         )
 
     def decode(self, sampled: Array) -> Array:
         """Turn what has been sampled into images, [batch, channel, height, width]; they may be the same."""
         return sampled if self._decoder is None else self._decoder(sampled)
 
-    def _denoise(self, start: Start, request: Request, on_step: Callable[[Step], None] | None) -> Array:
+    def _denoise(self, start: Start, rollout: Rollout, on_step: Callable[[Step], None] | None) -> Array:
         """Make all steps.
 
         Whether a prediction was finite is asked once the next engine has been called, where the loop allows for it, so
@@ -226,14 +226,14 @@ class Session:
         late = loop.runs_ahead and on_step is None
         step, ran = 0, None
         while step < table.steps:
-            before, ran = ran, self._run(request, loop, table, step)
+            before, ran = ran, self._run(rollout, loop, table, step)
             if late and before is not None and not loop.is_finite(step - 1):
                 step -= 1
-                ran = self._make_again(request, loop, step, before)
+                ran = self._make_again(rollout, loop, step, before)
             else:
                 loop.advance(step)
                 if not (late and step < table.steps - 1) and not loop.is_finite(step):
-                    ran = self._make_again(request, loop, step, ran)
+                    ran = self._make_again(rollout, loop, step, ran)
             if on_step is not None:
                 on_step(
                     Step(
@@ -248,13 +248,13 @@ class Session:
             step += 1
         return self._device.to_array(loop.sample)
 
-    def _run(self, request: Request, loop: Loop, table: SolverTable, step: int) -> Ran:
+    def _run(self, rollout: Rollout, loop: Loop, table: SchedulerTable, step: int) -> EngineCall:
         """Call the engine of a step."""
-        return request.run(*loop.call(step), table.timesteps.item(step), table.log_snr.item(step))
+        return rollout.run(*loop.call(step), table.timesteps.item(step), table.log_snr.item(step))
 
-    def _make_again(self, request: Request, loop: Loop, step: int, failed: Ran) -> Ran:
+    def _make_again(self, rollout: Rollout, loop: Loop, step: int, failed: EngineCall) -> EngineCall:
         """Make a step with the full model."""
-        ran = request.run_again(failed, *loop.call(step))
+        ran = rollout.run_again(failed, *loop.call(step))
         loop.advance(step)
         if not loop.is_finite(step):
             raise not_finite(failed, "and the full model")

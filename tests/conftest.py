@@ -180,13 +180,15 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
     """Build a plan made by hand, so that no timing decides what is in the bundle; the controls alone are fitted."""
     import unetc
     from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.analyzer.analyze import analyze_model
     from unetc.artifacts import Assignment, Phase, Plan, Prediction, Treatment
-    from unetc.compiler.planner import PlanOptions
-    from unetc.workflow.build import BuildOptions, build
-    from unetc.workflow.setup import analyze_model
+    from unetc.compiler.build import BuildOptions, build
+    from unetc.compiler.planner.planner import PlanOptions
+    from unetc.models.find import find_model
 
     analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=2, threads=1)
-    profile = analyze_model(str(model), analysis, cache=cache)
+    found = find_model(str(model))
+    profile = analyze_model(found, analysis, cache=cache)
     noisy, clean = profile.bins
     plan = Plan(
         unetc=unetc.__version__,
@@ -208,7 +210,7 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
         phases=(Phase(low=noisy.low, high=noisy.high, cycle=(1,)), Phase(low=clean.low, high=clean.high, cycle=(2,))),
         prediction=Prediction(time_ratio=0.6, relative_l2=0.5, memory=2.0),
     )
-    options = BuildOptions(plan=PlanOptions(budget=0.3), analysis=analysis, steps=4)
-    build(str(model), folder / "bundle", options, cache=cache, profile=profile, plan=plan)
+    options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4)
+    build(found, profile, folder / "bundle", options, cache=cache, plan=plan)
     profile.save(folder / "profile.json")
     plan.save(folder / "plan.json")

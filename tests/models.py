@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from tests.plans import plan_of
 from unetc.artifacts import Phase, Treatment
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
-from unetc.compiler.emissions import with_emissions
-from unetc.graph.capture import GATES, MEANS, Capture, capture
-from unetc.graph.denoisers import SAMPLE, TIMESTEP, Input, denoiser_of
-from unetc.graph.gated import GatedGraph, open_or_build
-from unetc.graph.specialise import specialise
-from unetc.runtime.backend import open_backend
+from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
+from unetc.compiler.graph.denoisers.unet import SAMPLE, TIMESTEP, Input, denoiser_of
+from unetc.compiler.graph.gated import GatedGraph, open_or_build
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
-from unetc.solver.extract import extract_all, make_scheduler
 
 CONTEXT_WIDTH = 12
 
@@ -373,7 +373,7 @@ class Reuse:
         self.full = specialise(tiny.gated, {}, means)
         self.graphs = [specialise(tiny.gated, one.treatments, means, one.emits) for one in self.engines]
         config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
-        self.solver = extract_all(make_scheduler("ddim", config), "ddim", [7])
+        self.scheduler = extract_all(make_scheduler("ddim", config), "ddim", [7])
 
     def session(
         self,
@@ -391,7 +391,7 @@ class Reuse:
             full=full,
             programs=programs,
             exact=exact,
-            solver=self.solver,
+            scheduler=self.scheduler,
             sample_shape=self.SHAPE,
             steps=7,
             device=backend.device,

@@ -13,7 +13,7 @@ from unetc.errors import EngineBuildError
 from unetc.nvidia.library import Library, library_of, started, words
 from unetc.nvidia.sizes import Shape
 
-from .messages import STEPS, Built, Request
+from .messages import STEPS, BuildRequest, Built
 from .shapes import Dimension, resolve
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "failed_allocation", "could not find any implementation")
@@ -24,7 +24,7 @@ class OutOfMemory(EngineBuildError):
     """A build has failed for want of memory, or so it seems."""
 
 
-def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> Built:
+def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]) -> Built:
     """Parse a graph with its weights, build an engine for a range of shapes and write it.
 
     Args:
@@ -48,7 +48,7 @@ def build(request: Request, folder: Path, on_advance: Callable[[int], bool]) -> 
     _let_decompose(trt, network)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     signature = {value.name: _declared(value) for value in inputs}
-    shapes = resolve(signature, request.sizes, request.rows, request.residuals)
+    shapes = resolve(signature, request.sizes, request.rows, request.controlnet)
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, shapes))
     config.builder_optimization_level = request.effort.optimization_level

@@ -12,7 +12,7 @@ import msgspec
 from unetc.errors import UnetcError
 
 from .builder import OutOfMemory, build
-from .messages import Advance, Built, Message, Refused, Request, encode
+from .messages import Advance, BuildRequest, Built, Message, Refused, encode
 
 
 def main() -> None:
@@ -27,11 +27,11 @@ def main() -> None:
             return False
         return True
 
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=BuildRequest)
     send(_answer(request, lambda done: send(Advance(done=done))))
 
 
-def _answer(request: Request, on_advance: Callable[[int], bool]) -> Built | Refused:
+def _answer(request: BuildRequest, on_advance: Callable[[int], bool]) -> Built | Refused:
     try:
         return build(request, Path.cwd(), on_advance)
     except MemoryError:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import msgspec
 
 from unetc.artifacts.record import Record
+from unetc.controlnet import ControlNetInput
 from unetc.nvidia.key import Effort
 from unetc.nvidia.sizes import Sizes
-from unetc.residuals import Residual
 
 STEPS = 1000
 """Progress is reported in so many parts."""
 
 
-class Request(Record, frozen=True, kw_only=True):
+class BuildRequest(Record, frozen=True, kw_only=True):
     """One engine to build; paths are names in the folder that the process is started in."""
 
     target: str
@@ -28,7 +28,7 @@ class Request(Record, frozen=True, kw_only=True):
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition, by the name of its input."""
-    residuals: tuple[Residual, ...] = ()
+    controlnet: tuple[ControlNetInput, ...] = ()
     """What the graph takes of a ControlNet."""
     effort: Effort
     on_this_gpu: bool = False
@@ -67,7 +67,7 @@ class Refused(Record, frozen=True, kw_only=True, tag="refused"):
 Message = Advance | Built | Refused
 
 
-def encode(message: Message | Request) -> bytes:
+def encode(message: Message | BuildRequest) -> bytes:
     """Write a message as a line."""
     return msgspec.json.encode(message) + b"\n"
 

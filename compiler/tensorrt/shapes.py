@@ -11,9 +11,9 @@ import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
+from unetc.controlnet import ControlNetInput
 from unetc.errors import EngineBuildError
 from unetc.nvidia.sizes import MOST, SAMPLE, Shape, Sizes
-from unetc.residuals import Residual
 
 Dimension = int | str
 """A size, or arithmetic over the names of sizes."""
@@ -21,7 +21,7 @@ Signature = Mapping[str, Sequence[Dimension]]
 
 
 def resolve(
-    signature: Signature, sizes: Sizes, rows: Mapping[str, Sequence[int]], residuals: Sequence[Residual] = ()
+    signature: Signature, sizes: Sizes, rows: Mapping[str, Sequence[int]], controlnet: Sequence[ControlNetInput] = ()
 ) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Compute the least, the usual and the largest shape of every input.
 
@@ -30,13 +30,13 @@ def resolve(
         sizes: What the engine is built for.
         rows: Shape of one row of each condition; what the sample does not decide (the number of tokens) is taken from
             there.
-        residuals: What the graph takes of a ControlNet; their sizes have names of their own in it.
+        controlnet: What the graph takes of a ControlNet; their sizes have names of their own in it.
 
     Raises:
         EngineBuildError: If a shape does not follow from these, or the graph fixes a size that is asked for otherwise.
     """
     axes = zip(sizes.batch.corners(), sizes.height.corners(), sizes.width.corners(), strict=True)
-    least, usual, most = (_corner(signature, batch, height, width, rows, residuals) for batch, height, width in axes)
+    least, usual, most = (_corner(signature, batch, height, width, rows, controlnet) for batch, height, width in axes)
     return {name: (least[name], usual[name], most[name]) for name in signature}
 
 
@@ -46,7 +46,7 @@ def _corner(
     height: int,
     width: int,
     rows: Mapping[str, Sequence[int]],
-    residuals: Sequence[Residual],
+    controlnet: Sequence[ControlNetInput],
 ) -> dict[str, Shape]:
     known: dict[str, int] = {}
     if SAMPLE not in signature or len(signature[SAMPLE]) != 4:
@@ -54,7 +54,7 @@ def _corner(
     channels = signature[SAMPLE][1]
     _bind(SAMPLE, signature[SAMPLE], (batch, channels, height, width), known)
     given = {name: (batch, *row) for name, row in rows.items()}
-    given |= {one.name: one.shape(batch, height, width) for one in residuals}
+    given |= {one.name: one.shape(batch, height, width) for one in controlnet}
     for name, shape in given.items():
         if name in signature:
             _bind(name, signature[name], shape, known)

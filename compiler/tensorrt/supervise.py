@@ -20,7 +20,7 @@ from unetc.errors import EngineBuildError
 from unetc.nvidia.driver import showing
 from unetc.nvidia.key import Effort
 
-from .messages import STEPS, Advance, Built, Refused, Request, decode, encode
+from .messages import STEPS, Advance, BuildRequest, Built, Refused, decode, encode
 
 CHILD = (sys.executable, "-P", "-m", "unetc.compiler.tensorrt.child")
 """What is started; -P: nothing is imported from the folder it is started in."""
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def build_engine(
-    request: Request,
+    request: BuildRequest,
     folder: Path,
     *,
     time_limit_s: float,
@@ -138,7 +138,7 @@ def _once(deaths: Sequence[str]) -> str:
     return "; ".join(dict.fromkeys(deaths))
 
 
-def _advice(request: Request) -> str:
+def _advice(request: BuildRequest) -> str:
     if request.sizes.one_side_varies():
         return "Make both height and width a range, or neither: tensorrt_rtx 1.7 fails on some graphs otherwise."
     return "Build for smaller sizes, or where there is more memory."
@@ -153,7 +153,7 @@ def _ladder(first: Effort) -> list[Effort]:
 
 
 def _run(
-    request: Request,
+    request: BuildRequest,
     folder: Path,
     command: Sequence[str],
     time_limit_s: float,

@@ -28,7 +28,7 @@ _KEPT_GRAPHS = 4
 
 
 @runtime_checkable
-class Choosy(Protocol):
+class CaptureCheck(Protocol):
     """A module that may refuse to be captured."""
 
     def is_capturable(self) -> bool:
@@ -108,7 +108,7 @@ class Replay:
             with torch.cuda.stream(aside):
                 for _ in range(_WARMUP_CALLS):
                     module(*self._inputs)
-                if isinstance(module, Choosy) and not module.is_capturable():
+                if isinstance(module, CaptureCheck) and not module.is_capturable():
                     raise RuntimeError("its library says that it cannot be captured")
                 self._graph = torch.cuda.CUDAGraph()
                 with _capturing(self._graph, pool):

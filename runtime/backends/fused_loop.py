@@ -1,7 +1,7 @@
 """The loop on a GPU: one kernel a step, over memory that is laid out before the first one.
 
-Samples, the solver's history, what engines see and predict, and the timesteps are parts of one arena; conditions, the
-solver's coefficients and the keys of the noise are put on the device beside it. Between the first step and the last
+Samples, their history, what engines see and predict, and the timesteps are parts of one arena; conditions, the
+scheduler's coefficients and the keys of the noise are put on the device beside it. Between the first step and the last
 nothing is copied from the host, and what comes back in each step is one number that says whether all was finite.
 
 The kernel is in Triton, which torch brings where it is built for CUDA.
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from unetc.device import Device
-from unetc.solver.noise import require_words
-from unetc.solver.table import SolverTable
-from unetc.solver.trajectory import Trajectory
+from unetc.runtime.loop import PlainLoop, Start
+from unetc.runtime.trajectory import Trajectory
+from unetc.sampler.noise import require_words
+from unetc.sampler.table import SchedulerTable
 
-from ..loop import PlainLoop, Start
 from .step_kernel import BLOCK, SCALARS, make_step
 
 _ALIGNMENT = 64
@@ -175,7 +175,7 @@ def settings(start: Start) -> dict[str, object]:
     }
 
 
-def coefficients(table: SolverTable) -> NDArray[np.float32]:
+def coefficients(table: SchedulerTable) -> NDArray[np.float32]:
     """Give the numbers of every step in the order of the kernel, [step, SCALARS + 2 * window]."""
     columns: Sequence[NDArray[np.float64]] = (
         np.append(table.input_scale[1:], 1.0),

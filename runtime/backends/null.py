@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from unetc.backend import Array, Loader, Program, SerialisedGraph
 from unetc.device import HOST, Device
 
-from ..backend import Memory
+from .registry import Memory
 
 
 class NullBackend:

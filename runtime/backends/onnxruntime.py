@@ -30,7 +30,7 @@ from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
 
-from ..backend import Memory, take_inputs
+from .registry import Memory, take_inputs
 
 try:
     import onnxruntime

@@ -25,10 +25,10 @@ from unetc.backend import Array, Loader, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import Precision
+from unetc.runtime.engine_pool import StreamingLoader
 
-from ..backend import InPrecision, Memory, take_inputs
-from ..residency import StreamingLoader
 from .onnxruntime import HandingLoader, open_session, run_bound  # first: it says how to get onnxruntime
+from .registry import InPrecision, Memory, take_inputs
 
 try:
     import onnxruntime

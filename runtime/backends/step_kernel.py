@@ -1,11 +1,11 @@
-"""The kernel that makes a step of the solver, with guidance and noise, and looks whether the prediction is finite."""
+"""The kernel that makes one scheduler step, with guidance and noise, and checks that the prediction is finite."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from unetc.solver.noise import ROUNDS
+from unetc.sampler.noise import ROUNDS
 
 BLOCK = 512
 """Elements of a sample that one program makes."""
@@ -36,7 +36,7 @@ def make_step(
     NOISY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Make one block of one sample; see `unetc.solver.table.update`."""
+    """Make one block of one sample; see `unetc.sampler.table.update`."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < elements
     sample = tl.program_id(1).to(tl.int64)
@@ -104,7 +104,7 @@ def _is_finite(values):
 
 @triton.jit
 def _normal(seed, index, step, place):
-    """Draw the normal number of every element, as `unetc.solver.noise.step_noise` does."""
+    """Draw the normal number of every element, as `unetc.sampler.noise.step_noise` does."""
     block = (place // 4).to(tl.uint32)
     nothing = tl.zeros_like(block)
     low = nothing + (index & 0xFFFFFFFF).to(tl.uint32)

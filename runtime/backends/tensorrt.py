@@ -27,16 +27,16 @@ from unetc.backend import Program, SerialisedGraph
 from unetc.device import Device
 from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
-from unetc.held import COMPUTED
 from unetc.nvidia.cache import EngineCache, EngineRecord
+from unetc.nvidia.call_ranges import check_call
 from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.key import Origin
 from unetc.nvidia.library import LIBRARIES, Library, started, words
-from unetc.nvidia.profile import check_call
 from unetc.precision import Precision
+from unetc.runtime.branch_cache import COMPUTED
+from unetc.runtime.engine_pool import LoadedLater
 
-from ..backend import InPrecision, Memory
-from ..residency import LoadedLater
+from .registry import InPrecision, Memory
 
 try:
     import torch
@@ -80,7 +80,7 @@ class Engine:
         Raises:
             SessionError: If the library refuses it, in its own words.
         """
-        self._finishing: Finishing | None = None  # the first to go, as attributes go in this order
+        self._kernel_cache: KernelCache | None = None  # the first to go, as attributes go in this order
         self._trt = library.load()
         self.complaints: list[str] = []
         self._logger = library.logger(self.complaints)  # the library keeps none of these alive
@@ -100,22 +100,22 @@ class Engine:
         """The prediction first."""
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         if library.portable:
-            self._finishing = Finishing(self._trt, self._engine, kernels)
+            self._kernel_cache = KernelCache(self._trt, self._engine, kernels)
 
     def context(self) -> Any:
         """Make an execution context that is given its scratch memory."""
-        if self._finishing is None:
+        if self._kernel_cache is None:
             user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return self._engine.create_execution_context(user_managed)
-        return self._engine.create_execution_context(self._finishing.config)
+        return self._engine.create_execution_context(self._kernel_cache.config)
 
     def keep_kernels(self, shapes: Shapes) -> None:
         """Write to disk what the library has finished here, once a call has run."""
-        if self._finishing is not None:
-            self._finishing.keep(shapes)
+        if self._kernel_cache is not None:
+            self._kernel_cache.keep(shapes)
 
 
-class Finishing:
+class KernelCache:
     """How a library finishes an engine's kernels where they run: those on disk not again, and all others at once.
 
     None is replaced later, when it has been captured.

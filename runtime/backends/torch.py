@@ -23,7 +23,7 @@ from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
 
-from ..backend import InPrecision, Memory
+from .registry import InPrecision, Memory
 
 try:
     import torch

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from unetc.device import Array
 from unetc.errors import SessionError, ShapeMismatch
+from unetc.runtime.loop import Loop, PlainLoop, Start
 
-from ..backend import take_inputs
-from ..loop import Loop, PlainLoop, Start
+from .registry import take_inputs
 
 logger = logging.getLogger(__name__)
 

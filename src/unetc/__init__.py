@@ -14,10 +14,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unetc.artifacts import Manifest, Plan, Profile, Verification
-    from unetc.errors import UnetcError
     from unetc.runtime.bundle import Bundle
     from unetc.runtime.session import Session, Step, load
+
+    from .artifacts import Manifest, Plan, Profile, Verification
+    from .errors import UnetcError
 
 __version__ = "0.1.0"
 

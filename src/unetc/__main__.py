@@ -1,6 +1,6 @@
 """Run the command line: `python -m unetc`."""
 
-from unetc.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

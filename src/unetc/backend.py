@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from unetc.device import Array as Array
-from unetc.device import Device, Tensor
-from unetc.precision import Precision
+from .device import Array as Array
+from .device import Device, Tensor
+from .precision import Precision
 
 WEIGHTS = "weights.safetensors"
 """What graphs call the file that their external initializers lie in."""

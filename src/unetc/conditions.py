@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.device import HOST, Device, Tensor
-from unetc.errors import ShapeMismatch
-from unetc.residuals import Residual, zeros
+from .controlnet import ControlNetInput, zeros
+from .device import HOST, Device, Tensor
+from .errors import ShapeMismatch
 
 Values = Mapping[str, Tensor]
 """Input of the denoiser → one row per sample, [batch, ...]; arrays, until they are put on a device."""
@@ -41,7 +41,7 @@ class Conditions:
     """What to be led away from; empty when nothing is guided."""
     scale: float = 1.0
     """How far, dimensionless; 1 is no guidance."""
-    residuals: tuple[Residual, ...] = ()
+    controlnet: tuple[ControlNetInput, ...] = ()
     """What the denoiser takes of a ControlNet; zero unless `own` has it."""
     device: Device = HOST
     """Where the conditions are, and the calls that are made of them."""
@@ -110,7 +110,7 @@ class Conditions:
 
     def constant(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
         """Make those inputs that are the same at every timestep, for a batch of samples of a size."""
-        inputs = dict(zeros(self.residuals, batch * self.rows_per_sample, height, width, self.device))
+        inputs = dict(zeros(self.controlnet, batch * self.rows_per_sample, height, width, self.device))
         if not self.guided:
             return {**inputs, **self.own}
         join = self.device.concatenate
@@ -146,7 +146,7 @@ class Conditions:
         return {**self.own, **{f"{NEGATIVE}{name}": array for name, array in self.negative.items()}}
 
     @classmethod
-    def from_arrays(cls, arrays: Values, scale: float, residuals: tuple[Residual, ...] = ()) -> Conditions:
+    def from_arrays(cls, arrays: Values, scale: float, controlnet: tuple[ControlNetInput, ...] = ()) -> Conditions:
         """Read `to_arrays` back."""
         return cls(
             own={name: array for name, array in arrays.items() if not name.startswith(NEGATIVE)},
@@ -154,7 +154,7 @@ class Conditions:
                 name.removeprefix(NEGATIVE): array for name, array in arrays.items() if name.startswith(NEGATIVE)
             },
             scale=scale,
-            residuals=residuals,
+            controlnet=controlnet,
         )
 
 

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.conditions import Conditions
-from unetc.errors import MissingDependency, SessionError
-from unetc.runtime.backend import Memory
+from unetc.runtime.backends.registry import Memory
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.request import Request
+from unetc.runtime.rollout import Rollout
 from unetc.runtime.session import Session, backend_for
+
+from .conditions import Conditions
+from .errors import MissingDependency, SessionError
 
 try:
     import diffusers
@@ -44,24 +45,24 @@ class BundleUNet(nn.Module):
     """A bundle that answers what pipelines ask of a UNet; it computes in float32 on the device of the bundle's target.
 
     It follows one trajectory at a time: pipelines that sample at the same time need one each. A trajectory ends where
-    the timestep does not fall or the shape of the samples changes; the next one shares nothing with it. So a solver of
+    the timestep does not fall or the shape of the samples changes; the next one shares nothing with it. A scheduler of
     second order that asks twice at a timestep gets the second answer of engine 0. What cannot be seen is a run that
     begins at a lower timestep than the last one ended at: `reset` before it.
     """
 
-    def __init__(self, session: Session, config: Mapping[str, Any], *, lossless: bool) -> None:
+    def __init__(self, session: Session, config: Mapping[str, Any], *, full_model: bool) -> None:
         """Put a session into a module.
 
         Args:
             session: The engines.
             config: Configuration of the denoiser they were made from.
-            lossless: Run the full model at every step.
+            full_model: Run the full model at every step.
         """
         super().__init__()
         self.config: Any = FrozenDict(config)
         self._session = session
-        self._lossless = lossless
-        self._timesteps, self._log_snr = session.solver.noise_levels()
+        self._full_model = full_model
+        self._timesteps, self._log_snr = session.scheduler.noise_levels()
         if config.get("addition_embed_type") == "text_time":  # SDXL compares it with the width of its own embeddings
             width = config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -122,11 +123,11 @@ class BundleUNet(nn.Module):
         given |= self._residuals(down_block_additional_residuals, mid_block_additional_residual)
         own = {name: _to_array(value) for name, value in given.items() if value is not None}
         device = self._session.device
-        conditions = Conditions(own=own, residuals=self._session.conditions.residuals).on(device)
+        conditions = Conditions(own=own, controlnet=self._session.conditions.controlnet).on(device)
         value = _one_of(timestep)
         level = float(np.interp(value, self._timesteps, self._log_snr))
-        request = self._request_at(value, tuple(sample.shape))
-        predicted = request.predict(device.put(_to_array(sample)), value, level, conditions)
+        rollout = self._rollout_at(value, tuple(sample.shape))
+        predicted = rollout.predict(device.put(_to_array(sample)), value, level, conditions)
         prediction = torch.from_numpy(device.to_array(predicted)).to(sample)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -134,7 +135,7 @@ class BundleUNet(nn.Module):
         """Give the residuals of a ControlNet the names of the engines' inputs."""
         if down is None and middle is None:
             return {}
-        names = [one.name for one in self._session.conditions.residuals]
+        names = [one.name for one in self._session.conditions.controlnet]
         if not names:
             raise SessionError(
                 "engines cannot take down_block_additional_residuals. `unetc build --controlnet` makes some that can."
@@ -146,12 +147,12 @@ class BundleUNet(nn.Module):
             )
         return dict(zip(names, (*down, middle), strict=True))
 
-    def _request_at(self, timestep: float, shape: tuple[int, ...]) -> Request:
+    def _rollout_at(self, timestep: float, shape: tuple[int, ...]) -> Rollout:
         """Go on with the trajectory, or begin the next one."""
         if timestep >= self._last or shape != self._shape:
-            self._request = self._session.request(lossless=self._lossless)
+            self._rollout = self._session.rollout(full_model=self._full_model)
         self._last, self._shape = timestep, shape
-        return self._request
+        return self._rollout
 
 
 def load(
@@ -160,7 +161,7 @@ def load(
     target: str | None = None,
     threads: int | None = None,
     memory: Memory | str = Memory.FAST,
-    lossless: bool = False,
+    full_model: bool = False,
 ) -> BundleUNet:
     """Open a bundle as the denoiser of a pipeline.
 
@@ -168,8 +169,8 @@ def load(
         path: The bundle's folder.
         target: Where to run; the target it was built for when not given.
         threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
-        memory: "fast" or "low", see `unetc.runtime.backend.Memory`.
-        lossless: Run the full model at every step.
+        memory: "fast" or "low", see `unetc.runtime.backends.registry.Memory`.
+        full_model: Run the full model at every step.
 
     Raises:
         ArtifactError: If the bundle cannot be read or is damaged.
@@ -181,7 +182,7 @@ def load(
     session = Session.of(bundle, backend_for(manifest, target=target, threads=threads, memory=memory))
     denoiser = inspect.signature(getattr(diffusers, manifest.model.denoiser).__init__)
     defaults = {name: item.default for name, item in denoiser.parameters.items() if item.default is not item.empty}
-    return BundleUNet(session, defaults | manifest.denoiser_config, lossless=lossless)
+    return BundleUNet(session, defaults | manifest.denoiser_config, full_model=full_model)
 
 
 def _refuse(arguments: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from safetensors.numpy import save
 
-from unetc.errors import EngineBuildError
+from .errors import EngineBuildError
 
 NO_WEIGHTS = hashlib.sha256(save({})).hexdigest()
 """Hash of a weights file that has nothing in it."""

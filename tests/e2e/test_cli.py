@@ -24,8 +24,8 @@ import unetc
 from tests.command import ALONE, Result, run, run_alone
 from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
 from unetc.artifacts.pareto import Pareto
-from unetc.workflow.pareto import ParetoOptions
-from unetc.workflow.repair import RepairOptions
+from unetc.compiler.search.pareto import ParetoOptions
+from unetc.compiler.search.repair import RepairOptions
 
 COMMANDS = ("analyze", "plan", "build", "sample", "compile", "verify", "report", "inspect", "doctor", "demo")
 LIMITS = ("--budget", "0.2", "--max-engines", "2", "--max-memory", "2.5")
@@ -141,7 +141,7 @@ def test_the_fastest_plan_that_passes_is_built(
     way: Way, tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coarse = partial(ParetoOptions, budgets=2, repair=RepairOptions(evaluations=3))  # the command line has no say in it
-    monkeypatch.setattr("unetc.workflow.build.ParetoOptions", coarse)
+    monkeypatch.setattr("unetc.compiler.build.ParetoOptions", coarse)
     profile = way.folder / "profile.json"
     common = (tiny_model, "--profile", profile, "--steps", 4, "--cache", cache, "--no-controls", "-o", "fast")
     facts = run("build", *common, "--at", "relative-l2<=0.9", "--json").json
@@ -156,7 +156,7 @@ def test_the_samples_are_the_sessions(way: Way) -> None:
     facts = way.results["sample"].json
     assert facts["shape"] == [5, 1, 16, 16]
     assert facts["seconds"] > 0
-    assert facts["replays"] == 0
+    assert facts["non_finite_steps"] == 0
     with Image.open(way.folder / "samples.png") as picture:
         pixels = np.asarray(picture.convert("L"), dtype=np.int64)
     session = unetc.load(way.folder / "bundle")
@@ -281,7 +281,7 @@ def test_sampling_options_reach_the_session(tiny_bundle: Path) -> None:
 
     plain = sample()
     assert sample("--seed", 0, "--steps", 4, "--threads", 1) == plain
-    for options in (("--seed", 1), ("--steps", 20), ("--lossless",)):
+    for options in (("--seed", 1), ("--steps", 20), ("--full-model",)):
         assert sample(*options) != plain
     assert run("sample", tiny_bundle, "--memory", "low").code == 0
 

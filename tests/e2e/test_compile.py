@@ -23,26 +23,27 @@ import pytest
 from PIL import Image
 
 import unetc
-from tests import tensorrt_on_cpu
 from tests.e2e.test_cli import run
-from tests.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
+from tests.stand_ins import tensorrt_on_cpu
+from tests.stand_ins.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
 from unetc.artifacts.manifest import BundleDecoder
 from unetc.cli.summary import compiling
-from unetc.compiler.planner import PlanOptions
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle, target_of
+from unetc.compiler.tensorrt.ranges import describe_sides
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import ArtifactError, EngineBuildError, MissingDependency, SessionError, UnetcError
+from unetc.models.find import find_model
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
-from unetc.runtime.backend import Memory, open_backend
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.compile import CompileOptions, compile_bundle, target_of
-from unetc.workflow.measuring import Calls
-from unetc.workflow.setup import analyze_model
-from unetc.workflow.sizes import describe_sides
+from unetc.runtime.backends.registry import Memory, open_backend
 
 RTX = ("--target", "tensorrt-rtx")
 
@@ -57,7 +58,7 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build `digits` by a plan made by hand: one engine refreshes, one drops and holds, one forecasts and averages."""
     folder = tmp_path_factory.mktemp("digits")
     analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=1, threads=1, decisive=0)
-    profile = analyze_model("digits", analysis, cache=folder / "cache")
+    profile = analyze_model(find_model("digits"), analysis, cache=folder / "cache")
     first = {component.kind: component.name for component in reversed(profile.components)}
     other = next(c.name for c in profile.components if c.kind == "residual" and c.name != first["residual"])
     reused = (first["level"], first["residual"])
@@ -79,8 +80,8 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         prediction=Prediction(time_ratio=0.6, relative_l2=0.5, memory=2.0),
     )
-    options = BuildOptions(plan=PlanOptions(budget=0.3), analysis=analysis, steps=4, controls=False)
-    build("digits", folder / "bundle", options, cache=folder / "cache", profile=profile, plan=plan)
+    options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4, controls=False)
+    build(find_model("digits"), profile, folder / "bundle", options, cache=folder / "cache", plan=plan)
     return folder / "bundle"
 
 
@@ -98,7 +99,7 @@ def check_compile(bundle: Path, cache: Path, *options: str, fallback: bool = Fal
     assert engines[-1]["key"]["precision"] == "fp32" or not fallback
     assert all(not engine["known"] and engine["tries"] == 1 and engine["layers"] > 0 for engine in engines)
     for engine in engines:
-        assert (Path(engine["folder"]) / "engine.plan").stat().st_size == engine["engine_bytes"] > 0
+        assert (Path(engine["folder"]) / "engine.trt").stat().st_size == engine["engine_bytes"] > 0
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before, "a bundle holds no engines"
     shutil.rmtree(engines[0]["folder"])
     again = run(*arguments).json["engines"]
@@ -134,9 +135,9 @@ def test_two_that_compile_a_bundle_at_once_build_every_engine_once(
 def test_half_precision_and_other_sizes_are_other_engines(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
     cache, half = tmp_path / "cache", ("--precision", "fp16", "--jobs", "2")
     check_compile(tiny_bundle, cache, *half, "--batch", "1,2", fallback=True)
-    assert len(list((cache / "engines").glob("*/engine.plan"))) == len(graphs_of(tiny_bundle)) + 1
+    assert len(list((cache / "engines").glob("*/engine.trt"))) == len(graphs_of(tiny_bundle)) + 1
     check_compile(tiny_bundle, cache, *half, "--batch", "1,3", "--no-fallback")
-    assert len(list((cache / "engines").glob("*/engine.plan"))) == 2 * len(graphs_of(tiny_bundle)) + 1
+    assert len(list((cache / "engines").glob("*/engine.trt"))) == 2 * len(graphs_of(tiny_bundle)) + 1
     assert "full in fp32" in run("compile", tiny_bundle, *RTX, "--cache", cache, *half, "--batch", "1,2").out
 
 
@@ -258,7 +259,9 @@ def test_a_target_may_end_with_its_precision(text: str, precision: str | None, r
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> CompileOptions:
     """Let engines be compiled for the stand-in for the CPU; none can be built."""
     monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
-    monkeypatch.setattr("unetc.workflow.compile.build_engine", lambda *_, **__: pytest.fail("began to build"))
+    monkeypatch.setattr(
+        "unetc.compiler.tensorrt.compile_bundle.build_engine", lambda *_, **__: pytest.fail("began to build")
+    )
     return CompileOptions(target=NAME)
 
 
@@ -319,10 +322,10 @@ def test_an_interrupt_stops_builds_that_hang(
 ) -> None:
     source = f"import os, time; open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w'); time.sleep(300)"
     hangs = partial(build_engine, command=(sys.executable, "-S", "-c", source))
-    monkeypatch.setattr("unetc.workflow.compile.build_engine", hangs)
+    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_engine", hangs)
     monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
-    monkeypatch.setattr("unetc.workflow.compile.cores", lambda: 2)
-    monkeypatch.setattr("unetc.workflow.compile.free_memory", lambda: None)
+    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.cores", lambda: 2)
+    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.free_memory", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
@@ -353,7 +356,7 @@ def test_samples_are_drawn_in_calls_that_engines_for_the_bundles_batch_take(
         return CpuTensorRt(LIBRARY, memory, calls, EngineCache(tmp_path / "engines"))
 
     side, most = 16, Manifest.load(tiny_bundle / "manifest.json").batch
-    calls = Calls.of((1, side, side), most, most, UNCONDITIONAL)
+    calls = MeasuredCalls.of((1, side, side), most, most, UNCONDITIONAL)
     own = run("sample", tiny_bundle, "--batch", 2 * most + 1, "-o", tmp_path / "own.png")
     assert own.code == 0
     tensorrt_on_cpu.without_streams(monkeypatch)
@@ -410,11 +413,11 @@ def test_inspect_says_what_is_missing_and_what_cannot_be_run(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNETC_CACHE", str(tmp_path))
-    monkeypatch.setattr("unetc.cli.compiled.LIBRARIES", {NAME: LIBRARY})
+    monkeypatch.setattr("unetc.cli.engine_inventory.LIBRARIES", {NAME: LIBRARY})
     monkeypatch.setattr("unetc.runtime.session.open_backend", lambda *_, **__: backend)
     tensorrt_on_cpu.without_streams(monkeypatch)
     assert f"No engines of this bundle are in {tmp_path}. `unetc compile BUNDLE` builds them." in shown_of(tiny_bundle)
-    calls = Calls.of((1, 16, 16), 2, 2, UNCONDITIONAL)
+    calls = MeasuredCalls.of((1, 16, 16), 2, 2, UNCONDITIONAL)
     backend = CpuTensorRt(LIBRARY, Memory.FAST, calls, EngineCache(tmp_path / "engines"))
     assert run("sample", tiny_bundle, "-o", tmp_path / "samples.png").code == 0
     assert "the plan, all loaded" in shown_of(tiny_bundle)

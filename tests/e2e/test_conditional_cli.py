@@ -18,7 +18,7 @@ from tests.glide_twin import SHAPES, small, tokens_of, twin
 from tests.models import condition_well
 from tests.pipelines import PROMPTS, save_stable_diffusion
 from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
-from unetc.compiler.emissions import with_emissions
+from unetc.compiler.planner.emissions import with_emissions
 from unetc.models.glide import LOW_RES
 
 diffusers: Any = untyped_diffusers
@@ -70,10 +70,10 @@ def go(model: object, folder: Path, *options: object) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a reduced size, with a stand-in for OpenAI's tokenizer, which no registry has."""
-    for module in ("unetc.models.glide", "unetc.models"):
+    for module in ("unetc.models.glide", "unetc.models.find"):
         monkeypatch.setattr(f"{module}.VARIANTS", {name: small(name)})
     monkeypatch.setattr("unetc.models.glide.tokenize", tokens_of)
-    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", (4,))  # the other tables are not looked at
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))  # the other tables are not looked at
     torch.save(twin(name).state_dict(), tmp_path / "weights.pt")
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     low_res = np.random.default_rng(0).uniform(-1, 1, (4, 3, 4, 4)).astype(np.float32)
@@ -85,13 +85,13 @@ def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkey
         assert len(set(picture.convert("L").tobytes())) > 10
     session = unetc.load(tmp_path / "bundle")
     assert set(session.schedule(4)) == {0, 1}
-    planned, full = session.sample(2, seed=1), session.sample(2, seed=1, lossless=True)
+    planned, full = session.sample(2, seed=1), session.sample(2, seed=1, full_model=True)
     assert np.isfinite(planned).all()
     assert np.abs(planned - full).max() > 0
 
 
 def test_a_controlnet_is_asked_for_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", (4, 500))
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4, 500))
     go(save_stable_diffusion(tmp_path / "pipeline"), tmp_path, "--controlnet")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
     controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
@@ -109,5 +109,5 @@ def test_a_controlnet_is_asked_for_on_the_command_line(tmp_path: Path, monkeypat
         ).images
 
     expected = images()
-    controlled.unet = unetc.diffusers.load(tmp_path / "bundle", lossless=True)
+    controlled.unet = unetc.diffusers.load(tmp_path / "bundle", full_model=True)
     np.testing.assert_allclose(images(), expected, atol=1e-3)  # two runtimes, four steps and a decoder

@@ -19,21 +19,21 @@ import unetc.diffusers
 from tests.models import condition_well
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_2, save_stable_diffusion_xl
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
 from unetc.backend import Array
-from unetc.compiler.emissions import with_emissions
-from unetc.compiler.planner import PlanOptions
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle
 from unetc.diffusers import BundleUNet
 from unetc.errors import NonFiniteError, SessionError, UnetcError
-from unetc.models import find_model
-from unetc.nvidia.profile import check_call
+from unetc.models.find import find_model
+from unetc.nvidia.call_ranges import check_call
 from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.request import Request
+from unetc.runtime.rollout import Rollout
 from unetc.runtime.session import Session
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.compile import CompileOptions, compile_bundle
-from unetc.workflow.setup import analyze_model
 
 pytestmark = pytest.mark.nightly
 
@@ -65,16 +65,16 @@ ONLY_SD = pytest.mark.parametrize("folder", ["sd"], indirect=True)
         for name in SAVERS
     ],
 )
-def folder(request: pytest.FixtureRequest, shared: Path) -> Path:
+def folder(rollout: pytest.FixtureRequest, shared: Path) -> Path:
     """Save a pipeline and build a bundle of it beside it; that of Stable Diffusion takes a ControlNet."""
-    root = shared / f"diffusers-{request.param}"
+    root = shared / f"diffusers-{rollout.param}"
     with FileLock(f"{root}.lock"):  # another worker of pytest-xdist may be at it
         if not (root / "bundle").exists():
             root.mkdir()
-            SAVERS[request.param](root / "pipeline")
+            SAVERS[rollout.param](root / "pipeline")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("unetc.workflow.prepare.STEP_COUNTS", (1, 500))  # the other tables are not looked at
-                build_by_hand(root, controlnet=request.param == "sd")
+                patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (1, 500))  # the other tables are not looked at
+                build_by_hand(root, controlnet=rollout.param == "sd")
     return root / "pipeline"
 
 
@@ -90,11 +90,11 @@ def build_by_hand(root: Path, *, controlnet: bool) -> None:
         decisive=1,
         prompts=("a red square",),
         guidance_scale=SCALE,
-        controlnet=controlnet,
     )
-    profile = analyze_model(model, analysis, cache=cache)
-    options = BuildOptions(plan=PlanOptions(budget=0.0), analysis=analysis, steps=STEPS, controls=False)
-    build(model, root / "bundle", options, cache=cache, profile=profile, plan=plan_of(profile))
+    found = find_model(model, controlnet=controlnet)
+    profile = analyze_model(found, analysis, cache=cache)
+    options = BuildOptions(plan=PlanOptions(budget=0.0), steps=STEPS, controls=False)
+    build(found, profile, root / "bundle", options, cache=cache, plan=plan_of(profile))
 
 
 def plan_of(profile: Profile) -> Plan:
@@ -138,22 +138,22 @@ def planned(bundle: Path) -> BundleUNet:
 
 
 @pytest.fixture(scope="module")
-def lossless(bundle: Path) -> BundleUNet:
-    return unetc.diffusers.load(str(bundle), lossless=True)
+def full_model(bundle: Path) -> BundleUNet:
+    return unetc.diffusers.load(str(bundle), full_model=True)
 
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """List the engines that run, in their order."""
     ran: list[int] = []
-    predict = Request.predict
+    predict = Rollout.predict
 
-    def predict_and_tell(self: Request, *values: Any) -> Array:
+    def predict_and_tell(self: Rollout, *values: Any) -> Array:
         prediction = predict(self, *values)
         ran.append(self.engine)
         return prediction
 
-    monkeypatch.setattr(Request, "predict", predict_and_tell)
+    monkeypatch.setattr(Rollout, "predict", predict_and_tell)
     return ran
 
 
@@ -186,9 +186,9 @@ def images_of(pipeline: Any, **options: Any) -> Array:
 
 @pytest.mark.shows("drop-in")
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
-def test_lossless_is_the_pipeline(pipeline: Any, lossless: BundleUNet, scale: float) -> None:
+def test_lossless_is_the_pipeline(pipeline: Any, full_model: BundleUNet, scale: float) -> None:
     expected = images_of(pipeline, guidance_scale=scale)
-    with denoised_by(pipeline, lossless):
+    with denoised_by(pipeline, full_model):
         np.testing.assert_allclose(images_of(pipeline, guidance_scale=scale), expected, atol=TOLERANCE)
 
 
@@ -208,7 +208,7 @@ def test_a_plan_is_what_the_session_samples(
 @pytest.mark.shows("sample")
 def test_a_session_is_the_pipeline(folder: Path, pipeline: Any, session: Session) -> None:
     conditions = find_model(str(folder)).encode(PROMPTS, SCALE)
-    images = session.sample(noise=latents().numpy(), conditions=conditions, lossless=True)
+    images = session.sample(noise=latents().numpy(), conditions=conditions, full_model=True)
     np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), images_of(pipeline), atol=TOLERANCE)
 
 
@@ -224,7 +224,7 @@ def test_a_session_is_the_pipeline(folder: Path, pipeline: Any, session: Session
     ],
 )
 def test_schedulers_that_the_bundle_was_not_built_with(
-    pipeline: Any, planned: BundleUNet, lossless: BundleUNet, engines: list[int], scheduler: str
+    pipeline: Any, planned: BundleUNet, full_model: BundleUNet, engines: list[int], scheduler: str
 ) -> None:
     """Heun asks twice at every timestep but the first, KDPM2 between the timesteps, PNDM twice at the second."""
     own = pipeline.scheduler
@@ -236,7 +236,7 @@ def test_schedulers_that_the_bundle_was_not_built_with(
             return images_of(pipeline, latents=noise, generator=torch.Generator().manual_seed(1))
 
         expected = run()
-        with denoised_by(pipeline, lossless):
+        with denoised_by(pipeline, full_model):
             np.testing.assert_allclose(run(), expected, atol=TOLERANCE)
         engines.clear()
         with denoised_by(pipeline, planned):
@@ -253,7 +253,7 @@ def test_schedulers_that_the_bundle_was_not_built_with(
 
 
 def test_image_to_image_starts_in_the_middle(
-    pipeline: Any, session: Session, planned: BundleUNet, lossless: BundleUNet, engines: list[int]
+    pipeline: Any, session: Session, planned: BundleUNet, full_model: BundleUNet, engines: list[int]
 ) -> None:
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     converted = diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
@@ -263,13 +263,13 @@ def test_image_to_image_starts_in_the_middle(
         return images_of(converted, image=image, strength=0.5, generator=torch.Generator().manual_seed(1))
 
     expected = run()
-    with denoised_by(converted, lossless):
+    with denoised_by(converted, full_model):
         np.testing.assert_allclose(run(), expected, atol=TOLERANCE)
     engines.clear()
     with denoised_by(converted, planned):
         images = run()
         np.testing.assert_array_equal(run(), images)
-    levels = session.solver.table(STEPS).log_snr[STEPS // 2 :].tolist()
+    levels = session.scheduler.table(STEPS).log_snr[STEPS // 2 :].tolist()
     assert tuple(engines) == session.plan.schedule(levels) * 2
     assert 1 in engines
     assert np.isfinite(images).all()
@@ -291,7 +291,7 @@ def test_a_trajectory_ends_where_another_begins(pipeline: Any, planned: BundleUN
 
 @ONLY_SD
 def test_a_controlnet_adds_to_every_engine(
-    pipeline: Any, planned: BundleUNet, lossless: BundleUNet, engines: list[int]
+    pipeline: Any, planned: BundleUNet, full_model: BundleUNet, engines: list[int]
 ) -> None:
     controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
     condition_well(controlnet, seed=4)  # fresh, it adds nothing
@@ -304,7 +304,7 @@ def test_a_controlnet_adds_to_every_engine(
 
     expected = run()
     assert np.abs(expected - images_of(pipeline)).max() > 0.1
-    with denoised_by(controlled, lossless):
+    with denoised_by(controlled, full_model):
         np.testing.assert_allclose(run(), expected, atol=TOLERANCE)
     engines.clear()
     with denoised_by(controlled, planned):
@@ -385,12 +385,12 @@ def test_pipelines_find_what_they_read(pipeline: Any, planned: BundleUNet) -> No
         assert pipeline.config.unet[1] == "BundleUNet"
 
 
-def test_predictions_come_in_the_form_that_is_asked_for(planned: BundleUNet, lossless: BundleUNet) -> None:
-    inputs = inputs_of(lossless)
-    whole = lossless(**inputs).sample
-    (alone,) = lossless(**inputs, return_dict=False)
+def test_predictions_come_in_the_form_that_is_asked_for(planned: BundleUNet, full_model: BundleUNet) -> None:
+    inputs = inputs_of(full_model)
+    whole = full_model(**inputs).sample
+    (alone,) = full_model(**inputs, return_dict=False)
     torch.testing.assert_close(alone, whole, rtol=0, atol=0)
-    half = lossless(**inputs | {"sample": inputs["sample"].double(), "timestep": torch.tensor([100])}).sample
+    half = full_model(**inputs | {"sample": inputs["sample"].double(), "timestep": torch.tensor([100])}).sample
     assert half.dtype == torch.float64
     torch.testing.assert_close(half.float(), whole, rtol=0, atol=0)
 
@@ -440,7 +440,7 @@ def samples_of(pipeline: Any, steps: int) -> Array:
 @pytest.mark.shows("drop-in")
 def test_unconditional_pipelines(tiny_bundle: Path, unconditional: Any) -> None:
     own = unconditional.unet
-    full, planned = (unetc.diffusers.load(tiny_bundle, lossless=lossless) for lossless in (True, False))
+    full, planned = (unetc.diffusers.load(tiny_bundle, full_model=full_model) for full_model in (True, False))
     ddim = diffusers.DDIMScheduler.from_config(unconditional.scheduler.config)
     for kind, scheduler in (("DDPMPipeline", unconditional.scheduler), ("DDIMPipeline", ddim)):
         expected, images = (

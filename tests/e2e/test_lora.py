@@ -15,7 +15,7 @@ from tests.loras import load_unfused, save_lora
 from tests.pipelines import save_stable_diffusion
 from unetc.artifacts import Profile
 from unetc.cli import main
-from unetc.models import find_model
+from unetc.models.find import find_model
 from unetc.models.lora import Lora
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import load
@@ -83,7 +83,7 @@ def test_the_full_model_of_a_bundle_is_the_pipeline_with_its_loras(root: Path, l
     given = [Lora.parse(str(text)) for text in loras(root)[1::2]]
     conditions = find_model(str(root / "pipeline"), loras=given).encode(PROMPTS, SCALE)
     session = load(root / "bundle", threads=1)
-    images = np.clip(session.sample(noise=latents.numpy(), conditions=conditions, lossless=True), -1, 1)
+    images = np.clip(session.sample(noise=latents.numpy(), conditions=conditions, full_model=True), -1, 1)
     expected = draw(unfused(root), latents)
     np.testing.assert_allclose(images, expected, atol=IMAGE_TOLERANCE)
     plain = draw(load_unfused(root / "pipeline"), latents)
@@ -95,7 +95,7 @@ def test_the_bundle_is_the_unet_of_a_pipeline_whose_loras_are_fused(root: Path, 
     expected = draw(pipeline, latents)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    pipeline.unet = unetc.diffusers.load(root / "bundle", lossless=True)
+    pipeline.unet = unetc.diffusers.load(root / "bundle", full_model=True)
     np.testing.assert_allclose(draw(pipeline, latents), expected, atol=IMAGE_TOLERANCE)
 
 

@@ -10,14 +10,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.profile import Treatment
 from unetc.backend import SerialisedGraph
-from unetc.compiler.choices import Choices
 from unetc.compiler.engines import compile_engines
-from unetc.compiler.planner import PlanOptions, make_plan
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.planner.choices import Choices
+from unetc.compiler.planner.planner import PlanOptions, make_plan
+from unetc.compiler.search.set_up import Setup, set_up
 from unetc.errors import PlanError
-from unetc.graph.specialise import specialise
-from unetc.workflow.setup import Setup, set_up
+from unetc.models.find import find_model
 
 ANALYSIS = AnalysisOptions(steps=8, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
 ROUNDING = 1e-9
@@ -25,7 +27,8 @@ ROUNDING = 1e-9
 
 @pytest.fixture(scope="module")
 def setup(tiny_model: Path, cache: Path) -> Setup:
-    return set_up(str(tiny_model), analysis=ANALYSIS, steps=8, cache=cache)
+    model = find_model(str(tiny_model))
+    return set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=8, cache=cache)
 
 
 def share_of(setup: Setup, *graphs: SerialisedGraph) -> float:
@@ -67,11 +70,11 @@ def test_the_prediction_bounds_what_engines_hold_that_lack_several_components(se
     assert shared < 60  # the bound is mostly what is held
 
 
-@pytest.mark.parametrize("solver", ["fast", "exact"])
+@pytest.mark.parametrize("planner", ["fast", "exact"])
 @pytest.mark.parametrize("max_memory", [1.5, 2.0, 3.0])
-def test_the_engines_of_a_plan_fit_into_the_memory_asked_for(setup: Setup, max_memory: float, solver: str) -> None:
+def test_the_engines_of_a_plan_fit_into_the_memory_asked_for(setup: Setup, max_memory: float, planner: str) -> None:
     options = [
-        PlanOptions(budget=budget, max_memory=max_memory, max_engines=3, solver=solver) for budget in (0.1, 0.3, 0.5)
+        PlanOptions(budget=budget, max_memory=max_memory, max_engines=3, planner=planner) for budget in (0.1, 0.3, 0.5)
     ]
     met = 0
     for option in options:

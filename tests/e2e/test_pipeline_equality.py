@@ -16,16 +16,16 @@ import unetc
 from tests.models import condition_well
 from unetc.artifacts import Assignment, Measurement, Phase, Plan, Prediction, Profile
 from unetc.backend import Array
+from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.engines import compile_full
-from unetc.compiler.planner import PlanOptions
-from unetc.models import find_model
-from unetc.runtime.backend import open_backend
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.prepare import prepare
+from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.models.find import find_model
+from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
-from unetc.solver.extract import extract_all, make_scheduler
-from unetc.solver.noise import initial_noise, step_noise
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.prepare import prepare
-from unetc.workflow.workbench import Candidate, Workbench
+from unetc.sampler.noise import initial_noise, step_noise
 
 diffusers: Any = untyped_diffusers
 
@@ -86,7 +86,7 @@ def assert_same(samples: Array, expected: Array) -> None:
 
 
 def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: str) -> Session:
-    """Put together a session of the full model and one solver table."""
+    """Put together a session of the full model and one scheduler table."""
     prepared = prepare(find_model(name), cache)
     gated, model = prepared.gated, prepared.model
     loader = open_backend("onnxruntime:cpu", threads=1).open_weights(gated.weights.read_bytes())
@@ -101,12 +101,12 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
         phases=(Phase(low=-30.0, high=30.0, cycle=(0,)),),
         prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=2.0),
     )
-    solver = extract_all(make_scheduler(scheduler, model.scheduler_config | config), scheduler, [steps])
+    scheduler = extract_all(make_scheduler(scheduler, model.scheduler_config | config), scheduler, [steps])
     return Session(
         plan=plan,
         full=program,
         programs=[program],
-        solver=solver,
+        scheduler=scheduler,
         sample_shape=model.sample_shape,
         steps=steps,
         predicted_channels=gated.predicted_channels,
@@ -122,8 +122,8 @@ def test_lossless_sampling_is_the_ddim_pipeline(
     session = unetc.load(tiny_bundle)
     noise = initial_noise(SEED, range(BATCH), session.sample_shape)
     expected = run_ddim(str(tiny_model), steps, noise, monkeypatch)
-    assert_same(session.sample(noise=noise, steps=steps, lossless=True), expected)
-    assert_same(session.sample(BATCH, seed=SEED, steps=steps, lossless=True), expected)
+    assert_same(session.sample(noise=noise, steps=steps, full_model=True), expected)
+    assert_same(session.sample(BATCH, seed=SEED, steps=steps, full_model=True), expected)
     assert np.abs(session.sample(noise=noise, steps=steps) - expected).max() > 0.1  # what the plan removes is seen
 
 
@@ -141,7 +141,7 @@ def test_other_predictions_are_sampled_as_by_the_pipeline(
 def test_a_bundle_of_budget_zero_is_the_ddim_pipeline(
     tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unetc.workflow.prepare.STEP_COUNTS", (20,))  # the other tables are not looked at
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (20,))  # the other tables are not looked at
     measure = Workbench.measure
 
     def measure_late(bench: Workbench, candidate: Candidate, *, seed: int) -> Measurement:
@@ -151,13 +151,13 @@ def test_a_bundle_of_budget_zero_is_the_ddim_pipeline(
     monkeypatch.setattr(Workbench, "measure", measure_late)
     options = BuildOptions(plan=PlanOptions(budget=0.0), steps=20)
     profile = Profile.load(tiny_build / "profile.json")
-    manifest = build(str(tiny_model), tmp_path / "bundle", options, cache=cache, profile=profile)
+    manifest = build(find_model(str(tiny_model)), profile, tmp_path / "bundle", options, cache=cache)
     assert manifest.plan.engines == (Assignment(treatments={}),)
     assert manifest.measured.damage.relative_l2.mean == 0
     session = unetc.load(tmp_path / "bundle")
     noise = initial_noise(SEED, range(BATCH), session.sample_shape)
     samples = session.sample(noise=noise)
-    np.testing.assert_array_equal(samples, session.sample(noise=noise, lossless=True))
+    np.testing.assert_array_equal(samples, session.sample(noise=noise, full_model=True))
     assert_same(samples, run_ddim(str(tiny_model), 20, noise, monkeypatch))
 
 

@@ -13,15 +13,16 @@ import torch
 
 from tests.pipelines import save_stable_diffusion
 from unetc.analyzer.analysis import AnalysisOptions
-from unetc.compiler.planner import PlanOptions
+from unetc.analyzer.analyze import analyze_model
+from unetc.analyzer.verify import VerifyOptions, verify
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.repair import RepairOptions
 from unetc.conditions import Conditions
 from unetc.errors import CorruptArtifactError, ModelError, ShapeMismatch
-from unetc.models import find_model
+from unetc.models.find import find_model
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, load
-from unetc.workflow.build import BuildOptions, build
-from unetc.workflow.repair import RepairOptions
-from unetc.workflow.verify import VerifyOptions, verify
 
 diffusers: Any = untyped_diffusers
 
@@ -52,14 +53,14 @@ def bundle(folder: Path) -> Path:
     )
     options = BuildOptions(
         plan=PlanOptions(budget=0.2),
-        analysis=analysis,
         steps=STEPS,
         repair=RepairOptions(evaluations=0),
         controls=False,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unetc.workflow.prepare.STEP_COUNTS", (STEPS,))  # the other tables are not looked at
-        build(str(folder), path, options, cache=folder.parent / "cache")
+        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (STEPS,))  # the other tables are not looked at
+        model, cache = find_model(str(folder)), folder.parent / "cache"
+        build(model, analyze_model(model, analysis, cache=cache), path, options, cache=cache)
     return path
 
 
@@ -86,14 +87,14 @@ def test_lossless_is_the_pipeline(folder: Path, session: Session, pipeline: Any,
     ).images.numpy()
     conditions = find_model(str(folder)).encode(prompts, scale)
     assert conditions.guided == (scale > 1)
-    images = session.sample(noise=latents, conditions=conditions, lossless=True)
+    images = session.sample(noise=latents, conditions=conditions, full_model=True)
     np.testing.assert_allclose(np.clip(images, -1, 1), 2 * expected - 1, atol=IMAGE_TOLERANCE)
 
 
 def test_the_plan_is_another_image(session: Session) -> None:
     """Otherwise the tests here would compare the full model with itself."""
     assert set(session.schedule(STEPS)) != {0}
-    assert np.abs(session.sample(2) - session.sample(2, lossless=True)).max() > 0
+    assert np.abs(session.sample(2) - session.sample(2, full_model=True)).max() > 0
 
 
 def test_prompts_and_guidance_matter(folder: Path, session: Session) -> None:

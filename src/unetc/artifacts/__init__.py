@@ -1,9 +1,9 @@
 """The nouns of unetc: frozen, typed, saved as JSON. No module here imports torch, onnx or a backend."""
 
-from unetc.artifacts.manifest import BundleEngine, Control, FileRecord, Manifest, Measurement
-from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
-from unetc.artifacts.profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile, Treatment
-from unetc.artifacts.verification import ControlResult, EngineUse, Verification
+from .manifest import BundleEngine, Control, FileRecord, Manifest, Measurement
+from .plan import Assignment, Phase, Plan, Prediction
+from .profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile, Treatment
+from .verification import ControlResult, EngineUse, Verification
 
 __all__ = [
     "Assignment",

@@ -6,19 +6,20 @@ import hashlib
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
-from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Damage, ModelReference, Treatment
-from unetc.artifacts.record import Artifact, Record, require
 from unetc.precision import Precision
-from unetc.solver.table import SolverHeader
+from unetc.sampler.table import SchedulerHeader
+
+from .plan import Plan
+from .profile import Damage, ModelReference, Treatment
+from .record import Artifact, Record, require
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 """Holds the hash of the manifest, so that its own bytes are covered too."""
-SOLVER_ROWS = "rows"
-"""Name of the one array in the solver file."""
+SCHEDULER_ROWS = "rows"
+"""Name of the one array in the scheduler file."""
 
 
 def digest_of(manifest: bytes) -> bytes:
@@ -129,6 +130,8 @@ class BundleDecoder(Record, frozen=True, kw_only=True):
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
+    SCHEMA: ClassVar[int] = 4
+    schema: int = 4
     unetc: str
     model: ModelReference
     target: str
@@ -152,10 +155,10 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     weights: str
     profile: str
     """Path of the profile that the plan was made from."""
-    solver: SolverHeader
-    solver_file: str
+    scheduler: SchedulerHeader
+    scheduler_file: str
     full: BundleEngine
-    """The full model, which emits nothing: what `lossless` runs, and what all time ratios are measured against."""
+    """The full model, which emits nothing: what `full_model` runs, and what all time ratios are measured against."""
     plan: Plan
     engines: tuple[BundleEngine, ...]
     """One per engine of the plan, in its order."""
@@ -176,7 +179,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         listed = {file.path for file in self.files}
         require(len(listed) == len(self.files), "a file is listed twice")
         require(len({path.lower() for path in listed}) == len(listed), "two paths differ only in case")
-        named = {self.weights, self.profile, self.solver_file, *self.graphs()}
+        named = {self.weights, self.profile, self.scheduler_file, *self.graphs()}
         if self.conditioning is not None:
             named.add(self.conditioning.file)
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")

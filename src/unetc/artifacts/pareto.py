@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Damage, ModelReference
-from unetc.artifacts.record import Artifact, Record, finite, require
+from .plan import Plan
+from .profile import Damage, ModelReference
+from .record import Artifact, Record, finite, require
 
 
 class Point(Record, frozen=True, kw_only=True):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from unetc.artifacts.profile import ModelReference, Treatment
-from unetc.artifacts.record import Artifact, Record, finite, require
+from .profile import ModelReference, Treatment
+from .record import Artifact, Record, finite, require
 
 
 class Assignment(Record, frozen=True, kw_only=True):

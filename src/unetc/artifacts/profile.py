@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from unetc.artifacts.record import Artifact, Record, finite, require
+from .record import Artifact, Record, finite, require
 
 
 class Treatment(StrEnum):
@@ -55,7 +55,7 @@ class ModelReference(Record, frozen=True, kw_only=True):
 
 
 class Component(Record, frozen=True, kw_only=True):
-    """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the solver."""
+    """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the scheduler."""
 
     name: str
     kind: Literal["residual", "skip", "level", "step"]

@@ -25,7 +25,7 @@ class Artifact(Record, frozen=True, kw_only=True):
     """A record that is saved as a file of its own and carries the version of its layout."""
 
     SCHEMA: ClassVar[int] = 3
-    """One number for all artifacts: they refer to each other."""
+    """Layout of this kind of artifact; one whose layout changes gets a number of its own."""
     schema: int = 3
 
     def to_json(self) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from unetc.artifacts.profile import Damage, ModelReference
-from unetc.artifacts.record import Artifact, Record
+from .profile import Damage, ModelReference
+from .record import Artifact, Record
 
 
 class ControlResult(Record, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
-    from unetc.cli.app import app
+    from .app import app
 
     signal.signal(signal.SIGTERM, _end)  # which would leave temporary folders and the processes of builds behind
     try:

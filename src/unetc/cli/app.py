@@ -80,7 +80,7 @@ Components = Annotated[
     list[str] | None,
     typer.Option(help="Ablate only components like this, as 'up_blocks.*.attentions.*'; repeatable (default: all)."),
 ]
-Solver = Annotated[str, typer.Option(help="fast, or exact: an integer program, some hundred times slower.")]
+Planner = Annotated[str, typer.Option(help="fast, or exact: an integer program, some hundred times slower.")]
 Prompts = Annotated[
     Path | None,
     typer.Option(help="Prompts to measure on, one a line; the last quarter is kept for verify (default: the model's)."),
@@ -130,25 +130,24 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Measure damage and cost of every component at every noise level. Interrupted, the same command continues."""
+    from unetc.analyzer.analyze import analyze_model
     from unetc.artifacts.record import check_writable
-    from unetc.cli import summary
-    from unetc.cli.output import OUT, print_json, progress
-    from unetc.workflow.setup import analyze_model
+    from unetc.models.find import find_model
+
+    from . import summary
+    from .output import OUT, print_json, progress
 
     check_writable(output)
     if exhaustive and screen_only:
         raise typer.BadParameter("--exhaustive carries all ablations to the final output, --screen-only none.")
     scheduler, steps = _sampling(model, scheduler, steps)
-    options = _analysis(
-        scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
-    )
+    options = _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
     options = replace(options, components=tuple(components or ()), time_limit_s=time_limit or math.inf)
     if exhaustive or screen_only:
         options = replace(options, decisive=None if exhaustive else 0)
     with progress() as on_progress:
-        profile = analyze_model(
-            model, options, weights=weights, loras=_loras(lora), cache=_cache(cache), on_progress=on_progress
-        )
+        found = find_model(model, weights, loras=_loras(lora), controlnet=controlnet)
+        profile = analyze_model(found, options, cache=_cache(cache), on_progress=on_progress)
     profile.save(output)
     if as_json:
         print_json(summary.profile_facts(profile, output))
@@ -163,17 +162,18 @@ def plan(
     budget: Budget = 0.27,
     max_engines: MaxEngines = 4,
     max_memory: MaxMemory = None,
-    solver: Solver = "fast",
+    planner: Planner = "fast",
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan to write.")] = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
     """Choose what to remove or reuse at which noise level. Pure: the same profile and options give the same bytes."""
     from unetc.artifacts.profile import Profile
-    from unetc.cli import summary
-    from unetc.cli.output import OUT, print_json
-    from unetc.compiler.planner import PlanOptions, make_plan
+    from unetc.compiler.planner.planner import PlanOptions, make_plan
 
-    options = PlanOptions(budget=budget, max_engines=max_engines, max_memory=max_memory, solver=solver)
+    from . import summary
+    from .output import OUT, print_json
+
+    options = PlanOptions(budget=budget, max_engines=max_engines, max_memory=max_memory, planner=planner)
     made = make_plan(Profile.load(profile), options)
     made.save(output)
     if as_json:
@@ -221,30 +221,32 @@ def build(
 ) -> None:
     """Build a bundle that saves the budget in measured time, running what is missing, analysis included."""
     from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.analyzer.analyze import analyze_model
     from unetc.artifacts.plan import Plan
     from unetc.artifacts.profile import Profile
-    from unetc.cli import summary
-    from unetc.cli.output import ERR, OUT, print_json, progress
-    from unetc.compiler.planner import PlanOptions
-    from unetc.workflow.build import BuildOptions
-    from unetc.workflow.build import build as build_bundle
-    from unetc.workflow.gate import QualityGate
-    from unetc.workflow.repair import RepairOptions
+    from unetc.compiler.build import BuildOptions
+    from unetc.compiler.build import build as build_bundle
+    from unetc.compiler.planner.planner import PlanOptions
+    from unetc.compiler.search.quality_gate import QualityGate
+    from unetc.compiler.search.repair import RepairOptions
+    from unetc.compiler.store import check_destination
+    from unetc.models.find import find_model
+
+    from . import summary
+    from .output import ERR, OUT, print_json, progress
 
     if at is not None and plan is not None:
         raise typer.BadParameter("--at chooses a plan itself; give one of --at and --plan.")
     scheduler, steps = _sampling(model, scheduler, steps)
+    analysis = (
+        AnalysisOptions()  # not used, so the numbers need not fit each other
+        if profile
+        else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
+    )
     options = BuildOptions(
         plan=PlanOptions(budget=budget, max_engines=max_engines, max_memory=max_memory),
-        analysis=(
-            AnalysisOptions()  # not used, so the numbers need not fit each other
-            if profile
-            else _analysis(
-                scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
-            )
-        ),
         steps=steps,
-        gate=QualityGate.parse(quality_gate) if quality_gate else None,
+        quality_gate=QualityGate.parse(quality_gate) if quality_gate else None,
         at=QualityGate.parse(at) if at else None,
         repair=RepairOptions(evaluations=repair),
         controls=controls,
@@ -252,17 +254,12 @@ def build(
     known = Profile.load(profile) if profile else None
     given = Plan.load(plan) if plan else None
     with progress() as on_progress:
-        manifest = build_bundle(
-            model,
-            output,
-            options,
-            weights=weights,
-            loras=_loras(lora),
-            cache=_cache(cache),
-            profile=known,
-            plan=given,
-            on_progress=on_progress,
+        check_destination(output)
+        found = find_model(
+            model, weights, loras=_loras(lora), controlnet=known.model.controlnet if known else controlnet
         )
+        known = known or analyze_model(found, analysis, cache=_cache(cache), on_progress=on_progress)
+        manifest = build_bundle(found, known, output, options, cache=_cache(cache), plan=given, on_progress=on_progress)
     for note in manifest.notes:
         ERR.print(note, soft_wrap=True)
     if as_json:
@@ -302,13 +299,16 @@ def pareto(
 ) -> None:
     """Measure the least damage at any time: plan, repair and sample at many budgets; all that was sampled is kept."""
     from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.analyzer.analyze import analyze_model
     from unetc.artifacts.profile import Profile
     from unetc.artifacts.record import check_writable, write_atomically
-    from unetc.cli import summary
-    from unetc.cli.output import OUT, print_json, progress
+    from unetc.compiler.search.pareto import ParetoOptions
+    from unetc.compiler.search.pareto import pareto as measure
+    from unetc.models.find import find_model
     from unetc.report.curve import draw
-    from unetc.workflow.pareto import ParetoOptions
-    from unetc.workflow.pareto import pareto as measure
+
+    from . import summary
+    from .output import OUT, print_json, progress
 
     picture = output.with_suffix(".svg")
     check_writable(output)
@@ -318,23 +318,15 @@ def pareto(
     analysis = (
         AnalysisOptions()
         if known
-        else _analysis(
-            scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale, controlnet
-        )
+        else _analysis(scheduler, steps, samples, bins, seed, target, threads, batch, prompts, guidance_scale)
     )
-    options = ParetoOptions(
-        budgets=budgets, steps=steps, max_engines=max_engines, max_memory=max_memory, analysis=analysis
-    )
+    options = ParetoOptions(budgets=budgets, steps=steps, max_engines=max_engines, max_memory=max_memory)
     with progress() as on_progress:
-        curve = measure(
-            model,
-            options,
-            weights=weights,
-            loras=_loras(lora),
-            cache=_cache(cache),
-            profile=known,
-            on_progress=on_progress,
+        found = find_model(
+            model, weights, loras=_loras(lora), controlnet=known.model.controlnet if known else controlnet
         )
+        known = known or analyze_model(found, analysis, cache=_cache(cache), on_progress=on_progress)
+        curve = measure(found, known, options, cache=_cache(cache), on_progress=on_progress)
     curve.save(output)
     write_atomically(picture, draw(curve).encode())
     if as_json:
@@ -351,7 +343,7 @@ def sample(
     batch: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Run the full model at every step.")] = False,
+    full_model: Annotated[bool, typer.Option("--full-model", help="Run the full model at every step.")] = False,
     target: BundleTarget = None,
     memory: Annotated[str, typer.Option(help="fast, or low: weights once; on a GPU two phases' engines.")] = "fast",
     threads: Threads = None,
@@ -365,12 +357,13 @@ def sample(
     from functools import partial
 
     from unetc.artifacts.record import check_writable, write_atomically
-    from unetc.cli.output import OUT, print_json, progress
-    from unetc.cli.sampling import sample_in_calls
     from unetc.progress import Progress
     from unetc.report.pictures import grid, png_bytes
     from unetc.runtime.bundle import Bundle
     from unetc.runtime.session import Session, backend_for
+
+    from .output import OUT, print_json, progress
+    from .sampling import sample_in_calls
 
     check_writable(output)
     with progress() as on_progress:
@@ -380,12 +373,19 @@ def sample(
         session = Session.of(opened, backend)
         on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
-        draw = partial(session.sample, seed=seed, steps=steps, lossless=lossless)
+        draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
         images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
         seconds = time.perf_counter() - start
     write_atomically(output, png_bytes(grid(images)))
     if as_json:
-        print_json({"output": str(output), "shape": list(images.shape), "seconds": seconds, "replays": session.replays})
+        print_json(
+            {
+                "output": str(output),
+                "shape": list(images.shape),
+                "seconds": seconds,
+                "non_finite_steps": session.non_finite_steps,
+            }
+        )
     else:
         OUT.print(f"{len(images)} samples in {seconds:.2f} s; wrote {output}", soft_wrap=True)
 
@@ -452,9 +452,10 @@ def compile_(
     Interrupted, the same command goes on with the engines that are missing. tensorrt-rtx needs no GPU for it.
     """
     from unetc.artifacts.manifest import MANIFEST, Manifest
-    from unetc.cli import summary
-    from unetc.cli.output import OUT, print_json, progress
-    from unetc.workflow.compile import CompileOptions, compile_bundle, target_of
+    from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle, target_of
+
+    from . import summary
+    from .output import OUT, print_json, progress
 
     library, own = target_of(target, precision)
     options = CompileOptions(
@@ -489,12 +490,13 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Measure time and damage on new seeds, beside simpler ways to save the same time."""
+    from unetc.analyzer.verify import VerifyOptions
+    from unetc.analyzer.verify import verify as verify_bundle
     from unetc.artifacts.record import check_writable
-    from unetc.cli import summary
-    from unetc.cli.output import OUT, print_json, progress
     from unetc.runtime.bundle import Bundle
-    from unetc.workflow.verify import VerifyOptions
-    from unetc.workflow.verify import verify as verify_bundle
+
+    from . import summary
+    from .output import OUT, print_json, progress
 
     if output is not None:
         check_writable(output)
@@ -519,9 +521,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page: damage map with the plan, samples, controls, time line."""
+    from unetc.analyzer.report import write_report
     from unetc.artifacts.verification import Verification
-    from unetc.cli.output import OUT, print_json, progress
-    from unetc.workflow.report import write_report
+
+    from .output import OUT, print_json, progress
 
     known = Verification.load(verification) if verification else None
     with progress() as on_progress:
@@ -539,8 +542,10 @@ def inspect(
 ) -> None:
     """Show what a bundle, a profile or a plan holds, and which engines of a bundle the cache has."""
     from unetc.artifacts.manifest import Manifest
-    from unetc.cli import compiled, summary
-    from unetc.cli.output import OUT, print_json
+
+    from . import engine_inventory as compiled
+    from . import summary
+    from .output import OUT, print_json
 
     artifact = summary.open_artifact(path)
     facts, shown = summary.facts(artifact, path), [summary.render(artifact)]
@@ -557,9 +562,9 @@ def inspect(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check which libraries and targets work here, and say how to get those that do not."""
-    from unetc.cli import summary
-    from unetc.cli.diagnosis import diagnose
-    from unetc.cli.output import OUT, print_json
+    from . import summary
+    from .diagnosis import diagnose
+    from .output import OUT, print_json
 
     findings = diagnose()
     if as_json:
@@ -578,9 +583,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Analyse, build, verify and report the built-in model `digits`, in a few minutes on two cores."""
-    from unetc.cli import summary
-    from unetc.cli.output import OUT, print_json, progress
-    from unetc.workflow.demo import run_demo
+    from unetc.demo import run_demo
+
+    from . import summary
+    from .output import OUT, print_json, progress
 
     with progress() as on_progress:
         result = run_demo(output, budget=budget, cache=_cache(cache), on_progress=on_progress)
@@ -595,7 +601,7 @@ def demo(
 
 def _sampling(model: str, scheduler: str | None, steps: int | None) -> tuple[str, int]:
     """Fill in what the user has not said of the sampling."""
-    from unetc.models import usual_sampling
+    from unetc.models.find import usual_sampling
 
     usual = usual_sampling(model)
     return scheduler or usual.scheduler, steps or usual.steps
@@ -612,11 +618,10 @@ def _analysis(
     batch: int,
     prompts: Path | None,
     guidance_scale: float | None,
-    controlnet: bool,
 ) -> AnalysisOptions:
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.environment import cores
-    from unetc.models import read_prompts
+    from unetc.models.prompts import read_prompts
 
     return AnalysisOptions(
         scheduler=scheduler,
@@ -629,7 +634,6 @@ def _analysis(
         batch=batch,
         prompts=read_prompts(prompts) if prompts else (),
         guidance_scale=guidance_scale,
-        controlnet=controlnet,
     )
 
 

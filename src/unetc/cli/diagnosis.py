@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from unetc.compiler.tensorrt.compile_bundle import check_tools
 from unetc.environment import describe, free_memory, lacking
 from unetc.errors import EngineBuildError, MissingDependency, UnetcError
 from unetc.nvidia.driver import ask
 from unetc.nvidia.library import LIBRARIES, Library
 from unetc.precision import Precision
-from unetc.runtime.backend import DEFAULT_TARGET, OFFERED, open_backend
-from unetc.workflow.compile import check_tools
+from unetc.runtime.backends.registry import DEFAULT_TARGET, OFFERED, open_backend
 
 _STAGES = {
     "analyze, plan, build, verify": ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics"),

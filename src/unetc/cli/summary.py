@@ -16,16 +16,18 @@ from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.verification import Verification
-from unetc.cli.output import table
+from unetc.compiler.tensorrt.ranges import describe_sides
 from unetc.errors import ArtifactError, CorruptArtifactError
 from unetc.nvidia.key import EngineKey, compile_command
 from unetc.nvidia.library import LIBRARIES
 from unetc.precision import Precision
-from unetc.workflow.sizes import describe_sides
+
+from .output import table
 
 if TYPE_CHECKING:
-    from unetc.cli.diagnosis import Finding
-    from unetc.workflow.compile import CompiledEngine
+    from unetc.compiler.tensorrt.compile_bundle import CompiledEngine
+
+    from .diagnosis import Finding
 
 
 def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification | Pareto:
@@ -155,7 +157,7 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "bundle": str(path),
         "model": to_builtins(manifest.model),
         "target": manifest.target,
-        "scheduler": manifest.solver.scheduler,
+        "scheduler": manifest.scheduler.name,
         "steps": manifest.steps,
         "budget": manifest.plan.budget,
         "measured": to_builtins(manifest.measured),

@@ -157,7 +157,7 @@ class GlideModel:
 
     def prompts(self) -> tuple[str, ...]:
         """Read the prompts to measure the model on."""
-        from . import PROMPTS, read_prompts
+        from .prompts import PROMPTS, read_prompts
 
         own = self.weights.with_name(PROMPTS)
         return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)

@@ -29,7 +29,7 @@ from unetc.precision import Precision
 from .key import Effort, EngineKey, Origin, compile_command
 from .sizes import Shape
 
-ENGINE = "engine.plan"
+ENGINE = "engine.trt"
 RECORD = "record.json"
 _SECRET = "secret"
 _SECRET_BYTES = 32

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from unetc.artifacts.pareto import Pareto
-from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
+
+from .charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
 
 LABEL_SHARE = 0.05
 """Width of a label, as a share of the chart's; where points lie nearer, the first one alone is labelled."""

@@ -19,21 +19,8 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Assignment, Plan
 from unetc.artifacts.profile import STEP, Bin, Component, Effect, Profile, Treatment
-from unetc.report.charts import (
-    BLANK,
-    FAINT,
-    INK,
-    MUTED,
-    PLAN,
-    WIDTH,
-    engine_colour,
-    ink_on,
-    inline,
-    level,
-    number,
-    shorten,
-    styled,
-)
+
+from .charts import BLANK, FAINT, INK, MUTED, PLAN, WIDTH, engine_colour, ink_on, inline, level, number, shorten, styled
 
 _RAMP = ("#fff9ee", "#fbe6c3", "#f2c792", "#dfa067", "#bd7341", "#874620")
 _DAMAGE = LinearSegmentedColormap.from_list("damage", _RAMP, 64)

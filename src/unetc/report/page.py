@@ -18,7 +18,8 @@ from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Estimate, Profile
 from unetc.artifacts.verification import Verification
-from unetc.report import charts, heatmap, pictures
+
+from . import charts, heatmap, pictures
 
 _SHEET_WIDTH = 1024
 """Pixels; wider samples are shown two in a row."""

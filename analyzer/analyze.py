@@ -1,0 +1,67 @@
+"""Analyse a model by name: capture it, open the target and measure every component on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock
+
+from unetc.artifacts.profile import Profile
+from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.prepare import prepare
+from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.tensorrt.on_demand import overflow_finder, take_any_graph
+from unetc.errors import ProfileError
+from unetc.models.model import Model
+from unetc.progress import OnProgress, ignore
+from unetc.runtime.backends.registry import open_backend
+
+from .analysis import AnalysisOptions, analyze
+
+HELD_OUT_SHARE = 4
+"""One prompt in this many is kept for `verify`."""
+
+
+def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_progress: OnProgress = ignore) -> Profile:
+    """Capture a model and measure it; what can be refused is refused before the capture, which takes long.
+
+    Args:
+        model: What to measure.
+        options: How to measure.
+        cache: Folder for captures and partial results.
+        on_progress: Told how far the work is.
+
+    Raises:
+        ModelError: If the model is not supported.
+        ProfileError: If it cannot be analysed.
+    """
+    if options.target == "null":
+        raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
+    table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
+    backend = open_backend(options.target, threads=options.threads)
+    prompts = options.prompts or model.prompts()
+    scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
+    conditions = model.encode(used, scale)
+    calls = MeasuredCalls.of(model.sample_shape, options.batch, options.samples, conditions)
+    prepared = prepare(model, cache, on_progress)
+    backend = take_any_graph(
+        options.target,
+        backend,
+        calls,
+        overflow_finder(prepared, options.scheduler, conditions, on_progress),
+        on_progress,
+    )
+    with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
+        return analyze(
+            prepared.gated,
+            model.reference,
+            table,
+            backend,
+            sample_shape=model.sample_shape,
+            conditions=conditions,
+            prompts=prompts,
+            options=options,
+            work=prepared.work,
+            on_progress=on_progress,
+        )

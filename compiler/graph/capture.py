@@ -1,0 +1,151 @@
+"""Trace a denoiser once, find its components and put a gate on each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from unetc.artifacts.profile import Component
+from unetc.compiler.graph.denoisers.unet import SAMPLE, Denoiser, Input, denoiser_of
+from unetc.errors import ModelError
+
+from .components import Site, discover
+from .gate import gate
+
+GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
+"""Names of the graph's further inputs and of its output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """A traced denoiser with gates."""
+
+    program: ExportedProgram
+    components: tuple[Component, ...]
+    inputs: tuple[str, ...]
+    """Names of the denoiser's own inputs, in order."""
+    dynamic_size: bool
+    """Whether height and width may change."""
+
+    def reference(self) -> nn.Module:
+        """Return the gated graph as a torch module called with (*inputs, gates, means)."""
+        # What the trace assumed of sizes is in no ONNX graph either. PixArt computes its positions at every size but
+        # its own, for which it has stored them.
+        return self.program.module(check_guards=False)
+
+
+def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
+    """Trace a denoiser and gate every component.
+
+    Args:
+        model: A denoiser of diffusers on the CPU; switched to evaluation mode.
+        controlnet: Whether the graph is to have inputs for the residuals of a ControlNet.
+
+    Raises:
+        ModelError: If the class is not supported, or the trace fails, or no component is found.
+    """
+    denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet)
+    names = tuple(item.name for item in denoiser.inputs)
+    program, dynamic_size = _export(denoiser)
+    graph = program.graph_module.graph
+    placeholders = dict(zip((*names, GATES, MEANS), _user_placeholders(program), strict=True))
+    sites = discover(graph, placeholders[SAMPLE], root="model")
+    if all(site.component.kind == "step" for site in sites):
+        raise ModelError(
+            f"no component found in {type(model).__name__}: no residual add and no skip connection depends on the "
+            "sample. unetc works on UNet-like denoisers."
+        )
+    for site in sites:
+        gated = _insert(graph, site, placeholders)
+        if site.join.op == "output":
+            program.graph_signature.replace_all_uses(site.branch.name, gated.name)
+    _spell_out(graph)
+    program.graph_module.recompile()
+    return Capture(
+        program=program,
+        components=tuple(site.component for site in sites),
+        inputs=names,
+        dynamic_size=dynamic_size,
+    )
+
+
+def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
+    """Trace with dynamic batch, height and width; with fixed sizes if the model does not allow that."""
+    gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
+    errors: list[Exception] = []
+    for inputs in _forms(denoiser.inputs):
+        dynamic_size = any(item.name == SAMPLE and item.dynamic for item in inputs)
+        values = (*(item.example for item in inputs), torch.ones(2, 3, 2), torch.zeros(7))
+        shapes: list[dict[int, object]] = [dict.fromkeys((0, *item.dynamic), Dim.DYNAMIC) for item in inputs]
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                return torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),)), dynamic_size
+        except Exception as error:  # torch.export raises many unrelated classes
+            errors.append(error)
+    reason = next(iter(str(errors[-1]).splitlines()), type(errors[-1]).__name__)
+    raise ModelError(
+        f"torch.export cannot trace {type(denoiser.model).__name__}: {reason}. "
+        "Models with hooks, custom attention processors or data-dependent control flow cannot be captured."
+    ) from errors[-1]
+
+
+def _forms(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
+    """List the inputs as they may be captured: of dynamic size if possible, of their native size if need be."""
+    yield inputs
+    if any(item.native is not None for item in inputs):
+        yield tuple(item if item.native is None else Input(name=item.name, example=item.native) for item in inputs)
+
+
+def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:
+    names = set(program.graph_signature.user_inputs)
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) -> fx.Node:
+    """Replace the edge branch → join by branch → gate → join, and return the gate."""
+    component = site.component
+    with graph.inserting_before(site.join):
+        node = graph.call_function(
+            torch.ops.unetc.gate.default,
+            (site.branch, placeholders[GATES], placeholders[MEANS], component.index, component.offset, component.axis),
+        )
+    node.meta = {key: site.branch.meta[key] for key in ("val", "nn_module_stack") if key in site.branch.meta}
+    site.join.replace_input_with(site.branch, node)
+    return node
+
+
+def _spell_out(graph: fx.Graph) -> None:
+    """Rewrite what torch takes and onnxruntime 1.32 does not: masks of one row for all queries, idle squeezes."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if mask is not None and mask.meta["val"].shape[-2] == 1:
+            _repeat_mask(graph, node, node.args[0], mask)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        if node.meta["val"].ndim == node.args[0].meta["val"].ndim:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _repeat_mask(graph: fx.Graph, attention: fx.Node, query: fx.Node, mask: fx.Node) -> None:
+    """Give every query [batch, head, query, channel] a row of the mask."""
+    with graph.inserting_before(attention):
+        count = graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
+        repeated = graph.call_function(torch.ops.aten.expand.default, (mask, [-1, -1, count, -1]))
+    queries = query.meta["val"].shape[2]
+    count.meta = {**_origin(attention), "val": queries}
+    repeated.meta = {**_origin(attention), "val": mask.meta["val"].expand(-1, -1, queries, -1)}
+    attention.replace_input_with(mask, repeated)
+
+
+def _origin(node: fx.Node) -> dict[str, Any]:
+    return {"nn_module_stack": node.meta["nn_module_stack"]} if "nn_module_stack" in node.meta else {}
+
+
+__all__ = ["GATES", "MEANS", "OUTPUT", "Capture", "capture", "gate"]

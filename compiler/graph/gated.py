@@ -1,0 +1,319 @@
+"""GatedGraph: a gated denoiser as one ONNX graph over one weights file, kept in a folder.
+
+Every engine of a bundle is specialised from this graph, so all of them read the same initializers from the same weights
+file. The weights lie in a safetensors file; the ONNX external-data records point into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+
+from unetc.artifacts.profile import Component
+from unetc.artifacts.record import Artifact, write_atomically
+from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.compiler.graph.denoisers.inputs import SAMPLE
+from unetc.errors import ArtifactError, CompileError
+from unetc.runtime.branch_cache import COMPUTED, HELD
+
+from .capture import GATES, MEANS, OUTPUT, Capture
+from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
+from .nodes import add_integers, add_name, add_node, add_reshape
+from .weights import tensor_ranges, write_tensors
+
+OPSET = 23
+"""Has Attention, GroupNormalization and RMSNormalization as operators: one node where older opsets need ten."""
+
+HOLDS = "holds"
+"""Input of a remembering graph, [batch, component]: 1 where the tensor handed in takes the place of the branch."""
+
+BRANCH_MEANS = "branch_means"
+"""Output of an observing graph."""
+
+_GRAPH = "gated.onnx"
+_RECORD = "gated.json"
+_INLINE_BELOW_BYTES = 64
+"""Smaller initializers stay inside each graph: shapes, scalars."""
+
+
+class GatedRecord(Artifact, frozen=True, kw_only=True):
+    """What the folder holds beside the graph."""
+
+    components: tuple[Component, ...]
+    inputs: tuple[str, ...]
+    dynamic_size: bool
+    graph_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedGraph:
+    """A gated denoiser: the model, its components and where its weights are."""
+
+    model: ir.Model
+    components: tuple[Component, ...]
+    inputs: tuple[str, ...]
+    dynamic_size: bool
+    folder: Path
+    """Holds the weights file the model's initializers point into."""
+
+    @property
+    def weights(self) -> Path:
+        """Path of the weights file."""
+        return self.folder / WEIGHTS
+
+    @property
+    def channels(self) -> int:
+        """Total width of all components, the length of the means input."""
+        return sum(component.channels for component in self.components)
+
+    @property
+    def predicted_channels(self) -> int:
+        """Width of the prediction: that of a sample, and of a variance where the denoiser predicts one."""
+        return next(component.channels for component in self.components if component.kind == "step")
+
+    def runnable(self) -> SerialisedGraph:
+        """Serialise with the gates defined as a function, so that a runtime can execute it with any gates."""
+        return serialise(self.model)
+
+    def observing(self) -> SerialisedGraph:
+        """Serialise with every branch's mean per channel, over batch and positions, in place of the prediction.
+
+        The output is [channel of all components], in the order of the means input.
+        """
+        model = self.model.clone()
+        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        means = [_mean_of(model.graph, gates[component.index], component) for component in self.components]
+        output = add_node(model.graph, "Concat", means, {"axis": 0})
+        output.name, output.dtype, output.shape = BRANCH_MEANS, ir.DataType.FLOAT, ir.Shape([self.channels])
+        model.graph.outputs[:] = [output]
+        common.RemoveUnusedNodesPass()(model)
+        return serialise(model)
+
+    def remembering(self) -> SerialisedGraph:
+        """Serialise `runnable` with memory outside: every branch is an output, and any branch can be handed in.
+
+        Further inputs are `HOLDS` and one `held.INDEX` per component; further outputs one `computed.INDEX` each. What
+        `computed` gives is the branch that the graph itself has computed, whatever is held.
+        """
+        model = self.model.clone()
+        rows, components, _ = _shape(_input(model, GATES))
+        holds = ir.val(HOLDS, dtype=ir.DataType.FLOAT, shape=ir.Shape([rows, components]))
+        model.graph.inputs.append(holds)
+        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        for component in self.components:
+            gate = gates[component.index]
+            branch = gate.inputs[0]
+            assert branch is not None
+            held = ir.val(f"{HELD}{component.index}", type=branch.type, shape=branch.shape)
+            model.graph.inputs.append(held)
+            emit(model.graph, gate, component)
+            gate.replace_input_with(0, _choose(model.graph, gate, component, holds, held))
+        common.TopologicalSortPass()(model)
+        return serialise(model)
+
+    @classmethod
+    def build(cls, capture: Capture, folder: Path) -> GatedGraph:
+        """Export a capture to ONNX and save it in a folder, which appears whole or not at all.
+
+        Raises:
+            CompileError: If the export fails.
+            ArtifactError: If the folder cannot be written.
+        """
+        model = _export(capture)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
+        try:
+            _externalise(model, temporary / WEIGHTS)
+            graph = ir.to_proto(model).SerializeToString()
+            (temporary / _GRAPH).write_bytes(graph)
+            record = GatedRecord(
+                components=capture.components,
+                inputs=capture.inputs,
+                dynamic_size=capture.dynamic_size,
+                graph_sha256=hashlib.sha256(graph).hexdigest(),
+                weights_sha256=_hash(temporary / WEIGHTS),
+            )
+            write_atomically(temporary / _RECORD, record.to_json())
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> GatedGraph:
+        """Open a saved gated graph.
+
+        Raises:
+            ArtifactError: If a file is missing or not what was written.
+        """
+        record = GatedRecord.load(folder / _RECORD)
+        try:
+            hashes = _hash(folder / _GRAPH), _hash(folder / WEIGHTS)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder."
+            ) from error
+        if hashes != (record.graph_sha256, record.weights_sha256):
+            raise ArtifactError(f"the cached graph {folder} is damaged. Delete this folder; it is made again.")
+        model = ir.load(folder / _GRAPH)
+        return cls(
+            model=model,
+            components=record.components,
+            inputs=record.inputs,
+            dynamic_size=record.dynamic_size,
+            folder=folder,
+        )
+
+
+def serialise(model: ir.Model) -> SerialisedGraph:
+    """Turn a graph into bytes; large initializers stay in the weights file."""
+    external = {
+        str(name)
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return SerialisedGraph(graph=ir.to_proto(model).SerializeToString(), weights=frozenset(external))
+
+
+def is_gate(node: ir.Node) -> bool:
+    """Tell whether a node is a gate."""
+    return node.op_type == OPERATOR and node.domain == DOMAIN
+
+
+def gate_index(gate: ir.Node) -> int:
+    """Read which component a gate belongs to."""
+    return gate.attributes["index"].as_ints()[0]
+
+
+def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
+    """Make the branch of a component an output of the graph."""
+    branch = gate.inputs[0]
+    assert branch is not None
+    graph.outputs.append(add_name(graph, branch, f"{COMPUTED}{component.index}", like=branch))
+
+
+def _choose(graph: ir.Graph, gate: ir.Node, component: Component, holds: ir.Value, held: ir.Value) -> ir.Value:
+    """Choose per sample between a gate's branch and what is handed in."""
+    row = add_node(graph, "Gather", [holds, add_integers(graph, component.index)], {"axis": 1})
+    chosen = add_node(graph, "Cast", [row], {"to": ir.DataType.BOOL})
+    per_sample = add_reshape(graph, chosen, -1, *[1] * (component.rank - 1))
+    return add_node(graph, "Where", [per_sample, held, gate.inputs[0]])
+
+
+def _mean_of(graph: ir.Graph, gate: ir.Node, component: Component) -> ir.Value:
+    """Add the mean of a gate's branch over all axes but the channels."""
+    axes = add_integers(graph, *(i for i in range(component.rank) if i != component.axis))
+    return add_node(graph, "ReduceMean", [gate.inputs[0], axes], {"keepdims": 0})
+
+
+def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
+    """Load the graph cached in a folder; when there is none, or it is damaged, call `capture` and build it."""
+    try:
+        return GatedGraph.load(folder)
+    except ArtifactError:
+        return GatedGraph.build(capture(), folder)
+
+
+def _export(capture: Capture) -> ir.Model:
+    try:
+        with quietly():
+            program = torch.onnx.export(
+                capture.program,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[*capture.inputs, GATES, MEANS],
+                output_names=[OUTPUT],
+                custom_translation_table=TRANSLATIONS,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise CompileError(f"ONNX export failed: {str(error).splitlines()[0]}.") from error
+    assert program is not None
+    model = program.model
+    gates = sum(1 for node in model.graph if is_gate(node))
+    if gates != len(capture.components):
+        raise CompileError(
+            f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report it."
+        )
+    common.ClearMetadataAndDocStringPass()(model)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
+        value.metadata_props.clear()
+    batch = _shape(_input(model, SAMPLE))[0]  # the exporter takes gates and means for arrays of any size
+    _input(model, GATES).shape = ir.Shape([batch, len(capture.components), 2])
+    _input(model, MEANS).shape = ir.Shape([sum(component.channels for component in capture.components)])
+    model.functions.clear()
+    function = onnx_function(OPSET)
+    model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = 1
+    model.producer_name, model.producer_version = "unetc", ""
+    return model
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    return next(value for value in model.graph.inputs if value.name == name)
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    assert value.shape is not None
+    return value.shape
+
+
+def _externalise(model: ir.Model, path: Path) -> None:
+    """Move the initializers into one safetensors file and let the model point into it."""
+    tensors = {
+        str(name): value.const_value
+        for name, value in sorted(model.graph.initializers.items())
+        if value.const_value is not None
+        and value.const_value.nbytes >= _INLINE_BELOW_BYTES
+        and value.const_value.dtype.is_floating_point()
+    }
+    write_tensors(path, tensors)
+    for name, (begin, end) in tensor_ranges(path).items():
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            WEIGHTS,
+            begin,
+            end - begin,
+            tensors[name].dtype,
+            shape=ir.Shape(tensors[name].shape.numpy()),
+            name=name,
+            base_dir=path.parent,
+        )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence the exporter's remarks about libraries that are not needed here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,79 @@
+"""Find the values of a graph that half precision could not hold, by running it in float32.
+
+Only float16 overflows: bfloat16 has the range of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from unetc.errors import EngineBuildError, MissingDependency
+
+from .element_types import infer_types
+from .nodes import add_node, add_reshape
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise MissingDependency("finding what float16 cannot hold needs onnxruntime: pip install 'unetc[cpu]'") from error
+
+LIMIT = 65504 / 8
+"""Values may be eight times as large on other inputs before float16 overflows."""
+_LARGEST = "largest"
+
+Values = Mapping[str, NDArray[Any]]
+
+
+def overflowing(path: Path, probes: Sequence[Values]) -> tuple[frozenset[str], tuple[Values, ...]]:
+    """Run a graph and note which of its values become larger than `LIMIT`.
+
+    Args:
+        path: ONNX file in float32, beside its weights.
+        probes: Inputs by name, one mapping per run; what the graph does not read is ignored.
+
+    Returns:
+        Names of the values, and the graph's own outputs in every run.
+
+    Raises:
+        EngineBuildError: If onnxruntime cannot run the graph.
+    """
+    model = ir.load(path)
+    own = [str(value.name) for value in model.graph.outputs]
+    names = _measure(model)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused values are not seen
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    largest, outputs = np.zeros(len(names), np.float32), []
+    try:
+        graph = ir.to_proto(model).SerializeToString()
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        read = [value.name for value in session.get_inputs()]
+        for probe in probes:
+            *produced, found = session.run([*own, _LARGEST], {name: probe[name] for name in read})
+            largest = np.fmax(largest, np.where(np.isfinite(found), found, np.inf))
+            outputs.append(dict(zip(own, produced, strict=True)))
+    except Exception as error:  # onnxruntime raises its own unrelated classes
+        raise EngineBuildError(f"cannot run {path.name} to see which values overflow: {str(error)[:300]}") from error
+    return frozenset(name for name, size in zip(names, largest, strict=True) if size > LIMIT), tuple(outputs)
+
+
+def _measure(model: ir.Model) -> list[str]:
+    """Add an output with the largest magnitude of every value in float32; return their names in its order."""
+    graph = model.graph
+    infer_types(graph)
+    values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    sizes = []
+    for value in values:
+        size = add_node(graph, "ReduceMax", [add_node(graph, "Abs", [value])], {"keepdims": 0})
+        sizes.append(add_reshape(graph, size, 1))
+    output = add_node(graph, "Concat", sizes, {"axis": 0})
+    output.name, output.dtype, output.shape = _LARGEST, ir.DataType.FLOAT, ir.Shape([len(values)])
+    graph.outputs.append(output)
+    return [str(value.name) for value in values]

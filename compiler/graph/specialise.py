@@ -1,0 +1,217 @@
+"""Partial evaluation: set the gates of a gated graph to constants and remove what no longer matters.
+
+For every assignment, the specialised graph computes what the gated graph computes at those gates, to rounding. A kept
+gate becomes a wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and whatever only fed the branch is dead
+code. A mean becomes a bias. The missing part of a `cat` is a constant of the trunk's height and width, and what reads
+the `cat` is narrowed where it can be (`slicing.py`). What is held becomes an input of the graph, and what is emitted
+for other engines an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from numpy.typing import NDArray
+
+from unetc.artifacts.profile import Component, Treatment
+from unetc.backend import SerialisedGraph
+from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.errors import CompileError
+from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD
+
+from .capture import GATES, MEANS, OUTPUT
+from .gate import DOMAIN
+from .gated import GatedGraph, emit, gate_index, is_gate, serialise
+from .nodes import add_initializer, add_integers, add_name, add_node
+from .slicing import slice_constants
+
+
+def specialise(
+    gated: GatedGraph,
+    treatments: Mapping[str, Treatment],
+    means: NDArray[np.float32],
+    emits: Collection[str] = (),
+) -> SerialisedGraph:
+    """Specialise a gated graph for one assignment.
+
+    Args:
+        gated: The graph; not changed.
+        treatments: Treatment of each component by name; those not named are kept.
+        means: Concatenated branch means, [channel of all components], float32; read for components treated by mean.
+        emits: Components whose branch becomes an output `computed.INDEX`, for engines that hold it.
+
+    Returns:
+        A graph without gates whose large initializers still point into the gated graph's weights file. A component
+        that is held is an input `held.INDEX`; one that is forecast also has `earlier.INDEX` and `extrapolation.INDEX`.
+
+    Raises:
+        CompileError: If a component is unknown, or one is emitted that is not computed.
+    """
+    known = {component.name for component in gated.components}
+    if unknown := sorted({*treatments, *emits} - known):
+        raise CompileError(f"the model has no component {unknown[0]!r}. `unetc inspect` lists those it has.")
+    given = {name: treatment for name, treatment in treatments.items() if treatment is not Treatment.KEEP}
+    if absent := sorted(given.keys() & set(emits)):
+        raise CompileError(f"an engine cannot emit {absent[0]!r}, which it does not compute ({given[absent[0]]}).")
+    model = gated.model.clone()
+    prediction = model.graph.outputs[0]
+    gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+    for component in gated.components:
+        if component.name in emits:
+            emit(model.graph, gates[component.index], component)
+    for component in gated.components:
+        gate = gates[component.index]
+        if component.name not in given:
+            _replace(gate.outputs[0], _branch(gate))
+        elif given[component.name].reuses:
+            _replace(gate.outputs[0], _recall(model.graph, _branch(gate), component, given[component.name]))
+    spread: dict[ir.Value, NDArray[np.float32]] = {}
+    for component in gated.components:
+        if component.name in given and not given[component.name].reuses:
+            own = means[component.offset : component.offset + component.channels]
+            constant = own if given[component.name] is Treatment.MEAN else np.zeros_like(own)
+            repeated = _make_constant(model.graph, gates[component.index], component, constant)
+            if repeated is not None:
+                spread[repeated] = constant
+    _remove_dead_nodes(model)
+    slice_constants(model.graph, spread)
+    # the prediction gets its name, type and shape back, which the step's gate had
+    model.graph.outputs[0] = add_name(model.graph, model.graph.outputs[0], OUTPUT, like=prediction)
+    _clean(model)
+    return serialise(model)
+
+
+def _branch(gate: ir.Node) -> ir.Value:
+    branch = gate.inputs[0]
+    assert branch is not None
+    return branch
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: Treatment) -> ir.Value:
+    """Take what earlier steps produced as an input: held + factor * (held - earlier)."""
+
+    def take(prefix: str, shape: ir.Shape | None) -> ir.Value:
+        value = ir.val(f"{prefix}{component.index}", type=branch.type, shape=shape)
+        graph.inputs.append(value)
+        return value
+
+    held = take(HELD, branch.shape)
+    if treatment is Treatment.HOLD:
+        return held
+    change = add_node(graph, "Sub", [held, take(EARLIER, branch.shape)])
+    ahead = add_node(graph, "Mul", [change, take(EXTRAPOLATION, ir.Shape([1]))])
+    return add_node(graph, "Add", [held, ahead])
+
+
+def _make_constant(
+    graph: ir.Graph, gate: ir.Node, component: Component, constant: NDArray[np.float32]
+) -> ir.Value | None:
+    """Replace a gate by a constant per channel, in the form its join can take; return what a `Concat` is given."""
+    zero = not constant.any()
+    shape = [1 if i != component.axis else component.channels for i in range(component.rank)]
+    if component.kind == "step":
+        value = add_initializer(graph, f"mean.{component.index}", constant.reshape(shape))
+        (sample,) = (value for value in graph.inputs if value.name == SAMPLE)
+        _replace(gate.outputs[0], _repeat(graph, sample, value, component))
+        return None
+    (join,) = {use.node for use in gate.outputs[0].uses()}
+    if join.op_type == "Add":
+        (trunk,) = (value for value in join.inputs if value is not gate.outputs[0])
+        assert trunk is not None
+        if zero:
+            _replace(join.outputs[0], trunk)
+        else:
+            _replace(gate.outputs[0], add_initializer(graph, f"mean.{component.index}", constant.reshape(shape)))
+    elif join.op_type == "Concat":
+        value = add_initializer(graph, f"mean.{component.index}", constant.reshape(shape))
+        like = _shape_source(graph, join, gate, component.axis)
+        repeated = _repeat(graph, like, value, component)
+        _replace(gate.outputs[0], repeated)
+        return repeated
+    else:
+        raise CompileError(
+            f"component {component.name!r} joins at a {join.op_type}, expected Add or Concat. Please report the model."
+        )
+    return None
+
+
+_SPREAD = "spread"
+"""Name of the nodes that repeat a constant."""
+
+
+def _repeat(graph: ir.Graph, like: ir.Value, value: ir.Value, component: Component) -> ir.Value:
+    """Repeat a constant per channel over the batch and positions of another value."""
+    axis = component.axis
+    parts = [_add(graph, "Shape", [like], {"start": 0, "end": axis})]
+    parts.append(add_integers(graph, component.channels))
+    if axis + 1 < component.rank:
+        parts.append(_add(graph, "Shape", [like], {"start": axis + 1, "end": component.rank}))
+    shape = _add(graph, "Concat", parts, {"axis": 0})
+    return _add(graph, "Expand", [value, shape])
+
+
+def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
+    """Find a value with the batch and positions of a concatenation: a part that stays, or the first one of the graph.
+
+    Reading the shape of a removed part would compute everything below it.
+    """
+    parts = [value for value in join.inputs if value is not None]
+    if computed := [part for part in parts if _is_computed(part)]:
+        return computed[0]
+    extents = {_extent(part, axis) for part in parts} - {None}
+    values = (*graph.inputs, *(value for node in graph for value in node.outputs))
+    return next((value for value in values if _extent(value, axis) in extents), _branch(gate))
+
+
+def _extent(value: ir.Value, axis: int) -> tuple[str, ...] | None:
+    """Name the size of a value along all axes but one; equal names mean equal sizes."""
+    if value.shape is None or value.shape.has_unknown_dim():
+        return None
+    return tuple("" if i == axis else str(size) for i, size in enumerate(value.shape))
+
+
+def _is_computed(value: ir.Value) -> bool:
+    """Tell whether a part of a concatenation is neither removed yet nor about to be."""
+    producer = value.producer()
+    return producer is None or not (is_gate(producer) or producer.name == _SPREAD)
+
+
+def _add(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
+    """Add a node that helps to repeat a constant."""
+    return add_node(graph, operator, inputs, attributes, name=_SPREAD)
+
+
+def _is_unread(value: ir.Value) -> bool:
+    """Tell whether an input was added for a component whose contribution nobody needs."""
+    added = str(value.name).startswith((HELD, EARLIER, EXTRAPOLATION))
+    return added and not value.uses() and not value.is_graph_output()
+
+
+def _remove_dead_nodes(model: ir.Model) -> None:
+    """Remove nodes and initializers that nothing reads, in the reverse of the order they are computed in."""
+    common.TopologicalSortPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _clean(model: ir.Model) -> None:
+    """Remove dead nodes, unused weights and the gate inputs."""
+    _remove_dead_nodes(model)
+    if any(is_gate(node) for node in model.graph):
+        raise CompileError("a gate is left in a specialised graph. Please report the model.")
+    for value in [value for value in model.graph.inputs if value.name in (GATES, MEANS) or _is_unread(value)]:
+        model.graph.inputs.remove(value)
+    model.functions.clear()
+    model.opset_imports.pop(DOMAIN, None)
+    for node in model.graph:
+        node.name = None
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None  # any runtime infers them again; they are a third of the file
+    common.NameFixPass()(model)

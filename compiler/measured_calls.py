@@ -1,0 +1,43 @@
+"""What programs are called with while a model is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from unetc.conditions import Conditions
+from unetc.controlnet import ControlNetInput
+from unetc.nvidia.sizes import Range, Sizes
+
+CACHED_ROWS = 32
+"""Samples per batch on a CPU: larger batches fall out of its caches and gain nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCalls:
+    """What programs will be called with."""
+
+    sizes: Sizes
+    rows: Mapping[str, tuple[int, ...]]
+    """Shape of one row of each condition."""
+    controlnet: tuple[ControlNetInput, ...] = ()
+    """What graphs take of a ControlNet."""
+
+    @classmethod
+    def of(cls, sample_shape: tuple[int, int, int], batch: int, samples: int, conditions: Conditions) -> MeasuredCalls:
+        """Foresee the calls of programs that are measured.
+
+        Args:
+            sample_shape: [channel, height, width].
+            batch: Samples per call where time is measured.
+            samples: Trajectories that every ablation is measured on; several ablations share a call.
+            conditions: Of the samples; guided ones double the batch.
+        """
+        _, height, width = (Range(least=size, usual=size, most=size) for size in sample_shape)
+        each = conditions.rows_per_sample
+        rows = Range(least=1, usual=each * batch, most=each * max(batch, CACHED_ROWS, samples))
+        return cls(
+            sizes=Sizes(batch=rows, height=height, width=width),
+            rows={name: tuple(array.shape[1:]) for name, array in conditions.own.items()},
+            controlnet=conditions.controlnet,
+        )

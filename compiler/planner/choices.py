@@ -1,0 +1,201 @@
+"""What a planner may choose from: damage and saved time of every component in every run of noise-level bins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetc.artifacts.plan import Prediction
+from unetc.artifacts.profile import Profile, Treatment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class BinRun:
+    """A run of bins, and how often its cycle computes everything."""
+
+    first: int
+    last: int
+    """Exclusive."""
+    period: int
+    """1: components are removed in every step. p > 1: components are reused in all but one of p steps."""
+
+
+TOLERANCE = 1e-6
+"""A limit that is missed by so little is met: HiGHS cannot tell it from one that is met, and the measurements of which
+plans are made are far less exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a plan must keep to."""
+
+    saved_steps: float
+    """Time to save, in steps of the full model."""
+    max_engines: int
+    """Most engines beside the full one and those that compute nothing."""
+    max_phases: int | None
+    """Most runs; no limit when None."""
+    max_memory: float
+    """Most weights of all engines together, in those of the full one, which is among them; infinite for no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreatedRun:
+    """What a plan does in a run of bins."""
+
+    mode: BinRun
+    treatments: Mapping[str, Treatment]
+
+
+class Choices:
+    """A profile as planners need it.
+
+    Damages add linearly over the bins of one component in a run, as their errors point the same way, and in squares
+    over components and runs, as these do not; `docs/decisions.md` has what was measured.
+    """
+
+    def __init__(self, profile: Profile, correction: float = 1.0) -> None:
+        """Read a profile.
+
+        Args:
+            profile: What was measured.
+            correction: Scales the time that components save to what joint measurements showed; not that of the step,
+                which leaves nothing to add up.
+        """
+        self.names = tuple(component.name for component in profile.components)
+        self.position = {name: i for i, name in enumerate(self.names)}
+        self.steps = np.array([bin.steps for bin in profile.bins])
+        self.nested = tuple(
+            (self.position[component.name], self.position[inner])
+            for component in profile.components
+            for inner in component.nested
+        )
+        self.whole = frozenset(self.position[c.name] for c in profile.components if c.kind == "step")
+        """Components that leave nothing to compute; an engine for them costs nothing to have."""
+        self.freed = np.zeros(len(self.names))
+        """Share of the full engine's weights that an engine without the component does not hold, [component]."""
+        for cost in profile.costs:
+            self.freed[self.position[cost.component]] = cost.freed_bytes / profile.full_bytes
+        self.saved = self._consistent_shares(profile)
+        components = [c for c in range(len(self.names)) if c not in self.whole]
+        self.saved[components] = np.minimum(1.0, self.saved[components] * correction)
+        self._damage: dict[tuple[Treatment, int], NDArray[np.float64]] = {}
+        for effect in profile.effects:
+            table = self._damage.setdefault(
+                (effect.treatment, effect.period), np.full((len(self.steps), len(self.names)), np.nan)
+            )
+            table[effect.bin, self.position[effect.component]] = effect.relative_l2.high
+
+    def _consistent_shares(self, profile: Profile) -> NDArray[np.float64]:
+        """Read which share of the full model's time each component saves.
+
+        Components nested in another cannot save more than it does. Measured one by one they may seem to, as noise
+        and what they share with their neighbours count for each of them; then they are scaled down.
+        """
+        shares = np.zeros(len(self.names))
+        for cost in profile.costs:
+            shares[self.position[cost.component]] = np.clip(cost.saved_ms.mean / profile.full_ms.mean, 0.0, 1.0)
+        timed = {self.position[cost.component] for cost in profile.costs}
+        for outer, members in self.inner.items():
+            if outer not in timed:
+                continue
+            leaves = [c for c in members if c not in self.inner]
+            if (total := float(shares[leaves].sum())) > shares[outer]:
+                shares[leaves] *= shares[outer] / total
+        return shares
+
+    @cached_property
+    def inner(self) -> dict[int, list[int]]:
+        """What is nested in each component that has something nested in it; the innermost ones first."""
+        inner: dict[int, list[int]] = {}
+        for outer, i in self.nested:
+            inner.setdefault(outer, []).append(i)
+        return dict(sorted(inner.items(), key=lambda item: len(item[1])))
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Periods that were measured, 1 first."""
+        return tuple(sorted({period for _, period in self._damage} | {1}))
+
+    def treatments(self, mode: BinRun, name: str) -> tuple[Treatment, ...]:
+        """List what a component can be treated with over a run."""
+        return tuple(t for t, table in self.squared(mode).items() if np.isfinite(table[self.position[name]]))
+
+    @cached_property
+    def modes(self) -> tuple[BinRun, ...]:
+        """All runs of bins with all periods."""
+        bins = len(self.steps)
+        return tuple(
+            BinRun(first=first, last=last, period=period)
+            for first in range(bins)
+            for last in range(first + 1, bins + 1)
+            for period in self.periods
+        )
+
+    def treated_steps(self, mode: BinRun) -> int:
+        """Count the steps of a run that are not refreshes."""
+        steps = int(self.steps[mode.first : mode.last].sum())
+        return steps if mode.period == 1 else steps - -(-steps // mode.period)
+
+    def squared(self, mode: BinRun) -> dict[Treatment, NDArray[np.float64]]:
+        """Square the damage of a run, [component] per treatment; infinite where there is no such treatment."""
+        result = {}
+        for (treatment, period), table in self._damage.items():
+            if period == mode.period:
+                rows = table[mode.first : mode.last]
+                worst = np.fmax.reduce(rows)  # what a bin that was not measured counts as
+                total = np.where(np.isnan(rows), worst, rows).sum(axis=0)
+                result[treatment] = np.where(np.isnan(worst), np.inf, total**2)
+        return result
+
+    def least(self, mode: BinRun) -> NDArray[np.float64]:
+        """Square the damage of the least harmful treatment over a run, [component]."""
+        least: NDArray[np.float64] = np.min([np.full(len(self.names), np.inf), *self.squared(mode).values()], axis=0)
+        return least
+
+    def saving(self, mode: BinRun) -> NDArray[np.float64]:
+        """Time that each component saves over a run, in steps of the full model, [component]."""
+        return self.treated_steps(mode) * self.saved
+
+    def part(self, mode: BinRun, chosen: Iterable[int]) -> TreatedRun:
+        """Give each chosen component its least harmful treatment."""
+        tables = self.squared(mode)
+        treatments = {self.names[c]: min(tables, key=lambda t: float(tables[t][c])) for c in chosen}
+        return TreatedRun(mode=mode, treatments=treatments)
+
+    def predict(self, parts: Sequence[TreatedRun]) -> Prediction:
+        """Predict time and damage of what is done in each run of bins."""
+        saved, squared = 0.0, 0.0
+        for part in parts:
+            tables, saving = self.squared(part.mode), self.saving(part.mode)
+            for c in self._outermost(part.treatments):
+                saved += float(saving[c])
+                squared += float(tables[part.treatments[self.names[c]]][c])
+        return Prediction(
+            time_ratio=1 - saved / float(self.steps.sum()),
+            relative_l2=float(np.sqrt(squared)),
+            memory=self.memory(part.treatments for part in parts),
+        )
+
+    def memory(self, assignments: Iterable[Mapping[str, Treatment]]) -> float:
+        """Bound the weights that the full engine and those of some assignments hold, in those of the full one.
+
+        What is freed by removing several components is at least the sum of what each one frees: weights that only
+        they share are freed besides, and none is counted twice, as components of which one frees what another frees
+        are nested in each other.
+        """
+        total = 1.0
+        for treatments in {tuple(sorted(own.items())): own for own in assignments}.values():
+            removed = self._outermost(treatments)
+            if treatments and not removed & self.whole:
+                total += 1 - float(self.freed[list(removed)].sum())
+        return total
+
+    def _outermost(self, treatments: Mapping[str, Treatment]) -> set[int]:
+        """Find the treated components that no other treated one takes with it."""
+        columns = {self.position[name] for name in treatments}
+        return columns - {inner for outer, inner in self.nested if outer in columns}

@@ -1,0 +1,139 @@
+"""The exact planner: an integer program over runs of bins, solved by HiGHS.
+
+Columns per mode (a run of bins with a period): x[c] = component c is treated there, z = anything is, y = the mode is
+used. Every bin lies in exactly one used mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from .choices import BinRun, Choices, Limits
+
+
+def solve_exactly(choices: Choices, limits: Limits, *, time_limit_s: float) -> dict[BinRun, tuple[int, ...]] | None:
+    """Choose the components of every run of bins.
+
+    Args:
+        choices: What can be chosen.
+        limits: What the plan must keep to.
+        time_limit_s: The best choice so far is returned after this many seconds.
+
+    Returns:
+        The chosen components by run, or None if there is no such choice.
+    """
+    program = _Program(choices, limits)
+    values = _minimise(program.squared, [*program.structure, program.saves(limits)], program.bounds, time_limit_s).x
+    return None if values is None else program.read(values)
+
+
+def most_saved(choices: Choices, limits: Limits, *, time_limit_s: float) -> float:
+    """Find the most time, in steps, that can be saved within all limits but that on time."""
+    program = _Program(choices, limits)
+    values = _minimise(-program.saving, program.structure, program.bounds, time_limit_s).x
+    return 0.0 if values is None else float(program.saving @ values)
+
+
+class _Program:
+    """Columns and rows of the integer program."""
+
+    def __init__(self, choices: Choices, limits: Limits) -> None:
+        self._modes, self._components = choices.modes, len(choices.names)
+        count, width = len(self._modes), self._components + 2
+        rows = _Rows(count * width)
+        for b in range(len(choices.steps)):
+            used = {m * width + width - 1: 1.0 for m, mode in enumerate(self._modes) if mode.first <= b < mode.last}
+            rows.add(used, 1, 1)
+        engines: dict[int, float] = {}
+        memory: dict[int, float] = {}
+        for m in range(count):
+            z, y = m * width + self._components, m * width + self._components + 1
+            rows.add({z: 1.0, y: -1.0}, -np.inf, 0)
+            for c in range(self._components):
+                rows.add({m * width + c: 1.0, z: -1.0}, -np.inf, 0)
+            for outer, inner in choices.nested:
+                rows.add({m * width + outer: 1.0, m * width + inner: 1.0, z: -1.0}, -np.inf, 0)
+            engines |= {z: 1.0, **{m * width + c: -1.0 for c in choices.whole}}
+            held = {m * width + c: -1.0 if c in choices.whole else -share for c, share in enumerate(choices.freed)}
+            memory |= {z: 1.0, **held}
+        rows.add(engines, 0, limits.max_engines)
+        rows.add(memory, -np.inf, limits.max_memory - 1)
+        if limits.max_phases is not None:
+            rows.add({m * width + width - 1: 1.0 for m in range(count)}, 0, limits.max_phases)
+        self.structure = [rows.constraint()]
+        saving, squared, allowed = np.zeros((3, count, width))
+        least = np.array([choices.least(mode) for mode in self._modes])
+        saving[:, : self._components] = [choices.saving(mode) for mode in self._modes]
+        squared[:, : self._components] = np.where(np.isfinite(least), least, 0)
+        useful = (saving[:, : self._components] > 0) | (np.isfinite(limits.max_memory) & (choices.freed > 0))
+        allowed[:, : self._components] = np.isfinite(least) & useful
+        allowed[:, self._components :] = 1
+        self.saving, self.squared, self.bounds = saving.ravel(), squared.ravel(), Bounds(0, allowed.ravel())
+
+    def saves(self, limits: Limits) -> LinearConstraint:
+        """Require enough time to be saved."""
+        return LinearConstraint(self.saving.reshape(1, -1), limits.saved_steps, np.inf)
+
+    def read(self, values: NDArray[np.float64]) -> dict[BinRun, tuple[int, ...]]:
+        """Read which components are chosen in each used mode."""
+        rows = values.reshape(len(self._modes), -1) > 0.5
+        return {
+            mode: tuple(np.flatnonzero(row[: self._components]).tolist())
+            for mode, row in zip(self._modes, rows, strict=True)
+            if row[-1]
+        }
+
+
+def _minimise(
+    objective: NDArray[np.float64], constraints: list[LinearConstraint], bounds: Bounds, time_limit_s: float
+) -> Any:
+    """Solve a program in zeros and ones; `x` of the result is None if there is no solution.
+
+    HiGHS stops at an absolute gap of 1e-6 as well as at the relative one. So the optimum of the relaxed program, which
+    is close to the optimum sought, is made the unit.
+
+    Source:
+        Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5; scipy.optimize.milp.
+    """
+    scaled = objective / (np.abs(objective).max() or 1.0)
+    relaxed = milp(scaled, constraints=constraints, bounds=bounds)
+    unit = max(abs(relaxed.fun or 0.0), 1e-6)
+    return milp(
+        scaled / unit,
+        constraints=constraints,
+        integrality=np.ones(len(objective)),
+        bounds=bounds,
+        options={"time_limit": time_limit_s, "mip_rel_gap": 1e-4},
+    )
+
+
+class _Rows:
+    """Collects sparse constraint rows."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self._data: list[float] = []
+        self._row: list[int] = []
+        self._column: list[int] = []
+        self._low: list[float] = []
+        self._high: list[float] = []
+
+    def add(self, entries: Mapping[int, float], low: float, high: float) -> None:
+        """Require low <= sum of coefficient * variable <= high."""
+        self._row += [len(self._low)] * len(entries)
+        self._column += list(entries.keys())
+        self._data += list(entries.values())
+        self._low.append(low)
+        self._high.append(high)
+
+    def constraint(self) -> LinearConstraint:
+        """Build what the planner takes."""
+        shape = (len(self._low), self._columns)
+        matrix = sparse.csr_array((self._data, (self._row, self._column)), shape=shape)
+        return LinearConstraint(matrix, self._low, self._high)

@@ -1,0 +1,159 @@
+"""Profile → Plan: what to remove or reuse at which noise level.
+
+Consecutive bins form a run with one set of treatments. A run either removes components in all of its steps, or reuses
+them in all but one of every few steps: then its cycle is the full engine followed by the engine that holds. Two
+planners choose the runs and the components: `exact`, an integer program, and `dynamic`, a Lagrangian relaxation that is
+some hundred times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import inf
+
+import unetc
+from unetc.artifacts.plan import Phase, Plan
+from unetc.artifacts.profile import Profile, Treatment
+from unetc.errors import PlanError
+
+from .choices import TOLERANCE, BinRun, Choices, Limits, TreatedRun
+from .dynamic import solve_fast
+from .emissions import with_emissions
+from .exact import most_saved, solve_exactly
+
+TIME_LIMIT_S = 60.0
+"""The exact planner returns its best plan so far after this many seconds. Only then may two runs differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What to plan for."""
+
+    budget: float
+    """Share of the full model's time to save, in [0, 1)."""
+    max_engines: int = 4
+    """Most engines beside the full model; those that compute nothing do not count."""
+    max_phases: int | None = None
+    """Most ranges of noise levels; no limit when not given."""
+    max_memory: float | None = None
+    """Most weights of all engines together, each with its own copy, in those of the full model, which counts 1."""
+    planner: str = "fast"
+    """`fast`, which misses optima between the corners of the convex hull, or `exact`."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            PlanError: If one is out of range.
+        """
+        if not 0 <= self.budget < 1:
+            raise PlanError(f"a budget is the share of time to save, in [0, 1); got {self.budget}. Try 0.27.")
+        if self.max_engines < 1:
+            raise PlanError(f"max-engines must be at least 1, got {self.max_engines}.")
+        if self.max_phases is not None and self.max_phases < 1:
+            raise PlanError(f"max-phases must be at least 1, got {self.max_phases}.")
+        if self.max_memory is not None and not self.max_memory >= 1:
+            raise PlanError(f"max-memory must be at least 1, the full model's own weights, got {self.max_memory:g}.")
+        if self.planner not in ("exact", "fast"):
+            raise PlanError(f"unknown planner {self.planner!r}. Expected exact or fast.")
+
+
+def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0) -> Plan:
+    """Plan what to remove or reuse at which noise level.
+
+    Args:
+        profile: What was measured.
+        options: Budget and limits.
+        correction: Measured / predicted saving of an earlier plan of this profile; 1 trusts the profile.
+
+    Returns:
+        The plan; the same arguments give the same bytes.
+
+    Raises:
+        PlanError: If no plan meets the budget.
+    """
+    choices = Choices(profile, correction)
+    chosen = _solve(choices, options)
+    return assemble(profile, options, [choices.part(mode, chosen[mode]) for mode in sorted(chosen)], choices)
+
+
+def _solve(choices: Choices, options: PlanOptions) -> Mapping[BinRun, tuple[int, ...]]:
+    if options.budget == 0:
+        return {BinRun(first=0, last=len(choices.steps), period=1): ()}
+    limits = limits_of(choices, options)
+    chosen = solve_fast(choices, limits) if options.planner == "fast" else None
+    if chosen is None:
+        chosen = solve_exactly(choices, limits, time_limit_s=TIME_LIMIT_S)
+    if chosen is None:
+        raise PlanError(_why_impossible(choices, options))
+    return chosen
+
+
+def limits_of(choices: Choices, options: PlanOptions) -> Limits:
+    """Translate options to what both planners keep to, the tolerance included."""
+    return Limits(
+        saved_steps=options.budget * float(choices.steps.sum()) - TOLERANCE,
+        max_engines=options.max_engines,
+        max_phases=options.max_phases,
+        max_memory=inf if options.max_memory is None else options.max_memory + TOLERANCE,
+    )
+
+
+def _why_impossible(choices: Choices, options: PlanOptions) -> str:
+    """Say what the most is that can be saved within the limits, and without that of memory if it is what binds."""
+
+    def most(options: PlanOptions) -> float:
+        limits = limits_of(choices, options)
+        return most_saved(choices, limits, time_limit_s=TIME_LIMIT_S) / float(choices.steps.sum())
+
+    within, memory, lifted = most(options), "", ""
+    if options.max_memory is not None:
+        memory = f" and {options.max_memory:g} × the full model's weights"
+        if (without := most(replace(options, max_memory=None))) > within + TOLERANCE:
+            lifted = f", and {without:.1%} with more memory"
+    return (
+        f"no plan saves {options.budget:.1%} of the time with at most {options.max_engines} engines{memory}. "
+        f"The most that such a plan saves is {within:.1%}{lifted}. Ask for a smaller budget."
+    )
+
+
+def assemble(profile: Profile, options: PlanOptions, parts: Sequence[TreatedRun], choices: Choices) -> Plan:
+    """Make a plan from what is done in each run of bins; neighbours that are treated alike become one phase."""
+    merged: list[TreatedRun] = []
+    for (period, _), alike in groupby(parts, key=_treatment_of):
+        group = list(alike)
+        mode = BinRun(first=group[0].mode.first, last=group[-1].mode.last, period=period)
+        merged.append(TreatedRun(mode=mode, treatments=group[0].treatments))
+    assignments: list[Mapping[str, Treatment]] = [{}]
+    for part in merged:
+        if part.treatments not in assignments:
+            assignments.append(part.treatments)
+    phases = tuple(
+        Phase(
+            low=profile.bins[part.mode.first].low,
+            high=profile.bins[part.mode.last - 1].high,
+            cycle=_cycle(assignments.index(part.treatments), part.mode.period),
+        )
+        for part in merged
+    )
+    return Plan(
+        unetc=unetc.__version__,
+        model=profile.model,
+        profile_sha256=profile.sha256(),
+        budget=options.budget,
+        max_engines=options.max_engines,
+        engines=with_emissions(assignments, profile.components),
+        phases=phases,
+        prediction=choices.predict(merged),
+    )
+
+
+def _treatment_of(part: TreatedRun) -> tuple[int, dict[str, Treatment]]:
+    """Tell what a run does; without any treatment its period says nothing."""
+    return (part.mode.period if part.treatments else 1), dict(part.treatments)
+
+
+def _cycle(engine: int, period: int) -> tuple[int, ...]:
+    return (engine,) if period == 1 or engine == 0 else (0, *[engine] * (period - 1))

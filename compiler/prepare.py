@@ -1,0 +1,100 @@
+"""Get everything that analysis and build need of a model: its gated graph, its scheduler, the target."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+import unetc
+from unetc.artifacts.record import write_atomically
+from unetc.compiler.graph.capture import Capture, capture
+from unetc.compiler.graph.decoder import export_decoder
+from unetc.compiler.graph.gated import OPSET, GatedGraph, open_or_build
+from unetc.errors import ArtifactError
+from unetc.models.model import Model
+from unetc.progress import OnProgress, Progress, ignore
+from unetc.sampler.table import SchedulerTables
+
+from .scheduler import STEP_COUNTS, extract_all, make_scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A model, captured."""
+
+    model: Model
+    gated: GatedGraph
+    work: Path
+    """Folder for partial results about this model."""
+
+
+def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prepared:
+    """Capture a model, or read the capture that an earlier command left in the cache.
+
+    Raises:
+        ModelError: If it is not supported.
+        CompileError: If it cannot be exported.
+        ArtifactError: If the cache cannot be written.
+    """
+    versions = (unetc.__version__, version("torch"), version("onnxscript"), OPSET)
+    key = hashlib.sha256(repr((model.reference.sha256, versions)).encode()).hexdigest()[:24]
+    work = cache / key
+    on_progress(Progress(stage="capture", done=0, total=1))
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work / "graph.lock"):
+            gated = open_or_build(work / "graph", lambda: _capture(model))
+    except OSError as error:
+        raise ArtifactError(f"cannot write the cache {work}: {error.strerror}. Choose another with --cache.") from error
+    on_progress(Progress(stage="capture", done=1, total=1))
+    return Prepared(model=model, gated=gated, work=work)
+
+
+def _capture(model: Model) -> Capture:
+    return capture(model.load_denoiser(), controlnet=model.reference.controlnet)
+
+
+def prepare_decoder(prepared: Prepared) -> bytes | None:
+    """Export what turns samples into images as ONNX, or read what an earlier command has exported.
+
+    Returns:
+        The graph; None if samples are images.
+
+    Raises:
+        ModelError: If the decoder cannot be loaded.
+        CompileError: If it cannot be exported.
+        ArtifactError: If the cache cannot be written or read.
+    """
+    if (autoencoder := prepared.model.load_decoder()) is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in autoencoder.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    path = prepared.work / f"decoder-{digest.hexdigest()[:16]}.onnx"
+    try:
+        with FileLock(prepared.work / "decoder.lock"):
+            if not path.exists():
+                write_atomically(path, export_decoder(autoencoder))
+            return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}. Choose another folder with --cache.") from error
+
+
+def prepare_scheduler(
+    model: Model, scheduler: str, counts: tuple[int, ...] = (), on_progress: OnProgress = ignore
+) -> SchedulerTables:
+    """Extract a scheduler's tables for many step counts, those asked for included.
+
+    Raises:
+        ModelError: If the scheduler is unknown or cannot be expressed as a table.
+    """
+    wanted = sorted({*STEP_COUNTS, *counts})
+
+    def report(done: int, total: int) -> None:
+        on_progress(Progress(stage="scheduler", done=done, total=total))
+
+    return extract_all(make_scheduler(scheduler, model.scheduler_config), scheduler, wanted, report)

@@ -1,0 +1,198 @@
+"""Find plans whose *measured* time meets a target: the budget's, and controls of equal time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+import unetc
+from unetc.artifacts.plan import Phase, Plan, Prediction
+from unetc.artifacts.profile import Profile, Treatment
+from unetc.compiler.planner.choices import BinRun, Choices, TreatedRun
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.planner.planner import PlanOptions, assemble, make_plan
+from unetc.errors import PlanError
+
+from .workbench import Candidate, Workbench
+
+TOLERANCE = 0.05
+"""A saving may exceed the budget by this share of it."""
+
+ATTEMPTS = 6
+LONGEST_PERIOD = 10
+
+
+def fit_plan(
+    workbench: Workbench, options: PlanOptions, notes: list[str], *, correction: float = 1.0
+) -> tuple[Candidate, float]:
+    """Plan, measure, and plan again with corrected costs until the measured saving meets the budget.
+
+    Args:
+        workbench: Where to measure.
+        options: Budget and limits.
+        notes: What was adjusted is appended in words.
+        correction: Where to start, see `make_plan`.
+
+    Returns:
+        The plan that saves the budget and least more, and the correction it was made with.
+
+    Raises:
+        PlanError: If no attempt meets the budget.
+    """
+    best: tuple[Candidate, float] | None = None
+    most = 0.0
+    middle = aim = middle_of(options.budget)
+    for attempt in range(ATTEMPTS):
+        asked = replace(options, budget=min(aim, 0.99))
+        candidate = workbench.compile(make_plan(workbench.profile, asked, correction=correction))
+        saving = candidate.saving
+        most = max(most, saving)
+        candidate = replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=options.budget))
+        if options.budget == 0:
+            return candidate, correction
+        if saving >= options.budget and (best is None or saving < best[0].saving):
+            best = candidate, correction
+        if options.budget <= saving <= options.budget * (1 + TOLERANCE):
+            break
+        predicted = 1 - candidate.plan.prediction.time_ratio
+        by_steps = _saved_by_steps(workbench, candidate)
+        if predicted - by_steps > 0.1 * predicted:
+            correction *= float(np.clip((saving - by_steps) / (predicted - by_steps), 0.3, 2.0))
+        else:  # whole steps save what they promise, but come in runs of bins
+            aim += middle - saving
+        notes.append(
+            f"attempt {attempt + 1}: planned to save {predicted:.1%}, measured {saving:.1%}; "
+            f"planned again for {aim:.1%} with costs scaled by {correction:.3f}"
+        )
+        if aim <= 0 or aim >= 1:
+            break
+    if best is None:
+        raise PlanError(
+            f"no plan met the budget of {options.budget:.1%} when measured; the most that was saved is {most:.1%}. "
+            "Ask for a smaller budget, or analyse again on a quiet machine."
+        )
+    return best
+
+
+def middle_of(budget: float) -> float:
+    """Give the middle of what a plan for a budget may save: an edge would be missed half of the time."""
+    return (1 + TOLERANCE / 2) * budget
+
+
+def _saved_by_steps(workbench: Workbench, candidate: Candidate) -> float:
+    """Tell which share of the time is saved in steps that compute nothing."""
+    whole = {component.name for component in workbench.profile.components if component.kind == "step"}
+    schedule = candidate.session.schedule(workbench.steps)
+    empty = sum(1 for engine in schedule if whole & candidate.plan.engines[engine].treatments.keys())
+    return empty / len(schedule)
+
+
+def fit_uniform(workbench: Workbench, target: float, correction: float) -> Candidate:
+    """Find the best plan that removes the same in all phases and saves the same measured time."""
+
+    def draw(budget: float) -> Plan:
+        options = PlanOptions(budget=budget, max_engines=1, max_phases=1)
+        return make_plan(workbench.profile, options, correction=correction)
+
+    return _closest(workbench, draw, target)
+
+
+def fit_deep_hold(workbench: Workbench, target: float, seed: int) -> Candidate:
+    """Find the best plan that holds one level in all phases with one period: the rule of DeepCache.
+
+    For every level the shortest period that saves enough is tried, or else the longest; of those that save the target,
+    the one that does the least damage is returned, or else the one that saves most.
+
+    Source:
+        Ma et al. 2023, arXiv:2312.00858: uniform 1:N caching of the deep branch.
+    """
+    profile = workbench.profile
+    share = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
+    tried: list[tuple[bool, float, Candidate]] = []
+    for level in (c.name for c in profile.components if c.kind == "level" and c.name in share):
+        for period in range(2, LONGEST_PERIOD + 1):
+            enough = share[level] * (1 - 1 / period) >= (1 - TOLERANCE / 2) * target
+            if enough or period == LONGEST_PERIOD:
+                candidate = workbench.compile(hold_everywhere(profile, level, period))
+                reaches = candidate.saving >= (1 - TOLERANCE) * target
+                if reaches or period == LONGEST_PERIOD:
+                    loss = workbench.damage(candidate, seed=seed).relative_l2.mean if reaches else -candidate.saving
+                    tried.append((not reaches, loss, candidate))
+                    break
+    if not tried:
+        raise PlanError("the model has no level that could be held.")
+    return min(tried, key=lambda entry: entry[:2])[2]
+
+
+def hold_everywhere(profile: Profile, component: str, period: int) -> Plan:
+    """Plan to compute a component at one of every `period` steps and to hold it at the others."""
+    treatments = {component: Treatment.HOLD}
+    return Plan(
+        unetc=unetc.__version__,
+        model=profile.model,
+        profile_sha256=profile.sha256(),
+        budget=0.0,
+        max_engines=1,
+        engines=with_emissions([{}, treatments], profile.components),
+        phases=(Phase(low=profile.bins[0].low, high=profile.bins[-1].high, cycle=(0, *[1] * (period - 1))),),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=Choices(profile).memory([treatments])),
+    )
+
+
+def fit_random(workbench: Workbench, target: float, correction: float, seed: int, *, max_engines: int) -> Candidate:
+    """Find a plan that treats random components at random noise levels and saves the same measured time."""
+    choices = Choices(workbench.profile, correction)
+    bins = len(choices.steps)
+
+    def draw(budget: float) -> Plan:
+        generator = np.random.default_rng((seed, 0))
+        cuts = generator.choice(np.arange(1, bins), size=min(max_engines, bins) - 1, replace=False)
+        edges = [0, *sorted(cuts.tolist()), bins]
+        modes = [
+            BinRun(first=first, last=last, period=int(generator.choice(choices.periods)))
+            for first, last in pairwise(edges)
+        ]
+        chosen: list[dict[str, Treatment]] = [{} for _ in modes]
+        pairs = [(run, name) for run in range(len(modes)) for name in choices.names]
+        for position in generator.permutation(len(pairs)):
+            run, name = pairs[position]
+            parts = [TreatedRun(mode=mode, treatments=own) for mode, own in zip(modes, chosen, strict=True)]
+            if 1 - choices.predict(parts).time_ratio >= budget:
+                break
+            possible = choices.treatments(modes[run], name)
+            if possible:
+                chosen[run][name] = possible[int(generator.integers(len(possible)))]
+        options = PlanOptions(budget=min(budget, 0.99), max_engines=max_engines)
+        parts = [TreatedRun(mode=mode, treatments=own) for mode, own in zip(modes, chosen, strict=True)]
+        return assemble(workbench.profile, options, parts, choices)
+
+    return _closest(workbench, draw, target)
+
+
+def _closest(workbench: Workbench, draw: Callable[[float], Plan], target: float) -> Candidate:
+    """Draw plans for corrected budgets, time each once and return the one whose saving is closest to the target."""
+    budget = target
+    best: Candidate | None = None
+    timed: dict[bytes, Candidate] = {}
+    for _ in range(ATTEMPTS):
+        try:
+            plan = draw(budget)
+        except PlanError:
+            budget *= 0.9
+            continue
+        drawn = msgspec.json.encode((plan.engines, plan.phases))
+        if drawn not in timed:
+            timed[drawn] = workbench.compile(plan)
+        candidate = timed[drawn]
+        if best is None or abs(candidate.saving - target) < abs(best.saving - target):
+            best = candidate
+        if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
+            break
+        budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))
+    if best is None:
+        raise PlanError(f"no control plan saves {target:.1%} of the time.")
+    return best

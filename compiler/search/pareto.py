@@ -1,0 +1,145 @@
+"""model → curve: the least damage at any time, by planning, repairing and sampling at many budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+import unetc
+from unetc.artifacts.pareto import Pareto, Point
+from unetc.artifacts.profile import Profile
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.environment import describe
+from unetc.errors import PlanError, QualityGateError
+from unetc.models.model import Model
+from unetc.progress import OnProgress, Progress, ignore
+
+from .fit import fit_plan
+from .quality_gate import QualityGate
+from .repair import RepairOptions, repair
+from .set_up import Setup, set_up
+
+LEAST, MOST = 0.1, 0.8
+"""Budgets at the ends of the curve."""
+REFINEMENTS = 4
+"""Halvings of the gap behind the fastest point that passes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoOptions:
+    """Which curve to draw."""
+
+    budgets: int = 8
+    """Number of budgets between 0.1 and 0.8."""
+    steps: int = 50
+    max_engines: int = 4
+    max_memory: float | None = None
+    repair: RepairOptions = field(default_factory=lambda: RepairOptions(evaluations=12, patience=6))
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            PlanError: If one is out of range.
+        """
+        if self.budgets < 1:
+            raise PlanError(f"a curve needs at least 1 budget, got {self.budgets}.")
+
+
+def pareto(
+    model: Model,
+    profile: Profile,
+    options: ParetoOptions,
+    *,
+    cache: Path,
+    on_progress: OnProgress = ignore,
+) -> Pareto:
+    """Measure the curve of a model.
+
+    Raises:
+        ModelError: If the model cannot be captured.
+        ProfileError: If the profile belongs to another model.
+        PlanError: If no budget can be met.
+    """
+    setup = set_up(model, profile, steps=options.steps, cache=cache, on_progress=on_progress)
+    return trace(setup, options, on_progress)
+
+
+def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
+    """Plan, repair and sample at every budget; keep everything that was sampled.
+
+    Raises:
+        PlanError: If no budget can be met.
+    """
+    points: list[Point] = []
+    spacing = (MOST - LEAST) / max(1, options.budgets - 1)
+    for number in range(options.budgets):
+        on_progress(Progress(stage="curve", done=number, total=options.budgets))
+        try:
+            points.extend(_sample_budget(setup, options, round(LEAST + number * spacing, 4)))
+        except PlanError:
+            break  # larger budgets cannot be met either
+    on_progress(Progress(stage="curve", done=options.budgets, total=options.budgets))
+    if not points:
+        raise PlanError(f"no plan saves {LEAST:.0%} of the time. Analyse again on a quiet machine.")
+    return Pareto(
+        unetc=unetc.__version__,
+        model=setup.profile.model,
+        profile_sha256=setup.profile.sha256(),
+        target=setup.profile.target,
+        environment=describe(),
+        steps=options.steps,
+        samples=setup.profile.batch,
+        seed=setup.profile.seed + 1,
+        points=tuple(points),
+    )
+
+
+def refine(setup: Setup, curve: Pareto, gate: QualityGate, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
+    """Add points between the fastest one that passes a quality gate and the next budget, by halving.
+
+    Raises:
+        QualityGateError: If no point passes.
+    """
+    low = 1 - fastest_passing(curve, gate).time_ratio
+    high = min((point.budget for point in curve.points if point.budget > low), default=MOST)
+    points = list(curve.points)
+    for step in range(REFINEMENTS):
+        on_progress(Progress(stage="fastest that passes", done=step, total=REFINEMENTS))
+        middle = round((low + high) / 2, 4)
+        try:
+            found = _sample_budget(setup, options, middle)
+        except PlanError:
+            found = []
+        points.extend(found)
+        low, high = (middle, high) if any(gate.passes(point.damage) for point in found) else (low, middle)
+    on_progress(Progress(stage="fastest that passes", done=REFINEMENTS, total=REFINEMENTS))
+    return msgspec.structs.replace(curve, points=tuple(points))
+
+
+def _sample_budget(setup: Setup, options: ParetoOptions, budget: float) -> list[Point]:
+    plan = PlanOptions(budget=budget, max_engines=options.max_engines, max_memory=options.max_memory)
+    candidate, _ = fit_plan(setup.workbench, plan, [])
+    found = repair(setup.workbench, candidate, budget, setup.profile.seed + 1, options.repair, ignore)
+    return [
+        Point(budget=budget, time_ratio=e.candidate.time_ratio, damage=e.damage, plan=e.candidate.plan)
+        for e in found.evaluated
+    ]
+
+
+def fastest_passing(curve: Pareto, gate: QualityGate) -> Point:
+    """Pick the fastest point of a curve that passes a quality gate.
+
+    Raises:
+        QualityGateError: If none does; the message names the best value reached.
+    """
+    passing = [point for point in curve.front() if gate.passes(point.damage)]
+    if not passing:
+        best = min(curve.points, key=lambda point: point.damage.relative_l2.mean)
+        raise QualityGateError(
+            f"no point of the curve passes {gate}: the best has {gate.metric} {gate.value(best.damage):.4g} at "
+            f"{best.time_ratio:.3f} of the time. Ask for less, or build with a small --budget. Nothing was written."
+        )
+    return passing[0]

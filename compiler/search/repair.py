@@ -1,0 +1,116 @@
+"""Repair a plan by local search on its measured damage.
+
+Single damages add up only approximately, and bins are coarser than steps. So the schedule of a plan, one engine per
+step, is changed a little at a time and sampled; what does less damage within the budget stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from unetc.artifacts.profile import Damage
+from unetc.progress import OnProgress, Progress
+from unetc.runtime.rollout import FULL_ENGINE
+
+from .fit import middle_of
+from .workbench import Candidate, Workbench
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairOptions:
+    """How long to search."""
+
+    evaluations: int = 40
+    """Most schedules that are sampled; 0 keeps the plan as it is."""
+    patience: int = 12
+    """Schedules in a row without gain after which the search ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A candidate that was sampled."""
+
+    candidate: Candidate
+    damage: Damage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """The best candidate, and everything that was sampled on the way."""
+
+    candidate: Candidate
+    damage: Damage
+    evaluated: tuple[Evaluated, ...]
+
+
+def repair(
+    workbench: Workbench,
+    candidate: Candidate,
+    budget: float,
+    seed: int,
+    options: RepairOptions,
+    on_progress: OnProgress,
+) -> Repaired:
+    """Search for a schedule of the same engines that saves the budget and does less damage.
+
+    Args:
+        workbench: Where to measure.
+        candidate: A plan that saves the budget.
+        budget: Share of the time that is to be saved. By its engines' times the result saves so much and half of what
+            `fit` tolerates above it, or as much as the candidate if that is less: a sampling run is noisy, and would
+            miss an edge half of the time.
+        seed: Seed of the noise that damage is measured on.
+        options: How long to search.
+        on_progress: Told how far the work is.
+    """
+    best = candidate
+    least = workbench.damage(best, seed=seed)
+    evaluated = [Evaluated(candidate=best, damage=least)]
+    tried = {workbench.schedule(best)}
+    misses = 0
+    generator = np.random.default_rng(seed)
+    floor = min(candidate.saving, middle_of(budget))
+    while len(evaluated) < options.evaluations and misses < options.patience:
+        changed = next(
+            (c for c in _neighbours(workbench, best, floor, generator) if workbench.schedule(c) not in tried), None
+        )
+        if changed is None:
+            break
+        tried.add(workbench.schedule(changed))
+        damage = workbench.damage(changed, seed=seed)
+        evaluated.append(Evaluated(candidate=changed, damage=damage))
+        better = damage.relative_l2.mean < least.relative_l2.mean
+        misses = 0 if better else misses + 1
+        if better:
+            best, least = changed, damage
+        on_progress(Progress(stage="repair", done=len(evaluated), total=options.evaluations))
+    on_progress(Progress(stage="repair", done=options.evaluations, total=options.evaluations))
+    return Repaired(candidate=best, damage=least, evaluated=tuple(evaluated))
+
+
+_PROPOSALS = 200
+"""Random changes drawn before the search gives up finding one that is new and saves enough."""
+
+
+def _neighbours(
+    workbench: Workbench, candidate: Candidate, floor: float, generator: np.random.Generator
+) -> Iterator[Candidate]:
+    """Propose schedules that save enough and differ in one or two steps."""
+    schedule = workbench.schedule(candidate)
+    count = len(candidate.programs)
+    for _ in range(_PROPOSALS):
+        changed = list(schedule)
+        first, second = generator.integers(1, len(schedule), size=2)
+        move = generator.integers(3)
+        if move == 0:  # two steps change places
+            changed[first], changed[second] = changed[second], changed[first]
+        elif move == 1:  # neighbours change places
+            changed[first], changed[first - 1] = changed[first - 1], changed[first]
+        else:  # one step gets another engine, engine 0 as often as all others together
+            changed[first] = FULL_ENGINE if generator.integers(2) else int(generator.integers(count))
+        proposal = workbench.reschedule(candidate, changed)
+        if proposal.saving >= floor and workbench.schedule(proposal) == tuple(changed) != schedule:
+            yield proposal

@@ -1,0 +1,110 @@
+"""Open a profile's model and target for planning by measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Profile
+from unetc.compiler.engines import check_plan
+from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.prepare import Prepared, prepare, prepare_decoder, prepare_scheduler
+from unetc.compiler.tensorrt.on_demand import LoweringBackend, overflow_finder, take_any_graph
+from unetc.conditions import Conditions
+from unetc.errors import ProfileError
+from unetc.models.model import Model
+from unetc.progress import OnProgress, ignore
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.decoder import Decoder
+from unetc.sampler.table import SchedulerTables
+
+from .workbench import Workbench
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A model, its profile, and a workbench for plans of that profile."""
+
+    prepared: Prepared
+    profile: Profile
+    scheduler: SchedulerTables
+    conditions: Conditions
+    """Conditions of all prompts of the profile."""
+    decoder: bytes | None
+    """ONNX graph that turns samples into images; None if samples are images."""
+    workbench: Workbench
+    lowering: LoweringBackend | None
+    """What lowers graphs for the profile's target; None if it takes them in float32."""
+
+
+def set_up(
+    model: Model,
+    profile: Profile,
+    *,
+    steps: int,
+    cache: Path,
+    plan: Plan | None = None,
+    on_progress: OnProgress = ignore,
+) -> Setup:
+    """Open the model and the target of a profile.
+
+    Args:
+        model: The model that was analysed.
+        profile: An analysis of this model.
+        steps: Number of steps that plans are measured at.
+        cache: Folder for captures and partial results.
+        plan: A plan that must belong to the profile.
+        on_progress: Told how far the work is.
+
+    Raises:
+        ModelError: If the model cannot be captured.
+        ProfileError: If the profile belongs to another model.
+        PlanError: If the plan belongs to another profile.
+    """
+    _check_profile(profile, model)
+    if plan is not None:
+        check_plan(plan, profile)
+    backend = open_backend(profile.target, threads=profile.threads)
+    prepared = prepare(model, cache, on_progress)
+    if profile.components != prepared.gated.components:
+        raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
+    scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
+    conditions = model.encode(profile.prompts, profile.guidance_scale)
+    calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
+    backend = take_any_graph(
+        profile.target,
+        backend,
+        calls,
+        overflow_finder(prepared, profile.scheduler, conditions, on_progress),
+        on_progress,
+    )
+    decoder = prepare_decoder(prepared)
+    workbench = Workbench(
+        prepared.gated,
+        profile,
+        scheduler,
+        backend,
+        steps=steps,
+        conditions=conditions.take(range(profile.used_prompts)),
+        decoder=Decoder(decoder, model.decoder_scale, backend) if decoder else None,
+    )
+    return Setup(
+        prepared=prepared,
+        profile=profile,
+        scheduler=scheduler,
+        conditions=conditions,
+        decoder=decoder,
+        workbench=workbench,
+        lowering=backend if isinstance(backend, LoweringBackend) else None,
+    )
+
+
+def _check_profile(profile: Profile, model: Model) -> None:
+    reference = model.reference
+    if profile.model.sha256 != reference.sha256:
+        command = " --lora ".join((reference.name, *reference.loras))
+        raise ProfileError(
+            f"the profile is of {profile.model.title} ({profile.model.sha256[:12]}), not of {reference.title} "
+            f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {command} -o profile.json`."
+        )

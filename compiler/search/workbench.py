@@ -1,0 +1,201 @@
+"""Turn plans into loaded engines and measure them jointly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from unetc.artifacts.manifest import Measurement
+from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Damage, Profile
+from unetc.backend import Backend, Program, SerialisedGraph
+from unetc.compiler.engines import compile_engines, compile_full
+from unetc.compiler.graph.gated import GatedGraph
+from unetc.compiler.planner.schedule import phases_of
+from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.metrics.damage import measure_damage
+from unetc.runtime.branch_cache import Held
+from unetc.runtime.decoder import Decoder
+from unetc.runtime.rollout import FULL_ENGINE
+from unetc.runtime.session import Session
+from unetc.sampler.table import SchedulerTables
+from unetc.timing import interleaved_ms
+
+ENGINE_ROUNDS = 15
+ENGINE_SECONDS = 5.0
+"""How long engines are timed whose calls are short: what disturbs a machine may last a second or two."""
+SAMPLING_ROUNDS = 5
+_LOADED_ENGINES = 12
+"""Engines kept for the next plan; each has its own copy of the weights it packs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A plan with its engines, loaded and timed."""
+
+    plan: Plan
+    graphs: tuple[SerialisedGraph, ...]
+    programs: tuple[Program, ...]
+    session: Session
+    full_ms: float
+    """Median milliseconds per call of the full model, timed in turns with the engines."""
+    step_ms: tuple[float, ...]
+    """Median milliseconds per call of every engine."""
+    time_ratio: float
+    """Time of the schedule's engine calls / as many calls of the full model."""
+
+    @property
+    def saving(self) -> float:
+        """Share of the full model's time that is saved."""
+        return 1 - self.time_ratio
+
+
+class Workbench:
+    """Compiles and measures plans of one profile on one backend."""
+
+    def __init__(
+        self,
+        gated: GatedGraph,
+        profile: Profile,
+        scheduler: SchedulerTables,
+        backend: Backend,
+        *,
+        steps: int,
+        conditions: Conditions = UNCONDITIONAL,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """Set up for a profile.
+
+        Args:
+            gated: The graph.
+            profile: What was measured of it.
+            scheduler: The profile's scheduler.
+            backend: The profile's target.
+            steps: Number of steps that plans are measured at.
+            conditions: What samples are conditioned on; sample k on row k, modulo their number.
+            decoder: What turns samples into images, on which damage is measured.
+        """
+        self.profile = profile
+        self.scheduler = scheduler
+        self.steps = steps
+        self.full = compile_full(gated)
+        self._conditions = conditions
+        self._decoder = decoder
+        self._gated = gated
+        self._device = backend.device
+        self._loader = backend.open_weights(gated.weights.read_bytes())
+        self._programs: dict[bytes, Program] = {}
+        self._references: dict[int, NDArray[np.float32]] = {}
+
+    def compile(self, plan: Plan) -> Candidate:
+        """Specialise, load and time the engines of a plan, each in turn with the others and with the full model.
+
+        Raises:
+            CompileError: If a graph cannot be specialised.
+        """
+        graphs = compile_engines(self._gated, plan, self.profile)
+        full, *programs = (self._load(graph) for graph in (self.full, *graphs))
+        full_times, times = self._time(full, programs)
+        session = self._session(plan, programs)
+        used = session.schedule(self.steps)
+        ratio = np.median(times[:, used].sum(axis=1) / (full_times * len(used)))
+        return Candidate(
+            plan=plan,
+            graphs=graphs,
+            programs=tuple(programs),
+            session=session,
+            full_ms=float(np.median(full_times)),
+            step_ms=tuple(np.median(times, axis=0).tolist()),
+            time_ratio=float(ratio),
+        )
+
+    def schedule(self, candidate: Candidate) -> tuple[int, ...]:
+        """Tell which engine of a candidate serves each step."""
+        return candidate.session.schedule(self.steps)
+
+    def reschedule(self, candidate: Candidate, schedule: Sequence[int]) -> Candidate:
+        """Give a candidate another schedule of the same engines; its time follows from the engines' times.
+
+        An engine that would need what no step before has emitted is replaced by engine 0.
+        """
+        outer = candidate.plan.phases
+        phases = phases_of(schedule, self.scheduler.table(self.steps).log_snr.tolist(), outer[0].low, outer[-1].high)
+        plan = msgspec.structs.replace(candidate.plan, phases=phases)
+        session = self._session(plan, candidate.programs)
+        used, before = session.schedule(self.steps), self.schedule(candidate)
+        full = candidate.full_ms * len(used)
+        change = sum(candidate.step_ms[e] for e in used) - sum(candidate.step_ms[e] for e in before)
+        return replace(candidate, plan=plan, session=session, time_ratio=candidate.time_ratio + change / full)
+
+    def damage(self, candidate: Candidate, *, seed: int) -> Damage:
+        """Sample one batch with a plan and compare it with the full model's, which is sampled once per seed."""
+        batch = self.profile.batch
+        if seed not in self._references:
+            self._references[seed] = candidate.session.sample(batch, seed=seed, full_model=True)
+        return measure_damage(self._references[seed], candidate.session.sample(batch, seed=seed))
+
+    def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
+        """Sample with the plan and with the full model in turns, on the same noise.
+
+        Args:
+            candidate: What to measure.
+            seed: Seed of the noise, one that the profile has not seen.
+        """
+        batch = self.profile.batch
+        ratios: list[float] = []
+        full: list[NDArray[np.float32]] = []
+        pruned: list[NDArray[np.float32]] = []
+        for i in range(SAMPLING_ROUNDS):
+            sample = partial(candidate.session.sample, batch, seed=seed, first_index=i * batch, latents=True)
+            times = interleaved_ms(
+                [lambda s=sample: full.append(s(full_model=True)), lambda s=sample: pruned.append(s())],  # type: ignore[misc]
+                rounds=1,
+                warmup=0,
+            )
+            ratios.append(float(times[0, 1] / times[0, 0]))
+        damage = measure_damage(*(candidate.session.decode(np.concatenate(parts)) for parts in (full, pruned)))
+        return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
+
+    def _session(self, plan: Plan, programs: Sequence[Program]) -> Session:
+        return Session(
+            plan=plan,
+            full=self._load(self.full),
+            programs=programs,
+            scheduler=self.scheduler,
+            sample_shape=self.profile.sample_shape,
+            steps=self.steps,
+            predicted_channels=self._gated.predicted_channels,
+            conditions=self._conditions,
+            decoder=self._decoder,
+            device=self._device,
+        )
+
+    def _load(self, graph: SerialisedGraph) -> Program:
+        """Load a graph, or find it among those loaded last."""
+        program = self._programs.pop(graph.graph, None)
+        if program is None:
+            program = self._loader.load(graph)
+        self._programs[graph.graph] = program
+        while len(self._programs) > _LOADED_ENGINES:
+            del self._programs[next(iter(self._programs))]
+        return program
+
+    def _time(self, full: Program, programs: Sequence[Program]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Measure milliseconds per call in turns: [round] of the full model and [round, program] of the others."""
+        batch = self.profile.batch
+        sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
+        device = self._device
+        inputs = self._conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
+        output = device.empty((len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:]))
+        held = Held(device=device)
+        held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
+        inputs |= held.inputs(500.0)
+        distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
+        calls = [partial(program, inputs, output) for program in distinct]
+        times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize, seconds=ENGINE_SECONDS)
+        return times[:, 0], times[:, [distinct.index(program) for program in programs]]

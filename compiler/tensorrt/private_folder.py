@@ -1,0 +1,57 @@
+"""A folder that nobody else can change, for the verified bytes that engines are built from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from unetc.backend import WEIGHTS
+from unetc.errors import ArtifactError
+from unetc.precision import Precision
+
+
+def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> tempfile.TemporaryDirectory[str]:
+    """Write verified bytes where only we can change them: files of a bundle could be edited after they were hashed.
+
+    Args:
+        weights: What the weights file holds.
+        graphs: Content of further files, by name.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="unetc-")
+        for name, content in {WEIGHTS: weights, **(graphs or {})}.items():
+            (Path(folder.name) / name).write_bytes(content)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {len(weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
+            "Set TMPDIR to a folder with room."
+        ) from error
+    return folder
+
+
+def lower_beside(folder: Path, graphs: Sequence[str], precision: Precision, wide: Collection[str]) -> Path:
+    """Write graphs of a private folder in another precision into a folder inside it, which is returned.
+
+    Args:
+        folder: The private folder.
+        graphs: Names of the graphs.
+        precision: Less than float32.
+        wide: Values that stay float32.
+
+    Raises:
+        ArtifactError: If the disk is full.
+    """
+    from unetc.compiler.graph.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+
+    into = folder / precision
+    try:
+        lower_graphs(folder, graphs, precision, into, wide)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write weights to {into}: {error.strerror}. Set TMPDIR to a folder with room."
+        ) from error
+    return into

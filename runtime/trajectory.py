@@ -1,0 +1,71 @@
+"""A trajectory: the samples on their way from noise to image, with the history the scheduler needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from unetc.device import HOST, Array, Device, Tensor
+from unetc.sampler.noise import step_noise
+from unetc.sampler.table import SchedulerTable, update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """The state between two steps; advancing makes a new one, so a prefix can be shared."""
+
+    samples: tuple[Tensor, ...]
+    """Newest first, each [batch, channel, height, width]; at most the scheduler's window."""
+    predictions: tuple[Tensor, ...]
+    """Newest first, of the steps already made."""
+    device: Device = HOST
+    """Where all of them are."""
+
+    @classmethod
+    def start(cls, table: SchedulerTable, noise: Array, device: Device = HOST) -> Trajectory:
+        """Begin at unit normal noise [batch, channel, height, width], on a device."""
+        first = device.put(np.ascontiguousarray(noise, dtype=np.float32)) * table.initial_scale
+        return cls(samples=(first,), predictions=(), device=device)
+
+    @property
+    def sample(self) -> Tensor:
+        """The current samples, [batch, channel, height, width]."""
+        return self.samples[0]
+
+    def seen(self, table: SchedulerTable, step: int) -> Tensor:
+        """Scale the current samples to what the denoiser sees at a step."""
+        scale = table.input_scale.item(step)
+        return self.sample if scale == 1.0 else self.sample * scale
+
+    def advance(
+        self, table: SchedulerTable, step: int, prediction: Tensor, *, seed: int, indices: Sequence[int]
+    ) -> Trajectory:
+        """Make one step.
+
+        Args:
+            table: The scheduler.
+            step: Step index.
+            prediction: What the denoiser makes of what it sees at this step, of the same shape, or of twice the
+                channels, of which the second half tells the variance of a stochastic scheduler's noise.
+            seed: Seed of the noise a stochastic scheduler adds.
+            indices: Index of every sample within the seed.
+        """
+        shape = self.sample.shape[1:]
+        channels = shape[0]
+        variance = prediction[:, channels:] if prediction.shape[1] > channels else None
+        predictions = (prediction[:, :channels], *self.predictions)[: table.window]
+        noisy = table.noise_coefficient.item(step)
+        noise = self.device.put(step_noise(seed, indices, step, shape)) if noisy else None
+        following = update(table, step, self.samples, predictions, noise, variance, self.device)
+        return replace(self, samples=(following, *self.samples)[: table.window], predictions=predictions)
+
+    def repeat(self, times: int) -> Trajectory:
+        """Copy every sample `times` times: the whole batch, then the whole batch again."""
+        join = self.device.concatenate
+        return replace(
+            self,
+            samples=tuple(join([tensor] * times) for tensor in self.samples),
+            predictions=tuple(join([tensor] * times) for tensor in self.predictions),
+        )

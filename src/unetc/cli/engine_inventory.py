@@ -1,0 +1,150 @@
+"""Which engines of a bundle the cache has, and what is known of the memory that they take on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import RenderableType
+from rich.markup import escape
+
+from unetc.artifacts.manifest import Manifest
+from unetc.artifacts.record import to_builtins
+from unetc.environment import cache_folder
+from unetc.errors import MissingDependency
+from unetc.nvidia.cache import EngineCache, EngineRecord
+from unetc.nvidia.key import EngineKey
+from unetc.nvidia.library import LIBRARIES
+
+from .output import table
+from .summary import engines_title
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSet:
+    """Engines that were built alike."""
+
+    key: EngineKey
+    """Of one of them."""
+    records: dict[str, EngineRecord] = field(default_factory=dict)
+    """By the path of the graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What some engines take together on a GPU."""
+
+    name: str
+    engine_bytes: int | None
+    """Their sum; None if one is not compiled."""
+    scratch_bytes: int | None
+    """The most that one needs, as they share it; None if it is not known of all."""
+
+
+def find(manifest: Manifest) -> list[EngineSet]:
+    """Find the engines of a bundle, without opening them; the most complete sets first."""
+    hashes = {file.path: file.sha256 for file in manifest.files}
+    graphs = {hashes[engine.graph]: engine.graph for engine in manifest.all_engines()}
+    sets: dict[tuple[object, ...], EngineSet] = {}
+    for record in EngineCache.inside(cache_folder()).records():
+        key = record.key
+        if key.weights_sha256 == hashes[manifest.weights] and key.graph_sha256 in graphs:
+            alike = sets.setdefault((key.origin, key.precision, key.sizes), EngineSet(key=key))
+            alike.records[graphs[key.graph_sha256]] = record
+    return sorted(sets.values(), key=lambda one: len(missing(one, manifest)))
+
+
+def missing(engines: EngineSet, manifest: Manifest) -> list[str]:
+    """List the graphs of the full model and the plan that have no engine."""
+    return [graph for graph in _needed(manifest) if graph not in engines.records]
+
+
+def _needed(manifest: Manifest) -> dict[str, None]:
+    """List the graphs of the full model and the plan, each once."""
+    return dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines))
+
+
+def misfit(engines: EngineSet) -> str:
+    """Say why engines cannot be run with what is installed here; nothing if they can, on a GPU that they are for."""
+    origin = engines.key.origin
+    try:
+        here = LIBRARIES[origin.target].anywhere()
+    except MissingDependency as error:
+        return str(error)
+    return origin.misfit(msgspec.structs.replace(here, gpu=origin.gpu))
+
+
+def facts(sets: Sequence[EngineSet], manifest: Manifest) -> list[dict[str, object]]:
+    """List engines with everything that is known about them, and what they take together."""
+    return [
+        {
+            "engines": {graph: to_builtins(record) for graph, record in one.records.items()},
+            "missing": missing(one, manifest),
+            "misfit": misfit(one),
+            "memory": [asdict(row) for row in memory_of(one, manifest)],
+        }
+        for one in sets
+    ]
+
+
+def shown(sets: Sequence[EngineSet], manifest: Manifest) -> list[RenderableType]:
+    """Lay out the memory of complete sets; of the others, and of what cannot be run, say so in a line."""
+    if not sets:
+        return [f"No engines of this bundle are in {cache_folder()}. `unetc compile BUNDLE` builds them."]
+    return [_shown(one, manifest) for one in sets]
+
+
+def _shown(engines: EngineSet, manifest: Manifest) -> RenderableType:
+    title = engines_title(engines.key, manifest)
+    if why := misfit(engines):
+        return escape(f"{title}: cannot be run here: {why}")
+    if lacking := missing(engines, manifest):
+        return escape(f"{title}: not complete, without {', '.join(lacking)}")
+    rows = memory_of(engines, manifest)
+    laid_out = table(
+        title,
+        ["on the GPU", "engines MiB", "scratch MiB"],
+        [[row.name, _mib(row.engine_bytes), _mib(row.scratch_bytes)] for row in rows],
+    )
+    if any(row.scratch_bytes is None for row in rows):
+        laid_out.caption = "Scratch memory is not known of engines that were built without a GPU."
+        laid_out.caption_justify = "left"
+    return laid_out
+
+
+def _mib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:.1f}"
+
+
+def memory_of(engines: EngineSet, manifest: Manifest) -> list[Memory]:
+    """Sum up the memory of engines, and of those that take turns in a phase."""
+    plan = manifest.plan
+    every = {engine.graph for engine in manifest.engines}
+    rows = [_together(Path(graph).stem, engines, {graph}) for graph in _needed(manifest)]
+    graphs = [{manifest.engines[i].graph for i in phase.cycle} for phase in plan.phases]
+    for phase, own in zip(plan.phases, graphs, strict=True):
+        rows.append(_together(f"phase from {phase.low:.2f} to {phase.high:.2f}", engines, own))
+    rows.append(_together("the plan, all loaded", engines, every))
+    pairs = [own | after for own, after in zip(graphs, [*graphs[1:], graphs[0]], strict=True)]
+    largest = max(pairs, key=lambda pair: _bytes(engines, pair))
+    rows.append(_together("with --memory low, at most", engines, largest))
+    return rows
+
+
+def _bytes(engines: EngineSet, graphs: Collection[str]) -> int:
+    """Add up the engines that are known."""
+    return sum(engines.records[graph].engine_bytes for graph in graphs if graph in engines.records)
+
+
+def _together(name: str, engines: EngineSet, graphs: Collection[str]) -> Memory:
+    """Sum up; engines are added, scratch memory is shared."""
+    known = [engines.records[graph] for graph in graphs if graph in engines.records]
+    scratch = [record.scratch_bytes for record in known if record.scratch_bytes is not None]
+    complete = len(known) == len(graphs)
+    return Memory(
+        name=name,
+        engine_bytes=_bytes(engines, graphs) if complete else None,
+        scratch_bytes=max(scratch) if complete and len(scratch) == len(graphs) else None,
+    )

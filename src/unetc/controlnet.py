@@ -1,0 +1,62 @@
+"""What a ControlNet adds to a UNet: one residual for every skip, and one for the middle.
+
+A graph that was captured for it has an input for each; they are zero where no ControlNet is used. Names of inputs
+follow StreamDiffusion.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .device import Device, Tensor
+
+PREFIX = "input_control_"
+"""Of the names of all inputs for residuals."""
+MIDDLE = f"{PREFIX}middle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetInput:
+    """One residual, [batch, channel, height, width]."""
+
+    name: str
+    channels: int
+    halvings: int
+    """How often height and width of the sample are halved, rounded up."""
+
+    def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Tell its shape for samples of a size."""
+        stride = 2**self.halvings
+        return batch, self.channels, -(-height // stride), -(-width // stride)
+
+
+def controlnet_inputs(config: Mapping[str, Any]) -> tuple[ControlNetInput, ...]:
+    """List the residuals of a UNet2DConditionModel in the order of its arguments, the middle one last.
+
+    Source:
+        diffusers 0.42.1, models/controlnets/controlnet.py, `ControlNetModel.__init__`.
+    """
+    widths = config["block_out_channels"]
+    layers = config["layers_per_block"]
+    places = [(widths[0], 0)]
+    for level, width in enumerate(widths):
+        places += [(width, level)] * (layers if isinstance(layers, int) else layers[level])
+        if level + 1 < len(widths):
+            places.append((width, level + 1))
+    names = [*(f"{PREFIX}{i:02d}" for i in range(len(places))), MIDDLE]
+    places.append((widths[-1], len(widths) - 1))
+    return tuple(
+        ControlNetInput(name=name, channels=channels, halvings=halvings)
+        for name, (channels, halvings) in zip(names, places, strict=True)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def zeros(
+    controlnet: tuple[ControlNetInput, ...], batch: int, height: int, width: int, device: Device
+) -> Mapping[str, Tensor]:
+    """Make the inputs that add nothing, once per size."""
+    return {one.name: device.full(one.shape(batch, height, width), 0.0) for one in controlnet}

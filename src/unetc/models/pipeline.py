@@ -1,0 +1,262 @@
+"""A pipeline folder of diffusers as a model.
+
+Only safetensors weights are read, and the classes are named here: nothing in a model folder is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unetc.artifacts.profile import ModelReference
+from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.controlnet import controlnet_inputs
+from unetc.errors import ModelError
+
+from .lora import Lora
+from .prompts import PROMPTS, read_prompts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+"""Pipelines whose denoiser needs nothing but noise and a timestep."""
+
+GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
+"""Pipelines whose denoiser is conditioned on text, with the guidance scale that diffusers gives them."""
+
+PIPELINES = (*UNCONDITIONAL_PIPELINES, *GUIDANCE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineModel:
+    """A pretrained model in a local folder of diffusers."""
+
+    reference: ModelReference
+    denoiser_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    sample_shape: tuple[int, int, int]
+    """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
+    folder: Path
+    loras: tuple[Lora, ...] = ()
+    """What is fused into its UNet and its text encoders, in order."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the denoiser takes more than noise and a timestep."""
+        return self.reference.pipeline in GUIDANCE
+
+    @property
+    def guidance_scale(self) -> float:
+        """The usual scale of classifier-free guidance; 1 where there is none."""
+        return GUIDANCE.get(self.reference.pipeline, 1.0)
+
+    def prompts(self) -> tuple[str, ...]:
+        """Read the prompts to measure the model on; none if it takes none."""
+        if not self.conditional:
+            return ()
+        own = self.folder / PROMPTS
+        return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        """Turn prompts into conditions.
+
+        Raises:
+            ModelError: If the model takes no prompts, its text encoders cannot be loaded, or a LoRA does not fit them.
+            MissingDependency: If transformers is not installed.
+        """
+        if not self.conditional:
+            if prompts:
+                raise ModelError(f"{self.reference.name} takes no prompts; it is a {self.reference.pipeline}.")
+            return UNCONDITIONAL
+        from .text import encode_prompts, load_text_encoders
+
+        _, height, width = self.sample_shape
+        size = height * self.decoder_scale, width * self.decoder_scale
+        pipeline = load_text_encoders(self.folder, self.reference.pipeline)
+        if self.loras:
+            from .lora_fusion import fuse_into_text_encoders
+
+            fuse_into_text_encoders(pipeline, self.loras, self.denoiser_config)
+        encoded = encode_prompts(pipeline, prompts, guidance_scale=guidance_scale, size=size)
+        return replace(encoded, controlnet=controlnet_inputs(self.denoiser_config) if self.reference.controlnet else ())
+
+    @property
+    def decoder_scale(self) -> int:
+        """Number of pixels of the image per pixel of a sample, along each side; 1 if samples are images."""
+        if not self.conditional:
+            return 1
+        levels = _read_json(self.folder / "vae/config.json").get("block_out_channels", [0])
+        return int(2 ** (len(levels) - 1))
+
+    def load_decoder(self) -> nn.Module | None:
+        """Load what turns samples into images, [batch, 3, height, width] in -1 to 1; None if samples are images.
+
+        Raises:
+            ModelError: If its weights do not fit its configuration.
+        """
+        if not self.conditional:
+            return None
+        from diffusers import AutoencoderKL
+
+        return self._load(AutoencoderKL, "vae")
+
+    def load_denoiser(self) -> nn.Module:
+        """Load the denoiser in evaluation mode.
+
+        Raises:
+            ModelError: If its weights do not fit its configuration, or a LoRA does not fit it.
+        """
+        import diffusers
+
+        denoiser = self._load(getattr(diffusers, self.reference.denoiser), "unet")
+        if self.loras:
+            from .lora_fusion import fuse_into_unet
+
+            fuse_into_unet(denoiser, self.loras, self.reference.pipeline)
+        return denoiser
+
+    def _load(self, kind: Any, part: str) -> nn.Module:
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()
+        what = f"cannot load the {part} of {self.reference.name}"
+        model: nn.Module
+        try:
+            model, report = kind.from_pretrained(
+                self.folder / part,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # diffusers raises many unrelated classes
+            raise ModelError(f"{what}: {brief(error)}.") from error
+        if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+            raise ModelError(
+                f"{what}: its weights do not fit its configuration, {strangers[0]!r} is in only one of them. "
+                f"Check that {part}/config.json belongs to the weights."
+            )
+        return model.float().eval().requires_grad_(False)
+
+
+def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: bool) -> PipelineModel:
+    """Check that unetc supports a pipeline folder of diffusers.
+
+    Args:
+        name: What the user typed.
+        folder: Where the pipeline is.
+        loras: What is fused into its UNet and its text encoders, in order.
+        controlnet: Whether its denoiser is to take the inputs of a ControlNet.
+
+    Raises:
+        ModelError: If a part is missing, or of a class that unetc does not support.
+    """
+    index = _read_json(folder / "model_index.json")
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
+    if controlnet and pipeline not in GUIDANCE:
+        raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(GUIDANCE)}.")
+    if loras and pipeline not in GUIDANCE:
+        raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(GUIDANCE)}.")
+    for lora in loras:
+        lora.check()
+    entry = index.get("unet")
+    denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
+    expected = "UNet2DConditionModel" if pipeline in GUIDANCE else "UNet2DModel"
+    if denoiser_class != expected:
+        raise ModelError(f"{name} has {denoiser_class} as its unet; a {pipeline} is supported with {expected}.")
+    config = _read_json(folder / "unet/config.json")
+    weights = sorted((folder / "unet").glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{folder / 'unet'} has no .safetensors weights. Other formats can run code and are not read.")
+    scheduler_config = _read_json(folder / "scheduler/scheduler_config.json")
+    size = config.get("sample_size")
+    if size is None:
+        raise ModelError(
+            f"{folder / 'unet/config.json'} names no sample_size; it is needed to draw noise of that size."
+        )
+    try:
+        height, width = size if isinstance(size, list) else (size, size)
+        sample_shape = int(config.get("in_channels", 3)), int(height), int(width)  # 3 is the default of diffusers
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}; "
+            "expected whole numbers."
+        ) from error
+    variance_type = str(scheduler_config.get("variance_type"))
+    channels = sample_shape[0]
+    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
+    if (predicted := config.get("out_channels", 3)) not in allowed:
+        raise ModelError(
+            f"{name} predicts {predicted} channels for samples of {channels}; expected "
+            f"{' or '.join(map(str, allowed))}, as its scheduler has variance_type {variance_type}."
+        )
+    return PipelineModel(
+        reference=ModelReference(
+            name=name,
+            sha256=_hash(config, scheduler_config, weights, loras, controlnet),
+            pipeline=pipeline,
+            denoiser=denoiser_class,
+            controlnet=controlnet,
+            loras=tuple(map(str, loras)),
+        ),
+        denoiser_config=_plain(config),
+        scheduler_config=scheduler_config,
+        sample_shape=sample_shape,
+        folder=folder,
+        loras=loras,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {error}. Expected a diffusers pipeline folder.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object. Expected a diffusers pipeline folder.")
+    return value
+
+
+def _hash(
+    config: dict[str, Any],
+    scheduler: dict[str, Any],
+    weights: list[Path],
+    loras: tuple[Lora, ...],
+    controlnet: bool,
+) -> str:
+    """Hash what decides the denoiser's output."""
+    digest = hashlib.sha256()
+    for settings in (config, scheduler):
+        digest.update(json.dumps(_plain(settings), sort_keys=True).encode())
+    for path in weights:
+        digest.update(_hash_file(path))
+    for lora in loras:
+        digest.update(f"lora {lora.scale}".encode() + _hash_file(lora.path))
+    if controlnet:
+        digest.update(b"controlnet")
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the versions and paths that libraries write into configurations."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+
+
+def brief(error: Exception) -> str:
+    """Put what a library says on one line of bearable length."""
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

@@ -1,0 +1,194 @@
+"""Costs are what a removal saves, whatever else the machine is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import save_file
+
+from unetc import timing
+from unetc.analyzer.cost import measure_costs
+from unetc.artifacts.profile import Component, Estimate
+from unetc.backend import Array, Loader, Program, SerialisedGraph
+from unetc.compiler.graph.gate import DOMAIN
+from unetc.compiler.graph.gated import OPSET, GatedGraph
+from unetc.device import HOST, Device
+from unetc.progress import Progress, ignore
+
+SHAPE = (2, 4, 4)
+BASE_MS, NODE_MS = 10.0, 1.0
+NODES = {"short": 3, "long": 5, "inner": 2, "outer": 4}
+"""Nodes of each component's own branch; `inner` is inside of the branch of `outer`."""
+FULL_MS = BASE_MS + NODE_MS * sum(NODES.values())
+SAVED_MS = {"short": 3.0, "long": 5.0, "inner": 2.0, "outer": 6.0, "step": 14.0}
+"""Without the step only what every call costs is left."""
+WARMUP, ROUNDS = 2, 5
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> GatedGraph:
+    """Make a gated graph whose branches are chains of nodes: step(sample + short + long + outer(inner))."""
+    lines: list[str] = []
+
+    def gate(branch: str, name: str) -> str:
+        index = list(SAVED_MS).index(name)
+        where = f"index=[{index}], begin=[{2 * index}], end=[{2 * index + 2}]"
+        shapes = "per_sample=[-1, 1, 1, 1], per_channel=[1, -1, 1, 1]"
+        return f"{DOMAIN}.Gate<{where}, {shapes}>({branch}, gates, means)"
+
+    def chain(start: str, name: str) -> str:
+        for i in range(NODES[name]):
+            lines.append(f"{name}{i} = Neg({start})")
+            start = f"{name}{i}"
+        return start
+
+    def join(trunk: str, branch: str, name: str) -> str:
+        lines.append(f"{name}_gated = {gate(branch, name)}")
+        lines.append(f"after_{name} = Add({trunk}, {name}_gated)")
+        return f"after_{name}"
+
+    trunk = "sample"
+    for name in ("short", "long"):
+        trunk = join(trunk, chain(trunk, name), name)
+    inside = chain(trunk, "outer")
+    trunk = join(trunk, join(inside, chain(inside, "inner"), "inner"), "outer")
+    inputs = "float[b, 2, h, w] sample, float[b] timestep, float[b, c, 2] gates, float[n] means"
+    text = f"""<ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": 1]>
+        tiny ({inputs}) => (float[b, 2, h, w] out_sample)
+        {{ {" ".join(lines)} out_sample = {gate(trunk, "step")} }}"""
+    components = tuple(
+        Component(
+            name=name,
+            kind="step" if name == "step" else "residual",
+            owner=name,
+            index=i,
+            channels=2,
+            axis=1,
+            offset=2 * i,
+            nested={"outer": ("inner",), "step": tuple(NODES)}.get(name, ()),
+        )
+        for i, name in enumerate(SAVED_MS)
+    )
+    save_file({}, tmp_path / "weights.safetensors")
+    return GatedGraph(
+        model=ir.serde.deserialize_model(onnx.parser.parse_model(text)),
+        components=components,
+        inputs=("sample", "timestep"),
+        dynamic_size=True,
+        folder=tmp_path,
+    )
+
+
+@dataclass
+class Machine:
+    """A backend whose programs take time in proportion to their nodes, on a clock of its own."""
+
+    seconds: float = 0.0
+    calls: list[int] = field(default_factory=list)
+    """Nodes of each program that was called."""
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    slowness: Callable[[int], float] = lambda call: 1.0
+    """How many times slower the machine is at its n-th call."""
+    device: Device = HOST
+
+    def open_weights(self, weights: bytes) -> Loader:
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        nodes = sum(node.op_type == "Neg" for node in onnx.load_from_string(graph.graph).graph.node)
+
+        def program(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+            sample, timestep = (inputs[name] for name in ("sample", "timestep"))
+            assert isinstance(sample, np.ndarray)
+            assert isinstance(timestep, np.ndarray)
+            self.seconds += 1e-3 * (BASE_MS + NODE_MS * nodes) * self.slowness(len(self.calls))
+            self.calls.append(nodes)
+            self.shapes |= {sample.shape, output.shape, (*timestep.shape, *SHAPE)}
+            return {}
+
+        return program
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: machine.seconds))
+    return machine
+
+
+def measure(gated: GatedGraph, machine: Machine, rounds: int = ROUNDS) -> tuple[Estimate, dict[str, Estimate]]:
+    measured = measure_costs(
+        gated, gated.components, machine, batch=3, sample_shape=SHAPE, rounds=rounds, on_progress=ignore
+    )
+    return measured.full_ms, {cost.component: cost.saved_ms for cost in measured.costs}
+
+
+def test_a_cost_is_the_full_time_minus_the_time_without(gated: GatedGraph, machine: Machine) -> None:
+    full, saved = measure(gated, machine)
+    assert full.mean == pytest.approx(FULL_MS)
+    assert {name: cost.mean for name, cost in saved.items()} == pytest.approx(SAVED_MS)
+    # nothing disturbs this machine: the intervals are as narrow as the clock is exact
+    assert all(estimate.high - estimate.low < 1e-6 for estimate in (full, *saved.values()))
+
+
+def test_the_full_graph_and_the_one_without_take_turns(gated: GatedGraph, machine: Machine) -> None:
+    measure(gated, machine)
+    full = sum(NODES.values())
+    turns = np.reshape(machine.calls, (len(SAVED_MS), WARMUP + ROUNDS, 2))
+    assert (turns[:, :, 0] == full).all()
+    without = [full - int(SAVED_MS[name] / NODE_MS) for name in SAVED_MS]
+    assert (turns[:, :, 1] == np.array(without)[:, None]).all()
+
+
+def test_graphs_run_at_the_batch_and_shape_asked_for(gated: GatedGraph, machine: Machine) -> None:
+    measure(gated, machine)
+    assert machine.shapes == {(3, *SHAPE)}
+
+
+def test_the_first_calls_are_not_timed(gated: GatedGraph, machine: Machine) -> None:
+    machine.slowness = lambda call: 50.0 if call % (2 * (WARMUP + ROUNDS)) < 2 * WARMUP else 1.0
+    full, saved = measure(gated, machine)
+    assert full.high == pytest.approx(FULL_MS)
+    assert saved["long"].high == pytest.approx(SAVED_MS["long"])
+
+
+@pytest.mark.parametrize("slow_call", range(2 * WARMUP, 2 * (WARMUP + ROUNDS)))
+def test_one_slow_moment_does_not_move_a_cost(gated: GatedGraph, machine: Machine, slow_call: int) -> None:
+    machine.slowness = lambda call: 100.0 if call == slow_call else 1.0
+    full, saved = measure(gated, machine)
+    assert full.mean == pytest.approx(FULL_MS)
+    assert saved["short"].mean == pytest.approx(SAVED_MS["short"])
+    # but it is not forgotten: the interval says that something was odd
+    assert saved["short"].high - saved["short"].low > SAVED_MS["short"]
+
+
+@pytest.mark.parametrize("slow", SAVED_MS)
+def test_a_machine_that_is_slow_for_a_minute_does_not_make_a_component_dear(
+    gated: GatedGraph, machine: Machine, slow: str
+) -> None:
+    # all pairs of one component fall into the slow minute; the difference of its times is three times what it saves
+    per_component = 2 * (WARMUP + ROUNDS)
+    machine.slowness = lambda call: 3.0 if call // per_component == list(SAVED_MS).index(slow) else 1.0
+    full, saved = measure(gated, machine)
+    assert full.mean == pytest.approx(FULL_MS)
+    assert {name: cost.mean for name, cost in saved.items()} == pytest.approx(SAVED_MS)
+
+
+def test_one_round_has_no_interval(gated: GatedGraph, machine: Machine) -> None:
+    _, saved = measure(gated, machine, rounds=1)
+    assert all(cost.low == cost.mean == cost.high for cost in saved.values())
+
+
+def test_progress_counts_components(gated: GatedGraph, machine: Machine) -> None:
+    reports: list[Progress] = []
+    measure_costs(gated, gated.components, machine, batch=1, sample_shape=SHAPE, rounds=1, on_progress=reports.append)
+    assert [(report.stage, report.done, report.total) for report in reports] == [
+        ("timing", done, len(SAVED_MS)) for done in range(1, len(SAVED_MS) + 1)
+    ]

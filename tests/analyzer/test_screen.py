@@ -1,0 +1,372 @@
+"""The screen finds what an ablation changes in one step, and learns from measured ones what that does in the end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.models import Tiny, shared_folder, tiny_of
+from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, entry_of
+from unetc.analyzer.denoiser import GatedDenoiser
+from unetc.analyzer.screen import (
+    TYPICAL_LOG_AMPLIFICATION,
+    TYPICAL_SPREAD,
+    Z_95,
+    Screen,
+    choose,
+    estimate_rest,
+    run_screen,
+    screen_calls,
+)
+from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, run_base
+from unetc.artifacts.profile import STEP, Cost, Effect, Estimate, Treatment
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.device import Device
+from unetc.progress import Progress, ignore
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.branch_cache import Held
+
+ARCHITECTURE = "attention"
+SHAPE = (2, 16, 16)
+SAMPLES, SEED = 2, 5
+STEPS = 8
+BINS = (range(4), range(4, 8))
+PROBED = (2, 6)
+"""The middle step of every bin."""
+
+DROP, HOLD = PeriodicTreatment(treatment=Treatment.DROP), PeriodicTreatment(treatment=Treatment.HOLD, period=2)
+KINDS = REMOVALS + REUSES
+
+
+@functools.cache
+def tiny() -> Tiny:
+    """Share one architecture between the tests of all files."""
+    return tiny_of(ARCHITECTURE, shared_folder())
+
+
+class Counter:
+    """A backend that counts the samples that its programs are called with."""
+
+    def __init__(self) -> None:
+        self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
+        self.rows = 0
+
+    def open_weights(self, weights: bytes) -> Loader:
+        self._loader = self._inner.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        program = self._loader.load(graph)
+
+        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+            self.rows += len(output)
+            return program(inputs, output)
+
+        return run
+
+    @property
+    def device(self) -> Device:
+        return self._inner.device
+
+
+def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2) -> Sweep:
+    """Make a sweep; the last batch of a kind is smaller than the others."""
+    table = extract(make_scheduler("ddim", {"beta_schedule": "scaled_linear"}), steps)
+    return Sweep(
+        denoiser=GatedDenoiser(tiny().gated, backend),
+        components=tiny().gated.components,
+        ablated=tiny().gated.components,
+        table=table,
+        bins=make_bins(table.log_snr, bins),
+        sample_shape=SHAPE,
+        samples=SAMPLES,
+        seed=SEED,
+        rows=rows,
+    )
+
+
+@functools.cache
+def swept() -> tuple[Sweep, FullTrajectory]:
+    sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1))
+    return sweep, run_base(sweep, ignore)
+
+
+@functools.cache
+def finished() -> tuple[Screen, Path]:
+    """Give a screen and the folder of its partial results; copy the folder, as nothing is to be changed in it."""
+    work = Path(tempfile.mkdtemp(dir=shared_folder(), prefix="screen-"))
+    return run_screen(*swept(), work, ignore), work
+
+
+def screened() -> Screen:
+    return finished()[0]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with the partial results of a finished screen."""
+    return Path(shutil.copytree(finished()[1], tmp_path / "work"))
+
+
+def test_every_ablation_is_screened_in_every_bin() -> None:
+    assert {*screened().errors} == {(a, b) for a in ablations_of(tiny().gated.components) for b in range(len(BINS))}
+    assert all(np.isfinite(error) and error >= 0 for error in screened().errors.values())
+    assert np.mean([error > 0 for error in screened().errors.values()]) > 0.9
+
+
+def relative_l2(reference: Array, candidate: Array) -> float:
+    """Average over samples, written out."""
+    norms = [np.linalg.norm(c - r) / np.linalg.norm(r) for r, c in zip(reference, candidate, strict=True)]
+    return float(np.mean(norms))
+
+
+def alone(ablation: Ablation, b: int) -> float:
+    """Find the local error of one ablation with calls of its own."""
+    sweep, base = swept()
+    denoiser, kind, step = sweep.denoiser, ablation.periodic, PROBED[b]
+
+    def at(step: int) -> tuple[Array, float]:
+        return base.states[step].sample, float(sweep.table.timesteps[step])
+
+    full = denoiser.predict(*at(step), gates=denoiser.gates({}, SAMPLES), means=base.means[b])
+    if kind.treatment.reuses:
+        held = Held()
+        for source in (step - kind.period // 2 - kind.period, step - kind.period // 2):
+            if source >= 0:
+                denoiser.remember(*at(source), held)
+        (index,) = (c.index for c in sweep.components if c.name == ablation.component)
+        holds = np.zeros((SAMPLES, len(sweep.components)), np.float32)
+        holds[:, index] = 1
+        forecast = [index] if kind.treatment is Treatment.FORECAST else []
+        changed = denoiser.recall(*at(step), held, holds=holds, forecast=forecast)
+    else:
+        gates = denoiser.gates({ablation.component: kind.treatment}, SAMPLES)
+        changed = denoiser.predict(*at(step), gates=gates, means=base.means[b])
+    return relative_l2(full, changed) * sum(kind.treats(step) for step in BINS[b])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.treatment}{kind.period}")
+def test_a_local_error_is_the_change_of_one_prediction_times_the_treated_steps(kind: PeriodicTreatment) -> None:
+    own = [entry for entry in screened().errors if entry[0].periodic == kind]
+    for ablation, b in [*own[::5], *(entry for entry in own if entry[0].component == STEP)]:
+        # another batch size, another order of sums
+        assert screened().errors[ablation, b] == pytest.approx(alone(ablation, b), rel=1e-3, abs=1e-5)
+
+
+def test_no_error_is_counted_where_no_step_is_treated(tmp_path: Path) -> None:
+    sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1), steps=4, bins=4)  # of one step each
+    screen = run_screen(sweep, run_base(sweep, ignore), tmp_path, ignore)
+    for ablation, b in screen.errors:
+        assert ablation.periodic.treats(b)
+    assert {b for ablation, b in screen.errors if ablation.periodic == DROP} == {0, 1, 2, 3}
+    assert {b for ablation, b in screen.errors if ablation.periodic == HOLD} == {1, 3}
+
+
+def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
+    counter = Counter()
+    sweep = sweep_on(counter)
+    base = run_base(sweep, ignore)
+    counter.rows = 0
+    assert run_screen(sweep, base, tmp_path, ignore).calls == counter.rows / SAMPLES
+    assert screen_calls(sweep) == counter.rows / SAMPLES
+
+
+def test_a_finished_screen_is_read_and_not_run(work: Path) -> None:
+    counter = Counter()
+    assert run_screen(sweep_on(counter), swept()[1], work, ignore) == screened()
+    assert counter.rows == 0
+
+
+DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
+    "empty": lambda own: b"",
+    "truncated": lambda own: own[: len(own) // 2],
+    "not text": lambda own: own.replace(b"drop", b"\xff\xfe\xfd\xfc"),
+    "of another kind": lambda own: b"[]",
+    "without calls": lambda own: own.replace(b'"calls"', b'"bells"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_part_of_a_screen_is_made_again(work: Path, damage: Callable[[bytes], bytes]) -> None:
+    _, second = sorted(work.iterdir())
+    whole = second.read_bytes()
+    second.write_bytes(damage(whole))
+    assert run_screen(*swept(), work, ignore) == screened()
+    assert second.read_bytes() == whole
+
+
+def test_a_screen_that_was_cut_off_continues_to_the_same_bits(work: Path) -> None:
+    first, _ = sorted(work.iterdir())
+    first.unlink()
+    assert run_screen(*swept(), work, ignore) == screened()
+
+
+def test_progress_rises_to_the_end(work: Path) -> None:
+    reports: list[Progress] = []
+    sorted(work.iterdir())[1].unlink()
+    run_screen(*swept(), work, reports.append)
+    assert [(report.stage, report.done, report.total) for report in reports] == [("screen", 1, 2), ("screen", 2, 2)]
+
+
+NAMES = ("a", "b", "c", "d")
+ablations = st.builds(Ablation, component=st.sampled_from(NAMES), periodic=st.sampled_from(KINDS))
+entries = st.tuples(ablations, st.integers(0, 2))
+amounts = st.floats(1e-6, 1e3)
+screens = st.dictionaries(entries, st.one_of(amounts, st.just(0.0)), min_size=1, max_size=30).map(
+    lambda errors: Screen(errors=errors, calls=0)
+)
+shares = st.fixed_dictionaries({name: st.one_of(st.floats(1e-3, 1), st.sampled_from([0.0, -0.2])) for name in NAMES})
+
+
+def costs_of(saved: Mapping[str, float], full_ms: float = 80.0) -> list[Cost]:
+    return [
+        Cost(component=name, saved_ms=Estimate(mean=saved_ms, low=saved_ms, high=saved_ms), freed_bytes=0)
+        for name, saved_ms in ((name, full_ms * share) for name, share in saved.items())
+    ]
+
+
+@given(screen=screens, saved=shares, per_bin=st.integers(1, 6))
+def test_what_is_chosen_does_the_least_local_error_for_the_time_it_saves(
+    screen: Screen, saved: dict[str, float], per_bin: int
+) -> None:
+    def worth(entry: tuple[Ablation, int]) -> float:
+        ablation, _ = entry
+        return screen.errors[entry] / (saved[ablation.component] * ablation.periodic.share)
+
+    chosen = choose(screen, costs_of(saved), 80.0, per_bin)
+    assert len({*chosen}) == len(chosen)
+    assert {*chosen} <= {*screen.errors}
+    assert all(saved[ablation.component] > 0 for ablation, _ in chosen)
+    for b in range(3):
+        own = [entry for entry in chosen if entry[1] == b]
+        possible = [entry for entry in screen.errors if entry[1] == b and saved[entry[0].component] > 0]
+        assert len(own) == min(per_bin, len(possible))
+        left = [worth(entry) for entry in possible if entry not in own]
+        assert not left or max(map(worth, own)) <= min(left) * (1 + 1e-9)
+
+
+def test_a_reuse_saves_only_where_it_is_no_refresh() -> None:
+    rarely = PeriodicTreatment(treatment=Treatment.HOLD, period=4)
+    # of equal error, that which leaves out most; the error of the removal is 0.9 of it for 3/4 of its time
+    errors = {
+        (Ablation(component="a", periodic=kind), 0): error for kind, error in ((HOLD, 1.0), (rarely, 1.0), (DROP, 1.2))
+    }
+    ranked = [
+        [ablation.periodic for ablation, _ in choose(Screen(errors=errors, calls=0), costs_of({"a": 0.5}), 80.0, count)]
+        for count in (1, 2, 3)
+    ]
+    assert ranked == [[DROP], [DROP, rarely], [DROP, rarely, HOLD]]
+
+
+def test_equal_worth_is_chosen_in_the_order_of_the_screen() -> None:
+    errors = {(Ablation(component=name, periodic=DROP), 0): 1.0 for name in "cab"}
+    chosen = choose(Screen(errors=errors, calls=0), costs_of({"a": 0.1, "b": 0.1, "c": 0.1}), 80.0, 2)
+    assert [ablation.component for ablation, _ in chosen] == ["c", "a"]
+
+
+def effect_of(entry: tuple[Ablation, int], damage: float) -> Effect:
+    ablation, b = entry
+    return Effect(
+        component=ablation.component,
+        treatment=ablation.periodic.treatment,
+        period=ablation.periodic.period,
+        bin=b,
+        measured=True,
+        relative_l2=Estimate(mean=damage, low=0.5 * damage, high=2 * damage),
+    )
+
+
+@st.composite
+def partly_measured(draw: st.DrawFn) -> tuple[Screen, tuple[Effect, ...]]:
+    screen = draw(screens)
+    known = draw(st.lists(st.sampled_from(list(screen.errors)), unique=True))
+    damages = draw(st.lists(st.one_of(amounts, st.just(0.0)), min_size=len(known), max_size=len(known)))
+    return screen, tuple(map(effect_of, known, damages))
+
+
+def ratios_of(screen: Screen, measured: tuple[Effect, ...]) -> dict[int, list[float]]:
+    """List damage / local error of what was measured, by bin."""
+    found: dict[int, list[float]] = {}
+    for effect in measured:
+        error, damage = screen.errors[entry_of(effect)], effect.relative_l2.mean
+        if error and damage:
+            found.setdefault(effect.bin, []).append(damage / error)
+    return found
+
+
+def geometric_mean(values: list[float]) -> float:
+    return float(np.prod(np.array(values) ** (1 / len(values))))
+
+
+@given(known=partly_measured())
+def test_all_and_only_what_was_not_measured_is_estimated(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+    screen, measured = known
+    rest = estimate_rest(screen, measured)
+    assert not any(effect.measured for effect in rest)
+    missing = {*screen.errors} - {*map(entry_of, measured)}
+    assert {*map(entry_of, rest)} == missing
+    assert len({*map(entry_of, rest)}) == len(rest)
+
+
+@given(known=partly_measured())
+def test_estimates_are_the_local_error_times_the_gain_of_their_bin(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+    screen, measured = known
+    amplifications = {b: geometric_mean(ratios) for b, ratios in ratios_of(screen, measured).items()}
+    # a bin without measurements is like the others; without any, all are like those of another model
+    typical = geometric_mean(list(amplifications.values())) if amplifications else np.exp(TYPICAL_LOG_AMPLIFICATION)
+    for effect in estimate_rest(screen, measured):
+        amplification = amplifications.get(effect.bin, typical)
+        assert effect.relative_l2.mean == pytest.approx(amplification * screen.errors[entry_of(effect)], rel=1e-6)
+
+
+@given(known=partly_measured())
+def test_intervals_are_as_wide_as_what_was_measured_scatters(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+    screen, measured = known
+    ratios = ratios_of(screen, measured)
+    scatter = [np.log(ratio / geometric_mean(own)) for own in ratios.values() for ratio in own]
+    for effect in estimate_rest(screen, measured):
+        interval = effect.relative_l2
+        assert interval.low <= interval.mean <= interval.high
+        if screen.errors[entry_of(effect)]:
+            width = np.exp(Z_95 * (max(0.1, float(np.std(scatter))) if ratios else TYPICAL_SPREAD))
+            assert interval.high / interval.mean == pytest.approx(width, rel=1e-6)
+            assert interval.mean / interval.low == pytest.approx(width, rel=1e-6)
+
+
+def test_wide_scatter_makes_wide_intervals() -> None:
+    errors = {(Ablation(component=name, periodic=kind), 0): 1.0 for name in NAMES for kind in (DROP, HOLD)}
+    first, second, *_ = errors
+
+    def width(one: float, other: float) -> float:
+        measured = (effect_of(first, one), effect_of(second, other))
+        (interval, *_) = (effect.relative_l2 for effect in estimate_rest(Screen(errors=errors, calls=0), measured))
+        return interval.high / interval.low
+
+    assert 1 < width(1.0, 1.0) < width(1.0, 2.0) < width(1.0, 8.0)
+    assert width(1.0, 1.0) == width(3.0, 3.0)
+
+
+def test_a_screen_of_the_tiny_model_is_filled_up() -> None:
+    chosen = list(screened().errors)[::9]
+    measured = tuple(effect_of(entry, 3 * error) for entry in chosen if (error := screened().errors[entry]))
+    rest = estimate_rest(screened(), measured)
+    assert len(measured) + len(rest) == len(screened().errors)
+    for effect in rest:
+        assert effect.relative_l2.mean == pytest.approx(3 * screened().errors[entry_of(effect)])
+
+
+def test_the_typical_gain_is_the_committed_measurement() -> None:
+    path = Path(__file__).parents[2] / "benchmarks/results/amplification.json"
+    figures = {figure["figure"]: figure["value"] for figure in json.loads(path.read_text())["figures"]}
+    assert pytest.approx(figures["log(damage / local error), mean"], abs=0.05) == TYPICAL_LOG_AMPLIFICATION
+    assert pytest.approx(figures["log(damage / local error), standard deviation"], abs=0.05) == TYPICAL_SPREAD

@@ -1,0 +1,198 @@
+"""Known methods of reuse, written by hand as plans: DeepCache, Faster Diffusion, T-GATE and block caching.
+
+Each plan is sampled by a session and held against the denoiser itself in torch, with hooks that do what the method's
+paper says, in the same sampling loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import Tiny, relative_error, tiny_of
+from tests.plans import plan_of
+from unetc.artifacts.plan import Phase, Plan
+from unetc.artifacts.profile import Treatment
+from unetc.backend import Array
+from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.runtime.branch_cache import Held
+
+STEPS = 9
+HOLD = Treatment.HOLD
+LIBRARIES_AGREE = 1e-4
+"""torch and onnxruntime, see test_law; here over nine steps."""
+
+
+@pytest.fixture(scope="module")
+def tiny(shared: Path) -> Tiny:
+    found = tiny_of("cross-attention", shared)
+    found.inputs(batch=1, height=8, width=8)  # what it takes is read before hooks are on it, which are refused
+    return found
+
+
+def plan_for(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: tuple[Phase, ...]) -> Plan:
+    """Write a plan by hand."""
+    return plan_of(with_emissions(assignments, tiny.gated.components), phases)
+
+
+LEVELS = [float(step) for step in range(STEPS)]
+
+
+def always(cycle: tuple[int, ...]) -> tuple[Phase, ...]:
+    return (Phase(low=0.0, high=float(STEPS), cycle=cycle),)
+
+
+def inputs_at(tiny: Tiny, step: int, sample: Array) -> dict[str, Array]:
+    """Make the denoiser's inputs of a step; the text does not change while sampling."""
+    inputs = tiny.inputs(batch=len(sample), height=sample.shape[2], width=sample.shape[3], seed=7)
+    return inputs | {SAMPLE: sample, TIMESTEP: np.full(len(sample), 900.0 - 100 * step, np.float32)}
+
+
+def sample(tiny: Tiny, predict: Callable[[int, Mapping[str, Array]], Array]) -> Array:
+    """Take a few steps of a plain sampler."""
+    current = tiny.inputs(batch=2, height=8, width=12, seed=3)[SAMPLE]
+    for step in range(STEPS):
+        current = current - np.float32(0.2) * predict(step, inputs_at(tiny, step, current))
+    return current
+
+
+def sample_by_plan(tiny: Tiny, plan: Plan) -> Array:
+    means = np.zeros(tiny.gated.channels, np.float32)
+    engines = [tiny.load(specialise(tiny.gated, e.treatments, means, e.emits)) for e in plan.engines]
+    schedule = plan.schedule(LEVELS)
+    held = Held()
+
+    def predict(step: int, inputs: Mapping[str, Array]) -> Array:
+        timestep = float(inputs[TIMESTEP][0])
+        output, emitted = tiny.run_on_device(engines[schedule[step]], {**inputs, **held.inputs(timestep)})
+        held.remember(emitted, timestep)
+        return output
+
+    return sample(tiny, predict)
+
+
+Hook = Callable[[int, Any, Any], Any]
+"""Step, what a module was given, and its output → what it puts out instead."""
+
+
+def reusing(at: Callable[[int], bool]) -> Hook:
+    """Put out what was last computed, at the steps that say so."""
+    kept: list[Any] = []
+
+    def replace(step: int, _given: Any, output: Any) -> Any:
+        if not at(step):
+            kept[:] = [output]
+        return kept[0]
+
+    return replace
+
+
+def reusing_branch(steps: Collection[int]) -> Hook:
+    """Add to the input what was last added to it, at some steps."""
+    kept: list[Any] = []
+
+    def replace(step: int, given: Any, output: Any) -> Any:
+        if step not in steps:
+            kept[:] = [output[0] - given[0]]
+            return output
+        return (given[0] + kept[0],)
+
+    return replace
+
+
+def sample_with_hooks(tiny: Tiny, hooks: Mapping[str, Hook]) -> Array:
+    """Sample in torch, with the outputs of some modules replaced."""
+    now = 0
+
+    def bind(hook: Hook) -> Callable[[torch.nn.Module, Any, Any], Any]:
+        return lambda _module, given, output: hook(now, given, output)
+
+    handles = [tiny.denoiser.get_submodule(name).register_forward_hook(bind(hook)) for name, hook in hooks.items()]
+
+    def predict(step: int, inputs: Mapping[str, Array]) -> Array:
+        nonlocal now
+        now = step
+        return tiny.run_denoiser(inputs)
+
+    try:
+        return sample(tiny, predict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check(tiny: Tiny, plan: Plan, reused: Mapping[str, Callable[[int], bool]]) -> None:
+    """Check that plan and hooks sample the same, and that reuse changes something at all."""
+    hooks = {name: reusing(at) for name, at in reused.items()}
+    by_plan, by_hooks = sample_by_plan(tiny, plan), sample_with_hooks(tiny, hooks)
+    full = sample_with_hooks(tiny, {})
+    assert relative_error(by_plan, by_hooks) < LIBRARIES_AGREE
+    assert relative_error(by_plan, full) > 10 * LIBRARIES_AGREE
+
+
+def test_deepcache(tiny: Tiny) -> None:
+    """Ma et al. 2023, arXiv:2312.00858: the deep branch is computed at one of N steps."""
+    level = next(c.name for c in tiny.gated.components if c.kind == "level" and "upsamplers" in c.name)
+    plan = plan_for(tiny, [{}, {level: HOLD}], always((0, 1, 1)))
+    check(tiny, plan, {"up_blocks.0.upsamplers.0": lambda step: step % 3 > 0})
+
+
+def test_faster_diffusion(tiny: Tiny) -> None:
+    """Li et al. 2023, arXiv:2312.09608: the encoder is skipped between key steps, the decoder runs at every step."""
+    skips = [c.name for c in tiny.gated.components if c.kind == "skip"]
+    lowest = next(c.name for c in tiny.gated.components if c.kind == "level")
+    plan = plan_for(tiny, [{}, dict.fromkeys([*skips, lowest], HOLD)], always((0, 1)))
+    means = np.zeros(tiny.gated.channels, np.float32)
+    holding = specialise(tiny.gated, plan.engines[1].treatments, means)
+    used = {tiny.parameters[weight] for weight in holding.weights}
+    assert not [name for name in used if name.startswith(("conv_in", "down_blocks", "mid_block"))]
+    encoder = ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block"]
+    check(tiny, plan, {name: lambda step: step % 2 > 0 for name in encoder})
+
+
+def test_tgate(tiny: Tiny) -> None:
+    """Liu et al. 2024, arXiv:2404.02747: after the gate step, cross-attention gives what it gave there."""
+    gate = 4
+    cross = [c for c in tiny.gated.components if c.name.endswith("attn2")]
+    assert cross
+    phases = (Phase(low=0.0, high=float(gate), cycle=(0,)), Phase(low=float(gate), high=float(STEPS), cycle=(1,)))
+    plan = plan_for(tiny, [{}, {c.name: HOLD for c in cross}], phases)
+    assert plan.schedule(LEVELS) == (0,) * gate + (1,) * (STEPS - gate)
+    check(tiny, plan, {c.name: lambda step: step >= gate for c in cross})
+
+
+def test_block_caching(tiny: Tiny) -> None:
+    """Wimbauer et al. 2023, arXiv:2312.03209: every block has a schedule of its own."""
+    transformers = sorted(
+        {c.owner.rsplit(".transformer_blocks", 1)[0] for c in tiny.gated.components if ".transformer_blocks" in c.owner}
+    )
+    assert len(transformers) >= 2
+    held = [[c.name for c in tiny.gated.components if c.owner == owner] for owner in transformers[:2]]
+    assert all(held)
+    first, second = (dict.fromkeys(names, HOLD) for names in held)
+    plan = plan_for(tiny, [{}, first, second, {**first, **second}], always((0, 3, 1, 2)))
+    schedule = plan.schedule(LEVELS)
+    assert schedule[:5] == (0, 3, 1, 2, 0)
+    # a transformer's residual branch is what the hook below replaces: output minus input of the module
+    by_plan = sample_by_plan(tiny, plan)
+    by_hooks = sample_with_hooks(
+        tiny, dict(zip(transformers[:2], map(reusing_branch, [{1, 2, 5, 6}, {1, 3, 5, 7}]), strict=True))
+    )
+    assert relative_error(by_plan, by_hooks) < LIBRARIES_AGREE
+    assert relative_error(by_plan, sample_with_hooks(tiny, {})) > 10 * LIBRARIES_AGREE
+
+
+def test_a_start_in_the_middle_computes_what_it_would_hold(tiny: Tiny) -> None:
+    """As image to image does: the first step finds nothing held, so the full engine runs there."""
+    cross = {c.name: HOLD for c in tiny.gated.components if c.name.endswith("attn2")}
+    phases = (Phase(low=0.0, high=4.0, cycle=(0,)), Phase(low=4.0, high=float(STEPS), cycle=(1,)))
+    plan = plan_for(tiny, [{}, cross], phases)
+    assert plan.schedule(LEVELS[5:]) == (0, 1, 1, 1)
+    assert CONTEXT in tiny.inputs(batch=1, height=8, width=8)

@@ -1,0 +1,225 @@
+"""The law over time: sequences of engines that emit, hold and forecast equal the gated graph with its memory outside.
+
+For every sequence of assignments, on every architecture: each engine of the sequence computes what the gated graph
+computes at those gates when each branch that is held or forecast is handed to it from the last steps that computed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
+from unetc.artifacts.profile import STEP, Treatment
+from unetc.backend import Array, Program, SerialisedGraph
+from unetc.compiler.graph.capture import GATES, MEANS
+from unetc.compiler.graph.denoisers.unet import TIMESTEP
+from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gated import HOLDS
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.planner.emissions import with_emissions
+from unetc.errors import CompileError
+from unetc.runtime.branch_cache import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Held
+
+KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
+
+Assignment = Mapping[str, Treatment]
+
+ENGINES_AGREE = 2e-5
+"""onnxruntime and itself, see test_law; twice that, for errors pass from step to step through what is held."""
+
+DENSITIES = ((*[KEEP] * 12, HOLD, FORECAST), (*[KEEP] * 4, DROP, MEAN, HOLD, FORECAST), (KEEP, HOLD), (KEEP, FORECAST))
+
+
+@pytest.fixture(scope="session", params=daily(ARCHITECTURES))
+def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
+    return tiny_of(request.param, shared)
+
+
+@functools.lru_cache(maxsize=128)  # in some tests an engine for every component, of which there are 30
+def load(tiny: Tiny, graph: SerialisedGraph) -> Program:
+    """Load an engine, or find it among those that an earlier test has loaded."""
+    return tiny.load(graph)
+
+
+def inputs_at(tiny: Tiny, step: int, size: tuple[int, int, int]) -> tuple[dict[str, Array], float]:
+    """Draw the denoiser's inputs of a step, all samples at one timestep as they are while sampling."""
+    batch, height, width = size
+    timestep = 900.0 - 70.0 * step - 3.0 * step * step
+    inputs = tiny.inputs(batch=batch, height=height, width=width, seed=step)
+    return inputs | {TIMESTEP: np.full(batch, timestep, np.float32)}, timestep
+
+
+class Reference:
+    """The gated graph and, per component, the branch at the last two steps that computed it."""
+
+    def __init__(self, tiny: Tiny, means: Array) -> None:
+        self._tiny = tiny
+        self._means = means
+        self._program = load(tiny, tiny.gated.remembering())
+        self._memory: dict[int, list[tuple[float, Array]]] = {}
+        self._blank: dict[int, Array] = {}
+        """What is handed in where nothing is held: NaN of the right shape, so that reading it shows."""
+
+    def step(self, assignment: Assignment, inputs: Mapping[str, Array], timestep: float) -> Array:
+        components = self._tiny.gated.components
+        batch = len(inputs[TIMESTEP])
+        holds = np.zeros((batch, len(components)), np.float32)
+        if not self._memory:
+            self._memory = {component.index: [] for component in components}
+            self._blank = self._shapes(inputs)
+        handed: dict[str, Array] = {}
+        for component in components:
+            treatment = assignment.get(component.name, KEEP)
+            value = self._blank[component.index]
+            if treatment.reuses:
+                holds[:, component.index] = 1
+                value = self._recall(component.index, timestep, treatment)
+            handed[f"{HELD}{component.index}"] = value
+        gates = np.repeat(gate_values(components, assignment)[None], batch, axis=0)
+        output, computed = self._tiny.run_emitting(
+            self._program, {**inputs, GATES: gates, MEANS: self._means, HOLDS: holds, **handed}
+        )
+        gone = set(assignment) | {n for c in components if c.name in assignment for n in c.nested}
+        for component in components:
+            if component.name not in gone:
+                history = self._memory[component.index]
+                self._memory[component.index] = [(timestep, computed[f"{COMPUTED}{component.index}"]), *history[:1]]
+        return output
+
+    def _recall(self, index: int, timestep: float, treatment: Treatment) -> Array:
+        history = self._memory[index]
+        (t1, latest), (t0, earlier) = history[0], history[-1]
+        if treatment is HOLD or t1 == t0:
+            return latest
+        return latest + np.float32((timestep - t1) / (t1 - t0)) * (latest - earlier)
+
+    def _shapes(self, inputs: Mapping[str, Array]) -> dict[int, Array]:
+        everything = specialise(self._tiny.gated, {}, self._means, self._tiny.names)
+        _, computed = self._tiny.run_emitting(load(self._tiny, everything), inputs)
+        return {int(name.removeprefix(COMPUTED)): np.full_like(value, np.nan) for name, value in computed.items()}
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_a_sequence_of_engines_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:
+    assignments: list[dict[str, Treatment]] = [{}]  # the first step computes everything
+    for _ in range(data.draw(st.integers(1, 3))):
+        treatment = st.sampled_from(data.draw(st.sampled_from(DENSITIES)))
+        drawn = data.draw(st.lists(treatment, min_size=len(tiny.names), max_size=len(tiny.names)))
+        named = zip(tiny.names, drawn, strict=True)
+        assignments.append({name: treatment for name, treatment in named if treatment is not KEEP})
+    order = [0, *data.draw(st.lists(st.integers(0, len(assignments) - 1), min_size=2, max_size=5))]
+    size = (data.draw(st.integers(1, 3)), *(tiny.stride * data.draw(st.integers(2, 4)) for _ in range(2)))
+    means = 0.5 * np.random.default_rng(0).standard_normal(tiny.gated.channels, dtype=np.float32)
+    check_sequence(tiny, assignments, order, size, means)
+
+
+def check_sequence(
+    tiny: Tiny, assignments: Sequence[Assignment], order: Sequence[int], size: tuple[int, int, int], means: Array
+) -> None:
+    """Run the engines in an order, and the gated graph beside them."""
+    engines = [
+        load(tiny, specialise(tiny.gated, engine.treatments, means, engine.emits))
+        for engine in with_emissions(assignments, tiny.gated.components)
+    ]
+    reference = Reference(tiny, means)
+    held = Held()
+    for step, engine in enumerate(order):
+        inputs, timestep = inputs_at(tiny, step, size)
+        expected = reference.step(assignments[engine], inputs, timestep)
+        output, emitted = tiny.run_on_device(engines[engine], {**inputs, **held.inputs(timestep)})
+        held.remember(emitted, timestep)
+        assert np.isfinite(output).all()
+        assert relative_error(output, expected) < ENGINES_AGREE, f"step {step}: {assignments[engine]}"
+
+
+@pytest.mark.parametrize("treatment", [HOLD, FORECAST])
+def test_each_component_can_be_held(tiny: Tiny, treatment: Treatment) -> None:
+    assignments = [{}, *({name: treatment} for name in tiny.names)]
+    means = np.zeros(tiny.gated.channels, np.float32)
+    order = [0, 0, *range(1, len(assignments))]
+    check_sequence(tiny, assignments, order, (2, 4 * tiny.stride, 2 * tiny.stride), means)
+
+
+def test_holding_the_step_computes_nothing(tiny: Tiny) -> None:
+    means = np.zeros(tiny.gated.channels, np.float32)
+    for treatment in (HOLD, FORECAST):
+        assert not specialise(tiny.gated, {STEP: treatment}, means).weights
+    emitting = specialise(tiny.gated, {}, means, [STEP])
+    inputs, _ = inputs_at(tiny, 0, (2, 2 * tiny.stride, 2 * tiny.stride))
+    output, emitted = tiny.run_emitting(tiny.load(emitting), inputs)
+    np.testing.assert_array_equal(*emitted.values(), output)
+
+
+def test_a_held_level_takes_its_weights_along(tiny: Tiny) -> None:
+    means = np.zeros(tiny.gated.channels, np.float32)
+    for component in tiny.gated.components:
+        held = specialise(tiny.gated, {component.name: HOLD}, means)
+        dropped = specialise(tiny.gated, {component.name: DROP}, means)
+        assert held.weights == dropped.weights
+        assert held.graph != dropped.graph
+
+
+def test_holding_right_after_a_refresh_at_the_same_input_changes_nothing(tiny: Tiny) -> None:
+    means = np.zeros(tiny.gated.channels, np.float32)
+    inputs, _ = inputs_at(tiny, 0, (2, 2 * tiny.stride, 2 * tiny.stride))
+    full, emitted = tiny.run_emitting(load(tiny, specialise(tiny.gated, {}, means, tiny.names)), inputs)
+    assert len(emitted) == len(tiny.names)
+    for component in tiny.gated.components:
+        engine = load(tiny, specialise(tiny.gated, {component.name: HOLD}, means))
+        key = str(component.index)
+        output, _ = tiny.run_emitting(engine, {**inputs, HELD + key: emitted[COMPUTED + key]})
+        assert relative_error(output, full) < 1e-5
+        forecast = load(tiny, specialise(tiny.gated, {component.name: FORECAST}, means))
+        ahead = {
+            HELD + key: 0.5 * emitted[COMPUTED + key],  # a line through zero and a half is at one a step further
+            EARLIER + key: np.zeros_like(emitted[COMPUTED + key]),
+            EXTRAPOLATION + key: np.ones(1, np.float32),
+        }
+        output, _ = tiny.run_emitting(forecast, {**inputs, **ahead})
+        assert relative_error(output, full) < 1e-5
+
+
+def test_an_engine_cannot_emit_what_it_does_not_compute(tiny: Tiny) -> None:
+    means = np.zeros(tiny.gated.channels, np.float32)
+    name = tiny.names[0]
+    with pytest.raises(CompileError, match="emit"):
+        specialise(tiny.gated, {name: HOLD}, means, [name])
+    with pytest.raises(CompileError, match="no component"):
+        specialise(tiny.gated, {}, means, ["nowhere"])
+
+
+def test_holding_a_level_is_what_a_hook_does_in_torch(tiny: Tiny) -> None:
+    """The same thing done to the denoiser itself: an upsampler puts out what it put out at an earlier call."""
+    level = next(
+        component for component in tiny.gated.components if component.kind == "level" and "upsamplers" in component.name
+    )
+    path = re.sub(r"(upsamplers\.\d+).*", r"\1", level.name.removeprefix("level:"))
+    upsampler = tiny.denoiser.get_submodule(path)
+    means = np.zeros(tiny.gated.channels, np.float32)
+    first, second = (inputs_at(tiny, step, (2, 2 * tiny.stride, 2 * tiny.stride))[0] for step in (0, 1))
+    produced: list[torch.Tensor] = []
+    hook = upsampler.register_forward_hook(lambda _module, _given, output: produced.append(output))
+    tiny.run_denoiser(first)
+    hook.remove()
+    hook = upsampler.register_forward_hook(lambda _module, _given, _output: produced[0])
+    expected = tiny.run_denoiser(second)
+    hook.remove()
+    (full, holding) = (
+        tiny.load(specialise(tiny.gated, engine.treatments, means, engine.emits))
+        for engine in with_emissions([{}, {level.name: HOLD}], tiny.gated.components)
+    )
+    _, emitted = tiny.run_emitting(full, first)
+    key = str(level.index)
+    output, _ = tiny.run_emitting(holding, {**second, HELD + key: emitted[COMPUTED + key]})
+    assert relative_error(output, expected) < 1e-4  # torch and onnxruntime
+    assert relative_error(output, tiny.run_denoiser(second)) > 1e-3

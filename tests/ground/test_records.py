@@ -1,0 +1,683 @@
+"""Artifacts survive JSON to the bit, refuse what contradicts itself, and are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from unetc.artifacts import (
+    Assignment,
+    Bin,
+    BundleEngine,
+    Component,
+    Control,
+    ControlResult,
+    Cost,
+    Damage,
+    Effect,
+    EngineUse,
+    Estimate,
+    FileRecord,
+    Manifest,
+    Measurement,
+    ModelReference,
+    Phase,
+    Plan,
+    Prediction,
+    Profile,
+    Treatment,
+    Verification,
+)
+from unetc.artifacts.manifest import BundleDecoder, Conditioning, EnginePair
+from unetc.artifacts.pareto import Pareto, Point
+from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, check_writable, read_bounded, write_atomically
+from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
+from unetc.sampler.table import SchedulerCount, SchedulerHeader
+
+number = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=1e-6, max_value=1e9)
+count = st.integers(min_value=1, max_value=2**63 - 1)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+digest = st.text("0123456789abcdef", min_size=64, max_size=64)
+removal = st.sampled_from([Treatment.DROP, Treatment.MEAN])
+reuse = st.sampled_from([Treatment.HOLD, Treatment.FORECAST])
+treatments = st.dictionaries(text, removal | reuse, max_size=3)
+shape = st.tuples(*[st.integers(1, 64)] * 3)
+estimates = st.tuples(number, number, number).map(sorted).map(lambda v: Estimate(low=v[0], mean=v[1], high=v[2]))
+damages = st.builds(Damage, relative_l2=estimates, psnr=estimates, ssim=estimates)
+measurements = st.builds(Measurement, time_ratio=number, damage=damages)
+pairs = st.builds(EnginePair, engines=st.tuples(count, count), alone=st.tuples(number, number), together=number)
+conditionings = st.builds(
+    Conditioning,
+    file=st.just("c"),
+    prompts=st.lists(text, min_size=1, max_size=3).map(tuple),
+    used=st.just(1),
+    guidance_scale=positive,
+)
+models = st.builds(ModelReference, name=text, sha256=digest, pipeline=text, denoiser=text)
+
+
+def edges(size: int) -> st.SearchStrategy[list[float]]:
+    return st.lists(number, min_size=size, max_size=size, unique=True).map(sorted)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    others = draw(st.lists(treatments, max_size=2))
+    reused = {name for own in others for name, treatment in own.items() if treatment.reuses}
+    emitted = [draw(st.sets(st.sampled_from(sorted(reused - {*own})))) if reused - {*own} else () for own in others]
+    engines = (
+        Assignment(treatments={}, emits=tuple(sorted(reused | draw(st.sets(text, max_size=1))))),
+        *(Assignment(treatments=own, emits=tuple(sorted(e))) for own, e in zip(others, emitted, strict=True)),
+    )
+    ends = draw(edges(draw(st.integers(2, 4))))
+    cycle = st.lists(st.integers(0, len(engines) - 1), min_size=1, max_size=3).map(tuple)
+    return Plan(
+        unetc=draw(text),
+        model=draw(models),
+        profile_sha256=draw(digest),
+        budget=draw(st.floats(0, 1, exclude_max=True)),
+        max_engines=draw(count),
+        engines=engines,
+        phases=tuple(Phase(low=low, high=high, cycle=draw(cycle)) for low, high in itertools.pairwise(ends)),
+        prediction=draw(st.builds(Prediction, time_ratio=number, relative_l2=number, memory=number)),
+    )
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    names = draw(st.lists(text, max_size=3, unique=True))
+    width = draw(st.integers(1, 3))
+    ends = draw(edges(draw(st.integers(2, 4))))
+    fields: dict[str, Any] = {
+        "component": st.sampled_from(names or [""]),
+        "bin": st.integers(0, len(ends) - 2),
+        "measured": st.booleans(),
+        "relative_l2": estimates,
+    }
+    removed = st.builds(Effect, treatment=removal, period=st.just(1), **fields)
+    reused = st.builds(Effect, treatment=reuse, period=st.integers(2, 2**63 - 1), **fields)
+    return Profile(
+        unetc=draw(text),
+        model=draw(models),
+        scheduler=draw(text),
+        steps=draw(count),
+        samples=draw(count),
+        seed=draw(count),
+        target=draw(text),
+        threads=draw(count),
+        batch=draw(count),
+        sample_shape=draw(shape),
+        components=tuple(
+            Component(
+                name=name,
+                kind=draw(st.sampled_from(["residual", "skip", "level", "step"])),
+                owner=draw(text),
+                index=i,
+                channels=width,
+                axis=draw(st.sampled_from([1, 2])),
+                nested=(),
+                offset=i * width,
+            )
+            for i, name in enumerate(names)
+        ),
+        bins=tuple(Bin(low=low, high=high, steps=draw(count)) for low, high in itertools.pairwise(ends)),
+        full_ms=draw(st.builds(Estimate, low=st.just(1e-9), mean=st.just(0.5), high=positive.map(lambda v: v + 1))),
+        full_bytes=10**6,
+        costs=tuple(
+            Cost(component=name, saved_ms=draw(estimates), freed_bytes=draw(st.integers(0, 10**6))) for name in names
+        ),
+        effects=tuple(draw(st.lists(removed | reused, max_size=3)) if names else ()),
+        samplings=draw(number),
+        means=tuple(draw(st.binary(min_size=n, max_size=n)) for n in [4 * width * len(names)] * (len(ends) - 1)),
+    )
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    def engine(assignment: Assignment, name: str) -> BundleEngine:
+        return BundleEngine(
+            graph=name,
+            unused_weights=tuple(draw(st.lists(text, max_size=2))),
+            treatments=assignment.treatments,
+            step_ms=draw(number),
+        )
+
+    plan, other = draw(plans()), draw(plans())
+    full = engine(Assignment(treatments={}), "engines/full.onnx")
+    engines = tuple(engine(assignment, f"engines/{i}.onnx") for i, assignment in enumerate(plan.engines))
+    others = tuple(engine(assignment, f"controls/{i}.onnx") for i, assignment in enumerate(other.engines))
+    names = ["w", "p", "s", "c", "d", full.graph, *(e.graph for e in engines), *(e.graph for e in others)]
+    counts = draw(
+        st.lists(st.builds(SchedulerCount, steps=count, start=count, initial_scale=positive), min_size=1, max_size=2)
+    )
+    return Manifest(
+        unetc=draw(text),
+        model=draw(models),
+        target=draw(text),
+        threads=draw(count),
+        sample_shape=draw(shape),
+        denoiser_config=draw(st.dictionaries(text, st.none() | text | st.lists(count), max_size=2)),
+        predicted_channels=draw(count),
+        conditioning=draw(st.none() | conditionings),
+        decoder=draw(st.none() | st.builds(BundleDecoder, graph=st.just("d"), scale=count)),
+        batch=draw(count),
+        steps=draw(count),
+        weights="w",
+        profile="p",
+        scheduler=SchedulerHeader(
+            name=draw(text), columns=("timesteps",), clip=draw(st.none() | positive), counts=tuple(counts)
+        ),
+        scheduler_file="s",
+        full=full,
+        plan=plan,
+        engines=engines,
+        controls=(Control(name=draw(text), plan=other, engines=others),),
+        measured=draw(measurements),
+        evaluated=tuple(draw(st.lists(measurements, max_size=2))),
+        pairs=tuple(draw(st.lists(pairs, max_size=2))),
+        used_seeds=tuple(draw(st.lists(count, min_size=1, max_size=2))),
+        notes=tuple(draw(st.lists(text, max_size=2))),
+        files=tuple(FileRecord(path=name, bytes=draw(count), sha256=draw(digest)) for name in names),
+    )
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> Pareto:
+    points = st.builds(Point, budget=number, time_ratio=number, damage=damages, plan=plans())
+    return Pareto(
+        unetc=draw(text),
+        model=draw(models),
+        profile_sha256=draw(digest),
+        target=draw(text),
+        environment=draw(st.dictionaries(text, text, max_size=2)),
+        steps=draw(count),
+        samples=draw(count),
+        seed=draw(count),
+        points=tuple(draw(st.lists(points, min_size=1, max_size=2))),
+    )
+
+
+verifications = st.builds(
+    Verification,
+    unetc=text,
+    model=models,
+    plan_sha256=digest,
+    target=text,
+    threads=count,
+    environment=st.dictionaries(text, text, max_size=2),
+    budget=number,
+    scheduler=text,
+    steps=count,
+    samples=count,
+    seed=count,
+    rounds=count,
+    full_ms=number,
+    time_ratio=number,
+    time_ratio_p10=number,
+    time_ratio_p90=number,
+    damage=damages,
+    controls=st.dictionaries(
+        text, st.builds(ControlResult, time_ratio=number, damage=damages, description=text), max_size=2
+    ),
+    engines=st.lists(st.builds(EngineUse, step_ms=number, steps=count, removed=count), max_size=2).map(tuple),
+    disk_bytes=count,
+    full_disk_bytes=count,
+)
+
+ARTIFACTS = {
+    "profile": profiles(),
+    "plan": plans(),
+    "manifest": manifests(),
+    "verification": verifications,
+    "pareto": curves(),
+}
+CLASSES: dict[str, type[Artifact]] = {
+    "profile": Profile,
+    "plan": Plan,
+    "manifest": Manifest,
+    "verification": Verification,
+    "pareto": Pareto,
+}
+every_kind = pytest.mark.parametrize("kind", ARTIFACTS)
+few = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@every_kind
+@few
+@given(data=st.data())
+def test_an_artifact_survives_json_to_the_bit(kind: str, data: st.DataObject) -> None:
+    artifact = data.draw(ARTIFACTS[kind])
+    saved = artifact.to_json()
+    read = type(artifact).from_json(saved, "here")
+    assert read == artifact
+    assert read.to_json() == saved
+    assert read.sha256() == artifact.sha256()
+    json.loads(saved)
+
+
+@every_kind
+@few
+@given(data=st.data())
+def test_unknown_and_missing_fields_are_refused_at_any_depth(kind: str, data: st.DataObject) -> None:
+    artifact = data.draw(ARTIFACTS[kind])
+    free = {"treatments", "environment", "controls", "denoiser_config"}  # dictionaries of any keys
+    # an engine that does not say what it emits emits nothing, and a model without prompts has none of what they need
+    optional = {"emits", "controlnet", "prompts", "used_prompts", "guidance_scale", "conditioning", "decoder"}
+    records = [node for node, under in objects(json.loads(artifact.to_json())) if under not in free]
+    chosen = data.draw(st.integers(0, len(records) - 1))
+    required = sorted(records[chosen].keys() - (optional if "file" not in records[chosen] else set()))
+    for change in ({"stranger": 1}, {required[0]: ...}):
+        whole = json.loads(artifact.to_json())
+        node = [node for node, under in objects(whole) if under not in free][chosen]
+        changed = {name: value for name, value in (node | change).items() if value is not ...}
+        node.clear()
+        node.update(changed)
+        with pytest.raises(CorruptArtifactError, match="here is not a valid"):
+            type(artifact).from_json(json.dumps(whole).encode(), "here")
+
+
+def objects(value: Any, under: str = "") -> list[tuple[dict[str, Any], str]]:
+    """List all JSON objects inside a value with the key they are under, from the outside in."""
+    if isinstance(value, dict):
+        return [(value, under), *(found for key, inner in value.items() for found in objects(inner, key))]
+    if isinstance(value, list):
+        return [found for inner in value for found in objects(inner, under)]
+    return []
+
+
+def test_equal_values_give_equal_bytes() -> None:
+    one = plan(engines=(Assignment(treatments={}), Assignment(treatments={"a": Treatment.DROP, "b": Treatment.MEAN})))
+    two = plan(engines=(Assignment(treatments={}), Assignment(treatments={"b": Treatment.MEAN, "a": Treatment.DROP})))
+    assert one == two
+    assert one.to_json() == two.to_json()
+    assert one.sha256() == two.sha256() != plan().sha256()
+
+
+def estimate(mean: float = 1.0) -> Estimate:
+    return Estimate(low=mean / 2, mean=mean, high=2 * mean)
+
+
+def damage() -> Damage:
+    return Damage(relative_l2=estimate(), psnr=estimate(), ssim=estimate())
+
+
+MODEL = ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d")
+
+
+def plan(**fields: Any) -> Plan:
+    defaults: dict[str, Any] = {
+        "unetc": "0",
+        "model": MODEL,
+        "profile_sha256": "0" * 64,
+        "budget": 0.5,
+        "max_engines": 2,
+        "engines": (Assignment(treatments={}), Assignment(treatments={"a": Treatment.DROP})),
+        "phases": (Phase(low=0.0, high=1.0, cycle=(0,)), Phase(low=1.0, high=2.0, cycle=(1,))),
+        "prediction": Prediction(time_ratio=0.5, relative_l2=0.1, memory=1.5),
+    }
+    return Plan(**defaults | fields)
+
+
+def phases(*ranges: tuple[float, float]) -> tuple[Phase, ...]:
+    return tuple(Phase(low=low, high=high, cycle=(0,)) for low, high in ranges)
+
+
+def component(name: str = "a", channels: int = 2) -> Component:
+    return Component(name=name, kind="skip", owner="o", index=0, channels=channels, axis=1, nested=(), offset=0)
+
+
+def effect(**fields: Any) -> Effect:
+    defaults: dict[str, Any] = {
+        "component": "a",
+        "treatment": Treatment.DROP,
+        "period": 1,
+        "bin": 0,
+        "measured": True,
+        "relative_l2": estimate(),
+    }
+    return Effect(**defaults | fields)
+
+
+def profile(**fields: Any) -> Profile:
+    defaults: dict[str, Any] = {
+        "unetc": "0",
+        "model": MODEL,
+        "scheduler": "ddim",
+        "steps": 4,
+        "samples": 1,
+        "seed": 0,
+        "target": "t",
+        "threads": 1,
+        "batch": 1,
+        "sample_shape": (1, 2, 2),
+        "components": (component(),),
+        "bins": (Bin(low=0.0, high=1.0, steps=4),),
+        "full_ms": estimate(),
+        "full_bytes": 8,
+        "costs": (Cost(component="a", saved_ms=estimate(), freed_bytes=2),),
+        "effects": (effect(),),
+        "samplings": 3.0,
+        "means": (b"12345678",),
+    }
+    return Profile(**defaults | fields)
+
+
+def manifest(**fields: Any) -> Manifest:
+    engines = tuple(
+        BundleEngine(graph=f"{i}", unused_weights=(), treatments=assignment.treatments, step_ms=1.0)
+        for i, assignment in enumerate(plan().engines)
+    )
+    defaults: dict[str, Any] = {
+        "unetc": "0",
+        "model": MODEL,
+        "target": "t",
+        "threads": 1,
+        "sample_shape": (1, 2, 2),
+        "denoiser_config": {},
+        "predicted_channels": 1,
+        "batch": 1,
+        "steps": 4,
+        "weights": "w",
+        "profile": "p",
+        "scheduler": SchedulerHeader(name="ddim", columns=(), clip=None, counts=()),
+        "scheduler_file": "s",
+        "full": engines[0],
+        "plan": plan(),
+        "engines": engines,
+        "controls": (Control(name="c", plan=plan(), engines=engines),),
+        "measured": Measurement(time_ratio=0.5, damage=damage()),
+        "evaluated": (Measurement(time_ratio=0.6, damage=damage()),),
+        "pairs": (EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=6.0),),
+        "used_seeds": (0,),
+        "notes": (),
+        "files": tuple(FileRecord(path=name, bytes=0, sha256="0" * 64) for name in ("w", "p", "s", "0", "1")),
+    }
+    return Manifest(**defaults | fields)
+
+
+def curve(**fields: Any) -> Pareto:
+    defaults: dict[str, Any] = {
+        "unetc": "0",
+        "model": MODEL,
+        "profile_sha256": "0" * 64,
+        "target": "t",
+        "environment": {},
+        "steps": 4,
+        "samples": 1,
+        "seed": 0,
+        "points": (point(0.5, 0.1),),
+    }
+    return Pareto(**defaults | fields)
+
+
+def point(time_ratio: float, relative_l2: float) -> Point:
+    changed = msgspec.structs.replace(damage(), relative_l2=estimate(relative_l2))
+    return Point(budget=0.1, time_ratio=time_ratio, damage=changed, plan=plan())
+
+
+def holding(*, emits: tuple[str, ...] = (), period: int = 2) -> Plan:
+    """Make a plan whose engine 1 holds `a` and whose full engine emits something."""
+    engines = (Assignment(treatments={}, emits=emits), Assignment(treatments={"a": Treatment.HOLD}))
+    return plan(engines=engines, phases=(Phase(low=0.0, high=1.0, cycle=(0, *[1] * (period - 1))),))
+
+
+def file(path: str = "x", size: int = 0, sha256: str = "0" * 64) -> FileRecord:
+    return FileRecord(path=path, bytes=size, sha256=sha256)
+
+
+CONTRADICTIONS: dict[str, Callable[[], object]] = {
+    "an estimate below its interval": lambda: Estimate(low=1.0, mean=0.5, high=2.0),
+    "an estimate above its interval": lambda: Estimate(low=0.0, mean=3.0, high=2.0),
+    "an estimate that is no number": lambda: Estimate(low=0.0, mean=float("nan"), high=2.0),
+    "an estimate without bound": lambda: Estimate(low=0.0, mean=1.0, high=float("inf")),
+    "an empty phase": lambda: Phase(low=1.0, high=1.0, cycle=(0,)),
+    "a phase turned round": lambda: Phase(low=1.0, high=0.0, cycle=(0,)),
+    "a phase without bound, which JSON cannot say": lambda: Phase(low=-float("inf"), high=0.0, cycle=(0,)),
+    "a phase that begins nowhere": lambda: Phase(low=float("nan"), high=0.0, cycle=(0,)),
+    "a phase without engine": lambda: Phase(low=0.0, high=1.0, cycle=()),
+    "an empty bin": lambda: Bin(low=1.0, high=1.0, steps=1),
+    "a bin without bound": lambda: Bin(low=0.0, high=float("inf"), steps=1),
+    "a kept component that is named": lambda: Assignment(treatments={"a": Treatment.KEEP}),
+    "phases that overlap": lambda: plan(phases=phases((0, 2), (1, 3))),
+    "phases with a gap": lambda: plan(phases=phases((0, 1), (1.5, 3))),
+    "phases out of order": lambda: plan(phases=phases((1, 2), (0, 1))),
+    "no phase": lambda: plan(phases=()),
+    "no engine": lambda: plan(engines=(), phases=(Phase(low=0.0, high=1.0, cycle=(0,)),)),
+    "a first engine that is not the full model": lambda: plan(engines=plan().engines[::-1]),
+    "an unknown engine": lambda: plan(phases=(Phase(low=0.0, high=1.0, cycle=(0, 2)),)),
+    "a negative engine": lambda: plan(phases=(Phase(low=0.0, high=1.0, cycle=(-1,)),)),
+    "a budget of all": lambda: plan(budget=1.0),
+    "a negative budget": lambda: plan(budget=-0.1),
+    "a budget that is no number": lambda: plan(budget=float("nan")),
+    "a prediction that is no number": lambda: plan(
+        prediction=Prediction(time_ratio=float("nan"), relative_l2=0.0, memory=1.0)
+    ),
+    "an effect of an unknown component": lambda: profile(components=(component("b"),)),
+    "a cost of an unknown component": lambda: profile(components=(component("b"),), effects=()),
+    "two components of one name": lambda: profile(components=(component(),) * 2),
+    "an effect in an unknown bin": lambda: profile(effects=(effect(bin=1),)),
+    "an effect of keeping": lambda: effect(treatment=Treatment.KEEP),
+    "a period of what is dropped": lambda: effect(period=2),
+    "a period of what is replaced by its mean": lambda: effect(treatment=Treatment.MEAN, period=2),
+    "a component that is held and never refreshed": lambda: effect(treatment=Treatment.HOLD),
+    "a component that is forecast and never refreshed": lambda: effect(treatment=Treatment.FORECAST, period=1),
+    "an engine that emits what it drops": lambda: Assignment(treatments={"a": Treatment.DROP}, emits=("a",)),
+    "an engine that emits what it holds": lambda: Assignment(treatments={"a": Treatment.HOLD}, emits=("b", "a")),
+    "a full engine that does not emit what is held": lambda: holding(),
+    "a full engine that emits something else": lambda: holding(emits=("b",)),
+    "a curve without points": lambda: curve(points=()),
+    "a point at no time": lambda: point(float("nan"), 0.1),
+    "means of another width": lambda: profile(components=(component(channels=3),)),
+    "means of another number of bins": lambda: profile(means=()),
+    "no bins": lambda: profile(bins=(), means=(), effects=()),
+    "a full model without weights": lambda: profile(full_bytes=0),
+    "a removal that frees more than there is": lambda: profile(full_bytes=1),
+    "a removal that frees less than nothing": lambda: profile(
+        costs=(Cost(component="a", saved_ms=estimate(), freed_bytes=-1),)
+    ),
+    "a full model that takes no time": lambda: profile(full_ms=Estimate(low=-1.0, mean=0.0, high=1.0)),
+    "a path that leads out": lambda: file("../x"),
+    "an absolute path": lambda: file("/x"),
+    "a negative size": lambda: file(size=-1),
+    "a hash that is too short": lambda: file(sha256="0" * 63),
+    "a hash in capitals": lambda: file(sha256="A" * 64),
+    "a graph that is not listed": lambda: manifest(files=manifest().files[:-1]),
+    "a file listed twice": lambda: manifest(files=manifest().files + manifest().files[:1]),
+    "two files that differ in case": lambda: manifest(files=(*manifest().files, file("W"))),
+    "an engine without graph": lambda: manifest(engines=manifest().engines[:1]),
+    "a control without graphs": lambda: Control(name="c", plan=plan(), engines=()),
+    "a bundle without seeds": lambda: manifest(used_seeds=()),
+    "samples without pixels": lambda: manifest(sample_shape=(1, 0, 2)),
+}
+
+
+def test_the_records_that_are_contradicted_below_are_valid() -> None:
+    for valid in (plan(), holding(emits=("a",)), profile(), manifest(), curve()):
+        assert type(valid).from_json(valid.to_json(), "here") == valid
+    file()
+
+
+@pytest.mark.parametrize("make", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictory_records_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        make()
+
+
+def test_only_holding_and_forecasting_reuse() -> None:
+    assert {treatment for treatment in Treatment if treatment.reuses} == {Treatment.HOLD, Treatment.FORECAST}
+    assignment = Assignment(treatments={name: Treatment(name) for name in ("drop", "mean", "hold", "forecast")})
+    assert assignment.reused == {"hold", "forecast"}
+
+
+@pytest.mark.parametrize(("together", "excess"), [(5.0, 1.0), (10.0, 2.0), (2.5, 0.5), (0.0, 0.0)])
+def test_a_pair_is_held_against_the_root_of_the_sum_of_squares(together: float, excess: float) -> None:
+    assert EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=together).excess == pytest.approx(excess)
+
+
+def test_a_pair_that_does_nothing_adds_up() -> None:
+    assert EnginePair(engines=(1, 2), alone=(0.0, 0.0), together=0.0).excess == 1
+
+
+def test_the_front_is_what_nothing_beats_in_time_and_damage() -> None:
+    best = [point(0.4, 0.3), point(0.5, 0.2), point(0.9, 0.0)]
+    others = [point(0.4, 0.5), point(0.5, 0.3), point(0.6, 0.2), point(1.0, 0.0)]
+    assert curve(points=(*others, *best[::-1])).front() == tuple(best)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=8))
+def test_every_point_is_on_the_front_or_beaten_by_one_that_is(places: list[tuple[int, int]]) -> None:
+    front = curve(points=tuple(point(*place) for place in places)).front()
+    found = [(one.time_ratio, one.damage.relative_l2.mean) for one in front]
+    assert all(fast < slow and more > less for (fast, more), (slow, less) in itertools.pairwise(found))
+    assert {*found} <= {*places}
+    assert all(any(time <= t and loss <= d for time, loss in found) for t, d in places)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"low": 0.5', b'"low": 1.5'),
+        (b'"treatment": "drop"', b'"treatment": "explode"'),
+        (b'"kind": "skip"', b'"kind": "attention"'),
+        (b'"treatment": "drop"', b'"treatment": "hold"'),
+        (b'"treatment": "drop"', b'"treatment": "keep"'),
+        (b'"period": 1', b'"period": 2'),
+        (b'"measured": true', b'"measured": 1'),
+        (b'"bin": 0', b'"bin": 7'),
+        (b'"bin": 0', b'"bin": 0.5'),
+        (b'"steps": 4', b'"steps": "4"'),
+        (b'"mean": 1.0', b'"mean": null'),
+        (b'"mean": 1.0', b'"mean": 1e999'),
+        (b"MTIzNDU2Nzg=", b"MTIzNDU2"),
+        (b"MTIzNDU2Nzg=", b"!!!"),
+    ],
+)
+def test_a_contradiction_in_a_file_is_a_corrupt_artifact(old: bytes, new: bytes) -> None:
+    saved = profile().to_json()
+    assert old in saved
+    with pytest.raises(CorruptArtifactError, match="here is not a valid profile"):
+        Profile.from_json(saved.replace(old, new), "here")
+
+
+@every_kind
+def test_another_schema_version_is_told_apart_from_damage(kind: str) -> None:
+    artifact_class = CLASSES[kind]
+    own = artifact_class.SCHEMA
+    for other in (own - 1, own + 1):
+        with pytest.raises(SchemaVersionError, match=f"schema {other}, this unetc reads schema {own}"):
+            artifact_class.from_json(b'{"schema": %d, "whatever": []}' % other, "here")
+    empty = b'{"schema": %d}' % own
+    for damaged in (b"", b"{", b"{}", empty, b'{"schema": null}', b'{"schema": 1.5}', b"\xff", b"[" * 10**5):
+        with pytest.raises(CorruptArtifactError, match="here is not a valid"):
+            artifact_class.from_json(damaged, "here")
+
+
+def test_a_plan_that_does_not_say_what_is_emitted_emits_nothing() -> None:
+    def without_emits(whole: Plan) -> bytes:
+        text = json.loads(whole.to_json())
+        for engine in text["engines"]:
+            del engine["emits"]
+        return json.dumps(text).encode()
+
+    assert Plan.from_json(without_emits(plan()), "here") == plan()
+    with pytest.raises(CorruptArtifactError, match="engine 0 must emit"):
+        Plan.from_json(without_emits(holding(emits=("a",))), "here")
+
+
+def test_the_version_of_the_layout_is_saved() -> None:
+    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 4), (curve(), 3)):
+        assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
+
+
+def test_records_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        plan().budget = 0.1  # type: ignore[misc]
+    assert msgspec.structs.replace(plan(), budget=0.1).budget == 0.1
+
+
+def test_saving_and_loading(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "plan.json"
+    plan().save(path)
+    assert Plan.load(path) == plan()
+    assert path.read_bytes() == plan().to_json()
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(path.parent) == ["plan.json"]
+
+
+def test_what_cannot_be_read_is_an_artifact_error(tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as hole:
+        hole.truncate(MAX_JSON_BYTES + 1)
+    for name in ("missing", ".", "huge", "huge/below", "a" * 300):
+        with pytest.raises(ArtifactError):
+            Plan.load(tmp_path / name)
+    (tmp_path / "pareto.json").write_bytes(curve().to_json())
+    with pytest.raises(CorruptArtifactError, match=r"pareto\.json is not a valid plan"):
+        Plan.load(tmp_path / "pareto.json")
+    (tmp_path / "plan.json").write_bytes(plan().to_json())
+    with pytest.raises(CorruptArtifactError, match=r"plan\.json is not a valid pareto"):
+        Pareto.load(tmp_path / "plan.json")
+    (tmp_path / "profile.json").write_bytes(profile().to_json())
+    with pytest.raises(CorruptArtifactError, match=r"profile\.json is not a valid plan"):
+        Plan.load(tmp_path / "profile.json")
+
+
+def test_reading_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(ArtifactError, match="5 bytes, more than the 4"):
+        read_bounded(tmp_path / "file", 4)
+
+
+def test_writing_replaces_a_file(tmp_path: Path) -> None:
+    for data in (b"old", b"a longer one", b""):
+        write_atomically(tmp_path / "file", data)
+        assert (tmp_path / "file").read_bytes() == data
+        assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
+@pytest.mark.parametrize("function", ["fsync", "replace", "fdopen", "chmod"])
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, stop: BaseException
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else ArtifactError):
+        write_atomically(tmp_path / "file", b"new")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("write", [check_writable, partial(write_atomically, data=b"new")])
+@pytest.mark.parametrize("place", ["folder", "file/below", "file/deep/below", "a" * 300])
+def test_an_unwritable_place_is_an_artifact_error(tmp_path: Path, write: Callable[[Path], None], place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write(tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_checking_a_place_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "file")
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert os.listdir(tmp_path / "new") == []

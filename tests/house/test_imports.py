@@ -1,0 +1,85 @@
+"""What importing unetc costs, tried in fresh interpreters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BASE = [
+    "unetc",
+    "unetc.artifacts",
+    "unetc.sampler",
+    "unetc.runtime.session",
+    "unetc.report.pictures",
+    "unetc.cli",
+    "unetc.cli.app",
+    "unetc.cli.output",
+    "unetc.cli.summary",
+    "unetc.compiler.tensorrt.compile_bundle",
+]
+"""What works without extras: all that `unetc sample` and `unetc compile` import, but for the engines' own library."""
+
+EXTRAS = {
+    "cuda",
+    "diffusers",
+    "filelock",
+    "huggingface_hub",
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "scipy",
+    "sklearn",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch",
+    "torchmetrics",
+}
+
+BLOCK = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run(code: str) -> str:
+    """Run code in a fresh interpreter and return what it printed."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("module", BASE)
+def test_the_base_installation_is_enough(module: str) -> None:
+    run(f"{BLOCK}\nimport {module}")
+
+
+def test_help_needs_no_extra() -> None:
+    assert "sample" in run(f"{BLOCK}\nsys.argv = ['unetc', '--help']\nfrom unetc.cli import main\nmain()")
+
+
+@pytest.mark.parametrize("module", BASE)
+def test_no_extra_is_loaded_even_where_it_is_installed(module: str) -> None:
+    loaded = run(f"import sys, {module}\nprint(*{{name.partition('.')[0] for name in sys.modules}})")
+    assert set(loaded.split()) & EXTRAS == set()
+
+
+def test_every_public_name_is_there() -> None:
+    run(f"{BLOCK}\nimport unetc\nfor name in unetc.__all__: getattr(unetc, name)")
+
+
+def test_importing_the_facade_loads_no_library_at_all() -> None:
+    code = "import sys\nbefore = set(sys.modules)\nimport unetc\nprint(*set(sys.modules) - before)"
+    loaded = {name.partition(".")[0] for name in run(code).split()}
+    assert loaded - sys.stdlib_module_names == {"unetc"}

@@ -1,0 +1,192 @@
+"""The package list, the layers and the rules of the house, checked on the files themselves."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.metadata
+import importlib.util
+import itertools
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+
+STAGES = {"analyzer", "compiler", "runtime"}
+GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "metrics", "models"}
+GROUND |= {"nvidia", "precision", "progress", "report", "sampler", "timing"}
+FRONT_DOOR = {"", "__main__", "cli", "demo", "diffusers"}
+FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
+"""The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
+
+`tests/house/test_layout.py` holds the order, `docs/how-it-works.md` explains it.
+"""
+
+VERSION = {"unetc", "unetc.__version__"}
+"""What every floor may ask the package itself for."""
+
+COMPILE_TIME_BACKENDS = tuple(
+    f"unetc.runtime.backends.{name}"
+    for name in ("cuda_graph", "fused_loop", "onnxruntime_gpu", "step_kernel", "tensorrt", "torch")
+)
+"""Backends that need the libraries of compile time, by the beginning of their modules' names."""
+
+HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch", "transformers", "triton"}
+"""Libraries of the extra `compile`: what runs where samples are drawn does without them."""
+
+LIGHT = (
+    "unetc.artifacts",
+    "unetc.backend",
+    "unetc.device",
+    "unetc.errors",
+    "unetc.runtime.branch_cache",
+    "unetc.nvidia",
+    "unetc.precision",
+    "unetc.runtime",
+    "unetc.sampler",
+)
+
+
+CHECKPOINTS = "unetc.models.glide_checkpoint"
+"""The one module that reads pickles, of tensors alone."""
+
+
+def modules() -> dict[str, Path]:
+    """Find every module of unetc by its import name; the links in src/unetc are not followed."""
+    found = {}
+    for package, folder in SETUPTOOLS["package-dir"].items():
+        for path in (ROOT / folder).rglob("*.py"):
+            name = ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
+    """List (line, absolute dotted name) of what a module imports, inside functions too, or takes from the facade."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "unetc":
+            yield node.lineno, f"unetc.{node.attr}"
+
+
+def layer(name: str) -> str:
+    """Name the layer of a dotted name: unetc.sampler.table belongs to solver, unetc itself to ''."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def scripts() -> dict[str, Path]:
+    """Find the Python files that are not installed, by their path."""
+    return {str(path): path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+
+
+def test_the_package_list_is_what_is_on_disk() -> None:
+    folders = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
+    assert sorted(SETUPTOOLS["packages"]) == sorted(folders)
+    assert [package for package in SETUPTOOLS["packages"] if package not in modules()] == [], "no __init__.py"
+
+
+def test_floors_import_only_themselves_and_what_lies_below() -> None:
+    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
+    assert {layer(name) for name in modules()} == floor.keys()
+    offences = [
+        f"{path}:{line}: {name} may not import {target}"
+        for name, path in modules().items()
+        for line, target in imports(name, path)
+        if target.split(".")[0] == "unetc" and target not in VERSION and floor[layer(target)] > floor[layer(name)]
+    ]
+    assert offences == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    known = modules()
+
+    def module_of(target: str) -> str:
+        """Strip the name that is taken from a module; a package is not the modules in it."""
+        return target if target in known else target.rpartition(".")[0]
+
+    graph = {
+        name: {module_of(target) for _, target in imports(name, path) if target not in VERSION} & known.keys() - {name}
+        for name, path in known.items()
+        if name != "unetc"  # the facade, which imports lazily
+    }
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise AssertionError(f"import circle: {' -> '.join(error.args[1])}") from error
+
+
+def test_stages_are_imported_as_part_of_unetc() -> None:
+    offences = [
+        f"{path}:{line}: {target} makes a second copy of unetc.{target}"
+        for name, path in (modules() | scripts()).items()
+        for line, target in imports(name, path)
+        if target.split(".")[0] in STAGES
+    ]
+    assert offences == []
+
+
+def test_what_samples_never_imports_a_compile_time_library() -> None:
+    offences = [
+        f"{path}:{line}: {target}"
+        for name, path in modules().items()
+        if name.startswith(LIGHT) and not name.startswith(COMPILE_TIME_BACKENDS)
+        for line, target in imports(name, path)
+        if target.split(".")[0] in HEAVY
+    ]
+    assert offences == []
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    requirements = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
+    distributions = importlib.metadata.packages_distributions()
+    offences = [
+        f"{path}:{line}: {target}"
+        for name, path in modules().items()
+        for line, target in imports(name, path)
+        if (library := target.split(".")[0]) not in {*sys.stdlib_module_names, "unetc"}
+        and declared.isdisjoint(
+            distribution.lower().replace("_", "-") for distribution in distributions.get(library, [library])
+        )
+    ]
+    assert offences == []
+
+
+def test_modules_are_named_after_their_subject() -> None:
+    empty_names = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
+    assert [str(path) for path in modules().values() if path.stem.strip("_") in empty_names] == []
+
+
+def test_nothing_that_is_read_can_run_code() -> None:
+    benchmarks = {name: path for name, path in scripts().items() if path.is_relative_to(ROOT / "benchmarks")}
+    offences = []
+    for name, path in (modules() | benchmarks).items():
+        offences += [
+            f"{path}:{line}: imports {target}"
+            for line, target in imports(name, path)
+            if target.split(".")[0] in {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+            or target == "torch.load"
+        ]
+        offences += [
+            f"{path}:{node.lineno}: calls {ast.unparse(node.func)}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and runs_code(node, may_load=name in {*benchmarks, CHECKPOINTS})
+        ]
+    assert offences == []
+
+
+def runs_code(call: ast.Call, *, may_load: bool) -> bool:
+    """Tell whether a call can execute what it is given; torch.load cannot with weights_only=True."""
+    function = ast.unparse(call.func)
+    weights_only = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+    return function in {"eval", "exec"} or (function == "torch.load" and not (may_load and weights_only))

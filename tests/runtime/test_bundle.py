@@ -1,0 +1,478 @@
+"""A bundle is opened only if every byte is what was built, and nothing is parsed before that is known."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors.numpy
+
+import unetc
+from unetc.artifacts.manifest import DIGEST, MANIFEST, Manifest
+from unetc.artifacts.record import MAX_JSON_BYTES
+from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError, SessionError
+from unetc.runtime.bundle import Bundle
+from unetc.sampler.table import SchedulerTables
+
+ENGINE = "engines/full.onnx"
+WEIGHTS = "weights.safetensors"
+SOLVER = "scheduler.safetensors"
+TRIALS_PER_FILE = 25
+"""Times 15 files times 3 kinds of damage: 1125 damaged bundles."""
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def no_parser(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Fail the test when anything parses the contents of a bundle."""
+    for owner, name in (
+        (unetc.runtime.bundle, "load"),
+        (safetensors.numpy, "load"),
+        (np, "load"),
+        (SchedulerTables, "from_array"),
+        (onnxruntime, "InferenceSession"),
+    ):
+        monkeypatch.setattr(owner, name, parsed)
+    return monkeypatch
+
+
+def parsed(*_: object, **__: object) -> None:
+    pytest.fail("contents were parsed before all hashes were checked")
+
+
+def files(bundle: Path) -> list[str]:
+    return sorted(str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file())
+
+
+def refusal(bundle: Path, kind: type[ArtifactError] = CorruptArtifactError) -> str:
+    """Expect that a bundle is refused, and return why."""
+    with pytest.raises(kind) as caught:
+        unetc.load(bundle)
+    return str(caught.value)
+
+
+def reseal(bundle: Path, text: bytes) -> None:
+    """Write a manifest as an attacker would, with a digest that fits."""
+    (bundle / MANIFEST).write_bytes(text)
+    (bundle / DIGEST).write_text(f"{hashlib.sha256(text).hexdigest()}\n")
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and reseal it."""
+    manifest = json.loads((bundle / MANIFEST).read_bytes())
+    change(manifest)
+    reseal(bundle, json.dumps(manifest).encode())
+
+
+def forge(bundle: Path, name: str, data: bytes) -> None:
+    """Replace a file and its hash."""
+    (bundle / name).write_bytes(data)
+    (old,) = (file for file in json.loads((bundle / MANIFEST).read_bytes())["files"] if file["path"] == name)
+    new = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit(bundle, lambda manifest: manifest["files"].__setitem__(manifest["files"].index(old), new))
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Turn a hang, as on a pipe that nobody writes to, into a failure."""
+
+    def ring(*_: object) -> None:
+        pytest.fail(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def flip(data: bytes, rng: np.random.Generator) -> bytes:
+    damaged = bytearray(data)
+    damaged[int(rng.choice(np.array([0, len(data) - 1, rng.integers(len(data))])))] ^= 1 << rng.integers(8)
+    return bytes(damaged)
+
+
+def truncate(data: bytes, rng: np.random.Generator) -> bytes:
+    return data[: int(rng.choice(np.array([0, len(data) - 1, rng.integers(len(data))])))]
+
+
+def append(data: bytes, rng: np.random.Generator) -> bytes:
+    return data + (b" ", b"\n", b"\0", rng.bytes(100))[rng.integers(4)]
+
+
+def test_it_opens_and_holds_what_was_built(tiny_bundle: Path) -> None:
+    opened = Bundle.open(tiny_bundle)
+    listed = {record.path for record in opened.manifest.files}
+    assert {*files(tiny_bundle)} == listed | {MANIFEST, DIGEST}
+    assert len(opened.manifest.engines) == 3
+    assert opened.graphs[ENGINE] == (tiny_bundle / ENGINE).read_bytes()
+    assert opened.weights == (tiny_bundle / WEIGHTS).read_bytes()
+    assert opened.graph_of(opened.manifest.engines[1]).weights < opened.tensors
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, append])
+def test_damage_at_a_random_place_of_any_file_is_refused_by_name(
+    bundle: Path, damage: Callable[[bytes, np.random.Generator], bytes], no_parser: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    names = files(bundle)
+    assert len(names) >= 10
+    for name in names:
+        data = (bundle / name).read_bytes()
+        with no_parser.context() as patch:
+            if name in (MANIFEST, DIGEST):
+                patch.setattr(Manifest, "from_json", parsed)
+            for _ in range(TRIALS_PER_FILE):
+                damaged = damage(data, rng)
+                assert damaged != data
+                (bundle / name).write_bytes(damaged)
+                assert name in refusal(bundle)
+        (bundle / name).write_bytes(data)
+    no_parser.undo()
+    unetc.load(bundle)
+
+
+def test_a_missing_file_is_named(bundle: Path, no_parser: pytest.MonkeyPatch) -> None:
+    for name in files(bundle):
+        data = (bundle / name).read_bytes()
+        (bundle / name).unlink()
+        assert name in refusal(bundle, ArtifactError)
+        (bundle / name).write_bytes(data)
+
+
+def make_symlink(path: Path) -> None:
+    target = path.rename(path.parents[1] / "real")
+    path.symlink_to(target)
+
+
+def make_hard_link(path: Path) -> None:
+    os.link(path, path.parents[1] / "second")
+
+
+def make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_socket(path: Path) -> None:
+    path.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{folder}/{path.name}")  # the path itself may be too long for a socket
+    os.close(folder)
+
+
+@pytest.mark.parametrize("disguise", [make_symlink, make_hard_link, make_fifo, make_folder, make_socket])
+@pytest.mark.parametrize("name", [MANIFEST, DIGEST, WEIGHTS, ENGINE])
+def test_only_plain_files_are_read(
+    bundle: Path, name: str, disguise: Callable[[Path], None], no_parser: pytest.MonkeyPatch
+) -> None:
+    disguise(bundle / name)
+    with within(20):
+        assert name in refusal(bundle, ArtifactError)
+
+
+def test_a_device_is_not_read(bundle: Path, no_parser: pytest.MonkeyPatch) -> None:
+    (bundle / WEIGHTS).unlink()
+    (bundle / WEIGHTS).symlink_to("/dev/zero")
+    with within(20):
+        assert WEIGHTS in refusal(bundle)
+
+
+def test_a_folder_that_is_a_link_is_refused(bundle: Path, no_parser: pytest.MonkeyPatch) -> None:
+    make_symlink(bundle / "engines")
+    assert "engines is a link" in refusal(bundle)
+
+
+def test_the_bundle_itself_may_be_reached_through_a_link(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    unetc.load(tmp_path / "link")
+
+
+UNSAFE = {
+    "parent": "../outside",
+    "hidden parent": "engines/../../outside",
+    "inner parent": "engines/../engines/full.onnx",
+    "absolute": "{root}/outside",
+    "current folder": "./engines/full.onnx",
+    "doubled slash": "engines//full.onnx",
+    "trailing slash": "engines/full.onnx/",
+    "NUL": "engines/full.onnx\0",
+    "NUL and more": "engines/full.onnx\0.txt",
+    "newline": "engines/full.onnx\n",
+    "drive": "C:full.onnx",
+    "backslash": "engines\\full.onnx",
+    "other script": "engines/full.onnx\N{CYRILLIC SMALL LETTER A}",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("unsafe", UNSAFE.values(), ids=UNSAFE)
+def test_a_path_that_could_leave_the_bundle_is_refused(
+    bundle: Path, tmp_path: Path, unsafe: str, no_parser: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(bundle / ENGINE, tmp_path / "outside")  # what a path leads to is what was built: only the path is wrong
+    written = json.dumps(unsafe.format(root=tmp_path)).encode()
+    reseal(bundle, (bundle / MANIFEST).read_bytes().replace(f'"{ENGINE}"'.encode(), written))
+    assert "unsafe path" in refusal(bundle)
+
+
+def test_paths_that_clash_are_refused(bundle: Path, no_parser: pytest.MonkeyPatch) -> None:
+    shutil.copy(bundle / WEIGHTS, bundle / WEIGHTS.upper())
+    (weights,) = (file for file in json.loads((bundle / MANIFEST).read_bytes())["files"] if file["path"] == WEIGHTS)
+    edit(bundle, lambda manifest: manifest["files"].append(weights | {"path": WEIGHTS.upper()}))
+    assert "differ only in case" in refusal(bundle)
+    edit(bundle, lambda manifest: manifest["files"][-1].update(path=WEIGHTS))
+    assert "listed twice" in refusal(bundle)
+
+
+def test_a_file_that_is_not_listed_is_not_read(bundle: Path) -> None:
+    os.mkfifo(bundle / "stray")
+    with within(20):
+        unetc.load(bundle)
+
+
+@pytest.mark.parametrize("schema", [0, 1, 2, 4, -1, 10**12])
+def test_another_schema_is_named_as_such(bundle: Path, schema: int, no_parser: pytest.MonkeyPatch) -> None:
+    edit(bundle, lambda manifest: manifest.update(schema=schema, a_field_of_that_schema=1))
+    assert f"schema {schema}" in refusal(bundle, SchemaVersionError)
+
+
+NESTED = b'{"schema": 3, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+MALFORMED = {
+    "empty": b"",
+    "not JSON": b"\x80\x04]",
+    "null": b"null",
+    "a list": b"[1]",
+    "half": b'{"schema": 3, "unetc": "',
+    "no schema": b"{}",
+    "schema as text": b'{"schema": "3"}',
+    "no fields": b'{"schema": 3}',
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "invalid UTF-8": b'{"schema": 3, "unetc": "\xff\xfe"}',
+    "lone surrogate": rb'{"schema": 3, "unetc": "\ud800"}',
+    "deep lists": b"[" * 10**6,
+    "deep objects": b'{"a":' * 10**6,
+    "deep in a field": NESTED,
+    "deep in an unknown field": NESTED.replace(b"notes", b"other"),
+    "deep before the schema": NESTED[:-1].replace(b'"schema": 3, ', b"") + b', "schema": 3}',
+    "a long number": b'{"schema": ' + b"9" * 10**6 + b"}",
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_manifest_is_refused(bundle: Path, text: bytes, no_parser: pytest.MonkeyPatch) -> None:
+    reseal(bundle, text)
+    with within(20):
+        assert MANIFEST in refusal(bundle)
+
+
+def test_a_huge_manifest_is_refused_unread(bundle: Path, no_parser: pytest.MonkeyPatch) -> None:
+    with (bundle / MANIFEST).open("r+b") as file:
+        file.truncate(100 * MAX_JSON_BYTES)  # a hole, it takes no room on the disk
+    no_parser.setattr(hashlib, "sha256", parsed)
+    assert MANIFEST in refusal(bundle)
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10**9, 10**18, 2**63, 10**30])
+def test_a_lie_about_a_size_takes_no_memory(bundle: Path, size: int, no_parser: pytest.MonkeyPatch) -> None:
+    edit(bundle, lambda manifest: manifest["files"][0].update(bytes=size))
+    refusal(bundle)
+
+
+CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "unknown field": lambda m: m.update(extra=1),
+    "unknown field inside": lambda m: m["plan"]["phases"][0].update(extra=1),
+    "missing field": lambda m: m.pop("threads"),
+    "unlisted weights": lambda m: m.update(weights="other"),
+    "unlisted graph": lambda m: m["controls"][0]["engines"][0].update(graph="other"),
+    "too few engines": lambda m: m["engines"].pop(),
+    "too few engines of a control": lambda m: m["controls"][0]["engines"].pop(),
+    "unknown engine": lambda m: m["plan"]["phases"][0].update(cycle=[9]),
+    "negative engine": lambda m: m["plan"]["phases"][0].update(cycle=[-1]),
+    "an engine that holds what nothing emits": lambda m: m["plan"]["engines"][1].update(treatments={"a": "hold"}),
+    "an engine that emits what it drops": lambda m: m["plan"]["engines"][1].update(
+        emits=[*m["plan"]["engines"][1]["treatments"]]
+    ),
+    "a control that holds what nothing emits": lambda m: m["controls"][0]["plan"]["engines"].append(
+        {"treatments": {"a": "forecast"}, "emits": []}
+    ),
+    "no schedules": lambda m: m.pop("evaluated"),
+    "a pair of three engines": lambda m: m.update(pairs=[{"engines": [1, 2, 3], "alone": [1.0, 1.0], "together": 2.0}]),
+    "a gap between phases": lambda m: m["plan"]["phases"][0].update(low=-90.0, high=-80.0),
+    "no seeds": lambda m: m.update(used_seeds=[]),
+    "no pixels": lambda m: m.update(sample_shape=[1, 0, 16]),
+    "negative channels": lambda m: m.update(sample_shape=[-1, 16, 16]),
+    "no steps": lambda m: m.update(steps=0),
+    "number as text": lambda m: m.update(batch="2"),
+    "no table": lambda m: m["scheduler"].update(counts=[]),
+    "too long a table": lambda m: m["scheduler"]["counts"][0].update(steps=10**12),
+    "a table beyond the array": lambda m: m["scheduler"]["counts"][0].update(start=10**6),
+    "unknown column": lambda m: m["scheduler"]["columns"].__setitem__(0, "__class__"),
+    "not a number": lambda m: m["scheduler"]["counts"][0].update(initial_scale=float("nan")),
+}
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    bundle: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit(bundle, change)
+    assert str(bundle) in refusal(bundle)
+
+
+def test_a_manifest_with_random_edits_opens_or_is_refused(bundle: Path) -> None:
+    text = (bundle / MANIFEST).read_bytes()
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(300):
+        edited = bytearray(text)
+        for _ in range(rng.integers(1, 4)):
+            start = int(rng.integers(len(edited)))
+            piece = text[(at := int(rng.integers(len(text)))) : at + int(rng.integers(0, 9))]
+            edited[start : start + int(rng.integers(0, 9))] = piece
+        reseal(bundle, bytes(edited))
+        try:
+            Bundle.open(bundle)
+        except ArtifactError:
+            continue
+        opened += 1
+    assert opened < 150
+
+
+class Payload:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SOLVER, MANIFEST])
+@pytest.mark.parametrize("container", ["pickle", "npy", "npz"])
+def test_nothing_in_a_bundle_can_run_code(bundle: Path, tmp_path: Path, name: str, container: str) -> None:
+    trace, buffer = tmp_path / "trace", io.BytesIO()
+    if container == "pickle":
+        pickle.dump(Payload(trace), buffer)
+    else:
+        save = np.save if container == "npy" else np.savez
+        save(buffer, np.array([Payload(trace)], dtype=object), allow_pickle=True)
+    if name == MANIFEST:
+        reseal(bundle, buffer.getvalue())
+    else:
+        forge(bundle, name, buffer.getvalue())
+    refusal(bundle)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SOLVER])
+def test_forged_arrays_are_refused(bundle: Path, name: str) -> None:
+    text = (bundle / name).read_bytes()
+    end = 8 + int.from_bytes(text[:8], "little")
+    header = json.loads(text[8:end])
+    tensor = next(iter(header.values()))
+    rng = np.random.default_rng(0)
+    headers = [b"", b"{}", b"null", b"[" * 10**5, *(bytes(rng.integers(32, 127, 200, np.uint8)) for _ in range(20))]
+    for change in (
+        {"dtype": "BF16"},
+        {"dtype": "F8_E4M3"},
+        {"dtype": "O"},
+        {"shape": [2**62, 2**62]},
+        {"shape": [-1]},
+        {"data_offsets": [0, 2**63]},
+        {"data_offsets": [8, 0]},
+    ):
+        headers.append(json.dumps(header | {next(iter(header)): tensor | change}).encode())
+    for forged in headers:
+        forge(bundle, name, len(forged).to_bytes(8, "little") + forged + text[end:])
+        refusal(bundle)
+    for size in (0, 2**31, 2**63):
+        forge(bundle, name, size.to_bytes(8, "little") + text[8:])
+        refusal(bundle)
+
+
+def test_weights_that_do_not_fit_the_engines_are_refused(bundle: Path) -> None:
+    weights = safetensors.numpy.load_file(bundle / WEIGHTS)
+    for other in (
+        {name: array.reshape(-1)[:1].copy() for name, array in weights.items()},
+        {name: array.astype(np.float16) for name, array in weights.items()},
+        {name: array for name, array in weights.items() if "conv_in" not in name},
+        {"other": np.zeros(3, np.float32)},
+    ):
+        forge(bundle, WEIGHTS, safetensors.numpy.save(other))
+        with pytest.raises(SessionError, match="cannot load an engine"):
+            unetc.load(bundle)
+
+
+def test_mapped_weights_that_are_too_short_are_refused(bundle: Path) -> None:
+    forge(bundle, WEIGHTS, safetensors.numpy.save({"other": np.zeros(3, np.float32)}))
+    with pytest.raises(SessionError, match="cannot load an engine"):
+        unetc.load(bundle, memory="low")
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_an_engine_that_maps_another_file_is_refused(bundle: Path, tmp_path: Path, absolute: bool) -> None:
+    """A secret of the machine must not become a weight, which a sample could give away."""
+    secret = shutil.copy(bundle / WEIGHTS, tmp_path / "secret")
+    model = onnx.load(bundle / ENGINE, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(secret) if absolute else os.path.relpath(secret, tempfile.gettempdir() + "/folder")
+    forge(bundle, ENGINE, model.SerializeToString())
+    with pytest.raises(SessionError, match="cannot load an engine"):
+        unetc.load(bundle, memory="low")
+
+
+def test_an_engine_reads_no_file_of_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (used,) = {name for name in safetensors.numpy.load_file(bundle / WEIGHTS) if name.endswith("conv_in.weight")}
+    edit(bundle, lambda manifest: manifest["engines"][0]["unused_weights"].append(used))
+    monkeypatch.chdir(bundle)  # where the graph's own record of its weights would lead to a file
+    with pytest.raises(SessionError, match="cannot load an engine"):
+        unetc.load(bundle)
+
+
+def test_what_is_no_bundle_says_how_to_make_one(tmp_path: Path, bundle: Path) -> None:
+    (tmp_path / "file").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300)):
+        assert "unetc build MODEL -o" in refusal(path, ArtifactError)
+    assert "Build it again" in refusal(tmp_path / "empty", ArtifactError)
+    assert "unetc build MODEL -o" in refusal(bundle / MANIFEST, ArtifactError)
+
+
+def test_a_bundle_says_the_same_after_it_was_copied(bundle: Path, tiny_bundle: Path) -> None:
+    copied, original = Bundle.open(bundle), Bundle.open(tiny_bundle)
+    assert copied.manifest == original.manifest
+    assert copied.manifest.to_json() == (tiny_bundle / MANIFEST).read_bytes()
+    assert msgspec.structs.asdict(copied.manifest) == msgspec.structs.asdict(original.manifest)

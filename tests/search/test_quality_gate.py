@@ -1,0 +1,193 @@
+"""A quality gate says what it says, and a build that fails it writes nothing and names a budget that passes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unetc.artifacts import Damage, Estimate, Measurement, Plan, Profile
+from unetc.compiler import build as building
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.quality_gate import QualityGate
+from unetc.errors import PlanError, QualityGateError
+from unetc.models.find import find_model
+
+
+def estimate(mean: float) -> Estimate:
+    return Estimate(low=mean - 1, mean=mean, high=mean + 1)
+
+
+def damage(relative_l2: float = 0.1, psnr: float = 30.0, ssim: float = 0.9) -> Damage:
+    return Damage(relative_l2=estimate(relative_l2), psnr=estimate(psnr), ssim=estimate(ssim))
+
+
+@pytest.mark.parametrize(
+    ("typed", "metric", "bound"),
+    [
+        ("psnr>=30", "psnr", 30.0),
+        ("psnr >= 30.5", "psnr", 30.5),
+        ("  ssim>=.9  ", "ssim", 0.9),
+        ("ssim>=-1", "ssim", -1.0),
+        ("relative-l2<=0.05", "relative-l2", 0.05),
+        ("relative-l2 <= 5e-2", "relative-l2", 0.05),
+    ],
+)
+def test_a_gate_is_read_as_typed(typed: str, metric: str, bound: float) -> None:
+    gate = QualityGate.parse(typed)
+    assert (gate.metric, gate.bound) == (metric, bound)
+    assert QualityGate.parse(str(gate)) == gate
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "psnr",
+        "psnr>=",
+        ">=30",
+        "psnr>=thirty",
+        "psnr>30",
+        "psnr=30",
+        "psnr<=30",
+        "ssim<=0.9",
+        "relative-l2>=0.05",
+        "fid<=3",
+        "PSNR>=30",
+        "psnr>=30 dB",
+        "psnr>=1e",
+        "psnr>=--3",
+        "psnr>=nan",
+        "psnr>=inf",
+        "psnr>=30\nssim>=1",
+    ],
+)
+def test_what_is_no_gate_is_refused_with_examples(typed: str) -> None:
+    with pytest.raises(PlanError, match=r"Expected psnr>=DB, ssim>=VALUE or relative-l2<=VALUE"):
+        QualityGate.parse(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "passes"),
+    [
+        ("psnr>=29.9", True),
+        ("psnr>=30", True),
+        ("psnr>=30.1", False),
+        ("ssim>=0.89", True),
+        ("ssim>=0.9", True),
+        ("ssim>=0.91", False),
+        ("relative-l2<=0.11", True),
+        ("relative-l2<=0.1", True),
+        ("relative-l2<=0.09", False),
+    ],
+)
+def test_a_gate_bounds_the_mean_of_its_own_metric(typed: str, passes: bool) -> None:
+    assert QualityGate.parse(typed).passes(damage()) is passes
+
+
+@given(st.sampled_from(["psnr>=", "ssim>=", "relative-l2<="]), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
+def test_less_damage_never_fails_a_gate_that_more_passes(metric: str, one: float, two: float) -> None:
+    worse, better = sorted([one, two], reverse=metric.startswith("relative"))
+    gate = QualityGate.parse(f"{metric}0.5")
+    if gate.passes(damage(worse, worse, worse)):
+        assert gate.passes(damage(better, better, better))
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the scheduler tables that no test here looks at."""
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_build_that_no_budget_can_save_writes_nothing(
+    tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = BuildOptions(
+        plan=PlanOptions(budget=0.2), steps=4, quality_gate=QualityGate.parse("psnr>=101")
+    )  # capped at 100
+    profile, plan = Profile.load(tiny_build / "profile.json"), Plan.load(tiny_build / "plan.json")
+    with pytest.raises(QualityGateError) as caught:
+        build(find_model(str(tiny_model)), profile, tmp_path / "bundle", options, cache=cache, plan=plan)
+    message = str(caught.value)
+    assert "psnr>=101 fails at budget 0.3:" in message  # the budget of the plan that was given
+    assert re.search(r"measured psnr is \d", message)
+    assert re.search(r"No budget above 0\.0\d+ passes", message)
+    assert "Nothing was written" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_failed_gate_leaves_an_older_bundle_alone(
+    tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, plan = Profile.load(tiny_build / "profile.json"), Plan.load(tiny_build / "plan.json")
+    common: dict[str, Any] = {"cache": cache, "plan": plan}
+    model = find_model(str(tiny_model))
+    passing = BuildOptions(
+        plan=PlanOptions(budget=0.2), steps=4, quality_gate=QualityGate.parse("psnr>=1"), controls=False
+    )
+    manifest = build(model, profile, tmp_path / "bundle", passing, **common)
+    assert manifest.controls == ()
+    before = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    monkeypatch.setattr(building, "GATE_SEARCH_STEPS", 0)
+    failing = BuildOptions(plan=PlanOptions(budget=0.2), steps=4, quality_gate=QualityGate.parse("relative-l2<=0.001"))
+    with pytest.raises(QualityGateError):
+        build(model, profile, tmp_path / "bundle", failing, **common)
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("best", [0.0, 0.03, 0.1, 0.24, 0.299])
+@pytest.mark.parametrize("refused", [0.05, 1.0])
+def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch, best: float, refused: float) -> None:
+    """Let damage grow with the budget; some budgets have no plan at all, which counts as not passing."""
+    tried: list[float] = []
+
+    def fit_plan(
+        workbench: object, options: PlanOptions, notes: list[str], *, correction: float
+    ) -> tuple[float, float]:
+        tried.append(options.budget)
+        assert correction == 1.5
+        if options.budget > refused:
+            raise PlanError("no plan")
+        return options.budget, correction
+
+    def measure(candidate: float, *, seed: int) -> Measurement:
+        assert seed == 7
+        return Measurement(time_ratio=1 - candidate, damage=damage(relative_l2=candidate))
+
+    def repair(workbench: object, candidate: float, budget: float, *others: object) -> SimpleNamespace:
+        assert candidate == budget
+        return SimpleNamespace(candidate=candidate)
+
+    monkeypatch.setattr(building, "fit_plan", fit_plan)
+    monkeypatch.setattr(building, "repair", repair)
+    failed = building._Fitted(
+        candidate=SimpleNamespace(),  # type: ignore[arg-type]
+        correction=1.5,
+        measured=measure(0.3, seed=7),
+        evaluated=(),
+    )
+    gate = QualityGate.parse(f"relative-l2<={best}")
+    error = building._gate_failed(
+        SimpleNamespace(measure=measure),  # type: ignore[arg-type]
+        PlanOptions(budget=0.3),
+        gate,
+        failed,
+        7,
+        lambda progress: None,
+    )
+    assert len(tried) == building.GATE_SEARCH_STEPS
+    expected, width = min(best, refused), 0.3 / 2**building.GATE_SEARCH_STEPS
+    assert f"(searched to ±{width:.3f})" in str(error)
+    if expected < width:
+        assert f"No budget above {width:.3f} passes" in str(error)
+    else:
+        (found,) = re.findall(r"The largest budget that passes is about (\S+) ", str(error))
+        assert expected - width - 5e-4 <= float(found) <= expected + 5e-4

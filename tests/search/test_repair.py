@@ -1,0 +1,179 @@
+"""Local search on measured damage, pairs of engines and the curve, on the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
+from unetc.artifacts.pareto import Pareto
+from unetc.artifacts.plan import Assignment
+from unetc.artifacts.profile import Profile
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.additivity import check_pairs
+from unetc.compiler.search.fit import fit_deep_hold, fit_plan, fit_random, hold_everywhere
+from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
+from unetc.compiler.search.quality_gate import QualityGate
+from unetc.compiler.search.repair import RepairOptions, repair
+from unetc.compiler.search.set_up import Setup, set_up
+from unetc.compiler.search.workbench import Candidate
+from unetc.errors import QualityGateError
+from unetc.models.find import find_model
+from unetc.progress import ignore
+from unetc.report.curve import draw
+
+STEPS = 8
+ANALYSIS = AnalysisOptions(steps=STEPS, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model: Path, cache: Path) -> Setup:
+    model = find_model(str(tiny_model))
+    return set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=STEPS, cache=cache)
+
+
+def test_time_is_measured_against_a_model_that_emits_nothing(setup: Setup) -> None:
+    plan = hold_everywhere(setup.profile, "step", 2)
+    emitting = setup.workbench.compile(plan)
+    assert b"computed." in emitting.graphs[0].graph
+    assert b"computed." not in setup.workbench.full.graph
+    always = setup.workbench.reschedule(emitting, [0] * STEPS)
+    assert always.time_ratio == pytest.approx(
+        emitting.time_ratio
+        + (STEPS * emitting.step_ms[0] - sum(emitting.step_ms[e] for e in setup.workbench.schedule(emitting)))
+        / (STEPS * emitting.full_ms)
+    )
+    silent = msgspec.structs.replace(plan, engines=(Assignment(treatments={}),), phases=always.plan.phases)
+    full = setup.workbench.compile(silent)
+    assert full.graphs == (setup.workbench.full,)
+    assert full.time_ratio == 1
+    assert full.step_ms == (full.full_ms,)
+
+
+def timed_by_hand(candidate: Candidate) -> Candidate:
+    """Let an engine that forecasts take nothing: what a busy machine measures decides how far repair may go."""
+    schedule = candidate.session.schedule(STEPS)
+    taken = schedule.count(0) / len(schedule)
+    return replace(candidate, full_ms=1.0, step_ms=(1.0,) + (0.0,) * (len(candidate.step_ms) - 1), time_ratio=taken)
+
+
+def test_repair_never_does_more_damage_and_keeps_the_budget(setup: Setup) -> None:
+    candidate = timed_by_hand(setup.workbench.compile(hold_everywhere(setup.profile, "step", 2)))
+    found = repair(setup.workbench, candidate, 0.25, 1, RepairOptions(evaluations=20, patience=20), ignore)
+    damages = [one.damage.relative_l2.mean for one in found.evaluated]
+    assert found.damage.relative_l2.mean == min(damages) < damages[0]  # half of the steps need not be forecast
+    assert found.damage == setup.workbench.damage(found.candidate, seed=1)
+    assert min(one.candidate.saving for one in found.evaluated) == 3 / 8  # 2 / 8 is an edge, missed half of the time
+    schedules = [one.candidate.session.schedule(STEPS) for one in found.evaluated]
+    assert len(set(schedules)) == len(schedules) > 3
+    assert all(schedule[0] == 0 for schedule in schedules)
+
+
+def test_repair_asks_for_no_more_than_the_plan_saves(setup: Setup) -> None:
+    candidate = timed_by_hand(setup.workbench.compile(hold_everywhere(setup.profile, "step", 2)))
+    found = repair(setup.workbench, candidate, 0.5, 1, RepairOptions(evaluations=6, patience=6), ignore)
+    assert candidate.saving == min(one.candidate.saving for one in found.evaluated) == 0.5
+    assert len(found.evaluated) > 1
+
+
+def test_repair_is_repeatable_and_can_be_switched_off(setup: Setup) -> None:
+    candidate = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
+    options = RepairOptions(evaluations=5, patience=5)
+    first, second = (repair(setup.workbench, candidate, 0.2, 1, options, ignore) for _ in range(2))
+    assert first.candidate.plan == second.candidate.plan
+    none = repair(setup.workbench, candidate, 0.2, 1, RepairOptions(evaluations=0), ignore)
+    assert none.candidate is candidate
+    assert len(none.evaluated) == 1
+
+
+def test_pairs_of_engines_are_measured_alone_and_together(setup: Setup) -> None:
+    candidate, _ = fit_plan(setup.workbench, PlanOptions(budget=0.2, max_engines=3), [])
+    used = {*candidate.session.schedule(STEPS)} - {0}
+    pairs = check_pairs(setup.workbench, candidate, 1, ignore)
+    assert len(pairs) == len(used) * (len(used) - 1) // 2
+    for pair in pairs:
+        assert set(pair.engines) <= used
+        assert min(*pair.alone, pair.together) > 0
+        assert pair.together <= sum(pair.alone) * 1.5
+        assert pair.excess > 0
+
+
+def test_the_rule_of_deepcache_holds_one_level_with_one_period(setup: Setup) -> None:
+    candidate = fit_deep_hold(setup.workbench, 0.15, seed=1)
+    (phase,) = candidate.plan.phases
+    assert phase.cycle[0] == 0
+    assert {*phase.cycle[1:]} == {1}
+    (name,) = candidate.plan.engines[1].treatments
+    assert name.startswith("level:")
+
+
+def test_random_plans_differ_and_repeat(setup: Setup) -> None:
+    plans = [fit_random(setup.workbench, 0.2, 1.0, seed, max_engines=3).plan for seed in (0, 1)]
+    assert plans[0].engines != plans[1].engines
+
+
+@pytest.fixture(scope="module")
+def curve(setup: Setup) -> Pareto:
+    options = ParetoOptions(budgets=3, steps=STEPS, repair=RepairOptions(evaluations=3, patience=3))
+    return trace(setup, options, ignore)
+
+
+def test_the_curve_keeps_every_plan_that_was_sampled(curve: Pareto, setup: Setup) -> None:
+    assert len(curve.points) >= 3
+    assert {point.budget for point in curve.points} <= {0.1, 0.45, 0.8}
+    assert all(point.time_ratio <= 1 - point.budget + 1e-9 for point in curve.points)
+    assert all(point.plan.profile_sha256 == curve.profile_sha256 for point in curve.points)
+    front = curve.front()
+    times = [point.time_ratio for point in front]
+    damages = [point.damage.relative_l2.mean for point in front]
+    assert times == sorted(times)
+    assert damages == sorted(damages, reverse=True)
+    for point in curve.points:
+        assert any(
+            p.time_ratio <= point.time_ratio and p.damage.relative_l2.mean <= point.damage.relative_l2.mean
+            for p in front
+        )
+    assert Pareto.from_json(curve.to_json(), "curve") == curve
+    assert isinstance(setup.profile, Profile)
+
+
+def test_the_fastest_point_that_passes_is_picked(curve: Pareto) -> None:
+    front = curve.front()
+    middle = front[len(front) // 2]
+    gate = QualityGate(metric="relative-l2", bound=middle.damage.relative_l2.mean)
+    assert fastest_passing(curve, gate) == middle
+    with pytest.raises(QualityGateError, match="no point"):
+        fastest_passing(curve, QualityGate(metric="psnr", bound=99.0))
+
+
+def test_the_gap_behind_the_fastest_point_that_passes_is_searched(curve: Pareto, setup: Setup) -> None:
+    front = curve.front()
+    gate = QualityGate(metric="relative-l2", bound=front[len(front) // 2].damage.relative_l2.mean)
+    options = ParetoOptions(budgets=3, steps=STEPS, repair=RepairOptions(evaluations=1))
+    refined = refine(setup, curve, gate, options, ignore)
+    assert refined.points[: len(curve.points)] == curve.points
+    assert len(refined.points) > len(curve.points)
+    assert fastest_passing(refined, gate).time_ratio <= fastest_passing(curve, gate).time_ratio
+
+
+def test_the_curve_is_drawn_and_labelled_where_there_is_room(curve: Pareto) -> None:
+    front = curve.front()
+
+    def labels(times: Iterable[float]) -> int:
+        """Draw the front alone, at times that no machine has measured."""
+        points = [
+            msgspec.structs.replace(point, time_ratio=float(time)) for point, time in zip(front, times, strict=True)
+        ]
+        picture = draw(msgspec.structs.replace(curve, points=tuple(points)))
+        assert picture.startswith("<svg")
+        return picture.count(" dB")
+
+    assert labels(np.linspace(0.1, 1.0, len(front))) == len(front)
+    assert labels(np.append(np.linspace(0.1, 0.1001, len(front) - 1), 1.0)) == 2
+    assert draw(curve).startswith("<svg")
