@@ -111,7 +111,10 @@ def build(
     workbench = setup.workbench
     if options.at is not None:
         tracing = ParetoOptions(
-            steps=options.steps, max_engines=options.plan.max_engines, max_memory=options.plan.max_memory
+            steps=options.steps,
+            max_engines=options.plan.max_engines,
+            max_memory=options.plan.max_memory,
+            planner=options.plan.planner,
         )
         curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
         plan = _at(curve, options.at)

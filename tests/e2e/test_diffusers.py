@@ -28,7 +28,7 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle
 from unetc.diffusers import BundleUNet
 from unetc.errors import NonFiniteError, SessionError, UnetcError
-from unetc.models.find import find_model
+from unetc.models.find import ModelSource, find_model
 from unetc.nvidia.call_ranges import check_call
 from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
@@ -91,7 +91,7 @@ def build_by_hand(root: Path, *, controlnet: bool) -> None:
         prompts=("a red square",),
         guidance_scale=SCALE,
     )
-    found = find_model(model, controlnet=controlnet)
+    found = find_model(ModelSource(model, controlnet=controlnet))
     profile = analyze_model(found, analysis, cache=cache)
     options = BuildOptions(plan=PlanOptions(budget=0.0), steps=STEPS, controls=False)
     build(found, profile, root / "bundle", options, cache=cache, plan=plan_of(profile))
