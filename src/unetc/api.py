@@ -233,7 +233,7 @@ def write_report(
     verification: Verification | None = None,
     on_progress: OnProgress = ignore,
 ) -> None:
-    """Write one self-contained HTML page about a bundle. (`unetc.report` is the package that draws it.)
+    """Write one self-contained HTML page about a bundle; `unetc.report` is the package that draws it.
 
         unetc.write_report("bundle/", "report.html", verification=unetc.verify("bundle/"))
 
