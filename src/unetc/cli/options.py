@@ -246,9 +246,7 @@ class RankingGroup(Group, panel="Ranking"):
     ] = "worth"
     bin: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Show one noise level alone; 1 is the noisiest (default: all, then the best of each)."
-        ),
+        typer.Option(min=1, help="Show one noise level alone; 1 is the noisiest (default: all, and each in short)."),
     ] = None
 
     def order(self) -> By:

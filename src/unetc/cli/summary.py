@@ -143,24 +143,18 @@ def _ranking_facts(profile: Profile, ranking: Ranking, top: int | None, bin: int
             for own in ranked[:top]
         ]
 
-    wanted = range(len(profile.bins)) if bin is None else [bin - 1]
+    wanted = [(b, own) for b, own in enumerate(profile.bins) if bin in (None, b + 1)]
     return {
         "by": ranking.by,
         "overall": rows(ranking.overall),
         "bins": [
-            {
-                "bin": b + 1,
-                "low": profile.bins[b].low,
-                "high": profile.bins[b].high,
-                "components": rows(ranking.bins[b]),
-            }
-            for b in wanted
+            {"bin": b + 1, "low": own.low, "high": own.high, "components": rows(ranking.bins[b])} for b, own in wanted
         ],
     }
 
 
 def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: int | None = None) -> RenderableType:
-    """Lay out the ranking of a profile: over all noise levels, then the best few of each, from high noise to low.
+    """Lay out the ranking of a profile: over all noise levels, then the first few of each, from high noise to low.
 
     Args:
         profile: The profile.
@@ -174,7 +168,7 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
         f"{profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}; {measured} of "
         f"{len(profile.effects)} damages measured, the others estimated; cost {profile.samplings:.0f} sampling runs"
     )
-    figures = ["component", "treatment", "saves", "relative L2", "worth", "figures"]
+    figures = ["component", "treatment", "saves", "relative L2", "worth", "basis"]
     title = f"{escape(profile.model.title)}: components by {_ORDERS[by]}"
     if bin is not None:
         rows = [_ranked_cells(own) for own in ranking.bins[bin - 1][:most]]
@@ -187,22 +181,20 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
     )
     few = min(BEST_OF_BIN, top) if top else None
     each = [
-        [_bin_range(profile, b), *_ranked_cells(own)] for b, ranked in enumerate(ranking.bins) for own in ranked[:few]
+        ["" if place else _bin_range(profile, b), *_ranked_cells(own)]
+        for b, ranked in enumerate(ranking.bins)
+        for place, own in enumerate(ranked[:few])
     ]
     return Group(overall, table("The first of each noise level", ["log-SNR", *figures], each, words=3))
 
 
 def _ranked_cells(own: Ranked) -> list[str]:
-    treatment = f"{own.treatment}, computed every {own.period} steps" if own.period > 1 else own.treatment.value
+    treatment = f"{own.treatment}, period {own.period}" if own.period > 1 else own.treatment.value
     worth = f"{own.worth:.{1 if own.worth < 100 else 0}f}" if math.isfinite(own.worth) else "∞"
-    certainty = (
-        "measured"
-        if own.measured == own.bins
-        else f"{own.measured} of {own.bins} measured"
-        if own.measured
-        else "estimated"
-    )
-    return [escape(own.component), treatment, percent(own.saving), f"{own.damage:.4f}", worth, certainty]
+    damage = f"{own.damage:.4f}" if own.damage >= 0.001 or own.damage == 0 else f"{own.damage:.1e}"
+    partly = f"{own.measured} of {own.bins} measured" if own.measured else "estimated"
+    basis = "measured" if own.measured == own.bins else partly
+    return [escape(own.component), treatment, percent(own.saving), damage, worth, basis]
 
 
 def _bin_range(profile: Profile, bin: int) -> str:
@@ -328,7 +320,8 @@ def verification_table(result: Verification) -> Table:
         cells = [escape(control.description), *_time_cells(control.time_ratio), *_damage_cells(control.damage)]
         rows.append([f"[red]{cell}[/red]" for cell in cells] if name in beaten_by else cells)
     title = (
-        f"{escape(result.model.title)}, asked to save {percent(result.budget)}: {result.samples} new samples, {result.scheduler} {result.steps} steps, "
+        f"{escape(result.model.title)}, asked to save {percent(result.budget)}: {result.samples} new samples, "
+        f"{result.scheduler} {result.steps} steps, "
         f"{result.target}; disk {result.disk_bytes / result.full_disk_bytes:.3f} × one model"
     )
     return table(title, ["at equal noise", "saves", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)

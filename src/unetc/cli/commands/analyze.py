@@ -19,9 +19,7 @@ class EffortGroup(Group, panel="Effort"):
 
     components: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Ablate only components like this, as 'up_blocks.*.attentions.*'; repeatable (default: all)."
-        ),
+        typer.Option(help="Ablate only components like 'up_blocks.*.attentions.*'; repeatable (default: all)."),
     ] = None
     exhaustive: Annotated[
         bool,

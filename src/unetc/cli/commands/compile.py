@@ -97,7 +97,7 @@ def compile_(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Engines go into its folder engines; sessions look for them in $UNETC_CACHE or ~/.cache/unetc (default)."
+            help="Engines go into its folder engines; sessions look in $UNETC_CACHE or ~/.cache/unetc (default)."
         ),
     ] = None,
     as_json: Json = False,
