@@ -52,6 +52,18 @@ class Ranked:
     """Noise levels in the range."""
 
     @property
+    def way(self) -> str:
+        """The treatment in words, with its period if it has one."""
+        return f"{self.treatment}, period {self.period}" if self.period > 1 else self.treatment.value
+
+    @property
+    def basis(self) -> str:
+        """Whether the damage was measured or estimated, in words."""
+        if self.measured == self.bins:
+            return "measured"
+        return f"{self.measured} of {self.bins} measured" if self.measured else "estimated"
+
+    @property
     def worth(self) -> float:
         """Saving per damage: 0 without a saving, infinite without damage."""
         if self.saving <= 0:

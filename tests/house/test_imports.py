@@ -14,6 +14,7 @@ BASE = [
     "unetc.runtime.session",
     "unetc.report.pictures",
     "unetc.cli",
+    "unetc.api",
     "unetc.cli.app",
     "unetc.cli.output",
     "unetc.cli.summary",
@@ -75,8 +76,16 @@ def test_no_extra_is_loaded_even_where_it_is_installed(module: str) -> None:
     assert set(loaded.split()) & EXTRAS == set()
 
 
+NEED_COMPILE = {"AnalysisOptions", "BuildOptions", "ParetoOptions", "PlanOptions", "RepairOptions", "VerifyOptions"}
+"""Public names that need the extra `compile`: options of steps that need it too."""
+
+
 def test_every_public_name_is_there() -> None:
-    run(f"{BLOCK}\nimport unetc\nfor name in unetc.__all__: getattr(unetc, name)")
+    run("import unetc\nfor name in unetc.__all__: getattr(unetc, name)")
+
+
+def test_all_public_names_but_some_options_are_in_the_base_installation() -> None:
+    run(f"{BLOCK}\nimport unetc\nfor name in {{*unetc.__all__}} - {NEED_COMPILE}: getattr(unetc, name)")
 
 
 def test_importing_the_facade_loads_no_library_at_all() -> None:

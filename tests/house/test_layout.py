@@ -20,7 +20,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "metrics", "models"}
 GROUND |= {"nvidia", "precision", "progress", "report", "sampler", "timing"}
-FRONT_DOOR = {"", "__main__", "cli", "demo", "diffusers"}
+FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
 

@@ -189,12 +189,9 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
 
 
 def _ranked_cells(own: Ranked) -> list[str]:
-    treatment = f"{own.treatment}, period {own.period}" if own.period > 1 else own.treatment.value
-    worth = f"{own.worth:.{1 if own.worth < 100 else 0}f}" if math.isfinite(own.worth) else "∞"
     damage = f"{own.damage:.4f}" if own.damage >= 0.001 or own.damage == 0 else f"{own.damage:.1e}"
-    partly = f"{own.measured} of {own.bins} measured" if own.measured else "estimated"
-    basis = "measured" if own.measured == own.bins else partly
-    return [escape(own.component), treatment, percent(own.saving), damage, worth, basis]
+    worth = f"{own.worth:.{1 if own.worth < 100 else 0}f}" if math.isfinite(own.worth) else "∞"
+    return [escape(own.component), own.way, percent(own.saving), damage, worth, own.basis]
 
 
 def _bin_range(profile: Profile, bin: int) -> str:
