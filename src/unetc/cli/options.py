@@ -148,7 +148,7 @@ class ProfileGroup(AnalysisGroup):
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="Profile of this model, in place of the other options here except --steps (default: analyze now)."
+            help="Profile of this model, in place of the other options here except --steps (default: analyse now)."
         ),
     ] = None
 
@@ -241,7 +241,7 @@ class RankingGroup(Group, panel="Ranking"):
         str,
         typer.Option(
             metavar="worth|saving|damage",
-            help="Order of the components: worth is the time saved per damage. What saves nothing comes last.",
+            help="Order of the components; worth is the time saved per damage. Those that save nothing come last.",
         ),
     ] = "worth"
     bin: Annotated[

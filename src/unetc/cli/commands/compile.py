@@ -97,7 +97,8 @@ def compile_(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Engines go into its folder engines; sessions look in $UNETC_CACHE or ~/.cache/unetc (default)."
+            help="Engines go into its folder engines; sessions look in the default folder alone "
+            "(default: $UNETC_CACHE or ~/.cache/unetc)."
         ),
     ] = None,
     as_json: Json = False,

@@ -16,7 +16,7 @@ def demo(
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Analyze, build, verify and report the built-in model `digits`, in a few minutes on two cores."""
+    """Analyse, build, verify and report the built-in model `digits`, in a few minutes on two cores."""
     share = budget.share()
 
     from unetc.demo import run_demo

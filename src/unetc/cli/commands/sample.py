@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import BundlePath, BundleTarget, Json, Seed, Threads
+from ..options import BundlePath, BundleTarget, Json, Seed
 
 
 def sample(
@@ -22,7 +22,10 @@ def sample(
         str,
         typer.Option(metavar="fast|low", help="fast, or low: weights are held once, and on a GPU two phases' engines."),
     ] = "fast",
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of the target (default: the bundle's)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Sample from a bundle into one picture. Needs no torch.

@@ -15,7 +15,9 @@ def verify(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Verification to write as JSON.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Batches that every contender samples, in turns.")] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size (default: the bundle's).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="A seed that the build has not used.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="A seed that the build has not used (default: a new one).")
+    ] = None,
     target: BundleTarget = None,
     as_json: Json = False,
 ) -> None:
