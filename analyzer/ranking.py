@@ -1,8 +1,8 @@
 """Rank the components of a profile by how redundant they are, per noise level and over all of them.
 
-Two figures describe what a treatment of a component does in a range of noise levels. Its saving is a share of the full
-model's time there: the component's share of a call, times the share of steps that are treated; a reused component is
-still computed in one step of each period. Its damage is the mean relative L2 of the final output. Over all noise levels
+Two figures describe a treatment of a component over a range of noise levels. Its saving is a share of the full model's
+time there: the component's share of a call, times the share of treated steps. A reused component is still computed in
+one step of each period. Its damage is the mean relative L2 of the final output. Over all noise levels
 savings are averaged, weighted by steps, and damages are added, as the planner does: errors of one component point the
 same way. A noise level without a figure counts as the worst of the others.
 
@@ -118,7 +118,7 @@ def rank(profile: Profile, by: By = By.WORTH) -> Ranking:
 
 
 def _order(own: Ranked, by: By) -> tuple[float, ...]:
-    """Sort key: what saves nothing last, then the order that is asked for."""
+    """Make the sort key: components that save nothing come last, then the requested order counts."""
     worth, saving = (-own.worth, -own.saving, own.damage), (-own.saving, own.damage)
     key = {By.WORTH: worth, By.SAVING: saving, By.DAMAGE: (own.damage, *worth)}[by]
     return (own.saving <= 0, *key)

@@ -66,7 +66,7 @@ def write_report(
 
 
 def _ranking(profile: Profile) -> tuple[RankedRange, ...]:
-    """List the most redundant components over all noise levels, then those of each."""
+    """List the most redundant components over all noise levels, then of each noise level."""
     ranking = rank(profile)
     ranges = [RankedRange(levels="all", components=_rows(ranking.overall[:RANKED]))]
     for bin, ranked in zip(profile.bins, ranking.bins, strict=True):

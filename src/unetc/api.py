@@ -69,7 +69,7 @@ def analyze(
 
 
 def plan(profile: Profile, options: PlanOptions) -> Plan:
-    """Choose what to remove or reuse at each noise level.
+    """Choose the components to remove or reuse at each noise level.
 
         plan = unetc.plan(profile, unetc.PlanOptions(budget=0.27))  # saves 27 %
         print(plan.prediction.time_ratio)
@@ -109,7 +109,7 @@ def build(
     Args:
         model: The model, or just its name.
         destination: Folder of the bundle; an older bundle there is replaced. A bad one is refused before any work.
-        options: What to build.
+        options: The saving, quality gates, and extras of the bundle.
         profile: An analysis of this model; made when not given.
         plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given.
         analysis: How to analyse without a profile; the model's usual scheduler at `options.steps` when not given.

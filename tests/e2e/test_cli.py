@@ -64,7 +64,7 @@ def damaged(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Way:
-    """What every command of the whole way printed, and the folder it worked in."""
+    """Output of every command of the whole way, and the folder that they worked in."""
 
     folder: Path
     results: dict[str, Result]
@@ -595,7 +595,7 @@ def test_a_bug_shows_its_traceback(tiny_bundle: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Let SIGINT interrupt; what a shell without job control starts in the background ignores it."""
+    """Let SIGINT interrupt; processes that a shell without job control starts in the background ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -652,7 +652,7 @@ def test_the_doctor_finds_what_is_needed() -> None:
 
 def test_the_doctor_names_one_command_for_each_missing_part_in_a_line() -> None:
     missing = "target x needs y (No module named 'y'): pip install 'unetc[x]'"
-    other = "target x needs Z, and onnxruntime has A. The package takes its place: pip uninstall a; pip install 'unetc[gpu]'"
+    other = "target x needs Z, and onnxruntime has A. Swap: pip uninstall a; pip install 'unetc[gpu]'"
     no_gpu = "target torch:cuda needs an NVIDIA GPU, and torch finds none. Install its driver."
     shorts = [
         Finding(name="target x", works=False, needed=False, detail=detail).short for detail in (missing, other, no_gpu)

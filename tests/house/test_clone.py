@@ -18,7 +18,7 @@ STAGES = ("analyzer", "compiler", "runtime")
 EDITABLE = """
 import importlib.util, sys
 
-class Finder:  # what setuptools installs: it comes after the finder of folders
+class Finder:  # setuptools installs one like this, after the finder of folders
     def find_spec(self, name, path=None, target=None):
         if name == "unetc":
             return importlib.util.spec_from_file_location(name, {package!r} + "/__init__.py")

@@ -23,7 +23,7 @@ OUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WID
 ERR = Console(stderr=True, highlight=False)
 
 _LINE_EVERY_S = 10.0
-"""Without a terminal, progress is a line now and then."""
+"""Without a terminal, progress is a line at this interval."""
 
 
 @contextmanager

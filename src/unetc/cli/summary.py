@@ -370,7 +370,7 @@ def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
 
 
 def compiling(manifest: Manifest, path: Path) -> str:
-    """Write the command that builds the engines which a bundle needs on its own target; empty if it needs none."""
+    """Write the command that builds the engines for the target of a bundle; empty if the target needs none."""
     library = manifest.target.partition(":")[0]
     if library not in LIBRARIES:
         return ""
@@ -378,7 +378,7 @@ def compiling(manifest: Manifest, path: Path) -> str:
 
 
 def _label(engine: CompiledEngine, precision: Precision) -> str:
-    """Name an engine; where most are in another precision, say its own."""
+    """Name an engine, with its precision where most engines have another."""
     own = engine.record.key.precision
     return Path(engine.graph).stem if own is precision else f"{Path(engine.graph).stem} in {own}"
 

@@ -77,7 +77,7 @@ def build(
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle that saves the budget in measured time, running what is missing, analysis included."""
+    """Build a bundle that saves the budget in measured time, with an analysis first if there is no profile."""
     share = budget.share()
 
     from unetc.api import build as make

@@ -1,4 +1,4 @@
-"""`unetc doctor`: what works on this machine."""
+"""`unetc doctor`: libraries and targets that work on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`unetc inspect`: what an artifact holds."""
+"""`unetc inspect`: the content of an artifact."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def plan(
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan to write.")] = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
-    """Choose what to remove or reuse at each noise level.
+    """Choose the components to remove or reuse at each noise level.
 
     Pure: the same profile and options give the same bytes.
     """
