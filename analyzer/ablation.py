@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from unetc.artifacts.profile import Component, Effect, Treatment
+from unetc.artifacts.profile import Component, Effect
 from unetc.errors import ProfileError
-
-PERIODS = (2, 4)
-"""Steps per refresh that holding and forecasting are tried with."""
+from unetc.treatments import ROWS, Treatment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +44,12 @@ def entry_of(effect: Effect) -> tuple[Ablation, int]:
     return Ablation(component=effect.component, periodic=kind), effect.bin
 
 
-REMOVALS = (PeriodicTreatment(treatment=Treatment.DROP), PeriodicTreatment(treatment=Treatment.MEAN))
-REUSES = tuple(
-    PeriodicTreatment(treatment=treatment, period=period)
-    for treatment in (Treatment.HOLD, Treatment.FORECAST)
-    for period in PERIODS
+TRIED = tuple(
+    PeriodicTreatment(treatment=treatment, period=period) for treatment, row in ROWS.items() for period in row.periods
 )
+"""Everything that an analysis tries on a component."""
+REMOVALS = tuple(tried for tried in TRIED if not tried.treatment.reuses)
+REUSES = tuple(tried for tried in TRIED if tried.treatment.reuses)
 
 
 def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:
@@ -73,15 +71,15 @@ def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Co
 
 
 def treatments_for(component: Component) -> tuple[PeriodicTreatment, ...]:
-    """List what is tried on a component; the step can only be reused."""
-    return REUSES if component.kind == "step" else REMOVALS + REUSES
+    """List the treatments to try on a component."""
+    return tuple(tried for tried in TRIED if component.kind != "step" or tried.treatment.row.of_step)
 
 
 def ablations_of(components: Sequence[Component]) -> tuple[Ablation, ...]:
-    """List all ablations, those of one kind together."""
+    """List all ablations, equal treatments together."""
     return tuple(
-        Ablation(component=component.name, periodic=kind)
-        for kind in REMOVALS + REUSES
+        Ablation(component=component.name, periodic=tried)
+        for tried in TRIED
         for component in components
-        if kind in treatments_for(component)
+        if tried in treatments_for(component)
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 
-from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS, GatedGraph
@@ -16,7 +15,8 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
 from unetc.errors import ProfileError
-from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD, Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 
 class GatedDenoiser:
@@ -62,35 +62,44 @@ class GatedDenoiser:
         inputs = self._conditions(len(sample)).widen(sample, timestep, gates=self.gates({}, len(sample)))
         return self._call(self._observing, {**inputs, "means": self._no_means}, (self._gated.channels,))[0]
 
-    def remember(self, sample: Array, timestep: float, held: Held) -> Array:
-        """Run the denoiser, all kept, and put every branch into `held`.
+    def compute_branches(self, sample: Array, timestep: float, cache: BranchCache) -> Array:
+        """Run the denoiser with all components kept, and store every branch in a cache.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
         prediction, emitted = self._run(self._emitting, sample, timestep, {}, {})
-        held.remember(emitted, timestep)
+        cache.store(emitted, timestep)
         return prediction
 
     def recall(
-        self, sample: Array, timestep: float, held: Held, *, holds: Array, forecast: Collection[int] = ()
+        self,
+        sample: Array,
+        timestep: float,
+        cache: BranchCache,
+        *,
+        treatments: Mapping[int, Treatment],
+        holds: Array,
     ) -> Array:
-        """Run the denoiser with branches of earlier steps in place of its own.
+        """Run the denoiser with branches that a treatment makes of earlier ones.
 
         Args:
             sample: [batch, channel, height, width].
             timestep: The scheduler's value.
-            held: The branches of earlier steps, of a batch of the same size.
-            holds: [batch, component], 1 where the earlier branch is taken.
-            forecast: Indices of components whose earlier branches are continued along a line.
+            cache: Branches of earlier steps, from a batch of the same size.
+            treatments: By component index, a treatment that reuses branches.
+            holds: [batch, component], 1 where a sample's component gets its treatment.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        inputs = held.inputs(timestep)
-        for index in forecast:
-            latest, earlier = (self._device.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
-            inputs[f"{HELD}{index}"] = latest + inputs[f"{EXTRAPOLATION}{index}"] * (latest - earlier)
+        inputs = cache.inputs(timestep)
+        for index, treatment in treatments.items():
+            recall = treatment.row.recall
+            assert recall is not None
+            own = {name: inputs[f"{name}{index}"] for name in (HELD, EARLIER, EXTRAPOLATION)}
+            arrays = {name: v if isinstance(v, np.ndarray) else self._device.to_array(v) for name, v in own.items()}
+            inputs[f"{HELD}{index}"] = recall(arrays.__getitem__)
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
         return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
 

@@ -15,15 +15,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import Cost, Effect, Estimate, Treatment
+from unetc.artifacts.profile import Cost, Effect, Estimate
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import Treatment
 
 from .ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, entry_of, treatments_for
-from .sweep import FullTrajectory, Sweep, remembered
+from .sweep import FullTrajectory, Sweep, branches_at
 
 Z_95 = 1.96
 _LEAST_SPREAD = 0.1
@@ -173,20 +174,20 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
     expected = base.states[step + 1].predictions[0]
     errors: list[_Local] = []
     calls = 0
-    remembered_for: dict[int, Held] = {}
+    branches: dict[int, BranchCache] = {}
     for kind in REMOVALS + REUSES:
         names = [component.name for component in sweep.ablated if kind in treatments_for(component)]
         sources = _sources(kind, step)
         if kind.treatment.reuses and not sources:
             continue
-        if kind.treatment.reuses and kind.period not in remembered_for:
-            remembered_for[kind.period] = remembered(sweep, base, sources, size)
+        if kind.treatment.reuses and kind.period not in branches:
+            branches[kind.period] = branches_at(sweep, base, sources, size)
             calls += size * len(sources)
         for start in range(0, len(names), size):
             own = names[start : start + size]
             padded = [*own, *[own[-1]] * (size - len(own))]  # held tensors are of one batch size
             if kind.treatment.reuses:
-                predicted = sweep.recall(sample, step, remembered_for[kind.period], padded, kind.treatment)
+                predicted = sweep.recall(sample, step, branches[kind.period], padded, kind.treatment)
             else:
                 gates = sweep.gates(padded, kind.treatment)
                 predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])

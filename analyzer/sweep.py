@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Bin, Component, Effect, Treatment
+from unetc.artifacts.profile import Bin, Component, Effect
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
@@ -29,10 +29,11 @@ from unetc.errors import ArtifactError
 from unetc.metrics.damage import estimate
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.trajectory import Trajectory
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
+from unetc.treatments import Treatment
 
 from .ablation import Ablation, PeriodicTreatment
 from .denoiser import GatedDenoiser
@@ -78,8 +79,8 @@ class Sweep:
         rows = [gate_values(self.components, {name: treatment}) for name in names]
         return np.repeat(np.stack(rows), self.samples, axis=0)
 
-    def recall(self, sample: Array, step: int, held: Held, names: Sequence[str], treatment: Treatment) -> Array:
-        """Predict for a batch of ablations that each hold or forecast one of some components."""
+    def recall(self, sample: Array, step: int, cache: BranchCache, names: Sequence[str], treatment: Treatment) -> Array:
+        """Predict for a batch of ablations that each reuse the branch of one component."""
         index = {component.name: component.index for component in self.components}
         own = [index[name] for name in names]
         marks = np.zeros((len(names), len(self.components)), dtype=np.float32)
@@ -87,9 +88,9 @@ class Sweep:
         return self.denoiser.recall(
             sample,
             self.timestep(step),
-            held,
+            cache,
+            treatments=dict.fromkeys(own, treatment),
             holds=np.repeat(marks, self.samples, axis=0),
-            forecast=sorted(set(own)) if treatment is Treatment.FORECAST else (),
         )
 
 
@@ -273,18 +274,18 @@ class _Reused:
     def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep
         self._job = job
-        self._held = remembered(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]), len(job.names))
+        self._cache = branches_at(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]), len(job.names))
 
     def predict(self, sample: Array, step: int) -> Array:
         if self._job.periodic.treats(step):
-            return self._sweep.recall(sample, step, self._held, self._job.names, self._job.periodic.treatment)
-        return self._sweep.denoiser.remember(sample, self._sweep.timestep(step), self._held)
+            return self._sweep.recall(sample, step, self._cache, self._job.names, self._job.periodic.treatment)
+        return self._sweep.denoiser.compute_branches(sample, self._sweep.timestep(step), self._cache)
 
 
-def remembered(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> Held:
+def branches_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> BranchCache:
     """Compute all branches at some steps of the full model's trajectory, for a batch of `count` ablations."""
-    held = Held()
+    cache = BranchCache()
     for step in steps:
         sample = np.concatenate([base.states[step].seen(sweep.table, step)] * count)
-        sweep.denoiser.remember(sample, sweep.timestep(step), held)
-    return held
+        sweep.denoiser.compute_branches(sample, sweep.timestep(step), cache)
+    return cache

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from unetc.artifacts.manifest import BundleEngine, Control, Manifest
-from unetc.artifacts.plan import Plan, Turns
+from unetc.artifacts.plan import Plan
 from unetc.backend import Backend, LowPrecision, Program
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
@@ -206,7 +206,7 @@ class Session:
             self._full,
             exact=self._exact,
             predicted_channels=self._predicted_channels,
-            turns=None if full_model else Turns(self.plan),
+            plan=None if full_model else self.plan,
             device=self._device,
             non_finite_steps=self._non_finite_steps,
             pool=self._pool,

@@ -26,7 +26,7 @@ from unetc.artifacts.record import Artifact, write_atomically
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import ArtifactError, CompileError
-from unetc.runtime.branch_cache import COMPUTED, HELD
+from unetc.treatments import COMPUTED, HELD
 
 from .capture import GATES, MEANS, OUTPUT, Capture
 from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function

@@ -16,16 +16,16 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.denoisers.unet import SAMPLE
 from unetc.errors import CompileError
-from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD
+from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
 from .capture import GATES, MEANS, OUTPUT
-from .gate import DOMAIN
+from .gate import DOMAIN, MEAN
 from .gated import GatedGraph, emit, gate_index, is_gate, serialise
-from .nodes import add_initializer, add_integers, add_name, add_node
+from .nodes import Expression, add_initializer, add_integers, add_name, add_node
 from .slicing import slice_constants
 
 
@@ -66,13 +66,14 @@ def specialise(
         gate = gates[component.index]
         if component.name not in given:
             _replace(gate.outputs[0], _branch(gate))
-        elif given[component.name].reuses:
-            _replace(gate.outputs[0], _recall(model.graph, _branch(gate), component, given[component.name]))
+        elif recall := given[component.name].row.recall:
+            _replace(gate.outputs[0], _recall(model.graph, _branch(gate), component, recall))
     spread: dict[ir.Value, NDArray[np.float32]] = {}
     for component in gated.components:
         if component.name in given and not given[component.name].reuses:
             own = means[component.offset : component.offset + component.channels]
-            constant = own if given[component.name] is Treatment.MEAN else np.zeros_like(own)
+            factor = np.float32(given[component.name].row.gates[MEAN])
+            constant = factor * own if factor else np.zeros_like(own)
             repeated = _make_constant(model.graph, gates[component.index], component, constant)
             if repeated is not None:
                 spread[repeated] = constant
@@ -94,20 +95,17 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
-def _recall(graph: ir.Graph, branch: ir.Value, component: Component, treatment: Treatment) -> ir.Value:
-    """Take what earlier steps produced as an input: held + factor * (held - earlier)."""
+def _recall(graph: ir.Graph, branch: ir.Value, component: Component, recall: Recall) -> ir.Value:
+    """Compute a branch from earlier ones, which become inputs of the graph."""
 
-    def take(prefix: str, shape: ir.Shape | None) -> ir.Value:
+    def take(prefix: str) -> Expression:
+        shape = ir.Shape([1]) if prefix == EXTRAPOLATION else branch.shape
         value = ir.val(f"{prefix}{component.index}", type=branch.type, shape=shape)
         graph.inputs.append(value)
-        return value
+        return Expression(graph, value)
 
-    held = take(HELD, branch.shape)
-    if treatment is Treatment.HOLD:
-        return held
-    change = add_node(graph, "Sub", [held, take(EARLIER, branch.shape)])
-    ahead = add_node(graph, "Mul", [change, take(EXTRAPOLATION, ir.Shape([1]))])
-    return add_node(graph, "Add", [held, ahead])
+    value: ir.Value = recall(take).value
+    return value
 
 
 def _make_constant(

@@ -20,7 +20,7 @@ from tests.models import condition_well
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_2, save_stable_diffusion_xl
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
+from unetc.artifacts import Phase, Plan, Prediction, Profile
 from unetc.backend import Array
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.emissions import with_emissions
@@ -34,6 +34,7 @@ from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.rollout import Rollout
 from unetc.runtime.session import Session
+from unetc.treatments import Treatment
 
 pytestmark = pytest.mark.nightly
 

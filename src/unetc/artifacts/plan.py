@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from .profile import ModelReference, Treatment
+from unetc.treatments import Treatment
+
+from .profile import ModelReference
 from .record import Artifact, Record, finite, require
 
 
@@ -88,48 +91,43 @@ class Plan(Artifact, frozen=True, kw_only=True):
             log_snr: Noise level of every step, in the order of sampling (rising).
 
         Returns:
-            One engine index per step. Inside a phase the engines of its cycle take turns. Where an engine would need
-            what no earlier step has emitted, engine 0 runs instead.
+            One engine index per step.
         """
-        turns = Turns(self)
-        return tuple(turns.take(level) for level in log_snr)
+        position, engines = Position(), []
+        for level in log_snr:
+            engine, position = self.advance(position, level)
+            engines.append(engine)
+        return tuple(engines)
 
+    def advance(self, position: Position, log_snr: float) -> tuple[int, Position]:
+        """Choose the engine of the next step.
 
-Turn = tuple[int, int, frozenset[str]]
-"""Phase, number of steps in it, and what has been emitted, for `Turns` alone."""
+        Inside a phase the engines of its cycle alternate. If an engine needs a branch that no earlier step emitted,
+        engine 0 runs in its place.
 
+        Args:
+            position: Where the trajectory is.
+            log_snr: Noise level of the next step, not below the last one.
 
-class Turns:
-    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time."""
-
-    def __init__(self, plan: Plan) -> None:
-        """Begin a trajectory."""
-        self.phase = -1
-        """Of the last step."""
-        self._plan = plan
-        self._turn = -1
-        self._available: frozenset[str] = frozenset()
-
-    def take(self, log_snr: float) -> int:
-        """Choose the engine of the next step, which is at a noise level that is not below that of the step before."""
-        phase = sum(1 for later in self._plan.phases[1:] if log_snr >= later.low)
-        self._turn = self._turn + 1 if phase == self.phase else 0
-        self.phase = phase
-        cycle = self._plan.phases[phase].cycle
-        engine = cycle[self._turn % len(cycle)]
-        if not self._plan.engines[engine].reused <= self._available:
+        Returns:
+            The engine's index, and the position after it.
+        """
+        phase = sum(1 for later in self.phases[1:] if log_snr >= later.low)
+        turn = position.turn + 1 if phase == position.phase else 0
+        cycle = self.phases[phase].cycle
+        engine = cycle[turn % len(cycle)]
+        if not self.engines[engine].reused <= position.emitted:
             engine = 0
-        self._available = self._available.union(self._plan.engines[engine].emits)
-        return engine
+        return engine, Position(phase, turn, position.emitted.union(self.engines[engine].emits))
 
-    def remember(self) -> Turn:
-        """Tell where the trajectory is."""
-        return self.phase, self._turn, self._available
 
-    def go_back(self, turn: Turn) -> None:
-        """Be again where the trajectory was."""
-        self.phase, self._turn, self._available = turn
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where one trajectory is in a plan."""
 
-    def forget(self) -> None:
-        """Take it that nothing was emitted yet."""
-        self._available = frozenset()
+    phase: int = -1
+    """Phase of the last step; -1 before the first one."""
+    turn: int = -1
+    """Index of the last step within its phase."""
+    emitted: frozenset[str] = frozenset()
+    """Components whose branch an earlier step emitted."""
