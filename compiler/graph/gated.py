@@ -31,6 +31,7 @@ from unetc.treatments import COMPUTED, HELD
 from .capture import GATES, MEANS, OUTPUT, Capture
 from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
 from .nodes import add_integers, add_name, add_node, add_reshape
+from .size_names import name_sizes
 from .weights import tensor_ranges, write_tensors
 
 OPSET = 23
@@ -258,7 +259,11 @@ def _export(capture: Capture) -> ir.Model:
     common.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()
-    batch = _shape(_input(model, SAMPLE))[0]  # the exporter takes gates and means for arrays of any size
+    name_sizes(model.graph, SAMPLE)
+    batch, _, height, width = _shape(_input(model, SAMPLE))
+    prediction = model.graph.outputs[0]
+    prediction.shape = ir.Shape([batch, _shape(prediction)[1], height, width])
+    # the exporter takes gates and means for arrays of any size
     _input(model, GATES).shape = ir.Shape([batch, len(capture.components), 2])
     _input(model, MEANS).shape = ir.Shape([sum(component.channels for component in capture.components)])
     model.functions.clear()
