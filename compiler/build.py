@@ -23,7 +23,7 @@ from unetc.artifacts.manifest import (
 )
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
@@ -38,6 +38,7 @@ from unetc.errors import PlanError, QualityGateError
 from unetc.models.model import Model
 from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.treatments import Treatment
 
 from .store import check_destination, write_bundle
 
@@ -156,11 +157,13 @@ def _fit(workbench: Workbench, options: BuildOptions, notes: list[str], seed: in
     shortfall = budget - (fitted.candidate.saving + 1 - fitted.measured.time_ratio) / 2
     if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
         aim = replace(options.plan, budget=min(0.99, budget + shortfall + 0.01 * budget))
-        notes.append(f"engines and sampling saved {budget - shortfall:.1%}; fitted again to {aim.budget:.1%}")
+        notes.append(
+            f"engines and sampling saved {100 * (budget - shortfall):.1f} %; fitted again to {100 * aim.budget:.1f} %"
+        )
         try:
             fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress)
         except PlanError as error:
-            notes.append(f"kept the plan that is {shortfall:.1%} short: {error}")
+            notes.append(f"kept the plan that is {100 * shortfall:.1f} % short: {error}")
     plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
     return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
 

@@ -30,13 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import Tiny, shared_folder, tiny_of
 from unetc.analyzer import analysis
-from unetc.analyzer.ablation import PERIODS, REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, treatments_for
+from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, treatments_for
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.duration import Duration, predict_duration
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
-from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile, Treatment
+from unetc.artifacts.profile import STEP, Bin, Cost, Effect, Estimate, ModelReference, Profile
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
@@ -47,6 +47,7 @@ from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backends.registry import open_backend
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
+from unetc.treatments import Treatment
 
 ARCHITECTURE = "attention"
 SHAPE = (2, 16, 16)
@@ -278,7 +279,7 @@ def test_every_component_is_removed_and_reused_but_the_step_is_reused_only() -> 
             assert treatments_for(component) == REMOVALS + REUSES
     assert {(kind.treatment, kind.period) for kind in REMOVALS} == {(Treatment.DROP, 1), (Treatment.MEAN, 1)}
     assert {(kind.treatment, kind.period) for kind in REUSES} == {
-        (treatment, period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in PERIODS
+        (treatment, period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in (2, 4)
     }
     ablations = ablations_of(components)
     assert {*ablations} == {Ablation(component=c.name, periodic=kind) for c in components for kind in treatments_for(c)}
