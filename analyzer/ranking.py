@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from unetc.artifacts.profile import Effect, Profile, Treatment
+from unetc.artifacts.profile import Effect, Profile
+from unetc.treatments import Treatment
 
 
 class By(StrEnum):

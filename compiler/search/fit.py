@@ -73,8 +73,8 @@ def fit_plan(
             break
     if best is None:
         raise PlanError(
-            f"no plan met the budget of {100 * options.budget:.1f} % when measured; the most that was saved is {100 * most:.1f} %. "
-            "Ask for a smaller budget, or analyse again on a quiet machine."
+            f"no plan met the budget of {100 * options.budget:.1f} % when measured; the most that was saved "
+            f"is {100 * most:.1f} %. Ask for a smaller budget, or analyse again on a quiet machine."
         )
     return best
 

@@ -20,8 +20,8 @@ from unetc.artifacts.profile import (
     Estimate,
     ModelReference,
     Profile,
-    Treatment,
 )
+from unetc.treatments import Treatment
 
 PROFILES = Path(__file__).parents[1] / "planner/profiles"
 WAYS = ((Treatment.DROP, 1), (Treatment.MEAN, 1), (Treatment.HOLD, 2), (Treatment.FORECAST, 4))
