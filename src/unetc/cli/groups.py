@@ -1,9 +1,8 @@
-"""Option groups: frozen dataclasses whose fields are options of the command line.
+"""Option groups: records whose fields are options of the command line.
 
 A command takes a group as one parameter. `spliced` puts the fields of the group into the command's signature, where
 typer finds them, and hands over the finished object:
 
-    @dataclass(frozen=True, kw_only=True)
     class Shape(Group, panel="Shape"):
         width: Annotated[int, typer.Option(help="Width in pixels.")] = 8
 
@@ -15,24 +14,50 @@ typer finds them, and hands over the finished object:
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Never, dataclass_transform, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 class Group:
-    """Base of option groups; the panel is their heading in `--help`."""
+    """Base of option groups; the panel is their heading in `--help`.
+
+    Type checkers see subclasses as frozen dataclasses with keyword-only fields. They are not made by `dataclass`, whose
+    code generation would take a tenth of the time of `unetc --help`.
+    """
 
     panel: ClassVar[str]
+    parameters: ClassVar[tuple[inspect.Parameter, ...]]
+    """One per field, in the panel of the group."""
 
-    def __init_subclass__(cls, *, panel: str = "", **others: Any) -> None:
-        """Keep the heading; a group derived from another one may keep that heading."""
-        super().__init_subclass__(**others)
-        if panel:
-            cls.panel = panel
+    def __init_subclass__(cls, *, panel: str = "") -> None:
+        """Keep the heading, or have the base's, and list the fields."""
+        super().__init_subclass__()
+        cls.panel = panel or cls.panel
+        cls.parameters = tuple(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(cls, name, inspect.Parameter.empty),
+                annotation=_in_panel(annotation, cls.panel),
+            )
+            for name, annotation in get_type_hints(cls, include_extras=True).items()
+            if get_origin(annotation) is Annotated
+        )
+
+    def __init__(self, **values: Any) -> None:
+        """Fill in the fields; those that are not given have their defaults."""
+        defaults = {parameter.name: parameter.default for parameter in self.parameters}
+        if inspect.Parameter.empty in (defaults | values).values() or not values.keys() <= defaults.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(defaults)}; got {', '.join(values) or 'nothing'}.")
+        vars(self).update(defaults | values)
+
+    def __setattr__(self, name: str, value: object) -> Never:
+        """Refuse changes."""
+        raise AttributeError(f"cannot change {name} of {type(self).__name__}: option groups are frozen.")
 
 
 def spliced(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,13 +68,15 @@ def spliced(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(command).parameters.items():
         if isinstance(hints[name], type) and issubclass(hints[name], Group):
             groups[name] = hints[name]
-            parameters += _fields(hints[name])
+            parameters += hints[name].parameters
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
-    names = {group: [field.name for field in dataclasses.fields(_record(group))] for group in groups.values()}
 
     def call(**values: Any) -> None:
-        made = {name: group(**{own: values.pop(own) for own in names[group]}) for name, group in groups.items()}
+        made = {
+            name: group(**{parameter.name: values.pop(parameter.name) for parameter in group.parameters})
+            for name, group in groups.items()
+        }
         command(**made, **values)
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
@@ -58,28 +85,8 @@ def spliced(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _fields(group: type[Group]) -> Iterator[inspect.Parameter]:
-    """Make one parameter per field of a group, in the panel of the group."""
-    hints = get_type_hints(group, include_extras=True)
-    for field in dataclasses.fields(_record(group)):
-        required = field.default is dataclasses.MISSING
-        yield inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if required else field.default,
-            annotation=_in_panel(hints[field.name], group.panel),
-        )
-
-
-def _record(group: type[Group]) -> Any:
-    """Widen the type of a group: every group is a dataclass, which a type checker cannot see in the base."""
-    return group
-
-
 def _in_panel(annotation: Any, panel: str) -> Any:
     """Copy the option of an annotation into a panel; arguments keep their place."""
-    if get_origin(annotation) is not Annotated:
-        return annotation
     plain, *extras = get_args(annotation)
     moved = [copy.copy(extra) for extra in extras]
     for extra in moved:

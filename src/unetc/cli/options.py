@@ -6,7 +6,6 @@ Heavy imports stay inside the methods, so that `--help` is fast.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +36,6 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the tar
 DEFAULT_BUDGET = 0.27
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelGroup(Group, panel="Model"):
     """The model and its preparation."""
 
@@ -73,7 +71,6 @@ class ModelGroup(Group, panel="Model"):
         return ModelSource(self.model, weights=self.weights, loras=loras, controlnet=self.controlnet)
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnalysisGroup(Group, panel="Sampling and measuring"):
     """How a model is sampled and measured."""
 
@@ -141,7 +138,6 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ProfileGroup(AnalysisGroup):
     """A profile, or how to make one."""
 
@@ -167,7 +163,6 @@ class ProfileGroup(AnalysisGroup):
         return None if self.profile else self.options(model)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BudgetGroup(Group, panel="Saving"):
     """How much time to save, said in one of two ways."""
 
@@ -201,7 +196,6 @@ class BudgetGroup(Group, panel="Saving"):
         return 1 - 1 / self.speedup
 
 
-@dataclass(frozen=True, kw_only=True)
 class LimitGroup(Group, panel="Planning"):
     """The planner and the limits that it keeps to."""
 
@@ -232,7 +226,6 @@ class LimitGroup(Group, panel="Planning"):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class RankingGroup(Group, panel="Ranking"):
     """Which components of a profile to show, in which order."""
 

@@ -185,7 +185,15 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
         for b, ranked in enumerate(ranking.bins)
         for place, own in enumerate(ranked[:few])
     ]
-    return Group(overall, table("The first of each noise level", ["log-SNR", *figures], each, words=3))
+    return Group(
+        overall,
+        table(
+            "The first of each noise level; savings are shares of the time spent there",
+            ["log-SNR", *figures],
+            each,
+            words=3,
+        ),
+    )
 
 
 def _ranked_cells(own: Ranked) -> list[str]:

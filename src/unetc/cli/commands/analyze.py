@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,6 @@ from ..groups import Group
 from ..options import AnalysisGroup, Cache, Json, ModelGroup, RankingGroup
 
 
-@dataclass(frozen=True, kw_only=True)
 class EffortGroup(Group, panel="Effort"):
     """How many ablations are carried to the final output."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from unetc.compiler.planner.planner import PlanOptions
 
 
-@dataclass(frozen=True, kw_only=True)
 class BuildGroup(Group, panel="Building"):
     """Conditions on the bundle, and its extras."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from unetc.compiler.tensorrt.compile_bundle import CompileOptions
 
 
-@dataclass(frozen=True, kw_only=True)
 class EngineGroup(Group, panel="Engines"):
     """The target of the engines and the sizes that they accept."""
 
@@ -54,7 +52,6 @@ class EngineGroup(Group, panel="Engines"):
     ] = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class EffortGroup(Group, panel="Effort"):
     """Limits of the work."""
 
