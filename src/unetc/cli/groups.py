@@ -26,7 +26,7 @@ class Group:
     """Base of option groups; the panel is their heading in `--help`.
 
     Type checkers see subclasses as frozen dataclasses with keyword-only fields. They are not made by `dataclass`, whose
-    code generation would take a tenth of the time of `unetc --help`.
+    code generation would take a twentieth of the time of `unetc --help`.
     """
 
     panel: ClassVar[str]
