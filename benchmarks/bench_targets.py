@@ -29,7 +29,7 @@ from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.prepare import Prepared, prepare
 from unetc.compiler.scheduler import extract_all, make_scheduler
-from unetc.compiler.tensorrt.on_demand import take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.conditions import UNCONDITIONAL
 from unetc.device import Array
 from unetc.environment import cores
@@ -55,7 +55,7 @@ class Target:
         level = next(component.name for component in gated.components if component.kind == "level")
         chosen = with_emissions([{}, {level: Treatment.DROP}, {level: Treatment.HOLD}], gated.components)
         calls = MeasuredCalls.of(model.sample_shape, batch, batch, UNCONDITIONAL)
-        backend = take_any_graph(name, open_backend(name, threads=threads), calls, frozenset, ignore)
+        backend = open_backend(name, threads=threads).prepared_by(OnDemand(calls, frozenset, ignore))
         device = backend.device
         loader = backend.open_weights(gated.weights.read_bytes())
         self._batch, self._steps = batch, steps

@@ -14,7 +14,7 @@ from unetc.artifacts.plan import Plan, Prediction
 from unetc.backend import Loader, Program
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.schedule import phases_of
-from unetc.compiler.tensorrt.on_demand import take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.device import Device, Tensor
 from unetc.errors import PlanError
 from unetc.progress import ignore
@@ -45,8 +45,7 @@ class Loaded:
         self.target = target
         self.most = most
         calls = MeasuredCalls.of(folder.model.sample_shape, 1, most, folder.conditions())
-        backend = open_backend(target, threads=threads)
-        self._backend = take_any_graph(target, backend, calls, frozenset, ignore)
+        self._backend = open_backend(target, threads=threads).prepared_by(OnDemand(calls, frozenset, ignore))
         self.device: Device = self._backend.device
         self.clock: Clock = clock_of(target, self.device)
         self._programs: dict[str, Program] = {}

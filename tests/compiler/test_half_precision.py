@@ -23,12 +23,12 @@ from tests.nvidia.test_cache import ORIGIN
 from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.artifacts import Plan, Profile
 from unetc.artifacts.manifest import Manifest
-from unetc.backend import WEIGHTS, Array, LowPrecision, SerialisedGraph
+from unetc.backend import WEIGHTS, Array, Backend, SerialisedGraph
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.graph.lowering import lower_graph, lower_graphs
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.tensorrt.on_demand import LoweringBackend, take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import CorruptArtifactError, NonFiniteError, SessionError
 from unetc.models.find import find_model
@@ -51,12 +51,11 @@ AGREES = {Precision.FP16: 1e-2, Precision.BF16: 8e-2}
 follow each other; engines that hold add what the step before has lost."""
 
 
-def half(target: str, precision: Precision, calls: MeasuredCalls) -> LoweringBackend:
+def half(target: str, precision: Precision, calls: MeasuredCalls) -> Backend:
     """Open a target in half precision for graphs in float32."""
-    name = f"{target}:{precision}"
-    backend = take_any_graph(name, open_backend(name, threads=1), calls, frozenset, ignore)
-    assert isinstance(backend, LoweringBackend)
-    return backend
+    backend = open_backend(f"{target}:{precision}", threads=1)
+    assert backend.reads is precision
+    return backend.prepared_by(OnDemand(calls, frozenset, ignore))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +195,6 @@ def test_tensorrt_knows_itself_in_float32(tmp_path: Path) -> None:
 
     low = backend(Precision.FP16)
     exact = low.exact()
-    assert isinstance(low, LowPrecision)
     assert exact is not None
     assert (low.precision, exact.precision, low.reads) == (Precision.FP16, Precision.FP32, Precision.FP32)
     assert exact.exact() is None

@@ -16,8 +16,10 @@ import msgspec
 import pytest
 
 from unetc.backend import WEIGHTS
-from unetc.compiler.tensorrt.compile_bundle import CompileOptions, _build_all, build_one
+from unetc.compiler.tensorrt.build_all import build_all
+from unetc.compiler.tensorrt.build_one import build_one
 from unetc.compiler.tensorrt.messages import STEPS, BuildRequest
+from unetc.compiler.tensorrt.options import CompileOptions
 from unetc.compiler.tensorrt.supervise import Running, build_engine
 from unetc.errors import EngineBuildError
 from unetc.nvidia.cache import EngineCache
@@ -127,9 +129,9 @@ def test_another_thread_can_stop_a_build_that_hangs(tmp_path: Path) -> None:
     command, running, began = process(tmp_path, HANGS), Running(), time.monotonic()
     clock = threading.Timer(0.5, running.stop)
     clock.start()
-    with pytest.raises(EngineBuildError, match="given up"):
+    with pytest.raises(EngineBuildError, match="cancelled"):
         build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command, running=running)
-    with pytest.raises(EngineBuildError, match="given up"):
+    with pytest.raises(EngineBuildError, match="cancelled"):
         build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command, running=running)
     clock.join()
     assert time.monotonic() - began < 20
@@ -199,7 +201,7 @@ def building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., B
     """Let a process build engines of nothing."""
     source = f"time.sleep(0.5); open('full.onnx.engine', 'w').write('engine'); print('{BUILT.decode()}')"
     command = process(tmp_path, *[source] * 4)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_engine", partial(build_engine, command=command))
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_one.build_engine", partial(build_engine, command=command))
     return partial(Builder, tmp_path, tmp_path / "cache")
 
 
@@ -248,7 +250,7 @@ def test_who_waits_for_an_engine_is_stopped_with_the_others(tmp_path: Path, buil
     with EngineCache(tmp_path / "cache").building(KEY, ignore_wait):
         clock = threading.Timer(0.5, builder.running.stop)
         clock.start()
-        with pytest.raises(EngineBuildError, match="given up"):
+        with pytest.raises(EngineBuildError, match="cancelled"):
             builder()
         clock.join()
     assert builder.notes == ["the engine is being built elsewhere; waiting for it."]
@@ -275,11 +277,11 @@ def test_builds_that_time_kernels_wait_for_each_other(
         time.sleep(0.2)
         running.remove(threading.get_ident())
 
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_one", note)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.cores", lambda: 4)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.free_memory", lambda: None)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.build_one", note)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.cores", lambda: 4)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.free_memory", lambda: None)
     (tmp_path / WEIGHTS).write_bytes(b"")
     wanted = {(f"{name}.onnx", key.precision): key for name in "abc"}
     options = CompileOptions(target=target, jobs=3)
-    _build_all(wanted, {Precision.FP32: tmp_path}, (), EngineCache(tmp_path), options, ignore)
+    build_all(wanted, {Precision.FP32: tmp_path}, (), EngineCache(tmp_path), options, ignore)
     assert max(together) == most

@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_only_logged(cache: EngineCache, capl
     kernels = file_of(cache)
     assert kernels.read() is None
     kernels.keep(KERNELS)
-    assert "finished kernels are not kept" in caplog.text
+    assert "finished kernels cannot be stored" in caplog.text
     cache.folder(KEY).unlink()
     kernels.keep(KERNELS)
     assert file_of(cache).read() == KERNELS

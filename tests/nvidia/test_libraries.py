@@ -180,10 +180,10 @@ def test_without_the_tool_engines_for_many_gpus_are_run(
     here = LIBRARY.here()
     assert here.gpu is None
     assert LIBRARY.origin().misfit(here) == ""
-    assert bound.misfit(here) == "for gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here not known)"
-    assert "engines for one GPU alone are not run here: " in caplog.text
-    assert "nvidia-smi is not there" in caplog.text
-    with pytest.raises(EngineBuildError, match="nvidia-smi is not there"):
+    assert bound.misfit(here) == "for gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here unknown)"
+    assert "engines for one GPU alone cannot run here: " in caplog.text
+    assert "nvidia-smi is missing" in caplog.text
+    with pytest.raises(EngineBuildError, match="nvidia-smi is missing"):
         BOUND.here()
 
 

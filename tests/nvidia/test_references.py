@@ -94,7 +94,7 @@ def test_numbers_in_the_graph_are_no_reference() -> None:
 
 @pytest.mark.parametrize("graph", [b"no graph", b"\xff" * 40])
 def test_what_is_no_graph_is_refused(graph: bytes) -> None:
-    with pytest.raises(CorruptArtifactError, match="is no graph of ONNX"):
+    with pytest.raises(CorruptArtifactError, match="is not an ONNX graph"):
         check_references(graph, "engine.onnx", FILE_BYTES)
 
 

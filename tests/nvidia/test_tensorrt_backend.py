@@ -135,7 +135,7 @@ def test_what_an_analysis_runs_is_built_once_and_reaches_the_library(
     calls = MeasuredCalls(sizes=Sizes(batch=Range(least=1, usual=2, most=4), height=side, width=side), rows=rows)
     engines = EngineCache(tmp_path)
     told: list[str] = []
-    backend = BuildingBackend(backend_of(engines), calls, (), lambda progress: told.append(progress.stage))
+    backend = BuildingBackend(backend_of(engines), calls, frozenset(), lambda progress: told.append(progress.stage))
     loader = backend.open_weights(tiny.gated.weights.read_bytes())
     graph = getattr(tiny.gated, form)()
     for stages in ({"build an engine"}, set()):

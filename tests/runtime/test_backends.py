@@ -28,7 +28,7 @@ from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.emissions import with_emissions
-from unetc.compiler.tensorrt.on_demand import take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.device import Tensor
 from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
@@ -125,7 +125,7 @@ class Target:
         )
         if self._backend is None:
             return CpuTensorRt(tensorrt_on_cpu.LIBRARY, self._memory, calls, EngineCache.inside(cache_folder()))
-        return take_any_graph(self.name, self._backend, calls, frozenset, ignore)
+        return self._backend.prepared_by(OnDemand(calls, frozenset, ignore))
 
 
 class Runner:
