@@ -1,4 +1,4 @@
-"""Graphs in half precision: made when a bundle is built for such a target, loaded by torch and onnxruntime."""
+"""Graphs in half precision are made when a bundle is built for such a target, and loaded by torch and onnxruntime."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from unetc.treatments import Treatment
 
 HALF = (Precision.FP16, Precision.BF16)
 AGREES = {Precision.FP16: 1e-2, Precision.BF16: 8e-2}
-"""Relative to the largest number. One rounding is 5e-4 of a number in float16 and 4e-3 in bfloat16, and some twenty
-follow each other; engines that hold add what the step before has lost."""
+"""Tolerance relative to the largest number. One rounding changes a number by 5e-4 in float16 and by 4e-3 in bfloat16, and
+about twenty follow each other. Engines that hold branches add the error of the previous step."""
 
 
 def half(target: str, precision: Precision, calls: MeasuredCalls) -> Backend:
@@ -91,7 +91,7 @@ def test_engines_in_turns_compute_nearly_what_the_gated_graph_computes(
 def test_a_graph_lowered_alone_is_one_that_is_lowered_with_its_weights(
     tiny: Tiny, reuse: Reuse, tmp_path: Path
 ) -> None:
-    """onnxruntime computes the same bits with weights that the loader rounds and with those that were written."""
+    """onnxruntime computes the same bits with weights rounded by the loader and with weights rounded in a file."""
     weights, inputs = tiny.gated.weights.read_bytes(), tiny.inputs(batch=2, height=8, width=8)
     (tmp_path / WEIGHTS).write_bytes(weights)
     (tmp_path / "full.onnx").write_bytes(reuse.full.graph)
@@ -127,7 +127,7 @@ def test_a_name_says_what_a_weight_is_rounded_from() -> None:
     assert rounded_from("a.weight.fp16", {"a.weight"}) == ("a.weight", Precision.FP16)
     assert rounded_from("a.weight.bf16", {"a.weight"}) == ("a.weight", Precision.BF16)
     assert rounded_from("a.weight", {"a.weight"}) is None
-    assert rounded_from("a.fp16", {"a.fp16", "a"}) is None, "what is in the file is what is meant"
+    assert rounded_from("a.fp16", {"a.fp16", "a"}) is None, "a weight of the file has priority"
     assert rounded_from("b.fp16", {"a"}) is None
     assert [Precision.of_target(name) for name in ("torch:cpu", "torch:cuda:compiled:bf16", "tensorrt:fp16")] == [
         Precision.FP32,
@@ -170,7 +170,7 @@ def test_a_precision_that_a_bundle_was_not_built_for_is_refused(half_bundle: Pat
 
 
 def louder(bundle: Bundle, factor: float) -> Bundle:
-    """Multiply the first layer of a bundle in memory; norms make what follows small again."""
+    """Multiply the first layer of a bundle in memory; norms make the values after it small again."""
     weights: Mapping[str, Array] = load(bundle.weights)
     (first,) = (name for name in weights if name.endswith("conv_in.weight"))
     return replace(bundle, weights=save({**weights, first: weights[first] * np.float32(factor)}))

@@ -1,4 +1,4 @@
-"""What an analysis measures in float16 is kept float32 where float16 could not hold it, and is never served."""
+"""Measured engines keep values in float32 that float16 cannot hold, and are never served to sampling."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 TOLERANCE = 2e-2
-"""Relative to the largest number of a prediction; see test_lowering. Norms of large values are not well conditioned."""
+"""Relative to the largest number of a prediction; see test_lowering. Norms of large values are ill-conditioned."""
 SHAPE = (1, 8, 8)
 CALLS = MeasuredCalls.of(SHAPE, 2, 2, UNCONDITIONAL)
 
@@ -62,7 +62,7 @@ Values = dict[str, NDArray[Any]]
 
 @pytest.fixture(scope="module")
 def loud(shared: Path, tiny_model: Path) -> Prepared:
-    """Capture the tiny model with values of 10⁵ in the trunk and in the last blocks, which norms make small again."""
+    """Capture the tiny model with values of 10⁵ in the trunk and in the last blocks; norms make them small again."""
 
     def save(folder: Path) -> None:
         pipeline = DDPMPipeline.from_pretrained(tiny_model)
@@ -119,7 +119,7 @@ FORMS = (
 
 
 def inputs_of(gated: GatedGraph, folder: Path) -> Values:
-    """Draw a call; what is held is what the full model has computed at the timestep before."""
+    """Draw a call; held branches are the full model's results at the previous timestep."""
     rng = np.random.default_rng(0)
     inputs: Values = {
         "sample": rng.standard_normal((1, *SHAPE), dtype=np.float32),
@@ -182,7 +182,7 @@ def test_what_overflows_in_the_full_model_stays_wide_in_all_that_is_made_of_it(
 def build(
     backend: Any, calls: MeasuredCalls, wide: Callable[[], frozenset[str]], loud: Prepared, graph: SerialisedGraph
 ) -> None:
-    """Load a graph as an analysis does, which ends where the library misses a GPU."""
+    """Load a graph as an analysis does; without a GPU this fails when the library loads the engine."""
     building = backend.prepared_by(OnDemand(calls, wide, ignore))
     loader = building.open_weights(loud.gated.weights.read_bytes())
     misses = pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)")

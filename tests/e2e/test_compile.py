@@ -1,4 +1,4 @@
-"""A bundle gets its engines: all of them, once, into the cache, and what is asked for wrongly is refused in a line."""
+"""All engines of a bundle are built once, into the cache; wrong options are refused in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rtx() -> None:
 
 @pytest.fixture(scope="module")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build `digits` by a plan made by hand: one engine refreshes, one drops and holds, one forecasts and averages."""
+    """Build `digits` with a handmade plan: one engine refreshes, one drops and holds, one forecasts and averages."""
     folder = tmp_path_factory.mktemp("digits")
     analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=1, threads=1, decisive=0)
     profile = analyze_model(find_model("digits"), analysis, cache=folder / "cache")
@@ -258,7 +258,7 @@ def test_a_target_may_end_with_its_precision(text: str, precision: str | None, r
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> CompileOptions:
-    """Let engines be compiled for the stand-in for the CPU; none can be built."""
+    """Offer the stand-in for the CPU as the only library; starting to build fails the test."""
     monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
     monkeypatch.setattr(
         "unetc.compiler.tensorrt.build_one.build_engine", lambda *_, **__: pytest.fail("began to build")

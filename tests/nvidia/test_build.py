@@ -1,4 +1,4 @@
-"""Builds run in processes of their own: one that dies is tried again with less, one that fails leaves nothing."""
+"""Builds run in separate processes: one that crashes is tried again with less effort, one that fails leaves nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BUILT = b'{"type":"built","layers":3,"shapes":{},"peak_bytes":1,"scratch_bytes":
 
 
 def process(tmp_path: Path, *tries: str) -> tuple[str, ...]:
-    """Make a command that does something else each time it is started, and keeps what it was asked."""
+    """Make a command that runs the next source each time it is started, and stores its requests."""
     script = tmp_path / "process.py"
     lines = [
         "import os, signal, sys, time",
@@ -170,7 +170,7 @@ KEY = EngineKey(
 
 @dataclass
 class Builder:
-    """Builds the engine of a key, in a folder of its own."""
+    """Builds the engine of a key in a separate folder."""
 
     folder: Path
     cache: Path
@@ -179,7 +179,7 @@ class Builder:
     done: list[int] = field(default_factory=list)
 
     def __call__(self, key: EngineKey = KEY) -> bool:
-        """Build it; tell whether somebody else has."""
+        """Build the engine; return whether another builder has built it."""
         (own := self.folder / str(id(self))).mkdir(exist_ok=True)
         record, known = build_one(
             "full.onnx",
@@ -198,7 +198,7 @@ class Builder:
 
 @pytest.fixture
 def building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]:
-    """Let a process build engines of nothing."""
+    """Replace the building process by one that writes fake engines."""
     source = f"time.sleep(0.5); open('full.onnx.engine', 'w').write('engine'); print('{BUILT.decode()}')"
     command = process(tmp_path, *[source] * 4)
     monkeypatch.setattr("unetc.compiler.tensorrt.build_one.build_engine", partial(build_engine, command=command))
@@ -258,14 +258,14 @@ def test_who_waits_for_an_engine_is_stopped_with_the_others(tmp_path: Path, buil
 
 
 def ignore_wait() -> None:
-    """Wait on."""
+    """Continue to wait."""
 
 
 @pytest.mark.parametrize(("target", "most"), [("tensorrt", 1), ("tensorrt-rtx", 3)])
 def test_builds_that_time_kernels_wait_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, most: int
 ) -> None:
-    """They have one GPU; others go on together where cores and memory allow it."""
+    """They share one GPU; other builds run at once where cores and memory allow it."""
     key = msgspec.structs.replace(KEY, origin=msgspec.structs.replace(ORIGIN, target=target))
     running: set[int] = set()
     together: list[int] = []

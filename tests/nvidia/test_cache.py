@@ -1,4 +1,4 @@
-"""An engine is given out only if everything is what was asked for, what was written, and from here."""
+"""The cache returns an engine only if its key is as requested, its bytes are unchanged, and it was built here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     "rows": {"encoder_hidden_states": (78, 768)},
     "effort": Effort(optimization_level=2),
 }
-"""For every field of a key a value that differs as little as it can."""
+"""For every field of a key, a value that differs as little as possible."""
 FIELDS = [*Origin.__struct_fields__, *sorted({*EngineKey.__struct_fields__} - {"origin"})]
 
 
@@ -228,7 +228,7 @@ def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: P
     smaller = msgspec.structs.replace(KEY, sizes=Sizes(batch=ONE, height=ONE, width=ONE))
     here.put(record(smaller), ENGINE_BYTES)
     assert find(here).key == smaller
-    here.put(*here.open(KEY, trust=True))  # what --trust-engines does
+    here.put(*here.open(KEY, trust=True))  # as --trust-engines does
     assert find(here).key == KEY
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a library or the driver's tool is said in a line, whatever it is."""
+"""Every fault of a library or of the driver's tool is reported in one line."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ int cuDeviceGetPCIBusId(char *place, int size, int device) {
 }
 int cuGetErrorString(int error, const char **text) { *text = error == 100 ? "no device" : 0; return 0; }
 """
-"""What is asked of CUDA's own library, which is not where there is no GPU."""
+"""Source of a stand-in for the functions of CUDA's driver library, which is missing without a GPU."""
 
 
 def tool(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Put a program in place of nvidia-smi; without lines there is none."""
+    """Replace nvidia-smi by a program that prints lines; remove it if there are none."""
     path = folder / driver.TOOL
     if lines:
         path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
@@ -52,7 +52,7 @@ def tool(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def cuda(folder: Path, patch: pytest.MonkeyPatch, *places: str, starts_with: int = 0) -> None:
-    """Put a library in place of CUDA's, which counts GPUs at these places of the PCI bus."""
+    """Replace CUDA's library by one with GPUs at these places of the PCI bus."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
     source, library = folder / "cuda.c", folder / "libcuda.so"

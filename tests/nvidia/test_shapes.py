@@ -1,4 +1,4 @@
-"""What sizes a user may ask for, and the shapes of an engine's inputs that follow from them."""
+"""Sizes are parsed from options, and the shapes of an engine's inputs follow from them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_size_that_follows_from_nothing_is_named() -> None:
 def test_a_size_that_the_graph_fixes_cannot_be_another() -> None:
     fixed = {"sample": ("batch", 4, 8, 8), "timestep": ("batch",)}
     assert resolve(fixed, sizes(height="8", width="8"), {})["sample"][0] == (1, 4, 8, 8)
-    with pytest.raises(EngineBuildError, match="fixes a size of input 'sample' at 8, but 15 is asked for"):
+    with pytest.raises(EngineBuildError, match="fixes a size of input 'sample' at 8, but 15 was requested"):
         resolve(fixed, sizes(height="8"), {})
 
 

@@ -2,8 +2,8 @@
 
 `tensorrt_rtx` compiles the last kernels of an engine on the machine that runs it. Once stored, they need not be
 compiled at every start. Loading them runs code, as loading an engine does. They therefore carry the seal of the cache of
-engines, and kernels with another seal are made again. A damaged or missing file never keeps an engine from running. The
-library also checks that the kernels fit the GPU and its driver.
+engines, and kernels with another seal are made again. A damaged or missing file never keeps an engine from running.
+The library also checks that the kernels fit the GPU and its driver.
 """
 
 from __future__ import annotations
