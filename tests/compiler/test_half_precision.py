@@ -47,8 +47,8 @@ from unetc.treatments import Treatment
 
 HALF = (Precision.FP16, Precision.BF16)
 AGREES = {Precision.FP16: 1e-2, Precision.BF16: 8e-2}
-"""Tolerance relative to the largest number. One rounding changes a number by 5e-4 in float16 and by 4e-3 in bfloat16, and
-about twenty follow each other. Engines that hold branches add the error of the previous step."""
+"""Tolerance relative to the largest number. One rounding changes a number by 5e-4 in float16 and by 4e-3 in bfloat16,
+and about twenty follow each other. Engines that hold branches add the error of the previous step."""
 
 
 def half(target: str, precision: Precision, calls: MeasuredCalls) -> Backend:

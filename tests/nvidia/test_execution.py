@@ -137,12 +137,13 @@ def test_what_the_library_says_is_the_error(tiny: Tiny, tmp_path: Path, monkeypa
 
 
 def test_a_shape_that_the_library_refuses_is_the_error(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    def refuse(context: Any, name: str, shape: Any) -> bool:
+        message = f"{name} is out of the call ranges"
+        context.engine.logger.log(tensorrt_on_cpu.ILogger.Severity.ERROR, message)
+        return False
+
     program = load(tiny, tmp_path)
-    monkeypatch.setattr(
-        tensorrt_on_cpu.IExecutionContext,
-        "set_input_shape",
-        lambda self, name, shape: self.engine.logger.log(1, name + " is out of the call ranges"),
-    )
+    monkeypatch.setattr(tensorrt_on_cpu.IExecutionContext, "set_input_shape", refuse)
     with pytest.raises(SessionError, match=r"tests.stand_ins.tensorrt_on_cpu failed: sample is out of the call ranges"):
         run(tiny, program)
 

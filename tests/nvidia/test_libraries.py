@@ -97,7 +97,7 @@ def test_of_unlike_gpus_the_one_is_named_that_cuda_gives_the_number(
     assert [gpu.name for gpu in own if gpu] == [at[place] for place in order]
     assert [LIBRARY.here().gpu, LIBRARY.here(1).gpu] == own
     monkeypatch.setattr(tensorrt, "LIBRARIES", {LIBRARY.target.partition(":")[0]: LIBRARY})
-    for gpu in (0, 1):  # what samples may use a GPU that is not the first
+    for gpu in (0, 1):  # sampling may use a GPU other than the first
         monkeypatch.setattr(tensorrt, "gpu_of", lambda target, gpu=gpu: torch.device("cuda", gpu))
         assert (
             tensorrt.open_backend(LIBRARY.target.partition(":")[0], threads=1, memory=Memory.FAST).here.gpu == own[gpu]

@@ -54,7 +54,7 @@ def test_every_input_follows_the_sample() -> None:
 
 
 def test_the_batch_of_a_condition_may_have_a_name_of_its_own() -> None:
-    signature = {**SIGNATURE, "time_ids": ("s27", 6)}  # as that of Stable Diffusion XL
+    signature = {**SIGNATURE, "time_ids": ("s27", 6)}  # as in Stable Diffusion XL
     assert resolve(signature, sizes(), {**ROWS, "time_ids": (6,)})["time_ids"] == ((1, 6), (2, 6), (8, 6))
 
 

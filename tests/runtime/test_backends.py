@@ -1,4 +1,4 @@
-"""One suite for all backends: each computes what the gated graph computes, alone, in turns, and while sampling.
+"""One suite for all backends: engines compute the same as the gated graph, alone, in turns, and while sampling.
 
 The gated graph runs in onnxruntime, which test_law compares with torch and torch with diffusers.
 """

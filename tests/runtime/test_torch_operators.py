@@ -21,7 +21,7 @@ from unetc.runtime.backends.torch_operators import OPERATORS
 NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
 
 LIBRARIES_AGREE = 1e-5
-"""Tolerance for one operator with tens of summands: the order of summation and the approximations of erf and tanh differ."""
+"""Tolerance for one operator with tens of summands: order of summation and approximations of erf and tanh differ."""
 
 BODIES: Mapping[str, str] = {
     "Abs": "y = Abs (x)",

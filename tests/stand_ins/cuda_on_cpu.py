@@ -1,10 +1,11 @@
 """Stand-ins for torch's streams and CUDA graphs without a GPU: they check the order of work and the owners of memory.
 
 A replay computes nothing, so its results never change after the capture. The behaviour follows torch 2.13
-(torch/cuda/graphs.py, CUDAGraph.cpp, CUDACachingAllocator.cpp, CachingHostAllocator.h, CublasHandlePool.cpp), both where
-torch refuses a call and where it leaves work undone.
+(torch/cuda/graphs.py, CUDAGraph.cpp, CUDACachingAllocator.cpp, CachingHostAllocator.h, CublasHandlePool.cpp), both
+where torch refuses a call and where it leaves work undone.
 
-The stand-ins follow the source code and have not been compared with a GPU yet. Each class names the test, marked `gpu`, that checks the same on a real GPU.
+The stand-ins follow the source code and have not been compared with a GPU yet. Each class names the test, marked `gpu`,
+that checks the same on a real GPU.
 """
 
 from __future__ import annotations

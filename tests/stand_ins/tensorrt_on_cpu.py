@@ -5,7 +5,8 @@ documentation, and refuses calls that are out of order. `tests/nvidia/test_execu
 has the same names.
 
 The stand-ins follow the documentation and have not been compared with a GPU yet. Each class names the test, marked
-`gpu`, that checks the same on a real GPU; these tests are in `tests/nvidia/test_tensorrt_backend.py` and `tests/runtime/test_backends.py`.
+`gpu`, that checks the same on a real GPU; these tests are in `tests/nvidia/test_tensorrt_backend.py` and
+`tests/runtime/test_backends.py`.
 """
 
 from __future__ import annotations

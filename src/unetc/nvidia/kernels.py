@@ -1,8 +1,8 @@
 """Kernels that a library has finished on a GPU, stored in the folder of their engine.
 
 `tensorrt_rtx` compiles the last kernels of an engine on the machine that runs it. Once stored, they need not be
-compiled at every start. Loading them runs code, as loading an engine does. They therefore carry the seal of the cache of
-engines, and kernels with another seal are made again. A damaged or missing file never keeps an engine from running.
+compiled at every start. Loading them runs code, as loading an engine does. They therefore carry the seal of the cache
+of engines, and kernels with another seal are made again. A damaged or missing file never keeps an engine from running.
 The library also checks that the kernels fit the GPU and its driver.
 """
 
