@@ -91,20 +91,20 @@ class EngineCache:
         folder = self.folder(key)
         try:
             record = EngineRecord.load(folder / RECORD)
-            engine = read_bounded(folder / ENGINE, record.engine_bytes)
+            serialized = read_bounded(folder / ENGINE, record.engine_bytes)
         except ArtifactError as error:
             raise StaleEngineError(f"there is no engine in {folder}: {error} Build it with `unetc compile`.") from error
         if differences := key.differences(record.key):
             raise StaleEngineError(
                 f"the engine in {folder} differs from the requested one in {', '.join(differences)}. Build it again."
             )
-        if len(engine) != record.engine_bytes or hashlib.sha256(engine).hexdigest() != record.engine_sha256:
+        if len(serialized) != record.engine_bytes or hashlib.sha256(serialized).hexdigest() != record.engine_sha256:
             raise StaleEngineError(
                 f"{folder / ENGINE} has changed since it was built (its hash differs). Build it again."
             )
         if not trust and not self._is_ours(record):
             raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
-        return record, engine
+        return record, serialized
 
     def building(self, key: EngineKey, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Lock the engine of a key for building: wait for other builders first, and make later ones wait.
@@ -174,7 +174,7 @@ class EngineCache:
             "UNETC_CACHE names the folder of engines."
         )
 
-    def put(self, record: EngineRecord, engine: bytes) -> EngineRecord:
+    def put(self, record: EngineRecord, serialized: bytes) -> EngineRecord:
         """Write an engine, its record last, sealed.
 
         Raises:
@@ -182,7 +182,7 @@ class EngineCache:
         """
         sealed = msgspec.structs.replace(record, seal=self._seal_of(record))
         folder = self.folder(record.key)
-        write_atomically(folder / ENGINE, engine)
+        write_atomically(folder / ENGINE, serialized)
         sealed.save(folder / RECORD)
         return sealed
 
