@@ -2,7 +2,7 @@
 
 The call ranges of an engine are the least, the usual (for which the library optimizes) and the largest shape of every
 input. The graph writes height and width of held branches as arithmetic over the sample's height and width, such as
-`(s43 - 1)//2 + 1`. Only this arithmetic is computed here; any other expression is refused.
+`(height - 1)//2 + 1`. Only this arithmetic is computed here; any other expression is refused.
 """
 
 from __future__ import annotations
