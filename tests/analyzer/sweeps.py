@@ -57,7 +57,7 @@ def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sw
 
 
 def everything(sweep: Sweep) -> list[tuple[Ablation, int]]:
-    """List every ablation in every bin that has a step for it, in no useful order."""
+    """List every ablation in every bin where it treats a step, in no particular order."""
     return [
         (ablation, b)
         for ablation in ablations_of(sweep.components)
@@ -75,18 +75,18 @@ def kind_of(effect: Effect) -> PeriodicTreatment:
 
 
 def relative_l2(reference: Array, candidate: Array) -> float:
-    """Average over samples, written out."""
+    """Compute the relative L2, averaged over samples, without the library."""
     norms = [np.linalg.norm(c - r) / np.linalg.norm(r) for r, c in zip(reference, candidate, strict=True)]
     return float(np.mean(norms))
 
 
 class Recorder:
-    """A backend that notes what its programs are called with."""
+    """A backend that records the inputs of its programs."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.calls: list[dict[str, Any]] = []
-        """Inputs of every call; those that are tensors of the backend as they are."""
+        """Inputs of every call; arrays are copied, other tensors are kept."""
 
     def open_weights(self, weights: bytes) -> Loader:
         self._loader = self._inner.open_weights(weights)

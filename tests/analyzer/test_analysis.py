@@ -53,10 +53,10 @@ from unetc.progress import OnProgress, Progress, ignore
 
 @pytest.fixture
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the timing, which is tested elsewhere."""
+    """Replace the timing, which is tested elsewhere."""
 
     def measure_costs(gated: GatedGraph, *_: object, **__: object) -> Costs:
-        # what comes later saves more, so that what is decisive is not what comes first
+        # later components save more, so that the decisive ablations are not simply the first ones
         saved = [1 + component.index for component in gated.components]
         costs = (
             Cost(component=c.name, saved_ms=estimate_of(s), freed_bytes=0)
@@ -89,7 +89,7 @@ def analyse(
 
 @functools.cache
 def plain() -> tuple[Profile, Path]:
-    """Analyse with no options; the folder of the partial results is to be copied and not changed."""
+    """Analyse with default options; tests must copy the folder of partial results before changing it."""
     work = Path(tempfile.mkdtemp(dir=shared_folder(), prefix="analysis-"))
     return analyse(work), work
 
@@ -108,7 +108,7 @@ def plain() -> tuple[Profile, Path]:
     ],
     ids=str,
 )
-def test_other_options_do_not_take_over_partial_results(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_partial_results_of_other_options_are_not_reused(tmp_path: Path, change: dict[str, Any]) -> None:
     before, finished = plain()
     work = Path(shutil.copytree(finished, tmp_path / "shared"))
     changed = analyse(work, **change)
@@ -118,7 +118,7 @@ def test_other_options_do_not_take_over_partial_results(tmp_path: Path, change: 
 
 
 @pytest.mark.usefixtures("no_timing")
-def test_damages_of_another_target_are_measured_anew(tmp_path: Path) -> None:
+def test_another_target_is_measured_separately(tmp_path: Path) -> None:
     counts = []
     for target in ("onnxruntime:cpu", "tensorrt-rtx:fp16", "onnxruntime:cpu"):
         recorder = Recorder(backend())
@@ -136,7 +136,7 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(analysis, "measure_costs", measure_costs)
     monkeypatch.setattr(analysis, "run_sweep", lambda *_: ())
-    profile_of = functools.partial(analyse, decisive=None)  # without the screen, which is tested elsewhere
+    profile_of = functools.partial(analyse, decisive=None)  # skip the screen, which is tested elsewhere
     assert profile_of(tmp_path).full_ms == profile_of(tmp_path).full_ms == profile_of(tmp_path, seed=1).full_ms
     assert len(measured) == 1
     changes: list[dict[str, Any]] = [{"batch": 3}, {"rounds": 4}, {"threads": 2}, {"target": "null"}]
@@ -147,7 +147,7 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
     whole = timing.read_bytes()
     timing.write_bytes(b'{"full_ms": "\xff')
     assert profile_of(tmp_path).full_ms == estimate_of(16.0)
-    timing.write_bytes(whole.replace(b'"full_bytes":1,', b""))  # as before weights were counted
+    timing.write_bytes(whole.replace(b'"full_bytes":1,', b""))  # like a file from before weights were counted
     assert profile_of(tmp_path).full_ms == estimate_of(17.0)
 
 
@@ -183,7 +183,7 @@ def test_a_few_ablations_of_every_bin_are_measured_and_the_rest_is_estimated(tmp
 
 @pytest.mark.usefixtures("no_timing")
 @pytest.mark.parametrize("decisive", [0, 4, None])
-def test_the_price_of_an_analysis_are_the_calls_it_makes(tmp_path: Path, decisive: int | None) -> None:
+def test_samplings_count_the_calls_of_an_analysis(tmp_path: Path, decisive: int | None) -> None:
     recorder = Recorder(backend())
     profile = analyse(tmp_path, on=recorder, steps=STEPS, samples=SAMPLES, bins=BINS, decisive=decisive)
     rows = sum(len(call["sample"]) for call in recorder.calls)
@@ -192,7 +192,7 @@ def test_the_price_of_an_analysis_are_the_calls_it_makes(tmp_path: Path, decisiv
 
 @pytest.mark.usefixtures("no_timing")
 @pytest.mark.parametrize("decisive", [0, 4, None])
-def test_its_duration_is_told_beforehand(tmp_path: Path, decisive: int | None) -> None:
+def test_the_duration_of_an_analysis_is_predicted(tmp_path: Path, decisive: int | None) -> None:
     reports: list[Progress] = []
     options: dict[str, Any] = {"steps": STEPS, "samples": SAMPLES, "bins": BINS, "decisive": decisive}
     profile = analyse(tmp_path, on_progress=reports.append, **options)
@@ -203,7 +203,7 @@ def test_its_duration_is_told_beforehand(tmp_path: Path, decisive: int | None) -
     assert f"{measured} ablations to the final output" in note or decisive == 0
     sweep = sweep_of("ddim", rows=CACHED_ROWS)
     told = predict_duration(sweep, screened=decisive is not None, decisive=decisive, limit_s=math.inf, sample_ms=1000.0)
-    # which ablations are decisive is not known beforehand; their calls are averages
+    # the decisive ablations are not known in advance, so their calls are predicted by averages
     assert told.seconds == pytest.approx(profile.samplings * STEPS * SAMPLES, rel=0.05 if decisive else 1e-9)
     limited = predict_duration(sweep, screened=True, decisive=None, limit_s=1.0, sample_ms=1e9)
     without = predict_duration(sweep, screened=True, decisive=0, limit_s=1.0, sample_ms=1e9)
@@ -214,7 +214,7 @@ def test_its_duration_is_told_beforehand(tmp_path: Path, decisive: int | None) -
     ("seconds", "words"),
     [(0.1, "1 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"), (7200, "2 hours")],
 )
-def test_a_duration_is_said_in_words(seconds: float, words: str) -> None:
+def test_a_duration_is_written_in_words(seconds: float, words: str) -> None:
     duration = Duration(seconds=seconds, probes=1616, ablations=80)
     assert str(duration) == f"about {words}: 1,616 local probes, 80 ablations to the final output"
 
@@ -227,7 +227,7 @@ def test_without_ablations_everything_is_estimated(tmp_path: Path) -> None:
     assert {(e.component, kind_of(e), e.bin) for e in profile.effects} == {
         (a.component, a.periodic, b) for a, b in everything(sweep_of("ddim"))
     }
-    for effect in profile.effects:  # wide: nothing has told what a local error does
+    for effect in profile.effects:  # wide, since no error amplification was measured
         assert effect.relative_l2.high >= 2 * effect.relative_l2.mean
 
 
@@ -239,7 +239,7 @@ def test_only_components_that_match_and_the_step_are_ablated(tmp_path: Path) -> 
         assert 1 < len(names) < len(tiny().gated.components)
         assert {cost.component for cost in profile.costs} == {effect.component for effect in profile.effects} == names
         assert profile.components == tiny().gated.components
-    # an analysis of all does not take them over for its own
+    # an analysis of all components does not reuse these results
     whole = analyse(tmp_path, **options)
     assert len(whole.costs) == len(whole.components)
     assert {effect.component for effect in whole.effects} == {component.name for component in whole.components}
@@ -251,7 +251,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_close_names(tmp_path: Pa
 
 
 class Clock:
-    """Time that passes only when a program is called: a second per sample."""
+    """A clock that advances only when a program is called: one second per sample."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -277,7 +277,7 @@ class Clock:
 
 
 @pytest.mark.usefixtures("no_timing")
-def test_what_a_time_limit_leaves_is_estimated_and_measured_by_a_later_run(
+def test_ablations_beyond_the_time_limit_are_estimated_and_measured_by_a_later_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"steps": 4, "samples": 2, "bins": 2, "decisive": 6}
@@ -295,12 +295,12 @@ def test_what_a_time_limit_leaves_is_estimated_and_measured_by_a_later_run(
     assert took < spent
     measured, all_measured = ({e for e in p.effects if e.measured} for p in (some, whole))
     assert measured < all_measured
-    assert {effect.bin for effect in measured} == {0, 1}  # the bins take turns
+    assert {effect.bin for effect in measured} == {0, 1}  # the bins alternate
     assert len(some.effects) == len(whole.effects)
     later, rest = run("some", math.inf)
     assert later == whole
     assert rest < spent
-    assert run("some", 1.0)[0] == whole  # what was measured is used, whatever the limit
+    assert run("some", 1.0)[0] == whole  # measured effects are used, whatever the limit
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])
@@ -343,7 +343,7 @@ folder = Path(task["folder"])
 
 
 def start(work, out):
-    # a child that inherits the imports, which take longer than the sweep; none of them has started a thread
+    # the child inherits the imports, which take longer than the sweep; no import has started a thread
     if child := os.fork():
         return child
     try:
@@ -377,7 +377,7 @@ for count, delay in task["kills"]:
     os.waitpid(child, 0)
     moments.append(finished())
 assert os.waitpid(start(folder / "killed", folder / "killed.json"), 0)[1] == 0
-# time is the one thing that never repeats: the other analysis gets the same times
+# times never repeat, so the other analysis gets the same ones
 for timing in (folder / "killed").rglob("timing.json"):
     copy = folder / "whole" / timing.relative_to(folder / "killed")
     copy.parent.mkdir(parents=True)
@@ -390,9 +390,9 @@ print(json.dumps({"moments": moments, "all": finished()}))
 @pytest.mark.slow
 def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -> None:
     moments = random.Random(0)
-    # the first kill falls into loading or timing, the others between or into the writing of partial results
+    # the first kill hits loading or timing, the others hit the sweep or the writing of partial results
     kills = [(0, moments.uniform(0.05, 0.5)), *((count, moments.uniform(0, 0.03)) for count in (2, 5, 8))]
-    components = ("mid_block.*", "*.resnets.0")  # half of them, to be timed sooner
+    components = ("mid_block.*", "*.resnets.0")  # half of the components, to save time
     task = {
         "folder": str(tmp_path),
         "gated": str(tiny().gated.folder),
@@ -414,7 +414,7 @@ def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    # most kills came in the middle, however fast the machine is
+    # most kills hit the middle, however fast the machine is
     assert sum(0 < moment < report["all"] for moment in report["moments"]) >= 2, report
     killed, whole = ((tmp_path / name).read_bytes() for name in ("killed.json", "whole.json"))
     assert Profile.from_json(killed, "killed").effects

@@ -45,13 +45,13 @@ from unetc.progress import Progress, ignore
 from unetc.sampler.noise import initial_noise
 
 CLOSE = 5e-5
-"""Largest difference between onnxruntime and torch, relative to what is compared: kernels that sum in another order
-differ by 1e-6 per call, and five steps of an untrained denoiser enlarge that."""
+"""Largest difference between onnxruntime and torch, relative to the compared values. Kernels sum in different orders
+and differ by 1e-6 per call, and five steps of an untrained denoiser amplify that."""
 
 
 @dataclass
 class Measured:
-    """A sweep, what it gave and the folder of its partial results, which is to be copied and not changed."""
+    """A sweep with its results, and the folder of its partial results, which tests must copy before changing it."""
 
     sweep: Sweep
     base: FullTrajectory
@@ -70,7 +70,7 @@ def measured_with(scheduler: str) -> Measured:
 
 @pytest.fixture(params=["ddim", "dpmsolver++"])
 def measured(request: pytest.FixtureRequest) -> Measured:
-    """Sweep once with a scheduler that looks at the last step only and once with one that has a history."""
+    """Sweep once with a scheduler that uses only the last step, and once with a scheduler that keeps a history."""
     return measured_with(request.param)
 
 
@@ -81,7 +81,7 @@ def ddim() -> Measured:
 
 @pytest.fixture
 def work(ddim: Measured, tmp_path: Path) -> Path:
-    """A folder with the partial results of a finished sweep."""
+    """Copy the partial results of a finished sweep."""
     return Path(shutil.copytree(ddim.work, tmp_path / "work"))
 
 
@@ -91,7 +91,7 @@ def measure(sweep: Sweep, work: Path) -> Measured:
 
 
 class Branches(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every branch where it enters its gate, and lets other tensors take the place of some."""
+    """Records every branch at its gate, and replaces some of them by other tensors."""
 
     def __init__(self, instead: Mapping[int, torch.Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -110,15 +110,15 @@ class Branches(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass
 class Naive:
-    """Samples with the gated graph in torch and the scheduler of diffusers, one ablation at a time, from step 0."""
+    """Samples with the gated graph in torch and a diffusers scheduler, one ablation at a time, from step 0."""
 
     scheduler: str
     means: NDArray[np.float32]
-    """[bin, channel of all components]"""
+    """Shape `[bin, channel of all components]`."""
 
     @torch.no_grad()
     def run(self, ablation: tuple[str, PeriodicTreatment] | None = None, steps: range = range(0)) -> list[Array]:
-        """Sample with an ablation in some steps; return the state before every step and the last one."""
+        """Sample with an ablation at some steps; return the state before every step and the last one."""
         components = tiny().gated.components
         scheduler: Any = make_scheduler(self.scheduler, CONFIG)
         scheduler.set_timesteps(STEPS)
@@ -154,7 +154,7 @@ class Naive:
     def recalled(
         computed: Sequence[tuple[float, torch.Tensor]], kind: PeriodicTreatment, timestep: float
     ) -> torch.Tensor:
-        """Give the branch of the last refresh, or what the last two lead to on a straight line."""
+        """Return the branch of the last refresh, or extrapolate the last two linearly."""
         at, latest = computed[-1]
         if kind.treatment is Treatment.HOLD or len(computed) < 2:
             return latest
@@ -184,7 +184,7 @@ def naive_of(measured: Measured) -> Naive:
     return Naive(scheduler=scheduler, means=measured.base.means)
 
 
-def test_there_is_one_effect_for_every_ablation_that_was_asked_for(measured: Measured) -> None:
+def test_there_is_one_effect_for_every_requested_ablation(measured: Measured) -> None:
     found = [(Ablation(component=e.component, periodic=kind_of(e)), e.bin) for e in measured.effects]
     assert len(found) == len(everything(measured.sweep))
     assert {*found} == {*everything(measured.sweep)}
@@ -193,12 +193,14 @@ def test_there_is_one_effect_for_every_ablation_that_was_asked_for(measured: Mea
         assert effect.relative_l2.low <= effect.relative_l2.mean <= effect.relative_l2.high
 
 
-def test_only_what_was_chosen_is_measured_and_the_same_as_among_others(ddim: Measured, tmp_path: Path) -> None:
+def test_only_chosen_ablations_are_measured_with_the_same_result_as_among_others(
+    ddim: Measured, tmp_path: Path
+) -> None:
     chosen = everything(ddim.sweep)[::7]
     effects = run_sweep(ddim.sweep, ddim.base, chosen, tmp_path, ignore)
     assert {(e.component, kind_of(e), e.bin) for e in effects} == {(a.component, a.periodic, b) for a, b in chosen}
     for effect in effects:
-        # other batches may sum in another order
+        # another batch may sum in another order
         expected = ddim.damages[effect.component, kind_of(effect), effect.bin]
         assert effect.relative_l2.mean == pytest.approx(expected, abs=1e-4)
     assert run_sweep(ddim.sweep, ddim.base, (), tmp_path, ignore) == ()
@@ -219,12 +221,12 @@ def test_every_component_is_removed_and_reused_but_the_step_is_reused_only() -> 
     ablations = ablations_of(components)
     assert {*ablations} == {Ablation(component=c.name, periodic=kind) for c in components for kind in treatments_for(c)}
     assert len({*ablations}) == len(ablations)
-    # those of one kind stand together, so that they can share a batch
+    # ablations of one kind are adjacent, so that they can share a batch
     assert len([kind for kind, _ in groupby(ablations, lambda a: a.periodic)]) == len(REMOVALS + REUSES)
 
 
 @pytest.mark.parametrize("kind", REMOVALS + REUSES, ids=str)
-def test_the_share_of_a_kind_is_that_of_the_steps_it_treats(kind: PeriodicTreatment) -> None:
+def test_the_share_of_a_kind_is_the_share_of_steps_it_treats(kind: PeriodicTreatment) -> None:
     treated = [kind.treats(step) for step in range(40)]
     assert np.mean(treated) == kind.share
     assert [step for step in range(40) if not treated[step]] == (
@@ -245,7 +247,7 @@ def test_the_share_of_a_kind_is_that_of_the_steps_it_treats(kind: PeriodicTreatm
         (4, 20, (12, 16)),
     ],
 )
-def test_what_is_remembered_are_the_last_two_refreshes(period: int, first: int, expected: tuple[int, ...]) -> None:
+def test_the_last_two_refreshes_are_remembered(period: int, first: int, expected: tuple[int, ...]) -> None:
     assert recall_steps(PeriodicTreatment(treatment=Treatment.FORECAST, period=period), first) == expected
 
 
@@ -268,22 +270,22 @@ def test_means_are_the_branches_averaged_over_samples_positions_and_steps(measur
 
 
 @pytest.mark.parametrize("kind", REMOVALS + REUSES, ids=lambda kind: f"{kind.treatment}{kind.period}")
-def test_effects_are_those_of_a_loop_over_single_ablations(measured: Measured, kind: PeriodicTreatment) -> None:
+def test_effects_equal_a_loop_over_single_ablations(measured: Measured, kind: PeriodicTreatment) -> None:
     naive = naive_of(measured)
     full = naive.run()[-1]
     own = [effect for effect in measured.effects if kind_of(effect) == kind]
-    chosen = [*own[::4], *(effect for effect in own if effect.component == STEP)]  # meets all bins
+    chosen = [*own[::4], *(effect for effect in own if effect.component == STEP)]  # includes all bins
     assert {effect.bin for effect in chosen} == {0, 1}
     for effect in chosen:
         expected = relative_l2(full, naive.run((effect.component, kind), steps_of(effect.bin))[-1])
         assert effect.relative_l2.mean == pytest.approx(expected, abs=CLOSE), effect
-    # the comparison means something: most ablations do much more than the tolerance; reuse for one step is the gentlest
+    # the comparison is meaningful: most damages far exceed the tolerance; reuse for one step does the least
     damages = np.array([effect.relative_l2.mean for effect in chosen])
     assert (damages > 10 * CLOSE).mean() > (0.8 if kind in REMOVALS else 0.6)
 
 
 def differing(measured: Measured, one: PeriodicTreatment, other: PeriodicTreatment, b: int) -> float:
-    """Share of the components that two kinds of ablation harm differently in a bin."""
+    """Compute the share of components whose damage in a bin differs between two kinds of ablation."""
     pairs = [
         (damage, measured.damages[name, other, b])
         for (name, kind, at), damage in measured.damages.items()
@@ -299,7 +301,7 @@ def test_kinds_differ(ddim: Measured) -> None:
     assert differing(ddim, drop, hold, 0) > 0.9
     assert differing(ddim, hold, rarely, 0) > 0.9
     assert differing(ddim, hold, forecast, 1) > 0.9
-    # after a single refresh there is no line to follow
+    # a single refresh does not determine a line
     assert differing(ddim, hold, forecast, 0) == 0
 
 
@@ -363,7 +365,7 @@ def test_a_reuse_refreshes_with_its_period_and_touches_the_steps_of_its_bin_only
     assert next(calls, None) is None
 
 
-def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
+def test_the_predicted_calls_equal_the_calls_made(tmp_path: Path) -> None:
     recorder = Recorder(backend())
     swept = sweep_of("ddim", on=recorder)
     base = run_base(swept, ignore)
@@ -377,7 +379,7 @@ def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
 def test_an_ablation_that_only_refreshes_does_no_damage_to_a_stochastic_trajectory(tmp_path: Path) -> None:
     table = table_of("ddpm")
     assert table.noise_coefficient.any()
-    swept = sweep_of("ddpm", bins=make_bins(table.log_snr, STEPS))  # of one step each
+    swept = sweep_of("ddpm", bins=make_bins(table.log_snr, STEPS))  # one step per bin
     chosen = [
         (Ablation(component=component.name, periodic=kind), b)
         for component in swept.components
@@ -386,11 +388,11 @@ def test_an_ablation_that_only_refreshes_does_no_damage_to_a_stochastic_trajecto
     ]
     effects = run_sweep(swept, run_base(swept, ignore), chosen, tmp_path, ignore)
     assert len(effects) == len(chosen)
-    # the same denoiser on the same noise; a batch of another size may sum in another order
+    # same denoiser and noise, but a batch of another size may sum in another order
     assert max(effect.relative_l2.high for effect in effects) < 1e-4
 
 
-def test_a_stochastic_trajectory_has_noise_of_its_own_for_every_sample_and_seed(tmp_path: Path) -> None:
+def test_a_stochastic_trajectory_has_different_noise_for_every_sample_and_seed(tmp_path: Path) -> None:
     finals = [run_base(sweep_of("ddpm", seed=seed), ignore).final for seed in (5, 5, 6)]
     assert relative_l2(finals[0], finals[1]) == 0
     assert relative_l2(finals[0], finals[2]) > 0.1
@@ -403,7 +405,7 @@ def test_seeds_matter(ddim: Measured, tmp_path: Path) -> None:
     assert all(left.relative_l2 != right.relative_l2 for left, right in pairs)
 
 
-def test_batches_do_not_change_what_is_measured(ddim: Measured, tmp_path: Path) -> None:
+def test_the_batch_size_does_not_change_the_effects(ddim: Measured, tmp_path: Path) -> None:
     alone = dataclasses.replace(ddim.sweep, rows=1)
     chosen = everything(alone)[::3]
     assert {b for _, b in chosen} == {0, 1}
@@ -415,12 +417,12 @@ def test_batches_do_not_change_what_is_measured(ddim: Measured, tmp_path: Path) 
         assert effect.relative_l2.mean == pytest.approx(expected, abs=1e-4)
 
 
-def test_more_samples_leave_the_first_ones_as_they_are() -> None:
+def test_more_samples_leave_the_first_ones_unchanged() -> None:
     few, more = (run_base(sweep_of("ddim", samples=samples), ignore) for samples in (SAMPLES, SAMPLES + 3))
     np.testing.assert_allclose(more.final[:SAMPLES], few.final, atol=1e-5)  # another batch size, another order of sums
 
 
-def test_a_finished_sweep_is_read_and_not_run(ddim: Measured, work: Path) -> None:
+def test_a_finished_sweep_is_read_instead_of_run(ddim: Measured, work: Path) -> None:
     recorder = Recorder(backend())
     swept = sweep_of("ddim", on=recorder)
     assert run_sweep(swept, ddim.base, everything(swept), work, ignore) == ddim.effects
@@ -431,8 +433,8 @@ DAMAGES: Mapping[str, Callable[[bytes, bytes], bytes]] = {
     "empty": lambda own, other: b"",
     "truncated": lambda own, other: own[: len(own) // 2],
     "not text": lambda own, other: own.replace(b"drop", b"\xff\xfe\xfd\xfc"),
-    "of nothing": lambda own, other: b"[]",
-    "one effect less": lambda own, other: json.dumps(json.loads(own)[1:]).encode(),
+    "empty list": lambda own, other: b"[]",
+    "one effect missing": lambda own, other: json.dumps(json.loads(own)[1:]).encode(),
     "of another batch": lambda own, other: other,
     "of another bin": lambda own, other: own.replace(b'"bin":0', b'"bin":1'),
     "of another treatment": lambda own, other: own.replace(b'"drop"', b'"mean"'),
