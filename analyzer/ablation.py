@@ -1,4 +1,4 @@
-"""What an analysis tries: one component, one treatment, for as long as a bin of noise levels lasts."""
+"""Ablations: one component gets one treatment throughout one bin of noise levels."""
 
 from __future__ import annotations
 
@@ -7,55 +7,53 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from unetc.artifacts.profile import Component, Effect, Treatment
+from unetc.artifacts.profile import Component, Effect
 from unetc.errors import ProfileError
-
-PERIODS = (2, 4)
-"""Steps per refresh that holding and forecasting are tried with."""
+from unetc.treatments import ROWS, Treatment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeriodicTreatment:
-    """A treatment and how often the component is computed all the same."""
+    """A treatment, and how often a refresh interrupts it."""
 
     treatment: Treatment
     period: int = 1
-    """One step of so many computes the component, those whose index is a multiple of it; 1 if none does."""
+    """Steps whose index is a multiple of the period compute the component; 1 means that no step does."""
 
     def treats(self, step: int) -> bool:
-        """Tell whether a step has the treatment."""
+        """Check whether a step gets the treatment."""
         return not self.treatment.reuses or step % self.period > 0
 
     @property
     def share(self) -> float:
-        """Share of the steps that have the treatment."""
+        """Share of the steps that get the treatment."""
         return 1 - 1 / self.period if self.treatment.reuses else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablation:
-    """A component and what is done to it."""
+    """A component and its treatment."""
 
     component: str
     periodic: PeriodicTreatment
 
 
 def entry_of(effect: Effect) -> tuple[Ablation, int]:
-    """Read which ablation an effect is of, and in which bin."""
+    """Return the ablation and the bin of an effect."""
     kind = PeriodicTreatment(treatment=effect.treatment, period=effect.period)
     return Ablation(component=effect.component, periodic=kind), effect.bin
 
 
-REMOVALS = (PeriodicTreatment(treatment=Treatment.DROP), PeriodicTreatment(treatment=Treatment.MEAN))
-REUSES = tuple(
-    PeriodicTreatment(treatment=treatment, period=period)
-    for treatment in (Treatment.HOLD, Treatment.FORECAST)
-    for period in PERIODS
+TRIED = tuple(
+    PeriodicTreatment(treatment=treatment, period=period) for treatment, row in ROWS.items() for period in row.periods
 )
+"""Everything that an analysis tries on a component."""
+REMOVALS = tuple(tried for tried in TRIED if not tried.treatment.reuses)
+REUSES = tuple(tried for tried in TRIED if tried.treatment.reuses)
 
 
 def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:
-    """Select the components whose name matches one of some shell-style patterns, and the step; all without patterns.
+    """Select the components that match a shell-style pattern, and the step; without patterns, all of them.
 
     Raises:
         ProfileError: If a pattern matches nothing.
@@ -73,15 +71,15 @@ def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Co
 
 
 def treatments_for(component: Component) -> tuple[PeriodicTreatment, ...]:
-    """List what is tried on a component; the step can only be reused."""
-    return REUSES if component.kind == "step" else REMOVALS + REUSES
+    """List the treatments to try on a component."""
+    return tuple(tried for tried in TRIED if component.kind != "step" or tried.treatment.row.of_step)
 
 
 def ablations_of(components: Sequence[Component]) -> tuple[Ablation, ...]:
-    """List all ablations, those of one kind together."""
+    """List all ablations, equal treatments together."""
     return tuple(
-        Ablation(component=component.name, periodic=kind)
-        for kind in REMOVALS + REUSES
+        Ablation(component=component.name, periodic=tried)
+        for tried in TRIED
         for component in components
-        if kind in treatments_for(component)
+        if tried in treatments_for(component)
     )

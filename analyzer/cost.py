@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Component, Cost, Estimate, Treatment
+from unetc.artifacts.profile import Component, Cost, Estimate
 from unetc.artifacts.record import Record
 from unetc.backend import Backend, SerialisedGraph
 from unetc.compiler.graph.gated import GatedGraph
@@ -18,6 +18,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.metrics.damage import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.timing import interleaved_ms
+from unetc.treatments import Treatment
 
 
 class Costs(Record, frozen=True, kw_only=True):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 
-from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS, GatedGraph
@@ -16,19 +15,20 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
 from unetc.errors import ProfileError
-from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD, Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 
 class GatedDenoiser:
-    """A gated graph on a backend, in the forms that an analysis needs; each is loaded when it is first used."""
+    """A gated graph on a backend. An analysis needs it in four forms; each is loaded when it is first used."""
 
     def __init__(self, gated: GatedGraph, backend: Backend, conditions: Conditions = UNCONDITIONAL) -> None:
-        """Set up; nothing is loaded yet but the weights.
+        """Load the weights.
 
         Args:
             gated: The graph.
             backend: Where to run it.
-            conditions: Those of each sample; a batch is the samples, or all of them several times.
+            conditions: Conditions of each sample. A batch holds all samples, once or several times.
         """
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
@@ -37,20 +37,20 @@ class GatedDenoiser:
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
     def gates(self, treatments: Mapping[str, Treatment], batch: int) -> Array:
-        """Make the gates of one assignment for a batch, [batch, component, 2]."""
+        """Return the gates of one assignment for a batch, [batch, component, 2]."""
         return np.repeat(gate_values(self._gated.components, treatments)[None], batch, axis=0)
 
     def predict(self, sample: Array, timestep: float, *, gates: Array, means: Array) -> Array:
         """Run the denoiser.
 
         Args:
-            sample: What the denoiser sees, [batch, channel, height, width].
+            sample: Input of the denoiser, [batch, channel, height, width].
             timestep: The scheduler's value.
             gates: [batch, component, 2].
             means: [channel of all components].
 
         Returns:
-            The prediction, guided; it has further channels where the denoiser predicts a variance too.
+            The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
@@ -62,35 +62,44 @@ class GatedDenoiser:
         inputs = self._conditions(len(sample)).widen(sample, timestep, gates=self.gates({}, len(sample)))
         return self._call(self._observing, {**inputs, "means": self._no_means}, (self._gated.channels,))[0]
 
-    def remember(self, sample: Array, timestep: float, held: Held) -> Array:
-        """Run the denoiser, all kept, and put every branch into `held`.
+    def compute_branches(self, sample: Array, timestep: float, cache: BranchCache) -> Array:
+        """Run the denoiser with all components kept, and store every branch in a cache.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
         prediction, emitted = self._run(self._emitting, sample, timestep, {}, {})
-        held.remember(emitted, timestep)
+        cache.store(emitted, timestep)
         return prediction
 
     def recall(
-        self, sample: Array, timestep: float, held: Held, *, holds: Array, forecast: Collection[int] = ()
+        self,
+        sample: Array,
+        timestep: float,
+        cache: BranchCache,
+        *,
+        treatments: Mapping[int, Treatment],
+        holds: Array,
     ) -> Array:
-        """Run the denoiser with branches of earlier steps in place of its own.
+        """Run the denoiser with branches that a treatment makes of earlier ones.
 
         Args:
             sample: [batch, channel, height, width].
             timestep: The scheduler's value.
-            held: The branches of earlier steps, of a batch of the same size.
-            holds: [batch, component], 1 where the earlier branch is taken.
-            forecast: Indices of components whose earlier branches are continued along a line.
+            cache: Branches of earlier steps, from a batch of the same size.
+            treatments: By component index, a treatment that reuses branches.
+            holds: [batch, component], 1 where a sample's component gets its treatment.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        inputs = held.inputs(timestep)
-        for index in forecast:
-            latest, earlier = (self._device.to_array(inputs[f"{name}{index}"]) for name in (HELD, EARLIER))
-            inputs[f"{HELD}{index}"] = latest + inputs[f"{EXTRAPOLATION}{index}"] * (latest - earlier)
+        inputs = cache.inputs(timestep)
+        for index, treatment in treatments.items():
+            recall = treatment.row.recall
+            assert recall is not None
+            own = {name: inputs[f"{name}{index}"] for name in (HELD, EARLIER, EXTRAPOLATION)}
+            arrays = {name: v if isinstance(v, np.ndarray) else self._device.to_array(v) for name, v in own.items()}
+            inputs[f"{HELD}{index}"] = recall(arrays.__getitem__)
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
         return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
 
@@ -102,7 +111,7 @@ class GatedDenoiser:
         rows: Mapping[str, Array],
         others: Mapping[str, Tensor],
     ) -> tuple[Array, Mapping[str, Tensor]]:
-        """Run a form of the graph; return the guided prediction and what is emitted."""
+        """Run a form of the graph; return the guided prediction and the emitted branches."""
         conditions = self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
@@ -116,7 +125,7 @@ class GatedDenoiser:
     def _call(
         self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]
     ) -> tuple[Array, Mapping[str, Tensor]]:
-        """Call a program with arrays and what was emitted before; give its output, and what it emits on the device."""
+        """Call a program with arrays and earlier branches; return its output, and its branches on the device."""
         output = self._device.empty(shape)
         put = self._device.put
         emitted = program(

@@ -1,10 +1,9 @@
 """The sweep: damage of ablations that reach the final output, resumable.
 
 For a bin, the ablated trajectories start from the full model's trajectory at the first step of the bin (the shared
-prefix is computed once), carry their treatment through the bin and are finished by the full model. Several ablations
-ride in one batch, each with its own gates. One batch is one job; its result is one file, so a killed sweep continues
-where it was. Batches are cut the same way however often the sweep was interrupted, so the numbers are the same bit by
-bit.
+prefix is computed once). They carry their treatment through the bin, and the full model finishes them. Several
+ablations share one batch, each with its own gates. One batch is one job with one result file, so a killed sweep
+continues where it stopped. An interruption does not change how batches are cut, so the numbers are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Bin, Component, Effect, Treatment
+from unetc.artifacts.profile import Bin, Component, Effect
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
@@ -29,10 +28,11 @@ from unetc.errors import ArtifactError
 from unetc.metrics.damage import estimate
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.trajectory import Trajectory
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
+from unetc.treatments import Treatment
 
 from .ablation import Ablation, PeriodicTreatment
 from .denoiser import GatedDenoiser
@@ -40,13 +40,13 @@ from .denoiser import GatedDenoiser
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What to ablate, on which trajectories."""
+    """The ablations and trajectories of an analysis."""
 
     denoiser: GatedDenoiser
     components: Sequence[Component]
-    """All of the denoiser."""
+    """All components of the denoiser."""
     ablated: Sequence[Component]
-    """Those to try something on."""
+    """Components to ablate."""
     table: SchedulerTable
     bins: tuple[Bin, ...]
     sample_shape: tuple[int, int, int]
@@ -66,20 +66,20 @@ class Sweep:
         return range(first, first + self.bins[bin_index].steps)
 
     def indices(self, count: int) -> NDArray[np.int64]:
-        """Number the samples of a batch of `count` ablations within the seed."""
+        """Return the index within the seed of every sample in a batch of `count` ablations."""
         return np.tile(np.arange(self.samples), count)
 
     def timestep(self, step: int) -> float:
-        """Read the scheduler's value at a step."""
+        """Return the scheduler's value at a step."""
         return float(self.table.timesteps[step])
 
     def gates(self, names: Sequence[str], treatment: Treatment) -> Array:
-        """Make the gates of a batch of ablations that give each of some components one treatment."""
+        """Return the gates of a batch of ablations, one component each, all with one treatment."""
         rows = [gate_values(self.components, {name: treatment}) for name in names]
         return np.repeat(np.stack(rows), self.samples, axis=0)
 
-    def recall(self, sample: Array, step: int, held: Held, names: Sequence[str], treatment: Treatment) -> Array:
-        """Predict for a batch of ablations that each hold or forecast one of some components."""
+    def recall(self, sample: Array, step: int, cache: BranchCache, names: Sequence[str], treatment: Treatment) -> Array:
+        """Predict for a batch of ablations that each reuse the branch of one component."""
         index = {component.name: component.index for component in self.components}
         own = [index[name] for name in names]
         marks = np.zeros((len(names), len(self.components)), dtype=np.float32)
@@ -87,9 +87,9 @@ class Sweep:
         return self.denoiser.recall(
             sample,
             self.timestep(step),
-            held,
+            cache,
+            treatments=dict.fromkeys(own, treatment),
             holds=np.repeat(marks, self.samples, axis=0),
-            forecast=sorted(set(own)) if treatment is Treatment.FORECAST else (),
         )
 
 
@@ -161,10 +161,10 @@ def run_sweep(
     *,
     deadline: float = math.inf,
 ) -> tuple[Effect, ...]:
-    """Measure ablations in bins, reading from `work` what was measured before.
+    """Measure ablations in bins; results that are already in `work` are read.
 
-    A batch runs when the first of its ablations would, in the order they are given. None is begun after the deadline,
-    which is a time of the monotonic clock; what was measured before is read all the same.
+    A batch takes the place of its first ablation in the given order. After the deadline, a time of the monotonic clock,
+    no batch begins; finished ones are still read.
 
     Raises:
         ArtifactError: If `work` cannot be written.
@@ -191,12 +191,12 @@ def sweep_calls(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> int:
 
 
 def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
-    """List the last two steps before `first` at which a component treated so was computed; none if it is removed."""
+    """List the last two steps before `first` that compute a component with this treatment; none if it is removed."""
     return tuple(step for step in range(first) if not kind.treats(step))[-2:]
 
 
 def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
-    """Cut ablations into batches of one kind and bin; where they are cut depends on nothing else."""
+    """Cut ablations into batches of one treatment and bin; the cuts depend on nothing else."""
 
     def key(entry: tuple[Ablation, int]) -> tuple[int, str, int]:
         return entry[1], entry[0].periodic.treatment.value, entry[0].periodic.period
@@ -256,7 +256,7 @@ def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> tuple[Effect, ...]:
 
 
 class _Removed:
-    """Predictions with one component dropped, or replaced by its mean, per ablation of a batch."""
+    """Predictions of a batch in which each ablation removes one component."""
 
     def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep
@@ -268,23 +268,23 @@ class _Removed:
 
 
 class _Reused:
-    """Predictions with one component held or forecast per ablation of a batch, and computed every few steps."""
+    """Predictions of a batch in which each ablation reuses one component, with regular refreshes."""
 
     def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep
         self._job = job
-        self._held = remembered(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]), len(job.names))
+        self._cache = branches_at(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]), len(job.names))
 
     def predict(self, sample: Array, step: int) -> Array:
         if self._job.periodic.treats(step):
-            return self._sweep.recall(sample, step, self._held, self._job.names, self._job.periodic.treatment)
-        return self._sweep.denoiser.remember(sample, self._sweep.timestep(step), self._held)
+            return self._sweep.recall(sample, step, self._cache, self._job.names, self._job.periodic.treatment)
+        return self._sweep.denoiser.compute_branches(sample, self._sweep.timestep(step), self._cache)
 
 
-def remembered(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> Held:
+def branches_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> BranchCache:
     """Compute all branches at some steps of the full model's trajectory, for a batch of `count` ablations."""
-    held = Held()
+    cache = BranchCache()
     for step in steps:
         sample = np.concatenate([base.states[step].seen(sweep.table, step)] * count)
-        sweep.denoiser.remember(sample, sweep.timestep(step), held)
-    return held
+        sweep.denoiser.compute_branches(sample, sweep.timestep(step), cache)
+    return cache

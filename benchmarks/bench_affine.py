@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from result_file import write
 
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, remembered, run_base
-from unetc.artifacts.profile import Component, Treatment
+from unetc.analyzer.sweep import FullTrajectory, Sweep, branches_at, make_bins, run_base
+from unetc.artifacts.profile import Component
 from unetc.backend import Array, Backend
 from unetc.cli.output import progress
 from unetc.compiler.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
@@ -38,7 +38,8 @@ from unetc.metrics.distances import relative_l2
 from unetc.models.find import find_model
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.branch_cache import COMPUTED, Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import COMPUTED, Treatment
 
 HERE = Path(__file__).parent
 TRUNK = "trunk."
@@ -139,10 +140,10 @@ def calibrate(
 
 def hand_in(sweep: Sweep, seen: Array, step: int, branches: Mapping[str, Array], name: str, branch: Array) -> Array:
     """Predict with a tensor in place of a component's branch; `branches` are all branches of the full model."""
-    held = Held()
+    cache = BranchCache()
     index = next(component.index for component in sweep.components if component.name == name)
-    held.remember({**branches, f"{COMPUTED}{index}": branch}, sweep.timestep(step))
-    return sweep.recall(seen, step, held, [name], Treatment.HOLD)
+    cache.store({**branches, f"{COMPUTED}{index}": branch}, sweep.timestep(step))
+    return sweep.recall(seen, step, cache, [name], Treatment.HOLD)
 
 
 def local_errors(
@@ -165,7 +166,7 @@ def local_errors(
     outputs = traced(seen, timestep)
     branches = {name: array for name, array in outputs.items() if name.startswith(COMPUTED)}
     sources = [at for at in (step - PERIOD // 2 - PERIOD, step - PERIOD // 2) if at >= 0]
-    earlier = remembered(sweep, base, sources, 1)
+    earlier = branches_at(sweep, base, sources, 1)
     errors: dict[str, dict[str, float]] = {}
     for component in components:
         own = [component.name]

@@ -45,7 +45,7 @@ import unetc
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.plan import Phase, Plan, Prediction
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
 from unetc.artifacts.record import to_builtins
 from unetc.backend import Array
 from unetc.cli.output import progress
@@ -64,6 +64,7 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise
 from unetc.timing import interleaved_ms
+from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 MODEL = "prompted-digits"

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from gpu_folder import FULL, PLANNED, REFRESH, Folder, open_folders
 
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component
 from unetc.backend import WEIGHTS
 from unetc.compiler.graph.capture import capture
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
@@ -41,6 +41,7 @@ from unetc.nvidia.key import Effort
 from unetc.nvidia.library import library_of
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
+from unetc.treatments import Treatment
 
 diffusers: Any = untyped_diffusers
 

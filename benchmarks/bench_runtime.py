@@ -38,7 +38,7 @@ from rounds import spread, switch_cost
 import unetc
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
-from unetc.artifacts.profile import STEP, ModelReference, Treatment
+from unetc.artifacts.profile import STEP, ModelReference
 from unetc.backend import Array, Backend, Program
 from unetc.cli.output import progress
 from unetc.compiler.graph.capture import capture
@@ -56,6 +56,7 @@ from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.runtime.session import Session
 from unetc.sampler.table import SchedulerTables
 from unetc.timing import interleaved_ms
+from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 TIMESTEP = 500.0

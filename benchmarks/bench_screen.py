@@ -26,9 +26,10 @@ from scipy import stats
 from unetc.analyzer.ablation import PeriodicTreatment
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.artifacts.profile import Effect, Profile, Treatment
+from unetc.artifacts.profile import Effect, Profile
 from unetc.cli.output import progress
 from unetc.models.find import find_model
+from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 DECISIVE_SHARE = 0.25

@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 from safetensors.numpy import save
 
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.denoisers.unet import SAMPLE
 from unetc.compiler.graph.gate import DOMAIN
@@ -30,6 +30,7 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.environment import describe
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.timing import interleaved_ms
+from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 SKIP = "skip"

@@ -23,7 +23,6 @@ from bench_runtime import plan_of
 from clock import HostClock, Timed
 from result_file import write
 
-from unetc.artifacts.profile import Treatment
 from unetc.cli.output import progress
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.measured_calls import MeasuredCalls
@@ -38,9 +37,10 @@ from unetc.errors import UnetcError
 from unetc.models.find import find_model
 from unetc.progress import Progress, ignore
 from unetc.runtime.backends.registry import OFFERED, open_backend
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.session import Session
 from unetc.timing import interleaved_ms
+from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 ENGINES = ("full", "dropped", "held")
@@ -64,13 +64,13 @@ class Target:
         self._output = device.empty(sample.shape)
         self._clock = HostClock(device)
         self._programs: list[Timed] = []
-        held = Held(device=device)
+        branches = BranchCache(device=device)
         start = time.perf_counter()
         for engine in chosen:
             graph = specialise(gated, engine.treatments, np.zeros(gated.channels, dtype=np.float32), engine.emits)
             self._programs.append(Timed(loader.load(graph), self._clock))
-            held.remember(self._programs[-1](self._inputs, self._output), 550.0)
-            self._inputs |= held.inputs(500.0)
+            branches.store(self._programs[-1](self._inputs, self._output), 550.0)
+            self._inputs |= branches.inputs(500.0)
             if len(self._programs) == 1:
                 self.load_s = time.perf_counter() - start
         self._session = Session(

@@ -19,7 +19,7 @@ from unetc.device import Device, Tensor
 from unetc.errors import PlanError
 from unetc.progress import ignore
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.session import Session
 
 TIMESTEPS = (550.0, 525.0, 500.0)
@@ -134,7 +134,7 @@ class Batch:
 
     @cached_property
     def _with_held(self) -> Mapping[str, Tensor]:
-        held, refresh = Held(device=self._loaded.device), self._loaded.program(REFRESH)
+        branches, refresh = BranchCache(device=self._loaded.device), self._loaded.program(REFRESH)
         for timestep in TIMESTEPS[:-1]:
-            held.remember(refresh(self._conditions.widen(self._sample, timestep), self.output), timestep)
-        return self._inputs | held.inputs(TIMESTEPS[-1])
+            branches.store(refresh(self._conditions.widen(self._sample, timestep), self.output), timestep)
+        return self._inputs | branches.inputs(TIMESTEPS[-1])

@@ -52,7 +52,7 @@ from torch import nn
 import unetc
 from unetc.artifacts.manifest import SCHEDULER_ROWS, FileRecord
 from unetc.artifacts.plan import Assignment
-from unetc.artifacts.profile import Component, ModelReference, Treatment
+from unetc.artifacts.profile import Component, ModelReference
 from unetc.backend import WEIGHTS
 from unetc.compiler.graph.capture import capture
 from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP, denoiser_of
@@ -66,6 +66,7 @@ from unetc.models.find import find_model
 from unetc.models.glide import VARIANTS
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerTables
+from unetc.treatments import Treatment
 
 diffusers: Any = untyped_diffusers
 

@@ -23,7 +23,7 @@ from unetc.artifacts.manifest import (
 )
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
@@ -38,6 +38,7 @@ from unetc.errors import PlanError, QualityGateError
 from unetc.models.model import Model
 from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.treatments import Treatment
 
 from .store import check_destination, write_bundle
 

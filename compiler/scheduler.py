@@ -105,6 +105,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
         raise ModelError(f"unknown scheduler {name!r}. Choose one of {', '.join(SCHEDULERS)}.")
     class_name, overrides = SCHEDULERS[name]
     _refuse_other_kind(class_name, config)
+    # diffusers drops values that a scheduler in memory had by default, and keeps the same values from a file:
+    # findings/scheduler-config-changes-on-disk.sh
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
     try:
         scheduler: Scheduler = getattr(diffusers, class_name).from_config(config, **overrides)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:

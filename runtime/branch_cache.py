@@ -1,7 +1,8 @@
-"""What components produced at earlier steps, for one request.
+"""The branches that earlier steps of one rollout computed, and the rollout's position in its plan.
 
-An engine that is refreshed *emits* the branch of a component; one that holds or forecasts it takes it as an input. The
-tensors are what the backend's programs emit: nobody but the backend looks into them, so they stay on the device.
+An engine *emits* the branch of a component; later engines hold or forecast it. Which engine may run depends on the
+branches that are there, so both live in one object and go back together. The tensors stay on the device: only the
+backend that emitted them looks into them.
 """
 
 from __future__ import annotations
@@ -9,47 +10,81 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from unetc.artifacts.plan import Plan, Position
 from unetc.device import HOST, Device, Tensor
+from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD
 
-COMPUTED = "computed."
-"""Prefix of an engine's outputs: the branch of the component with this index, as just computed."""
-HELD = "held."
-"""Prefix of an engine's inputs: the branch at the last step that computed it."""
-EARLIER = "earlier."
-"""Prefix of an engine's inputs: the branch at the step before that which computed it."""
-EXTRAPOLATION = "extrapolation."
-"""Prefix of an engine's inputs, [1]: how far ahead a forecast looks, in distances between `EARLIER` and `HELD`."""
+Branches = Mapping[str, tuple[tuple[float, Tensor], ...]]
+"""By component index: timestep and branch of the last two steps that computed it, newest first."""
 
 
-@dataclass(slots=True)
-class Held:
-    """The last two values of every component that was emitted; made anew for each request."""
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """State of a branch cache after a step."""
 
-    device: Device = HOST
-    """Where the inputs are made."""
-    _history: dict[str, tuple[tuple[float, Tensor], ...]] = field(default_factory=dict)
-    """By component: timestep and value, newest first."""
-    _factors: dict[float, Tensor] = field(default_factory=dict)
-    """Inputs that say how far a forecast looks; steps of one distance look equally far."""
+    position: Position = field(default_factory=Position)
+    branches: Branches = field(default_factory=dict)
 
-    def remember(self, emitted: Mapping[str, Tensor], timestep: float) -> None:
-        """Take what an engine emitted at a step."""
+    def emptied(self) -> Snapshot:
+        """Make a snapshot of the same step without any branch."""
+        return Snapshot(Position(self.position.phase, self.position.turn))
+
+
+class BranchCache:
+    """Branches and position of one rollout."""
+
+    def __init__(self, plan: Plan | None = None, device: Device = HOST) -> None:
+        """Start with no branch, before the first step.
+
+        Args:
+            plan: Which engine runs when; None if the caller chooses.
+            device: Where the inputs of engines are made.
+        """
+        self._plan = plan
+        self._device = device
+        self._state = Snapshot()
+        self._factors: dict[float, Tensor] = {}
+        """Extrapolation factors on the device; steps of one distance share a factor."""
+
+    @property
+    def phase(self) -> int | None:
+        """Phase of the last step; None without a plan."""
+        return None if self._plan is None else self._state.position.phase
+
+    def next_engine(self, log_snr: float) -> int:
+        """Choose the engine of the next step, whose noise level is not below the last one; 0 without a plan."""
+        if self._plan is None:
+            return 0
+        engine, position = self._plan.advance(self._state.position, log_snr)
+        self._state = Snapshot(position, self._state.branches)
+        return engine
+
+    def store(self, emitted: Mapping[str, Tensor], timestep: float) -> None:
+        """Store the branches that an engine emitted at a step."""
+        branches = dict(self._state.branches)
         for name, value in emitted.items():
-            key = name.removeprefix(COMPUTED)
-            self._history[key] = ((timestep, value), *self._history.get(key, ())[:1])
+            index = name.removeprefix(COMPUTED)
+            branches[index] = ((timestep, value), *branches.get(index, ())[:1])
+        self._state = Snapshot(self._state.position, branches)
 
     def inputs(self, timestep: float) -> dict[str, Tensor]:
-        """Make the inputs of engines that hold or forecast at a step.
+        """Make the inputs of engines that reuse branches at a step.
 
-        A component that was computed once only is held: its forecast reaches nowhere.
+        A component that was computed only once is held: its extrapolation factor is 0.
         """
         inputs: dict[str, Tensor] = {}
-        for key, history in self._history.items():
+        for index, history in self._state.branches.items():
             (last, held), (before, earlier) = history[0], history[-1]
             factor = (timestep - last) / (last - before) if last != before else 0.0
-            inputs[HELD + key] = held
-            inputs[EARLIER + key] = earlier
             if factor not in self._factors:
-                self._factors[factor] = self.device.full((1,), factor)
-            inputs[EXTRAPOLATION + key] = self._factors[factor]
+                self._factors[factor] = self._device.full((1,), factor)
+            inputs |= {HELD + index: held, EARLIER + index: earlier, EXTRAPOLATION + index: self._factors[factor]}
         return inputs
+
+    def snapshot(self) -> Snapshot:
+        """Return the state after the last step; later steps do not change it."""
+        return self._state
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to an earlier state."""
+        self._state = snapshot

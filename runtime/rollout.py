@@ -1,4 +1,4 @@
-"""One trajectory through loaded engines: whose turn it is, what they hold, and who makes a step that one has spoilt."""
+"""One trajectory through loaded engines: engine selection, cached branches, and fallback after a non-finite step."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from unetc.artifacts.plan import Turn, Turns
+from unetc.artifacts.plan import Plan
 from unetc.backend import Program
 from unetc.conditions import Conditions
 from unetc.device import Device, Tensor
 from unetc.errors import NonFiniteError, StaleEngineError
 
-from .branch_cache import Held
+from .branch_cache import BranchCache, Snapshot
 from .engine_pool import EnginePool
 
 logger = logging.getLogger(__name__)
 
 FULL_ENGINE = 0
-"""The engine of a plan that computes everything, and emits what the others reuse."""
+"""Index of the engine that computes everything, and emits the branches that others reuse."""
 
 
 class NonFiniteSteps:
-    """Counts the steps that the full model had to make again; sessions are sampled from several threads."""
+    """Counts the steps that the full model made again, over all threads of a session."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,18 +37,18 @@ class NonFiniteSteps:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """One engine call of a trajectory."""
+    """One engine call of a rollout."""
 
     engine: int
     """Index in the plan; 0 for the full model."""
     timestep: float
     program: Program
-    turn: Turn | None
-    """After this call; None where the full model makes all of them."""
+    after: Snapshot
+    """The branch cache after this call, without its branches: a call that fails may have spoilt them."""
 
 
 class Rollout:
-    """One trajectory through loaded engines: whose turn it is, and what they have emitted so far."""
+    """One trajectory through loaded engines."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Rollout:
         *,
         exact: Program | None = None,
         predicted_channels: int,
-        turns: Turns | None,
+        plan: Plan | None,
         device: Device,
         non_finite_steps: NonFiniteSteps,
         pool: EnginePool | None = None,
@@ -65,36 +65,35 @@ class Rollout:
         """Begin a trajectory.
 
         Args:
-            programs: The engines.
+            programs: The engines of the plan.
             full: The full model.
-            exact: The full model in float32, which makes a step again that an engine has spoilt; None if `full` is.
-            predicted_channels: Width of what they predict.
-            turns: Which one runs when; always the full model when None.
-            device: Where their tensors are.
-            non_finite_steps: Counts the steps made again.
-            pool: Loads the engines; None if they are loaded.
+            exact: The full model in float32, which repeats non-finite steps; None if `full` computes in float32.
+            predicted_channels: Channels of the denoiser's prediction.
+            plan: Which engine runs when; None runs the full model at every step.
+            device: Where the tensors are.
+            non_finite_steps: Counts repeated steps.
+            pool: Loads engines when they are needed; None if all are loaded.
         """
-        self._programs = programs
+        self._programs = (full,) if plan is None else programs
         self._full = full
         self._exact = exact or full
         self._predicted_channels = predicted_channels
-        self._turns = turns
         self._device = device
         self._non_finite_steps = non_finite_steps
         self._pool = pool
-        self._held = Held(device=device)
+        self._cache = BranchCache(plan, device)
 
     def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
-        """Predict what a scheduler elsewhere asks for.
+        """Predict for a scheduler that runs elsewhere.
 
         Args:
-            sample: What the denoiser sees, [batch, channel, height, width], on the device.
+            sample: Input of the denoiser, [batch, channel, height, width], on the device.
             timestep: The scheduler's value.
-            log_snr: The noise level there, not below that of the call before.
-            conditions: What the samples are conditioned on, on the device.
+            log_snr: The noise level there, not below the last call's.
+            conditions: Conditions of the samples, on the device.
 
         Returns:
-            The prediction, guided; it has further channels where the denoiser predicts a variance too.
+            The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
 
         Raises:
             NonFiniteError: If the full model produces NaN or infinity.
@@ -109,49 +108,44 @@ class Rollout:
         return conditions.guide(prediction, sample.shape[1])
 
     def run(self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float) -> EngineCall:
-        """Run the engine whose turn it is.
+        """Run the engine of the next step.
 
         Args:
-            inputs: Of a call, but for what is held.
-            prediction: To be written, [row, channel, height, width].
+            inputs: Inputs of the call, without cached branches.
+            prediction: Output, [row, channel, height, width].
             timestep: The scheduler's value.
-            log_snr: The noise level there, not below that of the call before.
+            log_snr: The noise level there, not below the last call's.
         """
-        engine = self._turns.take(log_snr) if self._turns else FULL_ENGINE
+        engine = self._cache.next_engine(log_snr)
         if self._pool is not None:
-            self._pool.enter(self, self._turns.phase if self._turns else None)
-        program = self._programs[engine] if self._turns else self._full
-        self._held.remember(program({**inputs, **self._held.inputs(timestep)}, prediction), timestep)
-        return EngineCall(engine, timestep, program, self._turns.remember() if self._turns else None)
+            self._pool.enter(self, self._cache.phase)
+        program = self._programs[engine]
+        self._cache.store(program({**inputs, **self._cache.inputs(timestep)}, prediction), timestep)
+        return EngineCall(engine, timestep, program, self._cache.snapshot().emptied())
 
-    def run_again(self, call: EngineCall, inputs: Mapping[str, Tensor], prediction: Tensor) -> EngineCall:
-        """Run the full model, in float32, in place of an engine that gave NaN or infinity.
+    def run_again(self, failed: EngineCall, inputs: Mapping[str, Tensor], prediction: Tensor) -> EngineCall:
+        """Repeat a non-finite step with the full model in float32.
 
-        All that is held may be spoilt as well, so it is forgotten: engine 0 computes it anew when it is needed. So is
-        what was run after that engine.
+        Cached branches may be non-finite too, so they are dropped, and engine 0 computes them again when they are
+        needed. Calls made after the failed one are undone.
 
         Args:
-            call: The call of the engine.
-            inputs: As they were given to it.
-            prediction: To be written, [row, channel, height, width].
+            failed: The call that produced NaN or infinity.
+            inputs: Its inputs.
+            prediction: Output, [row, channel, height, width].
 
         Raises:
-            NonFiniteError: If that engine was the full model in float32.
+            NonFiniteError: If the failed engine was the full model in float32.
         """
-        if call.program is self._exact:
-            raise not_finite(call)
+        if failed.program is self._exact:
+            raise not_finite(failed)
         logger.warning(
             "engine %d produced NaN or infinity at timestep %g; the full model takes its turn.",
-            call.engine,
-            call.timestep,
+            failed.engine,
+            failed.timestep,
         )
         self._non_finite_steps.add()
-        self._held = Held(device=self._device)
-        turn = None
-        if self._turns and call.turn:
-            self._turns.go_back(call.turn)
-            self._turns.forget()
-            turn = self._turns.remember()
+        self._cache.restore(failed.after)
         program = self._exact
         try:
             program(inputs, prediction)
@@ -159,13 +153,13 @@ class Rollout:
             logger.warning("the full model takes its turn in the precision that overflowed: %s", error)
             program = self._full
             program(inputs, prediction)
-        return EngineCall(FULL_ENGINE, call.timestep, program, turn)
+        return EngineCall(FULL_ENGINE, failed.timestep, program, failed.after)
 
 
 def not_finite(call: EngineCall, *others: str) -> NonFiniteError:
-    """Say who could not go on with a trajectory."""
+    """Make the error for a trajectory that cannot go on."""
     who = " ".join([f"engine {call.engine}", *others])
     return NonFiniteError(
-        f"{who} produced NaN or infinity at timestep {call.timestep:g}. Check the noise and the conditions that were "
-        "given, and that the weights are finite."
+        f"{who} produced NaN or infinity at timestep {call.timestep:g}. Check that the noise, the conditions and the "
+        "weights are finite."
     )

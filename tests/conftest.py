@@ -181,10 +181,11 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
     import unetc
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.analyzer.analyze import analyze_model
-    from unetc.artifacts import Assignment, Phase, Plan, Prediction, Treatment
+    from unetc.artifacts import Assignment, Phase, Plan, Prediction
     from unetc.compiler.build import BuildOptions, build
     from unetc.compiler.planner.planner import PlanOptions
     from unetc.models.find import find_model
+    from unetc.treatments import Treatment
 
     analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=2, threads=1)
     found = find_model(str(model))

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from tests.plans import plan_of
-from unetc.artifacts import Phase, Treatment
+from unetc.artifacts import Phase
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
 from unetc.compiler.graph.denoisers.unet import SAMPLE, TIMESTEP, Input, denoiser_of
@@ -30,6 +30,7 @@ from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.scheduler import extract_all, make_scheduler
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
+from unetc.treatments import Treatment
 
 CONTEXT_WIDTH = 12
 

@@ -21,26 +21,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component
+from unetc.treatments import Treatment
 
 DOMAIN = "unetc"
 OPERATOR = "Gate"
 KEEP, MEAN = 0, 1
-"""Columns of the gate input."""
-
-GATE_ROWS: Mapping[Treatment, tuple[float, float]] = {
-    Treatment.KEEP: (1.0, 0.0),
-    Treatment.DROP: (0.0, 0.0),
-    Treatment.MEAN: (0.0, 1.0),
-    Treatment.HOLD: (1.0, 0.0),
-    Treatment.FORECAST: (1.0, 0.0),
-}
-"""What is held or forecast is kept: another tensor takes the place of the branch before the gate."""
+"""Columns of the gate input; `unetc.treatments` has the row of each treatment."""
 
 
 def gate_values(components: Sequence[Component], treatments: Mapping[str, Treatment]) -> NDArray[np.float32]:
     """Encode an assignment as one sample's gates, [component, 2]; components not named are kept."""
-    rows = [GATE_ROWS[treatments.get(component.name, Treatment.KEEP)] for component in components]
+    rows = [treatments.get(component.name, Treatment.KEEP).row.gates for component in components]
     return np.array(rows, dtype=np.float32).reshape(len(components), 2)
 
 
@@ -98,7 +90,7 @@ def to_onnx(branch: Any, gates: Any, means: Any, index: int, offset: int, axis: 
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.unetc.gate.default: to_onnx}
-"""What `torch.onnx.export` needs to know."""
+"""Translations for `torch.onnx.export`."""
 
 _BODY = """
 <opset_import: ["" : {opset}], domain: "unetc">

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -63,3 +64,23 @@ def add_slice(graph: ir.Graph, value: ir.Value, begin: int, end: int, axis: int)
 def add_reshape(graph: ir.Graph, value: ir.Value, *sizes: int) -> ir.Value:
     """Give a value a shape, where 0 keeps a size and -1 takes what is left."""
     return add_node(graph, "Reshape", [value, add_integers(graph, *sizes)])
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A value of a graph in a formula: an operation adds a node and returns its output."""
+
+    graph: ir.Graph
+    value: ir.Value
+
+    def __add__(self, other: Expression) -> Expression:
+        return self._with("Add", other)
+
+    def __sub__(self, other: Expression) -> Expression:
+        return self._with("Sub", other)
+
+    def __mul__(self, other: Expression) -> Expression:
+        return self._with("Mul", other)
+
+    def _with(self, operator: str, other: Expression) -> Expression:
+        return Expression(self.graph, add_node(self.graph, operator, [self.value, other.value]))

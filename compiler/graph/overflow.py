@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from unetc.errors import EngineBuildError, MissingDependency
 
 from .element_types import infer_types
-from .nodes import add_node, add_reshape
+from .nodes import add_initializer, add_node, add_reshape
 
 try:
     import onnxruntime
@@ -25,7 +25,7 @@ except ImportError as error:
 
 LIMIT = 65504 / 8
 """Values may be eight times as large on other inputs before float16 overflows."""
-_LARGEST = "largest"
+_LARGEST, _INFINITY = "largest", "infinity"
 
 Values = Mapping[str, NDArray[Any]]
 
@@ -69,9 +69,14 @@ def _measure(model: ir.Model) -> list[str]:
     graph = model.graph
     infer_types(graph)
     values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    infinity = add_initializer(graph, _INFINITY, np.array(np.inf, dtype=np.float32))
     sizes = []
     for value in values:
-        size = add_node(graph, "ReduceMax", [add_node(graph, "Abs", [value])], {"keepdims": 0})
+        # ReduceMax of onnxruntime passes over a NaN that does not come first: findings/reducemax-hides-nan.sh
+        magnitude = add_node(
+            graph, "Where", [add_node(graph, "IsNaN", [value]), infinity, add_node(graph, "Abs", [value])]
+        )
+        size = add_node(graph, "ReduceMax", [magnitude], {"keepdims": 0})
         sizes.append(add_reshape(graph, size, 1))
     output = add_node(graph, "Concat", sizes, {"axis": 0})
     output.name, output.dtype, output.shape = _LARGEST, ir.DataType.FLOAT, ir.Shape([len(values)])

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Prediction
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
+from unetc.treatments import Treatment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from unetc.artifacts.plan import Assignment
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component
+from unetc.treatments import Treatment
 
 
 def with_emissions(

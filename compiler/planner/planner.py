@@ -15,8 +15,9 @@ from math import inf
 
 import unetc
 from unetc.artifacts.plan import Phase, Plan
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
 from unetc.errors import PlanError
+from unetc.treatments import Treatment
 
 from .choices import TOLERANCE, BinRun, Choices, Limits, TreatedRun
 from .dynamic import solve_fast

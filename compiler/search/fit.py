@@ -11,11 +11,12 @@ import numpy as np
 
 import unetc
 from unetc.artifacts.plan import Phase, Plan, Prediction
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.choices import BinRun, Choices, TreatedRun
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.planner.planner import PlanOptions, assemble, make_plan
 from unetc.errors import PlanError
+from unetc.treatments import Treatment
 
 from .workbench import Candidate, Workbench
 

@@ -19,7 +19,7 @@ from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.planner.schedule import phases_of
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.metrics.damage import measure_damage
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.decoder import Decoder
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
@@ -192,9 +192,9 @@ class Workbench:
         device = self._device
         inputs = self._conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
         output = device.empty((len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:]))
-        held = Held(device=device)
-        held.remember(programs[FULL_ENGINE](inputs, output), 550.0)
-        inputs |= held.inputs(500.0)
+        cache = BranchCache(device=device)
+        cache.store(programs[FULL_ENGINE](inputs, output), 550.0)
+        inputs |= cache.inputs(500.0)
         distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
         calls = [partial(program, inputs, output) for program in distinct]
         times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize, seconds=ENGINE_SECONDS)

@@ -11,10 +11,11 @@ from unetc.compiler.graph.overflow import overflowing
 from unetc.device import Tensor
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backends.registry import DEFAULT_TARGET, open_backend
-from unetc.runtime.branch_cache import COMPUTED, Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
+from unetc.treatments import COMPUTED
 
 if TYPE_CHECKING:
     pass
@@ -66,12 +67,12 @@ def overflowing_values(
 
 def _with_held(probes: Mapping[float, Probe], emitted: Sequence[Probe]) -> dict[float, Probe]:
     """Add what was emitted at the probe before; the first one, which nothing came before, gets its own."""
-    held, first = Held(), next(iter(probes))
-    held.remember(emitted[0], first)
+    cache, first = BranchCache(), next(iter(probes))
+    cache.store(emitted[0], first)
     extended: dict[float, Probe] = {}
     for (timestep, probe), own in zip(probes.items(), emitted, strict=True):
-        extended[timestep] = {**probe, **held.inputs(timestep)}
-        held.remember(own, timestep)
+        extended[timestep] = {**probe, **cache.inputs(timestep)}
+        cache.store(own, timestep)
     return extended
 
 

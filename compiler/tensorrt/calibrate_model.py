@@ -64,7 +64,7 @@ def overflowing_in_model(
         (),
         watching.open_weights(weights).load(compile_full(gated)),
         predicted_channels=gated.predicted_channels,
-        turns=None,
+        plan=None,
         device=watching.device,
         non_finite_steps=NonFiniteSteps(),
     )

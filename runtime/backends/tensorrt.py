@@ -33,8 +33,8 @@ from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.key import Origin
 from unetc.nvidia.library import LIBRARIES, Library, started, words
 from unetc.precision import Precision
-from unetc.runtime.branch_cache import COMPUTED
 from unetc.runtime.engine_pool import LoadedLater
+from unetc.treatments import COMPUTED
 
 from .registry import InPrecision, Memory
 

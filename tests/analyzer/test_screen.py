@@ -29,13 +29,14 @@ from unetc.analyzer.screen import (
     screen_calls,
 )
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, run_base
-from unetc.artifacts.profile import STEP, Cost, Effect, Estimate, Treatment
+from unetc.artifacts.profile import STEP, Cost, Effect, Estimate
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.scheduler import extract, make_scheduler
 from unetc.device import Device
 from unetc.progress import Progress, ignore
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import Treatment
 
 STEPS = 8
 BINS = (range(4), range(4, 8))
@@ -126,15 +127,14 @@ def alone(ablation: Ablation, b: int) -> float:
 
     full = denoiser.predict(*at(step), gates=denoiser.gates({}, SAMPLES), means=base.means[b])
     if kind.treatment.reuses:
-        held = Held()
+        branches = BranchCache()
         for source in (step - kind.period // 2 - kind.period, step - kind.period // 2):
             if source >= 0:
-                denoiser.remember(*at(source), held)
+                denoiser.compute_branches(*at(source), branches)
         (index,) = (c.index for c in sweep.components if c.name == ablation.component)
         holds = np.zeros((SAMPLES, len(sweep.components)), np.float32)
         holds[:, index] = 1
-        forecast = [index] if kind.treatment is Treatment.FORECAST else []
-        changed = denoiser.recall(*at(step), held, holds=holds, forecast=forecast)
+        changed = denoiser.recall(*at(step), branches, treatments={index: kind.treatment}, holds=holds)
     else:
         gates = denoiser.gates({ablation.component: kind.treatment}, SAMPLES)
         changed = denoiser.predict(*at(step), gates=gates, means=base.means[b])
@@ -305,7 +305,7 @@ def test_exactly_the_unmeasured_ablations_are_estimated(known: tuple[Screen, tup
 
 
 @given(known=partly_measured())
-def test_an_estimate_is_the_local_error_times_the_error_amplification_of_its_bin(
+def test_an_estimate_is_the_local_error_times_the_amplification_of_its_bin(
     known: tuple[Screen, tuple[Effect, ...]],
 ) -> None:
     screen, measured = known

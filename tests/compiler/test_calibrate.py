@@ -13,9 +13,9 @@ import unetc
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.calibrate import overflowing_values, trajectory
 from unetc.progress import ignore
-from unetc.runtime.branch_cache import HELD
 from unetc.runtime.bundle import Bundle
 from unetc.sampler.noise import initial_noise
+from unetc.treatments import HELD
 
 
 def test_probes_are_what_the_full_model_sees_while_it_samples(tiny_bundle: Path) -> None:

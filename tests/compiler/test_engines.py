@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from unetc.artifacts.plan import Phase, Plan, Prediction
-from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Profile, Treatment
+from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Profile
 from unetc.backend import SerialisedGraph
 from unetc.compiler.engines import compile_engines
 from unetc.compiler.graph.gate import DOMAIN
@@ -22,7 +22,8 @@ from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.errors import CompileError, PlanError
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import Treatment
 
 MODEL = ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", denoiser="UNet2DModel")
 CHANNELS = 2
@@ -201,11 +202,11 @@ def test_an_engine_computes_with_what_another_has_emitted(gated: GatedGraph) -> 
     loader = open_backend("onnxruntime:cpu", threads=1).open_weights(NO_WEIGHTS)
     full, holding, forecasting = (loader.load(graph) for graph in compile_engines(gated, plan, PROFILE))
     one = np.ones((1, CHANNELS, 3, 3), np.float32)
-    timestep, output, held = np.zeros(1, np.float32), np.empty_like(one), Held()
+    timestep, output, branches = np.zeros(1, np.float32), np.empty_like(one), BranchCache()
     for sample, at in ((one, 30.0), (3 * one, 20.0)):  # the first branch is -1, then -3
-        held.remember(full({"sample": sample, "timestep": timestep}, output), at)
+        branches.store(full({"sample": sample, "timestep": timestep}, output), at)
         assert not output.any()
-    inputs = {"sample": 7 * one, "timestep": timestep, **held.inputs(15.0)}
+    inputs = {"sample": 7 * one, "timestep": timestep, **branches.inputs(15.0)}
     holding(inputs, output)
     np.testing.assert_array_equal(output, (7 - 3) * one)
     forecasting(inputs, output)

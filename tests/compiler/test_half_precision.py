@@ -21,7 +21,7 @@ from tests.graph.test_law_of_reuse import Reference, inputs_at
 from tests.models import Reuse, Tiny, relative_error, tiny_of
 from tests.nvidia.test_cache import ORIGIN
 from unetc.analyzer.verify import VerifyOptions, verify
-from unetc.artifacts import Plan, Profile, Treatment
+from unetc.artifacts import Plan, Profile
 from unetc.artifacts.manifest import Manifest
 from unetc.backend import WEIGHTS, Array, LowPrecision, SerialisedGraph
 from unetc.compiler.build import BuildOptions, build
@@ -40,9 +40,10 @@ from unetc.runtime.backends.onnxruntime import HandingLoader
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.runtime.backends.torch import WeightsOnDevice
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
+from unetc.treatments import Treatment
 
 HALF = (Precision.FP16, Precision.BF16)
 AGREES = {Precision.FP16: 1e-2, Precision.BF16: 8e-2}
@@ -78,13 +79,13 @@ def test_engines_in_turns_compute_nearly_what_the_gated_graph_computes(
     backend = half("torch:cpu", precision, MeasuredCalls.of(Reuse.SHAPE, 3, 3, UNCONDITIONAL))
     loader, device = backend.open_weights(tiny.gated.weights.read_bytes()), backend.device
     programs = [loader.load(graph) for graph in reuse.graphs]
-    reference, held = Reference(tiny, np.zeros(tiny.gated.channels, np.float32)), Held(device=device)
+    reference, branches = Reference(tiny, np.zeros(tiny.gated.channels, np.float32)), BranchCache(device=device)
     for step, engine in enumerate((0, 1, 2, 0, 1, 1, 2)):
         inputs, timestep = inputs_at(tiny, step, (3, 16, 12))
         expected = reference.step(reuse.engines[engine].treatments, inputs, timestep)
         output = device.empty(expected.shape)
         given = {name: device.put(value) for name, value in inputs.items()}
-        held.remember(programs[engine]({**given, **held.inputs(timestep)}, output), timestep)
+        branches.store(programs[engine]({**given, **branches.inputs(timestep)}, output), timestep)
         assert 0 < relative_error(device.to_array(output), expected) < AGREES[precision], f"step {step}"
 
 

@@ -24,7 +24,7 @@ from tests.nvidia.test_tensorrt_backend import backend_of
 from tests.stand_ins.tensorrt_on_cpu import LIBRARY
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.artifacts.profile import Profile, Treatment
+from unetc.artifacts.profile import Profile
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.build import BuildOptions
 from unetc.compiler.build import build as build_bundle
@@ -50,7 +50,7 @@ from unetc.precision import Precision
 from unetc.progress import Progress, ignore
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.runtime.backends.tensorrt import TensorRtBackend
-from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD
+from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 TOLERANCE = 2e-2
 """Relative to the largest number of a prediction; see test_lowering. Norms of large values are not well conditioned."""

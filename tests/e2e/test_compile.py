@@ -28,7 +28,7 @@ from tests.stand_ins import tensorrt_on_cpu
 from tests.stand_ins.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction, Treatment
+from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction
 from unetc.artifacts.manifest import BundleDecoder
 from unetc.cli.summary import compiling
 from unetc.compiler.build import BuildOptions, build
@@ -44,6 +44,7 @@ from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.treatments import Treatment
 
 RTX = ("--target", "tensorrt-rtx")
 

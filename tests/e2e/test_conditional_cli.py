@@ -17,9 +17,10 @@ from tests.command import run
 from tests.glide_twin import SHAPES, small, tokens_of, twin
 from tests.models import condition_well
 from tests.pipelines import PROMPTS, save_stable_diffusion
-from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
+from unetc.artifacts import Phase, Plan, Prediction, Profile
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.models.glide import LOW_RES
+from unetc.treatments import Treatment
 
 diffusers: Any = untyped_diffusers
 

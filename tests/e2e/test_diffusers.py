@@ -20,7 +20,7 @@ from tests.models import condition_well
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_2, save_stable_diffusion_xl
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.artifacts import Phase, Plan, Prediction, Profile, Treatment
+from unetc.artifacts import Phase, Plan, Prediction, Profile
 from unetc.backend import Array
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.emissions import with_emissions
@@ -32,8 +32,9 @@ from unetc.models.find import find_model
 from unetc.nvidia.call_ranges import check_call
 from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.rollout import Rollout
+from unetc.runtime.rollout import EngineCall, Rollout
 from unetc.runtime.session import Session
+from unetc.treatments import Treatment
 
 pytestmark = pytest.mark.nightly
 
@@ -145,16 +146,16 @@ def full_model(bundle: Path) -> BundleUNet:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the engines in the order they run."""
-    ran: list[int] = []
-    predict = Rollout.predict
+    engines: list[int] = []
+    run = Rollout.run
 
-    def predict_and_tell(self: Rollout, *values: Any) -> Array:
-        prediction = predict(self, *values)
-        ran.append(self.engine)
-        return prediction
+    def run_and_note(self: Rollout, *values: Any) -> EngineCall:
+        call = run(self, *values)
+        engines.append(call.engine)
+        return call
 
-    monkeypatch.setattr(Rollout, "predict", predict_and_tell)
-    return ran
+    monkeypatch.setattr(Rollout, "run", run_and_note)
+    return engines
 
 
 @contextmanager

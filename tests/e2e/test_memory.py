@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.artifacts.profile import Treatment
 from unetc.backend import SerialisedGraph
 from unetc.compiler.engines import compile_engines
 from unetc.compiler.graph.specialise import specialise
@@ -20,6 +19,7 @@ from unetc.compiler.planner.planner import PlanOptions, make_plan
 from unetc.compiler.search.set_up import Setup, set_up
 from unetc.errors import PlanError
 from unetc.models.find import find_model
+from unetc.treatments import Treatment
 
 ANALYSIS = AnalysisOptions(steps=8, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
 ROUNDING = 1e-9

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from tests.models import ARCHITECTURES, Block, Tiny, tiny_of, toy_denoiser
-from unetc.artifacts.profile import STEP, Component, Treatment
+from unetc.artifacts.profile import STEP, Component
 from unetc.backend import Array
 from unetc.compiler.graph import gated as gated_module
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
@@ -27,6 +27,7 @@ from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import tensor_ranges
 from unetc.errors import ArtifactError, CompileError, SchemaVersionError
+from unetc.treatments import Treatment
 
 FILES = ("gated.json", "gated.onnx", "weights.safetensors")
 

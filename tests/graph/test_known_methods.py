@@ -17,12 +17,12 @@ import torch
 from tests.models import Tiny, relative_error, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts.plan import Phase, Plan
-from unetc.artifacts.profile import Treatment
 from unetc.backend import Array
 from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import Treatment
 
 STEPS = 9
 HOLD = Treatment.HOLD
@@ -67,12 +67,12 @@ def sample_by_plan(tiny: Tiny, plan: Plan) -> Array:
     means = np.zeros(tiny.gated.channels, np.float32)
     engines = [tiny.load(specialise(tiny.gated, e.treatments, means, e.emits)) for e in plan.engines]
     schedule = plan.schedule(LEVELS)
-    held = Held()
+    branches = BranchCache()
 
     def predict(step: int, inputs: Mapping[str, Array]) -> Array:
         timestep = float(inputs[TIMESTEP][0])
-        output, emitted = tiny.run_on_device(engines[schedule[step]], {**inputs, **held.inputs(timestep)})
-        held.remember(emitted, timestep)
+        output, emitted = tiny.run_on_device(engines[schedule[step]], {**inputs, **branches.inputs(timestep)})
+        branches.store(emitted, timestep)
         return output
 
     return sample(tiny, predict)

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from torch import fx
 
 from tests.models import ARCHITECTURES, Tiny, relative_error, tiny_of
-from unetc.artifacts.profile import STEP, Treatment
+from unetc.artifacts.profile import STEP
 from unetc.backend import Array, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS, OUTPUT
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
+from unetc.treatments import Treatment
 
 KEEP, DROP, MEAN = Treatment.KEEP, Treatment.DROP, Treatment.MEAN
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
-from unetc.artifacts.profile import STEP, Treatment
+from unetc.artifacts.profile import STEP
 from unetc.backend import Array, Program, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS
 from unetc.compiler.graph.denoisers.unet import TIMESTEP
@@ -27,7 +27,8 @@ from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.errors import CompileError
-from unetc.runtime.branch_cache import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Held
+from unetc.runtime.branch_cache import BranchCache
+from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
 KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
 
@@ -132,12 +133,12 @@ def check_sequence(
         for engine in with_emissions(assignments, tiny.gated.components)
     ]
     reference = Reference(tiny, means)
-    held = Held()
+    branches = BranchCache()
     for step, engine in enumerate(order):
         inputs, timestep = inputs_at(tiny, step, size)
         expected = reference.step(assignments[engine], inputs, timestep)
-        output, emitted = tiny.run_on_device(engines[engine], {**inputs, **held.inputs(timestep)})
-        held.remember(emitted, timestep)
+        output, emitted = tiny.run_on_device(engines[engine], {**inputs, **branches.inputs(timestep)})
+        branches.store(emitted, timestep)
         assert np.isfinite(output).all()
         assert relative_error(output, expected) < ENGINES_AGREE, f"step {step}: {assignments[engine]}"
 

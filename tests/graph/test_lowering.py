@@ -16,14 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from tests.models import Tiny, relative_error, tiny_of
-from unetc.artifacts.profile import Treatment
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.graph.lowering import lower_graph, lower_graphs
 from unetc.compiler.graph.overflow import overflowing
 from unetc.compiler.graph.specialise import specialise
 from unetc.errors import EngineBuildError
 from unetc.precision import Precision
-from unetc.runtime.branch_cache import COMPUTED, EARLIER, EXTRAPOLATION, HELD
+from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
 SIZES = {"least": (1, 8, 8), "usual": (2, 16, 16), "most": (4, 24, 16), "odd": (3, 10, 14)}
 TOLERANCE = 5e-3
@@ -172,6 +171,17 @@ def test_the_statistics_of_a_norm_that_is_spelled_out_stay_wide(tmp_path: Path) 
     statistics = {"mean", "squared", "squares", "part", "variance", "sum", "deviation", "factor"}
     assert {types[name] for name in statistics} == {TensorProto.FLOAT}
     assert {types[name] for name in ("x", "centred", "normal")} == {TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_nan_is_seen_wherever_it_stands(tmp_path: Path, place: int) -> None:
+    sample = np.ones(4, np.float32)
+    sample[place] = -1
+    text = (
+        '<ir_version: 10, opset_import: ["" : 23]> root (float[4] sample) => (float[4] image) { image = Sqrt (sample) }'
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "root.onnx")
+    assert overflowing(tmp_path / "root.onnx", [{"sample": sample}])[0] == {"image"}
 
 
 def test_an_unknown_precision_is_refused() -> None:

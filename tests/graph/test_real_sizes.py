@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tests.models import condition_well, relative_error
-from unetc.artifacts.profile import STEP, Treatment
+from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
 from unetc.compiler.graph.denoisers.unet import CONTEXT, POOLED, SAMPLE, TIME_IDS, TIMESTEP
@@ -24,6 +24,7 @@ from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.registry import open_backend
+from unetc.treatments import Treatment
 
 pytestmark = pytest.mark.nightly
 

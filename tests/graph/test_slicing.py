@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from tests.models import Tiny, relative_error, tiny_of
-from unetc.artifacts.profile import Component, Treatment
+from unetc.artifacts.profile import Component
 from unetc.backend import Array, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS
 from unetc.compiler.graph.gate import DOMAIN, gate_values, onnx_function
@@ -23,6 +23,7 @@ from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.compiler.graph.slicing import PARTIAL
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.treatments import Treatment
 
 DROP, MEAN = Treatment.DROP, Treatment.MEAN
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.models import TRANSFORMERS, Tiny, new_denoiser, relative_error
 from tests.plans import plan_of
-from unetc.artifacts import Phase, Treatment
+from unetc.artifacts import Phase
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.compiler.graph.capture import GATES, MEANS, capture
@@ -29,9 +29,9 @@ from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.scheduler import extract_all, make_scheduler
 from unetc.conditions import Conditions
 from unetc.errors import ModelError
-from unetc.runtime.branch_cache import COMPUTED, HELD
 from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise
+from unetc.treatments import COMPUTED, HELD, Treatment
 
 pytestmark = pytest.mark.nightly
 

@@ -15,7 +15,7 @@ import unetc
 from tests.glide_twin import BASE, SHAPES, GlideTwin, small, tokens_of, twin
 from tests.models import relative_error
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.artifacts import Assignment, Phase, Plan, Prediction, Treatment
+from unetc.artifacts import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import STEP, ModelReference
 from unetc.compiler.engines import compile_full
 from unetc.compiler.graph.specialise import specialise
@@ -31,6 +31,7 @@ from unetc.models.glide_unet import KINDS, load_unet
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise, step_noise
+from unetc.treatments import Treatment
 
 pytestmark = pytest.mark.nightly
 

@@ -36,7 +36,6 @@ from unetc.artifacts import (
     Plan,
     Prediction,
     Profile,
-    Treatment,
     Verification,
 )
 from unetc.artifacts.manifest import BundleDecoder, Conditioning, EnginePair
@@ -44,6 +43,7 @@ from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, check_writable, read_bounded, write_atomically
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
 from unetc.sampler.table import SchedulerCount, SchedulerHeader
+from unetc.treatments import Treatment
 
 number = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=1e-6, max_value=1e9)

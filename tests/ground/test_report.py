@@ -17,24 +17,14 @@ from PIL import Image
 from unetc.artifacts.manifest import BundleEngine, EnginePair, FileRecord, Manifest, Measurement
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
-from unetc.artifacts.profile import (
-    STEP,
-    Bin,
-    Component,
-    Cost,
-    Damage,
-    Effect,
-    Estimate,
-    ModelReference,
-    Profile,
-    Treatment,
-)
+from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
 from unetc.artifacts.verification import ControlResult, EngineUse, Verification
 from unetc.errors import ShapeMismatch
 from unetc.report import charts, heatmap, pictures
 from unetc.report import curve as charts_of_curve
 from unetc.report.page import render
 from unetc.sampler.table import SchedulerCount, SchedulerHeader
+from unetc.treatments import Treatment
 
 FAR = 1e30
 """Stands for infinity at the ends of the noise levels."""

@@ -148,6 +148,13 @@ def test_only_ddpm_asks_for_a_variance() -> None:
         assert table.asks_variance(0) == (name == "ddpm")
 
 
+def test_a_configuration_means_the_same_in_memory_and_in_a_file() -> None:
+    live = diffusers.EulerDiscreteScheduler().config
+    saved = {key: value for key, value in live.items() if key != "_use_default_values"}
+    tables = [extract(make_scheduler("ddim", config), 10) for config in (live, saved)]
+    np.testing.assert_array_equal(*(table.timesteps for table in tables))
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_table_follows_diffusers_along_a_flow(shift: float) -> None:
     config = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True).config

@@ -19,7 +19,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "metrics", "models"}
-GROUND |= {"nvidia", "precision", "progress", "report", "sampler", "timing"}
+GROUND |= {"nvidia", "precision", "progress", "report", "sampler", "timing", "treatments"}
 FRONT_DOOR = {"", "__main__", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
@@ -49,6 +49,7 @@ LIGHT = (
     "unetc.precision",
     "unetc.runtime",
     "unetc.sampler",
+    "unetc.treatments",
 )
 
 
@@ -67,7 +68,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
-    """List (line, absolute dotted name) of a module's imports, inside functions too, and of the facade names it uses."""
+    """List (line, absolute dotted name) of a module's imports, inside functions too, and of facade names it uses."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.graph.test_real_sizes import CONTEXT_WIDTH, captured
-from unetc.artifacts.profile import STEP, Treatment
+from unetc.artifacts.profile import STEP
 from unetc.backend import WEIGHTS
 from unetc.compiler.graph.denoisers.unet import CONTEXT
 from unetc.compiler.graph.gated import GatedGraph
@@ -20,7 +20,7 @@ from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.nvidia.key import Effort
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
-from unetc.runtime.branch_cache import EARLIER, EXTRAPOLATION, HELD
+from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 pytestmark = [pytest.mark.rtx, pytest.mark.nightly]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Phase, Plan
-from unetc.artifacts.profile import STEP, Bin, Component, Cost, Effect, Estimate, ModelReference, Profile, Treatment
+from unetc.artifacts.profile import STEP, Bin, Component, Cost, Effect, Estimate, ModelReference, Profile
 from unetc.compiler.planner.choices import TOLERANCE, BinRun, Choices, TreatedRun
 from unetc.compiler.planner.dynamic import solve_fast
 from unetc.compiler.planner.emissions import with_emissions
@@ -25,6 +25,7 @@ from unetc.compiler.planner.exact import most_saved, solve_exactly
 from unetc.compiler.planner.planner import TIME_LIMIT_S, PlanOptions, assemble, limits_of, make_plan
 from unetc.compiler.planner.schedule import phases_of
 from unetc.errors import PlanError
+from unetc.treatments import Treatment
 
 SLACK = 2 * TOLERANCE
 """Plans may miss a limit by the tolerance, and HiGHS by as much again."""

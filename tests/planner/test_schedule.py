@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.plans import plan_of
 from unetc.artifacts.plan import Assignment, Phase
-from unetc.artifacts.profile import Treatment
 from unetc.compiler.planner.schedule import phases_of
+from unetc.treatments import Treatment
 
 ENGINES = (
     Assignment(treatments={}, emits=("step",)),

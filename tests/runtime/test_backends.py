@@ -21,7 +21,6 @@ from tests.models import ARCHITECTURES, TRANSFORMERS, Reuse, Tiny, daily, relati
 from tests.stand_ins import tensorrt_on_cpu
 from tests.stand_ins.tensorrt_on_cpu import CpuTensorRt
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend, Program, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS
 from unetc.compiler.graph.gate import gate_values
@@ -38,10 +37,11 @@ from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.progress import ignore
 from unetc.runtime.backends.registry import Memory, open_backend
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise
+from unetc.treatments import Treatment
 
 KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
 
@@ -225,12 +225,12 @@ def test_engines_in_turns_compute_what_the_gated_graph_computes(runner: Runner) 
         runner.load(specialise(tiny.gated, engine.treatments, means, engine.emits))
         for engine in with_emissions(assignments, tiny.gated.components)
     ]
-    reference, held = Reference(tiny, means), Held(device=runner.device)
+    reference, branches = Reference(tiny, means), BranchCache(device=runner.device)
     for step, engine in enumerate((0, 1, 2, 0, 3, 1, 3, 2)):
         inputs, timestep = inputs_at(tiny, step, sizes(tiny)[1])
         expected = reference.step(assignments[engine], inputs, timestep)
-        output, emitted = runner.run(engines[engine], {**inputs, **held.inputs(timestep)})
-        held.remember(emitted, timestep)
+        output, emitted = runner.run(engines[engine], {**inputs, **branches.inputs(timestep)})
+        branches.store(emitted, timestep)
         assert relative_error(output, expected) < 2 * runner.agrees, f"step {step}"
 
 
@@ -263,10 +263,11 @@ def test_the_analysis_sees_the_same_on_every_backend(tiny: Tiny, target: Target)
     holds = np.random.default_rng(0).integers(0, 2, (batch, len(tiny.names))).astype(np.float32)
     recalled = []
     for denoiser in (own, reference):
-        held = Held()
+        branches = BranchCache()
         for timestep in (900.0, 700.0):
-            denoiser.remember(sample * np.float32(timestep / 1000), timestep, held)
-        recalled.append(denoiser.recall(sample, 500.0, held, holds=holds, forecast=range(0, len(tiny.names), 2)))
+            denoiser.compute_branches(sample * np.float32(timestep / 1000), timestep, branches)
+        reused = {index: (FORECAST, HOLD)[index % 2] for index in range(len(tiny.names))}
+        recalled.append(denoiser.recall(sample, 500.0, branches, treatments=reused, holds=holds))
     assert relative_error(*recalled) < 2 * target.tolerance.prediction
     assert HOLDS not in tiny.gated.inputs
 

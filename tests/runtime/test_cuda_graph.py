@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tests.models import Reuse, Tiny, relative_error, tiny_of
 from tests.stand_ins.cuda_on_cpu import DEVICE, PRIVATE, Cuda, Stream
-from unetc.artifacts.profile import Treatment
 from unetc.backend import Array, Backend
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.cuda_graph import CapturedModule, Pool, Replay
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.backends.torch_device import Module, TorchDevice, gpu_of
+from unetc.treatments import Treatment
 
 CPU = torch.device("cpu")
 

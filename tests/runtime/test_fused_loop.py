@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetc
 from tests.plans import plan_of
-from unetc.artifacts import Assignment, Phase, Treatment
+from unetc.artifacts import Assignment, Phase
 from unetc.backend import Program
 from unetc.compiler.scheduler import extract, make_scheduler
 from unetc.conditions import Conditions
@@ -34,6 +34,7 @@ from unetc.runtime.loop import Loop, PlainLoop, Start, begin
 from unetc.runtime.session import Session, Step
 from unetc.sampler.noise import initial_noise, step_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
+from unetc.treatments import Treatment
 
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = {

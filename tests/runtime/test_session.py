@@ -26,18 +26,19 @@ from onnx import parser
 import unetc
 from tests.models import Reuse, Tiny, tiny_of
 from tests.plans import plan_of
-from unetc.artifacts import Assignment, Phase, Plan, Treatment
+from unetc.artifacts import Assignment, Phase, Plan
 from unetc.backend import WEIGHTS, Array, Backend, Loader, Program, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
 from unetc.runtime import session as session_module
 from unetc.runtime.backends.registry import Memory, open_backend
-from unetc.runtime.branch_cache import Held
+from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.engine_pool import LoadedLater
 from unetc.runtime.session import Session, Step
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTables, update
+from unetc.treatments import Treatment
 
 SHAPE = (1, 16, 16)
 ROUNDING = 1e-4
@@ -387,14 +388,14 @@ class Poison:
 
     def by_hand(self, *programs: Program, forgets_before: int) -> Array:
         """Sample with one program per step, and forget emitted branches before a given step."""
-        sample, held = initial_noise(2, range(2), Reuse.SHAPE) * np.float32(self.table.initial_scale), Held()
+        sample, branches = initial_noise(2, range(2), Reuse.SHAPE) * np.float32(self.table.initial_scale), BranchCache()
         for i, program in enumerate(programs):
             if i == forgets_before:
-                held = Held()
+                branches = BranchCache()
             timestep = self.table.timesteps.item(i)
             prediction = np.empty_like(sample)
-            inputs = {"sample": sample, "timestep": np.full(2, timestep, np.float32), **held.inputs(timestep)}
-            held.remember(program(inputs, prediction), timestep)
+            inputs = {"sample": sample, "timestep": np.full(2, timestep, np.float32), **branches.inputs(timestep)}
+            branches.store(program(inputs, prediction), timestep)
             sample = update(self.table, i, [sample], [prediction])
         return sample
 

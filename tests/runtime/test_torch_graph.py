@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load
 
 from tests.models import Tiny, relative_error, tiny_of
-from unetc.artifacts.profile import Treatment
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.torch_graph import Translation, translate
+from unetc.treatments import Treatment
 
 CPU = torch.device("cpu")
 

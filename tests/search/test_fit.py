@@ -10,18 +10,7 @@ import numpy as np
 import pytest
 
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import (
-    STEP,
-    Bin,
-    Component,
-    Cost,
-    Damage,
-    Effect,
-    Estimate,
-    ModelReference,
-    Profile,
-    Treatment,
-)
+from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.fit import (
     ATTEMPTS,
@@ -35,6 +24,7 @@ from unetc.compiler.search.fit import (
 )
 from unetc.compiler.search.workbench import Candidate, Workbench
 from unetc.errors import PlanError
+from unetc.treatments import Treatment
 
 REMOVALS = ((Treatment.DROP, 1), (Treatment.MEAN, 1))
 REUSES = tuple((treatment, period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in (2, 4))

@@ -1,8 +1,10 @@
 """The nouns of unetc: frozen, typed, saved as JSON. No module here imports torch, onnx or a backend."""
 
+from unetc.treatments import Treatment
+
 from .manifest import BundleEngine, Control, FileRecord, Manifest, Measurement
 from .plan import Assignment, Phase, Plan, Prediction
-from .profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile, Treatment
+from .profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
 from .verification import ControlResult, EngineUse, Verification
 
 __all__ = [

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerHeader
+from unetc.treatments import Treatment
 
 from .plan import Plan
-from .profile import Damage, ModelReference, Treatment
+from .profile import Damage, ModelReference
 from .record import Artifact, Record, require
 
 MANIFEST = "manifest.json"

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from .profile import ModelReference, Treatment
+from unetc.treatments import Treatment
+
+from .profile import ModelReference
 from .record import Artifact, Record, finite, require
 
 
 class Assignment(Record, frozen=True, kw_only=True):
-    """One engine as the planner sees it: a treatment for every component; those not named are kept."""
+    """One engine as the planner sees it: a treatment per component; components not named are kept."""
 
     treatments: dict[str, Treatment]
     emits: tuple[str, ...] = ()
-    """Components that it computes and hands to the engines that hold or forecast them."""
+    """Components whose branches it hands to the engines that reuse them."""
 
     def __post_init__(self) -> None:
-        """Check that only treatments that change something are named, and that what is emitted is computed."""
+        """Check that every treatment changes something, and that every emitted component is computed."""
         require(Treatment.KEEP not in self.treatments.values(), "an assignment names only components it does not keep")
-        require(not self.treatments.keys() & set(self.emits), "an engine cannot emit what it does not compute")
+        require(not self.treatments.keys() & set(self.emits), "an engine can only emit components that it computes")
 
     @property
     def reused(self) -> frozenset[str]:
-        """Components that it takes from earlier steps."""
+        """Components whose branches it takes from earlier steps."""
         return frozenset(name for name, treatment in self.treatments.items() if treatment.reuses)
 
 
@@ -33,7 +36,7 @@ class Phase(Record, frozen=True, kw_only=True):
     low: float
     high: float
     cycle: tuple[int, ...]
-    """Engines in the order they take turns: one engine, or a refresh followed by those that hold what it computed."""
+    """Engines in their order: one engine, or a refresh followed by engines that reuse its branches."""
 
     def __post_init__(self) -> None:
         """Check the range."""
@@ -43,14 +46,14 @@ class Phase(Record, frozen=True, kw_only=True):
 
 
 class Prediction(Record, frozen=True, kw_only=True):
-    """What the planner expects, from the profile's single ablations."""
+    """The planner's expectation, from the profile's single ablations."""
 
     time_ratio: float
     """Planned / full time of the denoiser calls."""
     relative_l2: float
     """Single damages at their upper 95 % bounds: summed over a phase's bins, then added in squares over components."""
     memory: float
-    """Weights that all engines hold together, each its own copy / those of the full model alone; an upper bound."""
+    """Weights of all engines together, each with its own copy / weights of the full model; an upper bound."""
 
 
 class Plan(Artifact, frozen=True, kw_only=True):
@@ -62,7 +65,7 @@ class Plan(Artifact, frozen=True, kw_only=True):
     budget: float
     """Share of the full model's time that must be saved, in [0, 1)."""
     max_engines: int
-    """Most engines the plan may use beside the full model."""
+    """Most engines the plan may use in addition to the full model."""
     engines: tuple[Assignment, ...]
     phases: tuple[Phase, ...]
     prediction: Prediction
@@ -88,48 +91,43 @@ class Plan(Artifact, frozen=True, kw_only=True):
             log_snr: Noise level of every step, in the order of sampling (rising).
 
         Returns:
-            One engine index per step. Inside a phase the engines of its cycle take turns. Where an engine would need
-            what no earlier step has emitted, engine 0 runs instead.
+            One engine index per step.
         """
-        turns = Turns(self)
-        return tuple(turns.take(level) for level in log_snr)
+        position, engines = Position(), []
+        for level in log_snr:
+            engine, position = self.advance(position, level)
+            engines.append(engine)
+        return tuple(engines)
 
+    def advance(self, position: Position, log_snr: float) -> tuple[int, Position]:
+        """Choose the engine of the next step.
 
-Turn = tuple[int, int, frozenset[str]]
-"""Phase, number of steps in it, and what has been emitted, for `Turns` alone."""
+        Inside a phase the engines of its cycle alternate. If an engine needs a branch that no earlier step emitted,
+        engine 0 runs in its place.
 
+        Args:
+            position: Where the trajectory is.
+            log_snr: Noise level of the next step, not below the last one.
 
-class Turns:
-    """Whose turn it is: the engines of a plan along one trajectory, chosen one step at a time."""
-
-    def __init__(self, plan: Plan) -> None:
-        """Begin a trajectory."""
-        self.phase = -1
-        """Of the last step."""
-        self._plan = plan
-        self._turn = -1
-        self._available: frozenset[str] = frozenset()
-
-    def take(self, log_snr: float) -> int:
-        """Choose the engine of the next step, which is at a noise level that is not below that of the step before."""
-        phase = sum(1 for later in self._plan.phases[1:] if log_snr >= later.low)
-        self._turn = self._turn + 1 if phase == self.phase else 0
-        self.phase = phase
-        cycle = self._plan.phases[phase].cycle
-        engine = cycle[self._turn % len(cycle)]
-        if not self._plan.engines[engine].reused <= self._available:
+        Returns:
+            The engine's index, and the position after it.
+        """
+        phase = sum(1 for later in self.phases[1:] if log_snr >= later.low)
+        turn = position.turn + 1 if phase == position.phase else 0
+        cycle = self.phases[phase].cycle
+        engine = cycle[turn % len(cycle)]
+        if not self.engines[engine].reused <= position.emitted:
             engine = 0
-        self._available = self._available.union(self._plan.engines[engine].emits)
-        return engine
+        return engine, Position(phase, turn, position.emitted.union(self.engines[engine].emits))
 
-    def remember(self) -> Turn:
-        """Tell where the trajectory is."""
-        return self.phase, self._turn, self._available
 
-    def go_back(self, turn: Turn) -> None:
-        """Be again where the trajectory was."""
-        self.phase, self._turn, self._available = turn
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where one trajectory is in a plan."""
 
-    def forget(self) -> None:
-        """Take it that nothing was emitted yet."""
-        self._available = frozenset()
+    phase: int = -1
+    """Phase of the last step; -1 before the first one."""
+    turn: int = -1
+    """Index of the last step within its phase."""
+    emitted: frozenset[str] = frozenset()
+    """Components whose branch an earlier step emitted."""

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Literal
 
+from unetc.treatments import Treatment
+
 from .record import Artifact, Record, finite, require
-
-
-class Treatment(StrEnum):
-    """What happens to a component in a step."""
-
-    KEEP = "keep"
-    """It is computed."""
-    DROP = "drop"
-    """Its branch contributes nothing."""
-    MEAN = "mean"
-    """Its branch contributes its calibrated mean per channel."""
-    HOLD = "hold"
-    """It contributes what it produced at the last step that computed it."""
-    FORECAST = "forecast"
-    """It contributes what the last two steps that computed it lead to, on a straight line over the timestep."""
-
-    @property
-    def reuses(self) -> bool:
-        """Whether it needs what earlier steps produced."""
-        return self in (Treatment.HOLD, Treatment.FORECAST)
-
 
 STEP = "step"
 """Name of the component that is the whole denoiser call."""

@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Assignment, Plan
-from unetc.artifacts.profile import STEP, Bin, Component, Effect, Profile, Treatment
+from unetc.artifacts.profile import STEP, Bin, Component, Effect, Profile
+from unetc.treatments import Treatment
 
 from .charts import BLANK, FAINT, INK, MUTED, PLAN, WIDTH, engine_colour, ink_on, inline, level, number, shorten, styled
 
@@ -143,7 +144,7 @@ def _draw_damage(sheet: _Sheet, profile: Profile, planned: set[tuple[str, int]])
         if effect.measured and (name, bin) not in planned:
             row = sheet.rows[name]
             ink = ink_on(_DAMAGE(float(norm(damages[row, bin]))))
-            sheet.write(bin, row, effect.treatment.value[0], color=ink, alpha=0.7)
+            sheet.write(bin, row, effect.treatment.row.letter, color=ink, alpha=0.7)
     _draw_scales(sheet, norm, _borders(profile.bins))
 
 
@@ -202,7 +203,7 @@ def _draw_frame(sheet: _Sheet, cell: RemovedCell, length: int) -> None:
     frame = Rectangle((left + 0.05, row + 0.09), length - 0.1, 0.82, linewidth=1.4, linestyle=line, **style)
     sheet.heat.add_patch(frame)
     badge = {"boxstyle": "round,pad=0.12", "facecolor": PLAN, "edgecolor": "none"}
-    letter, middle = cell.treatment.value[0].upper(), left + (length - 1) / 2
+    letter, middle = cell.treatment.row.letter.upper(), left + (length - 1) / 2
     sheet.write(middle, row, letter, color="white", weight="bold", fontsize=sheet.font - 1, bbox=badge)
 
 

@@ -1,0 +1,84 @@
+"""The room of treatments: one row for everything that can happen to a component in a step.
+
+An analysis runs the gated graph with a row's gates and recall; `specialise` turns the same row into a graph. So an
+engine does exactly the thing that was measured. A new treatment is one more member of the enum and one more row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+COMPUTED = "computed."
+"""Prefix of an engine's outputs: the branch of the component with this index, as just computed."""
+HELD = "held."
+"""Prefix of an engine's inputs: the branch from the last step that computed it."""
+EARLIER = "earlier."
+"""Prefix of an engine's inputs: the branch from the computing step before the last one."""
+EXTRAPOLATION = "extrapolation."
+"""Prefix of an engine's inputs, [1]: the extrapolation factor, in distances between `EARLIER` and `HELD`."""
+
+
+class Treatment(StrEnum):
+    """Everything that can happen to a component in a step."""
+
+    KEEP = "keep"
+    """The branch is computed."""
+    DROP = "drop"
+    """The branch contributes nothing."""
+    MEAN = "mean"
+    """The branch contributes its calibrated mean per channel."""
+    HOLD = "hold"
+    """The branch comes from the last step that computed it."""
+    FORECAST = "forecast"
+    """The branch continues the last two computed ones along a straight line over the timestep."""
+
+    @property
+    def row(self) -> Row:
+        """The treatment's row of the table."""
+        return ROWS[self]
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it needs branches of earlier steps."""
+        return self.row.recall is not None
+
+
+Operand = Any
+"""An array, a tensor or a value in a graph: each knows `+`, `-` and `*`."""
+
+Recall = Callable[[Callable[[str], Operand]], Operand]
+"""Computes a branch from earlier ones, given a function that looks up an input by its prefix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Everything that unetc knows about one treatment."""
+
+    letter: str
+    """Mark in damage maps; no two treatments share one."""
+    gates: tuple[float, float]
+    """Factors of the branch and of its mean: the component's row in the gate input."""
+    recall: Recall | None = None
+    """Puts a branch made of earlier ones before the gate; None leaves the branch of this step there."""
+    periods: tuple[int, ...] = ()
+    """Periods that an analysis tries. One step in a period computes the component; 1 means that no step does."""
+    of_step: bool = False
+    """Whether an analysis tries it on the whole denoiser call too."""
+
+
+def _forecast(take: Callable[[str], Operand]) -> Operand:
+    held = take(HELD)
+    return held + (held - take(EARLIER)) * take(EXTRAPOLATION)
+
+
+ROWS: Mapping[Treatment, Row] = {
+    Treatment.KEEP: Row(letter="k", gates=(1.0, 0.0)),
+    Treatment.DROP: Row(letter="d", gates=(0.0, 0.0), periods=(1,)),
+    Treatment.MEAN: Row(letter="m", gates=(0.0, 1.0), periods=(1,)),
+    Treatment.HOLD: Row(letter="h", gates=(1.0, 0.0), recall=lambda take: take(HELD), periods=(2, 4), of_step=True),
+    Treatment.FORECAST: Row(letter="f", gates=(1.0, 0.0), recall=_forecast, periods=(2, 4), of_step=True),
+}
+"""The table, in the order in which an analysis tries the treatments."""
