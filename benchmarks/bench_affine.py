@@ -1,4 +1,4 @@
-"""Would a fifth treatment, `affine`, be better: replacing the branch by a scaled and shifted trunk per channel?
+"""Would a fifth treatment, `affine`, help: the trunk, scaled and shifted per channel, in place of the branch?
 
     python benchmarks/bench_affine.py            # about 3 minutes on two cores
 
@@ -7,9 +7,9 @@ channel over all positions, samples and steps of the bin, on one seed. The branc
 steps.
 
 The local error is measured on another seed, at the bin's middle step of the full model's trajectory, as in the screen.
-It is the relative L2 by which the prediction moves when the component is replaced in one of four ways: dropped, by its
-mean, by the affine map of the trunk, or by a forecast with period 2 (from 3 and 1 steps ago). Forecasting saves the
-component's time at every second step, the other treatments at every step. Writes `results/affine.json`.
+It is the relative L2 by which the prediction moves when the component is dropped, or replaced by its mean, by the
+affine map of the trunk, or by a forecast with period 2 (from 3 and 1 steps ago). Forecasting saves the component's time
+at every second step, the other treatments at every step. Writes `results/affine.json`.
 """
 
 from __future__ import annotations

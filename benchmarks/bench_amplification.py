@@ -1,6 +1,6 @@
 """How much is a local error amplified on its way to the final output, where no ablation was measured?
 
-    python benchmarks/bench_amplification.py            # some minutes on two cores; resumes
+    python benchmarks/bench_amplification.py            # a few minutes on two cores; resumes
 
 The benchmark measures the local errors of all ablations of the reference model in all bins. It measures the final
 output for a few ablations of every bin, drawn at random, and compares the two. `analyzer/screen.py` has the mean and

@@ -1,4 +1,4 @@
-"""Does a plan save the requested share of time, on every target that this machine supports?
+"""Does a plan save the requested share of time, on every available target?
 
     python benchmarks/bench_asked.py             # about 30 minutes on two cores; analyses are cached
 

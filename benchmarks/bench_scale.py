@@ -1,6 +1,6 @@
 """How much time and memory does it take to capture and export denoisers of real sizes?
 
-    python benchmarks/bench_scale.py --models sd15 sd21 sdxl      # some minutes each; 3 × the weights on disk
+    python benchmarks/bench_scale.py --models sd15 sd21 sdxl      # a few minutes each; 3 × the weights on disk
 
 The benchmark writes a pipeline folder with the configuration of a public model (`tests/configs`) and random float32
 weights. Then it loads, captures and exports the model as `unetc analyze` does, in a separate process per model. Peaks

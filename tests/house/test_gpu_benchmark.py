@@ -181,7 +181,7 @@ def test_a_schedule_saves_its_budget_and_little_more(budget: float, around: floa
     assert 1.0 <= (1 - times.ratio(schedule)) / budget <= MOST_OVER
 
 
-def test_a_budget_that_no_schedule_saves_has_none() -> None:
+def test_no_schedule_fits_a_budget_that_cannot_be_saved() -> None:
     assert fit(Times(full=10.0, planned=np.array([10.3, 9.9, 10.0])), 0.27, 50) is None
 
 
