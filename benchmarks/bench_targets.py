@@ -2,7 +2,7 @@
 
     python benchmarks/bench_targets.py           # about 3 minutes on two cores, with torch:cpu:compiled
 
-The benchmark times engines of the reference model on every available target, alternately, and writes `results/targets.json`:
+The benchmark times engines of the reference model on every target, alternately, and writes `results/targets.json`:
 
 - milliseconds per call of the full model, of the model without its lowest level, and of one that holds it
 - the share of a call that these two save, as an analysis on this target would find it
