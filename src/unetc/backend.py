@@ -143,7 +143,3 @@ class Preparation(Protocol):
     def build(self, backend: EngineBackend) -> Backend:
         """Wrap a backend that runs engines; the result builds the engine of every graph that it loads."""
         ...
-
-
-LowPrecision = TargetBackend
-"""Former name, which `unetc.runtime.session` still uses."""
