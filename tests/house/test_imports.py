@@ -1,4 +1,4 @@
-"""What importing unetc costs, tried in fresh interpreters."""
+"""Imports of unetc load few libraries, checked in fresh interpreters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = [
     "unetc.cli.summary",
     "unetc.compiler.tensorrt.compile_bundle",
 ]
-"""What works without extras: all that `unetc sample` and `unetc compile` import, but for the engines' own library."""
+"""Modules that work without extras: all imports of `unetc sample` and `unetc compile` except engine libraries."""
 
 EXTRAS = {
     "cuda",
@@ -55,7 +55,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def run(code: str) -> str:
-    """Run code in a fresh interpreter and return what it printed."""
+    """Run code in a fresh interpreter and return its output."""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -80,7 +80,7 @@ NEED_COMPILE = {"AnalysisOptions", "BuildOptions", "ParetoOptions", "PlanOptions
 """Public names that need the extra `compile`: options of steps that need it too."""
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     run("import unetc\nfor name in unetc.__all__: getattr(unetc, name)")
 
 
