@@ -15,7 +15,7 @@ from tests.loras import load_unfused, save_lora
 from tests.pipelines import save_stable_diffusion
 from unetc.artifacts import Profile
 from unetc.cli import main
-from unetc.models.find import find_model
+from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import load
@@ -80,8 +80,8 @@ def latents() -> torch.Tensor:
 
 
 def test_the_full_model_of_a_bundle_equals_the_pipeline_with_its_loras(root: Path, latents: torch.Tensor) -> None:
-    given = [Lora.parse(str(text)) for text in loras(root)[1::2]]
-    conditions = find_model(str(root / "pipeline"), loras=given).encode(PROMPTS, SCALE)
+    given = tuple(Lora.parse(str(text)) for text in loras(root)[1::2])
+    conditions = find_model(ModelSource(str(root / "pipeline"), loras=given)).encode(PROMPTS, SCALE)
     session = load(root / "bundle", threads=1)
     images = np.clip(session.sample(noise=latents.numpy(), conditions=conditions, full_model=True), -1, 1)
     expected = draw(unfused(root), latents)
