@@ -66,13 +66,18 @@ def table_of(run: dict[str, Any]) -> list[str]:
         cells = [
             name,
             f"{ratio:.3f}",
-            f"{1 - ratio:.1%}",
+            percent(1 - ratio),
             f"{l2['mean']:.4f} ({l2['low']:.4f}–{l2['high']:.4f})",
             f"{damage['psnr']['mean']:.1f}",
             f"{damage['ssim']['mean']:.3f}",
         ]
         lines.append("| " + " | ".join(f"**{cell}**" if beats else cell for cell in cells) + " |")
     return lines
+
+
+def percent(share: float) -> str:
+    """Write a share."""
+    return f"{100 * share:.1f} %"
 
 
 def reading_of(run: dict[str, Any]) -> str:
@@ -87,8 +92,8 @@ def reading_of(run: dict[str, Any]) -> str:
     disk = verified["disk_bytes"] / verified["full_disk_bytes"]
     return (
         f"The plan does {' and '.join(against)}, in relative L2. The digit classifier sees the same digit in "
-        f"{judged['same_digit_share']:.1%} of {judged['samples']} samples. It is confident in "
-        f"{judged['confident_share_pruned']:.1%} of them, and in {judged['confident_share_full']:.1%} for the full "
+        f"{percent(judged['same_digit_share'])} of {judged['samples']} samples. It is confident in "
+        f"{percent(judged['confident_share_pruned'])} of them, and in {percent(judged['confident_share_full'])} for the full "
         f"model. All engines together take {disk:.3f} × the disk space of the full model."
     )
 
@@ -98,7 +103,7 @@ def peers(result: dict[str, Any]) -> str:
     settings, (first, *_), (full, planned) = result["settings"], result["tables"], result["at_budget"]
     ratios = [own["value"] for own in result["figures"] if own["figure"].startswith("damage")]
     intervals = [str(own["interval"]) for own in result["contenders"] if own["contender"].startswith("DeepCache 0")]
-    at_full, at_plan = (f"{own['followed']['everything']:.1%}" for own in (full, planned))
+    at_full, at_plan = (percent(own["followed"]["everything"]) for own in (full, planned))
     return "\n".join(
         [
             f"`{settings['model']}` is a Stable Diffusion in miniature: DDIM with {settings['steps']} steps, guidance "

@@ -2,7 +2,7 @@
 
 project = "unetc"
 author = "the unetc authors"
-copyright = "the unetc authors, Apache-2.0"  # noqa: A001
+copyright = "the unetc authors, Apache-2.0"
 
 extensions = ["myst_parser"]
 myst_heading_anchors = 3

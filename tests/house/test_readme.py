@@ -1,29 +1,66 @@
+"""README and pages: figures from committed results, links that lead somewhere, and a README that a stranger can use."""
+
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.house.prose import pages
+from unetc.models.pipeline import PIPELINES
+
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+MOST_WORDS = 700
 
 
-def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
+def words(text: str) -> list[str]:
+    """List everything between blanks, tables and links included; code blocks and comments left out."""
+    return re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL).split()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(words(README.read_text())) <= MOST_WORDS
+
+
+def test_the_first_example_stands_within_the_first_150_words() -> None:
+    before, fence, _ = README.read_text().partition("```")
+    assert fence
+    assert len(words(before)) <= 150
+
+
+@pytest.mark.parametrize("part", ["demo", "test"])
+def test_the_setup_commands_are_one_line_each(part: str) -> None:
+    (block,) = re.findall(rf"^<!-- ci: {part} -->\n```\w*\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert block.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["readme.py", "tables.py"])
+def test_figures_are_those_of_the_committed_results(script: str) -> None:
     check = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/readme.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "benchmarks" / script, "--check"], capture_output=True, text=True, check=False
     )
     assert check.returncode == 0, check.stderr
 
 
-def test_the_tables_of_the_benchmarks_are_those_of_the_committed_results() -> None:
-    check = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert check.returncode == 0, check.stderr
-
-
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    import re
-
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    missing = [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_linked_file_exists(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose)
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/targets.md"])
+def test_only_pipelines_that_the_commands_take_read_as_supported(page: str) -> None:
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|.*$", (ROOT / page).read_text(), re.MULTILINE)
+    support = {name: answer for name, answer in rows if "Pipeline`" in name or "FLUX" in name}
+    taken = {
+        name for cell, answer in support.items() if answer == "yes" for name in re.findall(r"`(\w+Pipeline)`", cell)
+    }
+    assert taken == set(PIPELINES)
+    (refused,) = (answer for cell, answer in support.items() if "FLUX" in cell)
+    assert refused in ("no", "refused")
