@@ -1,1 +1,1 @@
-"""model → Profile: sample with every component ablated at every noise level, and see what the final output loses."""
+"""model → Profile: ablate every component at every noise level and measure the damage to the final output."""

@@ -1,4 +1,4 @@
-"""What an analysis tries: one component, one treatment, for as long as a bin of noise levels lasts."""
+"""Ablations: one component gets one treatment throughout one bin of noise levels."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from unetc.treatments import ROWS, Treatment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeriodicTreatment:
-    """A treatment and how often the component is computed all the same."""
+    """A treatment, and how often a refresh interrupts it."""
 
     treatment: Treatment
     period: int = 1
-    """One step of so many computes the component, those whose index is a multiple of it; 1 if none does."""
+    """Steps whose index is a multiple of the period compute the component; 1 means that no step does."""
 
     def treats(self, step: int) -> bool:
-        """Tell whether a step has the treatment."""
+        """Check whether a step gets the treatment."""
         return not self.treatment.reuses or step % self.period > 0
 
     @property
     def share(self) -> float:
-        """Share of the steps that have the treatment."""
+        """Share of the steps that get the treatment."""
         return 1 - 1 / self.period if self.treatment.reuses else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablation:
-    """A component and what is done to it."""
+    """A component and its treatment."""
 
     component: str
     periodic: PeriodicTreatment
 
 
 def entry_of(effect: Effect) -> tuple[Ablation, int]:
-    """Read which ablation an effect is of, and in which bin."""
+    """Return the ablation and the bin of an effect."""
     kind = PeriodicTreatment(treatment=effect.treatment, period=effect.period)
     return Ablation(component=effect.component, periodic=kind), effect.bin
 
@@ -53,7 +53,7 @@ REUSES = tuple(tried for tried in TRIED if tried.treatment.reuses)
 
 
 def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:
-    """Select the components whose name matches one of some shell-style patterns, and the step; all without patterns.
+    """Select the components that match a shell-style pattern, and the step; without patterns, all of them.
 
     Raises:
         ProfileError: If a pattern matches nothing.

@@ -20,15 +20,15 @@ from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 
 class GatedDenoiser:
-    """A gated graph on a backend, in the forms that an analysis needs; each is loaded when it is first used."""
+    """A gated graph on a backend. An analysis needs it in four forms; each is loaded when it is first used."""
 
     def __init__(self, gated: GatedGraph, backend: Backend, conditions: Conditions = UNCONDITIONAL) -> None:
-        """Set up; nothing is loaded yet but the weights.
+        """Load the weights.
 
         Args:
             gated: The graph.
             backend: Where to run it.
-            conditions: Those of each sample; a batch is the samples, or all of them several times.
+            conditions: Conditions of each sample. A batch holds all samples, once or several times.
         """
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
@@ -37,20 +37,20 @@ class GatedDenoiser:
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
     def gates(self, treatments: Mapping[str, Treatment], batch: int) -> Array:
-        """Make the gates of one assignment for a batch, [batch, component, 2]."""
+        """Return the gates of one assignment for a batch, [batch, component, 2]."""
         return np.repeat(gate_values(self._gated.components, treatments)[None], batch, axis=0)
 
     def predict(self, sample: Array, timestep: float, *, gates: Array, means: Array) -> Array:
         """Run the denoiser.
 
         Args:
-            sample: What the denoiser sees, [batch, channel, height, width].
+            sample: Input of the denoiser, [batch, channel, height, width].
             timestep: The scheduler's value.
             gates: [batch, component, 2].
             means: [channel of all components].
 
         Returns:
-            The prediction, guided; it has further channels where the denoiser predicts a variance too.
+            The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
@@ -111,7 +111,7 @@ class GatedDenoiser:
         rows: Mapping[str, Array],
         others: Mapping[str, Tensor],
     ) -> tuple[Array, Mapping[str, Tensor]]:
-        """Run a form of the graph; return the guided prediction and what is emitted."""
+        """Run a form of the graph; return the guided prediction and the emitted branches."""
         conditions = self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
@@ -125,7 +125,7 @@ class GatedDenoiser:
     def _call(
         self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]
     ) -> tuple[Array, Mapping[str, Tensor]]:
-        """Call a program with arrays and what was emitted before; give its output, and what it emits on the device."""
+        """Call a program with arrays and earlier branches; return its output, and its branches on the device."""
         output = self._device.empty(shape)
         put = self._device.put
         emitted = program(

@@ -1,8 +1,8 @@
-"""The screen: rank all ablations by what they change locally, at one step of every bin.
+"""The screening: rank all ablations by their local error, at one step of every bin.
 
-An ablation's *local error* is how far the denoiser's prediction moves at a step of the full model's own trajectory. It
-takes one call where an ablation that reaches the final output takes half a sampling run. What a local error of a bin
-does to the final output is learned from the ablations of this bin that were measured on it.
+An ablation's *local error* is the change of the denoiser's prediction at a step of the full model's trajectory. It
+takes one call; an ablation that is carried to the final output takes half a sampling run. The *error amplification* of
+a bin, from local error to final damage, is learned from the bin's ablations that were carried to the final output.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _LEAST_SPREAD = 0.1
 """Standard deviation of the logarithm that an estimate has at least, however well few measurements agree."""
 
 TYPICAL_LOG_AMPLIFICATION, TYPICAL_SPREAD = -2.22, 1.23
-"""Mean and standard deviation of log(damage / local error) where nothing tells more: over random ablations in all bins
-of `digits` at 50 steps, from benchmarks/results/amplification.json."""
+"""Mean and standard deviation of log(damage / local error), for an analysis without measured ablations: from random
+ablations in all bins of `digits` at 50 steps, see benchmarks/results/amplification.json."""
 
 
 class _Local(Record, frozen=True, kw_only=True):
@@ -49,16 +49,16 @@ class _Screened(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screen:
-    """Local errors, and what they cost."""
+    """Local errors, and their cost."""
 
     errors: dict[tuple[Ablation, int], float]
-    """By ablation and bin: relative change of the prediction × number of steps of the bin that are treated."""
+    """By ablation and bin: relative change of the prediction × treated steps in the bin."""
     calls: int
     """Denoiser calls per sample."""
 
 
 def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnProgress) -> Screen:
-    """Measure the local error of every ablation in every bin that has a step treated so.
+    """Measure the local error of every ablation in every bin where it treats a step.
 
     Raises:
         ArtifactError: If `work` cannot be written.
@@ -100,10 +100,10 @@ def screen_calls(sweep: Sweep) -> int:
 def choose(
     screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int | None
 ) -> tuple[tuple[Ablation, int], ...]:
-    """Choose the ablations of every bin that a plan is most likely to want: least error per time saved.
+    """Choose the ablations of every bin that a plan is most likely to want: those with the least error per time saved.
 
     Returns:
-        They and their bins: the best of every bin first, then the second best.
+        Ablations with their bins: the best of every bin first, then the second best.
     """
     share = {cost.component: max(0.0, cost.saved_ms.mean) / full_ms for cost in costs}
     worth: dict[int, list[tuple[float, int, Ablation]]] = {}
@@ -120,7 +120,7 @@ def choose(
 
 
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
-    """Estimate the final damage of what was not measured, from its local error and the measured ones of its bin.
+    """Estimate the final damage of the other ablations, from their local errors and the measured ones of their bins.
 
     In a bin, damage = error amplification x local error. The amplification is the geometric mean over the ablations
     measured there. Intervals are the scatter of all measured ablations around their bins' amplifications. Where
@@ -159,7 +159,7 @@ def _probed(sweep: Sweep, b: int) -> int:
 
 
 def _sources(kind: PeriodicTreatment, step: int) -> list[int]:
-    """List the steps whose results a probe of a reuse finds; none before the first step."""
+    """List the steps whose branches a probe reuses; none before the first step."""
     if not kind.treatment.reuses:
         return []
     latest = max(0, step - kind.period // 2)
@@ -167,7 +167,7 @@ def _sources(kind: PeriodicTreatment, step: int) -> list[int]:
 
 
 def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
-    """Probe the middle step of a bin; what is held there is of as many steps before as it is on average."""
+    """Probe the middle step of a bin; branches held there are as old as they are on average."""
     step = _probed(sweep, b)
     size = sweep.ablations_per_batch
     sample = np.concatenate([base.states[step].seen(sweep.table, step)] * size)
@@ -185,13 +185,13 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
             calls += size * len(sources)
         for start in range(0, len(names), size):
             own = names[start : start + size]
-            padded = [*own, *[own[-1]] * (size - len(own))]  # held tensors are of one batch size
+            padded = [*own, *[own[-1]] * (size - len(own))]  # all branches have one batch size
             if kind.treatment.reuses:
                 predicted = sweep.recall(sample, step, branches[kind.period], padded, kind.treatment)
             else:
                 gates = sweep.gates(padded, kind.treatment)
                 predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])
-            predicted = predicted[:, : expected.shape[1]]  # a predicted variance is no part of what is compared
+            predicted = predicted[:, : expected.shape[1]]  # a predicted variance is not compared
             for name, prediction in zip(own, np.split(predicted, size), strict=False):
                 error = float(relative_l2(expected, prediction).mean())
                 errors.append(_Local(component=name, treatment=kind.treatment, period=kind.period, error=error))

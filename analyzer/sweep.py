@@ -1,10 +1,9 @@
 """The sweep: damage of ablations that reach the final output, resumable.
 
 For a bin, the ablated trajectories start from the full model's trajectory at the first step of the bin (the shared
-prefix is computed once), carry their treatment through the bin and are finished by the full model. Several ablations
-ride in one batch, each with its own gates. One batch is one job; its result is one file, so a killed sweep continues
-where it was. Batches are cut the same way however often the sweep was interrupted, so the numbers are the same bit by
-bit.
+prefix is computed once). They carry their treatment through the bin, and the full model finishes them. Several
+ablations share one batch, each with its own gates. One batch is one job with one result file, so a killed sweep
+continues where it stopped. An interruption does not change how batches are cut, so the numbers are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from .denoiser import GatedDenoiser
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What to ablate, on which trajectories."""
+    """The ablations and trajectories of an analysis."""
 
     denoiser: GatedDenoiser
     components: Sequence[Component]
-    """All of the denoiser."""
+    """All components of the denoiser."""
     ablated: Sequence[Component]
-    """Those to try something on."""
+    """Components to ablate."""
     table: SchedulerTable
     bins: tuple[Bin, ...]
     sample_shape: tuple[int, int, int]
@@ -67,15 +66,15 @@ class Sweep:
         return range(first, first + self.bins[bin_index].steps)
 
     def indices(self, count: int) -> NDArray[np.int64]:
-        """Number the samples of a batch of `count` ablations within the seed."""
+        """Return the index within the seed of every sample in a batch of `count` ablations."""
         return np.tile(np.arange(self.samples), count)
 
     def timestep(self, step: int) -> float:
-        """Read the scheduler's value at a step."""
+        """Return the scheduler's value at a step."""
         return float(self.table.timesteps[step])
 
     def gates(self, names: Sequence[str], treatment: Treatment) -> Array:
-        """Make the gates of a batch of ablations that give each of some components one treatment."""
+        """Return the gates of a batch of ablations, one component each, all with one treatment."""
         rows = [gate_values(self.components, {name: treatment}) for name in names]
         return np.repeat(np.stack(rows), self.samples, axis=0)
 
@@ -162,10 +161,10 @@ def run_sweep(
     *,
     deadline: float = math.inf,
 ) -> tuple[Effect, ...]:
-    """Measure ablations in bins, reading from `work` what was measured before.
+    """Measure ablations in bins; results that are already in `work` are read.
 
-    A batch runs when the first of its ablations would, in the order they are given. None is begun after the deadline,
-    which is a time of the monotonic clock; what was measured before is read all the same.
+    A batch takes the place of its first ablation in the given order. After the deadline, a time of the monotonic clock,
+    no batch begins; finished ones are still read.
 
     Raises:
         ArtifactError: If `work` cannot be written.
@@ -192,12 +191,12 @@ def sweep_calls(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> int:
 
 
 def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
-    """List the last two steps before `first` at which a component treated so was computed; none if it is removed."""
+    """List the last two steps before `first` that compute a component with this treatment; none if it is removed."""
     return tuple(step for step in range(first) if not kind.treats(step))[-2:]
 
 
 def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
-    """Cut ablations into batches of one kind and bin; where they are cut depends on nothing else."""
+    """Cut ablations into batches of one treatment and bin; the cuts depend on nothing else."""
 
     def key(entry: tuple[Ablation, int]) -> tuple[int, str, int]:
         return entry[1], entry[0].periodic.treatment.value, entry[0].periodic.period
@@ -257,7 +256,7 @@ def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> tuple[Effect, ...]:
 
 
 class _Removed:
-    """Predictions with one component dropped, or replaced by its mean, per ablation of a batch."""
+    """Predictions of a batch in which each ablation removes one component."""
 
     def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep
@@ -269,7 +268,7 @@ class _Removed:
 
 
 class _Reused:
-    """Predictions with one component held or forecast per ablation of a batch, and computed every few steps."""
+    """Predictions of a batch in which each ablation reuses one component, with regular refreshes."""
 
     def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
         self._sweep = sweep

@@ -1,8 +1,8 @@
-"""Which engines are on the device: all of a plan, or those of the phase that samples and of the next one.
+"""Which engines are on the device: all engines of a plan, or only those that the current and the next phase need.
 
-Engines that hold their own weights take the sum of them. With `memory="low"` backends of such engines give out programs
-that are loaded later, and a pool loads them: those of the phase after this one in the background, while this one
-samples. What no trajectory is near to is let go when one enters a phase.
+Engines that hold their own weights add up. With `memory="low"`, backends of such engines return programs that are
+loaded later, and a pool loads them: the engines of the next phase in the background, while the current phase samples.
+When a trajectory enters a phase, the pool releases every engine that no trajectory needs soon.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unetc.device import Device, Tensor
 
 
 class LoadedLater:
-    """A program that is loaded when it is needed, and again after it was let go."""
+    """A program that is loaded when it is needed, and again after a release."""
 
     def __init__(self, load: Callable[[], Program]) -> None:
         self._load = load
@@ -27,7 +27,7 @@ class LoadedLater:
         self._program: Program | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
-        """Run the program, and load it before if that was not done."""
+        """Run the program; load it first if necessary."""
         return self.load()(inputs, output)
 
     def load(self) -> Program:
@@ -38,13 +38,13 @@ class LoadedLater:
             return self._program
 
     def release(self) -> None:
-        """Let the program go; a call that runs keeps it to its end."""
+        """Release the program; a running call keeps it until it ends."""
         with self._lock:
             self._program = None
 
 
 def tried(program: Program) -> Program:
-    """Load a program that is loaded later, and let it go: what cannot be is refused before anything is sampled."""
+    """Load and release a program that is loaded later, so that a faulty one is refused before sampling begins."""
     if isinstance(program, LoadedLater):
         program.load()
         program.release()
@@ -58,12 +58,12 @@ class StreamingLoader:
         self._loader = loader
 
     def load(self, graph: SerialisedGraph) -> Program:
-        """Load a graph, later and more than once."""
+        """Return a program that loads the graph later, as often as needed."""
         return LoadedLater(partial(self._loader.load, graph))
 
 
 class EnginePool:
-    """Loads what the trajectories in progress need, and lets go what none of them does."""
+    """Loads the engines that running trajectories need, and releases the others."""
 
     def __init__(
         self, plan: Plan, programs: Sequence[Program], full: Program, device: Device, *, spare: Program | None = None
@@ -72,10 +72,10 @@ class EnginePool:
 
         Args:
             plan: Its phases follow each other.
-            programs: The engines; those that are loaded later are the pool's.
-            full: The full model, which is needed where there are no phases.
+            programs: The engines; the pool manages those that are loaded later.
+            full: The full model, for trajectories without phases.
             device: Where they run.
-            spare: What is needed in no phase, and goes with the one in which it was.
+            spare: A program that no phase foresees; it is released with the phase that loaded it.
         """
         self._plan = plan
         self._programs = programs
@@ -84,15 +84,15 @@ class EnginePool:
         self._device = device
         self._lock = threading.Lock()
         self._phases: WeakKeyDictionary[object, int | None] = WeakKeyDictionary()
-        """Where the trajectories are."""
+        """Phase of every trajectory."""
         self._wanted: frozenset[LoadedLater] = frozenset()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="unetc-engines")
 
     def enter(self, trajectory: object, phase: int | None) -> None:
-        """Let a trajectory enter a phase, or sample with the full model alone, where the phase is None.
+        """Let a trajectory enter a phase; a phase of None means the full model alone.
 
-        The last phase is followed by the first, of the next trajectory. A program that is called before it is loaded
-        is waited for; one that the phase does not foresee is loaded by its call and goes with the phase.
+        After the last phase comes the first one, of the next trajectory. A call waits until its program is loaded. A
+        program that the phase does not foresee is loaded by its call and released with the phase.
         """
         with self._lock:
             if self._phases.get(trajectory, -1) == phase:
@@ -100,14 +100,14 @@ class EnginePool:
             self._phases[trajectory] = phase
             self._wanted = frozenset(program for at in self._phases.values() for program in self._near(at))
             if gone := [program for program in self._all if program not in self._wanted]:
-                self._device.synchronize()  # what was launched may read them still
+                self._device.synchronize()  # launched work may still read them
                 for program in gone:
                     program.release()
         for program in self._near(phase):
-            self._background.submit(self._load, program)  # what fails here fails again where it is called
+            self._background.submit(self._load, program)  # a failure here is raised again by the call
 
     def _near(self, phase: int | None) -> Sequence[LoadedLater]:
-        """List what is needed in a phase, and then what in the next."""
+        """List the engines of a phase, then the engines of the next one."""
         if phase is None:
             return _later([self._full])
         phases = self._plan.phases
@@ -120,5 +120,5 @@ class EnginePool:
 
 
 def _later(programs: Sequence[Program]) -> tuple[LoadedLater, ...]:
-    """Take those that are loaded later, each once."""
+    """List the programs that are loaded later, each once."""
     return tuple(dict.fromkeys(program for program in programs if isinstance(program, LoadedLater)))

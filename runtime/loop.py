@@ -1,4 +1,4 @@
-"""What of sampling is not an engine: the inputs of every call, and the step that is made of its prediction."""
+"""Sampling around the engines: the inputs of every call, and the scheduler step after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .trajectory import Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What a trajectory begins with, in the memory of the process."""
+    """Start of a trajectory, in the memory of the process."""
 
     table: SchedulerTable
     noise: Array
@@ -23,11 +23,11 @@ class Start:
     conditions: Conditions
     """One row per sample."""
     seed: int
-    """Of the noise that a stochastic scheduler adds."""
+    """Seed of the noise that a stochastic scheduler adds."""
     indices: Sequence[int]
     """Index of every sample within the seed."""
     predicted_channels: int
-    """Width of what engines predict."""
+    """Channels of an engine's prediction."""
 
     @property
     def rows(self) -> int:
@@ -36,7 +36,7 @@ class Start:
 
 
 class Loop(Protocol):
-    """A trajectory on a device; between its steps the session calls engines."""
+    """A trajectory on a device; the session calls engines between its steps."""
 
     @property
     def sample(self) -> Tensor:
@@ -44,40 +44,40 @@ class Loop(Protocol):
         ...
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
-        """Give the inputs of the engine at a step, and the tensor [row, channel, height, width] for its prediction."""
+        """Return the engine's inputs at a step, and the tensor [row, channel, height, width] for its prediction."""
         ...
 
     def advance(self, step: int) -> None:
-        """Make the step from what was predicted; if that was not finite, it is to be made again."""
+        """Make the step from the prediction; the caller repeats a step whose prediction was not finite."""
         ...
 
     def is_finite(self, step: int) -> bool:
-        """Tell whether the prediction of the last step that was made has no NaN and no infinity; waits for it."""
+        """Check that the last prediction has no NaN and no infinity; waits for it."""
         ...
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the next engine may be called before `is_finite` is, so that the device need not wait for it."""
+        """Whether the next engine may be called before `is_finite`, so that the device need not wait."""
         ...
 
 
 @runtime_checkable
 class FusedLoopDevice(Protocol):
-    """A device that may have a loop of its own, which does at once what others do operation by operation."""
+    """A device that may fuse the operations of a step."""
 
     def fused_loop(self, start: Start) -> Loop | None:
-        """Begin a trajectory; None if this cannot be done here."""
+        """Begin a trajectory; None if the device cannot fuse it."""
         ...
 
 
 def begin(start: Start, device: Device) -> Loop:
-    """Begin a trajectory in the best way that a device has."""
+    """Begin a trajectory in the fastest way that a device has."""
     fused = device.fused_loop(start) if isinstance(device, FusedLoopDevice) else None
     return PlainLoop(start, device) if fused is None else fused
 
 
 class PlainLoop:
-    """A loop of what every device can do."""
+    """A loop of operations that every device has."""
 
     runs_ahead = False
 
@@ -95,7 +95,7 @@ class PlainLoop:
         return self._trajectory.sample
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
-        """Give the inputs of the engine at a step, and the tensor for its prediction."""
+        """Return the engine's inputs at a step, and the tensor for its prediction."""
         start = self._start
         seen = self._trajectory.seen(start.table, step)
         inputs = self._conditions.varying(seen, start.table.timesteps.item(step)) | self._constant
@@ -112,5 +112,5 @@ class PlainLoop:
         self._trajectory = self._trajectory.advance(start.table, step, guided, seed=start.seed, indices=start.indices)
 
     def is_finite(self, step: int) -> bool:
-        """Tell whether the prediction of the last step has no NaN and no infinity."""
+        """Check that the last prediction has no NaN and no infinity."""
         return self._finite

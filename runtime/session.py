@@ -1,7 +1,7 @@
 """Sample from a bundle: one loop over the steps, switching engines by noise level.
 
-From the noise to the last sample everything stays on the backend's device: samples and their history, predictions,
-conditions and what engines emit, in one stream. What comes back in each step is whether the prediction was finite.
+From the noise to the last sample everything stays on the backend's device, in one stream: samples and their history,
+predictions, conditions and emitted branches. In each step one value comes back: whether the prediction was finite.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .rollout import FULL_ENGINE, EngineCall, NonFiniteSteps, Rollout, not_finit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What `on_step` is told after each step."""
+    """State after a step, for `on_step`."""
 
     index: int
     steps: int
@@ -39,7 +39,7 @@ class Step:
     engine: int
     """Index in the plan; 0 for the full model."""
     tensor: Tensor
-    """The samples on the device, [batch, channel, height, width]; no later step writes into them."""
+    """Samples on the device, [batch, channel, height, width]; no later step writes into them."""
     device: Device
 
     @property
@@ -75,10 +75,10 @@ class Session:
             scheduler: The scheduler for every number of steps.
             sample_shape: [channel, height, width] of one sample.
             steps: Default number of steps.
-            exact: The full model in float32; None if `full` is.
-            predicted_channels: Width of what the denoiser predicts; that of a sample when not given.
-            conditions: What samples are conditioned on by default: sample k on row k, modulo their number.
-            decoder: What turns samples into images; none if they are images.
+            exact: The full model in float32; None if `full` computes in float32.
+            predicted_channels: Channels of the denoiser's prediction; by default the sample's.
+            conditions: Default conditions: sample k gets row k, modulo their number.
+            decoder: Turns samples into images; None if they are images.
             device: Where the programs compute.
         """
         self.plan = plan
@@ -100,8 +100,8 @@ class Session:
     def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
         """Load the engines of a bundle, or of one of its controls.
 
-        The full model is loaded when it is first asked for, unless it is an engine of the plan anyway. Where a backend
-        loads engines later, they are loaded for the phases that need them.
+        The full model is loaded when it is first needed, unless it is an engine of the plan anyway. A backend that
+        loads engines later loads them for the phases that need them.
         """
         manifest = bundle.manifest
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
@@ -133,11 +133,11 @@ class Session:
 
     @property
     def non_finite_steps(self) -> int:
-        """Number of steps so far in which an engine gave NaN or infinity and the full model took its turn."""
+        """Number of steps so far that the full model repeated because an engine produced NaN or infinity."""
         return self._non_finite_steps.count
 
     def schedule(self, steps: int) -> tuple[int, ...]:
-        """Tell which engine serves each step when sampling with a number of steps."""
+        """Return the engine of each step when sampling with a number of steps."""
         return self.plan.schedule(self.scheduler.table(steps).log_snr.tolist())
 
     def sample(
@@ -161,9 +161,9 @@ class Session:
             steps: Number of denoiser calls; the bundle's default when not given.
             first_index: Index of the first sample within the seed.
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
-            conditions: What the batch is conditioned on, one row per sample; those of the bundle when not given.
+            conditions: One row per sample; the bundle's conditions when not given.
             full_model: Run the full model at every step.
-            latents: Give back what has been sampled as it is, where a decoder would make an image of it.
+            latents: Return the samples without decoding them into images.
             on_step: Called after every step.
 
         Returns:
@@ -172,7 +172,7 @@ class Session:
         Raises:
             SessionError: If the bundle has no scheduler table for this number of steps.
             ShapeMismatch: If the noise does not fit the model, or the conditions the noise.
-            NonFiniteError: If the full model produces NaN or infinity; it takes the turn of an engine that does.
+            NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """
         table = self.scheduler.table(self.steps if steps is None else steps)
         channels, height, width = self.sample_shape
@@ -200,7 +200,7 @@ class Session:
         return sampled if latents else self.decode(sampled)
 
     def rollout(self, *, full_model: bool = False) -> Rollout:
-        """Begin a trajectory, of the engines or of the full model."""
+        """Begin a trajectory through the engines, or through the full model alone."""
         return Rollout(
             self._programs,
             self._full,
@@ -213,14 +213,14 @@ class Session:
         )
 
     def decode(self, sampled: Array) -> Array:
-        """Turn what has been sampled into images, [batch, channel, height, width]; they may be the same."""
+        """Turn samples into images, [batch, channel, height, width]; they may be the same."""
         return sampled if self._decoder is None else self._decoder(sampled)
 
     def _denoise(self, start: Start, rollout: Rollout, on_step: Callable[[Step], None] | None) -> Array:
         """Make all steps.
 
-        Whether a prediction was finite is asked once the next engine has been called, where the loop allows for it, so
-        that a GPU has work meanwhile; but at once if somebody looks at every step, and in the last one.
+        If the loop allows it, the check for a finite prediction follows the call of the next engine, so that a GPU has
+        work meanwhile. With `on_step`, and in the last step, it follows at once.
         """
         table, loop = start.table, begin(start, self._device)
         late = loop.runs_ahead and on_step is None
@@ -262,7 +262,7 @@ class Session:
 
 
 def _exact(bundle: Bundle, backend: Backend | None) -> Program | None:
-    """Make the full model in float32, loaded when it is first needed; None if the backend computes in that anyway."""
+    """Return the full model in float32, loaded when it is first needed; None if the backend computes in float32."""
     if backend is None:
         return None
     full = bundle.graph_of(bundle.manifest.full)

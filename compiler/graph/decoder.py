@@ -14,6 +14,7 @@ from unetc.compiler.graph.denoisers.unet import SAMPLE
 from unetc.errors import CompileError
 
 from .gated import OPSET, quietly
+from .size_names import name_sizes
 
 IMAGE = "image"
 """Name of the graph's output."""
@@ -63,5 +64,6 @@ def export_decoder(autoencoder: nn.Module) -> bytes:
         raise CompileError(f"the decoder cannot be exported: {str(error).splitlines()[0]}.") from error
     assert program is not None
     common.ClearMetadataAndDocStringPass()(program.model)
+    name_sizes(program.model.graph, SAMPLE)
     graph: bytes = ir.to_proto(program.model).SerializeToString()
     return graph

@@ -90,7 +90,7 @@ def to_onnx(branch: Any, gates: Any, means: Any, index: int, offset: int, axis: 
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.unetc.gate.default: to_onnx}
-"""What `torch.onnx.export` needs to know."""
+"""Translations for `torch.onnx.export`."""
 
 _BODY = """
 <opset_import: ["" : {opset}], domain: "unetc">

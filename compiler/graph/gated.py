@@ -31,13 +31,14 @@ from unetc.treatments import COMPUTED, HELD
 from .capture import GATES, MEANS, OUTPUT, Capture
 from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
 from .nodes import add_integers, add_name, add_node, add_reshape
+from .size_names import name_sizes
 from .weights import tensor_ranges, write_tensors
 
 OPSET = 23
-"""Has Attention, GroupNormalization and RMSNormalization as operators: one node where older opsets need ten."""
+"""Has Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""
 
 HOLDS = "holds"
-"""Input of a remembering graph, [batch, component]: 1 where the tensor handed in takes the place of the branch."""
+"""Input of a remembering graph, [batch, component]: 1 where the given tensor replaces the branch."""
 
 BRANCH_MEANS = "branch_means"
 """Output of an observing graph."""
@@ -49,7 +50,7 @@ _INLINE_BELOW_BYTES = 64
 
 
 class GatedRecord(Artifact, frozen=True, kw_only=True):
-    """What the folder holds beside the graph."""
+    """Metadata of the graph in the folder."""
 
     components: tuple[Component, ...]
     inputs: tuple[str, ...]
@@ -81,7 +82,7 @@ class GatedGraph:
 
     @property
     def predicted_channels(self) -> int:
-        """Width of the prediction: that of a sample, and of a variance where the denoiser predicts one."""
+        """Channels of the prediction: as many as a sample has, or more if the denoiser also predicts a variance."""
         return next(component.channels for component in self.components if component.kind == "step")
 
     def runnable(self) -> SerialisedGraph:
@@ -103,10 +104,10 @@ class GatedGraph:
         return serialise(model)
 
     def remembering(self) -> SerialisedGraph:
-        """Serialise `runnable` with memory outside: every branch is an output, and any branch can be handed in.
+        """Serialise `runnable` with every branch as an output, and with inputs that replace any branch.
 
-        Further inputs are `HOLDS` and one `held.INDEX` per component; further outputs one `computed.INDEX` each. What
-        `computed` gives is the branch that the graph itself has computed, whatever is held.
+        Further inputs are `HOLDS` and one `held.INDEX` per component; further outputs are one `computed.INDEX` each.
+        `computed.INDEX` is always the branch that the graph itself computes.
         """
         model = self.model.clone()
         rows, components, _ = _shape(_input(model, GATES))
@@ -163,7 +164,7 @@ class GatedGraph:
         """Open a saved gated graph.
 
         Raises:
-            ArtifactError: If a file is missing or not what was written.
+            ArtifactError: If a file is missing or was changed.
         """
         record = GatedRecord.load(folder / _RECORD)
         try:
@@ -195,12 +196,12 @@ def serialise(model: ir.Model) -> SerialisedGraph:
 
 
 def is_gate(node: ir.Node) -> bool:
-    """Tell whether a node is a gate."""
+    """Check whether a node is a gate."""
     return node.op_type == OPERATOR and node.domain == DOMAIN
 
 
 def gate_index(gate: ir.Node) -> int:
-    """Read which component a gate belongs to."""
+    """Return the index of the component that a gate belongs to."""
     return gate.attributes["index"].as_ints()[0]
 
 
@@ -212,7 +213,7 @@ def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
 
 
 def _choose(graph: ir.Graph, gate: ir.Node, component: Component, holds: ir.Value, held: ir.Value) -> ir.Value:
-    """Choose per sample between a gate's branch and what is handed in."""
+    """Choose between a gate's branch and the given tensor, per sample."""
     row = add_node(graph, "Gather", [holds, add_integers(graph, component.index)], {"axis": 1})
     chosen = add_node(graph, "Cast", [row], {"to": ir.DataType.BOOL})
     per_sample = add_reshape(graph, chosen, -1, *[1] * (component.rank - 1))
@@ -258,7 +259,11 @@ def _export(capture: Capture) -> ir.Model:
     common.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()
-    batch = _shape(_input(model, SAMPLE))[0]  # the exporter takes gates and means for arrays of any size
+    name_sizes(model.graph, SAMPLE)
+    batch, _, height, width = _shape(_input(model, SAMPLE))
+    prediction = model.graph.outputs[0]
+    prediction.shape = ir.Shape([batch, _shape(prediction)[1], height, width])
+    # the exporter takes gates and means for arrays of any size
     _input(model, GATES).shape = ir.Shape([batch, len(capture.components), 2])
     _input(model, MEANS).shape = ir.Shape([sum(component.channels for component in capture.components)])
     model.functions.clear()

@@ -1,10 +1,10 @@
-"""Partial evaluation: set the gates of a gated graph to constants and remove what no longer matters.
+"""Partial evaluation: set the gates of a gated graph to constants and remove everything that no longer matters.
 
-For every assignment, the specialised graph computes what the gated graph computes at those gates, to rounding. A kept
-gate becomes a wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and whatever only fed the branch is dead
-code. A mean becomes a bias. The missing part of a `cat` is a constant of the trunk's height and width, and what reads
-the `cat` is narrowed where it can be (`slicing.py`). What is held becomes an input of the graph, and what is emitted
-for other engines an output.
+For every assignment, the specialised graph equals the gated graph at those gates, to rounding. A kept gate becomes a
+wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and nodes that only fed the branch are dead code. A
+mean becomes a bias. The missing part of a `cat` is a constant of the trunk's height and width, and the readers of the
+`cat` are narrowed where possible (`slicing.py`). A held branch becomes an input of the graph; an emitted branch becomes
+an output.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def specialise(
         gated: The graph; not changed.
         treatments: Treatment of each component by name; those not named are kept.
         means: Concatenated branch means, [channel of all components], float32; read for components treated by mean.
-        emits: Components whose branch becomes an output `computed.INDEX`, for engines that hold it.
+        emits: Components whose branch becomes an output `computed.INDEX`, for engines that reuse it.
 
     Returns:
         A graph without gates whose large initializers still point into the gated graph's weights file. A component
         that is held is an input `held.INDEX`; one that is forecast also has `earlier.INDEX` and `extrapolation.INDEX`.
 
     Raises:
-        CompileError: If a component is unknown, or one is emitted that is not computed.
+        CompileError: If a component is unknown, or is emitted without being computed.
     """
     known = {component.name for component in gated.components}
     if unknown := sorted({*treatments, *emits} - known):
@@ -111,7 +111,7 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, recall: Rec
 def _make_constant(
     graph: ir.Graph, gate: ir.Node, component: Component, constant: NDArray[np.float32]
 ) -> ir.Value | None:
-    """Replace a gate by a constant per channel, in the form its join can take; return what a `Concat` is given."""
+    """Replace a gate by a constant per channel that its join can take; return the constant part of a `Concat`."""
     zero = not constant.any()
     shape = [1 if i != component.axis else component.channels for i in range(component.rank)]
     if component.kind == "step":
@@ -156,7 +156,7 @@ def _repeat(graph: ir.Graph, like: ir.Value, value: ir.Value, component: Compone
 
 
 def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
-    """Find a value with the batch and positions of a concatenation: a part that stays, or the first one of the graph.
+    """Find a value with the batch and positions of a concatenation: a part that stays, or the first such value.
 
     Reading the shape of a removed part would compute everything below it.
     """
@@ -176,7 +176,7 @@ def _extent(value: ir.Value, axis: int) -> tuple[str, ...] | None:
 
 
 def _is_computed(value: ir.Value) -> bool:
-    """Tell whether a part of a concatenation is neither removed yet nor about to be."""
+    """Check whether a part of a concatenation stays in the graph."""
     producer = value.producer()
     return producer is None or not (is_gate(producer) or producer.name == _SPREAD)
 
@@ -187,7 +187,7 @@ def _add(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dic
 
 
 def _is_unread(value: ir.Value) -> bool:
-    """Tell whether an input was added for a component whose contribution nobody needs."""
+    """Check whether an input was added for a component that nothing reads."""
     added = str(value.name).startswith((HELD, EARLIER, EXTRAPOLATION))
     return added and not value.uses() and not value.is_graph_output()
 

@@ -2,7 +2,7 @@
 
 A library takes one profile per engine: the least, the usual (for which it optimises) and the largest shape of every
 input. Height and width of what an engine holds are written in its graph as arithmetic over those of the sample, as
-`(s43 - 1)//2 + 1`; it is computed here, and nothing else that may be written there is.
+`(height - 1)//2 + 1`; it is computed here, and nothing else that may be written there is.
 """
 
 from __future__ import annotations

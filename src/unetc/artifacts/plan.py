@@ -13,20 +13,22 @@ from .record import Artifact, Record, finite, require
 
 
 class Assignment(Record, frozen=True, kw_only=True):
-    """One engine as the planner sees it: a treatment for every component; those not named are kept."""
+    """One engine as the planner sees it: a treatment per component; components not named are kept."""
 
     treatments: dict[str, Treatment]
     emits: tuple[str, ...] = ()
-    """Components that it computes and hands to the engines that hold or forecast them."""
+    """Components whose branches it hands to the engines that reuse them."""
 
     def __post_init__(self) -> None:
-        """Check that only treatments that change something are named, and that what is emitted is computed."""
+        """Check that every treatment changes something, and that every emitted component is computed."""
         require(Treatment.KEEP not in self.treatments.values(), "an assignment names only components it does not keep")
-        require(not self.treatments.keys() & set(self.emits), "an engine cannot emit what it does not compute")
+        require(
+            not self.treatments.keys() & set(self.emits), "an engine can only emit components that it computes"
+        )
 
     @property
     def reused(self) -> frozenset[str]:
-        """Components that it takes from earlier steps."""
+        """Components whose branches it takes from earlier steps."""
         return frozenset(name for name, treatment in self.treatments.items() if treatment.reuses)
 
 
@@ -36,7 +38,7 @@ class Phase(Record, frozen=True, kw_only=True):
     low: float
     high: float
     cycle: tuple[int, ...]
-    """Engines in the order they take turns: one engine, or a refresh followed by those that hold what it computed."""
+    """Engines in their order: one engine, or a refresh followed by engines that reuse its branches."""
 
     def __post_init__(self) -> None:
         """Check the range."""
@@ -46,14 +48,14 @@ class Phase(Record, frozen=True, kw_only=True):
 
 
 class Prediction(Record, frozen=True, kw_only=True):
-    """What the planner expects, from the profile's single ablations."""
+    """The planner's expectation, from the profile's single ablations."""
 
     time_ratio: float
     """Planned / full time of the denoiser calls."""
     relative_l2: float
     """Single damages at their upper 95 % bounds: summed over a phase's bins, then added in squares over components."""
     memory: float
-    """Weights that all engines hold together, each its own copy / those of the full model alone; an upper bound."""
+    """Weights of all engines together, each with its own copy / weights of the full model; an upper bound."""
 
 
 class Plan(Artifact, frozen=True, kw_only=True):
@@ -65,7 +67,7 @@ class Plan(Artifact, frozen=True, kw_only=True):
     budget: float
     """Share of the full model's time that must be saved, in [0, 1)."""
     max_engines: int
-    """Most engines the plan may use beside the full model."""
+    """Most engines the plan may use in addition to the full model."""
     engines: tuple[Assignment, ...]
     phases: tuple[Phase, ...]
     prediction: Prediction
