@@ -43,8 +43,8 @@ def setting(result: dict[str, Any]) -> str:
     """Describe how the budgets were measured."""
     verified = result["budgets"][BUDGET]["verification"]
     return (
-        f"`digits`, {verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples on new "
-        f"seeds, `{verified['target']}`, {verified['threads']} threads ({verified['environment']['processor']}). "
+        f"`digits`, {verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples on "
+        f"new seeds, `{verified['target']}`, {verified['threads']} threads ({verified['environment']['processor']}). "
         "Times are relative to the full model. Damage is measured at the same noise, with 95 % intervals."
     )
 
@@ -93,8 +93,8 @@ def reading_of(run: dict[str, Any]) -> str:
     return (
         f"The plan does {' and '.join(against)}, in relative L2. The digit classifier sees the same digit in "
         f"{percent(judged['same_digit_share'])} of {judged['samples']} samples. It is confident in "
-        f"{percent(judged['confident_share_pruned'])} of them, and in {percent(judged['confident_share_full'])} for the full "
-        f"model. All engines together take {disk:.3f} × the disk space of the full model."
+        f"{percent(judged['confident_share_pruned'])} of them, and in {percent(judged['confident_share_full'])} for "
+        f"the full model. All engines together take {disk:.3f} × the disk space of the full model."
     )
 
 

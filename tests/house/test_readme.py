@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.prose import pages
+import unetc
+from tests.house.prose import modules, pages
 from unetc.models.pipeline import PIPELINES
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MOST_WORDS = 700
+WRITTEN = {"manifest.json", "profile.json", "plan.json", "gpu.json"}
+"""Files that pages name and commands write."""
 
 
 def words(text: str) -> list[str]:
@@ -57,10 +60,39 @@ def test_every_linked_file_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/targets.md"])
 def test_only_pipelines_that_the_commands_take_read_as_supported(page: str) -> None:
     rows = re.findall(r"^\| (.*?) \| (.*?) \|.*$", (ROOT / page).read_text(), re.MULTILINE)
-    support = {name: answer for name, answer in rows if "Pipeline`" in name or "FLUX" in name}
+    support = {name: answer for name, answer in rows if "Pipeline`" in name or "SD3, PixArt" in name}
     taken = {
         name for cell, answer in support.items() if answer == "yes" for name in re.findall(r"`(\w+Pipeline)`", cell)
     }
     assert taken == set(PIPELINES)
-    (refused,) = (answer for cell, answer in support.items() if "FLUX" in cell)
+    (refused,) = (answer for cell, answer in support.items() if "SD3, PixArt" in cell)
     assert refused in ("no", "refused")
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_code_that_a_page_names_exists(page: Path) -> None:
+    files = [
+        *modules("src", "runtime", "compiler", "analyzer", "tests", "benchmarks"),
+        *ROOT.glob("benchmarks/**/*.json"),
+    ]
+    named = re.findall(r"`([\w/.-]+\.(?:py|json))`", page.read_text())
+    ours = [name for name in named if name not in WRITTEN and not name.startswith(("/", "."))]
+    assert [name for name in ours if not any(str(path).endswith(f"/{name}") for path in files)] == []
+
+
+def test_every_page_that_the_code_names_exists() -> None:
+    named = {
+        (match[0], str(path.relative_to(ROOT)))
+        for path in modules("src", "runtime", "compiler", "analyzer", "tests", "benchmarks")
+        for match in re.finditer(r"docs/[\w/-]+\.(?:md|svg|png)", path.read_text())
+    }
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / page).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_python_lines_use_names_that_unetc_has(page: str) -> None:
+    code = "".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE))
+    compile(code, page, "exec")
+    used = set(re.findall(r"\bunetc\.(\w+)", code))
+    assert used
+    assert used - {"diffusers"} <= set(unetc.__all__)

@@ -22,9 +22,7 @@ class Assignment(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check that every treatment changes something, and that every emitted component is computed."""
         require(Treatment.KEEP not in self.treatments.values(), "an assignment names only components it does not keep")
-        require(
-            not self.treatments.keys() & set(self.emits), "an engine can only emit components that it computes"
-        )
+        require(not self.treatments.keys() & set(self.emits), "an engine can only emit components that it computes")
 
     @property
     def reused(self) -> frozenset[str]:
