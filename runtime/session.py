@@ -224,23 +224,23 @@ class Session:
         """
         table, loop = start.table, begin(start, self._device)
         late = loop.runs_ahead and on_step is None
-        step, ran = 0, None
+        step, call = 0, None
         while step < table.steps:
-            before, ran = ran, self._run(rollout, loop, table, step)
+            before, call = call, self._run(rollout, loop, table, step)
             if late and before is not None and not loop.is_finite(step - 1):
                 step -= 1
-                ran = self._make_again(rollout, loop, step, before)
+                call = self._make_again(rollout, loop, step, before)
             else:
                 loop.advance(step)
                 if not (late and step < table.steps - 1) and not loop.is_finite(step):
-                    ran = self._make_again(rollout, loop, step, ran)
+                    call = self._make_again(rollout, loop, step, call)
             if on_step is not None:
                 on_step(
                     Step(
                         index=step,
                         steps=table.steps,
-                        timestep=ran.timestep,
-                        engine=ran.engine,
+                        timestep=call.timestep,
+                        engine=call.engine,
                         tensor=loop.sample,
                         device=self._device,
                     )
@@ -254,11 +254,11 @@ class Session:
 
     def _make_again(self, rollout: Rollout, loop: Loop, step: int, failed: EngineCall) -> EngineCall:
         """Make a step with the full model."""
-        ran = rollout.run_again(failed, *loop.call(step))
+        call = rollout.run_again(failed, *loop.call(step))
         loop.advance(step)
         if not loop.is_finite(step):
             raise not_finite(failed, "and the full model")
-        return ran
+        return call
 
 
 def _exact(bundle: Bundle, backend: Backend | None) -> Program | None:

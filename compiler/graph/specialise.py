@@ -9,6 +9,7 @@ an output.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -23,7 +24,7 @@ from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
 from .capture import GATES, MEANS, OUTPUT
-from .gate import DOMAIN, MEAN
+from .gate import DOMAIN
 from .gated import GatedGraph, emit, gate_index, is_gate, serialise
 from .nodes import Expression, add_initializer, add_integers, add_name, add_node
 from .slicing import slice_constants
@@ -70,10 +71,10 @@ def specialise(
             _replace(gate.outputs[0], _recall(model.graph, _branch(gate), component, recall))
     spread: dict[ir.Value, NDArray[np.float32]] = {}
     for component in gated.components:
-        if component.name in given and not given[component.name].reuses:
+        factor = given[component.name].row.mean if component.name in given else None
+        if factor is not None:
             own = means[component.offset : component.offset + component.channels]
-            factor = np.float32(given[component.name].row.gates[MEAN])
-            constant = factor * own if factor else np.zeros_like(own)
+            constant = np.float32(factor) * own if factor else np.zeros_like(own)
             repeated = _make_constant(model.graph, gates[component.index], component, constant)
             if repeated is not None:
                 spread[repeated] = constant
@@ -98,6 +99,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 def _recall(graph: ir.Graph, branch: ir.Value, component: Component, recall: Recall) -> ir.Value:
     """Compute a branch from earlier ones, which become inputs of the graph."""
 
+    @functools.cache
     def take(prefix: str) -> Expression:
         shape = ir.Shape([1]) if prefix == EXTRAPOLATION else branch.shape
         value = ir.val(f"{prefix}{component.index}", type=branch.type, shape=shape)

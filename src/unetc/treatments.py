@@ -1,7 +1,8 @@
 """The room of treatments: one row for everything that can happen to a component in a step.
 
-An analysis runs the gated graph with a row's gates and recall; `specialise` turns the same row into a graph. So an
-engine does exactly the thing that was measured. A new treatment is one more member of the enum and one more row.
+A treatment either removes a component, and a multiple of its mean replaces the branch, or it reuses branches of earlier
+steps. An analysis runs the gated graph with a row's gates and recall; `specialise` turns the same row into a graph, so
+every engine does exactly the measured thing. A new treatment is one more member of the enum and one more row.
 """
 
 from __future__ import annotations
@@ -59,14 +60,19 @@ class Row:
 
     letter: str
     """Mark in damage maps; no two treatments share one."""
-    gates: tuple[float, float]
-    """Factors of the branch and of its mean: the component's row in the gate input."""
+    mean: float | None = None
+    """For a removal: factor of the calibrated mean that replaces the branch; None leaves the branch."""
     recall: Recall | None = None
-    """Puts a branch made of earlier ones before the gate; None leaves the branch of this step there."""
+    """For a reuse: computes the branch from earlier ones; None leaves the branch of this step."""
     periods: tuple[int, ...] = ()
     """Periods that an analysis tries. One step in a period computes the component; 1 means that no step does."""
     of_step: bool = False
     """Whether an analysis tries it on the whole denoiser call too."""
+
+    @property
+    def gates(self) -> tuple[float, float]:
+        """Factors of the branch and of its mean: the component's row in the gate input."""
+        return (1.0, 0.0) if self.mean is None else (0.0, self.mean)
 
 
 def _forecast(take: Callable[[str], Operand]) -> Operand:
@@ -75,10 +81,10 @@ def _forecast(take: Callable[[str], Operand]) -> Operand:
 
 
 ROWS: Mapping[Treatment, Row] = {
-    Treatment.KEEP: Row(letter="k", gates=(1.0, 0.0)),
-    Treatment.DROP: Row(letter="d", gates=(0.0, 0.0), periods=(1,)),
-    Treatment.MEAN: Row(letter="m", gates=(0.0, 1.0), periods=(1,)),
-    Treatment.HOLD: Row(letter="h", gates=(1.0, 0.0), recall=lambda take: take(HELD), periods=(2, 4), of_step=True),
-    Treatment.FORECAST: Row(letter="f", gates=(1.0, 0.0), recall=_forecast, periods=(2, 4), of_step=True),
+    Treatment.KEEP: Row(letter="k"),
+    Treatment.DROP: Row(letter="d", mean=0.0, periods=(1,)),
+    Treatment.MEAN: Row(letter="m", mean=1.0, periods=(1,)),
+    Treatment.HOLD: Row(letter="h", recall=lambda take: take(HELD), periods=(2, 4), of_step=True),
+    Treatment.FORECAST: Row(letter="f", recall=_forecast, periods=(2, 4), of_step=True),
 }
 """The table, in the order in which an analysis tries the treatments."""

@@ -32,7 +32,7 @@ from unetc.models.find import find_model
 from unetc.nvidia.call_ranges import check_call
 from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.rollout import Rollout
+from unetc.runtime.rollout import EngineCall, Rollout
 from unetc.runtime.session import Session
 from unetc.treatments import Treatment
 
@@ -66,16 +66,16 @@ ONLY_SD = pytest.mark.parametrize("folder", ["sd"], indirect=True)
         for name in SAVERS
     ],
 )
-def folder(rollout: pytest.FixtureRequest, shared: Path) -> Path:
+def folder(request: pytest.FixtureRequest, shared: Path) -> Path:
     """Save a pipeline and build a bundle of it beside it; that of Stable Diffusion takes a ControlNet."""
-    root = shared / f"diffusers-{rollout.param}"
+    root = shared / f"diffusers-{request.param}"
     with FileLock(f"{root}.lock"):  # another worker of pytest-xdist may be at it
         if not (root / "bundle").exists():
             root.mkdir()
-            SAVERS[rollout.param](root / "pipeline")
+            SAVERS[request.param](root / "pipeline")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (1, 500))  # the other tables are not looked at
-                build_by_hand(root, controlnet=rollout.param == "sd")
+                build_by_hand(root, controlnet=request.param == "sd")
     return root / "pipeline"
 
 
@@ -146,16 +146,16 @@ def full_model(bundle: Path) -> BundleUNet:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """List the engines that run, in their order."""
-    ran: list[int] = []
-    predict = Rollout.predict
+    engines: list[int] = []
+    run = Rollout.run
 
-    def predict_and_tell(self: Rollout, *values: Any) -> Array:
-        prediction = predict(self, *values)
-        ran.append(self.engine)
-        return prediction
+    def run_and_note(self: Rollout, *values: Any) -> EngineCall:
+        call = run(self, *values)
+        engines.append(call.engine)
+        return call
 
-    monkeypatch.setattr(Rollout, "predict", predict_and_tell)
-    return ran
+    monkeypatch.setattr(Rollout, "run", run_and_note)
+    return engines
 
 
 @contextmanager

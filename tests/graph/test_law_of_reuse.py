@@ -30,7 +30,8 @@ from unetc.errors import CompileError
 from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
-KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
+KEEP = Treatment.KEEP
+DROP, MEAN, HOLD, FORECAST = Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST
 
 Assignment = Mapping[str, Treatment]
 

@@ -21,8 +21,7 @@ def test_only_treatments_that_reuse_branches_have_refreshes(treatment: Treatment
     assert treatment.reuses == (row.recall is not None)
     assert all((period > 1) == treatment.reuses for period in row.periods)
     assert bool(row.periods) == (treatment is not Treatment.KEEP)
-    if treatment.reuses:
-        assert row.gates == Treatment.KEEP.row.gates, "a recalled branch passes the gate like a computed one"
+    assert treatment is Treatment.KEEP or (row.mean is None) != (row.recall is None), "it removes or reuses"
 
 
 def test_a_forecast_lies_on_the_line_through_the_last_two_branches() -> None:

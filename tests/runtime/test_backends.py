@@ -43,7 +43,7 @@ from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise
 from unetc.treatments import Treatment
 
-KEEP, DROP, MEAN, HOLD, FORECAST = Treatment
+DROP, MEAN, HOLD, FORECAST = Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST
 
 
 @dataclass(frozen=True, kw_only=True)
