@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +98,21 @@ def test_python_lines_use_names_that_unetc_has(page: str) -> None:
     used = set(re.findall(r"\bunetc\.(\w+)", code))
     assert used
     assert used - {"diffusers"} <= set(unetc.__all__)
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_commands_print_what_the_readme_shows(command: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests/planner/profiles/digits-ddim.json", tmp_path / "profile.json")
+    found = re.search(rf"^\$ unetc ({command} .*)\n((?:.+\n)*?)```", README.read_text(), re.MULTILINE)
+    assert found
+    arguments, shown = found.groups()
+    ran = subprocess.run(
+        [sys.executable, "-m", "unetc", *arguments.split()],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "112"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [line.rstrip() for line in ran.stdout.rstrip().split("\n")] == shown.rstrip().split("\n")
