@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs/extending.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```|^<!-- the test (.*?) -->", re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 def test_the_examples_run_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     text = PAGE.read_text()
     names: dict[str, Any] = {"__name__": "extending"}
