@@ -10,7 +10,7 @@ from unetc.artifacts.profile import Profile
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
 from unetc.compiler.scheduler import extract, make_scheduler
-from unetc.compiler.tensorrt.on_demand import overflow_finder, take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.models.model import Model
 from unetc.progress import OnProgress, ignore
@@ -38,20 +38,15 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     if options.target == "null":
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
     table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
-    backend = open_backend(options.target, threads=options.threads)
+    target = open_backend(options.target, threads=options.threads)
     prompts = options.prompts or model.prompts()
     scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
     conditions = model.encode(used, scale)
     calls = MeasuredCalls.of(model.sample_shape, options.batch, options.samples, conditions)
     prepared = prepare(model, cache, on_progress)
-    backend = take_any_graph(
-        options.target,
-        backend,
-        calls,
-        overflow_finder(prepared, options.scheduler, conditions, on_progress),
-        on_progress,
-    )
+    finder = overflow_finder(prepared, options.scheduler, conditions, on_progress)
+    backend = target.prepared_by(OnDemand(calls, finder, on_progress))
     with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
         return analyze(
             prepared.gated,

@@ -1,7 +1,8 @@
-"""bundle → report: sample, verify if need be, and write one HTML page."""
+"""Bundle → report: sample, verify if there is no verification, rank, and write one HTML page."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from unetc.artifacts.profile import Profile
@@ -9,14 +10,20 @@ from unetc.artifacts.record import check_writable, write_atomically
 from unetc.artifacts.verification import Verification
 from unetc.errors import ArtifactError
 from unetc.progress import OnProgress, ignore
-from unetc.report.page import render
+from unetc.report.charts import level
+from unetc.report.page import RankedComponent, RankedRange, render
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 
+from .ranking import Ranked, rank
 from .verify import VerifyOptions, verify
 
 SHOWN_SAMPLES = 8
+RANKED = 10
+"""Components that are listed over all noise levels."""
+RANKED_IN_BIN = 2
+"""Components that are listed per noise level."""
 
 
 def write_report(
@@ -44,13 +51,40 @@ def write_report(
     session = Session.of(bundle, open_backend(manifest.target, threads=manifest.threads))
     full = session.sample(SHOWN_SAMPLES, seed=verification.seed, full_model=True)
     pruned = session.sample(SHOWN_SAMPLES, seed=verification.seed)
+    profile = Profile.from_json(bundle.profile, f"{path}/{manifest.profile}")
     page = render(
-        profile=Profile.from_json(bundle.profile, f"{path}/{manifest.profile}"),
+        profile=profile,
         manifest=manifest,
         verification=verification,
         full=full,
         pruned=pruned,
         log_snr=session.scheduler.table(manifest.steps).log_snr,
         schedule=session.schedule(manifest.steps),
+        ranking=_ranking(profile),
     )
     write_atomically(output, page.encode())
+
+
+def _ranking(profile: Profile) -> tuple[RankedRange, ...]:
+    """List the most redundant components over all noise levels, then of each noise level."""
+    ranking = rank(profile)
+    ranges = [RankedRange(levels="all", components=_rows(ranking.overall[:RANKED]))]
+    for bin, ranked in zip(profile.bins, ranking.bins, strict=True):
+        low = "−∞" if bin is profile.bins[0] else level(bin.low)
+        high = "∞" if bin is profile.bins[-1] else level(bin.high)
+        ranges.append(RankedRange(levels=f"{low} to {high}", components=_rows(ranked[:RANKED_IN_BIN])))
+    return tuple(ranges)
+
+
+def _rows(ranked: Sequence[Ranked]) -> tuple[RankedComponent, ...]:
+    return tuple(
+        RankedComponent(
+            component=own.component,
+            treatment=own.way,
+            saving=own.saving,
+            damage=own.damage,
+            worth=own.worth,
+            basis=own.basis,
+        )
+        for own in ranked
+    )

@@ -1,13 +1,15 @@
-"""Would a fifth treatment win, `affine`: a scale and a shift of the trunk per channel in place of the branch?
+"""Would a fifth treatment, `affine`, help: the trunk, scaled and shifted per channel, in place of the branch?
 
     python benchmarks/bench_affine.py            # about 3 minutes on two cores
 
-For every residual component and bin, fits branch ≈ scale · trunk + shift by least squares per channel, over all
-positions, samples and steps of the bin on one seed, and takes the branch's mean per channel from the same steps. On
-another seed, at the middle step of the bin of the full model's trajectory, measures the local error as the screen does:
-the relative L2 by which the prediction moves when the component is dropped, replaced by its mean, by the affine map of
-the trunk, or forecast with period 2 (from 3 and 1 steps ago). Forecasting saves the component's time at every second
-step, the others at every step. Writes `results/affine.json`.
+The benchmark fits branch ≈ scale · trunk + shift for every residual component and bin. It uses least squares per
+channel over all positions, samples and steps of the bin, on one seed. The branch's mean per channel comes from the same
+steps.
+
+The local error is measured on another seed, at the bin's middle step of the full model's trajectory, as in the screen.
+It is the relative L2 by which the prediction moves when the component is dropped, or replaced by its mean, by the
+affine map of the trunk, or by a forecast with period 2 (from 3 and 1 steps ago). Forecasting saves the component's time
+at every second step, the other treatments at every step. Writes `results/affine.json`.
 """
 
 from __future__ import annotations
@@ -41,16 +43,16 @@ from unetc.treatments import COMPUTED, Treatment
 
 HERE = Path(__file__).parent
 TRUNK = "trunk."
-"""Prefix of an output of the traced graph: what the branch of the component with this index is added to."""
+"""Prefix of a trunk among the outputs of the traced graph; the index of the component follows."""
 WAYS = ("drop", "mean", "affine", "forecast")
 PERIOD = 2
 
 
 class TracedDenoiser:
-    """The full model with branches and trunks as outputs."""
+    """The full model with its branches and trunks as outputs."""
 
     def __init__(self, gated: GatedGraph, components: Sequence[Component], backend: Backend) -> None:
-        """Load the graph with every branch as an output, and the trunks of some residual components."""
+        """Load the graph with all branches and the trunks of the given residual components as outputs."""
         model = gated.model.clone()
         gates = {gate_index(node): node for node in model.graph if is_gate(node)}
         for component in gated.components:
@@ -64,7 +66,7 @@ class TracedDenoiser:
         self._means = np.zeros(gated.channels, dtype=np.float32)
 
     def __call__(self, sample: Array, timestep: float) -> dict[str, Array]:
-        """Run; return `computed.INDEX` of all components and `trunk.INDEX` of those asked for."""
+        """Run; return `computed.INDEX` of all components and `trunk.INDEX` of the traced ones."""
         inputs = {
             "sample": sample,
             "timestep": np.full(len(sample), timestep, dtype=np.float32),
@@ -91,16 +93,16 @@ class Affine:
     shift: NDArray[np.float64]
 
     def __call__(self, trunk: Array, axis: int) -> Array:
-        """Map a trunk to the branch that is predicted."""
+        """Predict the branch from a trunk."""
         shape = [-1 if i == axis else 1 for i in range(trunk.ndim)]
         return np.ascontiguousarray(trunk * self.scale.reshape(shape) + self.shift.reshape(shape), dtype=np.float32)
 
 
 class Moments:
-    """Sums of trunk and branch per channel, from which least squares has a closed form."""
+    """Sums of trunk and branch per channel, enough to solve the least squares in closed form."""
 
     def __init__(self, channels: int) -> None:
-        """Begin with nothing."""
+        """Start with empty sums."""
         self._count = 0
         self._sums = np.zeros((4, channels))
 
@@ -112,7 +114,7 @@ class Moments:
         self._sums += np.stack([x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)])
 
     def fit(self) -> Affine:
-        """Solve for scale and shift; a trunk that does not vary leaves the mean."""
+        """Solve for scale and shift; for a constant trunk the map is the mean of the branch."""
         x, y, xx, xy = self._sums / self._count
         variance = xx - x * x
         varies = variance > 1e-12 * np.maximum(xx, 1e-30)
@@ -137,7 +139,7 @@ def calibrate(
 
 
 def hand_in(sweep: Sweep, seen: Array, step: int, branches: Mapping[str, Array], name: str, branch: Array) -> Array:
-    """Predict with a tensor in place of the branch of a component; `branches` has all that the full model computes."""
+    """Predict with a tensor in place of a component's branch; `branches` are all branches of the full model."""
     cache = BranchCache()
     index = next(component.index for component in sweep.components if component.name == name)
     cache.store({**branches, f"{COMPUTED}{index}": branch}, sweep.timestep(step))
@@ -153,9 +155,9 @@ def local_errors(
     traced: TracedDenoiser,
     components: Sequence[Component],
 ) -> dict[str, dict[str, float]]:
-    """Measure how far the prediction moves at the middle step of a bin, per component and way to replace it.
+    """Measure how far the prediction moves at the middle step of a bin, for every component and replacement.
 
-    The way "itself" hands in the branch that the full model computes: what is left is rounding.
+    The replacement "itself" passes in the full model's own branch, so its error is rounding alone.
     """
     steps = sweep.steps_of(b)
     step = steps[len(steps) // 2]
@@ -186,7 +188,7 @@ def local_errors(
 
 
 def judge(errors: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str, object]]:
-    """Count in how many (component, bin) entries the affine map is the best."""
+    """Count the (component, bin) entries where the affine map is best."""
     entries = [entry for own in errors for entry in own.values()]
     removals = [min(entry["drop"], entry["mean"]) for entry in entries]
     best = [min(entry[way] for way in WAYS if way != "affine" and way in entry) for entry in entries]
@@ -216,7 +218,7 @@ def judge(errors: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str,
 
 
 def tabulate(errors: Sequence[Mapping[str, Mapping[str, float]]], components: Sequence[Component]) -> dict[str, object]:
-    """Average the errors of every component over the bins that have all of them."""
+    """Average the errors of every component over the bins where every replacement was measured."""
     rows = []
     for component in components:
         own = [errors_of_bin[component.name] for errors_of_bin in errors]
@@ -244,9 +246,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=16, help="trajectories of calibration and of evaluation")
+    parser.add_argument("--samples", type=int, default=16, help="trajectories of calibration, and again of evaluation")
     parser.add_argument("--bins", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of the evaluation; the calibration has the next one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the evaluation; calibration uses the next one")
     options = parser.parse_args()
     threads = cores()
     model = find_model("digits")

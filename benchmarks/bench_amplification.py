@@ -1,11 +1,11 @@
-"""What does a local error do to the final output, where no ablation has told?
+"""How much is a local error amplified on its way to the final output, where no ablation was measured?
 
-    python benchmarks/bench_amplification.py            # some minutes on two cores; resumes
+    python benchmarks/bench_amplification.py            # a few minutes on two cores; resumes
 
-Measures the local errors of all ablations of the reference model in all bins, carries some of every bin, drawn at
-random, to the final output, and compares. `analyzer/screen.py` has the mean and the standard deviation over all bins as
-constants, for analyses that carry nothing to the final output; the unit tests hold them to this result. Writes
-`results/amplification.json`.
+The benchmark measures the local errors of all ablations of the reference model in all bins. It measures the final
+output for a few ablations of every bin, drawn at random, and compares the two. `analyzer/screen.py` has the mean and
+the standard deviation over all bins as constants, for analyses that measure no final output. The unit tests check these
+constants against this result. Writes `results/amplification.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--bins", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--drawn", type=int, default=16, help="ablations of every bin that reach the final output")
+    parser.add_argument("--drawn", type=int, default=16, help="ablations per bin measured on the final output")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("steps", "samples", "bins", "seed", "drawn", "threads")}

@@ -1,12 +1,12 @@
-"""Does a plan save the time that was asked for, on every target that works here?
+"""Does a plan save the requested share of time, on every available target?
 
-    python benchmarks/bench_asked.py             # about 30 minutes on two cores; the analyses are kept
+    python benchmarks/bench_asked.py             # about 30 minutes on two cores; analyses are cached
 
-Analyses the reference model on every target, builds a bundle for it per budget, and samples on new seeds: full model
-and plan in turns, at the same noise. All bundles have their turn, and then all again, so that what disturbs the machine
-for a minute falls on all. Writes `results/asked.json`: the share of the full model's sampling time that is saved / the
-budget, from the median over the passes. Where torch compiles engines, a target is left out: half a minute for each, and
-an analysis measures a hundred.
+The benchmark analyses the reference model on every target, builds one bundle per budget, and samples on new seeds.
+Full model and plan sample the same noise alternately. Every pass goes through all bundles, so that a disturbance of the
+machine that lasts a minute affects all of them. Writes `results/asked.json`: the share of the full model's sampling
+time that is saved / the budget, from the median over the passes. Targets where torch compiles the engines are left out:
+an engine takes half a minute to compile, and an analysis measures a hundred.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache and bundles")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--samples", type=int, default=8, help="trajectories of the analysis")
-    parser.add_argument("--rounds", type=int, default=6, help="batches that full model and plan sample in turns")
-    parser.add_argument("--passes", type=int, default=5, help="how often that is done, each time with all bundles")
+    parser.add_argument("--rounds", type=int, default=6, help="batches that full model and plan sample alternately")
+    parser.add_argument("--passes", type=int, default=5, help="passes over all bundles")
     options = parser.parse_args()
     bundles: dict[tuple[str, float], Bundle] = {}
     absent: dict[str, str] = {}
@@ -74,10 +74,10 @@ def main() -> None:
         damage = results[0].damage.relative_l2.mean
         rows.append([target, budget, float(np.median(ratios)), min(ratios), max(ratios), asked, damage])
     figures = [
-        {"figure": f"{target}, budget {budget}: time removed / asked", "value": asked, "goal": GOAL}
+        {"figure": f"{target}, budget {budget}: time saved / budget", "value": asked, "goal": GOAL}
         for target, budget, _, _, _, asked, _ in rows
     ]
-    columns = ["target", "budget", "time / full", "least", "most", "removed / asked", "relative L2"]
+    columns = ["target", "budget", "time / full", "least", "most", "saved / budget", "relative L2"]
     measured = {
         "settings": {
             "model": "digits",

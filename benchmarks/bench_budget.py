@@ -1,10 +1,10 @@
-"""What does saving 27 % or half of the time cost on `digits`, and what do simpler ways to save it cost?
+"""How much damage does saving 27 % or half of the time do on `digits`, and how much do simpler methods do?
 
     python benchmarks/bench_budget.py            # about 15 minutes on two cores; resumes
 
-Analyses the reference model on 8 trajectories of 50 steps, builds and verifies a bundle per budget, and writes
-`results/budget.json` (verifications, plans, disk sizes, what the digit classifier says of the samples) and the
-pictures of the README. Full model, plan and controls sample the same noise in turns in one run.
+The benchmark analyses the reference model on 8 trajectories of 50 steps, then builds and verifies one bundle per
+budget. It writes `results/budget.json` (verifications, plans, disk sizes, and the digit classifier's answers for the
+samples) and the README's pictures. Full model, plan and controls sample the same noise alternately in one run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONFIDENT = 0.9
 
 
 def judge(session: Session, seed: int) -> dict[str, float]:
-    """Ask the digit classifier about samples of the full and of the pruned model at the same noise."""
+    """Classify the digits that the full and the pruned model sample from the same noise."""
     classifier = DigitClassifier.load(Path(unetc.__file__).parent / "models/digits/classifier/model.safetensors")
     chances = {}
     for full_model in (True, False):
@@ -61,7 +61,7 @@ def judge(session: Session, seed: int) -> dict[str, float]:
 
 
 def draw(session: Session, profile: Profile, seed: int) -> None:
-    """Draw the README's pictures: full, pruned and difference for the same noise; the damage map with the plan."""
+    """Draw the README's pictures: full, pruned and difference for the same noise, and the damage map with the plan."""
     full = session.sample(8, seed=seed, full_model=True)
     pruned = session.sample(8, seed=seed)
     PICTURES.mkdir(parents=True, exist_ok=True)

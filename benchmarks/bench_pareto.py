@@ -1,10 +1,10 @@
-"""What is the least damage at any time on `digits`, and how fast can it be with a PSNR of 30 dB?
+"""What is the least damage at each sampling time on `digits`, and how fast is a plan with a PSNR of 30 dB?
 
     python benchmarks/bench_pareto.py            # about 6 minutes on two cores; resumes
 
-Plans, repairs and samples at eight budgets from the profile of `bench_budget.py`, then samples the fastest plan with a
-PSNR of at least 30 dB again, on held-out seeds, in turns with the full model. Writes `results/pareto.json` and the
-picture of the curve.
+The benchmark plans, repairs and samples at eight budgets from the profile of `bench_budget.py`. Then it samples the
+fastest plan with a PSNR of at least 30 dB again, on held-out seeds, alternating with the full model. Writes
+`results/pareto.json` and the picture of the curve.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
-"""What do peers lose at the time that DeepCache takes, on the same trained, prompted model?
+"""How much damage do peers do in the time that DeepCache takes, on the same trained, prompted model?
 
     python benchmarks/bench_peers.py             # about 35 minutes on two cores; resumes
 
-`prompted-digits`, DDIM, 50 steps, with the guidance of diffusers (7.5), 80 prompts that name everything, seeds that
-neither analysis nor build has seen. Every contender samples the same noise under the same prompts and is held against
-the full model of its own runtime:
+The setting is `prompted-digits`, DDIM, 50 steps, diffusers' default guidance (7.5), 80 prompts that name every
+attribute, and seeds that neither analysis nor build has used. Every contender samples the same noise under the same
+prompts and is compared with the full model in the same runtime:
 
-- DeepCache: its own package (0.1.1) around the unmodified diffusers pipeline, in torch
-- T-GATE: `tgate.py` around the unmodified pipeline, in torch, with the gate step that saves as much
-- the plan: `unetc build` with the budget that DeepCache saves, in onnxruntime
-- DeepCache's rule, T-GATE's rule as a plan (cross-attention held from a step on, guidance as it was, where that saves
-  so much) and fewer steps, in onnxruntime
+- DeepCache: the published package (0.1.1) around the unmodified diffusers pipeline, in torch
+- T-GATE: `tgate.py` around the unmodified pipeline, in torch, with the gate step that saves the same time
+- the plan: `unetc build` with DeepCache's saving as its budget, in onnxruntime
+- three more in onnxruntime: DeepCache's rule; T-GATE's rule as a plan, which holds cross-attention from a step on,
+  leaves guidance unchanged, and saves the same time if it can; and fewer steps
 
-At last a plan with a budget of 0.27 draws more pictures, to see whether it follows its prompts as the full model does.
+Finally, a plan with a budget of 0.27 draws more pictures, to check whether it follows its prompts as well as the full
+model does.
 
-Time is that of the denoising loop. Torch and onnxruntime have different speeds, so a time ratio compares a contender
-with the full model in the same runtime, sampled in turns. Writes `results/peers.json` and `docs/images/peers.svg`.
+Times cover the denoising loop. Torch and onnxruntime differ in speed, so a time ratio compares a contender with the
+full model in the same runtime, sampled alternately. Writes `results/peers.json` and `docs/images/peers.svg`.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ STEPS = 50
 BATCH = 8
 SEED = 5000
 INTERVALS = (2, 3)
-"""DeepCache computes everything at one of so many steps."""
+"""DeepCache's intervals, in steps: the full model runs at one step of each interval."""
 BUDGET, BUDGET_SEEDS = 0.27, 4
-"""At this budget every prompt is drawn so many times."""
+"""Budget of the plan that draws more pictures, and number of pictures per prompt."""
 ANALYSIS = AnalysisOptions(samples=6, batch=BATCH)
 
 Contender = Callable[[Conditions, Array], Array]
@@ -81,7 +82,7 @@ Contender = Callable[[Conditions, Array], Array]
 
 
 class Torch:
-    """The pipeline of diffusers, as it is or with DeepCache around it."""
+    """The diffusers pipeline, unmodified or with DeepCache or T-GATE around it."""
 
     def __init__(self, model: PipelineModel, guidance: float) -> None:
         """Load the pipeline."""
@@ -127,27 +128,27 @@ def in_session(session: Session, conditions: Conditions, noise: Array, **how: An
 
 
 def time_ratio(one: Callable[[], Array], full: Callable[[], Array]) -> float:
-    """Measure the time of a contender / that of the full model, in turns."""
+    """Measure a contender's time / the full model's time, running them alternately."""
     times = interleaved_ms([full, one], rounds=5, warmup=1)
     return float(np.median(times[:, 1] / times[:, 0]))
 
 
 def gate_step(behind: float, saving: float) -> int:
-    """Choose the gate that saves what is asked, or else as much as the method can.
+    """Choose the gate step for a saving, or the largest saving that the method allows.
 
     Args:
-        behind: Time of a step behind the gate / that of a step before it.
-        saving: Share of the time.
+        behind: Time of a step after the gate / time of a step before it.
+        saving: Share of the sampling time.
     """
     return int(np.clip(round(STEPS * (1 - saving / max(1e-3, 1 - behind))), 1, STEPS - 1))
 
 
 def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
-    """Plan T-GATE's rule: cross-attention is held from a step to the end.
+    """Plan T-GATE's rule: hold cross-attention from a step to the end.
 
     Source:
-        Zhang et al. 2024, arXiv:2404.02747, algorithm 1, without the end of guidance, which is no treatment of a
-        component.
+        Zhang et al. 2024, arXiv:2404.02747, algorithm 1, without ending guidance, which no treatment of a component
+        can express.
     """
     crossing = {c.name: Treatment.HOLD for c in profile.components if c.name.endswith("attn2")}
     low, high = profile.bins[0].low, profile.bins[-1].high
@@ -165,7 +166,7 @@ def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
 
 
 def tgate(setup: Setup, saving: float) -> tuple[int, Session]:
-    """Find the gate step that saves what is asked, or else as much as cross-attention can."""
+    """Choose the gate step for a saving, or the largest saving that cross-attention allows."""
     log_snr = setup.scheduler.table(STEPS).log_snr.tolist()
     earliest = setup.workbench.compile(gated_at(setup.profile, log_snr, 1))
     step = gate_step(1 - earliest.saving * STEPS / (STEPS - 1), saving)
@@ -175,7 +176,7 @@ def tgate(setup: Setup, saving: float) -> tuple[int, Session]:
 def sample_all(
     contenders: dict[str, Contender], conditions: Conditions, seed: int
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Let all contenders sample all prompts in turns, a batch at a time; return times and latents."""
+    """Sample all prompts with all contenders, alternating after every batch; return times and latents."""
     count = conditions.rows or 0
     times = []
     latents: dict[str, list[Array]] = {name: [] for name in contenders}
@@ -197,15 +198,15 @@ def _keep(into: dict[str, Array], name: str, contender: Contender, conditions: C
 
 
 class Judge:
-    """Reads off pictures whether they show what was asked for."""
+    """Checks whether pictures follow their prompts."""
 
     def __init__(self, model: PipelineModel) -> None:
-        """Load the classifier and set the marks of the ruler."""
+        """Load the classifier and calibrate the ruler."""
         self._classifier = DigitClassifier.load(model.folder / "classifier/model.safetensors")
-        self._ruler = new_ruler(draw_pictures(PICTURES, seed=0))  # those that the model was trained on
+        self._ruler = new_ruler(draw_pictures(PICTURES, seed=0))  # the pictures that the model was trained on
 
     def followed(self, requests: Sequence[Request], images: Array) -> dict[str, float]:
-        """Give the share of images [count, 3, 32, 32] that show each attribute, and all that was asked for."""
+        """Compute the share of images `[count, 3, 32, 32]` that show each requested attribute, and all of them."""
         grey = torch.from_numpy(images).mean(dim=1, keepdim=True).clamp(-1, 1)
         return followed(requests, grey, self._classifier, self._ruler)
 
@@ -221,7 +222,7 @@ def build_at(saving: float, work: Path, *, controls: bool) -> Bundle:
 
 
 def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
-    """Measure everything at the time of DeepCache with one interval."""
+    """Measure all contenders at the time of DeepCache with one interval."""
     requests = full_requests()
     conditions = model.encode([request.prompt for request in requests], guidance)
     torch_side = Torch(model, guidance)
@@ -266,7 +267,7 @@ def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guida
 
 
 def accuracy(model: PipelineModel, judge: Judge, work: Path, guidance: float) -> list[dict[str, Any]]:
-    """Compare how well a plan and the full model follow the prompts, at the same noise."""
+    """Compare how well a plan and the full model follow the prompts from the same noise."""
     bundle = build_at(BUDGET, work, controls=False)
     session = Session.of(bundle, open_backend(bundle.manifest.target, threads=bundle.manifest.threads))
     contenders: dict[str, Contender] = {
@@ -304,7 +305,7 @@ def draw(rows: list[dict[str, Any]]) -> str:
     methods: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if (damage := row["damage"]["relative_l2"]["mean"]) > 0:
-            method = re.split(r", | \(", row["contender"])[0]  # without its settings
+            method = re.split(r", | \(", row["contender"])[0]  # the name without its settings
             methods.setdefault(method, []).append((row["time_ratio"], damage))
     for method, points in methods.items():
         color, marker = (PLAN, "D-") if method == "unetc" else (MUTED, "o-")
@@ -315,7 +316,7 @@ def draw(rows: list[dict[str, Any]]) -> str:
 
 
 def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Read off the goals."""
+    """Compute the figures, with their goals."""
     found: list[dict[str, Any]] = []
     for interval in INTERVALS:
         own = [row for row in rows if row["interval"] == interval]
@@ -346,7 +347,7 @@ def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list
 
 
 def table_of(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lay out contenders."""
+    """Lay out contenders in a table."""
     columns = ["contender", "time ratio", "relative L2", "PSNR dB", "SSIM", "right digit", "everything right"]
     cells = [
         [

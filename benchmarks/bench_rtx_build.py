@@ -3,11 +3,11 @@
     python benchmarks/gpu_prepare.py /tmp/gpu --models glide-base sd15 sdxl    # 5 minutes on two cores
     python benchmarks/bench_rtx_build.py --work /tmp/rtx --prepared /tmp/gpu   # 10 minutes and 18 GB of memory
 
-Two models: `digits`, and a UNet with the blocks of Stable Diffusion 1.5 at a fifth of its width, with random weights.
-Five engines of each, as plans have them: one that computes everything, the same emitting what others reuse, one without
-two skips, one that holds a level, one that forecasts and holds residual branches. Each in float32 and in float16.
-Then every engine of the models that `gpu_prepare.py` has prepared, in their full size and in float16. Prints and
-writes `results/rtx_build.json`.
+There are two small models: `digits`, and a UNet with the blocks of Stable Diffusion 1.5 at a fifth of its width, with
+random weights. Five kinds of engine that occur in plans are built of each, in float32 and in float16: the full model,
+the full model emitting branches that others reuse, one without two skips, one that holds a level, and one that
+forecasts and holds residual branches. Then every engine of the models that `gpu_prepare.py` has prepared is built at
+full size in float16. Prints the results and writes `results/rtx_build.json`.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def stable_diffusion(work: Path) -> GatedGraph:
 
 
 def one(size: int) -> Range:
-    """Fix a size."""
+    """Return the range that holds a single size."""
     return Range(least=size, usual=size, most=size)
 
 
 MOST_TOGETHER = 1.3
-"""Three engines of a plan shall take no more than so many times one that computes everything."""
+"""Goal: the largest size of a plan's three engines together, relative to the full model's engine."""
 BATCH = Range(least=1, usual=2, most=8)
 MODELS: Mapping[str, tuple[Any, Sizes, Mapping[str, tuple[int, ...]]]] = {
     "digits, 32x32": (digits, Sizes(batch=BATCH, height=one(32), width=one(32)), {}),
@@ -84,7 +84,7 @@ MODELS: Mapping[str, tuple[Any, Sizes, Mapping[str, tuple[int, ...]]]] = {
 
 
 def engines(components: tuple[Component, ...]) -> Iterator[tuple[str, dict[str, Treatment], tuple[str, ...]]]:
-    """Name engines with their treatments and what they emit."""
+    """List engines by name, treatments and emitted components."""
 
     def named(kind: str) -> list[str]:
         return [component.name for component in components if component.kind == kind]
@@ -114,11 +114,11 @@ def measure(name: str, work: Path) -> Iterator[dict[str, object]]:
 
 
 def measure_prepared(prepared: Folder, work: Path) -> Iterator[dict[str, object]]:
-    """Build all engines of a model in its full size."""
+    """Build all engines of a prepared model at full size."""
     model = prepared.model
     folder = emptied(work / "graphs" / prepared.name)
     (folder / WEIGHTS).write_bytes(prepared.weights)
-    del prepared.weights  # a cached property; building needs the memory
+    del prepared.weights  # a cached property; the build needs its memory
     files = {engine.name: f"{engine.name.replace(' ', '-')}.onnx" for engine in model.engines}
     for engine, file in files.items():
         (folder / file).write_bytes(prepared.graph(engine).graph)
@@ -135,7 +135,7 @@ def build(
     sizes: Sizes,
     rows: Mapping[str, tuple[int, ...]],
 ) -> Iterator[dict[str, object]]:
-    """Build engines of graphs in a folder."""
+    """Build an engine from every graph in a folder."""
     for engine, file in files.items():
         request = BuildRequest(
             target=TARGET,
@@ -160,7 +160,7 @@ def build(
 
 
 def together(results: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-    """Add up the engines of a plan that holds: on a GPU each has its own weights, and they are there together."""
+    """Add up the engine sizes of a plan that holds; on a GPU all are loaded at once, each with its own weights."""
     sizes = {str(case["model and engine"]): float(case["engine MB"]) for case in results}
     models = [label.removesuffix(f": {REFRESH}") for label in sizes if label.endswith(f": {REFRESH}")]
     return [
@@ -174,7 +174,7 @@ def together(results: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
 
 
 def emptied(folder: Path) -> Path:
-    """Make a folder anew."""
+    """Create an empty folder, deleting an earlier one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -184,7 +184,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for captures and graphs")
-    parser.add_argument("--prepared", type=Path, help="what gpu_prepare.py has written")
+    parser.add_argument("--prepared", type=Path, help="folder written by gpu_prepare.py")
     options = parser.parse_args()
     version = library_of(TARGET).load().__version__
     results = []

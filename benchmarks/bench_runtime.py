@@ -1,19 +1,20 @@
-"""What does the runtime cost?
+"""What does the runtime cost in time and memory?
 
     python benchmarks/bench_runtime.py           # about 4 minutes on two cores
 
-Times engines of the reference model on random inputs and writes `results/runtime.json`:
+The benchmark times engines of the reference model on random inputs and writes `results/runtime.json`:
 
-- additivity: time of an engine / (full time − sum of the savings, each measured with an engine of its own, of what it
-  removes and is not nested in something else it removes), for every level (there a second engine without this level
-  tells the saving, so the ratio is a control) and for random assignments of removals; all engines take turns
-- overhead: wall time of `Session.sample` / time spent inside of the engine calls, for the full model and for plans that
-  change the engine in every step
-- switching: time of a call behind a call of another engine − time behind one of its own, in full steps, with an
-  interval over resampled rounds; the calls go A A B B, so both kinds of call meet the same moments of the machine
-- memory: of a fresh process with five engines / with the full model alone, after one call of each; of `digits`, whose
-  weights are small beside what onnxruntime itself takes, and of a random UNet whose weights outweigh it
-- emission: full model that emits the branches of all components / the full model
+- additivity: engine time / (full time − the sum of its parts' savings). Parts are the components that the engine
+  removes and that are not nested in another removed one; each saving is measured with a separate engine. Engines are
+  random assignments of removals, and one per level as a control: there a second engine without the same level gives the
+  saving. All engines are timed alternately
+- overhead: wall time of `Session.sample` / time spent inside the engine calls, for the full model and for plans that
+  change the engine at every step
+- switching: time of a call after a call of another engine − time after a call of the same engine, in full steps, with
+  an interval over resampled rounds. The calls go A A B B, so a disturbance of the machine affects both kinds alike
+- memory: a fresh process with five engines / with the full model alone, after one call of each. `digits` has small
+  weights compared with onnxruntime itself; a random UNet has larger ones
+- emission: time of the full model emitting the branches of all components / time of the full model
 
 Ratios are medians over rounds of the ratio within a round. `memory` counts whole processes, libraries included.
 """
@@ -61,11 +62,11 @@ HERE = Path(__file__).parent
 TIMESTEP = 500.0
 RANDOM_ASSIGNMENTS = 5
 REMOVED_SHARE = 0.25
-"""Chance of each component to be removed in a random assignment."""
+"""Probability that a random assignment removes a component."""
 OTHERS_PER_FULL = 4
-"""How many other engines have a turn before the full one has the next; its time enters every difference of a round."""
+"""Number of other engines timed between two calls of the full one, whose time enters every difference."""
 SWITCHES_PER_ROUND = 40
-"""A switch costs less than the noise of a call, so many are timed."""
+"""A switch costs less than the noise of one call, so a round times many of them."""
 
 RESIDENT = """
 import sys
@@ -89,10 +90,10 @@ lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
 kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
 print(kilobytes["Rss"], kilobytes["Pss"])
 """
-"""Run in a fresh process: load engines from files, call each once, print Rss and Pss in kB.
+"""Script of a fresh process: load engines from files, call each once, print Rss and Pss in kB.
 
-Rss counts a page once for every mapping of it, so pages that the sessions of one process share count as often as there
-are sessions. Pss divides a page by the number of its mappings: it is what the process really takes.
+Rss counts a page once per mapping, so a page shared by the sessions of a process counts once per session. Pss divides
+a page by the number of its mappings, which gives the memory that the process really takes.
 """
 
 LARGE = {
@@ -104,16 +105,16 @@ LARGE = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 }
-"""Configuration of a UNet2DModel of 95 MiB."""
+"""Configuration of a UNet2DModel with 95 MiB of weights."""
 
 Treatments = Mapping[str, Treatment]
 
 
 class Engines:
-    """Specialises and loads engines of one model, and has inputs for them."""
+    """Specialises and loads engines of one model, and keeps inputs for them."""
 
     def __init__(self, gated: GatedGraph, backend: Backend, sample_shape: tuple[int, int, int], batch: int) -> None:
-        """Set up; the means are those of the branches on noise."""
+        """Open the weights and compute the branch means on noise."""
         self.gated = gated
         self._loader = backend.open_weights(gated.weights.read_bytes())
         self.sample: Array = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
@@ -126,18 +127,18 @@ class Engines:
         return self._loader.load(specialise(self.gated, treatments, self.means, emits))
 
     def call(self, program: Program) -> object:
-        """Run a program that holds nothing."""
+        """Run a program that needs no held branches."""
         return program(self._inputs, self._output)
 
 
 def outermost(gated: GatedGraph, treatments: Treatments) -> list[str]:
-    """List what is removed and not nested in something else that is."""
+    """List the removed components that are not nested in another removed one."""
     nested = {inner for c in gated.components if c.name in treatments for inner in c.nested}
     return [name for name in treatments if name not in nested]
 
 
 def assignments_of(gated: GatedGraph, seed: int) -> dict[str, dict[str, Treatment]]:
-    """List the assignments whose time is compared with what their parts save."""
+    """List the assignments whose time is compared with the savings of their parts."""
     chosen = {c.name: {c.name: Treatment.DROP} for c in gated.components if c.kind == "level"}
     generator = np.random.default_rng(seed)
     names = [component.name for component in gated.components if component.name != STEP]
@@ -153,20 +154,20 @@ def assignments_of(gated: GatedGraph, seed: int) -> dict[str, dict[str, Treatmen
 def additivity_and_emission(
     engines: Engines, assignments: Mapping[str, Treatments], rounds: int, on_progress: OnProgress
 ) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """Time all engines of (a) and (e) in turns."""
+    """Time the engines of additivity and emission alternately."""
     gated = engines.gated
     singles = sorted({(name, own[name]) for own in assignments.values() for name in outermost(gated, own)})
     programs = [engines.load({}, [component.name for component in gated.components])]
     programs += [engines.load({name: treatment}) for name, treatment in singles]
     programs += [engines.load(own) for own in assignments.values()]
     whole = engines.load({})
-    turns: list[Program] = []
+    alternating: list[Program] = []
     for i, program in enumerate(programs):
-        turns += [program] if i % OTHERS_PER_FULL else [whole, program]
-    on_progress(Progress(stage="engines in turns", done=0, total=1))
-    times = interleaved_ms([partial(engines.call, program) for program in turns], rounds=rounds)
-    on_progress(Progress(stage="engines in turns", done=1, total=1))
-    is_whole = np.array([program is whole for program in turns])
+        alternating += [program] if i % OTHERS_PER_FULL else [whole, program]
+    on_progress(Progress(stage="alternating engines", done=0, total=1))
+    times = interleaved_ms([partial(engines.call, program) for program in alternating], rounds=rounds)
+    on_progress(Progress(stage="alternating engines", done=1, total=1))
+    is_whole = np.array([program is whole for program in alternating])
     full, others = np.median(times[:, is_whole], axis=1), times[:, ~is_whole]
     without = {single: others[:, 1 + i] for i, single in enumerate(singles)}
     rows, ratios = [], []
@@ -177,7 +178,10 @@ def additivity_and_emission(
         ratios.append(spread(taken / expected)[0])
         rows.append([label, len(outer), float(np.median(taken)), float(np.median(expected)), *spread(taken / expected)])
     columns = ["engine", "outermost removals", "ms", "expected ms", "ratio", "10th percentile", "90th percentile"]
-    table = {"title": "Additivity: engine time and what the savings of its parts promise", "columns": columns}
+    table = {
+        "title": "Additivity: engine time, measured and expected from savings of parts",
+        "columns": columns,
+    }
     figures: list[dict[str, object]] = [
         {"figure": "full model, ms per call", "value": float(np.median(full))},
         {
@@ -192,7 +196,7 @@ def additivity_and_emission(
 
 
 def plan_of(model: ModelReference, engines: tuple[Assignment, ...], cycle: tuple[int, ...]) -> Plan:
-    """Plan one cycle of engines for all noise levels."""
+    """Plan one cycle of engines over all noise levels."""
     return Plan(
         unetc=unetc.__version__,
         model=model,
@@ -208,15 +212,15 @@ def plan_of(model: ModelReference, engines: tuple[Assignment, ...], cycle: tuple
 def overhead(
     engines: Engines, model: Model, scheduler: SchedulerTables, steps: int, rounds: int, on_progress: OnProgress
 ) -> list[dict[str, object]]:
-    """Compare the wall time of sampling with the time inside of the engines."""
+    """Compare the wall time of sampling with the time inside the engine calls."""
     components = engines.gated.components
     level = next(component.name for component in components if component.kind == "level")
     plans = {
         "full model": plan_of(model.reference, with_emissions([{}], components), (0,)),
-        "full and without a level, in turns": plan_of(
+        "full and without a level, alternating": plan_of(
             model.reference, with_emissions([{}, {level: Treatment.DROP}], components), (0, 1)
         ),
-        "full and holding a level, in turns": plan_of(
+        "full and holding a level, alternating": plan_of(
             model.reference, with_emissions([{}, {level: Treatment.HOLD}], components), (0, 1)
         ),
     }
@@ -235,7 +239,7 @@ def overhead(
         ratios = np.empty(rounds)
         session.sample(len(engines.sample), steps=steps)
         for program in programs:
-            program.take_ms()  # of the call before
+            program.take_ms()  # of the warm-up
         for i in range(rounds):
             start = clock.mark()
             session.sample(len(engines.sample), steps=steps, seed=i)
@@ -261,11 +265,11 @@ def _timer_us() -> float:
 
 
 def switching(engines: Engines, rounds: int, on_progress: OnProgress) -> list[dict[str, object]]:
-    """Compare calls of an engine behind the other one with calls behind itself."""
+    """Compare calls of an engine after another engine with calls after itself."""
     level = next(component.name for component in engines.gated.components if component.kind == "level")
     pair = engines.load({}), engines.load({level: Treatment.DROP})
     on_progress(Progress(stage="switching", done=0, total=1))
-    calls = [partial(engines.call, pair[engine]) for engine in (0, 0, 1, 1)]  # the first of each two has switched
+    calls = [partial(engines.call, pair[engine]) for engine in (0, 0, 1, 1)]  # first of a pair: after a switch
     times = interleaved_ms(calls, rounds=rounds)
     on_progress(Progress(stage="switching", done=1, total=1))
     cost, low, high = switch_cost(times)
@@ -277,7 +281,7 @@ def switching(engines: Engines, rounds: int, on_progress: OnProgress) -> list[di
 
 
 def large_model(work: Path) -> GatedGraph:
-    """Capture a UNet with 95 MiB of random weights; memory does not depend on what they are."""
+    """Capture a UNet with 95 MiB of random weights; memory does not depend on their values."""
     torch.manual_seed(0)
     return open_or_build(work / "large", lambda: capture(UNet2DModel(**LARGE).eval()))
 
@@ -290,7 +294,7 @@ def memory(
     work: Path,
     on_progress: OnProgress,
 ) -> list[dict[str, object]]:
-    """Measure fresh processes with no engine, the full model and five engines."""
+    """Measure fresh processes with no engine, with the full model and with five engines."""
     folder = work / "resident" / label
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [{}, *(own for name, own in assignments.items() if name.startswith("random"))][:5]
@@ -337,9 +341,9 @@ def main() -> None:
         "--rounds",
         type=int,
         default=40,
-        help="timed repetitions; sampling has a quarter of them, switching 40 times as many",
+        help="timed repetitions; sampling takes a quarter of them, switching 40 times as many",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random assignments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random assignments")
     options = parser.parse_args()
     threads = cores()
     model = find_model("digits")

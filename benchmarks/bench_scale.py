@@ -1,11 +1,11 @@
-"""What does it cost to capture and export denoisers of real sizes?
+"""How much time and memory does it take to capture and export denoisers of real sizes?
 
-    python benchmarks/bench_scale.py --models sd15 sd21 sdxl      # some minutes each; 3 × the weights on disk
+    python benchmarks/bench_scale.py --models sd15 sd21 sdxl      # a few minutes each; 3 × the weights on disk
 
-Builds a pipeline folder with the configuration of a public model (`tests/configs`) and random float32 weights, then
-loads, captures and exports it as `unetc analyze` does, each model in a process of its own. Peaks are the largest
-resident set of that process (VmHWM); it counts the pages of the checkpoint that are mapped, which the system can take
-back. Writes `results/scale.json`; models measured before stay in it.
+The benchmark writes a pipeline folder with the configuration of a public model (`tests/configs`) and random float32
+weights. Then it loads, captures and exports the model as `unetc analyze` does, in a separate process per model. Peaks
+are the largest resident set of that process (VmHWM). They include mapped pages of the checkpoint, which the system can
+reclaim. Writes `results/scale.json` and keeps the results of models measured earlier.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_pipeline(config: dict[str, Any], folder: Path) -> int:
 
 
 def measure(folder: Path) -> dict[str, object]:
-    """Load, capture and export; report seconds, sizes and the peak of memory after each."""
+    """Load, capture and export; return seconds and peak memory of each stage, and sizes."""
     from unetc.compiler.graph.capture import capture
     from unetc.compiler.graph.gated import GatedGraph
     from unetc.environment import peak_memory
@@ -95,7 +95,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("sd15", "sd21", "sdxl"), default=["sd15", "sd21", "sdxl"])
-    parser.add_argument("--work", type=Path, help="folder for weights [default: the system's for temporary files]")
+    parser.add_argument("--work", type=Path, help="folder for weights [default: the system's temporary folder]")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

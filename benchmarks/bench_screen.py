@@ -1,16 +1,17 @@
-"""Does the two-tier analysis find what brute force finds, at a tenth of its cost?
+"""Does the two-tier analysis agree with brute force, at a tenth of its cost?
 
     python benchmarks/bench_screen.py            # about 20 minutes on two cores; resumes
 
-Analyses the reference model twice on the same trajectories: by brute force (`decisive=None`, every ablation reaches the
-final output) and in two tiers (the default: all ablations are screened, the decisive ones reach the final output).
-Writes `results/screen.json`.
+The benchmark analyses the reference model twice on the same trajectories. By brute force (`decisive=None`), every
+ablation is measured on the final output. In two tiers (the default), all ablations are screened, and the decisive ones
+are measured on the final output. Writes `results/screen.json`.
 
 An entry is a component with a treatment and a period in a bin. Its price is its brute-force damage / the share of time
-it saves; the *decisive* entries are the quarter of a bin's entries that save time with the lowest price.
+that it saves. The *decisive* entries are the quarter of a bin's time-saving entries with the lowest price.
 
-Both analyses share a folder of the cache, so they have the same measured costs. Measured effects are cached per job, a
-batch of ablations; the two cut different batches, so an entry that both measure differs in the last digits only.
+Both analyses share a cache folder, so they use the same measured costs. Effects are measured and cached per job, which
+is a batch of ablations. The two analyses form different batches, so an entry that both measure may differ in its last
+digits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def entries_of(profile: Profile) -> dict[Entry, Effect]:
 
 
 def ranked_by_price(profile: Profile) -> list[list[Entry]]:
-    """List the entries of every bin that save time, those of least damage per time saved first."""
+    """List the time-saving entries of every bin, lowest damage per time saved first."""
     saved = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
     prices: list[dict[Entry, float]] = [{} for _ in profile.bins]
     for entry, effect in entries_of(profile).items():

@@ -1,9 +1,10 @@
-"""How fast is a residual block whose skip was dropped, compared with a block that was built without the skip?
+"""How fast is a residual block after dropping its skip, compared with a block built without one?
 
     python benchmarks/bench_slicing.py            # about 3 minutes on one thread
 
-Times four engines of one block in turns: the skip kept, dropped, replaced by its mean, and a block that never had one.
-Prints and writes `results/slicing.json`: the medians, and the median of the ratios to the last one, round by round.
+The benchmark times four engines of one block alternately: with the skip kept, dropped, or replaced by its mean, and a
+block that never had one. Prints the results and writes `results/slicing.json`: the median times, and the median over
+rounds of each engine's time relative to the last one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NO_WEIGHTS = save({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A residual block after a concatenation, and the image it is called with."""
+    """A residual block after a concatenation, and the size of its input."""
 
     name: str
     trunk: int
@@ -59,7 +60,7 @@ CASES = (
     Case(name="Stable Diffusion, 16x16", trunk=640, skip=640, out=640, groups=32, size=16, batch=2),
     Case(name="Stable Diffusion, 16x16, uneven", trunk=1280, skip=640, out=640, groups=32, size=16, batch=2),
 )
-"""Blocks of the reference model and of Stable Diffusion; in an uneven one, one group of a norm has channels of both."""
+"""Blocks of the reference model and of Stable Diffusion; if uneven, a norm group mixes trunk and skip channels."""
 
 
 def block(case: Case, *, with_skip: bool) -> ir.Model:
@@ -103,7 +104,7 @@ def block(case: Case, *, with_skip: bool) -> ir.Model:
 
 
 def engines(case: Case) -> Iterator[tuple[str, SerialisedGraph]]:
-    """Specialise the block."""
+    """Specialise the block for each treatment, and build the native one."""
     component = Component(name=SKIP, kind="skip", owner="", index=0, channels=case.skip, axis=1, offset=0, nested=())
     gated = GatedGraph(
         model=block(case, with_skip=True),
@@ -119,7 +120,7 @@ def engines(case: Case) -> Iterator[tuple[str, SerialisedGraph]]:
 
 
 def measure(case: Case, *, memory: Memory, threads: int, rounds: int) -> dict[str, object]:
-    """Time the engines of a block in turns."""
+    """Time the engines of a block alternately."""
     rng = np.random.default_rng(2)
     inputs = {
         name: rng.standard_normal((case.batch, channels, size, size), dtype=np.float32)
@@ -161,7 +162,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/bench_slicing.py --threads {options.threads} --rounds {options.rounds}",
         "environment": describe(),
-        "load_average": os.getloadavg(),  # of the last 1, 5 and 15 minutes; this process is 1 of it per thread
+        "load_average": os.getloadavg(),  # over the last 1, 5 and 15 minutes; each thread of this process counts as 1
         "results": results,
     }
     (HERE / "results").mkdir(exist_ok=True)

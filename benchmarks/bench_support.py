@@ -1,16 +1,16 @@
-"""Which architectures work, and what do the tests show of each?
+"""Which architectures work, and what do the tests show for each?
 
     python benchmarks/bench_support.py           # about 25 minutes on two cores
 
-Runs the tests that are marked to show something of an architecture, nightly ones included, and writes
-`results/support.json`: an aspect is shown if all tests that are marked with it have passed.
+The benchmark runs the tests that are marked `shows` for an architecture, nightly ones included. An aspect is shown if
+all tests marked with it pass. Writes `results/support.json`.
 
 - capture: the denoiser is traced and its components are found
-- law: engines are the gated graph at their gates, on random assignments
-- export: the graph computes in onnxruntime what the denoiser computes in torch
-- sample: a session samples what diffusers (or the published sampler) samples
-- drop-in: pipelines of diffusers run with a bundle as their UNet
-- quality: damage was measured on trained weights, in the benchmark named
+- law: engines compute the same as the gated graph at their gates, on random assignments
+- export: the graph in onnxruntime computes the same as the denoiser in torch
+- sample: a session draws the same samples as diffusers (or the published sampler)
+- drop-in: diffusers pipelines run with a bundle as their UNet
+- quality: damage was measured on trained weights, in the named benchmark
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ QUALITY = {
     "UNet2DModel": "bench_budget.py (`digits`)",
     "UNet2DConditionModel as in Stable Diffusion 1.5": "bench_peers.py (`prompted-digits`)",
 }
-"""Architectures with trained weights; no model hub was reachable for the others."""
+"""Architectures with trained weights, and the benchmark that measures their damage."""
 
 
 def run_tests(report: Path, processes: int) -> int:
-    """Run what is marked; return the exit code of pytest."""
+    """Run the marked tests and return the exit code of pytest."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "-m", "shows", f"--junitxml={report}"]
     return subprocess.run(command, cwd=HERE.parent, check=False).returncode
 
 
 def outcomes(report: Path) -> dict[str, dict[str, list[bool]]]:
-    """Read from pytest's report: architecture → aspect → whether each test has passed."""
+    """Read pytest's report: architecture → aspect → whether each test passed."""
     found: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for case in ET.parse(report).getroot().iter("testcase"):
         properties = [(own.get("name"), own.get("value")) for own in case.iter("property")]
@@ -55,7 +55,7 @@ def outcomes(report: Path) -> dict[str, dict[str, list[bool]]]:
 
 
 def cell(tests: list[bool] | None) -> str:
-    """Say what the tests of an aspect show."""
+    """Summarise the tests of an aspect in a table cell."""
     if not tests:
         return "–"
     return "yes" if all(tests) else f"no ({tests.count(False)} of {len(tests)} tests fail)"
@@ -76,7 +76,7 @@ def main() -> None:
         "environment": describe(),
         "tables": [
             {
-                "title": "What the tests show",
+                "title": "Results of the tests",
                 "columns": ["architecture", *ASPECTS, "quality"],
                 "rows": [
                     [name, *(cell(found[name].get(aspect)) for aspect in ASPECTS), QUALITY.get(name, "–")]

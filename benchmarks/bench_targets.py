@@ -1,13 +1,13 @@
-"""How do the targets that work here compare?
+"""How do the available targets compare?
 
     python benchmarks/bench_targets.py           # about 3 minutes on two cores, with torch:cpu:compiled
 
-Times engines of the reference model on every target, in turns, and writes `results/targets.json`:
+The benchmark times engines of the reference model on every target, alternately, and writes `results/targets.json`:
 
-- milliseconds of a call of the full model, of the model without its lowest level and of one that holds it
-- what share of a call the two save, which is what an analysis on this target would find
-- overhead: wall time of `Session.sample` / time inside of the engine calls, where calls wait until they are done
-- difference: largest difference of samples from those of onnxruntime, which lie in -1 to 1
+- milliseconds per call of the full model, of the model without its lowest level, and of one that holds it
+- the share of a call that these two save, as an analysis on this target would find it
+- overhead: wall time of `Session.sample` / time inside the engine calls, where each call waits for its result
+- difference: largest difference from onnxruntime's samples, which lie in -1 to 1
 - seconds to load the full model and call it once
 """
 
@@ -29,7 +29,7 @@ from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.prepare import Prepared, prepare
 from unetc.compiler.scheduler import extract_all, make_scheduler
-from unetc.compiler.tensorrt.on_demand import take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.conditions import UNCONDITIONAL
 from unetc.device import Array
 from unetc.environment import cores
@@ -47,15 +47,15 @@ ENGINES = ("full", "dropped", "held")
 
 
 class Target:
-    """The three engines on one target, and a session whose plan runs the full one and the one that holds in turns."""
+    """The three engines on one target, and a session whose plan alternates between the full and the holding one."""
 
     def __init__(self, name: str, prepared: Prepared, steps: int, batch: int, threads: int) -> None:
-        """Load the engines; the first call is part of loading."""
+        """Load the engines; loading includes the first call."""
         model, gated = prepared.model, prepared.gated
         level = next(component.name for component in gated.components if component.kind == "level")
         chosen = with_emissions([{}, {level: Treatment.DROP}, {level: Treatment.HOLD}], gated.components)
         calls = MeasuredCalls.of(model.sample_shape, batch, batch, UNCONDITIONAL)
-        backend = take_any_graph(name, open_backend(name, threads=threads), calls, frozenset, ignore)
+        backend = open_backend(name, threads=threads).prepared_by(OnDemand(calls, frozenset, ignore))
         device = backend.device
         loader = backend.open_weights(gated.weights.read_bytes())
         self._batch, self._steps = batch, steps
@@ -84,13 +84,13 @@ class Target:
         )
 
     def call(self, engine: int) -> None:
-        """Call an engine."""
+        """Call an engine by its position in `ENGINES`."""
         self._programs[engine](self._inputs, self._output)
 
     def sample(self, seed: int) -> tuple[Array, float]:
-        """Sample; give the time of all / that of the engine calls too."""
+        """Sample; also return the time of the whole / the time inside the engine calls."""
         for program in self._programs:
-            program.take_ms()  # of the calls before
+            program.take_ms()  # of earlier calls
         start = self._clock.mark()
         sample = self._session.sample(self._batch, seed=seed)
         whole = self._clock.between_ms(start, self._clock.mark())
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20, help="timed repetitions; sampling has a quarter of them")
+    parser.add_argument("--rounds", type=int, default=20, help="timed repetitions; sampling takes a quarter of them")
     options = parser.parse_args()
     targets: dict[str, Target] = {}
     absent: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""Draw pictures of handwritten digits with captions, and measure what a picture shows.
+"""Draw captioned pictures of handwritten digits, and measure the attributes of a picture.
 
-A picture is a digit of scikit-learn's, straightened to the typical lean of its class, then drawn upright or slanted,
-with a thin or a thick pen, on a dark or a light ground. Its caption says so in one of several ways and may leave
-attributes out. Ground, thickness and slant are measured on the pixels, without a trained model.
+A picture starts from a digit of scikit-learn's data set, straightened to the typical lean of its class. It is drawn
+upright or slanted, with a thin or a thick pen, on a dark or a light ground. Its caption names these attributes in one
+of several forms and may omit some. Ground, thickness and slant are measured on the pixels, without a trained model.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ SLANTS = ("upright", "slanted")
 PENS = ("thin", "thick")
 GROUNDS = ("dark", "light")
 PICTURES = 24_000
-"""Drawn once; the denoiser trains on their latents, and the marks of the ruler are set on them."""
+"""Pictures drawn for training; the denoiser trains on their latents, and the ruler is calibrated on them."""
 
 SAID = 0.8
-"""Probability that a caption names an attribute; the digit it always names."""
+"""Probability that a caption names an attribute; it always names the digit."""
 
 LEAN = 0.45
-"""How far a slanted digit leans to the right, in widths per height."""
+"""Lean of a slanted digit to the right, in widths per height."""
 
 UPRIGHT_SPREAD = 0.06
 PEN_LEVELS = (0.62, 0.3)
-"""Blackness of the scan, 0 to 1, at which the edge of a thin and of a thick stroke lies."""
+"""Blackness of the scan, 0 to 1, at the edge of a thin and of a thick stroke."""
 
 EDGE = 14.0
 """Steepness of a stroke's edge, per unit of blackness."""
@@ -38,21 +38,21 @@ EDGE = 14.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """Pictures and what they show."""
+    """Pictures with their attributes and captions."""
 
     images: Tensor
     """[count, 1, 32, 32] float32 in [-1, 1]."""
     digits: Tensor
     """[count] int64, 0 to 9."""
     slants: Tensor
-    """[count] int64, place in SLANTS; pens and grounds alike."""
+    """[count] int64, index into SLANTS; pens and grounds likewise."""
     pens: Tensor
     grounds: Tensor
     captions: tuple[str, ...]
 
 
 def caption(digit: str, slant: str = "", pen: str = "", ground: str = "", *, form: int = 0) -> str:
-    """Say what a picture shows, in one of four forms; an attribute that is empty is left out."""
+    """Write a caption in one of four forms; empty attributes are omitted."""
     where = f"on a {ground} ground" if ground else ""
     if form == 0:
         return _listed(_with_article(slant, digit), pen, where)
@@ -76,12 +76,12 @@ def _with_article(*words: str) -> str:
 
 
 def draw(count: int, seed: int, sources: Tensor | None = None) -> Pictures:
-    """Draw captioned pictures; the same seed gives the same ones.
+    """Draw captioned pictures; the same seed gives the same pictures.
 
     Args:
-        count: How many.
-        seed: Of everything that is drawn at random.
-        sources: Places of the digits to draw from, among all 1,797; all of them unless given.
+        count: Number of pictures.
+        seed: Seed of all random draws.
+        sources: Indices of the scans to draw from, among all 1,797; all by default.
     """
     ink, labels = scans()
     ink, labels = (ink, labels) if sources is None else (ink[sources], labels[sources])
@@ -124,7 +124,7 @@ def _captions(digits: Tensor, slants: Tensor, pens: Tensor, grounds: Tensor, gen
 
 
 def lean(ink: Tensor) -> Tensor:
-    """Measure how far ink [count, 1, height, width] leans to the right, in widths per height, [count]."""
+    """Measure the lean of ink `[count, 1, height, width]` to the right, in widths per height, `[count]`."""
     height, width = ink.shape[2:]
     mass = ink.sum(dim=(1, 2, 3))
     rows, columns = torch.arange(height, dtype=ink.dtype), torch.arange(width, dtype=ink.dtype)
@@ -136,14 +136,14 @@ def lean(ink: Tensor) -> Tensor:
 
 
 def _straightening(ink: Tensor, labels: Tensor) -> Tensor:
-    """Give the lean to add to each scan so that it leans like the mean of its class."""
+    """Compute the lean to add to each scan so that it leans like the mean of its class."""
     leans = lean(ink)
     typical = torch.stack([leans[labels == digit].mean() for digit in range(len(DIGITS))])
     return typical[labels] - leans
 
 
 def _sheared(ink: Tensor, extra: Tensor, slants: Tensor, generator: torch.Generator) -> Tensor:
-    """Enlarge scans [count, 1, 8, 8] to [count, 1, 32, 32], sheared, shifted and scaled a little."""
+    """Enlarge scans `[count, 1, 8, 8]` to `[count, 1, 32, 32]`, slightly sheared, shifted and scaled."""
     count = len(ink)
     spread = (torch.rand(count, generator=generator) * 2 - 1) * UPRIGHT_SPREAD
     shear = extra + slants * LEAN + spread
@@ -158,7 +158,7 @@ def _sheared(ink: Tensor, extra: Tensor, slants: Tensor, generator: torch.Genera
 
 
 def _ink(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Split pictures into their ground's tone [count] and their ink [count, 1, 32, 32], 0 to 1."""
+    """Split pictures into the tone of their ground `[count]` and their ink `[count, 1, 32, 32]`, 0 to 1."""
     border = torch.cat((images[:, 0, (0, -1), :].flatten(1), images[:, 0, :, (0, -1)].flatten(1)), dim=1)
     tone = border.median(dim=1).values
     distance = (images - tone.view(-1, 1, 1, 1)) * -tone.sign().view(-1, 1, 1, 1)
@@ -167,7 +167,7 @@ def _ink(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stroke_width(ink: Tensor) -> Tensor:
-    """Measure the mean width of strokes in pixels: twice the area over the length of the edge."""
+    """Measure the mean stroke width in pixels: twice the area divided by the length of the edge."""
     across, down = ink.diff(dim=3)[:, :, :-1], ink.diff(dim=2)[:, :, :, :-1]
     edge = (across**2 + down**2 + 1e-12).sqrt().sum(dim=(1, 2, 3))
     return 2 * ink.sum(dim=(1, 2, 3)) / edge
@@ -175,15 +175,15 @@ def _stroke_width(ink: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ruler:
-    """Reads slant, pen and ground off pictures; its marks lie half way between what was drawn one way and the other."""
+    """Reads slant, pen and ground off pictures; each threshold lies half way between the means of the two kinds."""
 
     leans: Tensor
-    """[10] the lean at which a digit of each class counts as slanted."""
+    """[10] Lean from which a digit of each class counts as slanted."""
     widths: Tensor
-    """[10] the stroke width in pixels at which it counts as thick."""
+    """[10] Stroke width in pixels from which it counts as thick."""
 
     def read(self, images: Tensor, digits: Sequence[int] | Tensor) -> dict[str, Tensor]:
-        """Give the place in SLANTS, PENS and GROUNDS, each [count], of pictures of these digits."""
+        """Read slant, pen and ground off pictures of digits, as indices `[count]` into SLANTS, PENS and GROUNDS."""
         tone, ink = _ink(images)
         digits = torch.as_tensor(digits)
         return {
@@ -194,7 +194,7 @@ class Ruler:
 
 
 def new_ruler(pictures: Pictures) -> Ruler:
-    """Set the marks on drawn pictures."""
+    """Calibrate a ruler on drawn pictures."""
     _, ink = _ink(pictures.images)
 
     def halves(values: Tensor, kinds: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The checkout that a script lies in: importing this puts its sources on the path, so that unetc need not be installed.
+"""The checkout that contains this script. Importing this module makes its sources importable without installation.
 
-It comes before what imports unetc. The stages are found through the links in `src/unetc`.
+Import it before any module that imports unetc. The stages are found through the links in `src/unetc`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 @functools.cache
 def commit() -> str:
-    """Name the commit of these sources, with `-dirty` behind it if they were changed; `unknown` where git is not."""
+    """Return the commit of these sources, followed by `-dirty` if they were changed, or `unknown` without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -29,7 +29,7 @@ def commit() -> str:
 
 @functools.cache
 def sources_sha256() -> str:
-    """Hash these sources, which works where no git is."""
+    """Hash these sources, which works without git too."""
     files = sorted(path for folder in _SOURCES for path in (ROOT / folder).rglob("*.py"))
     hashed = hashlib.sha256()
     for path in files:

@@ -1,4 +1,4 @@
-"""Time work on a device without waiting for it: by CUDA events, or by the host's clock where a device has none."""
+"""Time work on a device without waiting for it: by CUDA events, or by the host's clock on devices without them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from unetc.backend import Program
 from unetc.device import Device, Tensor
 
 WARMUP_ROUNDS = 2
-"""Rounds that are not timed: in the first one engines are loaded and CUDA graphs captured."""
+"""Untimed rounds; the first one loads engines and captures CUDA graphs."""
 
 
 class Clock(Protocol):
-    """Notes moments in the work of a device."""
+    """Marks moments in the work of a device."""
 
     def mark(self) -> Any:
-        """Note the moment at which everything asked of the device so far is done."""
+        """Mark the moment when the device has finished all work queued so far."""
 
     def between_ms(self, start: Any, end: Any) -> float:
-        """Tell the milliseconds between two moments; waits for the later one."""
+        """Return the milliseconds between two marks, waiting for the later one."""
 
 
 class EventClock:
-    """Notes CUDA events on the current stream of torch."""
+    """Records CUDA events on the current stream of torch."""
 
     def mark(self) -> torch.cuda.Event:
         """Record an event."""
@@ -38,35 +38,35 @@ class EventClock:
         return event
 
     def between_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Read two events."""
+        """Return the milliseconds between two events."""
         end.synchronize()
         return float(start.elapsed_time(end))
 
 
 class HostClock:
-    """Reads the host's clock when a device has done its work."""
+    """Reads the host's clock once a device has finished its work."""
 
     def __init__(self, device: Device) -> None:
         """Watch a device."""
         self._device = device
 
     def mark(self) -> float:
-        """Wait, and read the clock."""
+        """Wait for the device and read the clock."""
         self._device.synchronize()
         return time.perf_counter()
 
     def between_ms(self, start: float, end: float) -> float:
-        """Subtract."""
+        """Return the milliseconds between two readings."""
         return 1e3 * (end - start)
 
 
 def clock_of(target: str, device: Device) -> Clock:
-    """Choose the clock of a target: events where engines run in torch's stream; onnxruntime has one of its own."""
+    """Choose the clock of a target: events if engines run in torch's stream, unlike onnxruntime's separate one."""
     return EventClock() if target.startswith(("torch:cuda", "tensorrt")) else HostClock(device)
 
 
 class Timed:
-    """A program that notes when its calls begin and end."""
+    """A program that marks when its calls begin and end."""
 
     def __init__(self, program: Program, clock: Clock) -> None:
         """Wrap a program."""
@@ -89,12 +89,12 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How long to measure."""
+    """The effort spent on measuring."""
 
     seconds: float
-    """About so long, for each comparison."""
+    """Approximate time for each comparison."""
     least: int
-    """Fewest rounds, however long they take."""
+    """Minimum number of rounds, however long they take."""
     most: int = 400
 
     def rounds(self, round_ms: float) -> int:
@@ -103,15 +103,15 @@ class Effort:
 
 
 def timed_ms(calls: Sequence[Callable[[], object]], clock: Clock, effort: Effort) -> NDArray[np.float64]:
-    """Time calls in turns: A B C, A B C, ...
+    """Time calls alternately: A B C, A B C, ...
 
     Args:
-        calls: What is timed. The host runs ahead of a GPU, so launching a call takes none of its time.
-        clock: Notes when calls begin and end.
-        effort: How long to measure.
+        calls: Timed calls. The host runs ahead of a GPU, so launching a call adds nothing to its time.
+        clock: Clock that marks when calls begin and end.
+        effort: Time to spend and number of rounds.
 
     Returns:
-        [round, call] milliseconds.
+        Milliseconds, `[round, call]`.
     """
     for _ in range(WARMUP_ROUNDS):
         start = clock.mark()

@@ -1,8 +1,8 @@
 """A small classifier of handwritten digits, the task metric of the reference model `digits`.
 
-It ships beside the reference model. It answers two questions about a batch of images: are they digits (confidence), and
-are they distributed like the real ones (Fréchet distance of its features). The distance is *not* FID: FID names the
-features of one Inception network.
+It ships with the reference model. It answers two questions about a batch of images: are they digits (confidence), and
+are they distributed like the real ones (Fréchet distance of its features)? The distance is *not* FID, which is defined
+on the features of one particular Inception network.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def frechet_distance(left: NDArray[np.float64], right: NDArray[np.float64]) -> f
     """
     mean_gap = left.mean(axis=0) - right.mean(axis=0)
     covariances = np.cov(left, rowvar=False), np.cov(right, rowvar=False)
-    # trace of the root of a product, by eigenvalues: a feature that is never active makes a covariance singular
+    # the trace of the product's square root, by eigenvalues: a feature that is never active makes a covariance singular
     values, vectors = np.linalg.eigh(covariances[0])
     half = vectors * np.sqrt(values.clip(0))
     cross = np.sqrt(np.linalg.eigvalsh(half.T @ covariances[1] @ half).clip(0)).sum()

@@ -1,29 +1,29 @@
 """What do phase engines save on an NVIDIA GPU, and what does the runtime cost there?
 
-    python benchmarks/gpu_prepare.py FOLDER      # beforehand, on a machine with everything; needs no GPU
-    PYTHONPATH=FOLDER/libraries python benchmarks/gpu.py FOLDER      # on a machine with a GPU, torch, numpy and onnx
+    python benchmarks/gpu_prepare.py FOLDER      # beforehand, with all libraries installed; needs no GPU
+    PYTHONPATH=FOLDER/libraries python benchmarks/gpu.py FOLDER      # with a GPU, torch, numpy and onnx
 
-Measures UNets of the shapes of Stable Diffusion 1.5, XL and GLIDE's base model (random weights) and the trained
-reference models, and writes `results/gpu.json`:
+The benchmark measures UNets with the shapes of Stable Diffusion 1.5, XL and GLIDE's base model (random weights) and the
+trained reference models, and writes `results/gpu.json`:
 
-- engine calls in turns, by CUDA events: the full model and engines that emit, hold, forecast and drop
-- a switch of engines, in steps of the full model
-- whole trajectories in turns: plans that are fitted to a budget by the times measured just before, and DeepCache's,
-  with predicted and measured time; wall time of sampling / time inside of the engine calls; what it costs to ask in
-  every step whether all is finite; of trained models, the damage
-- what engines take of the GPU's memory, one more after the other
-- CUDA graphs against torch eager, and what torch.compile makes of the full model and of an engine that holds
+- engine calls, timed alternately by CUDA events: the full model and engines that emit, hold, forecast and drop
+- the cost of a switch of engines, in steps of the full model
+- whole trajectories, sampled alternately: plans fitted to a budget by the engine times measured just before, and
+  DeepCache's plans, with predicted and measured time; wall time of sampling / time inside the engine calls; the cost of
+  checking every step for non-finite values; the damage, for trained models
+- GPU memory taken as more engines are loaded
+- CUDA graphs against torch eager, and against torch.compile, for the full model and an engine that holds
 
-Engines of TensorRT are built when they are first called, and kept. That takes longer than measuring, so the command
-is started until it has no more to do.
+TensorRT engines are built on their first call, then cached. Building takes longer than measuring, so start the command
+again until it has nothing left to do.
 
-Every part is saved when it is finished, and skipped when the command is started again, be it for other models, parts
-or targets: all add to one result, as long as sources, settings, machine and the prepared model are the same. What
-cannot be measured is named in the result with the reason. What takes longest, torch.compile, comes last; when the time
-is up the command stops, and the next start goes on. A part that fails does not keep the others from their turn. That no
-CUDA graph could be captured is a failure: times of kernels that are launched one by one are not those of graphs.
+Every part is saved when it is finished, and skipped when the command is started again. Starts for other models, parts
+or targets add to the same result, as long as sources, settings, machine and prepared models are the same. Parts that
+cannot be measured are listed in the result with the reason. The slowest part, torch.compile, comes last. When the time
+is up, the command stops, and the next start continues. A failed part does not prevent the others. If no CUDA graph can
+be captured, the part counts as failed, since kernels launched one by one take a different time.
 
-`--target torch:cpu` tries the script on the CPU; what it then measures says nothing about a GPU.
+`--target torch:cpu` tries the script on the CPU; its figures then say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ from unetc.runtime.backends.registry import open_backend
 RESULT = "gpu.json"
 TARGET = "torch:cuda"
 OTHERS = ("onnxruntime:cuda", "onnxruntime:tensorrt", "tensorrt", "tensorrt-rtx")
-"""Further targets, measured where unetc has them and their libraries are there."""
+"""Further targets, measured if their libraries are installed."""
 
 Part = Callable[[Loaded], Measured]
 
 
 class TimeIsUp(BaseException):
-    """Not an `Exception`: libraries that try several ways would take it for one that failed."""
+    """Time limit reached. Not an `Exception`, because libraries that try alternatives would swallow it."""
 
 
 class Eager(UnetcError):
-    """Kernels were launched one by one where a CUDA graph was to be measured."""
+    """Kernels were launched one by one although a CUDA graph was to be measured."""
 
 
 class Result:
-    """The result file: what is finished stays in it."""
+    """The result file, which keeps finished parts."""
 
     def __init__(
         self,
@@ -87,18 +87,18 @@ class Result:
         environment: Mapping[str, str],
         prepared: Mapping[str, str],
     ) -> None:
-        """Read what earlier starts have finished and what would be measured the same way now.
+        """Read the parts that earlier starts finished and that would be measured the same way now.
 
-        A file of other settings or of another machine is moved aside.
+        A file with other settings or from another machine is moved aside.
 
         Args:
-            path: The file.
-            settings: What decides all parts.
+            path: Path of the result file.
+            settings: Settings that affect all parts.
             environment: The machine and its libraries.
-            prepared: Hash of what is prepared of each model, by name.
+            prepared: Hash of each prepared model, by name.
 
         Raises:
-            ArtifactError: If there is a file that is no result.
+            ArtifactError: If the file exists but is not a result.
         """
         self.path = path
         self._settings = settings
@@ -107,7 +107,7 @@ class Result:
         self.absent: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.late: frozenset[str] = frozenset()
-        """Parts that failed or were cut short before; they come last, so that none keeps the others from their turn."""
+        """Parts that failed or were cut short before; they come last, so that they do not delay the others."""
         if path.exists():
             try:
                 before = json.loads(path.read_text())
@@ -118,7 +118,7 @@ class Result:
                 raise ArtifactError(f"{path} is no result of gpu.py. Move it, or choose other --results.") from error
             if same != [settings, environment]:
                 aside = path.replace(path.with_name(f"{path.name}.before"))
-                print(f"{aside}: what was measured so far, with other settings or on another machine", flush=True)
+                print(f"{aside}: earlier result, with other settings or from another machine", flush=True)
                 return
             self.absent, self.failed, self.late = absent, failed, frozenset(failed)
             self.parts = {
@@ -126,7 +126,7 @@ class Result:
             }
 
     def add(self, key: str, loaded: Loaded, seconds: float, measured: Measured) -> None:
-        """Add what a part has measured."""
+        """Add the measurements of a part."""
         self.parts[key] = {
             "model": loaded.folder.name,
             "prepared": loaded.folder.model.sha256(),
@@ -136,7 +136,7 @@ class Result:
         }
 
     def save(self) -> None:
-        """Write everything so far."""
+        """Write all results so far."""
         record = {
             "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
             "commit": checkout.commit(),
@@ -150,8 +150,8 @@ class Result:
         write_atomically(self.path, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def turns_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Part]]]:
-    """List what is measured, in order: target, model, and its parts by what they are called in the result."""
+def passes_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Part]]]:
+    """List target, model and parts in the order of measurement; parts have their names in the result."""
     effort = Effort(seconds=options.seconds, least=options.rounds)
     patient = Effort(seconds=3 * options.seconds, least=options.rounds)
     calls: dict[str, Part] = {
@@ -169,11 +169,11 @@ def turns_of(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, 
 
 
 def measure_all(options: argparse.Namespace, result: Result) -> None:
-    """Measure what is not finished yet."""
-    tried = {name for target, _, parts in turns_of(options) for name in (target, *parts)}
+    """Measure all parts that are not finished."""
+    tried = {name for target, _, parts in passes_of(options) for name in (target, *parts)}
     result.absent = {name: reason for name, reason in result.absent.items() if name not in tried}
     for late in (False, True):
-        for target, model, parts in turns_of(options):
+        for target, model, parts in passes_of(options):
             pending = {
                 key: part for key, part in parts.items() if key not in result.parts and (key in result.late) is late
             }
@@ -182,7 +182,7 @@ def measure_all(options: argparse.Namespace, result: Result) -> None:
 
 
 def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: Result, most: int) -> None:
-    """Measure parts on one model, which is loaded for all of them; no call has more than so many samples."""
+    """Load a model and measure parts on it, with at most `most` samples per call."""
     try:
         loaded = Loaded(Folder(path), target, most=most)
     except UnetcError as error:
@@ -200,15 +200,15 @@ def measure_model(path: Path, target: str, pending: Mapping[str, Part], result: 
 
 
 def captured(part: Part, said: Sequence[str], loaded: Loaded) -> Measured:
-    """Measure a part that engines run as CUDA graphs in, where they can.
+    """Measure a part, and check that its engines ran as CUDA graphs where the target supports them.
 
     Args:
         part: The part.
-        said: Why no CUDA graph could be captured, since the model was loaded; what failed once stays eager.
+        said: Warnings about failed captures since the model was loaded; an engine that failed once stays eager.
         loaded: The model.
 
     Raises:
-        Eager: If one could not be captured.
+        Eager: If an engine could not be captured.
     """
     measured = part(loaded)
     if said:
@@ -218,7 +218,7 @@ def captured(part: Part, said: Sequence[str], loaded: Loaded) -> Measured:
 
 @contextmanager
 def warnings_of(logger: logging.Logger) -> Iterator[Sequence[str]]:
-    """Collect the warnings that a logger is given."""
+    """Collect the warnings of a logger."""
     said: list[str] = []
 
     class Collect(logging.Handler):
@@ -234,7 +234,7 @@ def warnings_of(logger: logging.Logger) -> Iterator[Sequence[str]]:
 
 
 def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
-    """Measure a part and save it, or the reason why it cannot be measured.
+    """Measure a part and save it, or save the reason why it cannot be measured.
 
     Raises:
         TimeIsUp: If the time is up.
@@ -247,7 +247,7 @@ def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
     except (Absent, MissingDependency) as error:
         result.absent[key] = str(error)
         print(f"{key}: absent, {error}", flush=True)
-    except Exception as error:  # whatever a driver or a compiler says; the other parts have their turn
+    except Exception as error:  # drivers and compilers raise anything; the other parts are still measured
         result.failed[key] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         print(f"{key}: failed, {result.failed[key]}", flush=True)
     except TimeIsUp:
@@ -262,7 +262,7 @@ def measure(key: str, part: Part, loaded: Loaded, result: Result) -> None:
 
 
 def gpu_facts() -> dict[str, str]:
-    """Describe the GPU that torch uses, and its driver; nothing where there is none."""
+    """Describe the GPU that torch uses, and its driver; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -282,7 +282,7 @@ def gpu_facts() -> dict[str, str]:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Say everything that decides all parts."""
+    """List the settings that affect all parts."""
     return {
         "batches": ", ".join(map(str, options.batches)),
         "seconds": options.seconds,
@@ -295,7 +295,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeIsUp` in what runs, when so many seconds have passed."""
+    """Raise `TimeIsUp` in the running code after a number of seconds."""
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise TimeIsUp
@@ -315,17 +315,19 @@ PARTS = ("memory", "engines", "sampling", "graphs", "compiled")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what gpu_prepare.py has written")
-    parser.add_argument("--results", type=Path, help=f"folder of {RESULT} [default: that of all results]")
+    parser.add_argument("folder", type=Path, help="folder written by gpu_prepare.py")
+    parser.add_argument("--results", type=Path, help=f"folder of {RESULT} [default: benchmarks/results]")
     parser.add_argument("--target", default=TARGET)
     parser.add_argument("--others", nargs="*", default=list(OTHERS), help="further targets")
-    parser.add_argument("--models", nargs="*", default=[], help="[default: all that are prepared]")
+    parser.add_argument("--models", nargs="*", default=[], help="[default: all prepared models]")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 8])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison; three times that for sampling")
-    parser.add_argument("--rounds", type=int, default=5, help="fewest rounds of a comparison, however long they take")
-    parser.add_argument("--minutes", type=float, default=8.3, help="when to stop")
-    parser.add_argument("--smoke", action="store_true", help="two rounds of everything: tries the script")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="time per comparison; sampling takes 3 times as long"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="minimum rounds of a comparison, however long they take")
+    parser.add_argument("--minutes", type=float, default=8.3, help="time limit after which the command stops")
+    parser.add_argument("--smoke", action="store_true", help="try the script: two rounds of every comparison")
     options = parser.parse_args(arguments)
     if options.smoke:
         options.batches, options.seconds, options.rounds = [1, 2], 0.0, 2
@@ -333,13 +335,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find out what is to be measured, and where the result goes.
+    """Check the options, and fill in the models and the results folder.
 
     Raises:
-        UnetcError: If the target cannot be used, a model is not prepared, or figures of a CPU would pass for a GPU's.
+        UnetcError: If the target cannot be used, a model is not prepared, or CPU figures would be taken for a GPU's.
     """
     if options.results is None and options.target.endswith(":cpu"):
-        raise UnetcError(f"{options.target} is no GPU: say with --results FOLDER where its figures are to go.")
+        raise UnetcError(f"{options.target} is no GPU. Choose a folder for its figures with --results FOLDER.")
     open_backend(options.target, threads=0)
     prepared = [folder.name for folder in open_folders(options.folder)]
     if unknown := [name for name in options.models if name not in prepared]:
@@ -349,7 +351,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns 0, or 1 if nothing is measured or the result has a failure, or 3 if time was short."""
+    """Run the benchmark; return 0 if all is measured, 1 on an error or a failed part, 3 if the time ran out."""
     options = parse(arguments)
     try:
         check(options)
@@ -362,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with time_limit(60 * options.minutes):
             measure_all(options, result)
     except TimeIsUp:
-        print(f"{options.minutes:g} minutes are over. The same command goes on with what is left.")
+        print(f"{options.minutes:g} minutes are over. Run the same command again to continue.")
         return 3
     return 1 if result.failed else 0
 

@@ -1,4 +1,4 @@
-"""The engines of a prepared model on one target, loaded when they are first called."""
+"""The engines of a prepared model on one target, loaded on their first call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unetc.artifacts.plan import Plan, Prediction
 from unetc.backend import Loader, Program
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.schedule import phases_of
-from unetc.compiler.tensorrt.on_demand import take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.device import Device, Tensor
 from unetc.errors import PlanError
 from unetc.progress import ignore
@@ -23,37 +23,36 @@ from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.session import Session
 
 TIMESTEPS = (550.0, 525.0, 500.0)
-"""Those at which held tensors were computed, and that of the timed calls."""
+"""Two timesteps at which held branches are computed, and the timestep of the timed calls."""
 
 
 class Loaded:
-    """A model on a target."""
+    """A model loaded on a target."""
 
     def __init__(self, folder: Folder, target: str, *, most: int, threads: int = 0) -> None:
         """Open the target.
 
         Args:
-            folder: The model.
-            target: Name of a backend; where its engines are built ahead, they are built when they are first needed.
-            most: Most samples per call.
+            folder: The prepared model.
+            target: Name of a backend. Engines that must be built are built when they are first needed.
+            most: Maximum number of samples per call.
             threads: Number of CPU threads; 0 lets the backend choose.
 
         Raises:
-            UnetcError: If it is unknown, or its library or its device is not there.
+            UnetcError: If the target is unknown, or its library or device is missing.
         """
         self.folder = folder
         self.target = target
         self.most = most
         calls = MeasuredCalls.of(folder.model.sample_shape, 1, most, folder.conditions())
-        backend = open_backend(target, threads=threads)
-        self._backend = take_any_graph(target, backend, calls, frozenset, ignore)
+        self._backend = open_backend(target, threads=threads).prepared_by(OnDemand(calls, frozenset, ignore))
         self.device: Device = self._backend.device
         self.clock: Clock = clock_of(target, self.device)
         self._programs: dict[str, Program] = {}
 
     @property
     def title(self) -> str:
-        """What it is called in tables."""
+        """Name in tables."""
         return f"{self.folder.name} ({self.folder.model.precision})"
 
     @cached_property
@@ -61,20 +60,20 @@ class Loaded:
         return self._backend.open_weights(self.folder.weights)
 
     def program(self, engine: str) -> Program:
-        """Load an engine, once."""
+        """Load an engine on first use."""
         if engine not in self._programs:
             self._programs[engine] = self._loader.load(self.folder.graph(engine))
         return self._programs[engine]
 
     def batch(self, size: int) -> Batch:
-        """Make inputs for a number of samples."""
+        """Create inputs for a number of samples."""
         return Batch(self, size)
 
     def plan(self, schedule: Sequence[int]) -> Plan:
         """Write a schedule over the `PLANNED` engines as a plan.
 
         Raises:
-            PlanError: If no plan has this schedule.
+            PlanError: If no plan can have this schedule.
         """
         levels = self.folder.table.log_snr.tolist()
         plan = Plan(
@@ -92,7 +91,7 @@ class Loaded:
         return plan
 
     def session(self, plan: Plan, device: Device, programs: Sequence[Timed], full: Timed) -> Session:
-        """Put a session together; what the device is asked goes to the one given."""
+        """Create a session that uses the given device."""
         model = self.folder.model
         return Session(
             plan=plan,
@@ -108,7 +107,7 @@ class Loaded:
 
 
 class Batch:
-    """Inputs of one size for all engines of a model; what is held is computed when it is first needed."""
+    """Inputs of one size for all engines of a model; held branches are computed on first use."""
 
     def __init__(self, loaded: Loaded, size: int) -> None:
         """Draw inputs.
@@ -125,10 +124,10 @@ class Batch:
         self._inputs = self._conditions.widen(self._sample, TIMESTEPS[-1])
         self.rows = len(self._inputs["sample"])
         self.output = device.empty((self.rows, model.predicted_channels, *model.sample_shape[1:]))
-        """What the last call predicted."""
+        """Prediction of the last call."""
 
     def call(self, engine: str, program: Program | None = None) -> Callable[[], object]:
-        """Give a call of an engine, or of another program with its inputs."""
+        """Prepare a call of an engine, or of another program with its inputs."""
         inputs = self._with_held if self._loaded.folder.assignment(engine).reused else self._inputs
         return partial(program or self._loaded.program(engine), inputs, self.output)
 

@@ -1,8 +1,8 @@
-"""What `gpu_prepare.py` writes and `gpu.py` reads: one folder per model, with its engines and what they need.
+"""Folders that `gpu_prepare.py` writes and `gpu.py` reads: one per model, with its engines and their inputs.
 
-Random weights do not travel. The folder has the header of the weights file, which says what is in it, and the contents
-of what is small; the rest is drawn from a seed where it is needed, so the file has the same layout as the one that the
-graphs were written for. Trained weights travel whole.
+Random weights are not stored. The folder contains the header of the weights file, which lists its tensors, and the
+contents of small tensors. Large tensors are drawn from a seed when the folder is read, so the file has the same layout
+as the one that the graphs were written for. Trained weights are stored in full.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from unetc.sampler.table import SchedulerHeader, SchedulerTable, SchedulerTables
 
 RECORD = "prepared.json"
 HEADER, CONTENTS = "weights.header", "weights.safetensors"
-SOLVER, CONDITIONS = "scheduler.safetensors", "conditions.safetensors"
+SCHEDULER, CONDITIONS = "scheduler.safetensors", "conditions.safetensors"
 
 FULL, REFRESH, OUTER, FORECAST, INNER, DROP = "full", "refresh", "hold outer", "forecast outer", "hold inner", "drop"
-"""Engines of every model. Outer is the level that joins last: all but the blocks of the finest resolution, which is
-what DeepCache reuses. Inner is the level inside of it. What is dropped are the first and the last skip."""
+"""Engines of every model. Outer is the level that joins last: all but the blocks of the finest resolution, the part
+that DeepCache reuses. Inner is the level inside it. "drop" drops the first and the last skip."""
 PLANNED = (REFRESH, OUTER, INNER)
-"""Engines that plans are made of, in their order."""
+"""Engines of the plans, in their order."""
 
 LARGEST_FILE = 2**30
-"""Bytes; no file of a folder is nearly as large."""
+"""Maximum bytes of a file; real files are far smaller."""
 
 _TYPES: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -54,27 +54,27 @@ class Engine(Record, frozen=True, kw_only=True):
     graph: str
     """Path of the ONNX graph."""
     reads: tuple[str, ...]
-    """What it reads of the weights file."""
+    """Names of the tensors that it reads from the weights file."""
     assignment: Assignment
 
 
 class PreparedModel(Artifact, frozen=True, kw_only=True):
-    """A model, ready to be measured."""
+    """A model prepared for measurement."""
 
     unetc: str
     commit: str
-    """Of the sources that prepared it."""
+    """Commit of the sources that prepared it."""
     reference: ModelReference
     precision: str
-    """What its engines compute in: fp32, fp16 or bf16."""
+    """Precision of its engines: fp32, fp16 or bf16."""
     trained: bool
-    """Whether its weights mean anything, so that damage can be told."""
+    """Whether its weights are trained, so that damage is meaningful."""
     sample_shape: tuple[int, int, int]
     predicted_channels: int
     rows: dict[str, tuple[int, ...]]
-    """Shape of a row of each condition that is random."""
+    """Shape of a row of each randomly drawn condition."""
     guidance_scale: float
-    """1 if there is no guidance."""
+    """1 without guidance."""
     steps: int
     scheduler: SchedulerHeader
     engines: tuple[Engine, ...]
@@ -83,7 +83,7 @@ class PreparedModel(Artifact, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check that every graph is listed."""
         listed = {file.path for file in self.files}
-        named = {HEADER, CONTENTS, SOLVER, *(engine.graph for engine in self.engines)}
+        named = {HEADER, CONTENTS, SCHEDULER, *(engine.graph for engine in self.engines)}
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
 
 
@@ -94,7 +94,7 @@ class Folder:
         """Open a folder.
 
         Raises:
-            ArtifactError: If there is nothing that `gpu_prepare.py` has finished.
+            ArtifactError: If it is not a finished folder of `gpu_prepare.py`.
         """
         self.path = path
         self.model = PreparedModel.load(path / RECORD)
@@ -109,16 +109,16 @@ class Folder:
         """Read a file.
 
         Raises:
-            CorruptArtifactError: If it is not what was written.
+            CorruptArtifactError: If the file has changed since it was written.
         """
         (record,) = (file for file in self.model.files if file.path == name)
         data = read_bounded(self.path / name, LARGEST_FILE)
         if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise CorruptArtifactError(f"{self.path / name} is not what was prepared. Run gpu_prepare.py again.")
+            raise CorruptArtifactError(f"{self.path / name} does not match its record. Run gpu_prepare.py again.")
         return data
 
     def assignment(self, engine: str) -> Assignment:
-        """Tell what an engine does."""
+        """Return the assignment of an engine."""
         return self._engines[engine].assignment
 
     def graph(self, engine: str) -> SerialisedGraph:
@@ -127,18 +127,18 @@ class Folder:
         return SerialisedGraph(graph=self.read(own.graph), weights=frozenset(own.reads))
 
     def scheduler(self) -> SchedulerTables:
-        """Read the scheduler."""
+        """Read the scheduler tables."""
         return SchedulerTables.from_array(
-            self.model.scheduler, safetensors.numpy.load(self.read(SOLVER))[SCHEDULER_ROWS]
+            self.model.scheduler, safetensors.numpy.load(self.read(SCHEDULER))[SCHEDULER_ROWS]
         )
 
     @property
     def table(self) -> SchedulerTable:
-        """The scheduler at the model's number of steps."""
+        """The scheduler table for the model's number of steps."""
         return self.scheduler().table(self.model.steps)
 
     def conditions(self) -> Conditions:
-        """Read what samples are conditioned on, or draw it."""
+        """Read the conditions of the samples, or draw random ones."""
         if any(file.path == CONDITIONS for file in self.model.files):
             return Conditions.from_arrays(safetensors.numpy.load(self.read(CONDITIONS)), self.model.guidance_scale)
         generator = np.random.default_rng(0)
@@ -147,7 +147,7 @@ class Folder:
 
     @functools.cached_property
     def weights(self) -> bytes:
-        """The weights file, put together; on a GPU random numbers take a second, on the CPU half a minute."""
+        """The assembled weights file; drawing random numbers takes a second on a GPU and half a minute on the CPU."""
         given = safetensors.torch.load(self.read(CONTENTS))  # numpy has no bfloat16
         device = "cuda" if torch.cuda.is_available() else "cpu"
         parts = [header := self.read(HEADER)]
@@ -163,23 +163,23 @@ def open_folders(path: Path) -> tuple[Folder, ...]:
     """Open the folders of all models below a path.
 
     Raises:
-        ArtifactError: If there is none.
+        ArtifactError: If there are none.
     """
     found = tuple(Folder(record.parent) for record in sorted(path.glob(f"*/{RECORD}")))
     if not found:
-        raise ArtifactError(f"{path} holds no prepared model. `python benchmarks/gpu_prepare.py {path}` makes them.")
+        raise ArtifactError(f"{path} has no prepared model. Run `python benchmarks/gpu_prepare.py {path}`.")
     return found
 
 
 def header_of(weights: Path) -> bytes:
-    """Read the header of a weights file, the eight bytes of its length included."""
+    """Read the header of a weights file, including the eight bytes of its length."""
     with weights.open("rb") as file:
         length = file.read(8)
         return length + file.read(int.from_bytes(length, "little"))
 
 
 def _entries(header: bytes) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """List name, shape and type of what a weights file holds, in the order in which it lies there."""
+    """List name, shape and type of the tensors in a weights file, in file order."""
     entries: dict[str, dict[str, Any]] = json.loads(header[8:])
     entries.pop("__metadata__", None)
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -187,9 +187,9 @@ def _entries(header: bytes) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]
 
 
 def _draw(name: str, shape: tuple[int, ...], device: str) -> Tensor:
-    """Draw normal numbers that leave the size of what they are applied to about as it is."""
+    """Draw normal numbers, scaled so that a layer roughly preserves the magnitude of its input."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    fan_in = math.prod(shape[1:]) if len(shape) > 2 else max(shape)  # matrices lie either way round
+    fan_in = math.prod(shape[1:]) if len(shape) > 2 else max(shape)  # a matrix may be stored transposed
     return torch.randn(shape, generator=generator, device=device) / math.sqrt(fan_in)
 
 

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that time single engine calls, and the memory that engines take."""
+"""Parts of the benchmark that time single engine calls, and measure the memory of engines."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from unetc.runtime.backends.torch_graph import translate
 MIB = 2**20
 ENGINES = (FULL, REFRESH, OUTER, FORECAST, INNER, DROP)
 SHARED_ENGINES = 3
-"""So many engines shall take little more memory than one."""
+"""Number of engines that should take little more memory than one."""
 COMPARED = (FULL, OUTER)
-"""Engines that are also run in other ways, and that take turns where a switch is timed."""
+"""Engines that are also run eagerly and compiled, and that alternate when a switch is timed."""
 SWITCHES = 10
-"""So many times the rounds of other comparisons: a switch costs less than the noise of a call."""
+"""Factor on the rounds of other comparisons, because a switch costs less than the noise of a call."""
 
 
 def memory(loaded: Loaded) -> Measured:
-    """Load one engine after the other, call each with one sample, and see how much of the GPU is taken.
+    """Load engines one after the other, call each with one sample, and measure the GPU memory taken.
 
     Raises:
         Absent: If the target is not on a GPU.
     """
     if not on_gpu(loaded):
-        raise Absent("memory is that of an NVIDIA GPU, which this target does not use.")
+        raise Absent("memory is measured on an NVIDIA GPU, which this target does not use.")
     weights, batch = len(loaded.folder.weights) / MIB, loaded.batch(1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -61,7 +61,7 @@ def memory(loaded: Loaded) -> Measured:
 
 
 def engines(loaded: Loaded, batches: Sequence[int], effort: Effort) -> Measured:
-    """Time all engines in turns, for every number of samples, and a switch between two of them."""
+    """Time all engines alternately, for every number of samples, and a switch between two of them."""
     measured = Measured()
     rows: list[list[object]] = []
     for size in batches:
@@ -71,7 +71,7 @@ def engines(loaded: Loaded, batches: Sequence[int], effort: Effort) -> Measured:
             ratio = float(np.median(times[:, i] / times[:, 0]))
             rows.append([f"{loaded.title}: {engine}", batch.rows, *spread(times[:, i]), ratio, len(times)])
     columns = ["engine", "rows of a call", "ms", "p10", "p90", "/ full model", "rounds"]
-    measured.table(f"Engine calls on {loaded.target}, in turns", columns, rows)
+    measured.table(f"Engine calls on {loaded.target}, timed alternately", columns, rows)
     batch = loaded.batch(1)
     one, other = (batch.call(engine) for engine in COMPARED)
     patient = Effort(seconds=effort.seconds, least=SWITCHES * effort.least, most=SWITCHES * effort.most)
@@ -84,13 +84,13 @@ def engines(loaded: Loaded, batches: Sequence[int], effort: Effort) -> Measured:
 
 
 def graphs(loaded: Loaded, batches: Sequence[int], effort: Effort) -> Measured:
-    """Compare CUDA graphs with torch's kernels launched one by one, which is torch eager.
+    """Compare CUDA graphs with torch eager, which launches kernels one by one.
 
     Raises:
         Absent: If the target has no CUDA graphs.
     """
     if not (on_gpu(loaded) and loaded.target.startswith("torch:")):
-        raise Absent("CUDA graphs are of targets torch:cuda.")
+        raise Absent("only torch:cuda targets have CUDA graphs.")
     device = torch.device("cuda")
     weights = {name: tensor.to(device) for name, tensor in load(loaded.folder.weights).items()}
     eager: dict[str, Program] = {}
@@ -108,15 +108,15 @@ def graphs(loaded: Loaded, batches: Sequence[int], effort: Effort) -> Measured:
             rows.append([f"{loaded.title}: {engine}", batch.rows, *medians, *ratio])
     columns = ["engine", "rows of a call", "CUDA graph, ms", "eager, ms", "graph / eager", "p10", "p90"]
     measured = Measured()
-    measured.table(f"CUDA graphs and torch eager on {loaded.target}, in turns", columns, rows)
+    measured.table(f"CUDA graphs and torch eager on {loaded.target}, timed alternately", columns, rows)
     return measured
 
 
 def compiled(loaded: Loaded, effort: Effort) -> Measured:
-    """Compare what torch.compile makes of engines with the target itself, and say how long it takes to make it.
+    """Compare engines compiled by torch.compile with the target itself, and time the compilation.
 
     Raises:
-        Absent: If the target has no such form, or there is no compiler.
+        Absent: If the target cannot be compiled, or there is no compiler.
     """
     try:
         other = Loaded(loaded.folder, f"{loaded.target}:{COMPILED}", most=loaded.most)
@@ -144,10 +144,10 @@ def compiled(loaded: Loaded, effort: Effort) -> Measured:
     columns = ["engine", "rows of a call", f"{loaded.target}, ms", "compiled, ms", "compiled / not", "p10", "p90"]
     columns += ["compiled / full compiled", "load and compile, s"]
     measured = Measured()
-    measured.table(f"torch.compile on {loaded.target}, in turns", columns, rows)
+    measured.table(f"torch.compile on {loaded.target}, timed alternately", columns, rows)
     return measured
 
 
 def on_gpu(loaded: Loaded) -> bool:
-    """Tell whether a target is on an NVIDIA GPU."""
+    """Check whether a target is on an NVIDIA GPU."""
     return torch.cuda.is_available() and not loaded.target.endswith(":cpu")

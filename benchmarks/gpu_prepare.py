@@ -1,10 +1,10 @@
-"""Prepare what `gpu.py` measures, for a machine that has torch and onnx but none of what captures and specialises.
+"""Prepare the models that `gpu.py` measures, so that it needs none of the libraries that capture and specialise.
 
     python benchmarks/gpu_prepare.py FOLDER              # about 15 minutes on two cores, 15 GB on disk for a while
 
-Large weights of random models are never drawn here, and none of them travels, so the folder takes about 32 MiB. A model
-that is prepared already is left alone unless `--again` is given. `FOLDER/libraries` gets what unetc's runtime needs and
-the machine with the GPU may lack; unetc itself is read from the checkout that `gpu.py` lies in.
+Large weights of random models are neither drawn here nor stored, so the folder takes about 32 MiB. Models that are
+already prepared are skipped unless `--again` is given. `FOLDER/libraries` receives the libraries of unetc's runtime
+that an installation with torch and onnx may lack. unetc itself is read from the checkout that contains `gpu.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gpu_folder import (
     OUTER,
     RECORD,
     REFRESH,
-    SOLVER,
+    SCHEDULER,
     Engine,
     PreparedModel,
     header_of,
@@ -74,28 +74,28 @@ CONFIGS = checkout.ROOT / "tests/configs"
 STEPS = 50
 PROMPTS = 8
 LARGE = 2**14
-"""Numbers; a random tensor of more is neither drawn here nor carried, whatever precision it has later."""
+"""Number of values; larger random tensors are neither drawn here nor stored, whatever their final precision."""
 CARRIED = ("msgspec", "safetensors")
-"""What unetc.runtime needs beside numpy, torch and onnx."""
+"""Libraries that unetc.runtime needs in addition to numpy, torch and onnx."""
 SCHEDULE: Mapping[str, Any] = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "clip_sample": False,
 }
-"""That of Stable Diffusion."""
+"""Noise schedule of Stable Diffusion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A captured model and what is to be known of it."""
+    """A captured model with its settings."""
 
     gated: GatedGraph
     reference: ModelReference
     precision: Precision
     trained: bool
     carried: float
-    """Tensors of the weights file with at most so many numbers travel; larger ones are drawn where they are needed."""
+    """Largest number of values of a stored tensor; larger ones are drawn when the folder is read."""
     sample_shape: tuple[int, int, int]
     rows: Mapping[str, tuple[int, ...]]
     conditions: Conditions
@@ -104,19 +104,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A UNet whose configuration is known and whose weights do not matter."""
+    """A UNet given by its configuration; its weights do not matter."""
 
     config: Mapping[str, Any]
     tokens: int
-    """Of its text."""
+    """Number of text tokens."""
     schedule: Mapping[str, Any]
 
     def sized(self, side: int | None) -> Shape:
-        """Take samples of another size, in height and width, if there is one."""
+        """Change the height and width of its samples, unless `side` is None."""
         return self if side is None else replace(self, config={**self.config, "sample_size": side})
 
     def narrow(self) -> Shape:
-        """Keep blocks and layers, at most one transformer deep and one layer a block, with few channels."""
+        """Return a small copy with the same blocks, one layer and one transformer per block, and few channels."""
         layers = self.config.get("transformer_layers_per_block", 1)
         changes: dict[str, Any] = {
             "sample_size": 16,
@@ -152,13 +152,13 @@ TRAINED = ("digits", "prompted-digits")
 
 
 def hollow_unet(config: Mapping[str, Any]) -> nn.Module:
-    """Make a UNet whose large weights are memory that was never written, which costs none.
+    """Create a UNet whose large weights are uninitialised memory, which takes no space until it is written.
 
-    A graph does not depend on weights; small ones are drawn, as equal ones would be made one by the exporter.
+    The graph does not depend on weights. Small ones are drawn, because the exporter would merge equal ones.
     """
     with torch.device("meta"):
         unet: nn.Module = diffusers.UNet2DConditionModel(**config)
-    assert not list(unet.buffers()), "a buffer would be left without its contents"
+    assert not list(unet.buffers()), "a buffer would be left uninitialised"
     unet.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():
@@ -212,7 +212,7 @@ def trained_source(name: str, steps: int, work: Path) -> Source:
 
 
 def assignments(components: tuple[Component, ...]) -> dict[str, Assignment]:
-    """Say what the engines do, and what each emits for the others."""
+    """List the assignments of the engines, with the branches that each emits for the others."""
     levels, skips = ([c.name for c in components if c.kind == kind] for kind in ("level", "skip"))
     treatments: dict[str, dict[str, Treatment]] = {
         REFRESH: {},
@@ -238,7 +238,7 @@ def write(source: Source, folder: Path) -> PreparedModel:
     (folder / HEADER).write_bytes(header_of(weights))
     (folder / CONTENTS).write_bytes(contents_of(weights, source.carried))
     header, rows = source.scheduler.to_array()
-    (folder / SOLVER).write_bytes(safetensors.numpy.save({SCHEDULER_ROWS: rows}))
+    (folder / SCHEDULER).write_bytes(safetensors.numpy.save({SCHEDULER_ROWS: rows}))
     if source.conditions.own:
         arrays = {name: np.ascontiguousarray(array) for name, array in source.conditions.to_arrays().items()}
         (folder / CONDITIONS).write_bytes(safetensors.numpy.save(arrays))
@@ -265,7 +265,7 @@ def write(source: Source, folder: Path) -> PreparedModel:
 
 
 def write_graphs(source: Source, chosen: Mapping[str, Assignment], graphs: Mapping[str, str], folder: Path) -> Path:
-    """Write the graph of every engine; return the weights file that they were written for."""
+    """Write the graph of every engine and return the weights file that they refer to."""
     gated = source.gated
     means = np.zeros(gated.channels, np.float32)
     for name, assignment in chosen.items():
@@ -281,26 +281,26 @@ def write_graphs(source: Source, chosen: Mapping[str, Assignment], graphs: Mappi
 
 
 def contents_of(weights: Path, limit: float) -> bytes:
-    """Read the tensors of a weights file that have no more than so many numbers."""
+    """Read the tensors of a weights file that have at most `limit` values."""
     with safetensors.safe_open(weights, framework="pt") as file:  # numpy has no bfloat16
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
         return safetensors.torch.save({name: file.get_tensor(name) for name in sizes if sizes[name] <= limit})
 
 
 def external(graph: Path) -> tuple[str, ...]:
-    """List what a graph reads of the weights file."""
+    """List the tensors that a graph reads from the weights file."""
     initializers = onnx.load(graph, load_external_data=False).graph.initializer
     return tuple(sorted(own.name for own in initializers if own.data_location == onnx.TensorProto.EXTERNAL))
 
 
 def record_of(path: Path) -> FileRecord:
-    """Hash a file."""
+    """Record the size and hash of a file."""
     data = path.read_bytes()
     return FileRecord(path=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def fetch_libraries(folder: Path, python: str) -> None:
-    """Unpack the libraries that unetc's runtime needs, in the versions that are installed here, for another Python."""
+    """Unpack the libraries of unetc's runtime for another Python, in the versions installed here."""
     shutil.rmtree(folder, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--no-compile", "--target", str(folder)]
     where = ["--only-binary", ":all:", "--platform", "manylinux2014_x86_64", "--python-version", python]
@@ -316,15 +316,15 @@ def main() -> None:
     parser.add_argument("--precision", type=Precision, default=Precision.FP16)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", type=int, help="side of the samples of random models [default: the model's own]")
-    parser.add_argument("--work", type=Path, help="folder for captures [default: the system's for temporary files]")
-    parser.add_argument("--again", action="store_true", help="prepare also what is there already")
-    parser.add_argument("--python", default="3.12", help="version there, for libraries; empty: none")
-    parser.add_argument("--smoke", action="store_true", help="narrow models, which try the script")
+    parser.add_argument("--work", type=Path, help="folder for captures [default: the system's temporary folder]")
+    parser.add_argument("--again", action="store_true", help="also prepare models that are already prepared")
+    parser.add_argument("--python", default="3.12", help="Python version for the libraries; empty: no libraries")
+    parser.add_argument("--smoke", action="store_true", help="try the script with narrow models")
     options = parser.parse_args()
     for name in options.models:
         folder = options.folder / name
         if (folder / RECORD).exists() and not options.again:
-            print(f"{name}: is there", flush=True)
+            print(f"{name}: already prepared", flush=True)
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=options.work) as work:

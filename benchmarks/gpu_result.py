@@ -1,4 +1,4 @@
-"""What a part of the benchmark gives, and how parts become one result for `tables.py`."""
+"""The measurements of a part of the benchmark, and their combination into one result for `tables.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from unetc.errors import UnetcError
 
 Goal = Mapping[str, float]
-"""`at_least` and `at_most`, or one of them."""
+"""Bounds `at_least` and `at_most`, or one of them."""
 
 
 class Absent(UnetcError):
-    """A part cannot be measured here, and why."""
+    """A part cannot be measured here; the message gives the reason."""
 
 
 @dataclass(slots=True)
@@ -28,12 +28,12 @@ class Measured:
         self.figures.append({"figure": name, "value": value, **({"goal": dict(goal)} if goal else {})})
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Add a table; those of one title are joined."""
+        """Add a table; tables with the same title are joined."""
         self.tables.append({"title": title, "columns": list(columns), "rows": [list(row) for row in rows]})
 
 
 def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Join the figures of all parts, and the rows of tables of one title."""
+    """Join the figures of all parts, and the rows of tables with the same title."""
     figures: list[dict[str, Any]] = []
     tables: dict[str, dict[str, Any]] = {}
     for part in parts:

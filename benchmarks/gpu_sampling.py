@@ -1,4 +1,4 @@
-"""Whole trajectories: plans against the full model, the loop around engines, the question whether all is finite."""
+"""Time whole trajectories: plans against the full model, the loop around engines, and the non-finite check."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from unetc.runtime.session import Session
 
 BUDGETS = (0.27, 0.5)
 PERIODS = (2, 3, 5)
-"""Of DeepCache's plan: one step of so many is computed in full."""
+"""Periods of DeepCache's plans; the first step of each period is computed in full."""
 MOST_OVER = 1.05
-"""A plan may save so much more than its budget, in budgets."""
+"""Goal: a plan saves at most this multiple of its budget."""
 AIM = (1.0 + MOST_OVER) / 2
 TWICE = 2.0
-"""How much faster a plan shall be, at the budget of a half."""
+"""Goal: speedup of a plan with a budget of one half."""
 LARGEST = "sdxl"
-"""The model that this is asked of."""
+"""The model that this goal applies to."""
 MOST_LOOP: Goal = {"at_most": 1.01}
 DAMAGE_SAMPLES, DAMAGE_SEED = 8, 1000
 
 
 class Unfused:
-    """A device that makes a step operation by operation."""
+    """A device that computes a step operation by operation."""
 
     def __init__(self, device: Device) -> None:
         """Wrap a device."""
         self._device = device
 
     def __getattr__(self, name: str) -> Any:
-        """Leave everything else to the device."""
+        """Forward everything else to the device."""
         return getattr(self._device, name)
 
     def fused_loop(self, start: Start) -> Loop | None:
-        """Have none."""
+        """Return None: this device has no fused loop."""
         return None
 
 
 class Trusting(Unfused):
-    """A device that finds everything finite without looking."""
+    """A device that skips the non-finite check."""
 
     def is_finite(self, tensor: Tensor) -> bool:
-        """Take it that it is."""
+        """Return True without checking."""
         return True
 
     def fused_loop(self, start: Start) -> Loop | None:
-        """Begin a loop of the device that takes it so too."""
+        """Start a fused loop of the device, also without the check."""
         loop: Any = self._device.fused_loop(start) if isinstance(self._device, FusedLoopDevice) else None
         if loop is not None:
             loop.is_finite = lambda step: True
@@ -67,29 +67,29 @@ class Trusting(Unfused):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Milliseconds of a step, by what it calls."""
+    """Milliseconds of a step, by engine."""
 
     full: float
     planned: NDArray[np.float64]
-    """One for each of `PLANNED`."""
+    """Milliseconds of each engine of `PLANNED`."""
     around: float = 0.0
-    """What the loop around the call takes."""
+    """Milliseconds of the loop around the engine call."""
 
     def ratio(self, schedule: Sequence[int]) -> float:
-        """Predict the time of a schedule / that of the full model."""
+        """Predict the time of a schedule / the time of the full model."""
         return float((self.planned[list(schedule)].mean() + self.around) / (self.full + self.around))
 
 
 def fit(times: Times, budget: float, steps: int) -> tuple[int, ...] | None:
-    """Find a schedule that saves a budget and little more.
+    """Find a schedule that saves the budget and little more.
 
     Args:
-        times: What the engines take.
-        budget: Share of the full model's time to be saved.
+        times: Times of the engines.
+        budget: Share of the full model's time to save.
         steps: Number of steps.
 
     Returns:
-        Position in `PLANNED` of every step's engine; None if nothing saves the budget.
+        Index into `PLANNED` of every step's engine; None if no schedule saves the budget.
     """
     outer, inner = np.meshgrid(np.arange(steps), np.arange(steps), indexing="ij")
     refresh = steps - outer - inner
@@ -103,7 +103,7 @@ def fit(times: Times, budget: float, steps: int) -> tuple[int, ...] | None:
 
 
 def evenly(refreshes: int, inners: int, steps: int) -> tuple[int, ...]:
-    """Spread steps that compute everything, first of all the first one, and those that hold the inner level."""
+    """Spread the steps that refresh, starting with the first one, and the steps that hold the inner level."""
     refresh, outer, inner = range(len(PLANNED))
     schedule = [outer] * steps
     for i in range(refreshes):
@@ -115,25 +115,25 @@ def evenly(refreshes: int, inners: int, steps: int) -> tuple[int, ...]:
 
 
 def periodic(period: int, steps: int) -> tuple[int, ...]:
-    """Compute everything in one step of a period and hold the outer level in the others: DeepCache's plan."""
+    """Return DeepCache's schedule: the first step of a period is computed in full, the others hold the outer level."""
     return tuple(int(step % period > 0) for step in range(steps))
 
 
 class Ways:
-    """Ways of sampling from a loaded model, timed as a whole and inside of the engines."""
+    """Ways of sampling from a loaded model, timed as a whole and inside the engines."""
 
     def __init__(self, loaded: Loaded) -> None:
-        """Wrap the engines that plans are made of."""
+        """Wrap the full model and the engines of plans with timers."""
         self._loaded = loaded
         self._full = Timed(loaded.program(FULL), loaded.clock)
         self._programs = [Timed(loaded.program(engine), loaded.clock) for engine in PLANNED]
 
     def full(self, device: Device) -> Way:
-        """Sample with the full model; what the loop asks of a device goes to the one given."""
+        """Sample with the full model and a loop on the given device."""
         return self._way((0,) * self._loaded.folder.model.steps, device, full_model=True)
 
     def plan(self, schedule: Sequence[int]) -> Way:
-        """Sample by a plan."""
+        """Sample with the plan of a schedule."""
         return self._way(schedule, self._loaded.device, full_model=False)
 
     def _way(self, schedule: Sequence[int], device: Device, *, full_model: bool) -> Way:
@@ -145,24 +145,24 @@ class Way:
     """One way of sampling."""
 
     def __init__(self, session: Session, programs: Sequence[Timed], *, full_model: bool) -> None:
-        """Sample with a session; the programs are all that it may call."""
+        """Sample with a session; `programs` are all programs that it may call."""
         self._session = session
         self._programs = programs
         self._full_model = full_model
 
     def sample(self, seed: int, batch: int = 1) -> NDArray[np.float32]:
-        """Sample.
+        """Sample latents.
 
         Raises:
-            NonFiniteError: If the full model had to take the turn of an engine, so that the plan was not followed.
+            NonFiniteError: If the full model had to replace an engine, so that the plan was not followed.
         """
         sampled = self._session.sample(batch, seed=seed, full_model=self._full_model, latents=True)
         if self._session.non_finite_steps:
-            raise NonFiniteError("an engine gave NaN or infinity, so what was timed is not the plan.")
+            raise NonFiniteError("an engine gave NaN or infinity, so the timed steps are not the plan's.")
         return sampled
 
     def run(self, seed: int) -> tuple[float, float]:
-        """Give the milliseconds of the whole and those inside of the engines."""
+        """Sample; return the milliseconds of the whole and inside the engines."""
         start = time.perf_counter()
         self.sample(seed)
         whole = 1e3 * (time.perf_counter() - start)
@@ -171,35 +171,35 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A plan to be measured."""
+    """A plan to measure."""
 
     name: str
     schedule: tuple[int, ...]
     budget: float | None = None
-    """None if it was not made for one."""
+    """Budget that it was made for, if any."""
 
 
 def sampling(loaded: Loaded, effort: Effort) -> Measured:
-    """Predict and measure the time of plans, of the loop, and of asking whether all is finite."""
+    """Predict and measure the time of plans, of the loop, and of the non-finite check."""
     steps, ways, label = loaded.folder.model.steps, Ways(loaded), f"{loaded.title}, {loaded.target}"
     full, unguarded = (ways.full(cast(Device, device)) for device in (loaded.device, Trusting(loaded.device)))
     unfused = [] if "cpu" in loaded.target.split(":") else [ways.full(cast(Device, Unfused(loaded.device)))]
     times = step_times(loaded, full, effort)
     choices = choose(times, steps)
     plans = [ways.plan(choice.schedule) for choice in choices]
-    taken = in_turns([full, unguarded, *plans, *unfused], effort)
+    taken = alternately([full, unguarded, *plans, *unfused], effort)
     lost = damages(full, plans) if loaded.folder.model.trained else [None] * len(plans)
     measured = Measured()
     loop = spread(taken[:, 0, 0] / taken[:, 0, 1])[0]
     measured.figure(f"{label}, full model: sampling / engine calls", loop, MOST_LOOP)
     guard = spread(taken[:, 0, 0] / taken[:, 1, 0] - 1)[0]
-    measured.figure(f"{label}, full model: cost of asking whether all is finite", guard, {"at_most": 0.01})
-    if unfused:  # a CPU has no other loop
+    measured.figure(f"{label}, full model: cost of the non-finite check", guard, {"at_most": 0.01})
+    if unfused:  # on a CPU there is only the unfused loop
         fused = spread(taken[:, 0, 0] / taken[:, -1, 0])[0]
         measured.figure(f"{label}, full model: sampling with one kernel a step / with one for each operation", fused)
-    reached = sum(choice.budget is not None for choice in choices)
-    name = f"{label}: budgets that a plan reaches, of {len(BUDGETS)}"
-    measured.figure(name, reached, {"at_least": len(BUDGETS)})
+    saved = sum(choice.budget is not None for choice in choices)
+    name = f"{label}: budgets that a plan saves, of {len(BUDGETS)}"
+    measured.figure(name, saved, {"at_least": len(BUDGETS)})
     rows = []
     for i, choice in enumerate(choices):
         whole, inside = taken[:, 2 + i].T
@@ -216,7 +216,7 @@ def sampling(loaded: Loaded, effort: Effort) -> Measured:
 
 
 def choose(times: Times, steps: int) -> list[Choice]:
-    """List the plans: one for each budget that can be saved, and DeepCache's."""
+    """List the plans: one for each budget that can be saved, and DeepCache's plans."""
     fitted = {budget: fit(times, budget, steps) for budget in BUDGETS}
     choices = [Choice(name=f"budget {own}", schedule=s, budget=own) for own, s in fitted.items() if s is not None]
     cached = {f"DeepCache, 1 of {period} steps in full": periodic(period, steps) for period in PERIODS}
@@ -224,31 +224,30 @@ def choose(times: Times, steps: int) -> list[Choice]:
 
 
 def compare(measured: Measured, choice: Choice, removed: float, loop: float, name: str, model: str) -> None:
-    """Hold a plan against its goals; `removed` is the share of the full model's time."""
+    """Compare a plan with its goals; `removed` is the saved share of the full model's time."""
     assert choice.budget is not None
-    asked = removed / choice.budget
-    measured.figure(f"{name}: time removed / asked", asked, {"at_least": 1.0, "at_most": MOST_OVER})
+    ratio = removed / choice.budget
+    measured.figure(f"{name}: time saved / budget", ratio, {"at_least": 1.0, "at_most": MOST_OVER})
     measured.figure(f"{name}: sampling / engine calls", loop, MOST_LOOP)
     if model == LARGEST and choice.budget == max(BUDGETS):
         measured.figure(f"{name}: times faster than the full model", 1 / (1 - removed), {"at_least": TWICE})
 
 
 def step_times(loaded: Loaded, full: Way, effort: Effort) -> Times:
-    """Time the engines in turns, and the loop around them.
+    """Time the engines alternately, and the loop around them.
 
-    The host runs ahead of the device here as it does in the loop, where a step is asked about once the next engine has
-    been called.
+    The host runs ahead of the device here, as in the loop, which checks a step after the next engine has been called.
     """
     batch = loaded.batch(1)
     calls = timed_ms([batch.call(engine) for engine in (FULL, *PLANNED)], loaded.clock, effort)
-    whole, inside = in_turns([full], effort)[:, 0].T
+    whole, inside = alternately([full], effort)[:, 0].T
     alone, *planned = np.median(calls, axis=0)
     around = float(np.median(whole - inside)) / loaded.folder.model.steps
     return Times(full=float(alone), planned=np.array(planned), around=max(around, 0.0))
 
 
-def in_turns(ways: Sequence[Way], effort: Effort) -> NDArray[np.float64]:
-    """Sample in turns; return [round, way, 2] milliseconds, of the whole and of the engine calls in it."""
+def alternately(ways: Sequence[Way], effort: Effort) -> NDArray[np.float64]:
+    """Sample alternately; return milliseconds `[round, way, 2]` of the whole and inside the engine calls."""
     start = time.perf_counter()
     for way in ways:
         way.run(0)
@@ -257,9 +256,9 @@ def in_turns(ways: Sequence[Way], effort: Effort) -> NDArray[np.float64]:
 
 
 def damages(full: Way, plans: Sequence[Way]) -> list[float]:
-    """Tell the relative L2 of what plans sample, against the full model at the same noise.
+    """Compute the relative L2 of plans' samples against the full model's, from the same noise.
 
-    That of the analyzer needs torchmetrics, which the machine with the GPU lacks.
+    The analyzer's implementation needs torchmetrics, which the runtime does not install.
     """
     expected = full.sample(DAMAGE_SEED, DAMAGE_SAMPLES)
     norm = np.sqrt((expected**2).sum(axis=(1, 2, 3)))

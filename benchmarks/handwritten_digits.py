@@ -1,4 +1,4 @@
-"""The handwritten digits the reference models are trained on, and how a classifier of them is trained.
+"""The handwritten digits that the reference models are trained on, and the training of a classifier for them.
 
 The data are the 1,797 digits inside scikit-learn (8x8 scans, UCI "Optical Recognition of Handwritten Digits",
 E. Alpaydin and C. Kaynak, CC BY 4.0). Nothing is downloaded.
@@ -34,13 +34,13 @@ def shifted(images: Tensor, generator: torch.Generator, pixels: int = 2) -> Tens
 
 
 def divided(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Divide places at random into four fifths to train on and one fifth to hold out."""
+    """Split indices at random into four fifths for training and one fifth to hold out."""
     order = torch.randperm(count, generator=generator)
     return order[: count * 4 // 5], order[count * 4 // 5 :]
 
 
 def fit_classifier(images: Tensor, labels: Tensor, generator: torch.Generator, epochs: int) -> DigitClassifier:
-    """Train a classifier of digits on images [count, 1, 32, 32], shifted anew in every epoch."""
+    """Train a classifier of digits on images [count, 1, 32, 32], shifted differently in every epoch."""
     classifier = DigitClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     for _ in range(epochs):
@@ -53,6 +53,6 @@ def fit_classifier(images: Tensor, labels: Tensor, generator: torch.Generator, e
 
 
 def accuracy(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> float:
-    """Give the share of images [count, 1, 32, 32] whose most probable class is their label."""
+    """Compute the share of images `[count, 1, 32, 32]` whose most probable class is their label."""
     _, probabilities = classifier.describe(images.numpy())
     return float((probabilities.argmax(1) == labels.numpy()).mean())

@@ -1,4 +1,4 @@
-"""Write the card of a reference model: its figures as `card.json`, and a README that shows them."""
+"""Write the card of a reference model: its figures as `card.json`, and a README with a table of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def write_card(text: str, command: str, figures: dict[str, object], folder: Path
     """Write the card.
 
     Args:
-        text: What the README says before its table.
-        command: What regenerates the model.
+        text: Introduction of the README, before its table.
+        command: Command that regenerates the model.
         figures: Name and value of each row.
         folder: The model folder.
     """

@@ -1,4 +1,4 @@
-"""Measure whether a pipeline draws what its prompts say, and show it."""
+"""Measure how well a pipeline follows its prompts, and save a gallery of samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a prompt asks for; an attribute that is None is left out."""
+    """The digit and attributes that a prompt asks for; attributes that are None are not mentioned."""
 
     digit: int
     slant: int | None = None
@@ -32,7 +32,7 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        """The words."""
+        """The prompt's words."""
         words = {
             name: "" if (place := getattr(self, name)) is None else kinds[place] for name, kinds in ATTRIBUTES.items()
         }
@@ -40,7 +40,7 @@ class Request:
 
 
 def full_requests() -> list[Request]:
-    """Ask for every digit with every choice of the attributes: 80 requests, in all forms by turns."""
+    """List requests for every digit with every choice of attributes: 80 requests, cycling through all forms."""
     choices = itertools.product(range(len(DIGITS)), range(2), range(2), range(2))
     return [
         Request(digit=digit, slant=slant, pen=pen, ground=ground, form=(place + place // CAPTION_FORMS) % CAPTION_FORMS)
@@ -49,7 +49,7 @@ def full_requests() -> list[Request]:
 
 
 def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: float, seed: int) -> Tensor:
-    """Sample one grey picture per prompt, [count, 1, 32, 32] in [-1, 1]; no two start from the same noise."""
+    """Sample one grey picture per prompt, `[count, 1, 32, 32]` in -1 to 1, each from different noise."""
     pipeline.set_progress_bar_config(disable=True)
     generator, batches = torch.Generator().manual_seed(seed), []
     for start in range(0, len(prompts), BATCH):
@@ -67,7 +67,7 @@ def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: 
 def followed(
     requests: Sequence[Request], images: Tensor, classifier: DigitClassifier, ruler: Ruler
 ) -> dict[str, float]:
-    """Give the share of pictures [count, 1, 32, 32] that show the digit, each attribute, and all that was asked for."""
+    """Compute the share of pictures `[count, 1, 32, 32]` with the right digit, each right attribute, and all right."""
     digits = torch.tensor([request.digit for request in requests])
     _, probabilities = classifier.describe(images.numpy())
     right = {"digit": torch.from_numpy(probabilities.argmax(1)) == digits}
@@ -78,13 +78,13 @@ def followed(
 
 
 def left_open(images: Tensor, digits: Tensor, ruler: Ruler) -> dict[str, float]:
-    """Give the share of pictures that are slanted, thick and light where the prompt named the digit alone."""
+    """Compute the share of pictures that are slanted, thick and light when the prompt names only the digit."""
     seen = ruler.read(images, digits)
     return {kinds[1]: round(float(seen[name].float().mean()), 3) for name, kinds in ATTRIBUTES.items()}
 
 
 def save_gallery(images: Tensor, prompts: Sequence[str], path: Path, columns: int = 5, scale: int = 5) -> None:
-    """Save pictures [count, 1, 32, 32] with their prompts below them as one PNG."""
+    """Save pictures `[count, 1, 32, 32]` as one PNG, each with its prompt below."""
     side, height, gap = 32 * scale, 34, 8
     rows = -(-len(prompts) // columns)
     sheet = Image.new("L", (columns * (side + gap) + gap, rows * (side + height + gap) + gap), 255)

@@ -1,4 +1,4 @@
-"""The file of what a benchmark has measured."""
+"""Write the result file of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from unetc.environment import describe
 
 
 def write(folder: Path, name: str, measured: Mapping[str, object]) -> None:
-    """Write `name.json`, with the command of bench_`name`.py and what it ran on; print its figures, or else its tables.
+    """Write `name.json` with the command of bench_`name`.py and the environment; print the figures or the tables.
 
     Args:
-        folder: Where to; made if it is not there.
-        name: Of the benchmark.
-        measured: What `tables.py` can show, by its names.
+        folder: Folder of the result; created if it is missing.
+        name: Name of the benchmark.
+        measured: Results by the keys that `tables.py` shows.
     """
     command = shlex.join(["python", f"benchmarks/bench_{name}.py", *sys.argv[1:]])
     record = {"command": command, "environment": describe(), **measured}

@@ -1,4 +1,4 @@
-"""What rounds of timings say: a median with its percentiles, and what a switch of engines costs."""
+"""Summarise rounds of timings: a median with its percentiles, and the cost of switching engines."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-"""Draws of the bootstrap."""
+"""Number of bootstrap resamples."""
 
 
 def spread(values: NDArray[np.float64]) -> list[float]:
-    """Summarise rounds by median, 10th and 90th percentile."""
+    """Summarise rounds by their median and their 10th and 90th percentile."""
     return [float(value) for value in np.percentile(values, [50, 10, 90])]
 
 
 def switch_cost(times: NDArray[np.float64]) -> list[float]:
-    """Tell what a call costs more behind a call of another engine than behind one of its own.
+    """Compute the extra cost of a call after another engine's call, compared with one after the same engine's.
 
     Args:
-        times: [round, 4], milliseconds of calls A A B B of the full model A and another engine B, one round directly
-            behind the other: the first of each two has switched.
+        times: Milliseconds `[round, 4]` of calls A A B B of the full model A and another engine B. Rounds follow each
+            other directly, so the first call of each pair comes after a switch.
 
     Returns:
         The cost in calls of the full model, and the ends of its 95 % interval over resampled rounds.

@@ -1,4 +1,4 @@
-"""Write a CLIP tokenizer whose vocabulary is a few words and every byte, so that any text has tokens."""
+"""Write a CLIP tokenizer with a vocabulary of a few words and all bytes, so that any text can be tokenised."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def write_tokenizer(words: Sequence[str], length: int, folder: Path) -> CLIPToke
     """Write the files of a tokenizer and load them.
 
     Args:
-        words: Each becomes one token, put together from its letters from left to right.
-        length: Tokens of a padded text, start and end included.
-        folder: Where to write; the loaded tokenizer is `CLIPTokenizer.from_pretrained(folder)`.
+        words: Words that become one token each, merged from their letters from left to right.
+        length: Number of tokens of a padded text, including start and end.
+        folder: Folder to write; `CLIPTokenizer.from_pretrained(folder)` loads it.
     """
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + WORD_END for letter in letters)]

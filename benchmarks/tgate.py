@@ -1,9 +1,9 @@
-"""T-GATE around an unmodified `StableDiffusionPipeline` of diffusers.
+"""T-GATE around an unmodified diffusers `StableDiffusionPipeline`.
 
 Source:
     Zhang et al. 2024, "Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models", arXiv:2404.02747,
-    algorithm 1: from a gate step on, cross-attention gives the mean of what it gave there with and without the prompt,
-    and nothing is guided any more.
+    algorithm 1: from a gate step on, cross-attention returns the mean of its outputs at that step with and without
+    the prompt, and guidance ends.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 class Crossing:
-    """An attention processor that remembers what it gave, and gives it again once it is closed."""
+    """An attention processor that remembers its last output, and returns it once closed."""
 
     def __init__(self, own: Any) -> None:
-        """Wrap the processor that computes."""
+        """Wrap the processor that computes the attention."""
         self._own = own
         self._last: Tensor | None = None
         self._kept: Tensor | None = None
 
     def __call__(self, attention: Any, *inputs: Any, **options: Any) -> Tensor:
-        """Attend, or give again what is kept, [batch, token, channel]."""
+        """Compute the attention `[batch, token, channel]`, or return the kept output."""
         if self._kept is not None:
             return self._kept
         last: Tensor = self._own(attention, *inputs, **options)
@@ -37,7 +37,7 @@ class Crossing:
         return last
 
     def close(self, guided: bool) -> None:
-        """Keep what was given last; of a guided call, the mean of its two halves."""
+        """Keep the last output; after a guided call, the mean of its two halves."""
         assert self._last is not None
         self._kept = torch.add(*self._last.chunk(2)) / 2 if guided else self._last
 
@@ -47,11 +47,11 @@ def gated(pipeline: StableDiffusionPipeline, gate: int) -> Iterator[dict[str, An
     """Put T-GATE around a pipeline.
 
     Args:
-        pipeline: The pipeline; as it was, afterwards.
-        gate: Number of steps that are computed in full, at least 1.
+        pipeline: The pipeline; it is restored afterwards.
+        gate: Number of steps computed in full, at least 1.
 
     Yields:
-        What the pipeline has to be called with beside its other arguments, for one trajectory.
+        Additional arguments for the call of the pipeline, for one trajectory.
     """
     own = dict(pipeline.unet.attn_processors)
     crossings = {name: Crossing(processor) for name, processor in own.items() if ".attn2." in name}
@@ -64,7 +64,7 @@ def gated(pipeline: StableDiffusionPipeline, gate: int) -> Iterator[dict[str, An
             crossing.close(guided)
         if not guided:
             return {}
-        running._guidance_scale = 1.0  # as diffusers' guide to callbacks ends guidance
+        running._guidance_scale = 1.0  # the way that diffusers' guide to callbacks ends guidance
         return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
 
     pipeline.unet.set_attn_processor(own | crossings)

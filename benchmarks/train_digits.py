@@ -1,11 +1,11 @@
 """Train the reference model `digits` and its classifier, and write both with their card.
 
     python benchmarks/train_digits.py --work /tmp/digits            # train (resumes), evaluate, write the card
-    python benchmarks/train_digits.py --work /tmp/digits --steps 0  # evaluate and write what the checkpoint holds
+    python benchmarks/train_digits.py --work /tmp/digits --steps 0  # evaluate and write the checkpoint
 
 The data are the 1,797 handwritten digits inside scikit-learn (8x8 scans, UCI "Optical Recognition of Handwritten
 Digits", E. Alpaydin and C. Kaynak, CC BY 4.0), enlarged to 32x32. Nothing is downloaded. Every step draws its random
-numbers from (seed, step), so an interrupted run continues as if it had not been interrupted.
+numbers from (seed, step), so an interrupted run resumes without changing the result.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CONFIDENT = 0.9
 TEXT = """# digits: the reference model of unetc
 
 A DDPM denoiser (diffusers `UNet2DModel`, 32x32, one channel, four resolutions, attention at the two lowest) trained
-from nothing on the 1,797 handwritten digits that come with scikit-learn. It is small enough to analyse on a laptop and
-really trained, so what is measured on it means something. It is not meant to generate digits for any other use.
+from scratch on the 1,797 handwritten digits that come with scikit-learn. It is small enough to analyse on a laptop, and
+since it is really trained, measurements on it are meaningful. It is not meant to generate digits for any other use.
 
 ![100 samples, DDIM, 50 steps](samples.png)
 
 Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
-doi:10.24432/C50P49, CC BY 4.0; 8x8 scans enlarged to 32x32 (bicubic). The classifier beside it was trained on four
+doi:10.24432/C50P49, CC BY 4.0; 8x8 scans enlarged to 32x32 (bicubic). The included classifier was trained on four
 fifths of the same digits. The distance below uses that classifier's features: it is not FID."""
 
 
@@ -62,7 +62,7 @@ def new_unet() -> UNet2DModel:
 
 
 def new_scheduler() -> DDPMScheduler:
-    """Build the noise schedule the model is trained with."""
+    """Build the noise schedule that the model is trained with."""
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
 
 
@@ -114,7 +114,7 @@ def save_grid(samples: np.ndarray, path: Path, side: int = 10, scale: int = 2) -
 
 
 def evaluate(samples: np.ndarray, classifier: DigitClassifier) -> dict[str, object]:
-    """Judge samples with the classifier, beside the same figures for the real digits."""
+    """Evaluate samples with the classifier, with the same figures for the real digits."""
     images, _ = real_digits()
     real_features, real_probabilities = classifier.describe(images.numpy())
     features, probabilities = classifier.describe(samples)
@@ -136,7 +136,7 @@ def main() -> None:
     """Train, evaluate and write the model folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3500, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=3500, help="total optimiser steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODEL, help="model folder to write")
     options = parser.parse_args()

@@ -3,9 +3,9 @@
     python benchmarks/train_prompted_digits.py --work /tmp/prompted            # train (resumes), evaluate, write
     python benchmarks/train_prompted_digits.py --work /tmp/prompted --steps 0  # evaluate and write the checkpoint
 
-A whole `StableDiffusionPipeline`, each part trained from nothing on pictures that `captioned_digits.py` draws: first
-the autoencoder, then the denoiser together with the text encoder. Every step draws its random numbers from
-(seed, step), so an interrupted run continues as if it had not been interrupted.
+The model is a whole `StableDiffusionPipeline`. Each part is trained from scratch on pictures that `captioned_digits.py`
+draws: first the autoencoder, then the denoiser together with the text encoder. Every step draws its random numbers from
+(seed, step), so an interrupted run resumes without changing the result.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLASSIFIER_PICTURES = 12_000
 CLASSIFIER_EPOCHS = 8
 UNSEEN_PICTURES = 2_000
 UNSEEN = 1_000_000
-"""Added to the seed: no training step and no drawing that a training saw began with the sum."""
+"""Added to the seed for unseen pictures; no training step and no training picture uses the sum as its seed."""
 AUTOENCODER_STEPS = 900
 AUTOENCODER_RATE = 2e-3
 KL_WEIGHT = 1e-6
@@ -49,33 +49,33 @@ RATE = 1e-3
 DROPPED_CAPTIONS = 0.1
 """Share of captions replaced by the empty one, for classifier-free guidance."""
 DENOISER = "denoiser.pt"
-"""Name of the checkpoint."""
+"""File name of the denoiser's checkpoint."""
 TEXT_STEPS = 400
 TEXT_BATCH = 256
 CLEAREST = 5.0
 NOISIEST = 0.05
-"""Signal to noise ratios at which the weight of a step in the loss stops changing."""
+"""Signal-to-noise ratios beyond which the weight of a step in the loss no longer changes."""
 GUIDANCE = 3.0
 OTHER_GUIDANCES = (1.0, 5.0, 7.5)
 SAMPLES_PER_REQUEST = 8
 TEXT = """# prompted-digits: the conditional reference model of unetc
 
 A Stable Diffusion in miniature: a whole diffusers `StableDiffusionPipeline` (tokenizer, text encoder, autoencoder,
-denoiser with cross-attention) of a few megabytes, trained from nothing, that draws 32x32 pictures of handwritten digits
-as its prompt says. It stands in for the real one where a test or a laptop cannot hold that, and stock tools run on it
-unchanged. It is not meant to generate digits for any other use.
+denoiser with cross-attention) of a few megabytes, trained from scratch, that draws 32x32 pictures of handwritten digits
+according to its prompt. It stands in for the real one in tests and on laptops, where the real one is too large. Stock
+tools run on it unchanged. It is not meant to generate digits for any other use.
 
 ![Two samples of each digit with their prompts](samples.png)
 
 A prompt names the digit ("zero" to "nine") and may say "upright" or "slanted", "thin" or "thick", "on a dark ground" or
-"on a light ground", in the orders that the picture shows. Other words have tokens, but training never showed them.
+"on a light ground", in the orders shown above. Other words have tokens, but did not occur in training.
 
 Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
-doi:10.24432/C50P49, CC BY 4.0; `benchmarks/captioned_digits.py` draws the pictures and says what they show. The digit
-is judged by the classifier beside the model, trained on pictures of four fifths of the scans (the denoiser saw all of
-them); slant, pen and ground are measured on the pixels, against marks set on drawn pictures (the table says how often
-that reads a drawn one right). Attributes left open: what share is slanted, thick and light where the prompt names the
-digit alone; half of the drawn pictures are."""
+doi:10.24432/C50P49, CC BY 4.0; `benchmarks/captioned_digits.py` draws the pictures and their captions. The digit
+is judged by the included classifier, which was trained on pictures of four fifths of the scans (the denoiser saw all of
+them). Slant, pen and ground are measured on the pixels, against thresholds calibrated on drawn pictures; the table
+shows how often this reads a drawn picture correctly. Attributes left open: the share of samples that are slanted, thick
+and light when the prompt names only the digit; half of the drawn pictures are."""
 
 
 def new_autoencoder() -> AutoencoderKL:
@@ -149,12 +149,12 @@ def train_autoencoder(work: Path, pictures: Pictures, seed: int) -> tuple[Autoen
 
 
 def in_colour(images: Tensor) -> Tensor:
-    """Repeat grey images [count, 1, 32, 32] to [count, 3, 32, 32]: what stock pipelines decode to."""
+    """Repeat grey images [count, 1, 32, 32] to [count, 3, 32, 32], the format that stock pipelines decode to."""
     return images.expand(-1, 3, -1, -1)
 
 
 def encoded_once(autoencoder: AutoencoderKL, images: Tensor, path: Path) -> Tensor:
-    """Encode images as below, unless the file holds their latents already."""
+    """Encode images, or load their latents from the file if it exists."""
     if not path.exists():
         save_file({"latents": encoded(autoencoder, images)}, path)
     return load_file(path)["latents"]
@@ -168,10 +168,10 @@ def encoded(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def teach_text_encoder(text_encoder: CLIPTextModel, tokens: Tensor, pictures: Pictures, seed: int) -> float:
-    """Train the text encoder to tell what a picture shows from its caption, and return how often it names the digit.
+    """Train the text encoder to predict a picture's attributes from its caption; return its accuracy on the digit.
 
-    Joint training alone was slow to find the digit: it is one word of many, and changes little of the loss. Every token
-    from the first end on is asked, for those have read the whole caption.
+    Joint training alone was slow to learn the digit, which is one word of many and hardly affects the loss. Predictions
+    are read from the first end token and all later ones, which attend to the whole caption.
     """
     truths = torch.stack((pictures.digits, pictures.slants, pictures.pens, pictures.grounds), dim=1)
     heads = nn.Linear(TEXT_WIDTH, len(DIGITS) + 2 + 2 + 2)
@@ -195,12 +195,12 @@ def teach_text_encoder(text_encoder: CLIPTextModel, tokens: Tensor, pictures: Pi
 
 
 def weights(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:
-    """Give the weight of each timestep in the loss of epsilon, [count]: that of v, cut off at both ends.
+    """Compute each timestep's weight in the loss of epsilon, `[count]`: the weight of v, clamped at both ends.
 
-    Without weights nearly clean latents dominate the loss, and what decides which digit it becomes hardly counts.
+    Without weights, nearly clean latents dominate the loss, and the steps that decide the digit hardly count.
 
     Source:
-        Hang et al. 2023, arXiv:2303.09556, eq. (9) for v. Differs: stated for epsilon, and bounded for pure noise too.
+        Hang et al. 2023, arXiv:2303.09556, eq. (9) for v. Differs: stated for epsilon, and also bounded for pure noise.
     """
     kept: Tensor = scheduler.alphas_cumprod[timesteps]
     ratio = kept / (1 - kept)
@@ -214,10 +214,10 @@ def train_denoiser(
 
     Args:
         work: Folder of the checkpoint.
-        steps: Optimiser steps in all.
-        seed: Of the order of pictures, the noise and the dropped captions.
-        data: Latents [count, 4, 16, 16] of standard deviation one, tokens [count, 16] of their captions, and those [16]
-            of the empty caption.
+        steps: Total optimiser steps.
+        seed: Seed of the order of pictures, the noise and the dropped captions.
+        data: Latents `[count, 4, 16, 16]` with a standard deviation of one, the tokens of their captions
+            `[count, 16]`, and the tokens of the empty caption `[16]`.
         modules: `denoiser` and `text_encoder`, trained in place.
     """
     latents, tokens, empty = data
@@ -238,14 +238,14 @@ def train_denoiser(
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: tuple[str, ...]) -> Tensor:
-    """Turn captions into tokens [count, 16], as the pipeline does."""
+    """Tokenise captions into `[count, 16]`, as the pipeline does."""
     padded = tokenizer(list(captions), padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
     tokens: Tensor = padded.input_ids
     return tokens
 
 
 def train_classifier(work: Path, seed: int) -> tuple[DigitClassifier, float]:
-    """Train the classifier on pictures of 4/5 of the scans and return it with its accuracy on those of the others."""
+    """Train the classifier on pictures of 4/5 of the scans; return it with its accuracy on pictures of the rest."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     train, held_out = divided(len(scans()[1]), generator)
@@ -265,14 +265,14 @@ def reconstruction_db(autoencoder: AutoencoderKL, pictures: Pictures) -> float:
 
 
 def ruler_accuracy(ruler: Ruler, pictures: Pictures) -> dict[str, float]:
-    """Give the share of drawn pictures whose attributes the ruler reads as they were drawn."""
+    """Compute the share of drawn pictures whose attributes the ruler reads correctly."""
     drawn = {"slant": pictures.slants, "pen": pictures.pens, "ground": pictures.grounds}
     seen = ruler.read(pictures.images, pictures.digits)
     return {name: round(float((seen[name] == drawn[name]).float().mean()), 3) for name in drawn}
 
 
 def evaluate(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, pictures: Pictures, seed: int) -> Figures:
-    """Judge what the pipeline draws, at the guidance of the card and at others."""
+    """Evaluate samples of the pipeline, at the guidance of the card and at others."""
     ruler, unseen = new_ruler(pictures), draw(UNSEEN_PICTURES, seed + UNSEEN)
     requests = full_requests()
     prompts = [request.prompt for request in requests]
@@ -298,7 +298,7 @@ def evaluate(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, pic
 
 
 def save_model(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, folder: Path) -> None:
-    """Write the pipeline folder, the tokenizer in the files that every release reads, and the classifier beside it."""
+    """Write the pipeline folder with the classifier, and the tokenizer in a format that every release reads."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     shutil.rmtree(folder / "tokenizer")
     write_tokenizer(WORDS, TEXT_LENGTH, folder / "tokenizer")
@@ -307,7 +307,7 @@ def save_model(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, f
 
 
 def show(pipeline: StableDiffusionPipeline, seed: int, path: Path) -> None:
-    """Save two samples of each digit, in all forms of prompts, with their prompts."""
+    """Save a gallery with two samples of each digit, in all forms of prompts."""
     chosen = [
         Request(
             digit=place % 10, slant=place // 10 ^ place % 2, pen=place // 2 % 2, ground=place // 3 % 2, form=place % 4
@@ -322,7 +322,7 @@ def main() -> None:
     """Train, evaluate and write the model folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps of the denoiser in all")
+    parser.add_argument("--steps", type=int, default=3600, help="total optimiser steps of the denoiser")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODEL, help="model folder to write")
     options = parser.parse_args()

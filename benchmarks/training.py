@@ -1,4 +1,4 @@
-"""Train a model so that an interrupted run continues as if it had not been interrupted."""
+"""Train a model so that an interrupted run resumes without changing the result."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ WARMUP_STEPS = 200
 
 
 class Training:
-    """A model with its optimizer, the averages of its parameters and its clock, kept in a file that is always whole."""
+    """A model with its optimizer, averaged parameters and elapsed time, saved atomically to a checkpoint."""
 
     def __init__(self, model: nn.Module, rate: float, path: Path) -> None:
-        """Resume from the file, if there is one.
+        """Resume from the checkpoint, if there is one.
 
         Args:
-            model: What is trained, in place.
+            model: Model to train, in place.
             rate: The highest learning rate.
-            path: The checkpoint.
+            path: Path of the checkpoint.
         """
         self._model, self._rate, self._path = model, rate, path
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=True)
@@ -35,7 +35,7 @@ class Training:
         self.done = 0
         """Optimiser steps taken."""
         self.seconds = 0.0
-        """Time they took."""
+        """Seconds that these steps took."""
         if path.exists():
             state = torch.load(path, weights_only=True)
             model.load_state_dict(state["model"])
@@ -44,7 +44,7 @@ class Training:
             self.done, self.seconds = state["step"], state["seconds"]
 
     def steps(self, total: int, seed: int) -> Iterator[tuple[int, torch.Generator]]:
-        """Give each step that is left and the random numbers it may use, and save every few of them."""
+        """Yield each remaining step with its random generator, and save a checkpoint every few steps."""
         print(f"{self._path.stem}: step {self.done}/{total}", flush=True)
         started = time.monotonic() - self.seconds
         for step in range(self.done, total):
@@ -84,11 +84,11 @@ class Training:
 
 
 def warmed_up(step: int) -> float:
-    """Give the share of the highest learning rate in a step: rising, then one."""
+    """Compute the share of the highest learning rate at a step: rising, then one."""
     return min(1.0, (step + 1) / WARMUP_STEPS)
 
 
 def annealed(step: int, total: int, share: float = 0.3) -> float:
-    """Give the same share, falling to zero along a cosine in the last `share` of the steps."""
+    """Compute the same share, with a cosine decay to zero over the last `share` of the steps."""
     left = (total - step) / (share * total)
     return warmed_up(step) * (0.5 - 0.5 * float(np.cos(np.pi * min(1.0, left))))

@@ -112,7 +112,10 @@ def build(
     workbench = setup.workbench
     if options.at is not None:
         tracing = ParetoOptions(
-            steps=options.steps, max_engines=options.plan.max_engines, max_memory=options.plan.max_memory
+            steps=options.steps,
+            max_engines=options.plan.max_engines,
+            max_memory=options.plan.max_memory,
+            planner=options.plan.planner,
         )
         curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
         plan = _at(curve, options.at)
@@ -154,11 +157,13 @@ def _fit(workbench: Workbench, options: BuildOptions, notes: list[str], seed: in
     shortfall = budget - (fitted.candidate.saving + 1 - fitted.measured.time_ratio) / 2
     if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
         aim = replace(options.plan, budget=min(0.99, budget + shortfall + 0.01 * budget))
-        notes.append(f"engines and sampling saved {budget - shortfall:.1%}; fitted again to {aim.budget:.1%}")
+        notes.append(
+            f"engines and sampling saved {100 * (budget - shortfall):.1f} %; fitted again to {100 * aim.budget:.1f} %"
+        )
         try:
             fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress)
         except PlanError as error:
-            notes.append(f"kept the plan that is {shortfall:.1%} short: {error}")
+            notes.append(f"kept the plan that is {100 * shortfall:.1f} % short: {error}")
     plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
     return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
 

@@ -1,4 +1,4 @@
-"""What programs are called with while a model is measured."""
+"""The calls that programs get while a model is measured."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from unetc.controlnet import ControlNetInput
 from unetc.nvidia.sizes import Range, Sizes
 
 CACHED_ROWS = 32
-"""Samples per batch on a CPU: larger batches fall out of its caches and gain nothing."""
+"""Samples per batch on a CPU: larger batches do not fit its caches and gain nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredCalls:
-    """What programs will be called with."""
+    """Ranges of the calls that programs will get."""
 
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition."""
     controlnet: tuple[ControlNetInput, ...] = ()
-    """What graphs take of a ControlNet."""
+    """ControlNet inputs of the graphs."""
 
     @classmethod
     def of(cls, sample_shape: tuple[int, int, int], batch: int, samples: int, conditions: Conditions) -> MeasuredCalls:
-        """Foresee the calls of programs that are measured.
+        """Compute the ranges of the calls of programs that are measured.
 
         Args:
             sample_shape: [channel, height, width].
-            batch: Samples per call where time is measured.
+            batch: Samples per call when time is measured.
             samples: Trajectories that every ablation is measured on; several ablations share a call.
-            conditions: Of the samples; guided ones double the batch.
+            conditions: Conditions of the samples; guided ones double the batch.
         """
         _, height, width = (Range(least=size, usual=size, most=size) for size in sample_shape)
         each = conditions.rows_per_sample

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from unetc.artifacts.manifest import BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan
-from unetc.backend import Backend, LowPrecision, Program
+from unetc.backend import Backend, Program, TargetBackend
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
@@ -107,7 +107,7 @@ class Session:
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
         decoder = manifest.decoder
         loader = backend.open_weights(bundle.weights)
-        low = backend if isinstance(backend, LowPrecision) else None
+        low = backend if isinstance(backend, TargetBackend) else None
         reads = low.reads if low else Precision.FP32
         programs = [tried(loader.load(bundle.graph_of(engine, reads))) for engine in engines]
         emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph

@@ -1,4 +1,4 @@
-"""Run the command line and read what it printed."""
+"""Run the command line and read its output."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import pytest
 from unetc.cli import main
 
 ALONE = (sys.executable, "-c", "from unetc.cli import main; main()")
-"""The command line in a process of its own."""
+"""The command line in a separate process."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended and what it printed."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -30,13 +30,13 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """Parse stdout, which must hold nothing but one strict JSON value."""
+        """Parse stdout, which must contain exactly one strict JSON value."""
         assert self.code == 0, self.err
         return json.loads(self.out, parse_constant=pytest.fail)
 
     @property
     def error(self) -> str:
-        """The message of a failure: one line on stderr after the progress so far, no traceback, nothing on stdout."""
+        """The message of a failure: one line on stderr after any progress, no traceback, and nothing on stdout."""
         assert self.code == 1
         assert self.out == ""
         *progress, last = self.err.splitlines()
@@ -46,7 +46,7 @@ class Result:
 
 
 def run(*arguments: object) -> Result:
-    """Run a command in this process, which has imported torch already."""
+    """Run a command in this process, which has already imported torch."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, ["unetc", *map(str, arguments)]
     code: Any = 0
@@ -61,7 +61,7 @@ def run(*arguments: object) -> Result:
 
 
 def run_alone(*arguments: object, **environment: str) -> Result:
-    """Run a command in a process of its own."""
+    """Run a command in a separate process."""
     done = subprocess.run(
         [*ALONE, *map(str, arguments)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Settings of the whole test run, and the tiny model and its bundle that many tests share."""
+"""Settings of the whole test run, and a tiny model and bundle that many tests share."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-# One thread per process: -n 2 does not oversubscribe two cores, and sums come out alike with and without -n. torch
-# reads this when it is first imported; the workers of pytest-xdist and other child processes inherit it.
+# One thread per process: -n 2 does not oversubscribe two cores, and sums are the same with and without -n. torch reads
+# this when it is first imported; pytest-xdist workers and other child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# The same examples in every run, so that a failure in CI is a failure here. --hypothesis-profile=default explores.
+# The same examples in every run, so that a failure in CI can be reproduced. --hypothesis-profile=default explores.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
 REQUIRED = {"gpu": "an NVIDIA GPU", "rtx": "tensorrt_rtx"}
-"""Marks of tests that skip themselves without something, and what that is."""
+"""Marks of tests that skip themselves when a requirement is missing, with the requirement."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,17 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addoption(
             f"--require-{mark}", action="store_true", help=f"fail tests that skip themselves without {what}"
         )
-    parser.addoption("--shared", metavar="FOLDER", help="keep what tests share there, and use what is there already")
+    parser.addoption("--shared", metavar="FOLDER", help="folder for files that tests share; existing ones are used")
 
 
 def pytest_configure() -> None:
-    """Let kernels of Triton run in its interpreter where there is no GPU; it decides that when they are imported."""
+    """Run Triton kernels in its interpreter without a GPU; Triton reads the setting when kernels are imported."""
     if not finds_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a GPU makes pointless; note for --junitxml what tests show of which architecture."""
+    """Deselect tests that are pointless with a GPU, and record architecture and aspects of tests for --junitxml."""
     if (pointless := [item for item in items if item.get_closest_marker("without_gpu")]) and finds_gpu():
         config.hook.pytest_deselected(items=pointless)
         items[:] = [item for item in items if item not in pointless]
@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Under --require-gpu, fail a gpu test that skips itself: a GPU job cannot pass empty. The same for the others.
+    """Under --require-gpu, fail a gpu test that skips itself, so that a GPU job cannot pass empty; likewise for others.
 
-    What needs several things may skip itself as long as one of them is not required.
+    A test that needs several requirements may skip itself as long as one of them is not enforced.
     """
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
@@ -69,7 +69,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Under --require-gpu and the others, fail a file that skips itself: it never gets as far as its marks."""
+    """Under --require-gpu and the others, fail a file that skips itself, because its marks are never read."""
     report = yield
     if report.skipped:
         for mark in REQUIRED:
@@ -78,9 +78,9 @@ def pytest_make_collect_report(
 
 
 def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config, mark: str) -> None:
-    """Make a skip a failure if what it lacks is required.
+    """Turn a skip into a failure if the missing requirement is enforced.
 
-    Where torch finds a GPU, a test of one lacks something else: the library of another target.
+    If torch finds a GPU, a gpu test that skips itself lacks something else, such as the library of another target.
     """
     if report.skipped and config.getoption(f"require_{mark}") and not (mark == "gpu" and finds_gpu()):
         *_, reason = report.longrepr
@@ -88,15 +88,15 @@ def forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest
 
 
 def finds_gpu() -> bool:
-    """Tell whether torch finds a GPU."""
-    import torch  # late: what is set above is read when it is imported
+    """Check whether torch finds a GPU."""
+    import torch  # imported late, because it reads the environment set above
 
     return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the folder that all workers of pytest-xdist share: of this run, or the one that --shared names."""
+    """Return the folder that all pytest-xdist workers share: the folder of --shared, or a temporary one of this run."""
     if given := request.config.getoption("shared"):
         folder = Path(given).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,36 +107,36 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session", autouse=True)
 def named(shared: Path) -> None:
-    """Let functions that are no fixtures find the shared folder: `tests.models.shared_folder`."""
+    """Publish the shared folder to functions that are not fixtures, through `tests.models.shared_folder`."""
     os.environ["UNETC_TESTS_SHARED"] = str(shared)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(shared: Path) -> Path:
-    """Save a diffusers pipeline of 45 000 weights, drawn so that every component matters."""
+    """Save a diffusers pipeline with 45 000 weights, drawn so that every component matters."""
     return once(shared / "tiny-model", save_tiny_model)
 
 
 @pytest.fixture(scope="session")
 def tiny_build(shared: Path, tiny_model: Path) -> Path:
-    """Analyse the tiny model and build a bundle of two phases: a folder with profile.json, plan.json and bundle/."""
+    """Analyse the tiny model and build a bundle with two phases, into profile.json, plan.json and bundle/."""
     return once(shared / "tiny-build", lambda folder: build_tiny_bundle(tiny_model, folder, shared / "cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_build: Path) -> Path:
-    """Give the bundle of the tiny model; not to be changed, copy it."""
+    """Return the bundle of the tiny model, which tests must copy before changing it."""
     return tiny_build / "bundle"
 
 
 @pytest.fixture(scope="session")
 def cache(shared: Path, tiny_build: Path) -> Path:
-    """Give the cache that holds the capture of the tiny model."""
+    """Return the cache with the capture of the tiny model."""
     return shared / "cache"
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Make a folder, unless another worker has."""
+    """Make a folder unless another worker already has."""
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
@@ -147,10 +147,10 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def save_tiny_model(folder: Path) -> None:
-    """Save a seeded UNet with two levels and attention; the zeros of a fresh one would hide what an ablation does.
+    """Save a seeded UNet with two levels and attention; zero weights of a fresh one would hide effects of ablations.
 
-    It predicts v, which keeps rounding small with any weights; an epsilon of random weights multiplies it by 10^6 in 50
-    steps.
+    It predicts v, which keeps rounding errors small with any weights. Predicting epsilon with random weights would
+    multiply them by 10^6 in 50 steps.
     """
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -177,7 +177,7 @@ def save_tiny_model(folder: Path) -> None:
 
 
 def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
-    """Build a plan made by hand, so that no timing decides what is in the bundle; the controls alone are fitted."""
+    """Build a handwritten plan, so that the bundle does not depend on timing; only the controls are fitted."""
     import unetc
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.analyzer.analyze import analyze_model

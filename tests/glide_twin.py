@@ -1,6 +1,6 @@
-"""The network of OpenAI's GLIDE, written from its description, with the names of its checkpoints.
+"""The network of OpenAI's GLIDE, written from its description, with the parameter names of its checkpoints.
 
-Only what the converter is tested on: its forward pass is written apart from diffusers and from unetc.
+It tests the converter, so its forward pass is written independently of diffusers and unetc.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ HEAD = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How large a twin is."""
+    """Size of a twin."""
 
     in_channels: int
     channels: int
     multipliers: tuple[int, ...]
     attending: tuple[bool, ...]
-    """Of each level, from the top."""
+    """Values of each level, from the top."""
     blocks: int
     text_width: int
     text_heads: int
@@ -37,7 +37,7 @@ class Shape:
 
 
 class Residual(nn.Module):
-    """norm, SiLU, resample, conv; norm with scale and shift of the time, SiLU, conv; added to the resampled input."""
+    """Norm, SiLU, resample, conv; norm with scale and shift of the time, SiLU, conv; added to the resampled input."""
 
     def __init__(self, inner: int, outer: int, time: int, resample: str = "") -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each position attends to all positions and to the text; both projections are head after head."""
+    """Every position attends to all positions and to the text; both projections are ordered by head."""
 
     def __init__(self, channels: int, text: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class Sequence(nn.Sequential):
-    """Layers that get time and text where they take them."""
+    """Layers in sequence, called with time and text if they take them."""
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
         for layer in self:
@@ -110,7 +110,7 @@ class TextAttention(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Attention, then a perceptron, each on a residual branch behind a norm."""
+    """Attention, then a perceptron, each on a residual branch after a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class GlideTwin(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 6, 3, padding=1))
 
     def encode(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the states of the text, [batch, width, token], and what is added to the time embedding."""
+        """Compute the states of the text `[batch, width, token]` and its addend for the time embedding."""
         x = self.token_embedding(tokens) + self.positional_embedding[None]
         x = torch.where(mask[..., None], x, self.padding_embedding[None])
         for block in self.transformer["resblocks"]:
@@ -226,9 +226,9 @@ def twin(name: str) -> GlideTwin:
     condition_well(original, seed=1)
     for module in original.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            module.eps = 1e-5  # what the published networks have
+            module.eps = 1e-5  # as in the published networks
         if isinstance(module, Attention):
-            module.qkv.weight *= 3  # or it would attend to everything alike
+            module.qkv.weight *= 3  # otherwise it would attend to everything equally
             module.encoder_kv.weight *= 3
     return original
 

@@ -1,4 +1,4 @@
-"""LoRAs with random factors for the tiny pipelines, saved as diffusers does and as kohya's trainer does."""
+"""LoRAs with random factors for the tiny pipelines, saved in the formats of diffusers and of kohya's trainer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def save_lora(folder: Path, path: Path, *, seed: int = 0, text: bool = True) -> Path:
-    """Save a LoRA in the format of diffusers, whose layers have different alphas.
+    """Save a LoRA in the format of diffusers, with different alphas per layer.
 
     Args:
-        folder: The pipeline it is for.
-        path: The .safetensors file to write.
-        seed: Of its factors.
-        text: Whether it changes the text encoders too.
+        folder: Pipeline that the LoRA is made for.
+        path: Path of the .safetensors file.
+        seed: Seed of its factors.
+        text: Whether it also changes the text encoders.
     """
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -53,10 +53,10 @@ def save_lora(folder: Path, path: Path, *, seed: int = 0, text: bool = True) -> 
 
 
 def save_as_kohya(lora: Path, path: Path, alphas: Mapping[str, float]) -> dict[str, Tensor]:
-    """Save the factors of a LoRA with layers named as kohya's trainer names them, and alphas by the end of the name.
+    """Save the factors of a LoRA with kohya's layer names; alphas are chosen by the end of a layer's name.
 
     Returns:
-        What it adds to the weights at scale 1, by name of the weight.
+        Change that it adds to each weight at scale 1, by name of the weight.
     """
     tensors = load_file(lora)
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te_text_model"}
@@ -76,7 +76,7 @@ def save_as_kohya(lora: Path, path: Path, alphas: Mapping[str, float]) -> dict[s
 
 
 def load_unfused(folder: Path, *loras: tuple[Path, float]) -> Any:
-    """Load a pipeline as diffusers does, with LoRAs beside its layers, each with its scale."""
+    """Load a pipeline as diffusers does, with unfused LoRAs, each with its scale."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     names = [f"lora{number}" for number in range(len(loras))]
     for name, (path, _) in zip(names, loras, strict=True):

@@ -1,4 +1,4 @@
-"""Tiny denoisers with random weights, one per kind of block, captured once per process, and inputs that fit them."""
+"""Tiny denoisers with random weights, one per kind of block, captured once per process, and matching inputs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         },
     ),
-    # As in GLIDE and DeepFloyd IF: text joins the keys and values of self-attention, the variance is predicted too.
+    # As in GLIDE and DeepFloyd IF: text joins keys and values of self-attention, and the variance is also predicted.
     "added-kv": (
         "UNet2DConditionModel",
         {
@@ -99,7 +99,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "DiTTransformer2DModel",
         {**_TRANSFORMER, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_embeds_ada_norm": 10},
     ),
-    # As in PixArt-alpha, whose time embedding knows the size of the image; it predicts a variance too.
+    # As in PixArt-alpha: the time embedding includes the size of the image, and the variance is also predicted.
     "pixart": (
         "PixArtTransformer2DModel",
         {
@@ -114,7 +114,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "use_additional_conditions": True,
         },
     ),
-    # As in SD 3.5: the first block has a second attention beside the joint one. The last one drops the text.
+    # As in SD 3.5: the first block has a second attention besides the joint one. The last block drops the text.
     "sd3": (
         "SD3Transformer2DModel",
         {
@@ -130,7 +130,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "qk_norm": "rms_norm",
         },
     ),
-    # As FLUX.1-dev, whose guidance is an input.
+    # As in FLUX.1-dev: guidance is an input.
     "flux": (
         "FluxTransformer2DModel",
         {
@@ -145,7 +145,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "axes_dims_rope": (2, 2, 4),
         },
     ),
-    # Has long skips, as U-ViT; in four blocks one, from the first to the last.
+    # Has long skips, as in U-ViT; with four blocks there is one, from the first to the last.
     "hunyuan": (
         "HunyuanDiT2DModel",
         {
@@ -163,11 +163,11 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
 }
-"""The same for transformers, 8 by 8 pixels in patches of 2; see test_transformers."""
+"""The same for transformers, with 8x8 pixels in patches of 2; see test_transformers."""
 
 
 def new_denoiser(architecture: str) -> nn.Module:
-    """Build a denoiser; it has the same weights every time."""
+    """Build a denoiser, with the same weights every time."""
     import diffusers
 
     name, config = {**ARCHITECTURES, **TRANSFORMERS}[architecture]
@@ -177,10 +177,10 @@ def new_denoiser(architecture: str) -> nn.Module:
 
 
 def condition_well(model: nn.Module, seed: int) -> None:
-    """Make every part of a model count, and no part blow up rounding errors.
+    """Initialise a model so that every part matters and no part amplifies rounding errors.
 
-    Fresh models have layers that put out zero. And removals may leave a group of channels that is nearly constant; ONNX
-    defines the variance in a GroupNormalization as E[x²] − E[x]², so only a large epsilon saves its digits then.
+    Fresh models have layers whose output is zero. Removals may also leave a group of channels nearly constant. ONNX
+    defines the variance in a GroupNormalization as E[x²] − E[x]², so only a large epsilon keeps it accurate then.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -195,7 +195,7 @@ def condition_well(model: nn.Module, seed: int) -> None:
 
 
 class Block(nn.Module):
-    """Layers by name and a function that applies them."""
+    """Named layers and a function that applies them."""
 
     def __init__(self, compute: Callable[..., Any], **layers: nn.Module) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Block(nn.Module):
 
 
 def toy_denoiser(body: nn.Module) -> nn.Module:
-    """Make a denoiser of one block, called with sample and timestep, that looks like a `UNet2DModel` of two levels."""
+    """Make a denoiser from one block of sample and timestep; it looks like a `UNet2DModel` with two levels."""
 
     class UNet2DModel(nn.Module):
         config = SimpleNamespace(sample_size=8, in_channels=4, block_out_channels=(4, 4))
@@ -225,7 +225,7 @@ def toy_denoiser(body: nn.Module) -> nn.Module:
 
 
 class Tiny:
-    """One architecture: its denoiser, capture, gated graph and weights, each made when it is first asked for."""
+    """One architecture: its denoiser, capture, gated graph and weights, each created on first use."""
 
     def __init__(self, architecture: str, folder: Path) -> None:
         self.architecture = architecture
@@ -246,7 +246,7 @@ class Tiny:
 
     @functools.cached_property
     def capture(self) -> Capture:
-        """Its capture; this takes seconds."""
+        """The capture; it takes seconds."""
         return capture(self.denoiser)
 
     @functools.cached_property
@@ -268,12 +268,12 @@ class Tiny:
 
     @functools.cached_property
     def weights(self) -> Mapping[str, NDArray[np.generic]]:
-        """Content of the weights file."""
+        """Contents of the weights file."""
         return load_file(self.gated.weights)
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, str]:
-        """Name of the parameter in each tensor of the weights file; the exporter transposes and renames some."""
+        """Parameter name of each tensor in the weights file; the exporter transposes and renames some."""
         parameters = {name: parameter.detach().numpy() for name, parameter in self.denoiser.named_parameters()}
         transposed = {(array.T.shape, array.T.tobytes()): name for name, array in parameters.items()}
         found = {}
@@ -293,7 +293,7 @@ class Tiny:
 
     @property
     def stride(self) -> int:
-        """What height and width must be multiples of."""
+        """Divisor of every valid height and width."""
         levels = len(self._config.get("block_out_channels", (0, 0)))  # a transformer has patches of 2
         return 1 << levels - 1
 
@@ -310,7 +310,7 @@ class Tiny:
         return self._backend.open_weights(self.gated.weights.read_bytes())
 
     def inputs(self, *, batch: int, height: int, width: int, tokens: int = 5, seed: int = 0) -> dict[str, Array]:
-        """Draw inputs of the denoiser, every sample with a timestep of its own; whole numbers as in its examples."""
+        """Draw inputs of the denoiser, with a different timestep per sample; integers repeat the example's values."""
         rng = np.random.default_rng(seed)
 
         def draw(item: Input) -> Array:
@@ -328,16 +328,16 @@ class Tiny:
         return {item.name: draw(item) for item in self._inputs}
 
     def run(self, program: Program, inputs: Mapping[str, Array]) -> Array:
-        """Run a loaded graph; what it does not write stays NaN."""
+        """Run a loaded graph; unwritten output stays NaN."""
         return self.run_on_device(program, inputs)[0]
 
     def run_emitting(self, program: Program, inputs: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        """Run a loaded graph and copy what it emits."""
+        """Run a loaded graph and copy its emitted tensors."""
         output, emitted = self.run_on_device(program, inputs)
         return output, {name: self._backend.device.to_array(value) for name, value in emitted.items()}
 
     def run_on_device(self, program: Program, inputs: Mapping[str, object]) -> tuple[Array, Mapping[str, object]]:
-        """Run a loaded graph and leave what it emits where it is."""
+        """Run a loaded graph and leave its emitted tensors on the device."""
         sample = inputs[SAMPLE]
         assert isinstance(sample, np.ndarray)
         batch, _, height, width = sample.shape
@@ -361,13 +361,13 @@ class Tiny:
 
 
 class Reuse:
-    """Engines of a model that emit, hold and forecast in turns, and what a session of them needs."""
+    """Engines of a model that emit, hold and forecast, and sessions that alternate between them."""
 
     SHAPE = (2, 8, 8)
-    """Of a sample of the architecture "attention"."""
+    """Shape of a sample of the architecture "attention"."""
 
     def __init__(self, tiny: Tiny, *assignments: Mapping[str, Treatment]) -> None:
-        """Specialise an engine that emits, and one for each assignment."""
+        """Specialise an emitting engine and one engine per assignment."""
         self.tiny = tiny
         means = np.zeros(tiny.gated.channels, dtype=np.float32)
         self.engines = with_emissions([{}, *assignments], tiny.gated.components)
@@ -385,7 +385,7 @@ class Reuse:
         *,
         exact: Program | None = None,
     ) -> Session:
-        """Put together a session of 7 steps in which loaded engines take turns."""
+        """Create a session of 7 steps that cycles through loaded engines."""
         plan = plan_of(self.engines, [Phase(low=-20.0, high=20.0, cycle=cycle)])
         return Session(
             plan=plan,
@@ -400,27 +400,27 @@ class Reuse:
 
 
 def daily(architectures: Iterable[str]) -> list[ParameterSet]:
-    """Let two architectures be tested every day, and the others nightly."""
+    """Mark all architectures except two as nightly."""
     every_day = ("attention", "cross-attention")
     return [pytest.param(name, marks=() if name in every_day else pytest.mark.nightly) for name in architectures]
 
 
 def shared_folder() -> Path:
-    """Tell where the processes of a test run keep what they share, to what is no fixture."""
+    """Return the folder shared by all processes of a test run, for callers that are not fixtures."""
     return Path(os.environ["UNETC_TESTS_SHARED"])
 
 
 @functools.cache
 def tiny_of(architecture: str, folder: Path) -> Tiny:
-    """Share an architecture between the tests of a process, and its gated graph with those of other processes.
+    """Share an architecture between the tests of a process, and its gated graph between processes.
 
     Args:
         architecture: A key of `ARCHITECTURES`.
-        folder: Where the processes of a test run keep what they share.
+        folder: Folder shared by all processes of a test run.
     """
     return Tiny(architecture, folder / "architectures")
 
 
 def relative_error(actual: Array, expected: Array) -> float:
-    """Measure the largest difference, relative to the largest number expected, if that is not zero."""
+    """Measure the largest difference, relative to the largest expected value unless that is zero."""
     return float(np.abs(actual - expected).max() / (np.abs(expected).max() or 1))

@@ -21,12 +21,12 @@ _WIDTH = 16
 
 
 def save_stable_diffusion(folder: Path, prediction: str = "epsilon", **options: Any) -> Path:
-    """Save a `StableDiffusionPipeline` of 16x16 latents and 32x32 images.
+    """Save a `StableDiffusionPipeline` with 16x16 latents and 32x32 images.
 
     Args:
-        folder: Where to.
-        prediction: What the denoiser predicts.
-        options: Further ones of the denoiser.
+        folder: Folder to write.
+        prediction: Prediction type of the denoiser.
+        options: Further options of the denoiser.
     """
     unet = diffusers.UNet2DConditionModel(
         **options,
@@ -61,12 +61,12 @@ def save_stable_diffusion(folder: Path, prediction: str = "epsilon", **options: 
 
 
 def save_stable_diffusion_2(folder: Path) -> Path:
-    """Save a pipeline as those of Stable Diffusion 2, which predict v and have no convolutions in transformers."""
+    """Save a pipeline like Stable Diffusion 2, which predicts v and has no convolutions in its transformers."""
     return save_stable_diffusion(folder, "v_prediction", use_linear_projection=True)
 
 
 def save_stable_diffusion_xl(folder: Path) -> Path:
-    """Save a `StableDiffusionXLPipeline` of 16x16 latents and 32x32 images, with two text encoders."""
+    """Save a `StableDiffusionXLPipeline` with 16x16 latents and 32x32 images, with two text encoders."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -85,7 +85,7 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
     autoencoder = _autoencoder()
     tokenizer = _tokenizer(folder.parent / "words")
     encoders = (
-        _text_encoder(tokenizer, layers=2),  # SDXL takes what the last layer but one puts out
+        _text_encoder(tokenizer, layers=2),  # SDXL uses the output of the last layer but one
         _text_encoder(tokenizer, "CLIPTextModelWithProjection", layers=2),
     )
     for seed, model in enumerate((unet, autoencoder, *encoders)):
@@ -115,7 +115,7 @@ def _autoencoder() -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """Make a tokenizer that knows letters and `WORDS`."""
+    """Build a tokenizer with letters and `WORDS`."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(set("".join(WORDS)))
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]

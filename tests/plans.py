@@ -1,4 +1,4 @@
-"""Plans that are written by hand, of no model and no profile."""
+"""Handwritten plans, without a model or profile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unetc.artifacts import Assignment, ModelReference, Phase, Plan, Prediction
 
 
 def plan_of(engines: Sequence[Assignment], phases: Sequence[Phase]) -> Plan:
-    """Say which engines take turns in which phases."""
+    """Write a plan from engines and phases."""
     return Plan(
         unetc="0",
         model=ModelReference(name="m", sha256="0" * 64, pipeline="p", denoiser="d"),

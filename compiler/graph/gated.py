@@ -32,6 +32,7 @@ from .capture import GATES, MEANS, OUTPUT, Capture
 from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
 from .nodes import add_integers, add_name, add_node, add_reshape
 from .size_names import name_sizes
+from .weights import serialise as serialise
 from .weights import tensor_ranges, write_tensors
 
 OPSET = 23
@@ -183,16 +184,6 @@ class GatedGraph:
             dynamic_size=record.dynamic_size,
             folder=folder,
         )
-
-
-def serialise(model: ir.Model) -> SerialisedGraph:
-    """Turn a graph into bytes; large initializers stay in the weights file."""
-    external = {
-        str(name)
-        for name, value in model.graph.initializers.items()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    return SerialisedGraph(graph=ir.to_proto(model).SerializeToString(), weights=frozenset(external))
 
 
 def is_gate(node: ir.Node) -> bool:

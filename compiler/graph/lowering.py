@@ -28,9 +28,8 @@ from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.precision import LARGEST, Precision
 
 from .element_types import infer_types
-from .gated import serialise
 from .slicing import PARTIAL
-from .weights import tensor_ranges, write_tensors
+from .weights import serialise, tensor_ranges, write_tensors
 
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
 

@@ -12,11 +12,22 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from unetc.backend import SerialisedGraph
 from unetc.errors import CompileError
 
 _TYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
 _ALIGNMENT = 8
 """Bytes. Tensors begin at multiples of their element size, as the longest elements come first."""
+
+
+def serialise(model: ir.Model) -> SerialisedGraph:
+    """Turn a graph into bytes; large initializers stay in the weights file."""
+    external = {
+        str(name)
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return SerialisedGraph(graph=ir.to_proto(model).SerializeToString(), weights=frozenset(external))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:

@@ -66,15 +66,15 @@ def fit_plan(
         else:  # whole steps save what they promise, but come in runs of bins
             aim += middle - saving
         notes.append(
-            f"attempt {attempt + 1}: planned to save {predicted:.1%}, measured {saving:.1%}; "
-            f"planned again for {aim:.1%} with costs scaled by {correction:.3f}"
+            f"attempt {attempt + 1}: planned to save {100 * predicted:.1f} %, measured {100 * saving:.1f} %; "
+            f"planned again for {100 * aim:.1f} % with costs scaled by {correction:.3f}"
         )
         if aim <= 0 or aim >= 1:
             break
     if best is None:
         raise PlanError(
-            f"no plan met the budget of {options.budget:.1%} when measured; the most that was saved is {most:.1%}. "
-            "Ask for a smaller budget, or analyse again on a quiet machine."
+            f"no plan met the budget of {100 * options.budget:.1f} % when measured; the most that was saved "
+            f"is {100 * most:.1f} %. Ask for a smaller budget, or analyse again on a quiet machine."
         )
     return best
 
@@ -195,5 +195,5 @@ def _closest(workbench: Workbench, draw: Callable[[float], Plan], target: float)
             break
         budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))
     if best is None:
-        raise PlanError(f"no control plan saves {target:.1%} of the time.")
+        raise PlanError(f"no control plan saves {100 * target:.1f} % of the time.")
     return best

@@ -36,6 +36,8 @@ class ParetoOptions:
     steps: int = 50
     max_engines: int = 4
     max_memory: float | None = None
+    planner: str = "fast"
+    """`fast` or `exact`, as in `PlanOptions`."""
     repair: RepairOptions = field(default_factory=lambda: RepairOptions(evaluations=12, patience=6))
 
     def __post_init__(self) -> None:
@@ -46,6 +48,17 @@ class ParetoOptions:
         """
         if self.budgets < 1:
             raise PlanError(f"a curve needs at least 1 budget, got {self.budgets}.")
+        self.plan(LEAST)
+
+    def plan(self, budget: float) -> PlanOptions:
+        """Make the options of the planner for one budget of the curve.
+
+        Raises:
+            PlanError: If a limit is out of range, or there is no such planner.
+        """
+        return PlanOptions(
+            budget=budget, max_engines=self.max_engines, max_memory=self.max_memory, planner=self.planner
+        )
 
 
 def pareto(
@@ -83,7 +96,7 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
             break  # larger budgets cannot be met either
     on_progress(Progress(stage="curve", done=options.budgets, total=options.budgets))
     if not points:
-        raise PlanError(f"no plan saves {LEAST:.0%} of the time. Analyse again on a quiet machine.")
+        raise PlanError(f"no plan saves {100 * LEAST:.0f} % of the time. Analyse again on a quiet machine.")
     return Pareto(
         unetc=unetc.__version__,
         model=setup.profile.model,
@@ -120,8 +133,7 @@ def refine(setup: Setup, curve: Pareto, gate: QualityGate, options: ParetoOption
 
 
 def _sample_budget(setup: Setup, options: ParetoOptions, budget: float) -> list[Point]:
-    plan = PlanOptions(budget=budget, max_engines=options.max_engines, max_memory=options.max_memory)
-    candidate, _ = fit_plan(setup.workbench, plan, [])
+    candidate, _ = fit_plan(setup.workbench, options.plan(budget), [])
     found = repair(setup.workbench, candidate, budget, setup.profile.seed + 1, options.repair, ignore)
     return [
         Point(budget=budget, time_ratio=e.candidate.time_ratio, damage=e.damage, plan=e.candidate.plan)

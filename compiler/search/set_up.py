@@ -10,7 +10,7 @@ from unetc.artifacts.profile import Profile
 from unetc.compiler.engines import check_plan
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import Prepared, prepare, prepare_decoder, prepare_scheduler
-from unetc.compiler.tensorrt.on_demand import LoweringBackend, overflow_finder, take_any_graph
+from unetc.compiler.tensorrt.on_demand import Lowering, OnDemand, overflow_finder
 from unetc.conditions import Conditions
 from unetc.errors import ProfileError
 from unetc.models.model import Model
@@ -34,8 +34,8 @@ class Setup:
     decoder: bytes | None
     """ONNX graph that turns samples into images; None if samples are images."""
     workbench: Workbench
-    lowering: LoweringBackend | None
-    """What lowers graphs for the profile's target; None if it takes them in float32."""
+    lowering: Lowering | None
+    """Lowers graphs for the profile's target; None if it takes them in float32."""
 
 
 def set_up(
@@ -65,20 +65,16 @@ def set_up(
     _check_profile(profile, model)
     if plan is not None:
         check_plan(plan, profile)
-    backend = open_backend(profile.target, threads=profile.threads)
+    target = open_backend(profile.target, threads=profile.threads)
     prepared = prepare(model, cache, on_progress)
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
     calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
-    backend = take_any_graph(
-        profile.target,
-        backend,
-        calls,
-        overflow_finder(prepared, profile.scheduler, conditions, on_progress),
-        on_progress,
-    )
+    finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
+    on_demand = OnDemand(calls, finder, on_progress)
+    backend = target.prepared_by(on_demand)
     decoder = prepare_decoder(prepared)
     workbench = Workbench(
         prepared.gated,
@@ -96,7 +92,7 @@ def set_up(
         conditions=conditions,
         decoder=decoder,
         workbench=workbench,
-        lowering=backend if isinstance(backend, LoweringBackend) else None,
+        lowering=on_demand.lowering(target.reads),
     )
 
 

@@ -1,4 +1,4 @@
-"""Build one engine with a library; runs in a process of its own, which may die of it."""
+"""Build one engine with a library; runs in a separate process, which may crash."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .messages import STEPS, BuildRequest, Built
 from .shapes import Dimension, resolve
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "failed_allocation", "could not find any implementation")
-"""What libraries say, among other things, when they run out of memory; the last is what remains if no kernel fits."""
+"""Parts of the libraries' messages when memory runs out; the last one appears where no kernel fits into memory."""
 
 
 class OutOfMemory(EngineBuildError):
-    """A build has failed for want of memory, or so it seems."""
+    """A build has failed, probably for lack of memory."""
 
 
 def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]) -> Built:
-    """Parse a graph with its weights, build an engine for a range of shapes and write it.
+    """Parse a graph with its weights, build an engine for ranges of shapes and write it to a file.
 
     Args:
-        request: What to build.
-        folder: Where the files it names are.
-        on_advance: Told how many of `STEPS` are done; the build is given up when it says no.
+        request: The engine to build.
+        folder: Folder of the files that the request names.
+        on_advance: Called with the number of `STEPS` that are done; the build is cancelled when it returns False.
 
     Raises:
-        EngineBuildError: If the library cannot parse the graph or cannot build the engine, in its own words.
-        OutOfMemory: If it says that memory was missing.
+        EngineBuildError: If the library cannot parse the graph or build the engine; the message quotes the library.
+        OutOfMemory: If the library reports a lack of memory.
     """
     library = library_of(request.target)
     trt = library.load()
@@ -50,10 +50,10 @@ def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]
     signature = {value.name: _declared(value) for value in inputs}
     shapes = resolve(signature, request.sizes, request.rows, request.controlnet)
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, shapes))
+    config.add_optimization_profile(_call_ranges(builder, shapes))
     config.builder_optimization_level = request.effort.optimization_level
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; who wants less says so in the graph
-    if library.portable:  # or its runtime allocates memory at some sizes, which no CUDA graph can capture
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; lower precision is chosen in the graph
+    if library.portable:  # its runtime would allocate memory at some sizes, which no CUDA graph can capture
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * request.effort.workspace_share))
@@ -61,21 +61,21 @@ def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
     monitor = _monitor(trt, on_advance)
-    config.progress_monitor = monitor  # which does not keep it alive
+    config.progress_monitor = monitor  # the config does not keep the monitor alive
     timing = _attach_timing(library, config, folder / request.timing)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         said = words(complaints)
         refused = OutOfMemory if any(sign in said.lower() for sign in _OUT_OF_MEMORY) else EngineBuildError
         raise refused(f"{library.module} {trt.__version__} cannot build the engine: {said}")
-    (folder / request.engine).write_bytes(memoryview(engine))
+    (folder / request.engine).write_bytes(memoryview(serialized))
     if timing is not None:
         write_atomically(folder / request.timing, bytes(timing.serialize()))
     return Built(
         layers=network.num_layers,
         shapes=shapes,
         peak_bytes=peak_memory(),
-        scratch_bytes=_scratch(trt, logger, engine),
+        scratch_bytes=_scratch(trt, logger, serialized),
     )
 
 
@@ -88,30 +88,31 @@ def _parse(trt: Any, network: Any, logger: Any, path: Path) -> None:
 
 
 def _strongly_typed(trt: Any) -> int:
-    """Say that precision is what the graph says, which later versions take for granted."""
+    """Return the flag that takes every precision from the graph; later versions always do so."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _let_decompose(trt: Any, network: Any) -> None:
-    """Let attention without a fused kernel of its own (in float32, on some GPUs) be built of plain operators."""
+    """Allow attention without a fused kernel (in float32, on some GPUs) to be built from plain operators."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_OUTPUT:
-            layer.__class__ = trt.IAttentionOutputLayer  # the binding gives the base class, whatever the layer is
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding always returns the base class
             layer.attention.decomposable = True
 
 
 def _declared(value: Any) -> tuple[Dimension, ...]:
-    """Read the shape of an input: a size, or the name that the graph gives it."""
+    """Read the shape of an input: sizes, or the names that the graph gives them."""
     return tuple(size if size >= 0 else value.get_dimension_name(i) or "?" for i, size in enumerate(value.shape))
 
 
-def _profile(builder: Any, shapes: dict[str, tuple[Shape, Shape, Shape]]) -> Any:
-    profile = builder.create_optimization_profile()
+def _call_ranges(builder: Any, shapes: dict[str, tuple[Shape, Shape, Shape]]) -> Any:
+    """Make the library's optimization profile from the least, the usual and the largest shape of every input."""
+    ranges = builder.create_optimization_profile()
     for name, corners in shapes.items():
-        profile.set_shape(name, *corners)
-    return profile
+        ranges.set_shape(name, *corners)
+    return ranges
 
 
 def _attach_timing(library: Library, config: Any, path: Path) -> Any:
@@ -122,15 +123,15 @@ def _attach_timing(library: Library, config: Any, path: Path) -> Any:
     return cache
 
 
-def _scratch(trt: Any, logger: Any, engine: Any) -> int | None:
-    """Load an engine to see what it needs beside its weights; None without a GPU that it runs on."""
+def _scratch(trt: Any, logger: Any, serialized: Any) -> int | None:
+    """Load an engine to read the size of its scratch memory; None without a GPU that can run it."""
     runtime = started(trt.Runtime, logger)
-    loaded = None if runtime is None else runtime.deserialize_cuda_engine(engine)
+    loaded = None if runtime is None else runtime.deserialize_cuda_engine(serialized)
     return None if loaded is None else int(loaded.device_memory_size_v2)
 
 
 def _monitor(trt: Any, on_advance: Callable[[int], bool]) -> Any:
-    """Turn the nested phases of a build into one number that only grows."""
+    """Make a progress monitor that turns the nested phases of a build into one growing number."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

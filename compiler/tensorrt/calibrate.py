@@ -1,10 +1,9 @@
-"""Find values of a bundle's engines that float16 cannot hold, on the inputs that the engines see while they sample."""
+"""Find the values of a bundle's engines that float16 cannot hold, on the inputs of a sampled trajectory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unetc.backend import Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.overflow import overflowing
@@ -17,15 +16,12 @@ from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
 from unetc.treatments import COMPUTED
 
-if TYPE_CHECKING:
-    pass
-
 SAMPLES, STEPS = 2, 5
-"""Trajectories, and the least number of steps, that are looked at."""
+"""Number of trajectories that are searched, and the least number of their steps."""
 STAGE = "find what overflows"
 
 Probe = Mapping[str, Tensor]
-"""Inputs of one denoiser call by name."""
+"""Inputs of one denoiser call, by name."""
 
 
 def overflowing_values(
@@ -33,13 +29,13 @@ def overflowing_values(
 ) -> frozenset[str]:
     """List values that float16 may not hold, in any engine at any step of a short trajectory of the full model.
 
-    An engine that holds gets what the engine 0 of its plan has computed at the step before.
+    An engine that reads held branches gets those that engine 0 of its plan computed at the previous step.
 
     Args:
         bundle: A bundle.
-        path_of: Where the graph of a path in the bundle lies, in float32 and beside its weights.
-        on_progress: Told how many engines are done.
-        controls: Whether to look at the engines of the control plans too.
+        path_of: Returns the file of a graph by its path in the bundle, in float32 and in the folder of its weights.
+        on_progress: Called with the number of engines that are done.
+        controls: Whether to search the engines of the control plans too.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run an engine.
@@ -58,7 +54,7 @@ def overflowing_values(
             probes = _with_held(probes, emitted)
         large, outputs = overflowing(path_of(graph), list(probes.values()))
         found |= large
-        if graph in emitters:  # the same values in all plans, as all of it is computed
+        if graph in emitters:  # the same values in all plans, because engine 0 computes everything
             for known, own in zip(emitted, outputs, strict=True):
                 known.update({name: value for name, value in own.items() if name.startswith(COMPUTED)})
     on_progress(Progress(stage=STAGE, done=len(order), total=len(order), note=note(found)))
@@ -66,7 +62,7 @@ def overflowing_values(
 
 
 def _with_held(probes: Mapping[float, Probe], emitted: Sequence[Probe]) -> dict[float, Probe]:
-    """Add what was emitted at the probe before; the first one, which nothing came before, gets its own."""
+    """Add the branches stored at the previous probe; the first probe gets its own branches."""
     cache, first = BranchCache(), next(iter(probes))
     cache.store(emitted[0], first)
     extended: dict[float, Probe] = {}
@@ -77,7 +73,7 @@ def _with_held(probes: Mapping[float, Probe], emitted: Sequence[Probe]) -> dict[
 
 
 class Watching:
-    """A backend that notes what its programs are called with."""
+    """A backend that records the inputs of its programs."""
 
     def __init__(self, backend: Backend) -> None:
         self.device = backend.device
@@ -85,7 +81,7 @@ class Watching:
         self._backend = backend
 
     def open_weights(self, weights: bytes) -> Loader:
-        """Take a weights file."""
+        """Take the content of a weights file."""
         self._loader = self._backend.open_weights(weights)
         return self
 
@@ -101,14 +97,14 @@ class Watching:
 
 
 def note(found: frozenset[str]) -> str:
-    """Say how many values stay float32; nothing if none do."""
+    """Describe how many values stay float32; empty if there are none."""
     return f"{len(found)} values stay float32, as float16 may not hold them" if found else ""
 
 
 def trajectory(bundle: Bundle) -> dict[float, Probe]:
-    """Sample with the full model; give the inputs of its call at each timestep.
+    """Sample with the full model; return the inputs of its call at each timestep.
 
-    The number of steps is the least that the bundle has and that is not below five, as each costs a call.
+    Each step costs a call, so the number of steps is the bundle's smallest one from five on.
     """
     manifest, counts = bundle.manifest, bundle.scheduler.counts
     watching = Watching(open_backend(DEFAULT_TARGET, threads=manifest.threads))

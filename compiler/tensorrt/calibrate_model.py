@@ -1,4 +1,4 @@
-"""Find values of a model that float16 cannot hold, before there is a bundle."""
+"""Find the values of a model that float16 cannot hold, before there is a bundle."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def overflowing_in_model(
 ) -> frozenset[str]:
     """List values that float16 may not hold in a model at any step of a short trajectory, before there is a bundle.
 
-    What was found is kept for the next command. The full engine samples; the gated graph is checked on the inputs of
-    its calls, because every other graph is made of the gated one and its values keep their names.
+    The result is stored for the next command. The full engine samples. The gated graph is checked on the inputs of the
+    full engine's calls, because every other graph is made from the gated one and its values keep their names.
 
     Args:
         prepared: The model.
-        scheduler: What it is sampled with.
-        conditions: Of its samples.
-        on_progress: Told after every step.
+        scheduler: Name of the scheduler that it is sampled with.
+        conditions: Conditions of its samples.
+        on_progress: Called after every step.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run the graph.
@@ -56,7 +56,7 @@ def overflowing_in_model(
     try:
         return frozenset(msgspec.json.decode(read_bounded(known, MAX_JSON_BYTES), type=list[str]))
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-        pass  # not looked at yet
+        pass  # not searched yet
     table = extract(make_scheduler(scheduler, model.scheduler_config), STEPS)
     watching = Watching(open_backend(DEFAULT_TARGET, threads=0))
     weights = gated.weights.read_bytes()

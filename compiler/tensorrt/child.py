@@ -1,4 +1,7 @@
-"""The process that builds one engine: a request on stdin, messages on stdout, in the folder it is started in."""
+"""The process that builds one engine: it reads a request from stdin and writes messages to stdout.
+
+All files are in the folder that it is started in.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from .messages import Advance, BuildRequest, Built, Message, Refused, encode
 
 
 def main() -> None:
-    """Build what is asked for; whatever the library itself prints goes to stderr."""
+    """Build the requested engine; output of the library itself goes to stderr."""
     channel = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def send(message: Message) -> bool:
         try:
             os.write(channel, encode(message))
-        except BrokenPipeError:  # nobody waits for the engine any more
+        except BrokenPipeError:  # the parent no longer waits for the engine
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""What goes between unetc and the process that builds an engine: one JSON value a line, no code and no pickle."""
+"""Messages between unetc and the process that builds an engine: one JSON value a line, no code and no pickle."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from unetc.nvidia.key import Effort
 from unetc.nvidia.sizes import Sizes
 
 STEPS = 1000
-"""Progress is reported in so many parts."""
+"""Number of steps in which progress is reported."""
 
 
 class BuildRequest(Record, frozen=True, kw_only=True):
-    """One engine to build; paths are names in the folder that the process is started in."""
+    """One engine to build; files are named within the folder that the process is started in."""
 
     target: str
     graph: str
-    """ONNX file; its weights lie beside it."""
+    """ONNX file; its weights are in the same folder."""
     engine: str
     """File to write."""
     timing: str
-    """File of the timing cache, read if it is there and written again; used by libraries that have one."""
+    """File of the timing cache, for libraries that have one; read if it exists, and written again."""
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition, by the name of its input."""
     controlnet: tuple[ControlNetInput, ...] = ()
-    """What the graph takes of a ControlNet."""
+    """ControlNet inputs of the graph."""
     effort: Effort
     on_this_gpu: bool = False
-    """Whether the engine need run on no other GPU; a library that builds for one alone always does so."""
+    """Whether the engine may run on this GPU alone; always true of a library that builds for one GPU only."""
     gpu: int = 0
-    """Which of the GPUs that CUDA shows this process; it is all that the building process sees."""
+    """Index of the GPU among those that CUDA shows to unetc; the building process sees only this one."""
 
 
 class Advance(Record, frozen=True, kw_only=True, tag="advance"):
-    """How far a build has come, of `STEPS`."""
+    """Progress of a build."""
 
     done: int
+    """Number of `STEPS` that are done."""
 
 
 class Built(Record, frozen=True, kw_only=True, tag="built"):
     """An engine is written."""
 
     layers: int
-    """Of the network that the parser made of the graph."""
+    """Number of layers of the network that the parser made from the graph."""
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     """Least, usual and largest shape of every input."""
     peak_bytes: int
-    """Most memory that the process has held."""
+    """Peak memory of the process."""
     scratch_bytes: int | None
-    """What a call needs on the GPU beside the engine; None if no GPU was there to tell."""
+    """GPU memory that a call needs in addition to the engine; None if it was built without a GPU."""
 
 
 class Refused(Record, frozen=True, kw_only=True, tag="refused"):
@@ -61,21 +62,21 @@ class Refused(Record, frozen=True, kw_only=True, tag="refused"):
 
     message: str
     memory: bool
-    """Whether less effort may help."""
+    """Whether memory ran out, so that less effort may help."""
 
 
 Message = Advance | Built | Refused
 
 
 def encode(message: Message | BuildRequest) -> bytes:
-    """Write a message as a line."""
+    """Encode a message as a line."""
     return msgspec.json.encode(message) + b"\n"
 
 
 def decode(line: bytes) -> Message:
-    """Read what the building process has written.
+    """Decode a line that the building process has written.
 
     Raises:
-        msgspec.MsgspecError: If it is no message.
+        msgspec.MsgspecError: If it is not a message.
     """
     return msgspec.json.decode(line, type=Message)  # type: ignore[no-any-return]

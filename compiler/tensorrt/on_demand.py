@@ -1,134 +1,157 @@
-"""Measure graphs that no bundle has yet, in the precision of their target.
+"""Prepare graphs that no bundle has yet, so that they can be measured in the precision of their target.
 
-Analysis and build load hundreds of graphs, all in float32. Where a target loads them in half precision, they are
-lowered first; where its engines are built ahead, each is built when it is first loaded. Sampling a bundle does neither.
+Analysis and build load hundreds of graphs, all in float32. A target that loads graphs in half precision gets them
+lowered. A target that runs engines gets each engine built when its graph is first loaded. Sampling a bundle does
+neither.
 
-What overflows float16 is looked for in the full model alone. `compile` looks at every engine of a bundle; so no engine
-that was built here is ever given out by the cache that sampling reads, and those used longest ago are deleted.
+Only the full model is searched for values that overflow float16, whereas `unetc compile` searches every engine of a
+bundle. The cache that sampling reads therefore never serves an engine that was built here. These engines have a cache
+of limited size, from which those unused for longest are deleted.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from unetc.backend import Backend, Loader, LowPrecision, Program, SerialisedGraph
+from unetc.backend import Backend, EngineBackend, Loader, Program, SerialisedGraph
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.conditions import Conditions
 from unetc.device import Device
 from unetc.errors import StaleEngineError
 from unetc.nvidia.cache import EngineCache, trim
 from unetc.nvidia.key import Effort, EngineKey
-from unetc.nvidia.library import LIBRARIES
 from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress
 
-from .compile_bundle import build_one
+from .build_one import build_one
 from .messages import STEPS
-from .private_folder import lower_beside, private_folder
+from .private_folder import lower_inside, private_folder
 
 if TYPE_CHECKING:
     from unetc.compiler.prepare import Prepared
-    from unetc.runtime.backends.tensorrt import TensorRtBackend, TensorRtLoader
 
+MOST_BYTES = 20 * 2**30
+"""Most disk space for measured engines: a few of the largest model, 5 GB each, or a whole analysis of a small one."""
 _GRAPH = "graph.onnx"
 _APART = "measured"
-"""Folder in the cache of engines for those that are never served; it has one cache for each set of wide values."""
-_MOST_BYTES = 20 * 2**30
-"""Most that these engines take on disk: a few of the largest model, 5 GB each, or all of an analysis of a small one."""
+"""Folder in the cache of engines for measured ones; it has one cache for each set of wide values."""
 _STAGE = "build an engine"
-"""A stage of the work."""
+"""Name of this stage of the work."""
 _TIME_LIMIT_S = 3600.0
-"""For one engine."""
+"""Limit for one engine."""
 
 
-def take_any_graph(
-    target: str,
-    backend: Backend,
-    calls: MeasuredCalls,
-    overflowing: Callable[[], frozenset[str]],
-    on_progress: OnProgress,
-) -> Backend:
-    """Let a backend take every graph in float32: lower it, or build its engine, where that is needed.
+class OnDemand:
+    """Prepares every graph when it is loaded; implements `unetc.backend.Preparation`."""
 
-    Args:
-        target: What the backend was opened for.
-        backend: The backend; given back as it is if it takes every graph.
-        calls: What programs will be called with.
-        overflowing: Finds the values that float16 cannot hold; asked if the target is one of float16.
-        on_progress: Told how far an engine is.
-    """
-    if isinstance(backend, LowPrecision) and backend.reads is not Precision.FP32:
-        return LoweringBackend(backend, _wide(backend.reads, overflowing))
-    if target.partition(":")[0] not in LIBRARIES:
-        return backend
-    engines = cast("TensorRtBackend", backend)
-    wide = _wide(engines.precision, overflowing)
-    digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
-    engines = engines.over(EngineCache(engines.engines.root / _APART / digest[:32]))
-    return BuildingBackend(engines, calls, wide, on_progress)
+    def __init__(
+        self, calls: MeasuredCalls, overflowing: Callable[[], frozenset[str]], on_progress: OnProgress
+    ) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            calls: The calls that programs will get.
+            overflowing: Finds the values that float16 cannot hold; called once, and only for a target in float16.
+            on_progress: Called with the progress of each engine.
+        """
+        self._calls = calls
+        self._overflowing = overflowing
+        self._on_progress = on_progress
+
+    def lowering(self, precision: Precision) -> Lowering | None:
+        """Return the lowering to a precision; None for float32, which every graph already has."""
+        if precision is Precision.FP32:
+            return None
+        return Lowering(precision=precision, wide=self._wide(precision))
+
+    def lower(self, backend: Backend, precision: Precision) -> Backend:
+        """Wrap a backend that loads graphs in a precision; the wrapper takes them in float32."""
+        lowering = self.lowering(precision)
+        return backend if lowering is None else LoweringBackend(backend, lowering)
+
+    def build(self, backend: EngineBackend) -> Backend:
+        """Wrap a backend that runs engines; the wrapper builds the engine of each graph that it loads."""
+        wide = self._wide(backend.precision)
+        digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
+        apart = backend.over(EngineCache(backend.engines.root / _APART / digest[:32]))
+        return BuildingBackend(apart, self._calls, wide, self._on_progress)
+
+    def _wide(self, precision: Precision) -> frozenset[str]:
+        return self._found if precision is Precision.FP16 else frozenset()
+
+    @cached_property
+    def _found(self) -> frozenset[str]:
+        return self._overflowing()
 
 
 def overflow_finder(
     prepared: Prepared, scheduler: str, conditions: Conditions, on_progress: OnProgress
 ) -> Callable[[], frozenset[str]]:
-    """Make what finds the values of a model that float16 cannot hold."""
+    """Return a function that finds the values of a model that float16 cannot hold."""
 
     def find() -> frozenset[str]:
-        from .calibrate_model import overflowing_in_model  # needs onnxruntime, which most targets do without
+        from .calibrate_model import overflowing_in_model  # needs onnxruntime, which most targets do not need
 
         return overflowing_in_model(prepared, scheduler, conditions, on_progress)
 
     return find
 
 
-def _wide(precision: Precision, overflowing: Callable[[], frozenset[str]]) -> frozenset[str]:
-    return overflowing() if precision is Precision.FP16 else frozenset()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowering:
+    """Lowers graphs to one precision."""
+
+    precision: Precision
+    """Lower than float32."""
+    wide: frozenset[str]
+    """Values that stay float32."""
+
+    def lower(self, graph: SerialisedGraph) -> SerialisedGraph:
+        """Lower a graph; a decoder, which has its weights inside, is returned unchanged."""
+        from unetc.compiler.graph.lowering import lower_graph  # needs onnx_ir, which is not needed for float32
+
+        return lower_graph(graph, self.precision, self.wide) if graph.weights else graph
 
 
 class LoweringBackend:
     """Lowers graphs and runs them."""
 
-    def __init__(self, backend: LowPrecision, wide: Collection[str]) -> None:
-        self.precision = backend.reads
+    def __init__(self, backend: Backend, lowering: Lowering) -> None:
         self._backend = backend
-        self._wide = wide
+        self._lowering = lowering
 
     @property
     def device(self) -> Device:
-        """Where inputs and outputs live."""
+        """Device of the inputs and outputs."""
         return self._backend.device
 
     def open_weights(self, weights: bytes) -> Loader:
         """Take the weights."""
-        return LoweringLoader(self._backend.open_weights(weights), self)
-
-    def lower(self, graph: SerialisedGraph) -> SerialisedGraph:
-        """Lower a graph; one with its weights inside, a decoder, stays as it is."""
-        from unetc.compiler.graph.lowering import lower_graph  # needs onnx_ir, which float32 does without
-
-        return lower_graph(graph, self.precision, self._wide) if graph.weights else graph
+        return LoweringLoader(self._backend.open_weights(weights), self._lowering)
 
 
 class LoweringLoader:
     """Lowers graphs and loads them."""
 
-    def __init__(self, loader: Loader, backend: LoweringBackend) -> None:
+    def __init__(self, loader: Loader, lowering: Lowering) -> None:
         self._loader = loader
-        self._backend = backend
+        self._lowering = lowering
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph."""
-        return self._loader.load(self._backend.lower(graph))
+        return self._loader.load(self._lowering.lower(graph))
 
 
 class BuildingBackend:
     """Builds engines and runs them."""
 
     def __init__(
-        self, backend: TensorRtBackend, calls: MeasuredCalls, wide: Collection[str], on_progress: OnProgress
+        self, backend: EngineBackend, calls: MeasuredCalls, wide: frozenset[str], on_progress: OnProgress
     ) -> None:
         self._backend = backend
         self._calls = calls
@@ -137,38 +160,38 @@ class BuildingBackend:
 
     @property
     def device(self) -> Device:
-        """Where inputs and outputs live."""
+        """Device of the inputs and outputs."""
         return self._backend.device
 
     def open_weights(self, weights: bytes) -> Loader:
-        """Write the weights where only we can change them; engines are built there."""
+        """Write the weights to a private folder, in which engines are built."""
         return BuildingLoader(self._backend, weights, self._calls, self._wide, self._on_progress)
 
 
 class BuildingLoader:
-    """Builds the engine of a graph unless the cache has it, and loads it."""
+    """Loads the engine of a graph, and builds it first if the cache does not have it."""
 
     def __init__(
         self,
-        backend: TensorRtBackend,
+        backend: EngineBackend,
         weights: bytes,
         calls: MeasuredCalls,
-        wide: Collection[str],
+        wide: frozenset[str],
         on_progress: OnProgress,
     ) -> None:
         self._backend = backend
-        self._loader: TensorRtLoader = backend.open_weights(weights)
+        self._loader = backend.open_weights(weights)
         self._weights_sha256 = hashlib.sha256(weights).hexdigest()
         self._calls = calls
         self._wide = wide
         self._on_progress = on_progress
-        self._folder = private_folder(weights)  # goes with the loader
+        self._folder = private_folder(weights)  # deleted with the loader
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph.
 
         Raises:
-            EngineBuildError: If the library cannot build it.
+            EngineBuildError: If the library cannot build its engine.
         """
         key = EngineKey(
             origin=self._backend.here,
@@ -186,21 +209,21 @@ class BuildingLoader:
             found = self._backend.engines.open(key)
         self._backend.engines.touch(key)
         folder = self._backend.engines.root.parent
-        if folder.name == _APART:  # never what is served
-            trim(folder, _MOST_BYTES)
+        if folder.name == _APART:  # the cache that sampling reads is never trimmed
+            trim(folder, MOST_BYTES)
         return self._loader.load_engine(*found)
 
     def _build(self, graph: SerialisedGraph, key: EngineKey) -> None:
         folder = Path(self._folder.name)
         (folder / _GRAPH).write_bytes(graph.graph)
         if key.precision is not Precision.FP32:
-            folder = lower_beside(folder, [_GRAPH], key.precision, self._wide)
+            folder = lower_inside(folder, [_GRAPH], key.precision, self._wide)
 
         def advance(done: int) -> None:
             self._on_progress(Progress(stage=_STAGE, done=done, total=STEPS))
 
-        def note(said: str) -> None:
-            self._on_progress(Progress(stage=_STAGE, done=0, total=STEPS, note=said))
+        def note(text: str) -> None:
+            self._on_progress(Progress(stage=_STAGE, done=0, total=STEPS, note=text))
 
         build_one(
             _GRAPH,
@@ -211,5 +234,5 @@ class BuildingLoader:
             time_limit_s=_TIME_LIMIT_S,
             on_advance=advance,
             on_note=note,
-            gpu=self._backend.gpu.index or 0,
+            gpu=self._backend.gpu_index,
         )

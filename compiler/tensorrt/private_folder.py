@@ -1,4 +1,4 @@
-"""A folder that nobody else can change, for the verified bytes that engines are built from."""
+"""A folder that no other user can change, for the verified bytes that engines are built from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from unetc.precision import Precision
 
 
 def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> tempfile.TemporaryDirectory[str]:
-    """Write verified bytes where only we can change them: files of a bundle could be edited after they were hashed.
+    """Write verified bytes to a folder that only this user can change.
+
+    The files of a bundle could be edited after they were hashed.
 
     Args:
-        weights: What the weights file holds.
+        weights: Content of the weights file.
         graphs: Content of further files, by name.
 
     Raises:
@@ -33,19 +35,24 @@ def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) ->
     return folder
 
 
-def lower_beside(folder: Path, graphs: Sequence[str], precision: Precision, wide: Collection[str]) -> Path:
-    """Write graphs of a private folder in another precision into a folder inside it, which is returned.
+def flat_name(graph: str) -> str:
+    """Name a graph of a bundle in a private folder, where it must lie in the folder of its weights."""
+    return graph.replace("/", ".")
+
+
+def lower_inside(folder: Path, graphs: Sequence[str], precision: Precision, wide: Collection[str]) -> Path:
+    """Lower graphs of a private folder to another precision; return the subfolder that they are written to.
 
     Args:
         folder: The private folder.
         graphs: Names of the graphs.
-        precision: Less than float32.
+        precision: The precision, lower than float32.
         wide: Values that stay float32.
 
     Raises:
         ArtifactError: If the disk is full.
     """
-    from unetc.compiler.graph.lowering import lower_graphs  # needs onnx_ir, which float32 does without
+    from unetc.compiler.graph.lowering import lower_graphs  # needs onnx_ir, which is not needed for float32
 
     into = folder / precision
     try:

@@ -1,4 +1,4 @@
-"""Heights and widths that the engines of a bundle are asked to take."""
+"""Check and describe the heights and widths that the engines of a bundle are to take."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def check_sides(manifest: Manifest, sizes: Sizes) -> None:
     """Refuse sides that a UNet cannot halve at every level and double again.
 
     Raises:
-        EngineBuildError: If a side is none that it takes; it names the nearest ones.
+        EngineBuildError: If the UNet cannot take a side; the message names the nearest possible ones.
     """
     levels = manifest.denoiser_config.get("block_out_channels")
     if levels is None:
         return  # not a UNet
     multiple = 2 ** (len(levels) - 1)
     if any(side % multiple for side in manifest.sample_shape[1:]):
-        return  # its graph is one that takes other sides too
+        return  # this UNet's graph takes other sides too
     for name, side in (("height", sizes.height), ("width", sizes.width)):
         if wrong := [size for size in side.corners() if size % multiple]:
             below = wrong[0] // multiple * multiple
@@ -30,7 +30,7 @@ def check_sides(manifest: Manifest, sizes: Sizes) -> None:
 
 
 def describe_sides(manifest: Manifest, sizes: Sizes) -> str:
-    """Write height and width, and those of the images where samples are latents."""
+    """Format height and width, and also the image's height and width where samples are latents."""
     sides = f"{sizes.height} x {sizes.width}"
     if manifest.decoder is None:
         return sides

@@ -1,4 +1,4 @@
-"""Check where a graph takes its weights from, before a library reads whatever file it is pointed to.
+"""Check the source of a graph's weights, because a library reads any file that the graph refers to.
 
 `tensorrt_rtx` up to 1.6 also reads past the end of that file.
 """
@@ -23,11 +23,11 @@ def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
 
     Args:
         graph: An ONNX graph.
-        name: What it is called in errors.
+        name: Its name in errors.
         weights_bytes: Length of the weights file.
 
     Raises:
-        CorruptArtifactError: If it does, or cannot be read.
+        CorruptArtifactError: If the graph refers to anything else, or cannot be read.
     """
     for tensor, place in _references(graph, name):
         offset = place.get("offset", "0")
@@ -42,17 +42,17 @@ def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
 
 
 def _references(graph: bytes, name: str) -> list[tuple[onnx.TensorProto, dict[str, str]]]:
-    """List the tensors that lie in files, and where."""
+    """List the tensors that are stored in files, each with its place."""
     try:
         model = onnx.load_model_from_string(graph)
-    except Exception as error:  # protobuf raises a class of its own
-        raise CorruptArtifactError(f"{name} is no graph of ONNX: {error}. Build the bundle again.") from error
+    except Exception as error:  # protobuf raises its own class
+        raise CorruptArtifactError(f"{name} is not an ONNX graph: {error}. Build the bundle again.") from error
     lying = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     return [(tensor, {entry.key: entry.value for entry in tensor.external_data}) for tensor in lying]
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Find all tensors, in whatever is nested."""
+    """Find all tensors, in nested graphs too."""
     yield from _of_graph(model.graph)
     for function in model.functions:
         yield from _of_nodes(function.node)

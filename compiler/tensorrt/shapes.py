@@ -1,8 +1,8 @@
-"""Shapes of an engine's inputs, as they follow from the batch, height and width that it is built for.
+"""Compute the shapes of an engine's inputs from the batch, height and width that it is built for.
 
-A library takes one profile per engine: the least, the usual (for which it optimises) and the largest shape of every
-input. Height and width of what an engine holds are written in its graph as arithmetic over those of the sample, as
-`(height - 1)//2 + 1`; it is computed here, and nothing else that may be written there is.
+The call ranges of an engine are the least, the usual (for which the library optimizes) and the largest shape of every
+input. The graph writes height and width of held branches as arithmetic over the sample's height and width, such as
+`(height - 1)//2 + 1`. Only this arithmetic is computed here; any other expression is refused.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ def resolve(
 
     Args:
         signature: Shape of every input as the graph declares it.
-        sizes: What the engine is built for.
-        rows: Shape of one row of each condition; what the sample does not decide (the number of tokens) is taken from
-            there.
-        controlnet: What the graph takes of a ControlNet; their sizes have names of their own in it.
+        sizes: Ranges of the sample's batch, height and width.
+        rows: Shape of one row of each condition, for sizes that do not follow from the sample (the number of tokens).
+        controlnet: ControlNet inputs of the graph; their sizes have separate names in it.
 
     Raises:
-        EngineBuildError: If a shape does not follow from these, or the graph fixes a size that is asked for otherwise.
+        EngineBuildError: If a shape does not follow from these, or the graph fixes a size to another value.
     """
     axes = zip(sizes.batch.corners(), sizes.height.corners(), sizes.width.corners(), strict=True)
     least, usual, most = (_corner(signature, batch, height, width, rows, controlnet) for batch, height, width in axes)
@@ -62,13 +61,13 @@ def _corner(
 
 
 def _bind(name: str, declared: Sequence[Dimension], sizes: Sequence[Dimension], known: dict[str, int]) -> None:
-    """Learn the names of sizes from an input whose shape is known; what the sample has named stays."""
+    """Learn the sizes of names from an input whose shape is known; names that the sample has set keep their size."""
     if len(declared) != len(sizes):
         raise EngineBuildError(f"input {name!r} has the axes {list(declared)}, expected sizes {list(sizes)}.")
     for one, size in zip(declared, sizes, strict=True):
         if isinstance(one, int) and one != size:
             raise EngineBuildError(
-                f"the graph fixes a size of input {name!r} at {one}, but {size} is asked for. Build for {one}."
+                f"the graph fixes a size of input {name!r} at {one}, but {size} was requested. Build for {one}."
             )
         if isinstance(one, str) and one.isidentifier():
             assert isinstance(size, int)
@@ -82,7 +81,7 @@ def _size(name: str, one: Dimension, known: Mapping[str, int]) -> int:
         size = _compute(ast.parse(one.strip(), mode="eval").body, known)
     except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError) as error:
         raise EngineBuildError(
-            f"cannot tell the size {one!r} of input {name!r} from the sizes {dict(known)}. Please report the model."
+            f"cannot compute the size {one!r} of input {name!r} from the sizes {dict(known)}. Please report the model."
         ) from error
     if not 0 < size <= MOST:
         raise EngineBuildError(f"input {name!r} would have a size of {size}. Build for larger or smaller samples.")

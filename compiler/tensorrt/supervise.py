@@ -1,4 +1,4 @@
-"""Run builds in processes of their own: with a time limit, tried again with less effort when one dies."""
+"""Run each build in a separate process, with a time limit; a build that crashes is tried again with less effort."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from unetc.nvidia.key import Effort
 from .messages import STEPS, Advance, BuildRequest, Built, Refused, decode, encode
 
 CHILD = (sys.executable, "-P", "-m", "unetc.compiler.tensorrt.child")
-"""What is started; -P: nothing is imported from the folder it is started in."""
+"""Command of the process; with -P it imports nothing from the folder that it is started in."""
 TRIES = 3
 _TAIL = 400
-"""Bytes of a process's last words that are shown."""
+"""Bytes of the end of a process's stderr that are shown."""
 
 
 class Running:
-    """The processes that build at the moment, all of which can be stopped at once."""
+    """The processes that are building; all of them can be stopped at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,28 +38,28 @@ class Running:
         self.stopped = False
 
     def add(self, process: subprocess.Popen[bytes]) -> None:
-        """Take note of a process that was started."""
+        """Add a process that was started."""
         with self._lock:
             self._processes.add(process)
             if self.stopped:
                 process.kill()
 
     def remove(self, process: subprocess.Popen[bytes]) -> None:
-        """Forget a process that has ended."""
+        """Remove a process that has ended."""
         with self._lock:
             self._processes.discard(process)
 
     def check(self) -> None:
-        """Refuse to go on once all are stopped.
+        """Refuse to continue after `stop`.
 
         Raises:
-            EngineBuildError: If they are.
+            EngineBuildError: If the processes were stopped.
         """
         if self.stopped:
-            raise EngineBuildError("given up, as another engine failed or you stopped it.")
+            raise EngineBuildError("cancelled, because another engine failed or you stopped it.")
 
     def stop(self) -> None:
-        """Kill them all, and each that is added from now on."""
+        """Kill all processes, and each that is added from now on."""
         with self._lock:
             self.stopped = True
             for process in self._processes:
@@ -73,10 +73,10 @@ class Outcome:
     engine: Path
     built: Built
     effort: Effort
-    """What the try that succeeded was allowed."""
+    """Effort of the try that succeeded."""
     tries: int
     seconds: float
-    """Of all tries."""
+    """Time of all tries together."""
 
 
 def build_engine(
@@ -88,19 +88,20 @@ def build_engine(
     command: Sequence[str] = CHILD,
     running: Running | None = None,
 ) -> Outcome:
-    """Build an engine in another process; tried again with less effort when that dies or runs out of memory.
+    """Build an engine in another process; try again with less effort when that crashes or runs out of memory.
 
     Args:
-        request: What to build.
+        request: The engine to build.
         folder: A private folder with the graph and its weights; the engine is written there.
-        time_limit_s: For all tries together.
-        on_advance: Told how many of `STEPS` are done, first 0 at every try. If it raises, the process is stopped.
-        command: What to start; it is sent the request and answers with messages.
-        running: What stops it from another thread.
+        time_limit_s: Limit for all tries together.
+        on_advance: Called with the number of `STEPS` that are done, and with 0 at the start of every try. If it raises,
+            the process is stopped.
+        command: Command of the process, which reads the request and answers with messages.
+        running: Lets another thread stop the build.
 
     Raises:
-        EngineBuildError: If the library refuses the graph, the time is over, the last try has died too,
-            it was stopped, or the GPU cannot be shown to it.
+        EngineBuildError: If the library refuses the graph, the time is over, the last try has crashed too, another
+            thread has stopped the build, or the process cannot be given the GPU.
     """
     running = running or Running()
     began = time.monotonic()
@@ -134,7 +135,7 @@ def build_engine(
 
 
 def _once(deaths: Sequence[str]) -> str:
-    """Say each death once."""
+    """Join the messages, each once."""
     return "; ".join(dict.fromkeys(deaths))
 
 
@@ -145,7 +146,7 @@ def _advice(request: BuildRequest) -> str:
 
 
 def _ladder(first: Effort) -> list[Effort]:
-    """List what each try may spend: one level less and half the scratch memory each time."""
+    """List the effort of each try: one level less and half the scratch memory each time."""
     return [
         Effort(optimization_level=max(0, first.optimization_level - i), workspace_share=first.workspace_share / 2**i)
         for i in range(TRIES)
@@ -160,7 +161,7 @@ def _run(
     on_advance: Callable[[int], None],
     running: Running,
 ) -> Built | Refused | str:
-    """Run one process to its end; a text says how it died."""
+    """Run one process to its end; return its answer, or a text that describes its crash."""
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(
             command,
@@ -169,7 +170,7 @@ def _run(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=words,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we stop it
+            start_new_session=True,  # Ctrl-C reaches only unetc, which stops the process
         )
         clock = threading.Timer(time_limit_s, process.kill)
         clock.start()
@@ -182,12 +183,12 @@ def _run(
                 with process.stdin as stdin:
                     stdin.write(encode(request))
             except BrokenPipeError:
-                pass  # it has died already; how is seen below
+                pass  # it has crashed already; its exit code is read below
             for line in process.stdout:
                 try:
                     message = decode(line)
                 except msgspec.MsgspecError:
-                    continue  # not ours, or the last words of a process that was killed
+                    continue  # output of the library, or a line cut off when the process was killed
                 if isinstance(message, Advance):
                     on_advance(min(message.done, STEPS))
                 else:

@@ -1,7 +1,7 @@
 """CUDA graphs of modules: captured once for every shape of the inputs, and replayed after that.
 
-A graph computes in memory of its own, which its next replay overwrites, so what leaves it is copied. Since nothing else
-does, graphs that take turns share their memory. A turn ends when the GPU is done with it, in whatever stream that is.
+A graph computes in private memory, which its next replay overwrites, so its outputs are copied. Nothing else leaves
+that memory, so graphs that run in turns share it. A turn ends when the GPU has finished it, in any stream.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .torch_device import CAPTURING, Module, current
 logger = logging.getLogger(__name__)
 
 _WARMUP_CALLS = 3
-"""Calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones."""
+"""Calls before a capture: libraries choose their kernels and allocate their workspaces in the first calls."""
 _KEPT_GRAPHS = 4
-"""CUDA graphs kept per engine, those used last."""
+"""CUDA graphs kept per engine; the least recently used ones are deleted."""
 
 
 @runtime_checkable
@@ -32,12 +32,12 @@ class CaptureCheck(Protocol):
     """A module that may refuse to be captured."""
 
     def is_capturable(self) -> bool:
-        """Tell, after a call, whether more of its kind can be captured in the stream that is current."""
+        """Check, after a call, whether further calls can be captured in the current stream."""
         ...
 
 
 class Pool:
-    """What modules that never run at the same time share; all but its turns is for who has one."""
+    """Shared state of modules that never run at the same time; only `turn` may be used outside a turn."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -45,7 +45,7 @@ class Pool:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Run what is inside after all turns before it, on the GPU too."""
+        """Run the body after all earlier turns, on the GPU too."""
         with self._lock, current(self._device):
             if self._device.type != "cuda":
                 yield
@@ -58,24 +58,24 @@ class Pool:
                 self._done.record(stream)
 
     def wait(self) -> None:
-        """Wait until the GPU is done with the turns before."""
+        """Wait until the GPU has finished all earlier turns."""
         if self._device.type == "cuda":
             self._done.synchronize()
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        """Where modules are tried and captured."""
+        """Stream in which modules are tried and captured."""
         return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @cached_property
     def memory(self) -> Any:
-        """Where graphs compute."""
+        """Memory in which graphs compute."""
         return torch.cuda.graph_pool_handle()
 
     def abandon_memory(self) -> None:
-        """Let later graphs compute elsewhere: torch does not end a capture that fails, and begins none on top of it."""
+        """Give later graphs new memory: torch does not end a failed capture, and cannot begin another in its memory."""
         device = torch.cuda.current_device()
-        with suppress(AttributeError, RuntimeError):  # private to torch; RuntimeError: it was ended
+        with suppress(AttributeError, RuntimeError):  # private to torch; RuntimeError: the capture was ended
             torch._C._cuda_endAllocateToPool(device, self.memory)
             torch._C._cuda_releasePool(device, self.memory)
         del self.memory
@@ -87,19 +87,19 @@ class Pool:
 
 
 class Replay:
-    """A module captured as a CUDA graph; an input that is the same tensor as in the call before is not copied again.
+    """A module captured as a CUDA graph; an input that is the same tensor as in the previous call is not copied again.
 
-    So conditions are copied once a trajectory, and what is held once it is computed.
+    Conditions are therefore copied once per trajectory, and held branches once per computation.
     """
 
     def __init__(self, module: Module, inputs: Sequence[Tensor], pool: Pool) -> None:
         """Capture over copies of the inputs.
 
         Raises:
-            RuntimeError: If the module does what cannot be captured.
+            RuntimeError: If the module cannot be captured.
         """
-        self._module = module  # a library's own may be part of what is replayed
-        with torch.inference_mode(False):  # in which alone could be written into what is made in it
+        self._module = module  # the replay may use memory that the module owns
+        with torch.inference_mode(False):  # a tensor made in inference mode can only be written to in that mode
             self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._copied: list[_Version | None] = [None for _ in inputs]
         aside, around = pool.stream, torch.cuda.current_stream()
@@ -131,25 +131,26 @@ class Replay:
 
 
 _Version = tuple[ref[Tensor], int]
-"""A tensor, which need not live on, and how often it had been written into."""
+"""A weak reference to a tensor, and the number of times that it had been written to."""
 
 
 def _is(tensor: Tensor, version: _Version | None) -> bool:
-    """Tell whether a tensor is the one that was seen, and not written into since."""
+    """Check whether a tensor is the one that was seen, and has not been written to since."""
     return version is not None and version[0]() is tensor and version[1] == tensor._version
 
 
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, pool: Pool) -> Iterator[None]:
-    """Capture what is done inside.
+    """Capture the body.
 
-    cuBLAS keeps a workspace for each stream. All graphs that are captured there would share it, whatever their pools,
-    and it goes with the first of them (pytorch#193402). Cleared before and after, it is in the pool of each graph.
+    cuBLAS keeps a workspace for each stream. All graphs captured in the stream would share it, whatever their pools,
+    and it is freed with the first of them (pytorch#193402). It is cleared before and after, so that each graph has a
+    workspace in its pool.
     """
     with CAPTURING:
         _clear_workspaces()
         try:
-            # What other threads do on the GPU meanwhile spoils no capture.
+            # The work of other threads on the GPU does not break the capture.
             with torch.cuda.graph(graph, pool=pool.memory, stream=pool.stream, capture_error_mode="thread_local"):
                 yield
         except BaseException:
@@ -165,22 +166,22 @@ def _clear_workspaces() -> None:
 
 
 class CapturedModule:
-    """A module that is replayed as a CUDA graph, or called as it is where it cannot be captured."""
+    """A module that is replayed as a CUDA graph, or called directly where it cannot be captured."""
 
     def __init__(self, make: Callable[[], Module], pool: Pool) -> None:
         """Capture nothing yet.
 
         Args:
-            make: Gives the module for inputs of one shape; it may be the same for all.
-            pool: What it shares with others.
+            make: Returns the module for inputs of one shape; it may return the same one for all shapes.
+            pool: State shared with other modules.
         """
         self._make = make
         self._pool = pool
         self._modules: dict[object, Module] = {}
-        """By shapes and types of the inputs, the one used last at the end."""
+        """Modules by shapes and types of the inputs, the most recently used one last."""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Compute; what is given back is overwritten by no later call."""
+        """Compute; no later call overwrites the results."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         with self._pool.turn():
             module = self._modules.pop(key, None)
@@ -190,14 +191,14 @@ class CapturedModule:
             return module(*inputs)
 
     def _capture(self, inputs: Sequence[Tensor]) -> Module:
-        """Capture the module for inputs of one more shape, in place of that used longest ago if there are enough."""
+        """Capture the module for inputs of another shape; if there are too many graphs, delete the oldest in use."""
         while len(self._modules) >= _KEPT_GRAPHS:
-            self._pool.wait()  # it may run still
+            self._pool.wait()  # it may still be running
             del self._modules[next(iter(self._modules))]
         module = self._make()
         try:
             return Replay(module, inputs, self._pool)
         except RuntimeError as error:
-            said = str(error.__context__ or error)  # ending a capture that has failed fails too
+            said = str(error.__context__ or error)  # ending a failed capture fails too
             logger.warning("no CUDA graph could be captured, so kernels are launched one by one: %s", said)
             return module

@@ -1,10 +1,10 @@
-"""The loop on a GPU: one kernel a step, over memory that is laid out before the first one.
+"""The loop on a GPU: one kernel a step, over memory that is laid out before the first step.
 
-Samples, their history, what engines see and predict, and the timesteps are parts of one arena; conditions, the
-scheduler's coefficients and the keys of the noise are put on the device beside it. Between the first step and the last
-nothing is copied from the host, and what comes back in each step is one number that says whether all was finite.
+Samples, their history, the engines' inputs and predictions, and the timesteps are parts of one arena. Conditions, the
+scheduler's coefficients and the keys of the noise are also put on the device. Between the first step and the last,
+nothing is copied from the host. Each step returns one number to the host: whether the prediction was finite.
 
-The kernel is in Triton, which torch brings where it is built for CUDA.
+The kernel is written in Triton, which torch brings along where it is built for CUDA.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from unetc.sampler.table import SchedulerTable
 from .step_kernel import BLOCK, SCALARS, make_step
 
 _ALIGNMENT = 64
-"""Elements of 4 bytes; engines want the addresses of their inputs at multiples of 256 bytes."""
+"""Elements of 4 bytes; engines need the addresses of their inputs at multiples of 256 bytes."""
 _ROUNDING = 1e-3
-"""Of the largest number of a step: roundings are some 1e-6, and a kernel that does something else is off by more."""
+"""Relative to the largest number of a step. Rounding errors are about 1e-6; a wrong kernel is further off."""
 
 
 class FusedLoop:
@@ -42,9 +42,9 @@ class FusedLoop:
         """Lay out the arena and begin.
 
         Args:
-            start: What `can_fuse` has found to be possible.
-            device: Brings arrays to the place.
-            place: Where the arena is.
+            start: A start that `can_fuse` accepts.
+            device: Copies arrays to the place.
+            place: Device of the arena.
 
         Raises:
             SessionError: If seed or an index is out of range.
@@ -69,9 +69,9 @@ class FusedLoop:
         self._prediction, self._spoilt = arena["prediction"], arena["spoilt"]
         on_gpu = place.type == "cuda"
         self._said = torch.zeros((), pin_memory=on_gpu)
-        """What was found in the last step, in the memory of the process."""
+        """Result of the last step's check, in the memory of the process."""
         self._there = torch.cuda.Event(blocking=True) if on_gpu else None  # type: ignore[no-untyped-call]
-        """When it is there; after that a question need not wait for the engine that was called since."""
+        """Recorded when the result has arrived, so that `is_finite` does not wait for an engine called since then."""
         self._kernel = make_step[triton.cdiv(math.prod(shape), BLOCK), batch]
         self._settings = settings(start)
         self._made = 0
@@ -86,7 +86,7 @@ class FusedLoop:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What the kernel is compiled for."""
+        """Constants that the kernel is compiled with."""
         return tuple(value for name, value in self._settings.items() if name.isupper())
 
     @property
@@ -95,12 +95,12 @@ class FusedLoop:
         return self._samples[self._made % len(self._samples)].clone()
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
-        """Give the inputs of the engine at a step, and the tensor for its prediction; both are in the arena."""
+        """Return the inputs of the engine at a step, and the tensor for its prediction; both are in the arena."""
         inputs = {"sample": self._seen[step % 2], "timestep": self._timesteps[step], **self._constant}
         return inputs, self._prediction
 
     def advance(self, step: int) -> None:
-        """Make the step."""
+        """Advance the samples by one step."""
         self.launch(step)
         self._said.copy_(self._spoilt[step], non_blocking=True)
         if self._there is not None:
@@ -108,7 +108,7 @@ class FusedLoop:
         self._made = step + 1
 
     def is_finite(self, step: int) -> bool:
-        """Tell whether the prediction of the last step has no NaN and no infinity; waits for that step alone."""
+        """Check whether the last step's prediction has no NaN and no infinity; waits for that step alone."""
         if self._there is not None:
             self._there.synchronize()
         finite = math.isfinite(self._said.item())
@@ -117,7 +117,7 @@ class FusedLoop:
         return finite
 
     def launch(self, step: int) -> None:
-        """Launch the kernel, which writes nothing that the step itself reads; so it can be launched again."""
+        """Launch the kernel; it writes nothing that the step itself reads, so it can be launched again."""
         ahead = self._seen[(step + 1) % 2]
         self._kernel(
             self._prediction,
@@ -131,11 +131,11 @@ class FusedLoop:
             **self._settings,
         )
         if not ahead.is_inference():
-            increment_version(ahead)  # torch does not see what a kernel writes
+            increment_version(ahead)  # torch does not notice the writes of a kernel
 
 
 def can_fuse(start: Start) -> bool:
-    """Tell whether the kernel can make these steps; what it cannot is left to the loop that says what is wrong."""
+    """Check whether the kernel can make these steps; otherwise the plain loop makes them, or names the error."""
     table, (batch, channels, height, width) = start.table, start.noise.shape
     lags = np.arange(table.window) > np.arange(table.steps)[:, None]
     before_the_first = table.sample_coefficients[lags].any() or table.prediction_coefficients[lags].any()
@@ -150,7 +150,7 @@ def can_fuse(start: Start) -> bool:
 
 
 def agrees(fused: FusedLoop, plain: PlainLoop) -> bool:
-    """Compile the kernel for a trajectory, and tell whether its first step is that of single operations."""
+    """Compile the kernel for a trajectory, and check whether its first step equals the plain loop's."""
     (_, own), (_, prediction) = fused.call(0), plain.call(0)
     own.view(-1)[:] = torch.linspace(-1, 1, own.numel(), device=own.device)
     prediction.copy_(own)
@@ -161,7 +161,7 @@ def agrees(fused: FusedLoop, plain: PlainLoop) -> bool:
 
 
 def settings(start: Start) -> dict[str, object]:
-    """Give what the kernel is told in every step alike."""
+    """Collect the kernel arguments that are the same in every step."""
     batch, *shape = start.noise.shape
     return {
         "guidance": float(start.conditions.scale),
@@ -176,7 +176,7 @@ def settings(start: Start) -> dict[str, object]:
 
 
 def coefficients(table: SchedulerTable) -> NDArray[np.float32]:
-    """Give the numbers of every step in the order of the kernel, [step, SCALARS + 2 * window]."""
+    """Arrange the coefficients of every step in the kernel's order, [step, SCALARS + 2 * window]."""
     columns: Sequence[NDArray[np.float64]] = (
         np.append(table.input_scale[1:], 1.0),
         table.denoised_sample,

@@ -1,4 +1,4 @@
-"""A backend that predicts zeros: tests schedules and buffers without an engine."""
+"""A backend that predicts zeros, for tests of schedules and buffers without an engine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from unetc.backend import Array, Loader, Program, SerialisedGraph
 from unetc.device import HOST, Device
 
-from .registry import Memory
+from .registry import InPrecision, Memory
 
 
-class NullBackend:
+class NullBackend(InPrecision):
     """Load anything, compute nothing."""
 
     device: Device = HOST
@@ -30,5 +30,5 @@ def _predict_zeros(inputs: Mapping[str, object], output: Array) -> Mapping[str, 
 
 
 def open_backend(target: str, *, threads: int, memory: Memory) -> NullBackend:
-    """Open the backend; it has no place, no threads and no memory."""
+    """Open the backend; it ignores its arguments."""
     return NullBackend()

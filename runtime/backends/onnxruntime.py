@@ -1,14 +1,14 @@
 """onnxruntime on the CPU.
 
 `memory="fast"` hands the weights over from memory, and every session packs its own copy of them. `memory="low"` lets
-onnxruntime map them from a file, so all sessions read the same pages, and they share one arena for what they compute:
-prepacking and the layout changes that would copy convolution weights are switched off, which costs some speed.
+onnxruntime map them from a file, so all sessions read the same pages, and they share one arena for their results.
+Prepacking is switched off, and so are the layout changes that would copy convolution weights; this costs some speed.
 
-What is mapped is what was verified: the bytes handed over are written to a file of their own in a private folder. The
-bundle's file could be changed after its hash was checked.
+The mapped bytes are the verified ones: they are written to a separate file in a private folder. The bundle's file could
+be changed after its hash was checked.
 
-Threads never spin: a session's idle threads would otherwise burn the cores while another session's engine runs, which
-made switching engines twice as slow.
+Threads never spin. The idle threads of a session would otherwise occupy the cores while another session's engine runs;
+that made switching engines twice as slow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
 
-from .registry import Memory, take_inputs
+from .registry import InPrecision, Memory, take_inputs
 
 try:
     import onnxruntime
@@ -39,7 +39,7 @@ except ImportError as error:
 
 
 _TYPES = {Precision.FP16: np.float16}
-"""numpy has no bfloat16, so no target of onnxruntime has."""
+"""Types of weights; numpy has no bfloat16, so no target of onnxruntime uses it."""
 
 
 class OnnxRuntimeProgram:
@@ -66,7 +66,7 @@ class OnnxRuntimeProgram:
 
 
 def run_bound(session: Any, binding: Any, emitted: Sequence[str]) -> Mapping[str, object]:
-    """Run a session whose inputs and outputs are bound; give what it emits behind its first output, by name.
+    """Run a session whose inputs and outputs are bound; return the outputs after the first one, by name.
 
     Raises:
         SessionError: If onnxruntime fails.
@@ -79,7 +79,7 @@ def run_bound(session: Any, binding: Any, emitted: Sequence[str]) -> Mapping[str
 
 
 OpenProgram = Callable[[SerialisedGraph, Any, object], Program]
-"""Makes a program of a graph and a session's options; the weights must live as long as the session."""
+"""Makes a program from a graph and a session's options; the weights must live as long as the session."""
 
 
 class HandingLoader:
@@ -99,7 +99,7 @@ class HandingLoader:
         return self._open_program(graph, options, values)
 
     def _value(self, name: str) -> Any:
-        """Give a weight, rounded where its name says so."""
+        """Return a weight, rounded where its name asks for it."""
         source = rounded_from(name, self._values)
         if source is None:
             if name not in self._values:
@@ -113,7 +113,7 @@ class HandingLoader:
 
 
 class MappingLoader:
-    """Maps the weights from a private folder, which goes with the last program that reads them."""
+    """Maps the weights from a private folder, which is deleted with the last program that reads them."""
 
     def __init__(self, weights: bytes, threads: int) -> None:
         self._threads = threads
@@ -139,7 +139,7 @@ class MappingLoader:
 
 @functools.cache
 def _register_arena() -> None:
-    """Register the arena of this process; a second one would take its place."""
+    """Register the arena of this process, once: a second one would replace it."""
     place = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
@@ -162,7 +162,7 @@ def _open_program(graph: SerialisedGraph, options: Any, weights: object) -> Onnx
 
 
 def open_session(graph: SerialisedGraph, options: Any, providers: Sequence[object]) -> Any:
-    """Load a graph for some providers, and for no others if those fail."""
+    """Load a graph for the given providers, without falling back to others if they fail."""
     try:
         return onnxruntime.InferenceSession(graph.graph, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own unrelated classes
@@ -170,7 +170,7 @@ def open_session(graph: SerialisedGraph, options: Any, providers: Sequence[objec
 
 
 class OnnxRuntimeHost(Host):
-    """The host, where emitted tensors are values of onnxruntime."""
+    """The host, where outputs of programs are values of onnxruntime."""
 
     def to_array(self, tensor: Any) -> Array:
         """Copy an array or an OrtValue."""
@@ -178,7 +178,7 @@ class OnnxRuntimeHost(Host):
         return array.copy()
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(InPrecision):
     """Loads ONNX graphs into CPU sessions."""
 
     device: Device = OnnxRuntimeHost()
@@ -193,5 +193,5 @@ class OnnxRuntimeBackend:
 
 
 def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeBackend:
-    """Open the backend; the CPU is its only place."""
+    """Open the backend; the CPU is its only device."""
     return OnnxRuntimeBackend(threads=threads, memory=memory)

@@ -1,14 +1,14 @@
-"""onnxruntime on an NVIDIA GPU, by CUDA kernels of its own or by TensorRT, over tensors of torch.
+"""onnxruntime on an NVIDIA GPU, by its CUDA kernels or by TensorRT, over tensors of torch.
 
-Inputs and the prediction are bound where they lie; what is emitted stays on the GPU as a value of onnxruntime.
-onnxruntime has a stream of its own, so a call waits for torch first, and returns when its work is done.
+Inputs and the prediction are bound in place; further outputs stay on the GPU as values of onnxruntime. onnxruntime uses
+a separate stream, so a call waits for torch first, and returns when its work is done.
 
-onnxruntime would run anywhere rather than fail, and say nothing. Here a session has the providers that were asked for
-or there is none, and no node but the arithmetic of shapes may be on the CPU, where onnxruntime puts that on purpose:
-its results are read there. (The option `session.disable_cpu_ep_fallback` refuses those too, and so every graph that
-takes more than one size.) With `onnxruntime:tensorrt`, what TensorRT does not take is run by CUDA kernels.
+onnxruntime silently runs elsewhere rather than fail. Here, a session must have the requested providers, and only the
+arithmetic of shapes may be on the CPU. onnxruntime puts these nodes there on purpose, because it reads their results
+there. (The option `session.disable_cpu_ep_fallback` refuses them too, and so every graph that takes more than one
+size.) With `onnxruntime:tensorrt`, CUDA kernels run the nodes that TensorRT does not take.
 
-That TensorRT computes in TF32 where it finds that faster, as no option of onnxruntime forbids it: only
+This TensorRT computes in TF32 where it finds that faster, as no option of onnxruntime forbids it. Only
 NVIDIA_TF32_OVERRIDE=0 in the environment does, if it is set before anything uses the GPU.
 """
 
@@ -27,7 +27,7 @@ from unetc.errors import MissingDependency, SessionError
 from unetc.precision import Precision
 from unetc.runtime.engine_pool import StreamingLoader
 
-from .onnxruntime import HandingLoader, open_session, run_bound  # first: it says how to get onnxruntime
+from .onnxruntime import HandingLoader, open_session, run_bound  # first: its error names the package to install
 from .registry import InPrecision, Memory, take_inputs
 
 try:
@@ -44,21 +44,22 @@ PROVIDERS = {
     "cuda": ((CUDA, {"use_tf32": "0"}),),  # float32 means float32
     "tensorrt": ((TENSORRT, {"trt_load_user_initializer": "1"}), (CUDA, {"use_tf32": "0"})),  # weights above 2 GB too
 }
-"""By place, in the order in which they may take nodes."""
+"""Providers by place, in the order in which they may take nodes."""
 MISSING = {
     CUDA: "It could not load its CUDA libraries: `python -c 'import onnxruntime; onnxruntime.preload_dlls()'` names "
     "those that are missing.",
     TENSORRT: "It is linked to the libraries of TensorRT 10: pip install 'tensorrt>=10,<11'; `unetc[tensorrt]` may "
     "have brought 11.",
 }
-"""What a provider lacks that cannot be loaded, and what to do."""
+"""Advice where a provider cannot be loaded: the missing libraries, and how to get them."""
 
 SHAPE_ARITHMETIC = {"Shape", "Size", "Constant", "ConstantOfShape", "Range", "Gather", "Squeeze", "Unsqueeze", "Concat"}
 SHAPE_ARITHMETIC |= {"Slice", "Reshape", "Expand", "Identity", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Sqrt"}
 SHAPE_ARITHMETIC |= {"Min", "Max", "ReduceProd", "Equal", "Not", "And", "Where"}
-"""What may be on the CPU: onnxruntime computes there what depends on shapes alone, in functions that it inlines too.
+"""Operators that may be on the CPU: onnxruntime computes there everything that depends on shapes alone.
 
-Nodes are told by their operators, as those of inlined functions have no names and onnxruntime says no types.
+This includes the nodes of inlined functions. They have no names, and onnxruntime reports no types, so nodes are
+recognized by their operators.
 """
 
 
@@ -73,7 +74,7 @@ class OnnxRuntimeGpuProgram:
         self._output, *self._emitted = (value.name for value in session.get_outputs())
 
     def __call__(self, inputs: Mapping[str, Any], output: Tensor) -> Mapping[str, object]:
-        """Run; inputs are read and the output is written in place, nothing is copied."""
+        """Run; inputs are read and the output is written in place, without a copy."""
         values = take_inputs(inputs, self._inputs)
         values |= {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
         binding = self._session.io_binding()
@@ -90,13 +91,13 @@ class OnnxRuntimeGpuProgram:
 
 
 def _place(tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
-    """Describe a tensor as bindings want it: device, its number, type of the elements, shape, address."""
+    """Describe a tensor for a binding: device, its index, type of the elements, shape, address."""
     kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
     return tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr()
 
 
 class OnnxRuntimeDevice(TorchDevice):
-    """A GPU, where emitted tensors are values of onnxruntime."""
+    """A GPU, where further outputs of programs are values of onnxruntime."""
 
     def to_array(self, tensor: Any) -> Array:
         """Copy a tensor or an OrtValue."""
@@ -107,11 +108,11 @@ class OnnxRuntimeDevice(TorchDevice):
 
 
 def check_placement(session: Any, wanted: str) -> None:
-    """Refuse a session that runs elsewhere than it was asked to.
+    """Refuse a session that does not run on the requested provider.
 
     Args:
-        session: Opened with `session.record_ep_graph_assignment_info`.
-        wanted: The provider that was asked for.
+        session: A session opened with `session.record_ep_graph_assignment_info`.
+        wanted: The requested provider.
 
     Raises:
         SessionError: If the session does not have it, or leaves more than shapes to the CPU.
@@ -194,6 +195,6 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> OnnxRuntimeGpu
 
 
 def _load_tensorrt() -> None:
-    """Load TensorRT, which pip puts where onnxruntime does not look; it takes what is loaded already."""
-    with suppress(ImportError, OSError):  # they may lie where it does look
+    """Load TensorRT, which pip installs where onnxruntime does not look; onnxruntime uses a loaded library."""
+    with suppress(ImportError, OSError):  # it may be installed where onnxruntime does look
         importlib.import_module("tensorrt")

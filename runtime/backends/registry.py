@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Self
 
-from unetc.backend import Backend
-from unetc.device import Tensor
+from unetc.backend import Backend, Loader, Preparation, TargetBackend
+from unetc.device import Device, Tensor
 from unetc.errors import SessionError
 from unetc.precision import Precision
 
 
 class Memory(StrEnum):
-    """What a backend spends on weights."""
+    """How much memory a backend spends on weights."""
 
     FAST = "fast"
     """Every engine packs its own copy of the weights for speed."""
     LOW = "low"
-    """All engines read one copy of the weights, mapped from a private temporary file. On a GPU, where TensorRT and
-    onnxruntime give every engine its own: only the engines of this phase and the next are there."""
+    """All engines read one copy of the weights, mapped from a private temporary file. On a GPU, TensorRT and
+    onnxruntime give every engine its own copy; there, only the engines of this phase and the next are loaded."""
 
 
 DEFAULT_TARGET = "onnxruntime:cpu"
@@ -44,16 +45,21 @@ BACKENDS: Mapping[str, str] = {
     **_in_each(("", ":fp16", ":bf16"), "tensorrt-rtx", "unetc.runtime.backends.tensorrt"),
     "null": "unetc.runtime.backends.null",
 }
-"""Module of each target's backend, imported on first use; a target is a library, a place, how it runs there, and in
-which precision if not in float32."""
+"""Module of each target's backend, imported on first use. A target names a library, a place, the way in which it runs
+there, and the precision unless that is float32."""
 OFFERED = tuple(target for target in BACKENDS if target != "null")
 """Targets that compute something."""
 
 
-class InPrecision:
-    """A backend that computes in one precision, and loads graphs that do."""
+class InPrecision(ABC):
+    """A backend that computes in one precision, and loads graphs of this precision."""
 
-    precision: Precision
+    device: Device
+    precision: Precision = Precision.FP32
+
+    @abstractmethod
+    def open_weights(self, weights: bytes) -> Loader:
+        """Take the content of a weights file, in the form that loading graphs needs."""
 
     @property
     def reads(self) -> Precision:
@@ -61,35 +67,39 @@ class InPrecision:
         return self.precision
 
     def exact(self) -> Self | None:
-        """Give the same backend in float32; None if this one is."""
+        """Return the same backend in float32; None if this one is."""
         if self.precision is Precision.FP32:
             return None
         other = copy(self)
         other.precision = Precision.FP32
         return other
 
+    def prepared_by(self, preparation: Preparation) -> Backend:
+        """Return a backend that takes every graph in float32, and lowers it to the precision that this one reads."""
+        return preparation.lower(self, self.reads)
 
-def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> Backend:
+
+def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> TargetBackend:
     """Open the backend of a target.
 
     Args:
         target: A key of `BACKENDS`.
         threads: Number of CPU threads; 0 lets the backend choose.
-        memory: What to spend on weights.
+        memory: How much memory to spend on weights.
 
     Raises:
-        SessionError: If no backend has this name, or its place is not there.
+        SessionError: If no backend has this name, or its device is missing.
         MissingDependency: If its library is not installed.
     """
     if target not in BACKENDS:
         raise SessionError(f"no backend for target {target!r}. {_advice(target)} `unetc doctor` lists all.")
     module = importlib.import_module(BACKENDS[target])
-    backend: Backend = module.open_backend(target, threads=threads, memory=memory)
+    backend: TargetBackend = module.open_backend(target, threads=threads, memory=memory)
     return backend
 
 
 def _advice(target: str) -> str:
-    """Name the targets that may be meant."""
+    """List the targets that the user may have meant."""
     if target.endswith(f":{Precision.FP32}"):
         return f"A target without a suffix is one of {Precision.FP32}: {target.rpartition(':')[0]}."
     plain = [known for known in OFFERED if Precision.of_target(known) is Precision.FP32]
@@ -99,10 +109,10 @@ def _advice(target: str) -> str:
 
 
 def take_inputs(inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Take what a program reads from what it is called with.
+    """Select the inputs that a program reads.
 
     Raises:
-        SessionError: If something is missing.
+        SessionError: If an input is missing.
     """
     if missing := [name for name in names if name not in inputs]:
         raise SessionError(f"the engine needs {missing[0]}, which was not given. Pass it with the conditions.")

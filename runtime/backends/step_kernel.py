@@ -10,29 +10,29 @@ from unetc.sampler.noise import ROUNDS
 BLOCK = 512
 """Elements of a sample that one program makes."""
 SCALARS = tl.constexpr(8)
-"""Columns of the coefficients before those of samples and predictions: the scale of what is seen next; p, q, weight and
-clip of the denoised sample; the weight of the noise, and both bounds of its variance."""
+"""Number of columns before the coefficients of samples and predictions. They are: the scale of the next input; p, q,
+weight and clip of the denoised sample; the weight of the noise, and both bounds of its variance."""
 _ROUNDS = tl.constexpr(ROUNDS)
 LARGEST = tl.constexpr(3.4028234663852886e38)
-"""Of float32."""
+"""Largest number of float32."""
 
 
 @triton.jit(do_not_specialize=["step", "batch"])
 def make_step(
     prediction,  # float32 [row, predicted channel, height, width], as the engine gives it
-    samples,  # float32 [LAGS + 1, batch, channel, height, width], a ring: those of step i at i modulo LAGS + 1
-    predictions,  # float32 [LAGS, batch, channel, height, width], a ring too, of those that are guided
-    seen,  # float32 [row, channel, height, width], written: what the next step sees
+    samples,  # float32 [LAGS + 1, batch, channel, height, width], a ring: step i is at i modulo LAGS + 1
+    predictions,  # float32 [LAGS, batch, channel, height, width], a ring too, after guidance
+    seen,  # float32 [row, channel, height, width], written: the next step's input
     spoilt,  # float32 [step]: NaN is written where the prediction is not finite
     coefficients,  # float32 [step, SCALARS + 2 * LAGS]
     keys,  # int64 [1 + batch]: the seed, and the index of every sample within it
     step,
-    guidance,  # scale of the guidance
+    guidance,  # guidance scale
     batch,
-    elements,  # of one sample
+    elements,  # number of elements of one sample
     LAGS: tl.constexpr,
     GUIDED: tl.constexpr,
-    LEARNED: tl.constexpr,  # whether a variance is predicted too
+    LEARNED: tl.constexpr,  # whether the variance is predicted too
     NOISY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def make_step(
     following = tl.load(sample_weights) * current
     for lag in tl.static_range(1, LAGS):
         weight = tl.load(sample_weights + lag)
-        if weight != 0.0:  # before the first steps there is no past
+        if weight != 0.0:  # the first steps have no past
             past = samples + (step + LAGS + 1 - lag) % (LAGS + 1) * slot + here
             following += weight * tl.load(past, mask=inside, other=0.0)
     combined = tl.load(prediction_weights) * predicted
@@ -99,12 +99,12 @@ def make_step(
 
 @triton.jit
 def _is_finite(values):
-    return tl.abs(values) <= LARGEST  # neither is NaN
+    return tl.abs(values) <= LARGEST  # false for NaN
 
 
 @triton.jit
 def _normal(seed, index, step, place):
-    """Draw the normal number of every element, as `unetc.sampler.noise.step_noise` does."""
+    """Draw a normal number for every element, as `unetc.sampler.noise.step_noise` does."""
     block = (place // 4).to(tl.uint32)
     nothing = tl.zeros_like(block)
     low = nothing + (index & 0xFFFFFFFF).to(tl.uint32)

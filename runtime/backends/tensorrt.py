@@ -1,17 +1,17 @@
 """tensorrt and tensorrt_rtx on an NVIDIA GPU: engines that `unetc compile` has put into the cache of engines.
 
-A target names the library and the precision, float32 if none: `tensorrt-rtx`, `tensorrt:fp16`. The engine of a graph is
-looked for by the hashes of graph and weights, and must have been built by this cache's owner, for these versions, this
-platform and this GPU; what is not found is never built here. Several that differ in their sizes: see
-`EngineCache.find`. A call out of the range that an engine was built for is refused.
+A target names the library and the precision, float32 if none: `tensorrt-rtx`, `tensorrt:fp16`. The hashes of graph and
+weights identify the engine of a graph. It must have been built by this cache's owner, for these versions, this platform
+and this GPU. A missing engine is never built here. `EngineCache.find` chooses between several that differ in their
+call ranges. A call outside the ranges that an engine was built for is refused.
 
-Tensors are those of torch; no byte is copied on the way. A call is a CUDA graph, each over an execution context of its
-own, as a graph stays valid only as long as its context is left alone. What engines need beside their weights is taken
-from torch's allocator for every call and every capture, and all graphs of a loader capture from one pool, so engines
-share it: the most that one needs, not the sum. Weights cannot be shared between engines.
+Tensors are torch's; no byte is copied on the way. A call is a CUDA graph, and each graph has a separate execution
+context, because a graph stays valid only as long as its context is left alone. The scratch memory of engines comes from
+torch's allocator at every call and every capture, and all graphs of a loader capture from one pool. Engines therefore
+share it: they take the largest need, not the sum. Weights cannot be shared between engines.
 
-With `memory="low"` engines stay in the memory of the process and are on the GPU for the phases that need them. Each is
-launched kernel by kernel then: what is captured for one phase would not pay for itself.
+With `memory="low"` engines stay in the memory of the process, and are on the GPU for the phases that need them. Each is
+then launched kernel by kernel: a capture for one phase would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-from unetc.backend import Program, SerialisedGraph
+from unetc.backend import Backend, Preparation, Program, SerialisedGraph
 from unetc.device import Device
 from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
@@ -57,35 +57,35 @@ _TYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
-"""By the library's names."""
+"""Types of elements by the library's names."""
 _ALIGNMENT = 256
-"""Bytes; torch's allocator gives no less."""
+"""Bytes; torch's allocator aligns at least as much."""
 _OLDER_GPUS = "Engines for many GPUs run from compute capability 8.0 on; below it, compile with --on-this-gpu."
 
 Shapes = tuple[tuple[int, ...], ...]
-"""Of the inputs of a call."""
+"""Shapes of the inputs of a call."""
 
 
 class Engine:
     """An engine on the GPU."""
 
-    def __init__(self, library: Library, plan: bytes, kernels: KernelFile) -> None:
+    def __init__(self, library: Library, serialized: bytes, kernels: KernelFile) -> None:
         """Deserialise, which runs code of the engine.
 
         Args:
-            library: What built it.
-            plan: The engine.
-            kernels: Where those are kept that the library finishes here, if it does.
+            library: The library that built it.
+            serialized: The engine.
+            kernels: File of the kernels that the library finishes here; unused by a library that finishes none.
 
         Raises:
-            SessionError: If the library refuses it, in its own words.
+            SessionError: If the library refuses it; the message quotes the library.
         """
-        self._kernel_cache: KernelCache | None = None  # the first to go, as attributes go in this order
+        self._kernel_cache: KernelCache | None = None  # deleted first, because attributes are deleted in this order
         self._trt = library.load()
         self.complaints: list[str] = []
-        self._logger = library.logger(self.complaints)  # the library keeps none of these alive
+        self._logger = library.logger(self.complaints)  # the library does not keep these three alive
         self._runtime = started(self._trt.Runtime, self._logger)
-        self._engine: Any = None if self._runtime is None else self._runtime.deserialize_cuda_engine(plan)
+        self._engine: Any = None if self._runtime is None else self._runtime.deserialize_cuda_engine(serialized)
         if self._engine is None:
             raise SessionError(
                 f"{library.module} {self._trt.__version__} cannot load an engine: {words(self.complaints)}"
@@ -97,52 +97,52 @@ class Engine:
         self.inputs = tuple(name for name in names if is_input[name])
         outputs = [name for name in names if not is_input[name]]
         self.outputs = tuple(sorted(outputs, key=lambda name: name.startswith(COMPUTED)))
-        """The prediction first."""
+        """Names of the outputs, the prediction first."""
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         if library.portable:
             self._kernel_cache = KernelCache(self._trt, self._engine, kernels)
 
     def context(self) -> Any:
-        """Make an execution context that is given its scratch memory."""
+        """Make an execution context whose scratch memory is provided by the caller."""
         if self._kernel_cache is None:
             user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return self._engine.create_execution_context(user_managed)
         return self._engine.create_execution_context(self._kernel_cache.config)
 
     def keep_kernels(self, shapes: Shapes) -> None:
-        """Write to disk what the library has finished here, once a call has run."""
+        """Write the kernels that the library has finished to disk; called after a call has run."""
         if self._kernel_cache is not None:
             self._kernel_cache.keep(shapes)
 
 
 class KernelCache:
-    """How a library finishes an engine's kernels where they run: those on disk not again, and all others at once.
+    """Makes a library reuse the finished kernels on disk, and finish all others at once.
 
-    None is replaced later, when it has been captured.
+    No kernel is replaced later, after it has been captured.
     """
 
     def __init__(self, trt: Any, engine: Any, kernels: KernelFile) -> None:
-        """Load what is on disk, where the library finds that it fits this GPU.
+        """Load the kernels on disk, if the library finds that they fit this GPU.
 
         Args:
             trt: The library.
-            engine: Of the library.
+            engine: The library's engine.
             kernels: The file.
         """
         self.config = engine.create_runtime_config()
-        """For all execution contexts of the engine."""
+        """Configuration of all execution contexts of the engine."""
         self.config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._kernels = kernels
         self._cache = self.config.create_runtime_cache()
         known = kernels.read()
         if known is not None and not self._cache.deserialize(known):
-            logger.info("%s does not fit this GPU or driver any more; its kernels are made anew", kernels.path)
+            logger.info("%s no longer fits this GPU or driver; its kernels are made again", kernels.path)
         self.config.set_runtime_cache(self._cache)
         self._kept: set[Shapes] = set()
 
     def keep(self, shapes: Shapes) -> None:
-        """Write what is finished to disk, once for every shape of a call: so never while a call is captured."""
+        """Write finished kernels to disk, once for every shape of a call, and therefore never during a capture."""
         if shapes in self._kept:
             return
         self._kept.add(shapes)
@@ -152,10 +152,10 @@ class KernelCache:
 
 
 class Execution:
-    """An execution context of an engine; one that is captured is for calls of one shape."""
+    """An execution context of an engine; a captured one serves calls of one shape."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
-        self._context = engine.context()  # goes before the engine, as attributes go in this order
+        self._context = engine.context()  # deleted before the engine, because attributes are deleted in this order
         self._engine = engine
         self._device = device
 
@@ -163,7 +163,7 @@ class Execution:
         """Launch the engine on torch's stream.
 
         Raises:
-            RuntimeError: If the library refuses, in its own words.
+            RuntimeError: If the library refuses; the message quotes the library.
         """
         engine, context = self._engine, self._context
         if context is None:
@@ -186,19 +186,19 @@ class Execution:
         return tuple(tensors[name] for name in engine.outputs)
 
     def is_capturable(self) -> bool:
-        """Ask the library, where it can tell."""
+        """Ask the library whether calls can be captured; True if the library cannot be asked."""
         asked = getattr(self._context, "is_stream_capturable", None)  # tensorrt_rtx alone has it
         return asked is None or bool(asked(torch.cuda.current_stream(self._device).cuda_stream))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Give a tensor without gaps at an address that the libraries take."""
+    """Return a contiguous tensor at an address that the libraries take; copy only if needed."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 class Launched:
-    """An execution that threads take turns with, whatever streams they use."""
+    """An execution that threads use in turns, in any stream."""
 
     def __init__(self, execution: Execution, pool: Pool) -> None:
         self._execution = execution
@@ -218,7 +218,7 @@ class EngineProgram:
         self._record = record
 
     def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
-        """Run; the prediction is copied into the output."""
+        """Check the call and run; the prediction is copied into the output."""
         check_call(self._record, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
         return self._program(inputs, output)
 
@@ -235,8 +235,8 @@ class TensorRtLoader:
         """Load the engine of a graph.
 
         Raises:
-            StaleEngineError: If there is none that can be run here.
-            SessionError: If the library refuses it.
+            StaleEngineError: If the cache has no engine that can run here.
+            SessionError: If the library refuses the engine.
         """
         backend = self._backend
         precision = backend.precision.over(self._weights_sha256)
@@ -246,12 +246,12 @@ class TensorRtLoader:
             return LoadedLater(partial(self.load_engine, *found))
         return self.load_engine(*found)
 
-    def load_engine(self, record: EngineRecord, plan: bytes) -> EngineProgram:
-        """Load an engine that the cache has given out."""
+    def load_engine(self, record: EngineRecord, serialized: bytes) -> EngineProgram:
+        """Load an engine that the cache has returned."""
         library, device = self._backend.library, self._backend.gpu
         module: Module
-        with current(device):  # in whatever thread that is
-            engine = Engine(library, plan, KernelFile(self._backend.engines, record, self._backend.here))
+        with current(device):  # whichever thread this is
+            engine = Engine(library, serialized, KernelFile(self._backend.engines, record, self._backend.here))
             if self._backend.memory is Memory.LOW:
                 module = Launched(Execution(engine, device), self._pool)
             else:
@@ -284,22 +284,31 @@ class TensorRtBackend(InPrecision):
 
     @property
     def reads(self) -> Precision:
-        """Engines are made of graphs in float32."""
+        """Precision of the graphs that identify engines: always float32."""
         return Precision.FP32
 
+    @property
+    def gpu_index(self) -> int:
+        """Index of the GPU among those that CUDA shows to this process."""
+        return self.gpu.index or 0
+
     def over(self, engines: EngineCache) -> TensorRtBackend:
-        """Give this backend over another cache."""
+        """Return this backend over another cache."""
         other = copy(self)
         other.engines = engines
         return other
 
+    def prepared_by(self, preparation: Preparation) -> Backend:
+        """Return a backend that takes every graph in float32: the engine of each is built when it is loaded."""
+        return preparation.build(self)
+
     def open_weights(self, weights: bytes) -> TensorRtLoader:
-        """Take note of the weights, which engines have inside."""
+        """Hash the weights, which are inside the engines."""
         return TensorRtLoader(self, hashlib.sha256(weights).hexdigest())
 
 
 def open_backend(target: str, *, threads: int, memory: Memory) -> TensorRtBackend:
-    """Open the backend, with the engines of this user's cache; threads are those of the GPU.
+    """Open the backend with the engines of this user's cache; `threads` is ignored.
 
     Raises:
         MissingDependency: If the library is not installed.

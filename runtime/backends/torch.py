@@ -1,15 +1,14 @@
 """torch, on the CPU or an NVIDIA GPU, from the same graphs and weights as every other backend.
 
-Places are `cpu` and `cuda`, each with `:compiled` behind it if torch is to compile the engines. That takes up to
-minutes for each engine and shape of its inputs, so it is a target of its own, with costs of its own. With `:fp16` or
-`:bf16` behind that it loads the graphs of a bundle that compute in half precision.
+Places are `cpu` and `cuda`, followed by `:compiled` if torch is to compile the engines. Compiling takes up to minutes
+for each engine and shape of its inputs, so it is a separate target with separate costs. A target that ends with `:fp16`
+or `:bf16` loads the half-precision graphs of a bundle.
 
-All engines of a loader read one copy of the weights on the device, whatever `memory` says; what is sliced for a
-narrowed engine is copied besides. torch has one number of threads for the whole process: that of the backend opened
-last.
+All engines of a loader read one copy of the weights on the device, whatever `memory` is; slices for a narrowed engine
+are copied in addition. torch has one number of threads for the whole process, set by the backend that was opened last.
 
-On a GPU a call is a CUDA graph (`cuda_graph.py`), captured at the first call with inputs of these shapes; all graphs of
-a loader take turns.
+On a GPU a call is a CUDA graph (`cuda_graph.py`), captured at the first call with inputs of these shapes. All graphs of
+a loader run in turns.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 COMPILED = "compiled"
-"""What follows the place where engines are compiled."""
+"""Part of a target's name, after the place, where torch compiles the engines."""
 
 _COMPILERS = ("g++", "c++", "clang++")
 
@@ -48,9 +47,9 @@ _TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
 class WeightsOnDevice(Mapping[str, Tensor]):
-    """The weights of a file, rounded where their name says so, each on a device from when it is first read.
+    """The weights of a file, rounded where their name asks for it; each is copied to a device when it is first read.
 
-    Most of them are read in half precision alone, so all of the file would take three times the room.
+    Most of them are read in half precision alone; copying the whole file would take three times the memory.
     """
 
     def __init__(self, weights: bytes, device: torch.device) -> None:
@@ -59,7 +58,7 @@ class WeightsOnDevice(Mapping[str, Tensor]):
         self._there: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Give a weight."""
+        """Return a weight."""
         if name not in self._there:
             self._there[name] = self._rounded(name).to(self._device)
         return self._there[name]
@@ -73,18 +72,19 @@ class WeightsOnDevice(Mapping[str, Tensor]):
         return self._host[weight].clamp(-largest, largest).to(_TYPES[precision])
 
     def __iter__(self) -> Iterator[str]:
-        """List what is in the file."""
+        """List the weights of the file."""
         return iter(self._host)
 
     def __len__(self) -> int:
-        """Count what is in the file."""
+        """Count the weights of the file."""
         return len(self._host)
 
 
 class Compiled:
     """A module that torch compiles when it is called.
 
-    Once for the sizes of the first call, then once for any; where the compiler fails at that, once for each.
+    It is compiled once for the sizes of the first call, then once for all sizes. Where the compiler fails at that, it
+    is compiled for each size.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -100,7 +100,9 @@ class Compiled:
             if not self._any_size:
                 raise
             said = str(error).splitlines()[0]
-            logger.warning("torch cannot compile an engine for all sizes (%s); each is compiled for itself", said)
+            logger.warning(
+                "torch cannot compile an engine for all sizes (%s); it is compiled for each size separately", said
+            )
             self._any_size = False
             self._module = torch.compile(self._original, fullgraph=True, dynamic=False)
             return self._module(*inputs)
@@ -140,7 +142,7 @@ class TorchBackend(InPrecision):
         self._compiled = compiled
 
     def open_weights(self, weights: bytes) -> Loader:
-        """Take the weights, which are copied to the device once for all engines."""
+        """Take the weights; they are copied to the device once for all engines."""
         return TorchLoader(weights, self._device, compiled=self._compiled, reads=self.reads)
 
 

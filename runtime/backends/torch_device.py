@@ -1,4 +1,4 @@
-"""A device of torch, and programs that are called with its tensors; what runs engines on a GPU shares them."""
+"""A device of torch, and programs that take its tensors; shared by all backends on a GPU."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .registry import take_inputs
 logger = logging.getLogger(__name__)
 
 Module = Callable[..., tuple[Tensor, ...]]
-"""Computes tensors from tensors, in order."""
+"""Computes tensors from tensors, all in a fixed order."""
 CAPTURING = threading.Lock()
-"""Held while a CUDA graph is captured: a process captures one at a time, and does not wait for the GPU meanwhile."""
+"""Held during the capture of a CUDA graph: a process captures one at a time, and must not wait for the GPU then."""
 
 
 def gpu_of(target: str) -> torch.device:
-    """Find the GPU that a target runs on: that which is current where it is opened.
+    """Find the GPU that a target runs on: the current one of the thread that opens it.
 
     Raises:
-        SessionError: If there is none.
+        SessionError: If there is no GPU.
     """
     if not torch.cuda.is_available():
         raise SessionError(
@@ -43,7 +43,7 @@ def gpu_of(target: str) -> torch.device:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU that of this thread, which libraries take; every thread starts with the first."""
+    """Make a GPU the current one of this thread, which libraries use; every thread starts with the first GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -56,7 +56,7 @@ class TorchDevice:
         self._stream: torch.cuda.Stream | None = None
         self._fuses = device.type == "cuda"
         self._forms: set[tuple[object, ...]] = set()
-        """Of the kernel: those that were found to make the step that they should."""
+        """Forms of the kernel that were found to compute the right step."""
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """Copy an array to the device; on the CPU the tensor shares its memory."""
@@ -69,11 +69,11 @@ class TorchDevice:
         return array
 
     def empty(self, shape: Sequence[int]) -> Tensor:
-        """Make a tensor to be written."""
+        """Allocate a tensor to be written."""
         return torch.empty(tuple(shape), dtype=torch.float32, device=self._device)
 
     def full(self, shape: Sequence[int], value: float) -> Tensor:
-        """Make a tensor of one value."""
+        """Fill a new tensor with one value."""
         return torch.full(tuple(shape), value, dtype=torch.float32, device=self._device)
 
     def concatenate(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -81,16 +81,16 @@ class TorchDevice:
         return torch.cat(list(tensors))
 
     def exp(self, tensor: Tensor) -> Tensor:
-        """Take the exponential of every element."""
+        """Compute the exponential of every element."""
         return torch.exp(tensor)
 
     def is_finite(self, tensor: Tensor) -> bool:
-        """Tell whether no element is NaN or infinite; this one number is copied from the device."""
+        """Check whether no element is NaN or infinite; only this one number is copied from the device."""
         farthest = tensor if tensor.numel() == 1 else torch.linalg.vector_norm(tensor, math.inf)
         return math.isfinite(farthest.item())
 
     def fused_loop(self, start: Start) -> Loop | None:
-        """Begin a trajectory of one kernel a step; None where that cannot be had, which is said once."""
+        """Begin a trajectory of one kernel a step; None, logged once, where there is no such kernel."""
         if not self._fuses:
             return None
         try:
@@ -103,32 +103,32 @@ class TorchDevice:
         if loop.form not in self._forms:
             tried = FusedLoop(start, self, self._device), PlainLoop(start, self)
             try:
-                with CAPTURING:  # as loading a kernel is no work for two threads, nor beside a capture
+                with CAPTURING:  # two threads must not load a kernel at once, nor one thread during a capture
                     agreed = agrees(*tried)
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
-            except Exception as error:  # whatever a compiler may raise
+            except Exception as error:  # a compiler may raise anything
                 return self._give_up_fusing((str(error).splitlines() or [type(error).__name__])[0])
             if not agreed:
-                return self._give_up_fusing("the step that it makes is another")
+                return self._give_up_fusing("its first step differs from the plain loop's")
             self._forms.add(loop.form)
         return loop
 
     def _give_up_fusing(self, why: str) -> Loop | None:
-        """Do without a kernel from now on."""
-        logger.warning("a step takes many kernels in place of one, as Triton gives none: %s", why)
+        """Log the reason, and use no fused kernel from now on."""
+        logger.warning("each step takes many kernels in place of one, as the fused kernel cannot be used: %s", why)
         self._fuses = False
         return None
 
     def synchronize(self) -> None:
-        """Wait until everything that was asked of the device is done."""
+        """Wait until the device has finished all its work."""
         if self._device.type == "cuda":
             with CAPTURING:
                 torch.cuda.synchronize(self._device)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Use a stream beside the default one, which every copy of other libraries would wait for and hold up."""
+        """Use a separate stream: copies by other libraries wait for the default stream and hold it up."""
         if self._device.type != "cuda":
             yield
             return
@@ -142,7 +142,7 @@ class TorchDevice:
                 around.wait_stream(own)
 
     def _own_stream(self) -> torch.cuda.Stream:
-        """Give the one stream of all threads, made when the first needs it."""
+        """Return the stream shared by all threads, made when it is first needed."""
         with self._lock:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -150,7 +150,7 @@ class TorchDevice:
 
 
 class TorchProgram:
-    """A module that is called with tensors by name."""
+    """A module that takes its tensors by name."""
 
     def __init__(self, module: Module, inputs: Sequence[str], outputs: Sequence[str], library: str = "torch") -> None:
         self._module = module
@@ -159,7 +159,7 @@ class TorchProgram:
         self._emitted = tuple(outputs[1:])
 
     def __call__(self, inputs: Mapping[str, Tensor], output: Tensor) -> Mapping[str, Tensor]:
-        """Run; what comes first is copied into the output."""
+        """Run; the first result is copied into the output."""
         read = take_inputs(inputs, self._inputs)
         try:
             with torch.no_grad():
@@ -168,6 +168,8 @@ class TorchProgram:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise SessionError(f"{self._library} failed: {said}") from error
         if prediction.shape != output.shape:
-            raise ShapeMismatch(f"an engine gives {tuple(prediction.shape)}; expected {tuple(output.shape)}.")
+            raise ShapeMismatch(
+                f"an engine returns a prediction of {tuple(prediction.shape)}; expected {tuple(output.shape)}."
+            )
         output.copy_(prediction)
         return dict(zip(self._emitted, emitted, strict=True))

@@ -1,8 +1,8 @@
 """Translate an ONNX graph into a graph of torch.
 
-The translation is a table of operators (`torch_operators`); nothing that a file holds is executed but them, and what is
-not in the table is refused by name. What depends on weights and constants alone is computed once, here: that folds the
-slices of narrowed engines. Whole numbers that come from shapes stay numbers of Python, so the graph has no tensor of
+The translation is a table of operators (`torch_operators`). Nothing else in a file is executed, and an operator that is
+not in the table is refused by name. Values that depend only on weights and constants are computed once, here; this
+folds the slices of narrowed engines. Integers that come from shapes stay Python numbers, so the graph has no tensor of
 sizes, runs at any batch and size, and can be compiled without a break.
 """
 
@@ -37,15 +37,15 @@ def translate(serialised: bytes, weights: Mapping[str, Tensor], device: torch.de
 
     Args:
         serialised: The graph.
-        weights: What its external initializers are, by name, on the device.
-        device: Where it will run.
+        weights: Its external initializers by name, on the device.
+        device: The device that it will run on.
 
     Raises:
-        SessionError: If the graph cannot be read, or has an operator that the table does not know.
+        SessionError: If the graph cannot be read, or has an operator that is not in the table.
     """
     try:
         model = inliner.inline_local_functions(onnx.load_model_from_string(serialised))
-    except Exception as error:  # protobuf raises a class of its own
+    except Exception as error:  # protobuf raises its own class
         raise SessionError(f"torch cannot load an engine: {str(error).splitlines()[0]}") from error
     graph, builder = model.graph, Builder(device)
     values: dict[str, Value | None] = {"": None}
@@ -77,9 +77,9 @@ def translate(serialised: bytes, weights: Mapping[str, Tensor], device: torch.de
 
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
-    """Infer numbers of axes: a shape is read from an axis to the last one.
+    """Infer numbers of axes, which are needed to read a shape from an axis to the last one.
 
-    What onnx 1.23 infers nothing for has the shape of what it normalises, as Identity has.
+    onnx 1.23 infers nothing for GroupNormalization. Its output has the shape of its input, as with Identity.
     """
     alike = onnx.ModelProto.FromString(model.SerializeToString())
     for node in alike.graph.node:

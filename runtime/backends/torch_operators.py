@@ -1,7 +1,7 @@
-"""The ONNX operators that engines consist of, in terms of torch.
+"""The ONNX operators of engines, in terms of torch.
 
-Each is a function of the builder, the inputs and the attributes. An attribute or a form that is not handled is refused;
-none is ignored.
+Each is a function of the builder, the inputs and the attributes. An unsupported attribute or form is refused, never
+ignored.
 
 Source:
     https://onnx.ai/onnx/operators/, opset 23.
@@ -44,7 +44,7 @@ def _text(attributes: Attributes, name: str, default: str) -> str:
 
 
 def _require(attributes: Attributes, **allowed: object) -> None:
-    """Refuse attributes that are not what is handled; what is absent has its default, which is."""
+    """Refuse attributes with other values than the supported one, which is also the default."""
     for name, value in allowed.items():
         got = attributes.get(name, value)
         if (got.decode() if isinstance(got, bytes) else got) != value:
@@ -57,7 +57,7 @@ def _unary(function: Callable[..., Any]) -> Operator:
 
 
 def _arithmetic(function: Callable[..., Any], of_numbers: Callable[..., Any] | None = None) -> Operator:
-    """Apply a function to operands that are broadcast; to shapes, number by number."""
+    """Apply a function to broadcast operands, or to the numbers of shapes one by one."""
 
     def apply(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
         if are_numbers(*inputs):
@@ -82,7 +82,7 @@ def _tensors(function: Callable[..., Any]) -> Operator:
 
 
 def _quotient(dividend: Any, divisor: Any) -> Any:
-    """Divide; whole numbers are truncated."""
+    """Divide; quotients of integers are truncated."""
     is_whole = not any(
         isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
         for value in (dividend, divisor)
@@ -96,7 +96,7 @@ def _quotient(dividend: Any, divisor: Any) -> Any:
 
 
 def _multiply(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
-    """Multiply; x * sigmoid(x) is one operator in torch."""
+    """Multiply; x * sigmoid(x) becomes one operator of torch."""
     for gate, value in (inputs, tuple(reversed(inputs))):
         if (
             isinstance(gate, fx.Node)
@@ -145,7 +145,7 @@ def _constant(build: Builder, inputs: Inputs, attributes: Attributes) -> Tensor:
 
 
 def _shape(build: Builder, inputs: Inputs, attributes: Attributes) -> Numbers:
-    """Give the shape as numbers; what was not told ends with the last axis."""
+    """Return the shape as numbers, by default up to the last axis."""
     tensor = build.tensor(inputs[0])
     start, end = attributes.get("start", 0), attributes.get("end")
     if start < 0 or end is None or end < 0:
@@ -265,7 +265,7 @@ def _gather(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
 
 
 def _pick(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-    """Pick along an axis; an index below zero counts from the end."""
+    """Select along an axis; a negative index counts from the end."""
     axis %= tensor.dim()
     index = torch.where(index < 0, index + tensor.shape[axis], index)
     picked = tensor.index_select(axis, index.flatten())
@@ -395,7 +395,7 @@ def _rms_normalization(build: Builder, inputs: Inputs, attributes: Attributes) -
 
 
 def _normalised(scale: Value | None) -> tuple[int, ...]:
-    """Read the shape of what is normalised, which is that of the scale."""
+    """Read the normalised shape from the scale, which has the same shape."""
     if not isinstance(scale, Tensor):
         raise Unsupported("a scale that is not known")
     return tuple(scale.shape)
@@ -419,7 +419,7 @@ def _attention(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
 
 
 def _resize(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
-    """Enlarge by repetition, the only kind that torch and ONNX define alike at all sizes."""
+    """Enlarge by repetition, the only mode that torch and ONNX define alike at all sizes."""
     mode = [
         _text(attributes, *own)
         for own in (
@@ -513,4 +513,4 @@ OPERATORS: Mapping[str, Operator] = {
     "Unsqueeze": _unsqueeze,
     "Where": _where,
 }
-"""What is run; anything else is refused."""
+"""Translations of all supported operators; any other operator is refused."""

@@ -1,4 +1,4 @@
-"""What an ONNX value is while a graph is translated: known, a node of the new graph, or numbers that shapes give."""
+"""ONNX values during translation: a known tensor, a node of the new graph, or numbers derived from shapes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 Number = int | float | bool | fx.Node
-"""A number, or the node that gives it."""
+"""A number, or the node that computes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Numbers that depend on the shapes of inputs: what ONNX has as a vector, or as a scalar."""
+    """Numbers that depend on the shapes of inputs; a vector or a scalar in ONNX."""
 
     elements: tuple[Number, ...]
     scalar: bool = False
 
 
 Value = Tensor | fx.Node | Numbers
-"""A tensor that is known, a node that gives a tensor, or numbers."""
+"""A known tensor, a node that computes a tensor, or numbers."""
 
 
 class Unsupported(Exception):
-    """An operator is known, but not in the form that is named; never leaves the translation."""
+    """An operator is known, but not in this form; caught inside the translation."""
 
 
 def tensor_of(constant: TensorProto) -> Tensor:
-    """Copy a tensor of ONNX; bfloat16 is none of numpy's own types, and passes through float32."""
+    """Copy a tensor of ONNX; bfloat16 is converted through float32, as numpy does not have it."""
     array = numpy_helper.to_array(constant)
     if constant.data_type == TensorProto.BFLOAT16:
         return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
@@ -41,7 +41,7 @@ def tensor_of(constant: TensorProto) -> Tensor:
 
 
 class Builder:
-    """Builds the graph; what is known is computed at once."""
+    """Builds the graph; operations on known values are computed at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,7 +49,7 @@ class Builder:
         self._root = nn.Module()
         self._attributes: dict[int, tuple[Tensor, fx.Node]] = {}
         self.ranks: dict[fx.Node, int] = {}
-        """Numbers of axes, where they are told."""
+        """Numbers of axes, where they are known."""
 
     def placeholder(self, name: str) -> fx.Node:
         """Add an input."""
@@ -61,10 +61,10 @@ class Builder:
             return value.dim()
         if isinstance(value, fx.Node) and value in self.ranks:
             return self.ranks[value]
-        raise Unsupported("a number of axes that is not told")
+        raise Unsupported("an unknown number of axes")
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any, **options: Any) -> Any:
-        """Call a function, or a method by its name: at once if all arguments are known, else when the graph runs."""
+        """Call a function, or a method by name: at once if all arguments are known, else when the graph runs."""
         found: list[fx.Node] = []
         map_arg((arguments, options), found.append)
         if not found:
@@ -77,13 +77,13 @@ class Builder:
         return self._graph.call_function(function, arguments, options)
 
     def finish(self, outputs: Sequence[Value | None]) -> fx.GraphModule:
-        """End the graph."""
+        """Finish the graph with its outputs."""
         self._graph.output(tuple(self._attribute(self.tensor(value)) for value in outputs))
         self._graph.eliminate_dead_code()
         return fx.GraphModule(self._root, self._graph).eval()
 
     def _attribute(self, argument: Any) -> Any:
-        """Make known tensors, alone or in a list, attributes of the module."""
+        """Turn known tensors, alone or in a list, into attributes of the module."""
         if isinstance(argument, (list, tuple)):
             return type(argument)(self._attribute(item) for item in argument)
         if not isinstance(argument, Tensor):
@@ -97,14 +97,14 @@ class Builder:
     def tensor(self, value: Value | None) -> Tensor | fx.Node:
         """Turn numbers into a tensor."""
         if value is None:
-            raise Unsupported("an input that is left out")
+            raise Unsupported("a missing input")
         if not isinstance(value, Numbers):
             return value
         made: Tensor | fx.Node = self.emit(_stack, value.elements, value.scalar, self.device)
         return made
 
     def operand(self, value: Value | None) -> Tensor | fx.Node | float:
-        """Turn scalars that are known, or that shapes give, into numbers of Python, which cost nothing on a device."""
+        """Turn scalars that are known or come from shapes into Python numbers, which cost nothing on a device."""
         if isinstance(value, Tensor) and value.dim() == 0:
             number: float = value.item()
             return number
@@ -113,10 +113,10 @@ class Builder:
         return self.tensor(value)
 
     def numbers(self, value: Value | None) -> tuple[Number, ...]:
-        """Read numbers that an operator needs as such: a shape, bounds of a slice.
+        """Read the numbers that an operator needs as Python numbers: a shape, the bounds of a slice.
 
         Raises:
-            Unsupported: If they are in a tensor that is not known.
+            Unsupported: If they are in an unknown tensor.
         """
         if isinstance(value, Numbers):
             return value.elements
@@ -137,14 +137,14 @@ class Builder:
 
 
 def are_numbers(*values: Value | None) -> bool:
-    """Tell whether values are numbers, or known scalars and vectors beside them."""
+    """Check whether values are numbers, possibly together with known scalars and vectors."""
     return any(isinstance(value, Numbers) for value in values) and all(
         isinstance(value, Numbers) or (isinstance(value, Tensor) and value.dim() <= 1) for value in values
     )
 
 
 def each(builder: Builder, function: Callable[..., Any], *values: Value | None) -> Numbers:
-    """Apply a function to numbers one by one; what has only one is repeated."""
+    """Apply a function to numbers one by one; a single number is repeated."""
     rows = [builder.numbers(value) for value in values]
     count = max(len(row) for row in rows)
     scalar = all(value.scalar if isinstance(value, Numbers) else value.dim() == 0 for value in values)  # type: ignore[union-attr]
@@ -158,7 +158,7 @@ def size(tensor: Tensor, axis: int) -> int:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Copy a slice, which kernels would copy in every call; a transposed matrix is as good as another."""
+    """Copy a slice, which kernels would otherwise copy in every call; a transposed matrix needs no copy."""
     is_transposed = tensor.dim() == 2 and tensor.t().is_contiguous()
     return tensor if is_transposed else tensor.contiguous()
 

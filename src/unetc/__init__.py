@@ -2,10 +2,11 @@
 
     import unetc
 
-    session = unetc.load("bundle/")
-    images = session.sample(batch=4, seed=0)  # [batch, channel, height, width]
+    profile = unetc.analyze("digits")
+    unetc.build("digits", "bundle/", unetc.BuildOptions(plan=unetc.PlanOptions(budget=0.27)), profile=profile)
+    images = unetc.load("bundle/").sample(batch=4, seed=0)  # [batch, channel, height, width]
 
-Names are loaded on first use, so importing the package is cheap and needs no torch.
+Names are loaded on first use, so importing the package is cheap and needs no torch. Sampling needs none either.
 """
 
 from __future__ import annotations
@@ -14,37 +15,89 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unetc.runtime.bundle import Bundle
-    from unetc.runtime.session import Session, Step, load
-
+    from .analyzer.analysis import AnalysisOptions
+    from .analyzer.verify import VerifyOptions
+    from .api import analyze, build, compile, pareto, plan, verify, write_report
     from .artifacts import Manifest, Plan, Profile, Verification
+    from .artifacts.pareto import Pareto
+    from .compiler.build import BuildOptions
+    from .compiler.planner.planner import PlanOptions
+    from .compiler.search.pareto import ParetoOptions
+    from .compiler.search.quality_gate import QualityGate
+    from .compiler.search.repair import RepairOptions
+    from .compiler.tensorrt.compile_bundle import CompiledEngine, CompileOptions
     from .errors import UnetcError
+    from .models.find import ModelSource
+    from .models.lora import Lora
+    from .progress import Progress
+    from .runtime.bundle import Bundle
+    from .runtime.session import Session, Step, load
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AnalysisOptions": "unetc.analyzer.analysis",
+    "BuildOptions": "unetc.compiler.build",
     "Bundle": "unetc.runtime.bundle",
+    "CompileOptions": "unetc.compiler.tensorrt.compile_bundle",
+    "CompiledEngine": "unetc.compiler.tensorrt.compile_bundle",
+    "Lora": "unetc.models.lora",
     "Manifest": "unetc.artifacts",
+    "ModelSource": "unetc.models.find",
+    "Pareto": "unetc.artifacts.pareto",
+    "ParetoOptions": "unetc.compiler.search.pareto",
     "Plan": "unetc.artifacts",
+    "PlanOptions": "unetc.compiler.planner.planner",
     "Profile": "unetc.artifacts",
+    "Progress": "unetc.progress",
+    "QualityGate": "unetc.compiler.search.quality_gate",
+    "RepairOptions": "unetc.compiler.search.repair",
     "Session": "unetc.runtime.session",
     "Step": "unetc.runtime.session",
     "UnetcError": "unetc.errors",
     "Verification": "unetc.artifacts",
+    "VerifyOptions": "unetc.analyzer.verify",
+    "analyze": "unetc.api",
+    "build": "unetc.api",
+    "compile": "unetc.api",
     "load": "unetc.runtime.session",
+    "pareto": "unetc.api",
+    "plan": "unetc.api",
+    "verify": "unetc.api",
+    "write_report": "unetc.api",
 }
 
 __all__ = [
+    "AnalysisOptions",
+    "BuildOptions",
     "Bundle",
+    "CompileOptions",
+    "CompiledEngine",
+    "Lora",
     "Manifest",
+    "ModelSource",
+    "Pareto",
+    "ParetoOptions",
     "Plan",
+    "PlanOptions",
     "Profile",
+    "Progress",
+    "QualityGate",
+    "RepairOptions",
     "Session",
     "Step",
     "UnetcError",
     "Verification",
+    "VerifyOptions",
     "__version__",
+    "analyze",
+    "build",
+    "compile",
     "load",
+    "pareto",
+    "plan",
+    "verify",
+    "write_report",
 ]
 
 

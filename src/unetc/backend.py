@@ -1,4 +1,4 @@
-"""The contract between engines and whoever runs them; implemented in `unetc.runtime.backends`.
+"""The contract between engines and the code that runs them; implemented in `unetc.runtime.backends`.
 
 The analyzer is handed a backend too, so costs and damages are measured by the code that ships.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .device import Array as Array
 from .device import Device, Tensor
 from .precision import Precision
 
+if TYPE_CHECKING:
+    from .nvidia.cache import EngineCache, EngineRecord
+    from .nvidia.key import Origin
+
 WEIGHTS = "weights.safetensors"
-"""What graphs call the file that their external initializers lie in."""
+"""Name that graphs use for the file of their external initializers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +27,7 @@ class SerialisedGraph:
 
     graph: bytes
     weights: frozenset[str]
-    """Those that are rounded from the file's are called as `unetc.precision` says."""
+    """Names of weights; `unetc.precision` defines the names of rounded ones."""
 
 
 class Program(Protocol):
@@ -33,8 +37,8 @@ class Program(Protocol):
         """Run the graph and write its first output into `output`, which has the right shape.
 
         Args:
-            inputs: C-contiguous tensors of the backend's device, or what programs of this backend have emitted. What
-                the graph does not read is ignored.
+            inputs: C-contiguous tensors of the backend's device, or outputs of this backend's programs. Inputs that
+                the graph does not read are ignored.
             output: The tensor to write into.
 
         Returns:
@@ -56,23 +60,86 @@ class Backend(Protocol):
 
     @property
     def device(self) -> Device:
-        """Where inputs and outputs of its programs live."""
+        """Device of the inputs and outputs of its programs."""
         ...
 
     def open_weights(self, weights: bytes) -> Loader:
-        """Take a weights file, whole, in the form that loading graphs needs."""
+        """Take the content of a weights file, in the form that loading graphs needs."""
         ...
 
 
 @runtime_checkable
-class LowPrecision(Backend, Protocol):
-    """A backend that may compute in less than float32."""
+class TargetBackend(Backend, Protocol):
+    """The backend of a target: it knows the graphs that it takes."""
 
     @property
     def reads(self) -> Precision:
-        """Precision of the graphs that it loads: float32 where it lowers them itself, ahead of time."""
+        """Precision of the graphs that it loads: float32 for engines, which are lowered when they are built."""
         ...
 
     def exact(self) -> Backend | None:
-        """Give the same backend in float32; None if this one is."""
+        """Return the same backend in float32; None if this one is."""
+        ...
+
+    def prepared_by(self, preparation: Preparation) -> Backend:
+        """Return a backend that takes every graph in float32.
+
+        A backend that loads less than float32 asks the preparation to lower graphs, one that runs engines asks it to
+        build them.
+        """
+        ...
+
+
+class EngineLoader(Loader, Protocol):
+    """Loads engines that were built from graphs over one weights file."""
+
+    def load_engine(self, record: EngineRecord, serialized: bytes) -> Program:
+        """Load an engine that the cache has returned."""
+        ...
+
+
+class EngineBackend(Backend, Protocol):
+    """Runs engines from a cache, which were built before they are loaded."""
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of its engines."""
+        ...
+
+    @property
+    def here(self) -> Origin:
+        """This machine, as the place where engines run."""
+        ...
+
+    @property
+    def engines(self) -> EngineCache:
+        """Cache of its engines."""
+        ...
+
+    @property
+    def gpu_index(self) -> int:
+        """Index of its GPU among those that CUDA shows to this process."""
+        ...
+
+    def over(self, engines: EngineCache) -> EngineBackend:
+        """Return the same backend over another cache."""
+        ...
+
+    def open_weights(self, weights: bytes) -> EngineLoader:
+        """Take the content of a weights file, from which the engines were built."""
+        ...
+
+
+class Preparation(Protocol):
+    """Makes graphs in float32 loadable by a target; the compiler implements it, so that the runtime does not need it.
+
+    Implemented by `unetc.compiler.tensorrt.on_demand`.
+    """
+
+    def lower(self, backend: Backend, precision: Precision) -> Backend:
+        """Wrap a backend that loads graphs in a precision; the result takes them in float32."""
+        ...
+
+    def build(self, backend: EngineBackend) -> Backend:
+        """Wrap a backend that runs engines; the result builds the engine of every graph that it loads."""
         ...

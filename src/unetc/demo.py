@@ -6,54 +6,56 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unetc.analyzer.analysis import AnalysisOptions
-from unetc.analyzer.analyze import analyze_model
-from unetc.analyzer.report import write_report
-from unetc.analyzer.verify import VerifyOptions, verify
+from unetc.analyzer.verify import VerifyOptions
 from unetc.artifacts.record import write_atomically
 from unetc.artifacts.verification import Verification
-from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.build import BuildOptions
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.repair import RepairOptions
-from unetc.models.find import find_model
 from unetc.report.pictures import grid, png_bytes
-from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import load
 
+from .api import build, verify, write_report
 from .progress import OnProgress, ignore
 
 MODEL = "digits"
 
 STEPS = 25
-"""Half of what `digits` usually takes, as most of the demo's time goes into sampling."""
+"""Half of the usual steps of `digits`, as most of the demo's time goes into sampling."""
 ANALYSIS = AnalysisOptions(steps=STEPS, samples=3, rounds=7)
-"""Fewer samples and timings than `unetc analyze` takes, so that the demo is done in minutes."""
+"""Fewer samples and timings than the defaults of `unetc analyze`, so that the demo is done in minutes."""
 REPAIR = RepairOptions(evaluations=8)
 RANDOM_PLANS = 2
-"""Not the 5 of `unetc build`, as finding one takes longer than finding the plan; the table says how many there were."""
+"""Not the 5 of `unetc build`, as finding one takes longer than finding the plan; the table shows the number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """What the demo made."""
+    """The results of the demo."""
 
     verification: Verification
     files: tuple[tuple[Path, str], ...]
+    """Each file or folder with its meaning."""
 
 
-def run_demo(output: Path, *, budget: float, cache: Path, on_progress: OnProgress = ignore) -> Demo:
+def run_demo(output: Path, *, budget: float, cache: Path | None = None, on_progress: OnProgress = ignore) -> Demo:
     """Analyse, build, verify and report `digits` into a folder.
 
+    Args:
+        output: The folder.
+        budget: Share of the time to save, in [0, 1).
+        cache: Folder for captures and partial results; `$UNETC_CACHE` or `~/.cache/unetc` when not given.
+        on_progress: Called as the work advances.
+
     Raises:
-        UnetcError: As the single commands do.
+        UnetcError: For the reasons of the single steps.
     """
     bundle, report, verification, samples = (
         output / name for name in ("bundle", "report.html", "verification.json", "samples.png")
     )
-    model = find_model(MODEL)
-    profile = analyze_model(model, ANALYSIS, cache=cache, on_progress=on_progress)
     options = BuildOptions(plan=PlanOptions(budget=budget), steps=STEPS, repair=REPAIR, random_plans=RANDOM_PLANS)
-    build(model, profile, bundle, options, cache=cache, on_progress=on_progress)
-    result = verify(Bundle.open(bundle), VerifyOptions(rounds=4), on_progress)
+    build(MODEL, bundle, options, analysis=ANALYSIS, cache=cache, on_progress=on_progress)
+    result = verify(bundle, VerifyOptions(rounds=4), on_progress=on_progress)
     result.save(verification)
     write_report(bundle, report, verification=result, on_progress=on_progress)
     write_atomically(samples, png_bytes(grid(load(bundle).sample(36, seed=0))))

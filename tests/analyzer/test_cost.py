@@ -1,4 +1,4 @@
-"""Costs are what a removal saves, whatever else the machine is doing."""
+"""A cost is the time that a removal saves, whatever else the machine is doing."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from unetc.progress import Progress, ignore
 SHAPE = (2, 4, 4)
 BASE_MS, NODE_MS = 10.0, 1.0
 NODES = {"short": 3, "long": 5, "inner": 2, "outer": 4}
-"""Nodes of each component's own branch; `inner` is inside of the branch of `outer`."""
+"""Number of nodes in each component's branch; `inner` is inside the branch of `outer`."""
 FULL_MS = BASE_MS + NODE_MS * sum(NODES.values())
 SAVED_MS = {"short": 3.0, "long": 5.0, "inner": 2.0, "outer": 6.0, "step": 14.0}
-"""Without the step only what every call costs is left."""
+"""Milliseconds that each removal saves; without the step, only the fixed cost of a call remains."""
 WARMUP, ROUNDS = 2, 5
 
 
 @pytest.fixture
 def gated(tmp_path: Path) -> GatedGraph:
-    """Make a gated graph whose branches are chains of nodes: step(sample + short + long + outer(inner))."""
+    """Build a gated graph whose branches are chains of nodes: step(sample + short + long + outer(inner))."""
     lines: list[str] = []
 
     def gate(branch: str, name: str) -> str:
@@ -88,14 +88,14 @@ def gated(tmp_path: Path) -> GatedGraph:
 
 @dataclass
 class Machine:
-    """A backend whose programs take time in proportion to their nodes, on a clock of its own."""
+    """A backend with a simulated clock, whose programs take time in proportion to their nodes."""
 
     seconds: float = 0.0
     calls: list[int] = field(default_factory=list)
-    """Nodes of each program that was called."""
+    """Number of nodes of each called program, in order."""
     shapes: set[tuple[int, ...]] = field(default_factory=set)
     slowness: Callable[[int], float] = lambda call: 1.0
-    """How many times slower the machine is at its n-th call."""
+    """Factor by which the machine is slower at its n-th call."""
     device: Device = HOST
 
     def open_weights(self, weights: bytes) -> Loader:
@@ -134,20 +134,20 @@ def test_a_cost_is_the_full_time_minus_the_time_without(gated: GatedGraph, machi
     full, saved = measure(gated, machine)
     assert full.mean == pytest.approx(FULL_MS)
     assert {name: cost.mean for name, cost in saved.items()} == pytest.approx(SAVED_MS)
-    # nothing disturbs this machine: the intervals are as narrow as the clock is exact
+    # nothing disturbs this machine, so the intervals are as narrow as the clock is exact
     assert all(estimate.high - estimate.low < 1e-6 for estimate in (full, *saved.values()))
 
 
-def test_the_full_graph_and_the_one_without_take_turns(gated: GatedGraph, machine: Machine) -> None:
+def test_the_full_graph_alternates_with_the_graph_without_the_component(gated: GatedGraph, machine: Machine) -> None:
     measure(gated, machine)
     full = sum(NODES.values())
-    turns = np.reshape(machine.calls, (len(SAVED_MS), WARMUP + ROUNDS, 2))
-    assert (turns[:, :, 0] == full).all()
+    calls = np.reshape(machine.calls, (len(SAVED_MS), WARMUP + ROUNDS, 2))
+    assert (calls[:, :, 0] == full).all()
     without = [full - int(SAVED_MS[name] / NODE_MS) for name in SAVED_MS]
-    assert (turns[:, :, 1] == np.array(without)[:, None]).all()
+    assert (calls[:, :, 1] == np.array(without)[:, None]).all()
 
 
-def test_graphs_run_at_the_batch_and_shape_asked_for(gated: GatedGraph, machine: Machine) -> None:
+def test_graphs_run_at_the_requested_batch_and_shape(gated: GatedGraph, machine: Machine) -> None:
     measure(gated, machine)
     assert machine.shapes == {(3, *SHAPE)}
 
@@ -165,15 +165,15 @@ def test_one_slow_moment_does_not_move_a_cost(gated: GatedGraph, machine: Machin
     full, saved = measure(gated, machine)
     assert full.mean == pytest.approx(FULL_MS)
     assert saved["short"].mean == pytest.approx(SAVED_MS["short"])
-    # but it is not forgotten: the interval says that something was odd
+    # but the interval shows that something was odd
     assert saved["short"].high - saved["short"].low > SAVED_MS["short"]
 
 
 @pytest.mark.parametrize("slow", SAVED_MS)
-def test_a_machine_that_is_slow_for_a_minute_does_not_make_a_component_dear(
+def test_a_machine_that_is_slow_for_a_minute_does_not_make_a_component_expensive(
     gated: GatedGraph, machine: Machine, slow: str
 ) -> None:
-    # all pairs of one component fall into the slow minute; the difference of its times is three times what it saves
+    # all pairs of one component fall into the slow minute, so the difference of its times is three times its saving
     per_component = 2 * (WARMUP + ROUNDS)
     machine.slowness = lambda call: 3.0 if call // per_component == list(SAVED_MS).index(slow) else 1.0
     full, saved = measure(gated, machine)

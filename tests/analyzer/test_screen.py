@@ -1,4 +1,4 @@
-"""The screen finds what an ablation changes in one step, and learns from measured ones what that does in the end."""
+"""The screen measures local errors of ablations, and estimates their damage from the measured error amplification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.models import Tiny, shared_folder, tiny_of
+from tests.analyzer.sweeps import SAMPLES, SEED, SHAPE, relative_l2, tiny
+from tests.models import shared_folder
 from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.screen import (
@@ -37,9 +38,6 @@ from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import Treatment
 
-ARCHITECTURE = "attention"
-SHAPE = (2, 16, 16)
-SAMPLES, SEED = 2, 5
 STEPS = 8
 BINS = (range(4), range(4, 8))
 PROBED = (2, 6)
@@ -49,14 +47,8 @@ DROP, HOLD = PeriodicTreatment(treatment=Treatment.DROP), PeriodicTreatment(trea
 KINDS = REMOVALS + REUSES
 
 
-@functools.cache
-def tiny() -> Tiny:
-    """Share one architecture between the tests of all files."""
-    return tiny_of(ARCHITECTURE, shared_folder())
-
-
 class Counter:
-    """A backend that counts the samples that its programs are called with."""
+    """A backend that counts the samples passed to its programs."""
 
     def __init__(self) -> None:
         self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
@@ -81,7 +73,7 @@ class Counter:
 
 
 def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2) -> Sweep:
-    """Make a sweep; the last batch of a kind is smaller than the others."""
+    """Create a sweep in which the last batch of a kind is smaller than the others."""
     table = extract(make_scheduler("ddim", {"beta_schedule": "scaled_linear"}), steps)
     return Sweep(
         denoiser=GatedDenoiser(tiny().gated, backend),
@@ -104,7 +96,7 @@ def swept() -> tuple[Sweep, FullTrajectory]:
 
 @functools.cache
 def finished() -> tuple[Screen, Path]:
-    """Give a screen and the folder of its partial results; copy the folder, as nothing is to be changed in it."""
+    """Run a screen and return it with its folder of partial results, which tests must copy before changing it."""
     work = Path(tempfile.mkdtemp(dir=shared_folder(), prefix="screen-"))
     return run_screen(*swept(), work, ignore), work
 
@@ -115,7 +107,7 @@ def screened() -> Screen:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A folder with the partial results of a finished screen."""
+    """Copy the partial results of a finished screen."""
     return Path(shutil.copytree(finished()[1], tmp_path / "work"))
 
 
@@ -125,14 +117,8 @@ def test_every_ablation_is_screened_in_every_bin() -> None:
     assert np.mean([error > 0 for error in screened().errors.values()]) > 0.9
 
 
-def relative_l2(reference: Array, candidate: Array) -> float:
-    """Average over samples, written out."""
-    norms = [np.linalg.norm(c - r) / np.linalg.norm(r) for r, c in zip(reference, candidate, strict=True)]
-    return float(np.mean(norms))
-
-
 def alone(ablation: Ablation, b: int) -> float:
-    """Find the local error of one ablation with calls of its own."""
+    """Measure the local error of one ablation with separate calls."""
     sweep, base = swept()
     denoiser, kind, step = sweep.denoiser, ablation.periodic, PROBED[b]
 
@@ -164,7 +150,7 @@ def test_a_local_error_is_the_change_of_one_prediction_times_the_treated_steps(k
 
 
 def test_no_error_is_counted_where_no_step_is_treated(tmp_path: Path) -> None:
-    sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1), steps=4, bins=4)  # of one step each
+    sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1), steps=4, bins=4)  # one step per bin
     screen = run_screen(sweep, run_base(sweep, ignore), tmp_path, ignore)
     for ablation, b in screen.errors:
         assert ablation.periodic.treats(b)
@@ -172,7 +158,7 @@ def test_no_error_is_counted_where_no_step_is_treated(tmp_path: Path) -> None:
     assert {b for ablation, b in screen.errors if ablation.periodic == HOLD} == {1, 3}
 
 
-def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
+def test_the_predicted_calls_equal_the_calls_made(tmp_path: Path) -> None:
     counter = Counter()
     sweep = sweep_on(counter)
     base = run_base(sweep, ignore)
@@ -181,7 +167,7 @@ def test_calls_are_counted_as_they_are_made(tmp_path: Path) -> None:
     assert screen_calls(sweep) == counter.rows / SAMPLES
 
 
-def test_a_finished_screen_is_read_and_not_run(work: Path) -> None:
+def test_a_finished_screen_is_read_instead_of_run(work: Path) -> None:
     counter = Counter()
     assert run_screen(sweep_on(counter), swept()[1], work, ignore) == screened()
     assert counter.rows == 0
@@ -197,7 +183,7 @@ DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_part_of_a_screen_is_made_again(work: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_part_of_a_screen_is_measured_again(work: Path, damage: Callable[[bytes], bytes]) -> None:
     _, second = sorted(work.iterdir())
     whole = second.read_bytes()
     second.write_bytes(damage(whole))
@@ -205,7 +191,7 @@ def test_a_damaged_part_of_a_screen_is_made_again(work: Path, damage: Callable[[
     assert second.read_bytes() == whole
 
 
-def test_a_screen_that_was_cut_off_continues_to_the_same_bits(work: Path) -> None:
+def test_an_interrupted_screen_resumes_to_the_same_bits(work: Path) -> None:
     first, _ = sorted(work.iterdir())
     first.unlink()
     assert run_screen(*swept(), work, ignore) == screened()
@@ -236,7 +222,7 @@ def costs_of(saved: Mapping[str, float], full_ms: float = 80.0) -> list[Cost]:
 
 
 @given(screen=screens, saved=shares, per_bin=st.integers(1, 6))
-def test_what_is_chosen_does_the_least_local_error_for_the_time_it_saves(
+def test_the_chosen_ablations_have_the_least_local_error_per_time_saved(
     screen: Screen, saved: dict[str, float], per_bin: int
 ) -> None:
     def worth(entry: tuple[Ablation, int]) -> float:
@@ -255,9 +241,9 @@ def test_what_is_chosen_does_the_least_local_error_for_the_time_it_saves(
         assert not left or max(map(worth, own)) <= min(left) * (1 + 1e-9)
 
 
-def test_a_reuse_saves_only_where_it_is_no_refresh() -> None:
+def test_a_reuse_saves_only_between_refreshes() -> None:
     rarely = PeriodicTreatment(treatment=Treatment.HOLD, period=4)
-    # of equal error, that which leaves out most; the error of the removal is 0.9 of it for 3/4 of its time
+    # with equal errors, the one that skips most comes first; the removal has the lowest error per time saved
     errors = {
         (Ablation(component="a", periodic=kind), 0): error for kind, error in ((HOLD, 1.0), (rarely, 1.0), (DROP, 1.2))
     }
@@ -295,7 +281,7 @@ def partly_measured(draw: st.DrawFn) -> tuple[Screen, tuple[Effect, ...]]:
 
 
 def ratios_of(screen: Screen, measured: tuple[Effect, ...]) -> dict[int, list[float]]:
-    """List damage / local error of what was measured, by bin."""
+    """List damage / local error of the measured ablations, by bin."""
     found: dict[int, list[float]] = {}
     for effect in measured:
         error, damage = screen.errors[entry_of(effect)], effect.relative_l2.mean
@@ -309,7 +295,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 @given(known=partly_measured())
-def test_all_and_only_what_was_not_measured_is_estimated(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+def test_exactly_the_unmeasured_ablations_are_estimated(known: tuple[Screen, tuple[Effect, ...]]) -> None:
     screen, measured = known
     rest = estimate_rest(screen, measured)
     assert not any(effect.measured for effect in rest)
@@ -319,10 +305,12 @@ def test_all_and_only_what_was_not_measured_is_estimated(known: tuple[Screen, tu
 
 
 @given(known=partly_measured())
-def test_estimates_are_the_local_error_times_the_gain_of_their_bin(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+def test_an_estimate_is_the_local_error_times_the_amplification_of_its_bin(
+    known: tuple[Screen, tuple[Effect, ...]],
+) -> None:
     screen, measured = known
     amplifications = {b: geometric_mean(ratios) for b, ratios in ratios_of(screen, measured).items()}
-    # a bin without measurements is like the others; without any, all are like those of another model
+    # a bin without measurements takes the mean of the other bins; without any, the constant of the reference model
     typical = geometric_mean(list(amplifications.values())) if amplifications else np.exp(TYPICAL_LOG_AMPLIFICATION)
     for effect in estimate_rest(screen, measured):
         amplification = amplifications.get(effect.bin, typical)
@@ -330,7 +318,7 @@ def test_estimates_are_the_local_error_times_the_gain_of_their_bin(known: tuple[
 
 
 @given(known=partly_measured())
-def test_intervals_are_as_wide_as_what_was_measured_scatters(known: tuple[Screen, tuple[Effect, ...]]) -> None:
+def test_intervals_are_as_wide_as_the_scatter_of_the_measurements(known: tuple[Screen, tuple[Effect, ...]]) -> None:
     screen, measured = known
     ratios = ratios_of(screen, measured)
     scatter = [np.log(ratio / geometric_mean(own)) for own in ratios.values() for ratio in own]
@@ -356,7 +344,7 @@ def test_wide_scatter_makes_wide_intervals() -> None:
     assert width(1.0, 1.0) == width(3.0, 3.0)
 
 
-def test_a_screen_of_the_tiny_model_is_filled_up() -> None:
+def test_the_unmeasured_rest_of_the_tiny_models_screen_is_estimated() -> None:
     chosen = list(screened().errors)[::9]
     measured = tuple(effect_of(entry, 3 * error) for entry in chosen if (error := screened().errors[entry]))
     rest = estimate_rest(screened(), measured)
@@ -365,7 +353,7 @@ def test_a_screen_of_the_tiny_model_is_filled_up() -> None:
         assert effect.relative_l2.mean == pytest.approx(3 * screened().errors[entry_of(effect)])
 
 
-def test_the_typical_gain_is_the_committed_measurement() -> None:
+def test_the_typical_error_amplification_is_the_committed_measurement() -> None:
     path = Path(__file__).parents[2] / "benchmarks/results/amplification.json"
     figures = {figure["figure"]: figure["value"] for figure in json.loads(path.read_text())["figures"]}
     assert pytest.approx(figures["log(damage / local error), mean"], abs=0.05) == TYPICAL_LOG_AMPLIFICATION

@@ -15,7 +15,7 @@ from unetc.progress import Progress
 
 @dataclass
 class Screen:
-    """What the command line writes to, and its clock."""
+    """Streams that the command line writes to, and its clock."""
 
     now: float = 1000.0
     text: io.StringIO = field(default_factory=io.StringIO)

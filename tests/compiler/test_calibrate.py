@@ -1,7 +1,9 @@
-"""What is looked at to find what float16 cannot hold."""
+"""All engines of a bundle are searched for values that float16 cannot hold, without the libraries of capturing."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def path_of(bundle: Bundle, tmp_path: Path) -> Callable[[str], Path]:
-    """Write graphs beside their weights; in those of controls one value more is computed, of 10⁹ times the sample."""
+    """Write graphs into the folder of their weights; graphs of controls also compute the sample times 10⁹."""
     manifest = bundle.manifest
     known = {engine.graph for engine in (manifest.full, *manifest.engines)}
     (tmp_path / WEIGHTS).write_bytes(bundle.weights)
@@ -72,6 +74,40 @@ def test_engines_of_controls_are_looked_at_if_asked_for(bundle: Bundle, path_of:
     read = {value.name for e in bundle.manifest.all_engines() for value in graph_of(bundle, e.graph).input}
     assert any(name.startswith(HELD) for name in read), "no control holds anything, so this test misses half"
     assert overflowing_values(bundle, path_of, ignore, controls=True) == {"only in controls"}
+
+
+SEARCH = """
+import sys
+from pathlib import Path
+
+blocked = {"diffusers", "onnxscript", "scipy", "torch", "transformers", "triton"}
+sys.modules |= dict.fromkeys(blocked)  # Python then takes them for missing
+
+from unetc.compiler.tensorrt import compile_bundle
+from unetc.compiler.tensorrt.calibrate import overflowing_values
+from unetc.compiler.tensorrt.private_folder import lower_inside
+from unetc.compiler.tensorrt.references import check_references
+from unetc.precision import Precision
+from unetc.progress import ignore
+from unetc.runtime.bundle import Bundle
+
+bundle, folder = Bundle.open(Path(sys.argv[1])), Path(sys.argv[2])
+full = bundle.manifest.full.graph
+check_references(bundle.graphs[full], full, len(bundle.weights))
+wide = overflowing_values(bundle, lambda graph: folder / graph.replace("/", "."), ignore)
+lower_inside(folder, [full.replace("/", ".")], Precision.FP16, wide)
+"""
+
+
+def test_compiling_needs_neither_torch_nor_diffusers(
+    bundle: Bundle, tiny_bundle: Path, path_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for graph in bundle.graphs:
+        path_of(graph)
+    command = [sys.executable, "-c", SEARCH, str(tiny_bundle), str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert list((tmp_path / "fp16").glob("*.onnx"))
 
 
 def graph_of(bundle: Bundle, path: str) -> onnx.GraphProto:

@@ -1,4 +1,4 @@
-"""Graphs in half precision: made when a bundle is built for such a target, loaded by torch and onnxruntime."""
+"""Graphs in half precision are made when a bundle is built for such a target, and loaded by torch and onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.nvidia.test_cache import ORIGIN
 from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.artifacts import Plan, Profile
 from unetc.artifacts.manifest import Manifest
-from unetc.backend import WEIGHTS, Array, LowPrecision, SerialisedGraph
+from unetc.backend import WEIGHTS, Array, Backend, SerialisedGraph
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.graph.lowering import lower_graph, lower_graphs
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.tensorrt.on_demand import LoweringBackend, take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import CorruptArtifactError, NonFiniteError, SessionError
 from unetc.models.find import find_model
@@ -47,16 +47,15 @@ from unetc.treatments import Treatment
 
 HALF = (Precision.FP16, Precision.BF16)
 AGREES = {Precision.FP16: 1e-2, Precision.BF16: 8e-2}
-"""Relative to the largest number. One rounding is 5e-4 of a number in float16 and 4e-3 in bfloat16, and some twenty
-follow each other; engines that hold add what the step before has lost."""
+"""Tolerance relative to the largest number. One rounding changes a number by 5e-4 in float16 and by 4e-3 in bfloat16,
+and about twenty follow each other. Engines that hold branches add the error of the previous step."""
 
 
-def half(target: str, precision: Precision, calls: MeasuredCalls) -> LoweringBackend:
+def half(target: str, precision: Precision, calls: MeasuredCalls) -> Backend:
     """Open a target in half precision for graphs in float32."""
-    name = f"{target}:{precision}"
-    backend = take_any_graph(name, open_backend(name, threads=1), calls, frozenset, ignore)
-    assert isinstance(backend, LoweringBackend)
-    return backend
+    backend = open_backend(f"{target}:{precision}", threads=1)
+    assert backend.reads is precision
+    return backend.prepared_by(OnDemand(calls, frozenset, ignore))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_engines_in_turns_compute_nearly_what_the_gated_graph_computes(
 def test_a_graph_lowered_alone_is_one_that_is_lowered_with_its_weights(
     tiny: Tiny, reuse: Reuse, tmp_path: Path
 ) -> None:
-    """onnxruntime computes the same bits with weights that the loader rounds and with those that were written."""
+    """onnxruntime computes the same bits with weights rounded by the loader and with weights rounded in a file."""
     weights, inputs = tiny.gated.weights.read_bytes(), tiny.inputs(batch=2, height=8, width=8)
     (tmp_path / WEIGHTS).write_bytes(weights)
     (tmp_path / "full.onnx").write_bytes(reuse.full.graph)
@@ -128,7 +127,7 @@ def test_a_name_says_what_a_weight_is_rounded_from() -> None:
     assert rounded_from("a.weight.fp16", {"a.weight"}) == ("a.weight", Precision.FP16)
     assert rounded_from("a.weight.bf16", {"a.weight"}) == ("a.weight", Precision.BF16)
     assert rounded_from("a.weight", {"a.weight"}) is None
-    assert rounded_from("a.fp16", {"a.fp16", "a"}) is None, "what is in the file is what is meant"
+    assert rounded_from("a.fp16", {"a.fp16", "a"}) is None, "a weight of the file has priority"
     assert rounded_from("b.fp16", {"a"}) is None
     assert [Precision.of_target(name) for name in ("torch:cpu", "torch:cuda:compiled:bf16", "tensorrt:fp16")] == [
         Precision.FP32,
@@ -171,7 +170,7 @@ def test_a_precision_that_a_bundle_was_not_built_for_is_refused(half_bundle: Pat
 
 
 def louder(bundle: Bundle, factor: float) -> Bundle:
-    """Multiply the first layer of a bundle in memory; norms make what follows small again."""
+    """Multiply the first layer of a bundle in memory; norms make the values after it small again."""
     weights: Mapping[str, Array] = load(bundle.weights)
     (first,) = (name for name in weights if name.endswith("conv_in.weight"))
     return replace(bundle, weights=save({**weights, first: weights[first] * np.float32(factor)}))
@@ -196,7 +195,6 @@ def test_tensorrt_knows_itself_in_float32(tmp_path: Path) -> None:
 
     low = backend(Precision.FP16)
     exact = low.exact()
-    assert isinstance(low, LowPrecision)
     assert exact is not None
     assert (low.precision, exact.precision, low.reads) == (Precision.FP16, Precision.FP32, Precision.FP32)
     assert exact.exact() is None

@@ -1,4 +1,4 @@
-"""What an analysis measures in float16 is kept float32 where float16 could not hold it, and is never served."""
+"""Measured engines keep values in float32 that float16 cannot hold, and are never served to sampling."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.prepare import Prepared, prepare
-from unetc.compiler.tensorrt import on_demand as measuring
+from unetc.compiler.tensorrt import on_demand
 from unetc.compiler.tensorrt.calibrate_model import overflowing_in_model
 from unetc.compiler.tensorrt.messages import BuildRequest
-from unetc.compiler.tensorrt.on_demand import BuildingBackend, take_any_graph
+from unetc.compiler.tensorrt.on_demand import BuildingBackend, OnDemand
 from unetc.compiler.tensorrt.supervise import Outcome
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import EngineBuildError, SessionError, StaleEngineError
@@ -53,7 +53,7 @@ from unetc.runtime.backends.tensorrt import TensorRtBackend
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
 
 TOLERANCE = 2e-2
-"""Relative to the largest number of a prediction; see test_lowering. Norms of large values are not well conditioned."""
+"""Relative to the largest number of a prediction; see test_lowering. Norms of large values are ill-conditioned."""
 SHAPE = (1, 8, 8)
 CALLS = MeasuredCalls.of(SHAPE, 2, 2, UNCONDITIONAL)
 
@@ -62,7 +62,7 @@ Values = dict[str, NDArray[Any]]
 
 @pytest.fixture(scope="module")
 def loud(shared: Path, tiny_model: Path) -> Prepared:
-    """Capture the tiny model with values of 10⁵ in the trunk and in the last blocks, which norms make small again."""
+    """Capture the tiny model with values of 10⁵ in the trunk and in the last blocks; norms make them small again."""
 
     def save(folder: Path) -> None:
         pipeline = DDPMPipeline.from_pretrained(tiny_model)
@@ -119,7 +119,7 @@ FORMS = (
 
 
 def inputs_of(gated: GatedGraph, folder: Path) -> Values:
-    """Draw a call; what is held is what the full model has computed at the timestep before."""
+    """Draw a call; held branches are the full model's results at the previous timestep."""
     rng = np.random.default_rng(0)
     inputs: Values = {
         "sample": rng.standard_normal((1, *SHAPE), dtype=np.float32),
@@ -182,8 +182,8 @@ def test_what_overflows_in_the_full_model_stays_wide_in_all_that_is_made_of_it(
 def build(
     backend: Any, calls: MeasuredCalls, wide: Callable[[], frozenset[str]], loud: Prepared, graph: SerialisedGraph
 ) -> None:
-    """Load a graph as an analysis does, which ends where the library misses a GPU."""
-    building = take_any_graph("tensorrt-rtx", backend, calls, wide, ignore)
+    """Load a graph as an analysis does; without a GPU this fails when the library loads the engine."""
+    building = backend.prepared_by(OnDemand(calls, wide, ignore))
     loader = building.open_weights(loud.gated.weights.read_bytes())
     misses = pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)")
     with nullcontext() if torch.cuda.is_available() else misses:
@@ -198,13 +198,13 @@ def test_an_engine_of_float16_is_built_with_what_overflows_wide_and_is_never_ser
     pytest.importorskip("tensorrt_rtx")
     graph = forms_of(loud.gated)[form]
     built: list[onnx.ModelProto] = []
-    real = measuring.build_one
+    real = on_demand.build_one
 
     def watched(name: str, key: Any, folder: Path, *others: Any, **options: Any) -> Any:
         built.append(onnx.load(folder / name))
         return real(name, key, folder, *others, **options)
 
-    monkeypatch.setattr(measuring, "build_one", watched)
+    monkeypatch.setattr(on_demand, "build_one", watched)
     engines = EngineCache(tmp_path)
     backend = backend_of(engines, Precision.FP16)
     for _ in range(2):  # the second time it is there
@@ -251,7 +251,7 @@ def test_engines_that_were_measured_longest_ago_make_room_and_those_that_are_ser
     loud: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(measuring, "_MOST_BYTES", 0)
+    monkeypatch.setattr(on_demand, "MOST_BYTES", 0)
     backend, forms = backend_of(EngineCache(tmp_path)), forms_of(loud.gated)
     served = EngineCache(tmp_path).folder(test_engine_cache.KEY)
     EngineCache(tmp_path).put(test_engine_cache.record(), test_engine_cache.ENGINE_BYTES)
@@ -309,12 +309,12 @@ def test_an_engine_is_built_on_the_gpu_that_it_is_measured_on(tmp_path: Path, mo
         asked.append(request)
         raise EngineBuildError("far enough")
 
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_engine", note)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_one.build_engine", note)
     second = torch.device("cuda", 1)
     engines = TensorRtBackend(
         LIBRARY, Precision.FP32, here=LIBRARY.origin(), engines=EngineCache(tmp_path), gpu=second, memory=Memory.LOW
     )
-    loader = BuildingBackend(engines, CALLS, (), ignore).open_weights(b"weights")
+    loader = BuildingBackend(engines, CALLS, frozenset(), ignore).open_weights(b"weights")
     with pytest.raises(EngineBuildError, match="far enough"):
         loader.load(SerialisedGraph(graph=b"graph", weights=frozenset()))
     assert [request.gpu for request in asked] == [1]
@@ -322,4 +322,4 @@ def test_an_engine_is_built_on_the_gpu_that_it_is_measured_on(tmp_path: Path, mo
 
 def test_other_targets_build_nothing() -> None:
     backend = open_backend("onnxruntime:cpu", threads=1)
-    assert take_any_graph("onnxruntime:cpu", backend, CALLS, frozenset, ignore) is backend
+    assert backend.prepared_by(OnDemand(CALLS, frozenset, ignore)) is backend

@@ -22,12 +22,24 @@ from PIL import Image
 
 import unetc
 from tests.command import ALONE, Result, run, run_alone
-from unetc.artifacts import Estimate, Manifest, Plan, Profile, Verification
+from unetc.artifacts import (
+    Assignment,
+    Estimate,
+    Manifest,
+    ModelReference,
+    Phase,
+    Plan,
+    Prediction,
+    Profile,
+    Treatment,
+    Verification,
+)
 from unetc.artifacts.pareto import Pareto
+from unetc.cli.diagnosis import Finding
 from unetc.compiler.search.pareto import ParetoOptions
 from unetc.compiler.search.repair import RepairOptions
 
-COMMANDS = ("analyze", "plan", "build", "sample", "compile", "verify", "report", "inspect", "doctor", "demo")
+COMMANDS = ("analyze", "plan", "build", "pareto", "sample", "compile", "verify", "report", "inspect", "doctor", "demo")
 LIMITS = ("--budget", "0.2", "--max-engines", "2", "--max-memory", "2.5")
 SMALL = ("--steps", "4", "--samples", "2", "--bins", "2", "--batch", "2", "--threads", "1")
 
@@ -52,7 +64,7 @@ def damaged(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Way:
-    """What every command of the whole way printed, and the folder it worked in."""
+    """Output of every command of the whole way, and the folder that they worked in."""
 
     folder: Path
     results: dict[str, Result]
@@ -71,7 +83,7 @@ def way(tiny_model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
             *("--steps", 4, "--cache", cache, "-o", bundle),
         ),
         "pareto": (
-            *(tiny_model, "--profile", folder / "profile.json", "--budgets", 2, "--steps", 4),
+            *(tiny_model, "--profile", folder / "profile.json", "--budgets", 2, "--steps", 4, "--planner", "exact"),
             *("--cache", cache, "-o", folder / "pareto.json"),
         ),
         "inspect": (bundle,),
@@ -104,6 +116,26 @@ def test_the_profile_names_every_component_with_cost_and_damage(way: Way) -> Non
     assert {entry["name"] for entry in facts["components"]} >= {"step", "level:up_blocks.0.upsamplers.0"}
 
 
+def test_the_ranking_is_printed_for_people_and_programs(way: Way) -> None:
+    profile = way.folder / "profile.json"
+    ranking = way.results["analyze"].json["ranking"]
+    assert (ranking["by"], len(ranking["overall"]), len(ranking["bins"])) == ("worth", 10, 2)
+    assert run("inspect", profile, "--json").json["ranking"] == ranking
+    everything = run("inspect", profile, "--json", "--top", 0, "--by", "damage", "--bin", 2).json["ranking"]
+    assert (len(everything["overall"]), [own["bin"] for own in everything["bins"]]) == (19, [2])
+    useful = [own["relative_l2"] for own in everything["overall"] if own["saving"] > 0]
+    assert useful == sorted(useful)
+    for own in everything["bins"][0]["components"]:
+        assert own["worth"] == (pytest.approx(own["saving"] / own["relative_l2"]) if own["saving"] > 0 else 0)
+    shown = " ".join(run("inspect", profile, "--top", 4).out.split())
+    assert [shown.count(word) for word in ("over all noise levels", "-∞ to", "to ∞")] == [1, 1, 1]
+    assert shown.index(ranking["overall"][0]["component"]) < shown.index(ranking["overall"][3]["component"])
+    alone = run("inspect", profile, "--top", 1, "--bin", 2, "--by", "saving").out
+    assert "components by time saved at log-SNR" in " ".join(alone.split())
+    assert "there is no noise level 3. Expected 1, the noisiest, to 2" in run("inspect", profile, "--bin", 3).error
+    assert run("inspect", profile, "--by", "magic").code == 2
+
+
 def test_the_plan_is_printed_and_saved_and_the_same_again(way: Way) -> None:
     made = Plan.load(way.folder / "plan.json")
     assert way.results["plan"].json["budget"] == made.budget == 0.2
@@ -111,9 +143,45 @@ def test_the_plan_is_printed_and_saved_and_the_same_again(way: Way) -> None:
     assert 1 <= len(made.engines) - 1 <= 2
     assert made.prediction.time_ratio <= 0.8 + 1e-6
     assert made.prediction.memory <= 2.5 + 1e-6
+    shown = " ".join(run("plan", way.folder / "profile.json", *LIMITS, "-o", "shown.json").out.split())
+    assert f"saves {100 * (1 - made.prediction.time_ratio):.1f}".removesuffix(".0") in shown
+    assert "asked to save 20 %" in shown
+    assert f"(time ratio {made.prediction.time_ratio:.3f})" in shown
     for name in ("again.json", "and-again.json"):
         run_alone("plan", way.folder / "profile.json", *LIMITS, "-o", name)
         assert Path(name).read_bytes() == (way.folder / "plan.json").read_bytes()
+
+
+def test_a_speedup_is_another_way_to_give_a_budget(way: Way) -> None:
+    plan = ("plan", way.folder / "profile.json", "--max-engines", 2)
+    facts = run(*plan, "--speedup", 1.25, "--json").json
+    assert facts["budget"] == pytest.approx(0.2)
+    assert run(*plan, "--speedup", 1, "--json").json["budget"] == 0
+    for wrong in (0.9, 0, -1, "inf", "nan"):
+        assert "at least 1 and finite; got" in run(*plan, "--speedup", wrong).error
+    for command in (plan, ("build", "digits"), ("demo",)):
+        both = run(*command, "--speedup", 1.25, "--budget", 0.2)
+        assert (both.code, "give one of them" in both.err) == (2, True)
+
+
+def test_a_phase_shows_the_components_of_every_engine_of_its_cycle(tmp_path: Path) -> None:
+    low, high = 0.0, 1.0
+    engines = (Assignment(treatments={}, emits=("step",)), Assignment(treatments={"step": Treatment.FORECAST}))
+    cycles = {"full → engine 1": (0, 1), "engine 1 → full": (1, 0), "engine 1": (1,), "full": (0,)}
+    for runs, cycle in cycles.items():
+        Plan(
+            unetc="0",
+            model=ModelReference(name="m", sha256="0" * 64, pipeline="P", denoiser="U"),
+            profile_sha256="0" * 64,
+            budget=0.2,
+            max_engines=1,
+            engines=engines,
+            phases=(Phase(low=low, high=high, cycle=cycle),),
+            prediction=Prediction(time_ratio=0.5, relative_l2=0.1, memory=1.0),
+        ).save(tmp_path / "plan.json")
+        row = run("inspect", tmp_path / "plan.json").out.splitlines()[-2]
+        treated = {(0,): "nothing", (1,): "step (forecast)"}.get(cycle, "engine 1: step (forecast)")
+        assert [cell.strip() for cell in row.split("│")[1:-1]] == ["-∞ to ∞", runs, treated]
 
 
 def test_the_bundle_holds_the_plan_as_it_was_given(way: Way) -> None:
@@ -242,12 +310,13 @@ def test_the_report_is_one_page_that_loads_nothing(way: Way) -> None:
     Reader().feed(page)
     assert all(address.startswith(("data:", "#")) for address in addresses)
     assert "mid_block.attentions.0" in page
+    assert "The most redundant components" in page
 
 
 def test_people_get_tables_and_the_names_of_what_was_written(way: Way, cache: Path, tiny_model: Path) -> None:
     bundle = way.folder / "bundle"
     for path, words in (
-        ("profile.json", "mid_block.attentions.0"),
+        ("profile.json", "over all noise levels"),
         ("plan.json", "log-SNR"),
         ("verification.json", "fewer steps"),
         ("bundle", "engines/full.onnx"),
@@ -255,7 +324,7 @@ def test_people_get_tables_and_the_names_of_what_was_written(way: Way, cache: Pa
     ):
         shown = run("inspect", way.folder / path)
         assert shown.code == 0, shown.err
-        assert words in shown.out
+        assert words in " ".join(shown.out.split())
     for written, arguments in (
         ("plan.json", ("plan", way.folder / "profile.json", "--budget", "0.1")),
         ("samples.png", ("sample", bundle, "--batch", 1)),
@@ -407,6 +476,10 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
         lambda at: ("plan", cheap(at.profile), "--budget", "0.2"),
         "Ask for a smaller budget",
     ),
+    "unknown planner": (lambda at: ("build", at.model, "--planner", "slow"), "unknown planner 'slow'"),
+    "unknown planner, pareto": (lambda at: ("pareto", at.model, "--planner", "slow"), "unknown planner 'slow'"),
+    "unknown noise level": (lambda at: ("analyze", at.model, "--bin", 9), "there is no noise level 9"),
+    "speedup below 1": (lambda at: ("demo", "--speedup", "0.5"), "got 0.5"),
     "unknown gate": (lambda at: ("build", at.model, "--quality-gate", "fid<=3"), "cannot read the quality gate"),
     "profile of another model": (
         lambda at: ("build", other_model(at.model), "--profile", at.profile, "--cache", at.cache),
@@ -522,7 +595,7 @@ def test_a_bug_shows_its_traceback(tiny_bundle: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Let SIGINT interrupt; what a shell without job control starts in the background ignores it."""
+    """Let SIGINT interrupt; processes that a shell without job control starts in the background ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -570,9 +643,30 @@ def test_the_doctor_finds_what_is_needed() -> None:
     assert all(finding["works"] for finding in findings.values() if finding["needed"])
     assert "GiB of memory free" in findings["machine"]["detail"]
     assert findings["NVIDIA GPU"]["works"] or "nvidia-smi" in findings["NVIDIA GPU"]["detail"]
-    shown = run("doctor")
-    assert (shown.code, "works" in shown.out) == (0, True)
-    assert all(heading in shown.out for heading in ("what", "state", "detail"))
+    for options, heading in (((), "help"), (("-v",), "detail")):
+        shown = run("doctor", *options)
+        assert (shown.code, "works" in shown.out) == (0, True)
+        assert all(word in shown.out for word in ("part", "state", heading))
+    assert "onnxruntime 1" in shown.out
+
+
+def test_the_doctor_names_one_command_for_each_missing_part_in_a_line() -> None:
+    missing = "target x needs y (No module named 'y'): pip install 'unetc[x]'"
+    other = "target x needs Z, and onnxruntime has A. Swap: pip uninstall a; pip install 'unetc[gpu]'"
+    no_gpu = "target torch:cuda needs an NVIDIA GPU, and torch finds none. Install its driver."
+    shorts = [
+        Finding(name="target x", works=False, needed=False, detail=detail).short for detail in (missing, other, no_gpu)
+    ]
+    assert shorts == [
+        "pip install 'unetc[x]'",
+        "pip uninstall a; pip install 'unetc[gpu]'",
+        "needs an NVIDIA GPU, and torch finds none",
+    ]
+    findings = run("doctor", "--json").json["findings"]
+    shown = [line for line in run("doctor").out.splitlines() if line.startswith("│")]
+    assert len(shown) == len(findings)
+    assert all(finding["detail"] for finding in findings)
+    assert [finding["help"] for finding in findings if finding["works"]] == [""] * sum(f["works"] for f in findings)
 
 
 def test_python_runs_the_package() -> None:

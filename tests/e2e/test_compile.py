@@ -1,4 +1,4 @@
-"""A bundle gets its engines: all of them, once, into the cache, and what is asked for wrongly is refused in a line."""
+"""All engines of a bundle are built once, into the cache; wrong options are refused in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rtx() -> None:
 
 @pytest.fixture(scope="module")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build `digits` by a plan made by hand: one engine refreshes, one drops and holds, one forecasts and averages."""
+    """Build `digits` with a handmade plan: one engine refreshes, one drops and holds, one forecasts and averages."""
     folder = tmp_path_factory.mktemp("digits")
     analysis = AnalysisOptions(steps=4, samples=2, bins=2, batch=2, rounds=1, threads=1, decisive=0)
     profile = analyze_model(find_model("digits"), analysis, cache=folder / "cache")
@@ -179,7 +179,7 @@ def test_every_phase_of_digits_is_built(digits_bundle: Path, tmp_path: Path, rtx
     ("options", "message"),
     [
         (("--target", "onnxruntime:cpu"), "no engines can be built for target 'onnxruntime:cpu'"),
-        (("--target", "torch:cuda"), "runs the graphs of a bundle as they are, so `unetc sample` needs none"),
+        (("--target", "torch:cuda"), "runs the graphs of a bundle directly, so `unetc sample` needs no engines"),
         (("--target", "tpu"), "no engines can be built for target 'tpu'. Available: tensorrt, tensorrt-rtx."),
         (("--precision", "fp8"), "unknown precision 'fp8'. Available: fp32, fp16, bf16."),
         (("--target", "tensorrt-rtx:fp8"), "unknown precision 'fp8'. Available: fp32, fp16, bf16."),
@@ -258,10 +258,10 @@ def test_a_target_may_end_with_its_precision(text: str, precision: str | None, r
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> CompileOptions:
-    """Let engines be compiled for the stand-in for the CPU; none can be built."""
+    """Offer the stand-in for the CPU as the only library; starting to build fails the test."""
     monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
     monkeypatch.setattr(
-        "unetc.compiler.tensorrt.compile_bundle.build_engine", lambda *_, **__: pytest.fail("began to build")
+        "unetc.compiler.tensorrt.build_one.build_engine", lambda *_, **__: pytest.fail("began to build")
     )
     return CompileOptions(target=NAME)
 
@@ -323,10 +323,10 @@ def test_an_interrupt_stops_builds_that_hang(
 ) -> None:
     source = f"import os, time; open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w'); time.sleep(300)"
     hangs = partial(build_engine, command=(sys.executable, "-S", "-c", source))
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_engine", hangs)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_one.build_engine", hangs)
     monkeypatch.setattr("unetc.nvidia.library.LIBRARIES", {NAME: LIBRARY})
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.cores", lambda: 2)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.free_memory", lambda: None)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.cores", lambda: 2)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.free_memory", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
@@ -402,7 +402,7 @@ def test_inspect_tells_the_memory_of_engines(
     shown = run("inspect", tiny_bundle).out
     assert "tensorrt-rtx" in shown
     if sums["full"]["scratch_bytes"] is None:
-        assert "Scratch memory is not known of engines" in shown
+        assert "have no figure for scratch memory" in shown
     assert shown.count("phase from") == 2
     assert f"{sum(engine['engine_bytes'] for engine in built) / 2**20:.1f}" in shown
     (low,) = (line for line in shown.splitlines() if "with --memory low, at most" in line)
@@ -443,7 +443,7 @@ def shown_of(bundle: Path) -> str:
 @pytest.mark.without_gpu
 def test_engines_for_this_gpu_need_one(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
     error = run("compile", tiny_bundle, *RTX, "--on-this-gpu", "--cache", tmp_path).error
-    assert "this needs a tensorrt-rtx engine for the GPU of this machine, and nvidia-smi is not there" in error
+    assert "this needs a tensorrt-rtx engine for the GPU of this machine, and nvidia-smi is missing" in error
 
 
 @pytest.mark.rtx

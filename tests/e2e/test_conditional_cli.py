@@ -28,11 +28,11 @@ pytestmark = pytest.mark.nightly
 
 SMALL = ("--steps", 4, "--samples", 1, "--bins", 2, "--batch", 2, "--threads", 1, "--screen-only")
 FEW = ("--components", "down_blocks.0.*")
-"""The others are neither timed nor ablated, which would take minutes."""
+"""Only these components are timed and ablated; all of them would take minutes."""
 
 
 def plan_by_hand(path: Path) -> Path:
-    """Hold a residual branch at every other step of the second half, so that no timing decides what is built."""
+    """Plan to hold a residual branch at every other step of the second half, independent of any timing."""
     profile = Profile.load(path)
     noisy, clean = profile.bins
     name = next(component.name for component in profile.components if component.kind == "residual")
@@ -70,11 +70,11 @@ def go(model: object, folder: Path, *options: object) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a reduced size, with a stand-in for OpenAI's tokenizer, which no registry has."""
+    """Use a reduced model, and a stand-in for OpenAI's tokenizer, which no registry offers."""
     for module in ("unetc.models.glide", "unetc.models.find"):
         monkeypatch.setattr(f"{module}.VARIANTS", {name: small(name)})
     monkeypatch.setattr("unetc.models.glide.tokenize", tokens_of)
-    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))  # the other tables are not looked at
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))  # the other tables are not used
     torch.save(twin(name).state_dict(), tmp_path / "weights.pt")
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     low_res = np.random.default_rng(0).uniform(-1, 1, (4, 3, 4, 4)).astype(np.float32)
@@ -91,12 +91,12 @@ def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkey
     assert np.abs(planned - full).max() > 0
 
 
-def test_a_controlnet_is_asked_for_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controlnet_is_requested_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4, 500))
     go(save_stable_diffusion(tmp_path / "pipeline"), tmp_path, "--controlnet")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
     controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
-    condition_well(controlnet, seed=4)  # fresh, it adds nothing
+    condition_well(controlnet, seed=4)  # a fresh ControlNet adds nothing
     controlled = diffusers.StableDiffusionControlNetPipeline(**pipeline.components, controlnet=controlnet.eval())
     controlled.set_progress_bar_config(disable=True)
 

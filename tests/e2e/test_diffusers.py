@@ -1,4 +1,4 @@
-"""The drop-in: diffusers' own pipelines, unmodified, with a bundle as their UNet."""
+"""The drop-in: unmodified diffusers pipelines with a bundle as their UNet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle
 from unetc.diffusers import BundleUNet
 from unetc.errors import NonFiniteError, SessionError, UnetcError
-from unetc.models.find import find_model
+from unetc.models.find import ModelSource, find_model
 from unetc.nvidia.call_ranges import check_call
 from unetc.precision import Precision
 from unetc.runtime.bundle import Bundle
@@ -44,7 +44,7 @@ STEPS = 6
 SCALE = 3.0
 PROMPTS = ["a small circle", "a blue square"]
 TOLERANCE = 1e-3
-"""Largest difference of two images in 0..1: rounding of two runtimes, through up to eleven calls and a decoder."""
+"""Largest difference between two images in 0..1: rounding of two runtimes over up to eleven calls and a decoder."""
 
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "sd": save_stable_diffusion,
@@ -67,14 +67,14 @@ ONLY_SD = pytest.mark.parametrize("folder", ["sd"], indirect=True)
     ],
 )
 def folder(request: pytest.FixtureRequest, shared: Path) -> Path:
-    """Save a pipeline and build a bundle of it beside it; that of Stable Diffusion takes a ControlNet."""
+    """Save a pipeline and build a bundle of it next to it; the bundle of Stable Diffusion accepts a ControlNet."""
     root = shared / f"diffusers-{request.param}"
-    with FileLock(f"{root}.lock"):  # another worker of pytest-xdist may be at it
+    with FileLock(f"{root}.lock"):  # another pytest-xdist worker may be building it
         if not (root / "bundle").exists():
             root.mkdir()
             SAVERS[request.param](root / "pipeline")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (1, 500))  # the other tables are not looked at
+                patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (1, 500))  # the other tables are not used
                 build_by_hand(root, controlnet=request.param == "sd")
     return root / "pipeline"
 
@@ -92,14 +92,14 @@ def build_by_hand(root: Path, *, controlnet: bool) -> None:
         prompts=("a red square",),
         guidance_scale=SCALE,
     )
-    found = find_model(model, controlnet=controlnet)
+    found = find_model(ModelSource(model, controlnet=controlnet))
     profile = analyze_model(found, analysis, cache=cache)
     options = BuildOptions(plan=PlanOptions(budget=0.0), steps=STEPS, controls=False)
     build(found, profile, root / "bundle", options, cache=cache, plan=plan_of(profile))
 
 
 def plan_of(profile: Profile) -> Plan:
-    """Compute the first noise levels in full; then let an engine that holds and forecasts take turns with engine 0."""
+    """Compute the first noise levels in full, then alternate engine 0 with an engine that holds and forecasts."""
     level = next(component for component in profile.components if component.kind == "level")
     apart = [c for c in profile.components if c.kind == "residual" and c.name not in level.nested]
     reusing = {level.name: Treatment.HOLD, apart[-1].name: Treatment.FORECAST}
@@ -145,7 +145,7 @@ def full_model(bundle: Path) -> BundleUNet:
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """List the engines that run, in their order."""
+    """Record the engines in the order they run."""
     engines: list[int] = []
     run = Rollout.run
 
@@ -187,13 +187,13 @@ def images_of(pipeline: Any, **options: Any) -> Array:
 
 @pytest.mark.shows("drop-in")
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
-def test_lossless_is_the_pipeline(pipeline: Any, full_model: BundleUNet, scale: float) -> None:
+def test_the_full_model_equals_the_pipeline(pipeline: Any, full_model: BundleUNet, scale: float) -> None:
     expected = images_of(pipeline, guidance_scale=scale)
     with denoised_by(pipeline, full_model):
         np.testing.assert_allclose(images_of(pipeline, guidance_scale=scale), expected, atol=TOLERANCE)
 
 
-def test_a_plan_is_what_the_session_samples(
+def test_a_plan_gives_the_sessions_samples(
     folder: Path, pipeline: Any, session: Session, planned: BundleUNet, engines: list[int]
 ) -> None:
     with denoised_by(pipeline, planned):
@@ -203,11 +203,11 @@ def test_a_plan_is_what_the_session_samples(
     conditions = find_model(str(folder)).encode(PROMPTS, SCALE)
     expected = session.sample(noise=latents().numpy(), conditions=conditions)
     np.testing.assert_allclose(images, np.clip(expected / 2 + 0.5, 0, 1), atol=TOLERANCE)
-    assert np.abs(images - images_of(pipeline)).max() > TOLERANCE  # what the plan reuses is seen
+    assert np.abs(images - images_of(pipeline)).max() > TOLERANCE  # the plan's reuse is visible
 
 
 @pytest.mark.shows("sample")
-def test_a_session_is_the_pipeline(folder: Path, pipeline: Any, session: Session) -> None:
+def test_a_session_equals_the_pipeline(folder: Path, pipeline: Any, session: Session) -> None:
     conditions = find_model(str(folder)).encode(PROMPTS, SCALE)
     images = session.sample(noise=latents().numpy(), conditions=conditions, full_model=True)
     np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), images_of(pipeline), atol=TOLERANCE)
@@ -227,7 +227,7 @@ def test_a_session_is_the_pipeline(folder: Path, pipeline: Any, session: Session
 def test_schedulers_that_the_bundle_was_not_built_with(
     pipeline: Any, planned: BundleUNet, full_model: BundleUNet, engines: list[int], scheduler: str
 ) -> None:
-    """Heun asks twice at every timestep but the first, KDPM2 between the timesteps, PNDM twice at the second."""
+    """Heun calls twice at every timestep except the first, KDPM2 between timesteps, PNDM twice at the second."""
     own = pipeline.scheduler
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(own.config)
     try:
@@ -242,7 +242,7 @@ def test_schedulers_that_the_bundle_was_not_built_with(
         engines.clear()
         with denoised_by(pipeline, planned):
             images = run()
-            np.testing.assert_array_equal(run(), images)  # the second trajectory does not see the first
+            np.testing.assert_array_equal(run(), images)  # the second trajectory is independent of the first
     finally:
         pipeline.scheduler = own
     half = len(engines) // 2
@@ -278,7 +278,7 @@ def test_image_to_image_starts_in_the_middle(
 
 @ONLY_SD
 def test_a_trajectory_ends_where_another_begins(pipeline: Any, planned: BundleUNet, engines: list[int]) -> None:
-    """Whatever was held, every trajectory begins with engine 0."""
+    """Every trajectory begins with engine 0, whatever was held."""
     with denoised_by(pipeline, planned):
         first = images_of(pipeline)
         images_of(pipeline, num_inference_steps=1)
@@ -295,7 +295,7 @@ def test_a_controlnet_adds_to_every_engine(
     pipeline: Any, planned: BundleUNet, full_model: BundleUNet, engines: list[int]
 ) -> None:
     controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
-    condition_well(controlnet, seed=4)  # fresh, it adds nothing
+    condition_well(controlnet, seed=4)  # a fresh ControlNet adds nothing
     controlled = diffusers.StableDiffusionControlNetPipeline(**pipeline.components, controlnet=controlnet.eval())
     controlled.set_progress_bar_config(disable=True)
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -341,7 +341,7 @@ def test_every_graph_becomes_an_engine_for_nvidia(
     [("sd", "take 4 down_block_additional_residuals"), ("sdxl", "cannot take down_block_additional_residuals")],
     indirect=["folder"],
 )
-def test_residuals_that_engines_have_no_inputs_for_are_refused(planned: BundleUNet, problem: str) -> None:
+def test_residuals_without_engine_inputs_are_refused(planned: BundleUNet, problem: str) -> None:
     residuals = [torch.zeros(1, 8, 16, 16)] * 3
     with pytest.raises(SessionError, match=problem):
         planned(
@@ -370,7 +370,7 @@ def test_a_trajectory_can_be_ended_by_hand(planned: BundleUNet, engines: list[in
     assert engines == [0, 1, 0]
 
 
-def test_pipelines_find_what_they_read(pipeline: Any, planned: BundleUNet) -> None:
+def test_pipelines_find_the_attributes_they_read(pipeline: Any, planned: BundleUNet) -> None:
     own = pipeline.unet
     assert {key for key in own.config if not key.startswith("_")} <= set(planned.config)
     for name in ("sample_size", "in_channels", "time_cond_proj_dim", "addition_time_embed_dim"):
@@ -386,7 +386,7 @@ def test_pipelines_find_what_they_read(pipeline: Any, planned: BundleUNet) -> No
         assert pipeline.config.unet[1] == "BundleUNet"
 
 
-def test_predictions_come_in_the_form_that_is_asked_for(planned: BundleUNet, full_model: BundleUNet) -> None:
+def test_predictions_come_in_the_requested_form(planned: BundleUNet, full_model: BundleUNet) -> None:
     inputs = inputs_of(full_model)
     whole = full_model(**inputs).sample
     (alone,) = full_model(**inputs, return_dict=False)
@@ -407,7 +407,7 @@ def test_predictions_come_in_the_form_that_is_asked_for(planned: BundleUNet, ful
         ("added_cond_kwargs", {"image_embeds": torch.zeros(1, 4)}),
     ],
 )
-def test_what_engines_cannot_take_is_refused_by_name(planned: BundleUNet, name: str, value: Any) -> None:
+def test_arguments_that_engines_cannot_take_are_refused_by_name(planned: BundleUNet, name: str, value: Any) -> None:
     with pytest.raises(UnetcError, match=f"cannot take {'image_embeds' if 'added' in name else name}"):
         planned(**inputs_of(planned) | {name: value})
     if name == "cross_attention_kwargs":

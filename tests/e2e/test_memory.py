@@ -1,4 +1,4 @@
-"""The memory that a plan is predicted to need, held against the weights that its engines read."""
+"""The predicted memory of a plan bounds the weights that its engines read."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def setup(tiny_model: Path, cache: Path) -> Setup:
 
 
 def share_of(setup: Setup, *graphs: SerialisedGraph) -> float:
-    """Add up the weights that graphs read, in those of the full one."""
+    """Add up the weights that graphs read, relative to the full model's weights."""
     weights = load_file(setup.prepared.gated.weights)
-    held = sum(weights[name].nbytes for graph in graphs for name in graph.weights)
-    return held / setup.profile.full_bytes
+    read = sum(weights[name].nbytes for graph in graphs for name in graph.weights)
+    return read / setup.profile.full_bytes
 
 
 def engine(setup: Setup, treatments: Mapping[str, Treatment]) -> SerialisedGraph:
@@ -49,14 +49,14 @@ def test_the_full_engine_counts_one(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("treatment", [Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST])
-def test_a_removal_frees_what_the_profile_says_whatever_the_treatment(setup: Setup, treatment: Treatment) -> None:
+def test_every_removal_frees_the_memory_that_the_profile_states(setup: Setup, treatment: Treatment) -> None:
     choices = Choices(setup.profile)
     for name in choices.names:
-        held = choices.memory([{name: treatment}]) - 1
-        assert share_of(setup, engine(setup, {name: treatment})) == pytest.approx(held, abs=ROUNDING)
+        predicted = choices.memory([{name: treatment}]) - 1
+        assert share_of(setup, engine(setup, {name: treatment})) == pytest.approx(predicted, abs=ROUNDING)
 
 
-def test_the_prediction_bounds_what_engines_hold_that_lack_several_components(setup: Setup) -> None:
+def test_the_prediction_bounds_the_memory_of_engines_without_several_components(setup: Setup) -> None:
     choices = Choices(setup.profile)
     generator = np.random.default_rng(0)
     kinds = [Treatment.DROP, Treatment.MEAN, Treatment.HOLD]
@@ -64,15 +64,15 @@ def test_the_prediction_bounds_what_engines_hold_that_lack_several_components(se
     for _ in range(60):
         names = generator.choice(choices.names[:-1], size=int(generator.integers(2, 7)), replace=False).tolist()
         treatments = {name: kinds[int(generator.integers(len(kinds)))] for name in names}
-        held, bound = share_of(setup, engine(setup, treatments)), choices.memory([treatments]) - 1
-        assert held <= bound + ROUNDING
-        shared += held < bound - ROUNDING
-    assert shared < 60  # the bound is mostly what is held
+        read, bound = share_of(setup, engine(setup, treatments)), choices.memory([treatments]) - 1
+        assert read <= bound + ROUNDING
+        shared += read < bound - ROUNDING
+    assert shared < 60  # the bound is sometimes exact
 
 
 @pytest.mark.parametrize("planner", ["fast", "exact"])
 @pytest.mark.parametrize("max_memory", [1.5, 2.0, 3.0])
-def test_the_engines_of_a_plan_fit_into_the_memory_asked_for(setup: Setup, max_memory: float, planner: str) -> None:
+def test_the_engines_of_a_plan_fit_into_the_requested_memory(setup: Setup, max_memory: float, planner: str) -> None:
     options = [
         PlanOptions(budget=budget, max_memory=max_memory, max_engines=3, planner=planner) for budget in (0.1, 0.3, 0.5)
     ]
@@ -83,7 +83,7 @@ def test_the_engines_of_a_plan_fit_into_the_memory_asked_for(setup: Setup, max_m
         except PlanError:
             continue
         met += 1
-        held = share_of(setup, *compile_engines(setup.prepared.gated, plan, setup.profile))
-        assert held <= plan.prediction.memory + ROUNDING
+        read = share_of(setup, *compile_engines(setup.prepared.gated, plan, setup.profile))
+        assert read <= plan.prediction.memory + ROUNDING
         assert plan.prediction.memory <= max_memory + 1e-5
     assert met

@@ -1,4 +1,4 @@
-"""The law at budget 0: without removals, unetc samples what the diffusers pipeline samples."""
+"""The law at budget 0: without removals, unetc draws the same samples as the diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from unetc.sampler.noise import initial_noise, step_noise
 diffusers: Any = untyped_diffusers
 
 TOLERANCE = 1e-4
-"""Of samples in -1 to 1. Both sides compute in float32 and sum in other orders, and each step passes on its error."""
+"""Tolerance for samples in -1 to 1. Both sides compute in float32 with different orders of sums, and errors add up."""
 
 SEED, BATCH = 11, 3
 
@@ -43,7 +43,7 @@ def pipeline_of(name: str) -> Any:
 
 
 def run_ddim(name: str, steps: int, noise: Array, monkeypatch: pytest.MonkeyPatch, **config: str) -> Array:
-    """Sample with diffusers' DDIM pipeline, from noise that is handed to it."""
+    """Sample with diffusers' DDIM pipeline from given noise."""
     pipeline = pipeline_of(name)
     scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **config)
     pipeline = diffusers.DDIMPipeline(unet=pipeline.unet, scheduler=scheduler)
@@ -54,13 +54,13 @@ def run_ddim(name: str, steps: int, noise: Array, monkeypatch: pytest.MonkeyPatc
 
 
 def run_ddpm(name: str, steps: int, noise: list[Array], monkeypatch: pytest.MonkeyPatch) -> Array:
-    """Sample with diffusers' DDPM pipeline, from initial noise and noise of every step that are handed to it."""
+    """Sample with diffusers' DDPM pipeline from given initial noise and given noise of every step."""
     source = iter(noise)
     with monkeypatch.context() as patch:
         draw_from(patch, "diffusers.pipelines.ddpm.pipeline_ddpm", source)
         draw_from(patch, "diffusers.schedulers.scheduling_ddpm", source)
         output = pipeline_of(name)(batch_size=len(noise[0]), num_inference_steps=steps, output_type="np")
-    assert list(source) == [], "diffusers has drawn noise less often than it was thought to"
+    assert list(source) == [], "diffusers has drawn noise less often than expected"
     return in_range(output)
 
 
@@ -74,7 +74,7 @@ def draw_from(patch: pytest.MonkeyPatch, module: str, source: Iterator[Array]) -
 
 
 def in_range(output: Any) -> Array:
-    """Undo the scaling and the order of axes that a pipeline ends with; the clipping to -1 to 1 stays."""
+    """Undo a pipeline's final scaling and order of axes, but not its clipping to -1 to 1."""
     samples: Array = (2 * output.images - 1).transpose(0, 3, 1, 2)
     return samples
 
@@ -86,7 +86,7 @@ def assert_same(samples: Array, expected: Array) -> None:
 
 
 def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: str) -> Session:
-    """Put together a session of the full model and one scheduler table."""
+    """Create a session of the full model with one scheduler table."""
     prepared = prepare(find_model(name), cache)
     gated, model = prepared.gated, prepared.model
     loader = open_backend("onnxruntime:cpu", threads=1).open_weights(gated.weights.read_bytes())
@@ -116,7 +116,7 @@ def full_session(name: str, cache: Path, scheduler: str, steps: int, **config: s
 @pytest.mark.architecture("UNet2DModel")
 @pytest.mark.shows("sample")
 @pytest.mark.parametrize("steps", [4, 20, 50])
-def test_lossless_sampling_is_the_ddim_pipeline(
+def test_the_full_model_equals_the_ddim_pipeline(
     tiny_model: Path, tiny_bundle: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = unetc.load(tiny_bundle)
@@ -124,28 +124,28 @@ def test_lossless_sampling_is_the_ddim_pipeline(
     expected = run_ddim(str(tiny_model), steps, noise, monkeypatch)
     assert_same(session.sample(noise=noise, steps=steps, full_model=True), expected)
     assert_same(session.sample(BATCH, seed=SEED, steps=steps, full_model=True), expected)
-    assert np.abs(session.sample(noise=noise, steps=steps) - expected).max() > 0.1  # what the plan removes is seen
+    assert np.abs(session.sample(noise=noise, steps=steps) - expected).max() > 0.1  # the plan's removals are visible
 
 
 @pytest.mark.parametrize(("prediction", "steps"), [("sample", 20), ("epsilon", 4)])
-def test_other_predictions_are_sampled_as_by_the_pipeline(
+def test_other_prediction_types_equal_the_pipeline(
     tiny_model: Path, cache: Path, prediction: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few steps for epsilon: with random weights it multiplies rounding tenfold in four, a millionfold in fifty."""
+    """Use few steps for epsilon: with random weights, rounding grows tenfold in four steps, a millionfold in fifty."""
     session = full_session(str(tiny_model), cache, "ddim", steps, prediction_type=prediction)
     noise = initial_noise(SEED, range(BATCH), session.sample_shape)
     expected = run_ddim(str(tiny_model), steps, noise, monkeypatch, prediction_type=prediction)
     assert_same(session.sample(noise=noise), expected)
 
 
-def test_a_bundle_of_budget_zero_is_the_ddim_pipeline(
+def test_a_bundle_of_budget_zero_equals_the_ddim_pipeline(
     tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (20,))  # the other tables are not looked at
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (20,))  # the other tables are not used
     measure = Workbench.measure
 
     def measure_late(bench: Workbench, candidate: Candidate, *, seed: int) -> Measurement:
-        """Let a slow moment of the machine fall on the plan: it is no reason to remove anything."""
+        """Pretend that the plan was slow for a moment, which is no reason to remove anything."""
         return msgspec.structs.replace(measure(bench, candidate, seed=seed), time_ratio=1.05)
 
     monkeypatch.setattr(Workbench, "measure", measure_late)
@@ -161,7 +161,7 @@ def test_a_bundle_of_budget_zero_is_the_ddim_pipeline(
     assert_same(samples, run_ddim(str(tiny_model), 20, noise, monkeypatch))
 
 
-def test_a_stochastic_session_is_the_ddpm_pipeline(
+def test_a_stochastic_session_equals_the_ddpm_pipeline(
     tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 20
@@ -173,12 +173,12 @@ def test_a_stochastic_session_is_the_ddpm_pipeline(
     assert np.abs(session.sample(noise=noise[0], seed=SEED + 1) - expected).max() > 0.1  # the steps' noise matters
 
 
-def test_a_session_of_a_learned_variance_is_the_ddpm_pipeline(
+def test_a_session_with_learned_variance_equals_the_ddpm_pipeline(
     tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 20
     pipeline = pipeline_of(str(tiny_model))
-    # without attention, to be captured sooner
+    # without attention, which makes the capture faster
     plain = {"add_attention": False, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = diffusers.UNet2DModel.from_config(pipeline.unet.config, out_channels=2, **plain)
     condition_well(unet, seed=0)
@@ -190,11 +190,11 @@ def test_a_session_of_a_learned_variance_is_the_ddpm_pipeline(
     expected = run_ddpm(str(tmp_path), steps, noise, monkeypatch)
     assert_same(session.sample(BATCH, seed=SEED), expected)
     fixed = full_session(str(tmp_path), cache, "ddpm", steps, variance_type="fixed_large")
-    assert np.abs(fixed.sample(BATCH, seed=SEED) - expected).max() > 0.1  # what the model says of it matters
+    assert np.abs(fixed.sample(BATCH, seed=SEED) - expected).max() > 0.1  # the predicted variance matters
 
 
-@pytest.mark.nightly  # capturing it takes 20 s; every day the tiny one, of the same class, is compared above
-def test_the_model_that_ships_is_its_ddim_pipeline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.nightly  # its capture takes 20 s; the daily tests above compare a tiny model of the same class
+def test_the_shipped_model_equals_its_ddim_pipeline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = full_session("digits", cache, "ddim", 20)
     noise = initial_noise(SEED, range(BATCH), session.sample_shape)
     assert_same(session.sample(noise=noise), run_ddim("digits", 20, noise, monkeypatch))

@@ -1,4 +1,4 @@
-"""From a text-conditioned pipeline to a bundle: same images as diffusers without a budget, prompts kept apart."""
+"""From a text-conditioned pipeline to a bundle: the full model gives diffusers' images, and prompts stay separate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ diffusers: Any = untyped_diffusers
 STEPS = 6
 SCALE = 3.0
 IMAGE_TOLERANCE = 1e-3
-"""Largest difference of two images in -1..1: rounding of two runtimes, through six steps and a decoder."""
+"""Largest difference between two images in -1..1: rounding of two runtimes over six steps and a decoder."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def bundle(folder: Path) -> Path:
         threads=1,
         decisive=2,
         guidance_scale=SCALE,
-        components=("*.attentions.*",),  # enough for a plan, and sooner timed and screened than all
+        components=("*.attentions.*",),  # enough for a plan, and faster to time and screen than all
     )
     options = BuildOptions(
         plan=PlanOptions(budget=0.2),
@@ -58,7 +58,7 @@ def bundle(folder: Path) -> Path:
         controls=False,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (STEPS,))  # the other tables are not looked at
+        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (STEPS,))  # the other tables are not used
         model, cache = find_model(str(folder)), folder.parent / "cache"
         build(model, analyze_model(model, analysis, cache=cache), path, options, cache=cache)
     return path
@@ -79,7 +79,7 @@ def noise(batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
-def test_lossless_is_the_pipeline(folder: Path, session: Session, pipeline: Any, scale: float) -> None:
+def test_the_full_model_equals_the_pipeline(folder: Path, session: Session, pipeline: Any, scale: float) -> None:
     prompts = ["a small circle", "a blue square"]
     latents = noise(2)
     expected = pipeline(
@@ -91,7 +91,7 @@ def test_lossless_is_the_pipeline(folder: Path, session: Session, pipeline: Any,
     np.testing.assert_allclose(np.clip(images, -1, 1), 2 * expected - 1, atol=IMAGE_TOLERANCE)
 
 
-def test_the_plan_is_another_image(session: Session) -> None:
+def test_the_plan_gives_another_image(session: Session) -> None:
     """Otherwise the tests here would compare the full model with itself."""
     assert set(session.schedule(STEPS)) != {0}
     assert np.abs(session.sample(2) - session.sample(2, full_model=True)).max() > 0
@@ -111,7 +111,7 @@ def test_a_batch_is_its_samples_one_by_one(session: Session) -> None:
     np.testing.assert_allclose(together, np.concatenate(apart), atol=IMAGE_TOLERANCE)
 
 
-def test_latents_are_what_the_decoder_gets(session: Session) -> None:
+def test_latents_are_the_input_of_the_decoder(session: Session) -> None:
     latents = session.sample(2, latents=True)
     assert latents.shape == (2, 4, 16, 16)
     np.testing.assert_array_equal(session.decode(latents), session.sample(2))

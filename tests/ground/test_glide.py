@@ -23,7 +23,7 @@ from unetc.compiler.prepare import Prepared, prepare
 from unetc.compiler.scheduler import extract_all, make_scheduler
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
-from unetc.models.find import find_model, usual_sampling
+from unetc.models.find import ModelSource, find_model, usual_sampling
 from unetc.models.glide import LOW_RES, VARIANTS, GlideModel, Variant, enlarge, find_glide, tokenize
 from unetc.models.glide_checkpoint import convert, read
 from unetc.models.glide_text import TextTransformer, text_transformer
@@ -144,16 +144,17 @@ def test_a_checkpoint_must_be_given(tmp_path: Path) -> None:
 
 
 def test_only_a_model_without_weights_is_given_some(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="digits has weights of its own"):
-        find_model("digits", tmp_path / "base.pt")
+    with pytest.raises(ModelError, match="digits brings its weights along"):
+        find_model(ModelSource("digits", weights=tmp_path / "base.pt"))
     torch.save({}, tmp_path / "base.pt")
-    model = find_model("glide:base", tmp_path / "base.pt")
+    source = ModelSource("glide:base", weights=tmp_path / "base.pt")
+    model = find_model(source)
     assert model.sample_shape == (3, 64, 64)
     assert model.load_decoder() is None
     with pytest.raises(ModelError, match=r"the checkpoint has no time_embed\.0\.weight"):
         model.load_denoiser()
     (tmp_path / "base.pt").write_bytes(b"other")
-    assert find_model("glide:base", tmp_path / "base.pt").reference.sha256 != model.reference.sha256
+    assert find_model(source).reference.sha256 != model.reference.sha256
 
 
 def test_glide_is_sampled_as_it_was_published() -> None:

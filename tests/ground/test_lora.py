@@ -22,7 +22,7 @@ from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
 from unetc.compiler.graph.capture import capture
 from unetc.compiler.graph.gate import gate_values
 from unetc.errors import MissingDependency, ModelError
-from unetc.models.find import find_model
+from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
 from unetc.models.text import encode_prompts, load_text_encoders
 
@@ -65,7 +65,7 @@ def modules(model: nn.Module) -> list[tuple[str, type, bool]]:
 def changes(folder: Path, *loras: Lora) -> dict[str, Tensor]:
     """Tell what LoRAs add to which weights of the UNet."""
     plain = find_model(str(folder)).load_denoiser()
-    fused = dict(find_model(str(folder), loras=loras).load_denoiser().named_parameters())
+    fused = dict(find_model(ModelSource(str(folder), loras=tuple(loras))).load_denoiser().named_parameters())
     added = {name: fused[name] - value for name, value in plain.named_parameters()}
     return {name: value for name, value in added.items() if value.any()}
 
@@ -83,7 +83,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 @pytest.mark.nightly
 def test_the_captured_graph_is_the_unet_with_the_lora_beside_it(folder: Path, path: Path) -> None:
-    denoiser = find_model(str(folder), loras=[Lora(path=path, scale=0.7)]).load_denoiser()
+    denoiser = find_model(ModelSource(str(folder), loras=(Lora(path=path, scale=0.7),))).load_denoiser()
     captured = capture(denoiser)
     keep = torch.from_numpy(np.stack([gate_values(captured.components, {})] * 2))
     means = torch.zeros(sum(component.channels for component in captured.components))
@@ -93,7 +93,7 @@ def test_the_captured_graph_is_the_unet_with_the_lora_beside_it(folder: Path, pa
 
 
 def test_the_unet_predicts_what_it_does_with_the_lora_beside_it(folder: Path, path: Path) -> None:
-    actual = predict(find_model(str(folder), loras=[Lora(path=path, scale=0.7)]).load_denoiser())
+    actual = predict(find_model(ModelSource(str(folder), loras=(Lora(path=path, scale=0.7),))).load_denoiser())
     expected = predict(load_unfused(folder, (path, 0.7)).unet)
     assert relative_error(actual, expected) < TOLERANCE
     assert relative_error(predict(load_unfused(folder, (path, 0.8)).unet), expected) > 100 * TOLERANCE
@@ -101,7 +101,9 @@ def test_the_unet_predicts_what_it_does_with_the_lora_beside_it(folder: Path, pa
 
 def test_nothing_but_weights_is_changed(folder: Path, path: Path) -> None:
     """So components have the same names with a LoRA and without."""
-    plain, fused = (find_model(str(folder), loras=loras).load_denoiser() for loras in ((), [Lora(path=path)]))
+    plain, fused = (
+        find_model(ModelSource(str(folder), loras=tuple(loras))).load_denoiser() for loras in ((), [Lora(path=path)])
+    )
     assert modules(fused) == modules(plain)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in fused.modules())
     assert not any(parameter.requires_grad for parameter in fused.parameters())
@@ -111,7 +113,15 @@ def test_nothing_but_weights_is_changed(folder: Path, path: Path) -> None:
 
 def test_several_loras_change_prompts_too(folder: Path, path: Path) -> None:
     second = save_lora(folder, folder.parent / "second.safetensors", seed=1, text=False)
-    model = find_model(str(folder), loras=[Lora(path=path, scale=0.5), Lora(path=second, scale=-1.5)])
+    model = find_model(
+        ModelSource(
+            str(folder),
+            loras=(
+                Lora(path=path, scale=0.5),
+                Lora(path=second, scale=-1.5),
+            ),
+        )
+    )
     unfused = load_unfused(folder, (path, 0.5), (second, -1.5))
     plain_prediction = predict(find_model(str(folder)).load_denoiser())
     actual_prediction, expected_prediction = predict(model.load_denoiser()), predict(unfused.unet)
@@ -130,7 +140,7 @@ def test_several_loras_change_prompts_too(folder: Path, path: Path) -> None:
 def test_both_text_encoders_of_sdxl_are_changed(tmp_path: Path) -> None:
     folder = save_stable_diffusion_xl(tmp_path / "pipeline")
     path = save_lora(folder, tmp_path / "style.safetensors")
-    model = find_model(str(folder), loras=[Lora(path=path, scale=0.7)])
+    model = find_model(ModelSource(str(folder), loras=(Lora(path=path, scale=0.7),)))
     unfused = load_unfused(folder, (path, 0.7))
     added = {"text_embeds": torch.ones(2, 16), "time_ids": torch.full((2, 6), 32.0)}
     with torch.no_grad():
@@ -160,7 +170,10 @@ def test_files_of_kohya_are_read_with_an_alpha_for_every_layer(folder: Path, pat
     for name, value in pipeline.text_encoder.named_parameters():
         value.data += 0.5 * added.get(f"text_encoder.{name}", 0)
     expected = encode_prompts(pipeline, PROMPTS, guidance_scale=1.0, size=(32, 32)).own[CONTEXT]
-    assert relative_error(find_model(str(folder), loras=[lora]).encode(PROMPTS, 1.0).own[CONTEXT], expected) < TOLERANCE
+    assert (
+        relative_error(find_model(ModelSource(str(folder), loras=(lora,))).encode(PROMPTS, 1.0).own[CONTEXT], expected)
+        < TOLERANCE
+    )
 
 
 def test_a_root_stabilises_the_rank_if_the_file_says_so(folder: Path, path: Path, tmp_path: Path) -> None:
@@ -198,12 +211,12 @@ def test_the_reference_tells_models_with_other_loras_apart(folder: Path, path: P
     second = save_lora(folder, folder.parent / "other.safetensors", seed=2)
     one, other = Lora(path=path), Lora(path=second, scale=0.5)
     sets = ((), (one,), (Lora(path=path, scale=0.5),), (other,), (one, other), (other, one), (one, one))
-    references = [find_model(str(folder), loras=loras).reference for loras in sets]
+    references = [find_model(ModelSource(str(folder), loras=tuple(loras))).reference for loras in sets]
     assert len({reference.sha256 for reference in references}) == len(sets)
     assert references[4].loras == (f"{path}:1.0", f"{second}:0.5")
     assert references[4].title == f"{folder} + {path}:1.0 + {second}:0.5"
     moved = Path(shutil.copy(path, folder.parent / "moved.safetensors"))
-    assert find_model(str(folder), loras=[Lora(path=moved)]).reference.sha256 == references[1].sha256
+    assert find_model(ModelSource(str(folder), loras=(Lora(path=moved),))).reference.sha256 == references[1].sha256
 
 
 @pytest.mark.parametrize(
@@ -258,7 +271,7 @@ def test_what_is_no_lora_is_refused_when_the_model_is_found(
 ) -> None:
     path = tmp_path / "style.safetensors"
     write(path)
-    message = refusal(lambda: find_model(str(folder), loras=[Lora(path=path)]))
+    message = refusal(lambda: find_model(ModelSource(str(folder), loras=(Lora(path=path),))))
     assert reason in message
     assert str(path) in message
 
@@ -290,7 +303,7 @@ def factors(layer: str, *, inputs: int = 8, outputs: int = 8, value: float = 1.0
 def test_what_fits_no_place_is_named(folder: Path, tmp_path: Path, tensors: dict[str, Tensor], reason: str) -> None:
     path = tmp_path / "style.safetensors"
     save_file(tensors, path)
-    message = refusal(lambda: find_model(str(folder), loras=[Lora(path=path)]).load_denoiser())
+    message = refusal(lambda: find_model(ModelSource(str(folder), loras=(Lora(path=path),))).load_denoiser())
     assert reason in message
     assert str(path) in message
 
@@ -298,7 +311,7 @@ def test_what_fits_no_place_is_named(folder: Path, tmp_path: Path, tensors: dict
 def test_what_fits_no_text_encoder_is_named_when_prompts_are_encoded(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     save_file(factors("text_encoder.text_model.encoder.layers.5.self_attn.q_proj", inputs=16, outputs=16), path)
-    model = find_model(str(folder), loras=[Lora(path=path)])
+    model = find_model(ModelSource(str(folder), loras=(Lora(path=path),)))
     assert "'encoder.layers.5.self_attn.q_proj.lora_A.weight'" in refusal(lambda: model.encode(PROMPTS, 1.0))
 
 
@@ -306,7 +319,7 @@ def test_what_fits_no_text_encoder_is_named_when_prompts_are_encoded(folder: Pat
 def test_a_header_that_makes_no_sense_is_refused(folder: Path, tmp_path: Path, configuration: str) -> None:
     path = tmp_path / "style.safetensors"
     save_file(factors(f"unet.{LAYER}"), path, {"lora_adapter_metadata": configuration})
-    message = refusal(lambda: find_model(str(folder), loras=[Lora(path=path)]).load_denoiser())
+    message = refusal(lambda: find_model(ModelSource(str(folder), loras=(Lora(path=path),))).load_denoiser())
     assert f"cannot fuse LoRA {path}" in message
 
 
@@ -318,13 +331,13 @@ def test_a_header_that_makes_no_sense_is_refused(folder: Path, tmp_path: Path, c
     ],
 )
 def test_models_without_loras_say_so(name: str, reason: str, path: Path) -> None:
-    assert reason in refusal(lambda: find_model(name, loras=[Lora(path=path)]))
+    assert reason in refusal(lambda: find_model(ModelSource(name, loras=(Lora(path=path),))))
 
 
 def test_without_peft_its_extra_is_named(folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingDependency, match=r"pip install 'unetc\[lora\]'"):
-        find_model(str(folder), loras=[Lora(path=path)])
+        find_model(ModelSource(str(folder), loras=(Lora(path=path),)))
 
 
 def test_a_lora_that_is_not_fused_is_not_captured(folder: Path, path: Path) -> None:

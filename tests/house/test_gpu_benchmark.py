@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, tried on the CPU: what is carried to the other machine, what is measured, how it goes on."""
+"""The GPU benchmark, tried on the CPU: its prepared folders, its measurements, and how it resumes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from unetc.runtime.backends import cuda_graph
 BENCHMARKS = Path(gpu.__file__).parent
 STEPS = 8
 HALF = 2e-2
-"""Relative. float16 has 10 bits, and rounding passes through forty layers; tests/graph/test_lowering.py finds 3e-3."""
+"""Relative tolerance of float16: 10 bits, and rounding over forty layers; tests/graph/test_lowering.py finds 3e-3."""
 
 SAMPLING_LACKS = ("diffusers", "onnx_ir", "onnxruntime", "onnxscript", "peft", "PIL", "rich", "scipy", "sklearn")
 SAMPLING_LACKS += ("torchmetrics", "transformers", "typer")
-"""What a machine with torch, numpy, onnx, msgspec and safetensors does not have."""
+"""Libraries that are missing where only torch, numpy, onnx, msgspec and safetensors are installed."""
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +74,17 @@ def prepare(tiny: Tiny, folder: Path, *, precision: Precision, carried: float) -
 
 @pytest.fixture(scope="module")
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A model whose weights travel, in float16."""
+    """Prepare a model in float16 with all its weights stored."""
     return prepare(tiny, tmp_path_factory.mktemp("whole"), precision=Precision.FP16, carried=float("inf"))
 
 
 @pytest.fixture(scope="module")
 def hollow(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A model most of whose weights are drawn where it is measured."""
+    """Prepare a model whose large weights are drawn when it is loaded."""
     return prepare(tiny, tmp_path_factory.mktemp("hollow"), precision=Precision.FP32, carried=64)
 
 
-def test_prepared_engines_compute_what_the_model_does(tiny: Tiny, whole: Folder) -> None:
+def test_prepared_engines_compute_the_same_as_the_model(tiny: Tiny, whole: Folder) -> None:
     loaded = Loaded(whole, "torch:cpu", most=2, threads=1)
     batch = loaded.batch(2)
     means = np.zeros(tiny.gated.channels, np.float32)
@@ -109,7 +109,7 @@ def test_a_plan_samples_the_same_from_a_prepared_folder_on_two_targets(whole: Fo
 
 @pytest.mark.rtx
 @pytest.mark.without_gpu
-def test_engines_of_tensorrt_are_built_when_they_are_first_called(
+def test_tensorrt_engines_are_built_on_their_first_call(
     whole: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -117,7 +117,7 @@ def test_engines_of_tensorrt_are_built_when_they_are_first_called(
     monkeypatch.setattr(gpu_engines, "open_backend", lambda target, *, threads: backend_of(engines))
     loaded = Loaded(whole, "tensorrt-rtx", most=3)
     for engine in (FULL, DROP):
-        with pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)"):  # built, but not run here
+        with pytest.raises(SessionError, match=r"cannot load an engine: .*(?i:cuda)"):  # built, but needs a GPU
             loaded.program(engine)
     (apart,) = (tmp_path / "measured").iterdir()
     built = EngineCache(apart).records()
@@ -125,9 +125,7 @@ def test_engines_of_tensorrt_are_built_when_they_are_first_called(
     assert {record.shapes["sample"] for record in built} == {((1, 4, 16, 16), (1, 4, 16, 16), (3, 4, 16, 16))}
 
 
-def test_weights_that_did_not_travel_are_drawn_in_the_layout_of_those_that_were_exported(
-    tiny: Tiny, hollow: Folder
-) -> None:
+def test_weights_that_are_not_stored_are_drawn_in_the_exported_layout(tiny: Tiny, hollow: Folder) -> None:
     original, drawn = (tiny.gated.folder / WEIGHTS).read_bytes(), hollow.weights
     header = hollow.read(HEADER)
     assert len(drawn) == len(original)
@@ -146,12 +144,12 @@ def test_weights_that_did_not_travel_are_drawn_in_the_layout_of_those_that_were_
     assert Folder(hollow.path).weights == drawn
 
 
-def test_what_travels_of_a_hollow_unet_is_what_was_drawn(tmp_path: Path) -> None:
+def test_the_stored_weights_of_a_hollow_unet_are_the_drawn_ones(tmp_path: Path) -> None:
     unet = hollow_unet(shapes()["glide-base"].narrow().config)
     parameters = dict(unet.named_parameters())
     small = {name for name, parameter in parameters.items() if parameter.numel() <= LARGE}
-    assert small < parameters.keys(), "a tensor that is large before its precision is lowered, and maybe not after"
-    with np.errstate(all="ignore"):  # what was never written is any number
+    assert small < parameters.keys(), "some tensors must be large before their precision is lowered"
+    with np.errstate(all="ignore"):  # uninitialised memory may be any number
         halved = {name: parameter.detach().numpy().astype(np.float16) for name, parameter in parameters.items()}
     save_file(halved, tmp_path / WEIGHTS)
     carried = load(contents_of(tmp_path / WEIGHTS, LARGE))
@@ -163,7 +161,7 @@ def _fan_in(values: np.ndarray[Any, Any]) -> int:
     return int(np.prod(values.shape[1:])) if values.ndim > 2 else max(values.shape)
 
 
-def test_a_folder_that_was_changed_is_refused(hollow: Folder, tmp_path: Path) -> None:
+def test_a_changed_folder_is_refused(hollow: Folder, tmp_path: Path) -> None:
     changed = Folder(Path(shutil.copytree(hollow.path, tmp_path / "changed")))
     (changed.path / HEADER).write_bytes(b"x" + (changed.path / HEADER).read_bytes()[1:])
     with pytest.raises(CorruptArtifactError, match=r"gpu_prepare\.py"):
@@ -183,7 +181,7 @@ def test_a_schedule_saves_its_budget_and_little_more(budget: float, around: floa
     assert 1.0 <= (1 - times.ratio(schedule)) / budget <= MOST_OVER
 
 
-def test_a_budget_that_nothing_saves_has_no_schedule() -> None:
+def test_no_schedule_fits_a_budget_that_cannot_be_saved() -> None:
     assert fit(Times(full=10.0, planned=np.array([10.3, 9.9, 10.0])), 0.27, 50) is None
 
 
@@ -198,14 +196,14 @@ def test_steps_are_spread_evenly(refreshes: int, inners: int) -> None:
 
 
 def start(folder: Path, results: Path, *more: str) -> list[str]:
-    """Write the command line of a short run."""
+    """Return the arguments of a short run."""
     target = ["--target", "torch:cpu", "--others", "onnxruntime:cuda", "--parts", "memory", "engines", "sampling"]
     return [str(folder), "--results", str(results), *target, "--smoke", *more]
 
 
 @pytest.fixture(scope="module")
 def measured(hollow: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the script from a clone, where only the libraries of the runtime are, and give its result."""
+    """Run the script from a clone with only the runtime's libraries, and return its result."""
     results, clone = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("clone")
     left_out = shutil.ignore_patterns("__pycache__", "*.safetensors", "results")
     for folder in ("src", "analyzer", "compiler", "runtime", "benchmarks"):
@@ -222,11 +220,11 @@ def measured(hollow: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.splitlines()[-1]).is_relative_to(clone), "its own sources, not what is installed"
+    assert Path(run.stdout.splitlines()[-1]).is_relative_to(clone), "it must use the clone, not the installation"
     return results / gpu.RESULT
 
 
-def test_the_script_needs_the_libraries_of_the_runtime_alone_and_names_what_is_missing(measured: Path) -> None:
+def test_the_script_needs_only_the_runtimes_libraries_and_lists_missing_parts(measured: Path) -> None:
     record = json.loads(measured.read_text())
     assert record["failed"] == {}
     assert list(record["parts"]) == ["tiny, torch:cpu: engines", "tiny, torch:cpu: sampling"]
@@ -236,7 +234,7 @@ def test_the_script_needs_the_libraries_of_the_runtime_alone_and_names_what_is_m
     assert checkout.sources_sha256().startswith(record["settings"]["sources"])
 
 
-def test_a_table_is_made_of_the_result(measured: Path) -> None:
+def test_the_result_is_shown_in_tables(measured: Path) -> None:
     record = json.loads(measured.read_text())
     assert len(record["tables"][0]["rows"]) == 2 * 6, "two batches of six engines"
     text = tables.section("gpu", record)
@@ -246,7 +244,7 @@ def test_a_table_is_made_of_the_result(measured: Path) -> None:
     assert "Not measured: " in text
 
 
-def test_a_second_start_measures_nothing_again(measured: Path, hollow: Folder, tmp_path: Path) -> None:
+def test_a_second_start_repeats_nothing(measured: Path, hollow: Folder, tmp_path: Path) -> None:
     before = json.loads(measured.read_text())
     result = Path(shutil.copy(measured, tmp_path))
     assert gpu.main(start(hollow.path.parent, tmp_path)) == 0
@@ -255,7 +253,7 @@ def test_a_second_start_measures_nothing_again(measured: Path, hollow: Folder, t
     assert after["absent"].keys() == before["absent"].keys()
 
 
-def test_starts_for_other_models_parts_and_targets_add_to_one_result(
+def test_starts_for_other_models_parts_and_targets_add_to_the_result(
     measured: Path, hollow: Folder, tmp_path: Path
 ) -> None:
     before = json.loads(measured.read_text())
@@ -270,7 +268,7 @@ def test_starts_for_other_models_parts_and_targets_add_to_one_result(
     assert len(after["tables"][0]["rows"]) == 2 * len(before["tables"][0]["rows"])
 
 
-def test_what_would_be_measured_otherwise_now_is_not_kept(measured: Path, tmp_path: Path) -> None:
+def test_parts_with_other_settings_are_not_kept(measured: Path, tmp_path: Path) -> None:
     before = json.loads(measured.read_text())
     settings, environment = before["settings"], before["environment"]
     prepared = {part["model"]: part["prepared"] for part in before["parts"].values()}
@@ -293,7 +291,7 @@ def test_the_script_stops_when_the_time_is_up(hollow: Folder, tmp_path: Path) ->
     assert gpu.main(start(hollow.path.parent, tmp_path, "--minutes", "0.0001")) == 3
 
 
-def test_figures_of_a_cpu_are_not_taken_for_those_of_a_gpu(
+def test_cpu_figures_are_not_taken_for_gpu_figures(
     hollow: Folder, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert gpu.main([str(hollow.path.parent), "--target", "torch:cpu"]) == 1
@@ -304,7 +302,7 @@ def test_figures_of_a_cpu_are_not_taken_for_those_of_a_gpu(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_prepared_is_refused(hollow: Folder, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_unprepared_models_are_refused(hollow: Folder, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(start(tmp_path, tmp_path)) == 1
     assert "gpu_prepare.py" in capsys.readouterr().err
     assert gpu.main(start(hollow.path.parent, tmp_path, "--models", "sdxl")) == 1
@@ -337,8 +335,8 @@ def test_a_part_that_fails_is_named_and_comes_last_the_next_time(hollow: Folder,
     assert gpu.Result(result.path, {}, {}, {}).late == set(record["failed"])
 
 
-def test_times_of_kernels_that_no_cuda_graph_holds_are_a_failure(hollow: Folder, tmp_path: Path) -> None:
-    """Without a GPU a capture fails; that is what it does on one when a kernel cannot be captured."""
+def test_a_failed_capture_of_a_cuda_graph_fails_the_part(hollow: Folder, tmp_path: Path) -> None:
+    """Without a GPU a capture fails, just as it fails on a GPU when a kernel cannot be captured."""
     result = gpu.Result(tmp_path / gpu.RESULT, {}, {}, {})
     pool = cuda_graph.Pool(torch.device("cpu"))
 
@@ -352,14 +350,14 @@ def test_times_of_kernels_that_no_cuda_graph_holds_are_a_failure(hollow: Folder,
 
     gpu.measure_model(hollow.path, "torch:cpu", {"first": other, "second": eager, "third": other}, result, 2)
     assert list(result.parts) == ["first"]
-    assert list(result.failed) == ["second", "third"], "what was loaded for the second part computes in the third"
+    assert list(result.failed) == ["second", "third"], "the third part uses the engines that the second one loaded"
     assert all("no CUDA graph could be captured" in reason for reason in result.failed.values())
     gpu.measure_model(hollow.path, "torch:cpu", {"third": other}, result, 2)
     assert list(result.parts) == ["first", "third"]
 
 
-def test_the_host_runs_ahead_of_a_device_that_is_timed() -> None:
-    """A clock and a device by hand: launching takes the host 1 ms, computing the device 3 ms."""
+def test_the_host_runs_ahead_of_a_timed_device() -> None:
+    """Simulate a clock and a device: launching takes the host 1 ms, computing takes the device 3 ms."""
 
     class Simulated:
         host = device = 0.0

@@ -20,7 +20,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "metrics", "models"}
 GROUND |= {"nvidia", "precision", "progress", "report", "sampler", "timing", "treatments"}
-FRONT_DOOR = {"", "__main__", "cli", "demo", "diffusers"}
+FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
 
@@ -28,16 +28,16 @@ FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """
 
 VERSION = {"unetc", "unetc.__version__"}
-"""What every floor may ask the package itself for."""
+"""Names of the package itself that every floor may import."""
 
 COMPILE_TIME_BACKENDS = tuple(
     f"unetc.runtime.backends.{name}"
     for name in ("cuda_graph", "fused_loop", "onnxruntime_gpu", "step_kernel", "tensorrt", "torch")
 )
-"""Backends that need the libraries of compile time, by the beginning of their modules' names."""
+"""Backends that need compile-time libraries, by the prefix of their module names."""
 
 HEAVY = {"diffusers", "onnx", "onnx_ir", "onnxscript", "scipy", "torch", "transformers", "triton"}
-"""Libraries of the extra `compile`: what runs where samples are drawn does without them."""
+"""Libraries of the extra `compile`, which sampling does not need."""
 
 LIGHT = (
     "unetc.artifacts",
@@ -54,11 +54,11 @@ LIGHT = (
 
 
 CHECKPOINTS = "unetc.models.glide_checkpoint"
-"""The one module that reads pickles, of tensors alone."""
+"""The only module that reads pickles, restricted to tensors."""
 
 
 def modules() -> dict[str, Path]:
-    """Find every module of unetc by its import name; the links in src/unetc are not followed."""
+    """Find every module of unetc by its import name, without following the links in src/unetc."""
     found = {}
     for package, folder in SETUPTOOLS["package-dir"].items():
         for path in (ROOT / folder).rglob("*.py"):
@@ -68,7 +68,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
-    """List (line, absolute dotted name) of what a module imports, inside functions too, or takes from the facade."""
+    """List (line, absolute dotted name) of a module's imports, inside functions too, and of facade names it uses."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -81,16 +81,16 @@ def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def layer(name: str) -> str:
-    """Name the layer of a dotted name: unetc.sampler.table belongs to solver, unetc itself to ''."""
+    """Return the layer of a dotted name: `sampler` for unetc.sampler.table, the empty string for unetc itself."""
     return name.split(".")[1] if "." in name else ""
 
 
 def scripts() -> dict[str, Path]:
-    """Find the Python files that are not installed, by their path."""
+    """Find the Python files that are not installed, by path."""
     return {str(path): path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
 
 
-def test_the_package_list_is_what_is_on_disk() -> None:
+def test_the_package_list_matches_the_disk() -> None:
     folders = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
     assert sorted(SETUPTOOLS["packages"]) == sorted(folders)
     assert [package for package in SETUPTOOLS["packages"] if package not in modules()] == [], "no __init__.py"
@@ -112,7 +112,7 @@ def test_no_module_imports_itself_through_others() -> None:
     known = modules()
 
     def module_of(target: str) -> str:
-        """Strip the name that is taken from a module; a package is not the modules in it."""
+        """Strip the name imported from a module; a package stands for itself, not for its modules."""
         return target if target in known else target.rpartition(".")[0]
 
     graph = {
@@ -136,7 +136,7 @@ def test_stages_are_imported_as_part_of_unetc() -> None:
     assert offences == []
 
 
-def test_what_samples_never_imports_a_compile_time_library() -> None:
+def test_sampling_never_imports_a_compile_time_library() -> None:
     offences = [
         f"{path}:{line}: {target}"
         for name, path in modules().items()
@@ -147,7 +147,7 @@ def test_what_samples_never_imports_a_compile_time_library() -> None:
     assert offences == []
 
 
-def test_every_library_that_is_imported_is_declared() -> None:
+def test_every_imported_library_is_declared() -> None:
     requirements = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()
@@ -168,7 +168,7 @@ def test_modules_are_named_after_their_subject() -> None:
     assert [str(path) for path in modules().values() if path.stem.strip("_") in empty_names] == []
 
 
-def test_nothing_that_is_read_can_run_code() -> None:
+def test_no_input_can_run_code() -> None:
     benchmarks = {name: path for name, path in scripts().items() if path.is_relative_to(ROOT / "benchmarks")}
     offences = []
     for name, path in (modules() | benchmarks).items():
@@ -187,7 +187,7 @@ def test_nothing_that_is_read_can_run_code() -> None:
 
 
 def runs_code(call: ast.Call, *, may_load: bool) -> bool:
-    """Tell whether a call can execute what it is given; torch.load cannot with weights_only=True."""
+    """Check whether a call can execute its argument; torch.load with weights_only=True cannot."""
     function = ast.unparse(call.func)
     weights_only = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
     return function in {"eval", "exec"} or (function == "torch.load" and not (may_load and weights_only))

@@ -1,4 +1,4 @@
-"""What `tests/conftest.py` does to a run: which skips are failures, and where tests keep what they share."""
+"""`tests/conftest.py` turns some skips into failures, and sets the folder that tests share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_that_shares(shared):
 
 
 def run(folder: Path, *options: str, gpu: bool) -> subprocess.CompletedProcess[str]:
-    """Run two tests beside a torch that finds a GPU, or none."""
+    """Run two tests with a fake torch that finds a GPU, or none."""
     (folder / "torch.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {gpu})\n")
     (folder / "test_few.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -36,7 +36,7 @@ def run(folder: Path, *options: str, gpu: bool) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(("gpu", "code"), [(False, 1), (True, 0)])
-def test_a_skip_for_want_of_a_gpu_is_a_failure_and_one_for_want_of_a_library_is_none(
+def test_a_skip_without_a_gpu_is_a_failure_but_a_skip_without_a_library_is_not(
     tmp_path: Path, gpu: bool, code: int
 ) -> None:
     done = run(tmp_path, "--require-gpu", gpu=gpu)
@@ -45,7 +45,7 @@ def test_a_skip_for_want_of_a_gpu_is_a_failure_and_one_for_want_of_a_library_is_
     assert ("SKIPPED" in done.stdout) is gpu
 
 
-def test_what_tests_share_is_kept_where_the_command_says(tmp_path: Path) -> None:
+def test_shared_files_are_kept_in_the_folder_of_the_command(tmp_path: Path) -> None:
     kept, tests = tmp_path / "kept", tmp_path / "tests"
     tests.mkdir()
     assert run(tests, gpu=False).returncode == 0

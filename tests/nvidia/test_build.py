@@ -1,4 +1,4 @@
-"""Builds run in processes of their own: one that dies is tried again with less, one that fails leaves nothing."""
+"""Builds run in separate processes: one that crashes is tried again with less effort, one that fails leaves nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import msgspec
 import pytest
 
 from unetc.backend import WEIGHTS
-from unetc.compiler.tensorrt.compile_bundle import CompileOptions, _build_all, build_one
+from unetc.compiler.tensorrt.build_all import build_all
+from unetc.compiler.tensorrt.build_one import build_one
 from unetc.compiler.tensorrt.messages import STEPS, BuildRequest
+from unetc.compiler.tensorrt.options import CompileOptions
 from unetc.compiler.tensorrt.supervise import Running, build_engine
 from unetc.errors import EngineBuildError
 from unetc.nvidia.cache import EngineCache
@@ -40,7 +42,7 @@ BUILT = b'{"type":"built","layers":3,"shapes":{},"peak_bytes":1,"scratch_bytes":
 
 
 def process(tmp_path: Path, *tries: str) -> tuple[str, ...]:
-    """Make a command that does something else each time it is started, and keeps what it was asked."""
+    """Make a command that runs the next source each time it is started, and stores its requests."""
     script = tmp_path / "process.py"
     lines = [
         "import os, signal, sys, time",
@@ -127,9 +129,9 @@ def test_another_thread_can_stop_a_build_that_hangs(tmp_path: Path) -> None:
     command, running, began = process(tmp_path, HANGS), Running(), time.monotonic()
     clock = threading.Timer(0.5, running.stop)
     clock.start()
-    with pytest.raises(EngineBuildError, match="given up"):
+    with pytest.raises(EngineBuildError, match="cancelled"):
         build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command, running=running)
-    with pytest.raises(EngineBuildError, match="given up"):
+    with pytest.raises(EngineBuildError, match="cancelled"):
         build_engine(REQUEST, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command, running=running)
     clock.join()
     assert time.monotonic() - began < 20
@@ -168,7 +170,7 @@ KEY = EngineKey(
 
 @dataclass
 class Builder:
-    """Builds the engine of a key, in a folder of its own."""
+    """Builds the engine of a key in a separate folder."""
 
     folder: Path
     cache: Path
@@ -177,7 +179,7 @@ class Builder:
     done: list[int] = field(default_factory=list)
 
     def __call__(self, key: EngineKey = KEY) -> bool:
-        """Build it; tell whether somebody else has."""
+        """Build the engine; return whether another builder has built it."""
         (own := self.folder / str(id(self))).mkdir(exist_ok=True)
         record, known = build_one(
             "full.onnx",
@@ -196,10 +198,10 @@ class Builder:
 
 @pytest.fixture
 def building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]:
-    """Let a process build engines of nothing."""
+    """Replace the building process by one that writes fake engines."""
     source = f"time.sleep(0.5); open('full.onnx.engine', 'w').write('engine'); print('{BUILT.decode()}')"
     command = process(tmp_path, *[source] * 4)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_engine", partial(build_engine, command=command))
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_one.build_engine", partial(build_engine, command=command))
     return partial(Builder, tmp_path, tmp_path / "cache")
 
 
@@ -248,7 +250,7 @@ def test_who_waits_for_an_engine_is_stopped_with_the_others(tmp_path: Path, buil
     with EngineCache(tmp_path / "cache").building(KEY, ignore_wait):
         clock = threading.Timer(0.5, builder.running.stop)
         clock.start()
-        with pytest.raises(EngineBuildError, match="given up"):
+        with pytest.raises(EngineBuildError, match="cancelled"):
             builder()
         clock.join()
     assert builder.notes == ["the engine is being built elsewhere; waiting for it."]
@@ -256,14 +258,14 @@ def test_who_waits_for_an_engine_is_stopped_with_the_others(tmp_path: Path, buil
 
 
 def ignore_wait() -> None:
-    """Wait on."""
+    """Continue to wait."""
 
 
 @pytest.mark.parametrize(("target", "most"), [("tensorrt", 1), ("tensorrt-rtx", 3)])
 def test_builds_that_time_kernels_wait_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, most: int
 ) -> None:
-    """They have one GPU; others go on together where cores and memory allow it."""
+    """They share one GPU; other builds run at once where cores and memory allow it."""
     key = msgspec.structs.replace(KEY, origin=msgspec.structs.replace(ORIGIN, target=target))
     running: set[int] = set()
     together: list[int] = []
@@ -275,11 +277,11 @@ def test_builds_that_time_kernels_wait_for_each_other(
         time.sleep(0.2)
         running.remove(threading.get_ident())
 
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.build_one", note)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.cores", lambda: 4)
-    monkeypatch.setattr("unetc.compiler.tensorrt.compile_bundle.free_memory", lambda: None)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.build_one", note)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.cores", lambda: 4)
+    monkeypatch.setattr("unetc.compiler.tensorrt.build_all.free_memory", lambda: None)
     (tmp_path / WEIGHTS).write_bytes(b"")
     wanted = {(f"{name}.onnx", key.precision): key for name in "abc"}
     options = CompileOptions(target=target, jobs=3)
-    _build_all(wanted, {Precision.FP32: tmp_path}, (), EngineCache(tmp_path), options, ignore)
+    build_all(wanted, {Precision.FP32: tmp_path}, (), EngineCache(tmp_path), options, ignore)
     assert max(together) == most

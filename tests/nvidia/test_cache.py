@@ -1,4 +1,4 @@
-"""An engine is given out only if everything is what was asked for, what was written, and from here."""
+"""The cache returns an engine only if its key is as requested, its bytes are unchanged, and it was built here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     "rows": {"encoder_hidden_states": (78, 768)},
     "effort": Effort(optimization_level=2),
 }
-"""For every field of a key a value that differs as little as it can."""
+"""For every field of a key, a value that differs as little as possible."""
 FIELDS = [*Origin.__struct_fields__, *sorted({*EngineKey.__struct_fields__} - {"origin"})]
 
 
@@ -102,7 +102,7 @@ def test_a_key_that_differs_in_one_field_is_refused(cache: EngineCache, field: s
     with pytest.raises(StaleEngineError, match="there is no engine"):
         cache.open(other, trust=True)
     shutil.copytree(cache.folder(KEY), cache.folder(other))  # as if two keys had one hash, or someone moved it
-    with pytest.raises(StaleEngineError, match=f"differs in {field} from what is asked for"):
+    with pytest.raises(StaleEngineError, match=f"differs from the requested one in {field}"):
         cache.open(other, trust=True)
 
 
@@ -179,7 +179,7 @@ def test_an_engine_for_another_place_is_not_found(cache: EngineCache, field: str
 
 def test_all_that_an_origin_differs_in_is_said_in_the_words_that_the_cache_uses(cache: EngineCache) -> None:
     here = msgspec.structs.replace(ORIGIN, library="11.4.2", gpu=None)
-    said = "for library 11.4.1 (here 11.4.2), gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here not known)"
+    said = "for library 11.4.1 (here 11.4.2), gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here unknown)"
     assert ORIGIN.misfit(here) == said
     with pytest.raises(StaleEngineError) as caught:
         find(cache, here)
@@ -228,7 +228,7 @@ def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: P
     smaller = msgspec.structs.replace(KEY, sizes=Sizes(batch=ONE, height=ONE, width=ONE))
     here.put(record(smaller), ENGINE_BYTES)
     assert find(here).key == smaller
-    here.put(*here.open(KEY, trust=True))  # what --trust-engines does
+    here.put(*here.open(KEY, trust=True))  # as --trust-engines does
     assert find(here).key == KEY
 
 

@@ -1,4 +1,4 @@
-"""A call out of the range that an engine was built for is refused, with the command that builds one for it."""
+"""A call outside an engine's call ranges is refused, with the command that builds an engine for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines are run as the documentation of TensorRT asks, seen on its stand-in for the CPU."""
+"""Engines are run as the documentation of TensorRT demands; checked with its stand-in for the CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from unetc.runtime.backends.registry import Memory
 from unetc.runtime.backends.tensorrt import Engine, Execution, TensorRtBackend
 from unetc.runtime.engine_pool import LoadedLater
 
-pytestmark = pytest.mark.without_gpu  # where there is one, the real library is tested
+pytestmark = pytest.mark.without_gpu  # on a GPU, the real library is tested
 
 SIDE = Range(least=8, usual=16, most=16)
 CALLS = MeasuredCalls(sizes=Sizes(batch=Range(least=1, usual=2, most=3), height=SIDE, width=SIDE), rows={})
@@ -48,7 +48,7 @@ def tiny(shared: Path) -> Tiny:
 
 @pytest.fixture
 def contexts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """List the contexts that are made."""
+    """Record the execution contexts that are made."""
     made: list[Any] = []
     make = tensorrt_on_cpu.ICudaEngine.create_execution_context
 
@@ -128,7 +128,7 @@ def test_what_the_library_says_is_the_error(tiny: Tiny, tmp_path: Path, monkeypa
     monkeypatch.setattr(tensorrt_on_cpu.IExecutionContext, "set_device_memory", lambda *given: None)
     with pytest.raises(SessionError, match=r"tests.stand_ins.tensorrt_on_cpu failed: no scratch memory"):
         run(tiny, program)
-    monkeypatch.setattr(tensorrt_on_cpu.Runtime, "deserialize_cuda_engine", lambda self, plan: self.refuse())
+    monkeypatch.setattr(tensorrt_on_cpu.Runtime, "deserialize_cuda_engine", lambda self, serialized: self.refuse())
     monkeypatch.setattr(
         tensorrt_on_cpu.Runtime, "refuse", lambda self: self.logger.log(1, "of another GPU"), raising=False
     )
@@ -137,13 +137,14 @@ def test_what_the_library_says_is_the_error(tiny: Tiny, tmp_path: Path, monkeypa
 
 
 def test_a_shape_that_the_library_refuses_is_the_error(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    def refuse(context: Any, name: str, shape: Any) -> bool:
+        message = f"{name} is out of the call ranges"
+        context.engine.logger.log(tensorrt_on_cpu.ILogger.Severity.ERROR, message)
+        return False
+
     program = load(tiny, tmp_path)
-    monkeypatch.setattr(
-        tensorrt_on_cpu.IExecutionContext,
-        "set_input_shape",
-        lambda self, name, shape: self._refuse(f"{name} is out of the profile"),
-    )
-    with pytest.raises(SessionError, match=r"tests.stand_ins.tensorrt_on_cpu failed: sample is out of the profile"):
+    monkeypatch.setattr(tensorrt_on_cpu.IExecutionContext, "set_input_shape", refuse)
+    with pytest.raises(SessionError, match=r"tests.stand_ins.tensorrt_on_cpu failed: sample is out of the call ranges"):
         run(tiny, program)
 
 
@@ -189,7 +190,7 @@ def test_what_needs_another_goes_before_it(tiny: Tiny, tmp_path: Path, monkeypat
 
 
 def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
-    """Strided inputs and addresses that are not aligned are copied first."""
+    """Strided inputs, and inputs at unaligned addresses, are copied first."""
     program = load(tiny, tmp_path)
     expected = run(tiny, program)
     sample = torch.from_numpy(tiny.inputs(batch=2, height=16, width=16)["sample"])
@@ -204,8 +205,10 @@ def test_inputs_are_taken_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
 def test_the_library_is_asked_whether_calls_can_be_captured(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
     load(tiny, tmp_path)
     engines = EngineCache(tmp_path)
-    record, plan = engines.open(engines.records()[0].key)
-    execution = Execution(Engine(LIBRARY, plan, KernelFile(engines, record, LIBRARY.origin())), torch.device("cpu"))
+    record, serialized = engines.open(engines.records()[0].key)
+    execution = Execution(
+        Engine(LIBRARY, serialized, KernelFile(engines, record, LIBRARY.origin())), torch.device("cpu")
+    )
     assert isinstance(execution, CaptureCheck)
     assert not execution.is_capturable()
     monkeypatch.delattr(tensorrt_on_cpu.IExecutionContext, "is_stream_capturable")  # as with tensorrt
@@ -223,11 +226,11 @@ def test_an_engine_is_loaded_on_the_gpu_of_the_target_in_any_thread(
         LIBRARY, Precision.FP32, here=LIBRARY.origin(), engines=engines, gpu=torch.device("cuda", 1), memory=Memory.LOW
     )
     where: list[int] = []
-    load_plan = tensorrt_on_cpu.Runtime.deserialize_cuda_engine
+    deserialize = tensorrt_on_cpu.Runtime.deserialize_cuda_engine
 
-    def note(self: Any, plan: bytes) -> Any:
+    def note(self: Any, serialized: bytes) -> Any:
         where.append(torch.cuda.current_device())
-        return load_plan(self, plan)
+        return deserialize(self, serialized)
 
     monkeypatch.setattr(tensorrt_on_cpu.Runtime, "deserialize_cuda_engine", note)
     backend.open_weights(tiny.gated.weights.read_bytes()).load_engine(*engines.open(record.key))
@@ -252,4 +255,4 @@ def test_the_real_library_has_what_its_stand_in_has() -> None:
 
 
 OWN = {"engine", "user_managed", "shapes", "addresses", "scratch", "kernels", "strategy", "cache", "session"}
-"""What the stand-in keeps for itself."""
+"""Fields that only the stand-in has."""

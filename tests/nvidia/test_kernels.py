@@ -1,4 +1,4 @@
-"""Finished kernels are read back only as they were written, here and for this engine, and never break a session."""
+"""Finished kernels are read only if unchanged, from here and for this engine; they never break a session."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache(tmp_path: Path) -> EngineCache:
 
 
 def file_of(cache: EngineCache) -> KernelFile:
-    """Open the file as a process that has just started does."""
+    """Open the file as a newly started process does."""
     return KernelFile(cache, record(), ORIGIN)
 
 
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_only_logged(cache: EngineCache, capl
     kernels = file_of(cache)
     assert kernels.read() is None
     kernels.keep(KERNELS)
-    assert "finished kernels are not kept" in caplog.text
+    assert "finished kernels cannot be stored" in caplog.text
     cache.folder(KEY).unlink()
     kernels.keep(KERNELS)
     assert file_of(cache).read() == KERNELS

@@ -1,4 +1,4 @@
-"""What is wrong with a library or the driver's tool is said in a line, whatever it is."""
+"""Every fault of a library or of the driver's tool is reported in one line."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ int cuDeviceGetPCIBusId(char *place, int size, int device) {
 }
 int cuGetErrorString(int error, const char **text) { *text = error == 100 ? "no device" : 0; return 0; }
 """
-"""What is asked of CUDA's own library, which is not where there is no GPU."""
+"""Source of a stand-in for the functions of CUDA's driver library, which is missing without a GPU."""
 
 
 def tool(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Put a program in place of nvidia-smi; without lines there is none."""
+    """Replace nvidia-smi by a program that prints lines; remove it if there are none."""
     path = folder / driver.TOOL
     if lines:
         path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
@@ -52,7 +52,7 @@ def tool(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def cuda(folder: Path, patch: pytest.MonkeyPatch, *places: str, starts_with: int = 0) -> None:
-    """Put a library in place of CUDA's, which counts GPUs at these places of the PCI bus."""
+    """Replace CUDA's library by one with GPUs at these places of the PCI bus."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
     source, library = folder / "cuda.c", folder / "libcuda.so"
@@ -97,7 +97,7 @@ def test_of_unlike_gpus_the_one_is_named_that_cuda_gives_the_number(
     assert [gpu.name for gpu in own if gpu] == [at[place] for place in order]
     assert [LIBRARY.here().gpu, LIBRARY.here(1).gpu] == own
     monkeypatch.setattr(tensorrt, "LIBRARIES", {LIBRARY.target.partition(":")[0]: LIBRARY})
-    for gpu in (0, 1):  # what samples may use a GPU that is not the first
+    for gpu in (0, 1):  # sampling may use a GPU other than the first
         monkeypatch.setattr(tensorrt, "gpu_of", lambda target, gpu=gpu: torch.device("cuda", gpu))
         assert (
             tensorrt.open_backend(LIBRARY.target.partition(":")[0], threads=1, memory=Memory.FAST).here.gpu == own[gpu]
@@ -180,10 +180,10 @@ def test_without_the_tool_engines_for_many_gpus_are_run(
     here = LIBRARY.here()
     assert here.gpu is None
     assert LIBRARY.origin().misfit(here) == ""
-    assert bound.misfit(here) == "for gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here not known)"
-    assert "engines for one GPU alone are not run here: " in caplog.text
-    assert "nvidia-smi is not there" in caplog.text
-    with pytest.raises(EngineBuildError, match="nvidia-smi is not there"):
+    assert bound.misfit(here) == "for gpu NVIDIA L40S of 8.9 with driver 580.65.06 (here unknown)"
+    assert "engines for one GPU alone cannot run here: " in caplog.text
+    assert "nvidia-smi is missing" in caplog.text
+    with pytest.raises(EngineBuildError, match="nvidia-smi is missing"):
         BOUND.here()
 
 

@@ -1,4 +1,4 @@
-"""One process or thread at a time builds an engine; one that dies holds up nobody."""
+"""One process or thread at a time builds an engine; a process that dies releases its lock."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ with locked(Path(sys.argv[1]), lambda: None):
 
 @contextmanager
 def held(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Let another process hold a lock."""
+    """Hold a lock in another process."""
     with subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

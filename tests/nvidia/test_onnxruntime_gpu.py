@@ -1,4 +1,4 @@
-"""onnxruntime for GPUs, as far as it can be seen without one: what is refused, and bindings to tensors of torch."""
+"""onnxruntime for GPUs, as far as it can be tested without one: refusals, and bindings to tensors of torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOR_GPUS = CUDA in onnxruntime.get_available_providers()
 """Whether the package for GPUs is installed."""
 DEVICE = OnnxRuntimeDevice(torch.device("cpu"))
 READ_ON_THE_CPU = {"ConstantOfShape": 0, "Range": 0, "Reshape": 1, "Expand": 1, "Slice": 1, "Tile": 1}
-"""First input that a kernel of CUDA takes from there, so that it need not be there itself, by operator."""
+"""By operator, the first input that its CUDA kernel reads from the CPU, so that the operator may run on the GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def tiny(shared: Path) -> Tiny:
 
 
 def session_of(graph: SerialisedGraph, options: Any, weights: object) -> Any:
-    """Open a session on the CPU that knows which node is where."""
+    """Open a session on the CPU that records the place of each node."""
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = open_session(graph, options, [CPU])
     session.weights = weights
@@ -141,7 +141,7 @@ def test_arithmetic_of_shapes_may_be_on_the_cpu() -> None:
 @pytest.mark.parametrize("architecture", ["attention", "cross-attention"])
 @pytest.mark.parametrize("functions", [[], ["GroupNormalization"], ["GroupNormalization", "Attention"]])
 def test_what_depends_on_shapes_alone_may_be_on_the_cpu(shared: Path, architecture: str, functions: list[str]) -> None:
-    """As onnxruntime does it (GetCpuPreferredNodes), whichever of its kernels there are for functions of ONNX."""
+    """Place nodes as onnxruntime does (GetCpuPreferredNodes), with or without kernels for functions of ONNX."""
     import onnx
     from onnx.inliner import inline_selected_functions
 

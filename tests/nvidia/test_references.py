@@ -1,4 +1,4 @@
-"""No library is handed a graph that points out of the bundle's weights."""
+"""No library gets a graph that refers to bytes outside the bundle's weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 def external(location: str = WEIGHTS, offset: object = 36, length: int = 64, size: int = 16) -> onnx.TensorProto:
-    """Make a tensor of numbers that lie in a file."""
+    """Make a tensor whose numbers are stored in a file."""
     tensor = onnx.TensorProto(name="w", data_type=FLOAT, dims=[size], data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": location, "offset": offset, "length": length}.items():
         tensor.external_data.add(key=key, value=str(value))
@@ -94,7 +94,7 @@ def test_numbers_in_the_graph_are_no_reference() -> None:
 
 @pytest.mark.parametrize("graph", [b"no graph", b"\xff" * 40])
 def test_what_is_no_graph_is_refused(graph: bytes) -> None:
-    with pytest.raises(CorruptArtifactError, match="is no graph of ONNX"):
+    with pytest.raises(CorruptArtifactError, match="is not an ONNX graph"):
         check_references(graph, "engine.onnx", FILE_BYTES)
 
 

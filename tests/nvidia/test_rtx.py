@@ -1,4 +1,4 @@
-"""Small graphs through the real library, which needs no GPU: what it takes and refuses, and how a build is stopped."""
+"""The real library, which needs no GPU, builds or refuses small graphs, and its builds can be stopped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def library() -> None:
 
 
 def write(folder: Path, body: str) -> BuildRequest:
-    """Write a graph whose weight lies in a safetensors file, as in a bundle."""
+    """Write a graph whose weight is stored in a safetensors file, as in a bundle."""
     model = parser.parse_model(f"{HEAD} {{ {body} }}")
     model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "((h - 1)//2) + 1"
     (weight,) = model.graph.initializer
@@ -76,7 +76,7 @@ def test_attention_in_float32_is_built_of_plain_operators(tmp_path: Path) -> Non
 
 
 def test_the_caller_gives_all_memory_at_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So engines can be captured; those that were built otherwise have another `RECIPE`."""
+    """Only then can engines be captured; engines that were built otherwise have another `RECIPE`."""
     import tensorrt_rtx
 
     asked: list[bool] = []

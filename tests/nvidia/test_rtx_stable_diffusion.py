@@ -1,4 +1,4 @@
-"""Every kind of engine of a UNet with the blocks of Stable Diffusion 1.5 is built by the real library."""
+"""The real library builds every kind of engine of a UNet with the blocks of Stable Diffusion 1.5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sizes a user may ask for, and the shapes of an engine's inputs that follow from them."""
+"""Sizes are parsed from options, and the shapes of an engine's inputs follow from them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_input_follows_the_sample() -> None:
 
 
 def test_the_batch_of_a_condition_may_have_a_name_of_its_own() -> None:
-    signature = {**SIGNATURE, "time_ids": ("s27", 6)}  # as that of Stable Diffusion XL
+    signature = {**SIGNATURE, "time_ids": ("s27", 6)}  # as in Stable Diffusion XL
     assert resolve(signature, sizes(), {**ROWS, "time_ids": (6,)})["time_ids"] == ((1, 6), (2, 6), (8, 6))
 
 
@@ -72,14 +72,14 @@ def test_what_a_controlnet_adds_is_as_large_as_its_level() -> None:
 
 
 def test_a_size_that_follows_from_nothing_is_named() -> None:
-    with pytest.raises(EngineBuildError, match=r"cannot tell the size 's7' of input 'encoder_hidden_states'"):
+    with pytest.raises(EngineBuildError, match=r"cannot compute the size 's7' of input 'encoder_hidden_states'"):
         resolve(SIGNATURE, sizes(), {})
 
 
 def test_a_size_that_the_graph_fixes_cannot_be_another() -> None:
     fixed = {"sample": ("batch", 4, 8, 8), "timestep": ("batch",)}
     assert resolve(fixed, sizes(height="8", width="8"), {})["sample"][0] == (1, 4, 8, 8)
-    with pytest.raises(EngineBuildError, match="fixes a size of input 'sample' at 8, but 15 is asked for"):
+    with pytest.raises(EngineBuildError, match="fixes a size of input 'sample' at 8, but 15 was requested"):
         resolve(fixed, sizes(height="8"), {})
 
 
@@ -87,7 +87,7 @@ def test_a_size_that_the_graph_fixes_cannot_be_another() -> None:
     "text", ["__import__('os').abort()", "s43.real", "s43**s43", "[1][0]", "1 if s43 else 2", "(", "s43 // 0"]
 )
 def test_nothing_but_arithmetic_is_computed(text: str) -> None:
-    with pytest.raises(EngineBuildError, match="cannot tell the size"):
+    with pytest.raises(EngineBuildError, match="cannot compute the size"):
         resolve({**SIGNATURE, "held.4": ("s48", text)}, sizes(), ROWS)
 
 

@@ -1,4 +1,4 @@
-"""What a machine without a GPU can see of running engines: they are found, refused, and handed to the real library."""
+"""Engines are found, refused, and handed to the real library; most of this is checked without a GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from unetc.compiler.tensorrt.on_demand import BuildingBackend
 from unetc.errors import SessionError, ShapeMismatch, StaleEngineError
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.call_ranges import check_call
+from unetc.nvidia.kernels import KernelFile
 from unetc.nvidia.library import library_of
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.runtime.backends.registry import Memory, open_backend
-from unetc.runtime.backends.tensorrt import TensorRtBackend
+from unetc.runtime.backends.tensorrt import Engine, Execution, TensorRtBackend
 from unetc.runtime.backends.torch_device import gpu_of
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
@@ -47,7 +48,7 @@ def backend(cache: Path) -> TensorRtBackend:
 def backend_of(
     engines: EngineCache, precision: Precision = Precision.FP32, memory: Memory = Memory.FAST, **origin: str
 ) -> TensorRtBackend:
-    """Make a backend as it is on a GPU; without one, the library is the first to miss it."""
+    """Make a backend as on a GPU; without a GPU, the library is the first to fail."""
     library = library_of(TARGET)
     gpu = gpu_of(TARGET) if torch.cuda.is_available() else torch.device("cpu")
     here = msgspec.structs.replace(library.origin(), **origin)
@@ -83,6 +84,36 @@ def test_an_engine_that_is_found_is_loaded_and_captured(
     with pytest.raises(ShapeMismatch, match="unetc compile BUNDLE --target tensorrt-rtx --batch 1,2,3"):
         session.sample(3)
     assert "no CUDA graph" not in caplog.text
+
+
+@pytest.mark.gpu
+def test_finished_kernels_are_stored_and_used_at_the_next_start(
+    cache: Path, tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    bundle, engines = Bundle.open(tiny_bundle), EngineCache(cache / "engines")
+    first = Session.of(bundle, backend_of(engines)).sample(2)
+    kept = {path: path.read_bytes() for path in (cache / "engines").glob("*/kernels-*")}
+    assert kept
+    with caplog.at_level("INFO"):
+        np.testing.assert_array_equal(Session.of(bundle, backend_of(engines)).sample(2), first)
+    assert "made again" not in caplog.text
+    assert {path: path.read_bytes() for path in (cache / "engines").glob("*/kernels-*")} == kept
+
+
+@pytest.mark.gpu
+def test_a_shape_outside_the_call_ranges_is_an_error_that_quotes_the_library(cache: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    engines, library, gpu = EngineCache(cache / "engines"), library_of(TARGET), gpu_of(TARGET)
+    record, serialized = engines.open(engines.records()[0].key)
+    engine = Engine(library, serialized, KernelFile(engines, record, library.here()))
+    largest = {name: most for name, (_, _, most) in record.shapes.items()}
+    shapes = [tuple(2 * size if i == 0 else size for i, size in enumerate(largest[name])) for name in engine.inputs]
+    with pytest.raises(RuntimeError) as caught:
+        Execution(engine, gpu)(*(torch.zeros(shape, device=gpu) for shape in shapes))
+    assert str(caught.value) not in ("", "it gives no reason")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +166,7 @@ def test_what_an_analysis_runs_is_built_once_and_reaches_the_library(
     calls = MeasuredCalls(sizes=Sizes(batch=Range(least=1, usual=2, most=4), height=side, width=side), rows=rows)
     engines = EngineCache(tmp_path)
     told: list[str] = []
-    backend = BuildingBackend(backend_of(engines), calls, (), lambda progress: told.append(progress.stage))
+    backend = BuildingBackend(backend_of(engines), calls, frozenset(), lambda progress: told.append(progress.stage))
     loader = backend.open_weights(tiny.gated.weights.read_bytes())
     graph = getattr(tiny.gated, form)()
     for stages in ({"build an engine"}, set()):

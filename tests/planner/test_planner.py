@@ -583,9 +583,9 @@ def test_an_impossible_plan_tells_what_more_memory_would_save() -> None:
         return str(caught.value)
 
     assert "4 engines and 1.3 × the full model's weights. The most" in refusal(max_memory=1.3)
-    assert "such a plan saves is 0.0%, and 70.0% with more memory. Ask" in refusal(max_memory=1.3)
-    assert "such a plan saves is 70.0%. Ask" in refusal(max_memory=1.4)  # it is not memory that is missing
-    assert "such a plan saves is 70.0%. Ask" in refusal()
+    assert "such a plan saves is 0.0 %, and 70.0 % with more memory. Ask" in refusal(max_memory=1.3)
+    assert "such a plan saves is 70.0 %. Ask" in refusal(max_memory=1.4)  # it is not memory that is missing
+    assert "such a plan saves is 70.0 %. Ask" in refusal()
 
 
 def test_more_engines_never_do_more_damage() -> None:
@@ -636,7 +636,7 @@ def test_an_outer_component_saves_what_it_saves_and_not_its_parts_too() -> None:
     profile = make_profile(np.array([[[0.1, 0.1, 0.2]]] * 2), [0.15, 0.1, 0.3], nested={2: [0, 1]})
     assert make_plan(profile, PlanOptions(budget=0.2)).engines[1].treatments.keys() == {"c0", "c1"}
     assert make_plan(profile, PlanOptions(budget=0.28)).engines[1].treatments.keys() == {"c2"}
-    with pytest.raises(PlanError, match=r"saves is 30\.0%"):
+    with pytest.raises(PlanError, match=r"saves is 30\.0 %"):
         make_plan(profile, PlanOptions(budget=0.31))
 
 
@@ -647,7 +647,7 @@ def test_a_correction_scales_what_components_save() -> None:
     corrected = make_plan(profile, options, correction=0.7)
     assert list(corrected.engines[1].treatments) == ["c1"]
     assert corrected.prediction.time_ratio == pytest.approx(1 - 0.7 * 0.3)
-    with pytest.raises(PlanError, match=r"saves is 19\.5%"):
+    with pytest.raises(PlanError, match=r"saves is 19\.5 %"):
         make_plan(profile, options, correction=0.39)
 
 
@@ -662,7 +662,7 @@ def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
     unmeasured = msgspec.structs.replace(profile, effects=tuple(e for e in profile.effects if e.component != "c1"))
     most = 1 - Choices(profile).saved[1] - 0.1
     assert "c1" not in make_plan(unmeasured, PlanOptions(budget=most - 0.01)).engines[1].treatments
-    with pytest.raises(PlanError, match=f"saves is {most:.1%}"):
+    with pytest.raises(PlanError, match=f"saves is {100 * most:.1f} %"):
         make_plan(unmeasured, PlanOptions(budget=most + 0.01))
 
 
@@ -676,13 +676,13 @@ def test_an_impossible_budget_names_the_most_that_can_be_saved(profile: Profile,
     with pytest.raises(PlanError) as caught:
         make_plan(profile, PlanOptions(budget=most + 0.01, **limit))
     message = str(caught.value)
-    assert re.findall(r"saves is ([\d.]+)%", message) == [f"{100 * most:.1f}"]
+    assert re.findall(r"saves is ([\d.]+) %", message) == [f"{100 * most:.1f}"]
     assert "\n" not in message
 
 
 def test_budgets_that_differ_by_a_tenth_of_a_percent_are_told_apart() -> None:
     profile = make_profile(np.full((2, 1, 1), 0.1), [0.3])
-    with pytest.raises(PlanError, match=r"no plan saves 30\.4% .* saves is 30\.0%"):
+    with pytest.raises(PlanError, match=r"no plan saves 30\.4 % .* saves is 30\.0 %"):
         make_plan(profile, PlanOptions(budget=0.304))
 
 

@@ -1,4 +1,4 @@
-"""One suite for all backends: each computes what the gated graph computes, alone, in turns, and while sampling.
+"""One suite for all backends: engines compute the same as the gated graph, alone, in turns, and while sampling.
 
 The gated graph runs in onnxruntime, which test_law compares with torch and torch with diffusers.
 """
@@ -28,7 +28,7 @@ from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.emissions import with_emissions
-from unetc.compiler.tensorrt.on_demand import take_any_graph
+from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.device import Tensor
 from unetc.environment import cache_folder
 from unetc.errors import MissingDependency, SessionError
@@ -51,9 +51,9 @@ class Tolerance:
     """How far a target may be from onnxruntime on the CPU."""
 
     prediction: float
-    """Relative. Other kernels sum in another order in every layer, some forty layers deep; see test_law."""
+    """Relative to the largest number. Kernels sum in different orders, in about forty layers; see test_law."""
     sample: float
-    """Of samples in -1 to 1. What predictions differ by passes through the following steps."""
+    """Absolute, of samples in -1 to 1. Differences of predictions pass through the following steps."""
 
 
 EXACT = Tolerance(prediction=1e-4, sample=1e-3)
@@ -62,11 +62,11 @@ ROUNDED = {
     Precision.FP16: Tolerance(prediction=1e-2, sample=1e-2),
     Precision.BF16: Tolerance(prediction=8e-2, sample=8e-2),
 }
-"""Of targets that round what they multiply, by their precision: about four times what was measured on the CPU.
+"""Tolerances of targets that round their factors, by precision: about four times the measured error on the CPU.
 
 On a GPU convolutions in float32 are in TF32, which has 10 bits as float16 has: 1e-3 of a prediction and 2e-3 of a
 sample with TF32 emulated, 2e-3 and 3e-3 in float16. bfloat16 has 7 bits: 2e-2 of both. An engine that reuses changes
-samples by 0.2, so what computes something else is seen.
+samples by 0.2, so a wrong computation is noticed.
 """
 
 
@@ -106,7 +106,7 @@ def on_gpu(target: str) -> bool:
 
 
 class Target:
-    """A backend by its name; it is shown everything that the tests of this file call it with."""
+    """A backend by its name, with the ranges of the calls that it gets in this file."""
 
     def __init__(self, name: str, memory: Memory) -> None:
         self.name = name
@@ -125,7 +125,7 @@ class Target:
         )
         if self._backend is None:
             return CpuTensorRt(tensorrt_on_cpu.LIBRARY, self._memory, calls, EngineCache.inside(cache_folder()))
-        return take_any_graph(self.name, self._backend, calls, frozenset, ignore)
+        return self._backend.prepared_by(OnDemand(calls, frozenset, ignore))
 
 
 class Runner:
@@ -142,7 +142,7 @@ class Runner:
         return self._loader.load(graph)
 
     def run(self, program: Program, inputs: Mapping[str, Tensor]) -> tuple[Array, Mapping[str, Tensor]]:
-        """Run with arrays, or what was emitted; what is not written stays NaN."""
+        """Run with arrays or outputs of programs; elements that are not written stay NaN."""
         batch, _, height, width = inputs["sample"].shape
         output = self.device.full((batch, self.tiny.gated.predicted_channels, height, width), np.nan)
         put = {name: self.device.put(v) if isinstance(v, np.ndarray) else v for name, v in inputs.items()}
@@ -191,7 +191,7 @@ def sizes(tiny: Tiny) -> list[tuple[int, int, int]]:
 
 
 def sides(tiny: Tiny) -> set[int]:
-    """List the heights and widths among them."""
+    """List the heights and widths that a model takes."""
     return {side for _, *both in sizes(tiny) for side in both}
 
 
@@ -200,7 +200,7 @@ def means_of(tiny: Tiny) -> Array:
 
 
 def drawn(tiny: Tiny, seed: int, *treatments: Treatment) -> dict[str, Treatment]:
-    """Draw an assignment of which two thirds are kept."""
+    """Draw an assignment that keeps about two thirds of the components."""
     rng = np.random.default_rng(seed)
     chosen = rng.integers(-2 * len(treatments), len(treatments), len(tiny.names))
     return {name: treatments[i] for name, i in zip(tiny.names, chosen, strict=True) if i >= 0}

@@ -1,4 +1,4 @@
-"""A bundle is opened only if every byte is what was built, and nothing is parsed before that is known."""
+"""A bundle opens only if every byte is unchanged since the build, and nothing is parsed before that is checked."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from unetc.sampler.table import SchedulerTables
 
 ENGINE = "engines/full.onnx"
 WEIGHTS = "weights.safetensors"
-SOLVER = "scheduler.safetensors"
+SCHEDULER = "scheduler.safetensors"
 TRIALS_PER_FILE = 25
-"""Times 15 files times 3 kinds of damage: 1125 damaged bundles."""
+"""With 15 files and 3 kinds of damage: 1125 damaged bundles."""
 
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Copy the tiny bundle, so that a test may damage it."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
@@ -66,14 +66,14 @@ def files(bundle: Path) -> list[str]:
 
 
 def refusal(bundle: Path, kind: type[ArtifactError] = CorruptArtifactError) -> str:
-    """Expect that a bundle is refused, and return why."""
+    """Expect that a bundle is refused, and return the message."""
     with pytest.raises(kind) as caught:
         unetc.load(bundle)
     return str(caught.value)
 
 
 def reseal(bundle: Path, text: bytes) -> None:
-    """Write a manifest as an attacker would, with a digest that fits."""
+    """Write a manifest as an attacker would, with a matching digest."""
     (bundle / MANIFEST).write_bytes(text)
     (bundle / DIGEST).write_text(f"{hashlib.sha256(text).hexdigest()}\n")
 
@@ -95,7 +95,7 @@ def forge(bundle: Path, name: str, data: bytes) -> None:
 
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Turn a hang, as on a pipe that nobody writes to, into a failure."""
+    """Turn a hang, such as on a pipe without a writer, into a failure."""
 
     def ring(*_: object) -> None:
         pytest.fail(f"still waiting after {seconds} s")
@@ -123,7 +123,7 @@ def append(data: bytes, rng: np.random.Generator) -> bytes:
     return data + (b" ", b"\n", b"\0", rng.bytes(100))[rng.integers(4)]
 
 
-def test_it_opens_and_holds_what_was_built(tiny_bundle: Path) -> None:
+def test_it_opens_with_the_built_contents(tiny_bundle: Path) -> None:
     opened = Bundle.open(tiny_bundle)
     listed = {record.path for record in opened.manifest.files}
     assert {*files(tiny_bundle)} == listed | {MANIFEST, DIGEST}
@@ -239,7 +239,7 @@ UNSAFE = {
 def test_a_path_that_could_leave_the_bundle_is_refused(
     bundle: Path, tmp_path: Path, unsafe: str, no_parser: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(bundle / ENGINE, tmp_path / "outside")  # what a path leads to is what was built: only the path is wrong
+    shutil.copy(bundle / ENGINE, tmp_path / "outside")  # same contents: only the path is wrong
     written = json.dumps(unsafe.format(root=tmp_path)).encode()
     reseal(bundle, (bundle / MANIFEST).read_bytes().replace(f'"{ENGINE}"'.encode(), written))
     assert "unsafe path" in refusal(bundle)
@@ -297,13 +297,13 @@ def test_a_malformed_manifest_is_refused(bundle: Path, text: bytes, no_parser: p
 
 def test_a_huge_manifest_is_refused_unread(bundle: Path, no_parser: pytest.MonkeyPatch) -> None:
     with (bundle / MANIFEST).open("r+b") as file:
-        file.truncate(100 * MAX_JSON_BYTES)  # a hole, it takes no room on the disk
+        file.truncate(100 * MAX_JSON_BYTES)  # a sparse file, which takes no space on disk
     no_parser.setattr(hashlib, "sha256", parsed)
     assert MANIFEST in refusal(bundle)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 10**9, 10**18, 2**63, 10**30])
-def test_a_lie_about_a_size_takes_no_memory(bundle: Path, size: int, no_parser: pytest.MonkeyPatch) -> None:
+def test_a_false_size_takes_no_memory(bundle: Path, size: int, no_parser: pytest.MonkeyPatch) -> None:
     edit(bundle, lambda manifest: manifest["files"][0].update(bytes=size))
     refusal(bundle)
 
@@ -318,11 +318,11 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "too few engines of a control": lambda m: m["controls"][0]["engines"].pop(),
     "unknown engine": lambda m: m["plan"]["phases"][0].update(cycle=[9]),
     "negative engine": lambda m: m["plan"]["phases"][0].update(cycle=[-1]),
-    "an engine that holds what nothing emits": lambda m: m["plan"]["engines"][1].update(treatments={"a": "hold"}),
-    "an engine that emits what it drops": lambda m: m["plan"]["engines"][1].update(
+    "an engine that holds an unemitted branch": lambda m: m["plan"]["engines"][1].update(treatments={"a": "hold"}),
+    "an engine that emits a dropped branch": lambda m: m["plan"]["engines"][1].update(
         emits=[*m["plan"]["engines"][1]["treatments"]]
     ),
-    "a control that holds what nothing emits": lambda m: m["controls"][0]["plan"]["engines"].append(
+    "a control that holds an unemitted branch": lambda m: m["controls"][0]["plan"]["engines"].append(
         {"treatments": {"a": "forecast"}, "emits": []}
     ),
     "no schedules": lambda m: m.pop("evaluated"),
@@ -334,7 +334,7 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no steps": lambda m: m.update(steps=0),
     "number as text": lambda m: m.update(batch="2"),
     "no table": lambda m: m["scheduler"].update(counts=[]),
-    "too long a table": lambda m: m["scheduler"]["counts"][0].update(steps=10**12),
+    "a table that is too long": lambda m: m["scheduler"]["counts"][0].update(steps=10**12),
     "a table beyond the array": lambda m: m["scheduler"]["counts"][0].update(start=10**6),
     "unknown column": lambda m: m["scheduler"]["columns"].__setitem__(0, "__class__"),
     "not a number": lambda m: m["scheduler"]["counts"][0].update(initial_scale=float("nan")),
@@ -369,7 +369,7 @@ def test_a_manifest_with_random_edits_opens_or_is_refused(bundle: Path) -> None:
 
 
 class Payload:
-    """Leaves a trace when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -378,7 +378,7 @@ class Payload:
         return os.mkdir, (str(self.trace),)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, SOLVER, MANIFEST])
+@pytest.mark.parametrize("name", [WEIGHTS, SCHEDULER, MANIFEST])
 @pytest.mark.parametrize("container", ["pickle", "npy", "npz"])
 def test_nothing_in_a_bundle_can_run_code(bundle: Path, tmp_path: Path, name: str, container: str) -> None:
     trace, buffer = tmp_path / "trace", io.BytesIO()
@@ -395,7 +395,7 @@ def test_nothing_in_a_bundle_can_run_code(bundle: Path, tmp_path: Path, name: st
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, SOLVER])
+@pytest.mark.parametrize("name", [WEIGHTS, SCHEDULER])
 def test_forged_arrays_are_refused(bundle: Path, name: str) -> None:
     text = (bundle / name).read_bytes()
     end = 8 + int.from_bytes(text[:8], "little")
@@ -442,7 +442,7 @@ def test_mapped_weights_that_are_too_short_are_refused(bundle: Path) -> None:
 
 @pytest.mark.parametrize("absolute", [True, False])
 def test_an_engine_that_maps_another_file_is_refused(bundle: Path, tmp_path: Path, absolute: bool) -> None:
-    """A secret of the machine must not become a weight, which a sample could give away."""
+    """A secret file must not be loaded as a weight, because samples could leak it."""
     secret = shutil.copy(bundle / WEIGHTS, tmp_path / "secret")
     model = onnx.load(bundle / ENGINE, load_external_data=False)
     for tensor in model.graph.initializer:
@@ -454,15 +454,15 @@ def test_an_engine_that_maps_another_file_is_refused(bundle: Path, tmp_path: Pat
         unetc.load(bundle, memory="low")
 
 
-def test_an_engine_reads_no_file_of_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_reads_no_file_by_itself(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (used,) = {name for name in safetensors.numpy.load_file(bundle / WEIGHTS) if name.endswith("conv_in.weight")}
     edit(bundle, lambda manifest: manifest["engines"][0]["unused_weights"].append(used))
-    monkeypatch.chdir(bundle)  # where the graph's own record of its weights would lead to a file
+    monkeypatch.chdir(bundle)  # here the weights path recorded in the graph would name a file
     with pytest.raises(SessionError, match="cannot load an engine"):
         unetc.load(bundle)
 
 
-def test_what_is_no_bundle_says_how_to_make_one(tmp_path: Path, bundle: Path) -> None:
+def test_a_folder_that_is_no_bundle_is_refused_with_the_way_to_build_one(tmp_path: Path, bundle: Path) -> None:
     (tmp_path / "file").write_text("hello")
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300)):
@@ -471,7 +471,7 @@ def test_what_is_no_bundle_says_how_to_make_one(tmp_path: Path, bundle: Path) ->
     assert "unetc build MODEL -o" in refusal(bundle / MANIFEST, ArtifactError)
 
 
-def test_a_bundle_says_the_same_after_it_was_copied(bundle: Path, tiny_bundle: Path) -> None:
+def test_a_copied_bundle_has_the_same_contents(bundle: Path, tiny_bundle: Path) -> None:
     copied, original = Bundle.open(bundle), Bundle.open(tiny_bundle)
     assert copied.manifest == original.manifest
     assert copied.manifest.to_json() == (tiny_bundle / MANIFEST).read_bytes()

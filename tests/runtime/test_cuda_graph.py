@@ -19,7 +19,7 @@ from tests.models import Reuse, Tiny, relative_error, tiny_of
 from tests.stand_ins.cuda_on_cpu import DEVICE, PRIVATE, Cuda, Stream
 from unetc.backend import Array, Backend
 from unetc.compiler.graph.specialise import specialise
-from unetc.runtime.backends.cuda_graph import CapturedModule, Pool, Replay
+from unetc.runtime.backends.cuda_graph import CapturedModule, Pool
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.backends.torch_device import Module, TorchDevice, gpu_of
 from unetc.treatments import Treatment
@@ -28,17 +28,19 @@ CPU = torch.device("cpu")
 
 
 class Modules:
-    """Makes modules, and counts them."""
+    """Makes modules, counts them, and records the tensors that they are called with."""
 
     def __init__(self, inside: Callable[[], None] = lambda: None) -> None:
         self.made = 0
         self.inside = inside
+        self.inputs: list[Tensor] = []
 
     def __call__(self) -> Module:
         self.made += 1
 
         def double(tensor: Tensor) -> tuple[Tensor, ...]:
             self.inside()
+            self.inputs.append(tensor)
             return (2 * tensor,)
 
         return double
@@ -79,7 +81,7 @@ def test_every_shape_has_a_module_of_its_own_and_those_used_last_are_kept() -> N
 
 @pytest.mark.without_gpu
 def test_a_graph_that_goes_takes_no_memory_of_others_along(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Stream(0)  # of the 32 that torch gives out again and again
+    one = Stream(0)  # one of the 32 that torch returns in turns
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: one)
     first, second = (CapturedModule(Modules(cuda.multiply), Pool(DEVICE)) for _ in range(2))
     first(torch.ones(1))
@@ -108,13 +110,15 @@ def test_turns_in_several_streams_follow_each_other(cuda: Cuda) -> None:
 
 @pytest.mark.without_gpu
 def test_a_graph_runs_to_its_end_before_it_goes(cuda: Cuda) -> None:
-    pool = Pool(DEVICE)
-    captured = CapturedModule(Modules(), pool)
-    for size in (1, 2, 3, 4):
+    captured = CapturedModule(Modules(), Pool(DEVICE))
+    for size in (1, 2, 3, 4, 5):
         captured(torch.ones(size))
-    assert pool._done.waits == 0
-    captured(torch.ones(5))
-    assert pool._done.waits == 1
+    assert cuda.log == [
+        *["a graph is captured"] * 4,
+        "the process waits",
+        "a graph is deleted",
+        "a graph is captured",
+    ]
 
 
 @pytest.mark.without_gpu
@@ -216,12 +220,12 @@ def test_threads_that_come_together_share_the_stream_of_a_device(cuda: Cuda, mon
 
 @pytest.mark.without_gpu
 def test_what_is_the_same_tensor_as_before_is_not_copied_into_a_graph_again(cuda: Cuda) -> None:
-    captured = CapturedModule(Modules(), Pool(DEVICE))
+    modules = Modules()
+    captured = CapturedModule(modules, Pool(DEVICE))
     given = torch.ones(3)
     captured(given)
-    (replay,) = captured._modules.values()
-    assert isinstance(replay, Replay)
-    (own,) = replay._inputs
+    own = modules.inputs[-1]  # the memory that the graph reads
+    calls = len(modules.inputs)
 
     def copied(tensor: Tensor) -> bool:
         own.fill_(-1)
@@ -237,8 +241,8 @@ def test_what_is_the_same_tensor_as_before_is_not_copied_into_a_graph_again(cuda
     assert copied(given)
     assert copied(given.clone())
     assert copied(given)
-    assert copied(given[:])  # what a kernel writes into memory is known by nothing but a new view
-    with torch.inference_mode():  # where torch does not count
+    assert copied(given[:])  # a new view is the only sign of a kernel's writes
+    with torch.inference_mode():  # torch does not count the writes to its tensors
         frozen = torch.ones(3)
     assert copied(frozen)
     assert copied(frozen)
@@ -246,20 +250,22 @@ def test_what_is_the_same_tensor_as_before_is_not_copied_into_a_graph_again(cuda
     del given
     gc.collect()
     assert copied(torch.tensor(values))
+    assert len(modules.inputs) == calls, "the module was called instead of the graph"
 
 
 @pytest.mark.without_gpu
 def test_a_graph_that_is_captured_in_inference_mode_serves_outside_of_it(cuda: Cuda) -> None:
-    captured = CapturedModule(Modules(), Pool(DEVICE))
+    modules = Modules()
+    captured = CapturedModule(modules, Pool(DEVICE))
     with torch.inference_mode():
         captured(torch.ones(2))
+    own = modules.inputs[-1]  # the memory that the graph reads
     captured(torch.full((2,), 3.0))
-    (replay,) = captured._modules.values()
-    assert isinstance(replay, Replay)
-    assert replay._inputs[0].tolist() == [3, 3]
+    assert own.tolist() == [3, 3]
     with torch.inference_mode():
         captured(torch.full((2,), 4.0))
-    assert replay._inputs[0].tolist() == [4, 4]
+    assert own.tolist() == [4, 4]
+    assert cuda.log == ["a graph is captured"]
 
 
 def test_torch_declares_what_is_private_to_it() -> None:
@@ -276,7 +282,7 @@ def backend() -> Backend:
 
 
 class Loaded:
-    """A full model that is loaded for itself, with a pool of its own."""
+    """A full model with a separate loader, and therefore a separate pool."""
 
     def __init__(self, tiny: Tiny, backend: Backend) -> None:
         self._tiny = tiny
@@ -302,7 +308,7 @@ def test_a_loader_that_goes_takes_nothing_of_another_along(
     del first
     gc.collect()
     torch.cuda.empty_cache()
-    second(3)  # a capture empties the cache of memory too
+    second(3)  # a capture also empties the memory cache
     np.testing.assert_array_equal(second(2), expected)
     assert np.isfinite(expected).all()
     assert "no CUDA graph" not in caplog.text
@@ -336,6 +342,56 @@ def test_after_a_capture_that_failed_others_succeed(backend: Backend, caplog: py
         (result,) = whole(torch.ones(rows, 64, device=gpu))
         assert result.tolist() == [[32.0] * 64] * rows
     assert caplog.text.count("no CUDA graph could be captured") == 1
+
+
+@pytest.mark.gpu
+def test_turns_in_several_streams_do_not_mix_on_a_gpu(backend: Backend) -> None:
+    gpu = gpu_of("torch:cuda")
+    weight = torch.full((512, 512), 1 / 512, device=gpu)
+
+    def multiply(tensor: Tensor) -> tuple[Tensor, ...]:
+        for _ in range(20):  # long enough for the next turn to begin
+            tensor = tensor @ weight
+        return (tensor,)
+
+    pool = Pool(gpu)
+    modules = [CapturedModule(lambda: multiply, pool) for _ in range(2)]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(gpu), torch.cuda.Stream(gpu)]
+    inputs = [torch.full((4, 512), float(value), device=gpu) for value in range(6)]
+    torch.cuda.synchronize()
+    results = []
+    for i, tensor in enumerate(inputs):
+        with torch.cuda.stream(streams[i % 3]):
+            results += modules[i % 2](tensor)
+    torch.cuda.synchronize()
+    for tensor, result in zip(inputs, results, strict=True):
+        torch.testing.assert_close(result, tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_graph_sees_every_change_of_its_inputs_on_a_gpu(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    gpu = gpu_of("torch:cuda")
+    captured = CapturedModule(Modules(), Pool(gpu))
+    with torch.inference_mode():
+        captured(torch.ones(3, device=gpu))
+    given = torch.ones(3, device=gpu)
+    for change in (lambda: None, lambda: None, lambda: given.add_(1), lambda: given[0].fill_(5), lambda: None):
+        change()
+        for tensor in (given, given.clone(), given):
+            assert captured(tensor)[0].tolist() == (2 * given).tolist()
+    assert "no CUDA graph" not in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_thread_runs_on_the_second_gpu(backend: Backend) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two NVIDIA GPUs")
+    with torch.cuda.device(1):
+        gpu = gpu_of("torch:cuda")
+    captured = CapturedModule(Modules(), Pool(gpu))
+    (result,) = captured(torch.ones(2, device=gpu))
+    assert (result.device, result.tolist()) == (gpu, [2, 2])
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Latents are decoded one after the other, in the stream of their device."""
+"""Latents are decoded one by one, in the stream of their device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unetc.runtime.decoder import Decoder
 
 
 class Streamed(Host):
-    """A host that knows whether it is in its stream."""
+    """A host device that records whether it is inside its stream."""
 
     inside = False
 

@@ -1,4 +1,4 @@
-"""What a pool loads and lets go, over real engines of the target that needs no GPU."""
+"""A pool loads and unloads engines by phase, tested with real engines on the CPU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from unetc.runtime.session import Session, Step
 
 STEPS = 20
 CYCLES = ((0, 1), (1,), (2,), (2, 0))
-"""Of four phases, each a quarter of the steps."""
+"""Cycles of four phases, each a quarter of the steps."""
 WAIT_S = 60.0
-"""For another thread; what is waited for takes milliseconds."""
+"""Time limit for another thread, whose work takes milliseconds."""
 
 
 class Counting:
-    """A backend that streams over another, and counts loads."""
+    """A backend that streams the engines of another backend, and counts loads."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -50,7 +50,7 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path) -> Bundle:
-    """Give a bundle with a plan of four phases."""
+    """Change the plan of the tiny bundle to four phases."""
     bundle = Bundle.open(tiny_bundle)
     levels = bundle.scheduler.table(STEPS).log_snr.tolist()
     ends = [-30.0, *(levels[i * STEPS // 4] for i in (1, 2, 3)), 30.0]
@@ -64,11 +64,11 @@ def changed(bundle: Bundle, **fields: object) -> Bundle:
 
 
 class Trajectory:
-    """What a pool tells apart."""
+    """A trajectory; the pool distinguishes objects by identity."""
 
 
 class Loads:
-    """Knows what is loaded, and can be waited for."""
+    """Reports the loaded engines, and waits for a set of them."""
 
     def __init__(self) -> None:
         self.programs: list[LoadedLater] = []
@@ -82,7 +82,7 @@ class Loads:
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    """Wait for another thread, until it is too late."""
+    """Wait for another thread, up to a time limit."""
     end = time.monotonic() + WAIT_S
     while not done() and time.monotonic() < end:
         time.sleep(0.01)
@@ -95,7 +95,7 @@ def loads() -> Loads:
 
 @pytest.fixture
 def pool(bundle: Bundle, loads: Loads) -> EnginePool:
-    """Make a pool of three engines and a full model, number 3, that compute nothing."""
+    """Create a pool of three engines and a full model, number 3, which compute nothing."""
     loads.programs = [LoadedLater(lambda: nothing) for _ in range(4)]
     return EnginePool(bundle.manifest.plan, loads.programs[:3], loads.programs[3], HOST)
 
@@ -110,18 +110,21 @@ def test_streamed_engines_sample_the_same_bits(bundle: Bundle) -> None:
     counting = Counting(backend)
     session = Session.of(bundle, counting)
     at_start = len(counting.loads)
-    assert at_start == len(bundle.manifest.engines)  # each once, so what cannot be loaded is refused there
+    assert at_start == len(bundle.manifest.engines)  # each engine once, so that a broken one is refused at the start
     used: list[int] = []
     for _ in range(2):
         sampled = session.sample(2, seed=3, steps=STEPS, on_step=lambda step: used.append(step.engine))
         np.testing.assert_array_equal(sampled, expected)
     assert {*used} == {0, 1, 2}
-    assert len(counting.loads) > at_start + len(bundle.manifest.engines)  # some were let go between
+    assert len(counting.loads) > at_start + len(bundle.manifest.engines)  # some were unloaded in between
     assert any(name.startswith("unetc-engines") for name in counting.loads)
 
 
-def test_the_full_model_is_loaded_once_when_it_is_asked_for(bundle: Bundle) -> None:
-    manifest, own = bundle.manifest, "engines/own.onnx"  # where engine 0 emits, it is another graph than the full model
+def test_the_full_model_is_loaded_once_on_first_use(bundle: Bundle) -> None:
+    manifest, own = (
+        bundle.manifest,
+        "engines/own.onnx",
+    )  # if engine 0 emits, the full model is another graph
     full = msgspec.structs.replace(manifest.full, graph=own)
     (file,) = (file for file in manifest.files if file.path == manifest.full.graph)
     files = (*manifest.files, msgspec.structs.replace(file, path=own))
@@ -135,7 +138,7 @@ def test_the_full_model_is_loaded_once_when_it_is_asked_for(bundle: Bundle) -> N
     assert len(counting.loads) == before + 1
 
 
-def test_what_no_phase_needs_goes_with_the_one_that_needed_it(bundle: Bundle) -> None:
+def test_an_engine_is_unloaded_after_the_last_phase_that_needs_it(bundle: Bundle) -> None:
     engine, full, spare = (LoadedLater(lambda: nothing) for _ in range(3))
     pool, trajectory = EnginePool(bundle.manifest.plan, [engine] * 3, full, HOST, spare=spare), Trajectory()
     pool.enter(trajectory, 0)
@@ -153,7 +156,7 @@ def test_a_phase_and_the_next_are_loaded_and_nothing_else(pool: EnginePool, load
         loads.wait_for(near)
 
 
-def test_a_trajectory_of_the_full_model_has_it_alone(pool: EnginePool, loads: Loads) -> None:
+def test_a_trajectory_of_the_full_model_loads_nothing_else(pool: EnginePool, loads: Loads) -> None:
     first, second = Trajectory(), Trajectory()
     pool.enter(first, 0)
     loads.wait_for({0, 1})
@@ -162,7 +165,7 @@ def test_a_trajectory_of_the_full_model_has_it_alone(pool: EnginePool, loads: Lo
     loads.wait_for({3})
 
 
-def test_trajectories_in_several_phases_keep_what_each_needs(pool: EnginePool, loads: Loads) -> None:
+def test_trajectories_in_several_phases_keep_all_their_engines(pool: EnginePool, loads: Loads) -> None:
     early, late, full = (Trajectory() for _ in range(3))
     pool.enter(early, 0)
     loads.wait_for({0, 1})
@@ -177,11 +180,11 @@ def test_trajectories_in_several_phases_keep_what_each_needs(pool: EnginePool, l
     loads.wait_for({0, 2, 3})
 
 
-def test_what_the_phase_did_not_foresee_goes_with_it(pool: EnginePool, loads: Loads) -> None:
+def test_an_engine_loaded_outside_the_plan_is_unloaded_after_the_phase(pool: EnginePool, loads: Loads) -> None:
     trajectory = Trajectory()
     pool.enter(trajectory, 1)
     loads.wait_for({1, 2})
-    loads.programs[3]({}, np.empty(0, np.float32))  # the full model makes a step again
+    loads.programs[3]({}, np.empty(0, np.float32))  # the full model repeats a step
     pool.enter(trajectory, 1)
     loads.wait_for({1, 2, 3})
     pool.enter(trajectory, 2)
@@ -206,13 +209,13 @@ def test_the_next_phase_is_loaded_while_this_one_samples(bundle: Bundle) -> None
     assert seen == [True] * len(seen) != []
 
 
-def test_what_cannot_be_loaded_is_refused_before_anything_is_sampled(bundle: Bundle) -> None:
+def test_an_engine_that_cannot_be_loaded_is_refused_before_sampling(bundle: Bundle) -> None:
     broken = changed(bundle, graphs=dict.fromkeys(bundle.graphs, b"no graph"))
     with pytest.raises(SessionError, match="onnxruntime cannot load an engine"):
         Session.of(broken, Counting(open_backend("onnxruntime:cpu", threads=1)))
 
 
-def test_what_cannot_be_loaded_again_is_an_error_of_the_step_that_needs_it(bundle: Bundle) -> None:
+def test_an_engine_that_cannot_be_reloaded_fails_the_step_that_needs_it(bundle: Bundle) -> None:
     backend = Counting(open_backend("onnxruntime:cpu", threads=1))
     session = Session.of(bundle, backend)
     backend.full = True

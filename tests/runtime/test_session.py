@@ -1,4 +1,4 @@
-"""A session samples what its plan says: reproducibly, at any number of steps, from any thread."""
+"""A session follows its plan: reproducibly, at any number of steps, from any thread."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from unetc.treatments import Treatment
 
 SHAPE = (1, 16, 16)
 ROUNDING = 1e-4
-"""Of samples in -1 to 1. Sums of another batch, packing or number of threads are rounded in another order."""
+"""Tolerance for samples in -1 to 1. Another batch, packing or number of threads sums in a different order."""
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +56,20 @@ def session(tiny_bundle: Path) -> Session:
 
 
 def dropping(count: int) -> list[Assignment]:
-    """Make engines of which each but the first drops something else."""
+    """Make engines that each drop a different component, except the first, which drops nothing."""
     return [Assignment(treatments={str(i): Treatment.DROP} if i else {}) for i in range(count)]
 
 
 def session_of(
     programs: list[Any], scheduler: SchedulerTables, phases: tuple[Phase, ...], engines: Sequence[Assignment] = ()
 ) -> Session:
-    """Put together a session of programs that are not engines."""
+    """Create a session with arbitrary programs as engines."""
     plan = plan_of(engines or dropping(len(programs)), phases)
     return Session(plan=plan, full=programs[0], programs=programs, scheduler=scheduler, sample_shape=SHAPE, steps=4)
 
 
 class Recorder:
-    """A program that predicts a number, emits the timestep under some names, and keeps what it was called with."""
+    """A program that predicts a constant, emits the timestep under some names, and records its inputs."""
 
     def __init__(self, value: float = 0.0, emits: Sequence[str] = ()) -> None:
         self.value = value
@@ -112,7 +112,7 @@ def test_a_sample_depends_on_seed_and_index_alone(session: Session) -> None:
     assert np.abs(whole[0] - whole[1]).max() > 0.1
 
 
-def test_noise_that_is_given_replaces_the_seed(session: Session) -> None:
+def test_given_noise_replaces_the_seed(session: Session) -> None:
     noise = initial_noise(3, range(2), SHAPE)
     np.testing.assert_array_equal(session.sample(noise=noise, seed=9), session.sample(2, seed=3))
     before = noise.copy()
@@ -123,12 +123,12 @@ def test_noise_that_is_given_replaces_the_seed(session: Session) -> None:
     np.testing.assert_array_equal(session.sample(noise=noise.astype(np.float64)), session.sample(noise=noise))
 
 
-def test_a_model_that_is_convolutional_samples_other_sizes(session: Session) -> None:
+def test_a_convolutional_model_samples_other_sizes(session: Session) -> None:
     noise = initial_noise(0, range(2), (1, 32, 24))
     assert session.sample(noise=noise, steps=2).shape == (2, 1, 32, 24)
 
 
-def test_lossless_runs_the_full_model_at_every_step(session: Session, bundle: Bundle) -> None:
+def test_full_model_runs_at_every_step(session: Session, bundle: Bundle) -> None:
     used: list[int] = []
     full_model = session.sample(2, seed=1, steps=7, full_model=True, on_step=lambda step: used.append(step.engine))
     assert used == [0] * 7
@@ -138,10 +138,10 @@ def test_lossless_runs_the_full_model_at_every_step(session: Session, bundle: Bu
         full_model=True
     )
     assert (len(full.calls), [len(recorder.calls) for recorder in recorders]) == (7, [0, 0, 0])
-    assert np.abs(full_model - session.sample(2, seed=1, steps=7)).max() > 0.1  # so the plan does remove something
+    assert np.abs(full_model - session.sample(2, seed=1, steps=7)).max() > 0.1  # the plan does remove something
 
 
-def test_sampling_is_the_solver_around_the_engines(session: Session, bundle: Bundle) -> None:
+def test_sampling_is_the_scheduler_around_the_engines(session: Session, bundle: Bundle) -> None:
     table = bundle.scheduler.table(7)
     sample = initial_noise(2, range(2), SHAPE) * np.float32(table.initial_scale)
     backend = open_backend("onnxruntime:cpu", threads=1)
@@ -165,7 +165,7 @@ def test_any_number_of_steps_passes_the_phases_in_order(session: Session, bundle
     assert {*schedule} == {1, 2}
     boundary = bundle.manifest.plan.phases[1].low
     assert schedule.count(1) == np.count_nonzero(bundle.scheduler.table(steps).log_snr < boundary)
-    part = session.schedule(1000).count(1) / 1000  # whatever the number of steps, the same part of the way
+    part = session.schedule(1000).count(1) / 1000  # the same share of the trajectory at any number of steps
     assert abs(schedule.count(1) / steps - part) <= 1 / steps
     used: list[int] = []
     session.sample(1, steps=steps, on_step=lambda step: used.append(step.engine))
@@ -200,7 +200,7 @@ def test_every_step_has_one_engine_of_its_phase(
 
 @st.composite
 def reusing_plans(draw: st.DrawFn) -> Plan:
-    """Draw plans of engines that reuse some of three components, emit some of the others and take turns anyhow."""
+    """Draw plans with engines that reuse some of three components and emit some others, in arbitrary cycles."""
     names = ("a", "b", "c")
     treatment = st.sampled_from([Treatment.DROP, Treatment.HOLD, Treatment.FORECAST])
     treatments = draw(st.lists(st.dictionaries(st.sampled_from(names), treatment), min_size=1, max_size=3))
@@ -216,17 +216,17 @@ def reusing_plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plan=reusing_plans(), levels=st.lists(st.floats(-1, 5), min_size=1, max_size=40, unique=True).map(sorted))
-def test_no_engine_runs_before_all_that_it_reuses_was_emitted(plan: Plan, levels: list[float]) -> None:
+def test_no_engine_runs_before_all_its_reused_branches_were_emitted(plan: Plan, levels: list[float]) -> None:
     emitted: set[str] = set()
-    in_turn = msgspec.structs.replace(plan, engines=tuple(dropping(len(plan.engines)))).schedule(levels)
-    for engine, turn in zip(plan.schedule(levels), in_turn, strict=True):
+    by_cycle = msgspec.structs.replace(plan, engines=tuple(dropping(len(plan.engines)))).schedule(levels)
+    for engine, planned in zip(plan.schedule(levels), by_cycle, strict=True):
         assert plan.engines[engine].reused <= emitted
-        # and the full engine takes the turn of another only where it must
-        assert engine == (turn if plan.engines[turn].reused <= emitted else 0)
+        # the full engine replaces another only where it must
+        assert engine == (planned if plan.engines[planned].reused <= emitted else 0)
         emitted.update(plan.engines[engine].emits)
 
 
-def test_an_engine_is_handed_what_was_emitted_last(bundle: Bundle) -> None:
+def test_an_engine_receives_the_last_emitted_branches(bundle: Bundle) -> None:
     engines = [
         Assignment(treatments={}, emits=("a", "b")),
         Assignment(treatments={"a": Treatment.FORECAST}, emits=("b",)),
@@ -247,12 +247,12 @@ def test_an_engine_is_handed_what_was_emitted_last(bundle: Bundle) -> None:
     assert full == [(None, None, None), names(0, 0, 1), names(3, 0, 4)]
     assert forecasting == [names(0, 0, 0), names(3, 0, 3)]
     assert holding == [names(0, 0, 1), names(3, 0, 4)]
-    reaches = [float(call["extrapolation.a"][0]) for call in programs[1].calls]
-    assert reaches == pytest.approx([0, (times[4] - times[3]) / (times[3] - times[0])])
+    factors = [float(call["extrapolation.a"][0]) for call in programs[1].calls]
+    assert factors == pytest.approx([0, (times[4] - times[3]) / (times[3] - times[0])])
     assert {call["extrapolation.a"].dtype for call in programs[1].calls} == {np.dtype(np.float32)}
 
 
-def test_a_request_holds_nothing_of_the_one_before(bundle: Bundle) -> None:
+def test_a_rollout_holds_nothing_from_the_one_before(bundle: Bundle) -> None:
     engines = [Assignment(treatments={}, emits=("a",)), Assignment(treatments={"a": Treatment.HOLD})]
     full, holding = Recorder(emits=("a",)), Recorder()
     session = session_of([full, holding], bundle.scheduler, (Phase(low=-20.0, high=20.0, cycle=(1,)),), engines)
@@ -266,7 +266,7 @@ def test_a_request_holds_nothing_of_the_one_before(bundle: Bundle) -> None:
     assert len(holding.calls) == 6
 
 
-def test_a_request_that_is_stopped_leaves_nothing_to_the_next(bundle: Bundle) -> None:
+def test_a_stopped_rollout_leaves_nothing_to_the_next(bundle: Bundle) -> None:
     engines = [Assignment(treatments={}, emits=("a",)), Assignment(treatments={"a": Treatment.HOLD})]
     full = Recorder(emits=("a",))
     session = session_of([full, Recorder()], bundle.scheduler, (Phase(low=-20.0, high=20.0, cycle=(0, 1)),), engines)
@@ -301,7 +301,7 @@ def test_a_size_the_model_cannot_halve_is_an_error_of_unetc(
 ) -> None:
     with pytest.raises(SessionError):
         session.sample(noise=np.zeros((1, 1, *size), np.float32))
-    assert capfd.readouterr().err == ""  # the library says nothing beside what it raises
+    assert capfd.readouterr().err == ""  # the library prints nothing in addition to its exception
     session.sample()
 
 
@@ -344,21 +344,21 @@ def test_an_engine_that_fails_later_is_named_with_its_timestep(bundle: Bundle, b
     assert calls == bad + 1
 
 
-def spoilt(graph: SerialisedGraph, below: float) -> SerialisedGraph:
-    """Add 0 * log(timestep - below) to a prediction: nothing above that timestep, NaN below it."""
+def poisoned(graph: SerialisedGraph, below: float) -> SerialisedGraph:
+    """Add 0 * log(timestep - below) to a prediction, which turns it into NaN below that timestep."""
     model = onnx.load_from_string(graph.graph)
     name = model.graph.output[0].name
     for node in model.graph.node:
         node.output[:] = ["clean" if output == name else output for output in node.output]
     nodes = parser.parse_graph(
         f"""
-        spoil (float[b] timestep, float[b, c, h, w] clean) => (float[b, c, h, w] {name}) {{
+        poison (float[b] timestep, float[b, c, h, w] clean) => (float[b, c, h, w] {name}) {{
             below = Constant <value_float = {below}> ()
             zero = Constant <value_float = 0.0> ()
             axes = Constant <value_ints = [1, 2, 3]> ()
             above = Sub (timestep, below)
-            spoiling = Log (above)
-            added = Mul (spoiling, zero)
+            logarithm = Log (above)
+            added = Mul (logarithm, zero)
             per_sample = Unsqueeze (added, axes)
             {name} = Add (clean, per_sample)
         }}"""
@@ -367,8 +367,8 @@ def spoilt(graph: SerialisedGraph, below: float) -> SerialisedGraph:
     return replace(graph, graph=model.SerializeToString())
 
 
-class Spoilt:
-    """Sessions of an engine that emits a level and one that holds it, in turns 0, 1, 1; some give NaN."""
+class Poison:
+    """Sessions that cycle through 0, 1, 1: engine 0 emits a level and engine 1 holds it. Some give NaN."""
 
     def __init__(self, tiny: Tiny) -> None:
         level = next(component.name for component in tiny.gated.components if component.kind == "level")
@@ -379,15 +379,15 @@ class Spoilt:
         self._loader = self._backend.open_weights(tiny.gated.weights.read_bytes())
 
     def load(self, graph: SerialisedGraph, from_step: int = 7) -> Program:
-        """Load an engine that gives NaN from a step on; the last step is 6."""
+        """Load an engine that gives NaN from a step on, out of steps 0 to 6."""
         times = [*self.table.timesteps.tolist(), -1.0]
-        return self._loader.load(spoilt(graph, times[from_step] + 0.5))
+        return self._loader.load(poisoned(graph, times[from_step] + 0.5))
 
     def session(self, full: Program, *programs: Program, exact: Program | None = None) -> Session:
         return self._reuse.session(self._backend, full, programs, (0, 1, 1), exact=exact)
 
     def by_hand(self, *programs: Program, forgets_before: int) -> Array:
-        """Sample with one program a step; what was emitted before a step is forgotten there."""
+        """Sample with one program per step, and forget emitted branches before a given step."""
         sample, branches = initial_noise(2, range(2), Reuse.SHAPE) * np.float32(self.table.initial_scale), BranchCache()
         for i, program in enumerate(programs):
             if i == forgets_before:
@@ -401,20 +401,18 @@ class Spoilt:
 
 
 @pytest.fixture(scope="module")
-def poison(shared: Path) -> Spoilt:
-    return Spoilt(tiny_of("attention", shared))
+def poison(shared: Path) -> Poison:
+    return Poison(tiny_of("attention", shared))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_the_full_model_takes_the_turn_of_an_engine_that_gives_nan(
-    poison: Spoilt, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_full_model_replaces_an_engine_that_gives_nan(poison: Poison, caplog: pytest.LogCaptureFixture) -> None:
     full, emitting, holding = (poison.load(graph) for graph in (poison.full, poison.emitting, poison.holding))
     session = poison.session(full, emitting, poison.load(poison.holding, 4))
     used: list[int] = []
     sample = session.sample(2, seed=2, on_step=lambda step: used.append(step.engine))
     assert session.schedule(7) == (0, 1, 1, 0, 1, 1, 0)
-    assert used == [0, 1, 1, 0, 0, 0, 0]  # what was held is not trusted any more, so engine 0 runs at step 5
+    assert used == [0, 1, 1, 0, 0, 0, 0]  # held branches are discarded, so engine 0 runs at step 5
     assert session.non_finite_steps == 1
     (record,) = caplog.records
     assert record.levelname == "WARNING"
@@ -426,19 +424,19 @@ def test_the_full_model_takes_the_turn_of_an_engine_that_gives_nan(
     session.sample(2, seed=2)
     assert session.non_finite_steps == 2
     clean = poison.session(full, emitting, holding)
-    assert np.abs(clean.sample(2, seed=2) - sample).max() > 0.01  # so the full model did make that step
+    assert np.abs(clean.sample(2, seed=2) - sample).max() > 0.01  # the full model did compute that step
     assert clean.non_finite_steps == 0
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_what_a_spoilt_engine_emits_is_not_held(poison: Spoilt) -> None:
+def test_branches_of_a_non_finite_step_are_not_held(poison: Poison) -> None:
     session = poison.session(poison.load(poison.full), poison.load(poison.emitting, 0), poison.load(poison.holding))
     np.testing.assert_array_equal(session.sample(2, seed=2), session.sample(2, seed=2, full_model=True))
     assert session.non_finite_steps == 7
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_nan_of_the_full_model_too_is_an_error(poison: Spoilt) -> None:
+def test_nan_from_the_full_model_too_is_an_error(poison: Poison) -> None:
     session = poison.session(*(poison.load(graph, 4) for graph in (poison.full, poison.emitting, poison.holding)))
     timestep = f"{poison.table.timesteps[4]:g}"
     with pytest.raises(NonFiniteError, match=f"engine 1 and the full model .* timestep {timestep}"):
@@ -447,8 +445,8 @@ def test_nan_of_the_full_model_too_is_an_error(poison: Spoilt) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_the_model_in_float32_makes_steps_again_where_it_is_there(
-    poison: Spoilt, caplog: pytest.LogCaptureFixture
+def test_the_float32_model_repeats_non_finite_steps_if_it_is_available(
+    poison: Poison, caplog: pytest.LogCaptureFixture
 ) -> None:
     full, emitting, holding = (poison.load(graph, 4) for graph in (poison.full, poison.emitting, poison.holding))
     exact = poison.load(poison.full)
@@ -488,12 +486,12 @@ def test_every_step_is_reported_in_order(session: Session, bundle: Bundle) -> No
     assert tuple(step.engine for step in steps) == session.schedule(20)
     np.testing.assert_array_equal([step.timestep for step in steps], bundle.scheduler.table(20).timesteps)
     for step, copy in zip(steps, copies, strict=True):
-        np.testing.assert_array_equal(step.sample, copy)  # no later step wrote into it
+        np.testing.assert_array_equal(step.sample, copy)  # no later step has overwritten it
     np.testing.assert_array_equal(steps[-1].sample, result)
     np.testing.assert_array_equal(result, session.sample(2, seed=4, steps=20))
 
 
-def test_what_on_step_raises_ends_the_sampling(session: Session) -> None:
+def test_an_exception_in_on_step_ends_the_sampling(session: Session) -> None:
     def cancel(step: Step) -> None:
         if step.index == 2:
             raise InterruptedError
@@ -522,14 +520,14 @@ def test_low_memory_and_threads_change_nothing_but_rounding(session: Session, ti
 
 
 def mapped_weights() -> list[Path]:
-    """List the weights files that this process maps, one for each mapping."""
+    """List the weights files that this process maps, one per mapping."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [Path(line.split(maxsplit=5)[5]) for line in lines if line.endswith(WEIGHTS)]
 
 
 @pytest.fixture
 def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder in which a session in low memory makes its own."""
+    """Set the folder where low-memory sessions create their private files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -549,7 +547,7 @@ def test_low_memory_maps_the_weights_from_one_private_file(bundle: Bundle, priva
     assert session.sample().shape == (1, *SHAPE)
 
 
-def test_the_private_file_goes_with_the_session(bundle: Bundle, private: Path) -> None:
+def test_the_private_file_is_deleted_with_the_session(bundle: Bundle, private: Path) -> None:
     session = load_low(bundle)
     assert len([*private.iterdir()]) == 1
     del session
@@ -566,13 +564,13 @@ def test_weights_that_are_edited_after_loading_change_nothing(
     before = session.sample(seed=1)
     weights = copy / WEIGHTS
     size = weights.stat().st_size
-    with weights.open("r+b") as file:  # the same file, as someone would who knows that it is mapped
+    with weights.open("r+b") as file:  # in place, as someone who knows that it is mapped would edit it
         file.write(bytes(size))
     np.testing.assert_array_equal(session.sample(seed=1), before)
     assert np.isfinite(session.sample(seed=1, full_model=True)).all()
 
 
-def test_weights_that_cannot_be_written_say_where(
+def test_an_error_in_writing_weights_names_the_place(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
@@ -580,7 +578,7 @@ def test_weights_that_cannot_be_written_say_where(
         open_backend("onnxruntime:cpu", threads=1, memory=Memory.LOW).open_weights(bundle.weights)
 
 
-def test_the_backend_is_opened_as_asked_for(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_is_opened_as_requested(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
     def note(target: str, **options: Any) -> Any:
@@ -610,7 +608,7 @@ def test_the_null_backend_runs_the_schedule_without_an_engine(tiny_bundle: Path,
     np.testing.assert_array_equal(sample, expected)
 
 
-def test_unknown_target_or_memory_names_those_there_are(tiny_bundle: Path) -> None:
+def test_an_unknown_target_or_memory_mode_is_refused_with_the_valid_ones(tiny_bundle: Path) -> None:
     with pytest.raises(SessionError, match=r"'cuda'\. Close ones: torch:cuda, .*onnxruntime:cuda\. `unetc doctor`"):
         unetc.load(tiny_bundle, target="cuda")
     with pytest.raises(SessionError, match=r"'tiny'.*fast, low"):
@@ -633,7 +631,7 @@ def test_sessions_in_threads_give_the_same_bits(session: Session, tiny_bundle: P
 
 
 class Counter:
-    """A backend that counts the graphs it has loaded."""
+    """A backend that counts loaded graphs."""
 
     def __init__(self) -> None:
         self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
@@ -652,7 +650,7 @@ class Counter:
         return self._inner.device
 
 
-def test_the_full_model_is_loaded_when_it_is_first_asked_for(bundle: Bundle) -> None:
+def test_the_full_model_is_loaded_on_first_use(bundle: Bundle) -> None:
     manifest = bundle.manifest
     (holding,) = (control for control in manifest.controls if control.name == "deep-hold")
     counter = Counter()

@@ -1,4 +1,4 @@
-"""A target that does not exist is refused with those that may be meant."""
+"""An unknown target is refused, with the closest existing ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unetc.runtime.backends.registry import open_backend
         ("abacus", "Available: onnxruntime:cpu, torch:cpu, torch:cpu:compiled, torch:cuda, "),
     ],
 )
-def test_an_unknown_target_is_refused_with_those_that_may_be_meant(target: str, advice: str) -> None:
+def test_an_unknown_target_is_refused_with_the_closest_ones(target: str, advice: str) -> None:
     with pytest.raises(SessionError) as caught:
         open_backend(target, threads=1)
     message = str(caught.value)
@@ -30,7 +30,7 @@ def test_an_unknown_target_is_refused_with_those_that_may_be_meant(target: str, 
     assert len(message) < 250
 
 
-def test_what_tests_of_schedules_run_on_is_there_and_not_offered() -> None:
+def test_the_null_target_exists_but_is_not_offered() -> None:
     assert open_backend("null", threads=1).device is not None
     with pytest.raises(SessionError, match=r"Available: onnxruntime:cpu, (?!.*null)"):
         open_backend("nul", threads=1)

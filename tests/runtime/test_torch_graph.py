@@ -1,4 +1,4 @@
-"""Graphs of torch: weights are shared, slices of them are not made again, and no graph breaks when one is compiled."""
+"""Graphs of torch share weights, slice them once, and are compiled without a graph break."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_graph_compiles_whole_for_any_size(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("treatment", [Treatment.DROP, Treatment.MEAN])
 def test_a_narrowed_graph_is_followed_whole(tiny: Tiny, treatment: Treatment) -> None:
-    """torch.compile sees what slicing makes of norms and convolutions; its compiler, which takes long, is left out."""
+    """torch.compile traces sliced norms and convolutions; its slow compiler is not run."""
     skips = {component.name: treatment for component in tiny.gated.components if component.kind == "skip"}
     translation = translation_of(tiny, skips, load(tiny.gated.weights.read_bytes()))
     followed = torch.compile(translation.module, fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""Every operator that the torch backend knows computes what onnxruntime computes; what it does not know it refuses."""
+"""Every operator of the torch backend computes the same as onnxruntime; unknown operators are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unetc.runtime.backends.torch_operators import OPERATORS
 NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
 
 LIBRARIES_AGREE = 1e-5
-"""One operator, some tens of summands: other orders of summation, and other approximations of erf and tanh."""
+"""Tolerance for one operator with tens of summands: order of summation and approximations of erf and tanh differ."""
 
 BODIES: Mapping[str, str] = {
     "Abs": "y = Abs (x)",
@@ -71,7 +71,7 @@ BODIES: Mapping[str, str] = {
     "Flatten": "y = Flatten <axis = 2> (x)",
     "Gather": "i = Constant <value_ints = [1, -1, 0]> () y = Gather <axis = 1> (x, i)",
     "Gather of one": "i = Constant <value_int = -2> () y = Gather <axis = 1> (x, i)",
-    "Gather by what is computed": "a = Abs (x) i = Cast <to = 7> (a) flat = Constant <value_ints = [0, 1]> () "
+    "Gather by computed indices": "a = Abs (x) i = Cast <to = 7> (a) flat = Constant <value_ints = [0, 1]> () "
     "t = ReduceMax <keepdims = 0> (i, flat) three = Constant <value_int = 3> () u = Min (t, three) "
     "y = Gather <axis = 1> (x, u)",
     "Gelu": "y = Gelu (x)",
@@ -129,11 +129,11 @@ BODIES: Mapping[str, str] = {
         y = Resize <nearest_mode = "floor", coordinate_transformation_mode = "asymmetric"> (x, , scales)
         """,
     "Shape": "s = Shape <start = 1> (x) y = Cast <to = 1> (s)",
-    "Shape from an axis on, of what is computed": """
+    "Shape from an axis on, of a computed tensor": """
         a = Abs (x) s = Shape <start = 2> (a) t = Shape <end = -1> (a) both = Concat <axis = 0> (s, t)
         y = Cast <to = 1> (both)
         """,
-    "Shape from an axis on, of what is normalised": """
+    "Shape from an axis on, of a normalised tensor": """
         a = GroupNormalization <num_groups = 2> (x, four, four) s = Shape <start = 2> (a) y = Cast <to = 1> (s)
         """,
     "Shape from the end": "s = Shape <start = -2> (x) y = Cast <to = 1> (s)",
@@ -173,7 +173,7 @@ BODIES: Mapping[str, str] = {
         one = Constant <value_ints = [1, 1, 1, 1]> () t = Where (e, one, s) y = Cast <to = 1> (t)
         """,
 }
-"""By operator, and what is special: the nodes of a graph from x to y."""
+"""Nodes of a graph from x to y, by operator and special case."""
 
 
 def model_of(body: str) -> bytes:

@@ -187,7 +187,8 @@ def test_every_attempt_but_the_last_is_noted_with_what_was_planned_and_measured(
     for i, (note, plan) in enumerate(zip(notes, machine.compiled, strict=False)):
         saving = Machine(1.7).compile(plan).saving
         assert note.startswith(
-            f"attempt {i + 1}: planned to save {1 - plan.prediction.time_ratio:.1%}, measured {saving:.1%}"
+            f"attempt {i + 1}: planned to save {100 * (1 - plan.prediction.time_ratio):.1f} %, "
+            f"measured {100 * saving:.1f} %"
         )
 
 

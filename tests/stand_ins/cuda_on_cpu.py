@@ -1,8 +1,11 @@
-"""What unetc uses of torch's streams and CUDA graphs, without a GPU: what waits for what, and what memory is whose.
+"""Stand-ins for torch's streams and CUDA graphs without a GPU: they check the order of work and the owners of memory.
 
-Nothing is computed: a replay gives what was computed while capturing. It follows torch 2.13 (torch/cuda/graphs.py,
-CUDAGraph.cpp, CUDACachingAllocator.cpp, CachingHostAllocator.h, CublasHandlePool.cpp) where that refuses something, and
-where it leaves something undone.
+A replay computes nothing, so its results never change after the capture. The behaviour follows torch 2.13
+(torch/cuda/graphs.py, CUDAGraph.cpp, CUDACachingAllocator.cpp, CachingHostAllocator.h, CublasHandlePool.cpp), both
+where torch refuses a call and where it leaves work undone.
+
+The stand-ins follow the source code and have not been compared with a GPU yet. Each class names the test, marked `gpu`,
+that checks the same on a real GPU.
 """
 
 from __future__ import annotations
@@ -20,21 +23,27 @@ PRIVATE = ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_rele
 
 
 class Event:
-    """The end of what a stream was given; a new one has no work before it."""
+    """The end of a stream's work up to now; a new event has no work before it.
 
-    def __init__(self) -> None:
+    On a GPU: `tests/runtime/test_cuda_graph.py::test_turns_in_several_streams_do_not_mix_on_a_gpu`.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
         self.before: set[int] = set()
-        self.waits = 0
+        self.cuda = cuda
 
     def record(self, stream: Stream) -> None:
         self.before = set(stream.before)
 
     def synchronize(self) -> None:
-        self.waits += 1
+        self.cuda.log.append("the process waits")
 
 
 class Stream:
-    """Knows which work is done before what it is given next."""
+    """Knows the work that is done before its next work.
+
+    On a GPU: `tests/runtime/test_cuda_graph.py::test_turns_in_several_streams_do_not_mix_on_a_gpu`.
+    """
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -49,16 +58,25 @@ class Stream:
 
 
 class Workspace:
-    """Memory of cuBLAS."""
+    """Memory of cuBLAS.
+
+    On a GPU: `tests/runtime/test_cuda_graph.py::test_a_loader_that_goes_takes_nothing_of_another_along`.
+    """
 
     def __init__(self, pool: int | None) -> None:
         self.pool = pool
 
 
 class Cuda:
-    """The GPUs of a process."""
+    """The GPUs of a process, with the current device and stream of each thread.
+
+    On a GPU: `tests/runtime/test_cuda_graph.py::test_after_a_capture_that_failed_others_succeed` and
+    `test_a_thread_runs_on_the_second_gpu`.
+    """
 
     def __init__(self) -> None:
+        self.log: list[str] = []
+        """Captures, deletions of graphs, and waits of the process, in order."""
         self.defaults = [Stream(device) for device in range(2)]
         self.workspaces: dict[Stream, Workspace] = {}
         self.recording: set[int] = set()
@@ -73,13 +91,13 @@ class Cuda:
 
     @property
     def device(self) -> int:
-        """That of this thread, the first if it has not said another."""
+        """Current device of this thread, the first by default."""
         device: int = getattr(self._thread, "device", 0)
         return device
 
     @property
     def current(self) -> Stream:
-        """That of this thread on its device."""
+        """Current stream of this thread on its device."""
         streams: dict[int, Stream] = self._thread.__dict__.setdefault("streams", {})
         return streams.get(self.device, self.defaults[self.device])
 
@@ -98,27 +116,27 @@ class Cuda:
         self._thread.__dict__.setdefault("streams", {})[stream.device] = stream
 
     def multiply(self) -> None:
-        """Do what needs a workspace: that of the stream, taken from the pool that is captured into if there is none."""
+        """Use the stream's workspace, which is allocated in the pool of the running capture if it is missing."""
         pool = self.capturing.pool if self.capturing else None
         workspace = self.workspaces.setdefault(self.current, Workspace(pool))
         if self.capturing:
             self.capturing.workspaces.append(workspace)
 
     def spoil(self) -> None:
-        """Do what cannot be captured."""
+        """Do work that cannot be captured."""
         if self.capturing:
             self.capturing.spoilt = True
             raise RuntimeError("operation not permitted when stream is capturing")
 
     def launch(self, pool: int) -> None:
-        """Launch a graph, whose memory the one before it in its pool must be done with."""
+        """Launch a graph; the previous graph of its pool must have finished with the shared memory."""
         last = self._last.get(pool)
         assert last is None or last in self.current.before, "two graphs of one pool run at the same time"
         work = self._last[pool] = next(self._work)
         self.current.before.add(work)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Take the place of torch's GPU."""
+        """Replace torch's functions for the GPU."""
         cuda = self
 
         def make_stream(device: torch.device | None = None) -> Stream:
@@ -139,6 +157,11 @@ class Cuda:
                 assert cuda.device == device
 
         class Capture:
+            """A running capture.
+
+            On a GPU: `tests/runtime/test_cuda_graph.py::test_after_a_capture_that_failed_others_succeed`.
+            """
+
             def __init__(self, graph: Graph, pool: int, stream: Stream, capture_error_mode: str) -> None:
                 assert capture_error_mode == "thread_local"
                 self.graph, self.pool, self.stream = graph, pool, stream
@@ -161,6 +184,7 @@ class Cuda:
                 cuda.recording.remove(self.pool)
                 cuda.recording_on_host.remove(self.pool)
                 self.graph.ended = True
+                cuda.log.append("a graph is captured")
                 cuda.set(self.before)
 
         def end(device: int, pool: int) -> None:
@@ -176,7 +200,7 @@ class Cuda:
 
         for name, own in {
             "Stream": make_stream,
-            "Event": Event,
+            "Event": lambda: Event(cuda),
             "CUDAGraph": lambda: Graph(cuda),
             "stream": using,
             "graph": Capture,
@@ -193,7 +217,10 @@ class Cuda:
 
 
 class Graph:
-    """A captured graph; when it goes, so do the workspaces of the stream it was captured on."""
+    """A captured graph; the workspaces of its stream are deleted with it.
+
+    On a GPU: `tests/runtime/test_cuda_graph.py::test_graphs_that_were_let_go_are_captured_again`.
+    """
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
@@ -210,4 +237,5 @@ class Graph:
 
     def __del__(self) -> None:
         if self.ended:
+            self.cuda.log.append("a graph is deleted")
             self.cuda.workspaces.pop(self.stream, None)

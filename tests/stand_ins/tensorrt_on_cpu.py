@@ -1,8 +1,12 @@
-"""What unetc uses of TensorRT to run engines, computed by onnxruntime on the CPU at the addresses it is given.
+"""Stand-ins for the parts of TensorRT that run engines: onnxruntime computes on the CPU, at the given addresses.
 
-No engine of the real libraries can be run without an NVIDIA GPU. This module follows their documentation where it says
-what must be done before what, and refuses what is out of order; that the real library has the same names is tested
-beside it, in test_tensorrt_backend.
+Engines of the real libraries cannot run without an NVIDIA GPU. This module follows the order of calls in their
+documentation, and refuses calls that are out of order. `tests/nvidia/test_execution.py` checks that the real library
+has the same names.
+
+The stand-ins follow the documentation and have not been compared with a GPU yet. Each class names the test, marked
+`gpu`, that checks the same on a real GPU; these tests are in `tests/nvidia/test_tensorrt_backend.py` and
+`tests/runtime/test_backends.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +49,10 @@ KERNELS = b"kernels of the CPU"
 
 
 class CpuTensorRt:
-    """The backend that runs engines, over this module; each engine is built when it is loaded, and found in a cache."""
+    """The backend for engines, over this module; each engine is built when it is loaded, and stored in a cache.
+
+    On a GPU: the targets `tensorrt` and `tensorrt-rtx` of every test in `test_backends.py`.
+    """
 
     def __init__(self, library: Library, memory: Memory, calls: MeasuredCalls, engines: EngineCache) -> None:
         here = library.origin()
@@ -56,12 +63,15 @@ class CpuTensorRt:
         self.device = self._backend.device
 
     def open_weights(self, weights: bytes) -> Loader:
-        """Take weights that engines will have inside."""
+        """Take the weights, which engines have inside."""
         return CpuLoader(self._backend, weights, self._calls)
 
 
 class CpuLoader:
-    """Builds engines of graphs, puts them into the cache, and loads them from there."""
+    """Builds engines of graphs, puts them into the cache, and loads them from the cache.
+
+    On a GPU: the targets `tensorrt` and `tensorrt-rtx` of every test in `test_backends.py`.
+    """
 
     def __init__(self, backend: TensorRtBackend, weights: bytes, calls: MeasuredCalls) -> None:
         self._backend = backend
@@ -70,7 +80,7 @@ class CpuLoader:
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph."""
-        plan = plan_of(graph.graph, self._weights)
+        serialized = serialize(graph.graph, self._weights)
         record = EngineRecord(
             key=EngineKey(
                 origin=self._backend.here,
@@ -81,8 +91,8 @@ class CpuLoader:
                 rows=self._calls.rows,
                 effort=Effort(),
             ),
-            engine_sha256=hashlib.sha256(plan).hexdigest(),
-            engine_bytes=len(plan),
+            engine_sha256=hashlib.sha256(serialized).hexdigest(),
+            engine_bytes=len(serialized),
             layers=1,
             shapes=resolve(signature(graph.graph), self._calls.sizes, self._calls.rows),
             spent=Effort(),
@@ -91,12 +101,12 @@ class CpuLoader:
             peak_bytes=0,
             scratch_bytes=SCRATCH_BYTES,
         )
-        self._backend.engines.put(record, plan)
+        self._backend.engines.put(record, serialized)
         return self._backend.open_weights(self._weights).load(graph)
 
 
 def signature(graph: bytes) -> dict[str, tuple[int | str, ...]]:
-    """Read the shapes of a graph's inputs: sizes, or the names that they have."""
+    """Read the shapes of a graph's inputs: sizes, or their names."""
     return {
         value.name: tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
         for value in _inputs(onnx.load_model_from_string(graph).graph)
@@ -109,15 +119,18 @@ def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def without_streams(patch: pytest.MonkeyPatch) -> None:
-    """Let torch have a stream where there is no GPU; no graph is captured."""
+    """Give torch a stream where there is no GPU; no graph is captured."""
     patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
 
 
 class ILogger:
-    """Is told what is wrong."""
+    """Gets the library's messages.
+
+    On a GPU: `test_a_shape_outside_the_call_ranges_is_an_error_that_quotes_the_library`.
+    """
 
     class Severity(enum.IntEnum):
-        """Less is worse."""
+        """Lower numbers are more severe."""
 
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -139,39 +152,45 @@ _ELEMENTS = {
 }
 
 
-def plan_of(graph: bytes, weights: bytes) -> bytes:
-    """Make an engine."""
+def serialize(graph: bytes, weights: bytes) -> bytes:
+    """Build a serialized engine."""
     return _LENGTH.pack(len(graph)) + graph + weights
 
 
 class Runtime:
-    """Loads engines."""
+    """Loads engines.
+
+    On a GPU: `test_an_engine_that_is_found_is_loaded_and_captured`.
+    """
 
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
-        """Load an engine; None if these bytes are none."""
-        if len(plan) < _LENGTH.size:
-            self.logger.log(ILogger.Severity.ERROR, "the plan is too short")
+    def deserialize_cuda_engine(self, serialized: bytes) -> ICudaEngine | None:
+        """Load an engine; None if the bytes are not an engine."""
+        if len(serialized) < _LENGTH.size:
+            self.logger.log(ILogger.Severity.ERROR, "the engine is too short")
             return None
-        (length,) = _LENGTH.unpack_from(plan)
-        graph = bytes(plan[_LENGTH.size : _LENGTH.size + length])
-        return ICudaEngine(self.logger, graph, bytes(plan[_LENGTH.size + length :]))
+        (length,) = _LENGTH.unpack_from(serialized)
+        graph = bytes(serialized[_LENGTH.size : _LENGTH.size + length])
+        return ICudaEngine(self.logger, graph, bytes(serialized[_LENGTH.size + length :]))
 
 
 @dataclass
 class IRuntimeCache:
-    """Finished kernels."""
+    """Finished kernels.
+
+    On a GPU: `test_finished_kernels_are_stored_and_used_at_the_next_start`.
+    """
 
     kernels: bytes = b""
 
     def serialize(self) -> bytes:
-        """Give what was finished."""
+        """Return the finished kernels."""
         return self.kernels
 
     def deserialize(self, blob: bytes) -> bool:
-        """Take what was finished before."""
+        """Load kernels that were finished before; False if they do not fit."""
         if blob != KERNELS:
             return False
         self.kernels = blob
@@ -180,28 +199,34 @@ class IRuntimeCache:
 
 @dataclass
 class IRuntimeConfig:
-    """How an engine is run."""
+    """Settings of an engine's execution contexts.
+
+    On a GPU: `test_finished_kernels_are_stored_and_used_at_the_next_start`.
+    """
 
     dynamic_shapes_kernel_specialization_strategy: Any = None
     strategy: Any = ExecutionContextAllocationStrategy.STATIC
     cache: IRuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        """Say who allocates scratch memory."""
+        """Set who allocates scratch memory."""
         self.strategy = strategy
 
     def create_runtime_cache(self) -> IRuntimeCache:
-        """Make an empty one."""
+        """Make an empty cache."""
         return IRuntimeCache()
 
     def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
-        """Say where finished kernels go."""
+        """Set the cache of finished kernels."""
         self.cache = cache
         return True
 
 
 class ICudaEngine:
-    """A loaded engine."""
+    """A loaded engine.
+
+    On a GPU: `test_an_engine_that_is_found_is_loaded_and_captured`.
+    """
 
     def __init__(self, logger: ILogger, graph: bytes, weights: bytes) -> None:
         self.logger = logger
@@ -218,27 +243,27 @@ class ICudaEngine:
 
     @property
     def num_io_tensors(self) -> int:
-        """Number of inputs and outputs."""
+        """Number of inputs and outputs together."""
         return len(self._tensors)
 
     def get_tensor_name(self, index: int) -> str:
-        """Name one."""
+        """Return the name of an input or output."""
         return str(self._tensors[index].name)
 
     def get_tensor_dtype(self, name: str) -> Any:
-        """Tell the type of its elements."""
+        """Return the type of a tensor's elements."""
         return self.elements[name][0]
 
     def get_tensor_mode(self, name: str) -> Any:
-        """Tell which way it goes."""
+        """Return whether a tensor is an input or an output."""
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
 
     def create_runtime_config(self) -> IRuntimeConfig:
-        """Make a configuration of its own defaults."""
+        """Make a configuration with the default settings."""
         return IRuntimeConfig()
 
     def create_execution_context(self, how: IRuntimeConfig | Any) -> IExecutionContext:
-        """Make a context; the libraries take a strategy, or a configuration with one."""
+        """Make a context; the libraries take a strategy, or a configuration that contains one."""
         if isinstance(how, IRuntimeConfig):
             if how.cache is not None:
                 how.cache.kernels = KERNELS
@@ -253,7 +278,10 @@ def _session(graph: SerialisedGraph, options: Any, weights: object) -> Any:
 
 @dataclass
 class IExecutionContext:
-    """Runs an engine, one call after the other."""
+    """Runs an engine, one call after the other.
+
+    On a GPU: `test_an_engine_that_is_found_is_loaded_and_captured`, and `test_backends.py` for its results.
+    """
 
     engine: ICudaEngine
     user_managed: bool
@@ -262,14 +290,14 @@ class IExecutionContext:
     scratch: tuple[int, int] = (0, 0)
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
-        """Fix the shape of an input."""
+        """Set the shape of an input."""
         if name not in self.engine.inputs:
             return self._refuse(f"{name} is no input")
         self.shapes[name] = tuple(shape)
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        """Tell a shape, which that of an output is when those of all inputs are."""
+        """Return a shape; the shape of an output is known once all inputs have one."""
         if name in self.shapes:
             return self.shapes[name]
         if missing := [one for one in self.engine.inputs if one not in self.shapes]:
@@ -279,22 +307,22 @@ class IExecutionContext:
         return dict(zip(self.engine.outputs, (value.shape for value in self._run(zeros)), strict=True))[name]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        """Say where a tensor is."""
+        """Set the address of a tensor."""
         if not address:
-            return self._refuse(f"{name} is nowhere")
+            return self._refuse(f"{name} has no address")
         self.addresses[name] = address
         return True
 
     def set_device_memory(self, address: int, size: int) -> None:
-        """Lend scratch memory."""
+        """Provide scratch memory for the next call."""
         self.scratch = address, size
 
     def is_stream_capturable(self, stream: int) -> bool:
-        """Tell whether calls can be captured; on the CPU none can."""
+        """Return whether calls can be captured; on the CPU they cannot."""
         return False
 
     def execute_async_v3(self, stream: int) -> bool:
-        """Read the inputs, compute, write the outputs; what was lent is given back."""
+        """Read the inputs, compute, and write the outputs; the scratch memory is for one call."""
         engine, (address, size), self.scratch = self.engine, self.scratch, (0, 0)
         if self.user_managed and (not address or size < engine.device_memory_size_v2):
             return self._refuse("no scratch memory")
@@ -302,7 +330,7 @@ class IExecutionContext:
         if lost:
             return self._refuse(f"no address of {lost[0]}")
         if size:
-            ctypes.memset(address, 255, size)  # whoever keeps something there loses it
+            ctypes.memset(address, 255, size)  # nothing may be kept in scratch memory
         results = self._run({name: self._at(name, self.shapes[name]).copy() for name in engine.inputs})
         for name, value in zip(engine.outputs, results, strict=True):
             self._at(name, value.shape)[...] = value

@@ -1,4 +1,4 @@
-"""The command line: one thin function per command, each calling one function of the library."""
+"""The command line: one thin function per command, each calling one function of `unetc.api`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _EXTRAS = {
 """Which extra brings a library."""
 
 _INTERRUPTED = 130
-"""What typer exits with on Ctrl-C."""
+"""Exit code of typer on Ctrl-C."""
 _TERMINATED = 128 + signal.SIGTERM
-"""What shells take for the end by this signal."""
+"""Exit code that shells expect of a command that this signal ended."""
 
 
 def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
     from .app import app
 
-    signal.signal(signal.SIGTERM, _end)  # which would leave temporary folders and the processes of builds behind
+    signal.signal(signal.SIGTERM, _end)  # by default it leaves temporary folders and the processes of builds behind
     try:
         app(prog_name="unetc")
     except UnetcError as error:

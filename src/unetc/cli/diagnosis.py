@@ -1,8 +1,9 @@
-"""Find out what works on this machine."""
+"""Find the libraries and targets that work on this machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from unetc.compiler.tensorrt.compile_bundle import check_tools
@@ -19,15 +20,32 @@ _STAGES = {
 }
 _EXTRAS = {"analyze, plan, build, verify": "compile", "report": "report"}
 
+MACHINE = "machine"
+_COMMAND = re.compile(r"(pip uninstall \S+; )?pip install '[^']+'")
+"""The command at the end of a message about a missing library."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that works here or does not."""
+    """One part that works here or does not."""
 
     name: str
     works: bool
     needed: bool
     detail: str
+
+    @property
+    def short(self) -> str:
+        """The command that brings a missing part, or else the reason; nothing for a part that works."""
+        if self.works:
+            return self.detail if self.name == MACHINE else ""
+        if command := _COMMAND.search(self.detail):
+            return command[0]
+        return re.sub(r"^target \S+ ", "", self.detail).split(". ")[0].rstrip(".")
+
+    def facts(self) -> dict[str, object]:
+        """List everything that is known, for programs."""
+        return asdict(self) | {"help": "" if self.works else self.short}
 
 
 def diagnose() -> list[Finding]:
@@ -37,7 +55,7 @@ def diagnose() -> list[Finding]:
     )
     if (free := free_memory()) is not None:
         machine += f", {free / 2**30:.0f} GiB of memory free"
-    findings = [Finding(name="machine", works=True, needed=True, detail=machine), _find_gpu()]
+    findings = [Finding(name=MACHINE, works=True, needed=True, detail=machine), _find_gpu()]
     findings += [_try_backend(target) for target in OFFERED]
     findings += [_try_library(library) for library in LIBRARIES.values()]
     findings += [_try_stage(stage, libraries) for stage, libraries in _STAGES.items()]

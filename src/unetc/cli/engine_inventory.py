@@ -1,4 +1,4 @@
-"""Which engines of a bundle the cache has, and what is known of the memory that they take on a GPU."""
+"""Find the engines of a bundle that the cache has, and the memory that they take on a GPU."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from .summary import engines_title
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSet:
-    """Engines that were built alike."""
+    """Engines of one target, precision and range of sizes."""
 
     key: EngineKey
-    """Of one of them."""
+    """Key of one of them."""
     records: dict[str, EngineRecord] = field(default_factory=dict)
-    """By the path of the graph."""
+    """Records by the path of the graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What some engines take together on a GPU."""
+    """Memory that some engines take together on a GPU."""
 
     name: str
     engine_bytes: int | None
     """Their sum; None if one is not compiled."""
     scratch_bytes: int | None
-    """The most that one needs, as they share it; None if it is not known of all."""
+    """The most that one needs, as they share it; None if one of them has no figure."""
 
 
 def find(manifest: Manifest) -> list[EngineSet]:
@@ -67,7 +67,7 @@ def _needed(manifest: Manifest) -> dict[str, None]:
 
 
 def misfit(engines: EngineSet) -> str:
-    """Say why engines cannot be run with what is installed here; nothing if they can, on a GPU that they are for."""
+    """Explain why engines cannot run with the libraries installed here; empty if they can, on a GPU that they fit."""
     origin = engines.key.origin
     try:
         here = LIBRARIES[origin.target].anywhere()
@@ -77,7 +77,7 @@ def misfit(engines: EngineSet) -> str:
 
 
 def facts(sets: Sequence[EngineSet], manifest: Manifest) -> list[dict[str, object]]:
-    """List engines with everything that is known about them, and what they take together."""
+    """List engines with everything that is known about them, and the memory that they take together."""
     return [
         {
             "engines": {graph: to_builtins(record) for graph, record in one.records.items()},
@@ -90,7 +90,7 @@ def facts(sets: Sequence[EngineSet], manifest: Manifest) -> list[dict[str, objec
 
 
 def shown(sets: Sequence[EngineSet], manifest: Manifest) -> list[RenderableType]:
-    """Lay out the memory of complete sets; of the others, and of what cannot be run, say so in a line."""
+    """Lay out the memory of complete sets; name the others, and those that cannot run here, in a line each."""
     if not sets:
         return [f"No engines of this bundle are in {cache_folder()}. `unetc compile BUNDLE` builds them."]
     return [_shown(one, manifest) for one in sets]
@@ -109,7 +109,7 @@ def _shown(engines: EngineSet, manifest: Manifest) -> RenderableType:
         [[row.name, _mib(row.engine_bytes), _mib(row.scratch_bytes)] for row in rows],
     )
     if any(row.scratch_bytes is None for row in rows):
-        laid_out.caption = "Scratch memory is not known of engines that were built without a GPU."
+        laid_out.caption = "Engines that were built without a GPU have no figure for scratch memory."
         laid_out.caption_justify = "left"
     return laid_out
 
@@ -119,7 +119,7 @@ def _mib(size: int | None) -> str:
 
 
 def memory_of(engines: EngineSet, manifest: Manifest) -> list[Memory]:
-    """Sum up the memory of engines, and of those that take turns in a phase."""
+    """Add up the memory of engines, alone and together with those that take turns with them in a phase."""
     plan = manifest.plan
     every = {engine.graph for engine in manifest.engines}
     rows = [_together(Path(graph).stem, engines, {graph}) for graph in _needed(manifest)]
@@ -134,12 +134,12 @@ def memory_of(engines: EngineSet, manifest: Manifest) -> list[Memory]:
 
 
 def _bytes(engines: EngineSet, graphs: Collection[str]) -> int:
-    """Add up the engines that are known."""
+    """Add up the sizes of the engines that the cache has."""
     return sum(engines.records[graph].engine_bytes for graph in graphs if graph in engines.records)
 
 
 def _together(name: str, engines: EngineSet, graphs: Collection[str]) -> Memory:
-    """Sum up; engines are added, scratch memory is shared."""
+    """Add up engines; scratch memory is shared, so the largest counts."""
     known = [engines.records[graph] for graph in graphs if graph in engines.records]
     scratch = [record.scratch_bytes for record in known if record.scratch_bytes is not None]
     complete = len(known) == len(graphs)

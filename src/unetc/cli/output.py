@@ -1,4 +1,4 @@
-"""What the commands print: progress on stderr, results on stdout."""
+"""Output of the commands: progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUT = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WID
 ERR = Console(stderr=True, highlight=False)
 
 _LINE_EVERY_S = 10.0
-"""Without a terminal, progress is a line now and then."""
+"""Without a terminal, progress is a line at this interval."""
 
 
 @contextmanager
@@ -72,6 +72,16 @@ class _Lines:
 def print_json(value: Record | dict[str, object]) -> None:
     """Print a result for programs."""
     print(json.dumps(to_builtins(value), indent=2))
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage: 0.27 is 27 %, 0.2812 is 28.1 %."""
+    return f"{round(100 * share, 1) + 0.0:.1f}".removesuffix(".0") + " %"  # + 0.0 turns -0.0 into 0.0
+
+
+def saves(time_ratio: float) -> str:
+    """Write the time that is left as the time that is saved, with the ratio itself."""
+    return f"saves {percent(1 - time_ratio)} (time ratio {time_ratio:.3f})"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> Table:

@@ -24,13 +24,13 @@ class Draw(Protocol):
 
 
 def sample_in_calls(draw: Draw, samples: int, most: int, on_progress: OnProgress) -> Array:
-    """Sample in calls of at most `most` samples; sample k of a seed is the same whatever the call.
+    """Sample in calls of at most `most` samples; sample k of a seed does not depend on its call.
 
     Args:
         draw: Samples one batch.
         samples: Number of samples.
-        most: Of one call.
-        on_progress: Told of the steps of all calls together.
+        most: Number of samples in one call, at most.
+        on_progress: Called after each step; all calls together are the whole.
 
     Returns:
         Samples [samples, channel, height, width], float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,24 +11,31 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from unetc.analyzer.ranking import By, Ranked, Ranking, rank
 from unetc.artifacts.manifest import MANIFEST, Manifest
 from unetc.artifacts.pareto import Pareto
-from unetc.artifacts.plan import Plan
+from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.verification import Verification
 from unetc.compiler.tensorrt.ranges import describe_sides
-from unetc.errors import ArtifactError, CorruptArtifactError
+from unetc.errors import ArtifactError, CorruptArtifactError, ProfileError
 from unetc.nvidia.key import EngineKey, compile_command
 from unetc.nvidia.library import LIBRARIES
 from unetc.precision import Precision
 
-from .output import table
+from .output import percent, saves, table
 
 if TYPE_CHECKING:
     from unetc.compiler.tensorrt.compile_bundle import CompiledEngine
 
     from .diagnosis import Finding
+
+TOP = 10
+"""Ranked components that are shown."""
+BEST_OF_BIN = 3
+"""Of each noise level, at most."""
+_ORDERS = {By.WORTH: "time saved per damage", By.SAVING: "time saved", By.DAMAGE: "damage"}
 
 
 def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification | Pareto:
@@ -49,11 +57,9 @@ def open_artifact(path: Path) -> Profile | Plan | Manifest | Verification | Pare
     raise ArtifactError(f"{path} is not a bundle, profile, plan, verification or curve of unetc.")
 
 
-def render(artifact: Profile | Plan | Manifest | Verification | Pareto) -> RenderableType:
-    """Show any artifact as a table."""
+def render(artifact: Plan | Manifest | Verification | Pareto) -> RenderableType:
+    """Show any artifact but a profile as a table."""
     match artifact:
-        case Profile():
-            return profile_table(artifact)
         case Plan():
             return plan_table(artifact)
         case Manifest():
@@ -64,11 +70,9 @@ def render(artifact: Profile | Plan | Manifest | Verification | Pareto) -> Rende
             return pareto_table(artifact)
 
 
-def facts(artifact: Profile | Plan | Manifest | Verification | Pareto, path: Path) -> dict[str, object]:
-    """Reduce any artifact to what a program would ask of it."""
+def facts(artifact: Plan | Manifest | Verification | Pareto, path: Path) -> dict[str, object]:
+    """Reduce any artifact but a profile to the facts that programs ask for."""
     match artifact:
-        case Profile():
-            return profile_facts(artifact, path)
         case Manifest():
             return bundle_facts(artifact, path)
         case Pareto():
@@ -78,8 +82,28 @@ def facts(artifact: Profile | Plan | Manifest | Verification | Pareto, path: Pat
             return plain
 
 
-def profile_facts(profile: Profile, path: Path) -> dict[str, object]:
-    """Summarise a profile: for every component its cost and its least damage per bin."""
+def check_bin(number: int | None, bins: int) -> None:
+    """Refuse a noise level that a profile does not have.
+
+    Raises:
+        ProfileError: If there is no such noise level.
+    """
+    if number is not None and not 1 <= number <= bins:
+        raise ProfileError(f"there is no noise level {number}. Expected 1, the noisiest, to {bins}.")
+
+
+def profile_facts(
+    profile: Profile, path: Path, *, by: By = By.WORTH, top: int = TOP, bin: int | None = None
+) -> dict[str, object]:
+    """Summarise a profile: each component's cost and least damage per bin in network order, and the ranking.
+
+    Args:
+        profile: The profile.
+        path: Its file.
+        by: Order of the ranking.
+        top: Number of ranked components, over all bins and in each; 0 for all.
+        bin: The one noise level to rank, from 1, the noisiest; all when not given.
+    """
     least = _least_damage(profile)
     costs = {cost.component: cost.saved_ms.mean for cost in profile.costs}
     return {
@@ -99,26 +123,89 @@ def profile_facts(profile: Profile, path: Path) -> dict[str, object]:
             }
             for component in profile.components
         ],
+        "ranking": _ranking_facts(profile, rank(profile, by), top or None, bin),
     }
 
 
-def profile_table(profile: Profile) -> Table:
-    """Lay out cost and damage of every component; bins run from high noise to low."""
-    least = _least_damage(profile)
-    costs = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
-    rows = [
-        [escape(component.name), f"{costs[component.name]:.1%}" if component.name in costs else "–"]
-        + [f"{least[component.name, b]:.3f}" if (component.name, b) in least else "–" for b in range(len(profile.bins))]
-        for component in profile.components
-    ]
-    return table(
-        f"{escape(profile.model.title)}: time saved without a component, and the least relative L2 damage of removing "
-        f"or reusing it per noise level (log-SNR); {profile.samples} samples, {profile.scheduler} {profile.steps}, "
-        f"{profile.target}; {sum(effect.measured for effect in profile.effects)} of {len(profile.effects)} damages "
-        f"measured, the others estimated; cost {profile.samplings:.0f} sampling runs",
-        ["component", "saves", *(f"≥{bin.low:.1f}" for bin in profile.bins)],
-        rows,
+def _ranking_facts(profile: Profile, ranking: Ranking, top: int | None, bin: int | None) -> dict[str, object]:
+    def rows(ranked: Sequence[Ranked]) -> list[dict[str, object]]:
+        return [
+            {
+                "component": own.component,
+                "treatment": own.treatment,
+                "period": own.period,
+                "saving": own.saving,
+                "relative_l2": own.damage,
+                "worth": own.worth if math.isfinite(own.worth) else None,  # JSON has no infinity
+                "measured_bins": own.measured,
+                "bins": own.bins,
+            }
+            for own in ranked[:top]
+        ]
+
+    wanted = [(b, own) for b, own in enumerate(profile.bins) if bin in (None, b + 1)]
+    return {
+        "by": ranking.by,
+        "overall": rows(ranking.overall),
+        "bins": [
+            {"bin": b + 1, "low": own.low, "high": own.high, "components": rows(ranking.bins[b])} for b, own in wanted
+        ],
+    }
+
+
+def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: int | None = None) -> RenderableType:
+    """Lay out the ranking of a profile: over all noise levels, then the first few of each, from high noise to low.
+
+    Args:
+        profile: The profile.
+        by: Order of the ranking.
+        top: Number of components to show; 0 for all.
+        bin: The one noise level to show, from 1, the noisiest; all when not given.
+    """
+    ranking, most = rank(profile, by), top or None
+    measured = sum(effect.measured for effect in profile.effects)
+    about = (
+        f"{profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}; {measured} of "
+        f"{len(profile.effects)} damages measured, the others estimated; cost {profile.samplings:.0f} sampling runs"
     )
+    figures = ["component", "treatment", "saves", "relative L2", "worth", "basis"]
+    title = f"{escape(profile.model.title)}: components by {_ORDERS[by]}"
+    if bin is not None:
+        rows = [_ranked_cells(own) for own in ranking.bins[bin - 1][:most]]
+        return table(f"{title} at log-SNR {_bin_range(profile, bin - 1)}; {about}", figures, rows, words=2)
+    overall = table(
+        f"{title}, over all noise levels; {about}",
+        figures,
+        [_ranked_cells(own) for own in ranking.overall[:most]],
+        words=2,
+    )
+    few = min(BEST_OF_BIN, top) if top else None
+    each = [
+        ["" if place else _bin_range(profile, b), *_ranked_cells(own)]
+        for b, ranked in enumerate(ranking.bins)
+        for place, own in enumerate(ranked[:few])
+    ]
+    return Group(
+        overall,
+        table(
+            "The first of each noise level; savings are shares of the time spent there",
+            ["log-SNR", *figures],
+            each,
+            words=3,
+        ),
+    )
+
+
+def _ranked_cells(own: Ranked) -> list[str]:
+    damage = f"{own.damage:.4f}" if own.damage >= 0.001 or own.damage == 0 else f"{own.damage:.1e}"
+    worth = f"{own.worth:.{1 if own.worth < 100 else 0}f}" if math.isfinite(own.worth) else "∞"
+    return [escape(own.component), own.way, percent(own.saving), damage, worth, own.basis]
+
+
+def _bin_range(profile: Profile, bin: int) -> str:
+    """Write the range of a bin; the outer bins are open-ended."""
+    own, last = profile.bins[bin], len(profile.bins) - 1
+    return f"{'-∞' if bin == 0 else format(own.low, '.1f')} to {'∞' if bin == last else format(own.high, '.1f')}"
 
 
 def _least_damage(profile: Profile) -> dict[tuple[str, int], float]:
@@ -130,25 +217,38 @@ def _least_damage(profile: Profile) -> dict[tuple[str, int], float]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Lay out the phases of a plan."""
+    """Lay out the phases of a plan, with the components that each engine of the cycle treats."""
+    last = len(plan.phases) - 1
     rows = [
         [
-            f"{'-∞' if i == 0 else format(phase.low, '.2f')} to "
-            f"{'∞' if i == len(plan.phases) - 1 else format(phase.high, '.2f')}",
-            " → ".join("full" if engine == 0 else f"engine {engine}" for engine in phase.cycle),
-            ", ".join(
-                f"{escape(name)} ({treatment})" for name, treatment in plan.engines[phase.cycle[-1]].treatments.items()
-            )
-            or "nothing",
+            f"{'-∞' if i == 0 else format(phase.low, '.2f')} to {'∞' if i == last else format(phase.high, '.2f')}",
+            " → ".join(_engine_name(engine) for engine in phase.cycle),
+            _treated(plan, phase),
         ]
         for i, phase in enumerate(plan.phases)
     ]
     title = (
-        f"plan for {escape(plan.model.title)}, budget {plan.budget:.0%}: predicted time ratio "
-        f"{plan.prediction.time_ratio:.3f}, relative L2 {plan.prediction.relative_l2:.4f}; engines hold "
-        f"{plan.prediction.memory:.2f} × the full model's weights"
+        f"plan for {escape(plan.model.title)}: asked to save {percent(plan.budget)}, "
+        f"{saves(plan.prediction.time_ratio)}, relative L2 {plan.prediction.relative_l2:.4f}, as predicted; engines "
+        f"hold {plan.prediction.memory:.2f} × the full model's weights"
     )
     return table(title, ["log-SNR", "runs", "treated"], rows, words=3)
+
+
+def _engine_name(engine: int) -> str:
+    return f"engine {engine}" if engine else "full"
+
+
+def _treated(plan: Plan, phase: Phase) -> str:
+    """List the components that each engine of a cycle treats; where engines take turns, under its name."""
+    engines = list(dict.fromkeys(phase.cycle))
+    lines = []
+    for engine in engines:
+        treatments = plan.engines[engine].treatments
+        listed = ", ".join(f"{escape(name)} ({treatment})" for name, treatment in treatments.items()) or "nothing"
+        if engine:
+            lines.append(f"{_engine_name(engine)}: {listed}" if len(engines) > 1 else listed)
+    return "\n".join(lines) or "nothing"
 
 
 def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
@@ -160,6 +260,7 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "scheduler": manifest.scheduler.name,
         "steps": manifest.steps,
         "budget": manifest.plan.budget,
+        "saves": 1 - manifest.measured.time_ratio,
         "measured": to_builtins(manifest.measured),
         "full": {"graph": manifest.full.graph, "step_ms": manifest.full.step_ms},
         "engines": [
@@ -181,7 +282,7 @@ def bundle_table(manifest: Manifest) -> RenderableType:
     ]
     measured = manifest.measured
     title = (
-        f"bundle of {escape(manifest.model.title)} for {manifest.target}: time ratio {measured.time_ratio:.3f}, "
+        f"bundle of {escape(manifest.model.title)} for {manifest.target}: {saves(measured.time_ratio)}, "
         f"{_damage(measured.damage)}; {sum(sizes.values()) / 1e6:.1f} MB"
     )
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
@@ -195,46 +296,58 @@ def pareto_facts(curve: Pareto, path: Path) -> dict[str, object]:
         "model": to_builtins(curve.model),
         "sampled": len(curve.points),
         "front": [
-            {"budget": p.budget, "time_ratio": p.time_ratio, "damage": to_builtins(p.damage)} for p in curve.front()
+            {
+                "budget": point.budget,
+                "saves": 1 - point.time_ratio,
+                "time_ratio": point.time_ratio,
+                "damage": to_builtins(point.damage),
+            }
+            for point in curve.front()
         ],
     }
 
 
 def pareto_table(curve: Pareto) -> Table:
     """Lay out the front of a curve."""
-    rows = [[f"{point.time_ratio:.3f}", *_damage_cells(point.damage)] for point in curve.front()]
+    rows = [[*_time_cells(point.time_ratio), *_damage_cells(point.damage)] for point in curve.front()]
     title = (
-        f"{escape(curve.model.title)}: least damage at any time, of {len(curve.points)} plans sampled on "
+        f"{escape(curve.model.title)}: least damage at each saving, of {len(curve.points)} plans sampled on "
         f"{curve.samples} samples, {curve.steps} steps, {curve.target}"
     )
-    return table(title, ["time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
+    return table(title, ["saves", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
 
 
 def verification_table(result: Verification) -> Table:
-    """Lay out the plan beside its controls; a control that beats it is red."""
-    rows = [["the plan", f"{result.time_ratio:.3f}", *_damage_cells(result.damage)]]
+    """Lay out the plan and its controls; a control that beats the plan is red."""
+    rows = [["the plan", *_time_cells(result.time_ratio), *_damage_cells(result.damage)]]
     beaten_by = result.beaten_by()
     for name, control in result.controls.items():
-        cells = [escape(control.description), f"{control.time_ratio:.3f}", *_damage_cells(control.damage)]
+        cells = [escape(control.description), *_time_cells(control.time_ratio), *_damage_cells(control.damage)]
         rows.append([f"[red]{cell}[/red]" for cell in cells] if name in beaten_by else cells)
     title = (
-        f"{escape(result.model.title)}: {result.samples} new samples, {result.scheduler} {result.steps} steps, "
+        f"{escape(result.model.title)}, asked to save {percent(result.budget)}: {result.samples} new samples, "
+        f"{result.scheduler} {result.steps} steps, "
         f"{result.target}; disk {result.disk_bytes / result.full_disk_bytes:.3f} × one model"
     )
-    return table(title, ["at equal noise", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
+    return table(title, ["at equal noise", "saves", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
 
 
-def diagnosis_table(findings: Sequence[Finding]) -> Table:
-    """Lay out what works here."""
+def diagnosis_table(findings: Sequence[Finding], *, verbose: bool = False) -> Table:
+    """Lay out findings, one line each, with the command that brings a missing part; with details if verbose."""
+    states = {True: "[green]works[/green]", False: "missing"}
     rows = [
         [
-            f.name,
-            "[green]works[/green]" if f.works else ("[red]missing[/red]" if f.needed else "missing"),
-            escape(f.detail),
+            finding.name,
+            "[red]missing[/red]" if finding.needed and not finding.works else states[finding.works],
+            escape(finding.detail if verbose else finding.short),
         ]
-        for f in findings
+        for finding in findings
     ]
-    return table("unetc on this machine", ["what", "state", "detail"], rows, words=3)
+    return table("unetc on this machine", ["part", "state", "detail" if verbose else "help"], rows, words=3)
+
+
+def _time_cells(time_ratio: float) -> list[str]:
+    return [percent(1 - time_ratio), f"{time_ratio:.3f}"]
 
 
 def _damage(damage: Damage) -> str:
@@ -247,7 +360,7 @@ def _damage_cells(damage: Damage) -> list[str]:
 
 
 def engines_title(key: EngineKey, manifest: Manifest) -> str:
-    """Say what engines were built for."""
+    """Describe the target, precision and sizes that engines were built for."""
     origin, sizes = key.origin, key.sizes
     gpu = "any GPU it supports" if origin.gpu is None else origin.gpu.name
     sides = describe_sides(manifest, sizes)
@@ -265,7 +378,7 @@ def engine_facts(engines: Sequence[CompiledEngine]) -> dict[str, object]:
 
 
 def compiling(manifest: Manifest, path: Path) -> str:
-    """Write the command that builds the engines which a bundle needs on its own target; empty if it needs none."""
+    """Write the command that builds the engines for the target of a bundle; empty if the target needs none."""
     library = manifest.target.partition(":")[0]
     if library not in LIBRARIES:
         return ""
@@ -273,13 +386,13 @@ def compiling(manifest: Manifest, path: Path) -> str:
 
 
 def _label(engine: CompiledEngine, precision: Precision) -> str:
-    """Name an engine; where most are in another precision, say its own."""
+    """Name an engine, with its precision where most engines have another."""
     own = engine.record.key.precision
     return Path(engine.graph).stem if own is precision else f"{Path(engine.graph).stem} in {own}"
 
 
 def engine_table(engines: Sequence[CompiledEngine], manifest: Manifest) -> Table:
-    """Lay out compiled engines and what building them took."""
+    """Lay out compiled engines and the cost of building them."""
     key = engines[0].record.key
     rows = [
         [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from unetc.errors import ModelError
@@ -19,45 +18,62 @@ BUILT_IN = ("digits", "prompted-digits")
 """Models that ship with unetc."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from, and how its denoiser is prepared."""
+
+    name: str
+    """A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`."""
+    _: KW_ONLY
+    weights: str | Path | None = None
+    """Checkpoint of one of `VARIANTS`; all other models bring their weights along."""
+    loras: tuple[Lora, ...] = ()
+    """LoRAs to fuse into the UNet and the text encoders, in order."""
+    controlnet: bool = False
+    """Whether the denoiser takes the residuals of a ControlNet."""
+
+    @classmethod
+    def of(cls, model: ModelSource | str) -> ModelSource:
+        """Turn a name into a source; a source stays as it is."""
+        return cls(model) if isinstance(model, str) else model
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """What a model is sampled with when nothing else is said."""
+    """Scheduler and steps of a model whose user names neither."""
 
     scheduler: str = "ddim"
     steps: int = 50
 
 
-def usual_sampling(name: str) -> Sampling:
-    """Tell what a model is sampled with when nothing else is said."""
-    if variant := VARIANTS.get(name):
+def usual_sampling(model: ModelSource | str) -> Sampling:
+    """Look up scheduler and steps of a model whose user names neither."""
+    if variant := VARIANTS.get(ModelSource.of(model).name):
         return Sampling(scheduler=variant.scheduler, steps=variant.steps)
     return Sampling()
 
 
-def find_model(
-    name: str, weights: Path | None = None, *, loras: Sequence[Lora] = (), controlnet: bool = False
-) -> Model:
+def find_model(model: ModelSource | str) -> Model:
     """Find a model and check that it is supported.
 
     Args:
-        name: A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`.
-        weights: The checkpoint of one of `VARIANTS`; the others have weights of their own.
-        loras: What is fused into its UNet and its text encoders, in order.
-        controlnet: Whether its denoiser is to take the residuals of a ControlNet.
+        model: The source, or just its name.
 
     Raises:
-        ModelError: If there is no such model, it is of a class that unetc does not support, or a LoRA cannot be read.
-        MissingDependency: If peft is not installed and there are LoRAs.
+        ModelError: If there is no such model, its class is not supported, or a LoRA cannot be read.
+        MissingDependency: If there are LoRAs and peft is not installed.
     """
+    source = ModelSource.of(model)
+    name = source.name
     if name in VARIANTS:
-        if loras:
+        if source.loras:
             raise ModelError(f"{name} takes no LoRA: none is made for it; pipelines that do: {', '.join(GUIDANCE)}.")
-        if controlnet:
+        if source.controlnet:
             raise ModelError(f"{name} takes no residuals of a ControlNet; pipelines that do: {', '.join(GUIDANCE)}.")
-        return find_glide(name, weights)
-    if weights is not None:
-        raise ModelError(f"{name} has weights of its own; --weights is for {', '.join(VARIANTS)}.")
-    return open_pipeline(name, _find(name), tuple(loras), controlnet)
+        return find_glide(name, None if source.weights is None else Path(source.weights))
+    if source.weights is not None:
+        raise ModelError(f"{name} brings its weights along; --weights is for {', '.join(VARIANTS)}.")
+    return open_pipeline(name, _find(name), source.loras, source.controlnet)
 
 
 def _find(name: str) -> Path:

@@ -1,1 +1,1 @@
-"""What building and running NVIDIA engines share: the libraries, what decides an engine, and the cache of engines."""
+"""Shared by building and running NVIDIA engines: the libraries, the keys of engines, and the cache of engines."""

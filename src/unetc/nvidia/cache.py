@@ -1,8 +1,9 @@
-"""Built engines on disk, each under a key of everything that decides what it is.
+"""Built engines on disk, each under a key of everything that it depends on.
 
-Deserialising an engine runs code, so engines are no part of a bundle, and one is given out only if every field of its
-key is what is asked for, its bytes are those that were written, and its record carries the seal of this cache: a hash
-that only who can read the cache's own secret can make. An engine that was copied here from another machine has another.
+Deserializing an engine runs code, so engines are not part of a bundle. The cache returns an engine only if every field
+of its key is as requested, its bytes are unchanged, and its record carries the seal of this cache. The seal is a hash
+that can only be made by someone who can read the cache's secret. An engine that was copied from another machine has a
+different seal.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ _TRUST = "loading one runs code; if you trust who built it, `unetc compile --tru
 
 
 class EngineRecord(Artifact, frozen=True, kw_only=True):
-    """What the cache knows about one engine."""
+    """Everything that the cache stores about one engine."""
 
     key: EngineKey
     engine_sha256: str
     engine_bytes: int
     layers: int
-    """Of the network that the parser made of the graph."""
+    """Number of layers of the network that the parser made from the graph."""
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
     """Least, usual and largest shape of every input."""
     spent: Effort
-    """What the try that succeeded was allowed."""
+    """Effort of the try that succeeded."""
     tries: int
     seconds: float
     peak_bytes: int
-    """Most memory that building held."""
+    """Peak memory of building."""
     scratch_bytes: int | None
-    """What a call needs on the GPU beside the engine; None if it was built where no GPU could tell."""
+    """GPU memory that a call needs in addition to the engine; None if it was built without a GPU."""
     seal: str = ""
 
     def unsealed(self) -> bytes:
-        """Write what the seal vouches for."""
+        """Encode the fields that the seal covers."""
         return msgspec.structs.replace(self, seal="").to_json()
 
 
@@ -69,60 +70,63 @@ class EngineCache:
 
     @classmethod
     def inside(cls, caches: Path) -> EngineCache:
-        """Open the one in the folder of all caches."""
+        """Open the cache of engines in the folder of all caches."""
         return cls(caches / "engines")
 
     def folder(self, key: EngineKey) -> Path:
-        """Tell where the engine of a key is."""
+        """Return the folder of a key's engine."""
         return self.root / key.sha256()[:32]
 
     def open(self, key: EngineKey, *, trust: bool = False) -> tuple[EngineRecord, bytes]:
         """Read an engine.
 
         Args:
-            key: What it must be.
-            trust: Take it even if it was not built here. It can do whatever you can.
+            key: Key that the engine must have.
+            trust: Return it even if it was not built here. It can do anything that you can do.
 
         Raises:
-            StaleEngineError: If there is none, one field of its key differs, its bytes are not what was written, or it
-                was built elsewhere.
+            StaleEngineError: If there is no engine, a field of its key differs, its bytes have changed, or it was built
+                elsewhere.
         """
         folder = self.folder(key)
         try:
             record = EngineRecord.load(folder / RECORD)
-            engine = read_bounded(folder / ENGINE, record.engine_bytes)
+            serialized = read_bounded(folder / ENGINE, record.engine_bytes)
         except ArtifactError as error:
             raise StaleEngineError(f"there is no engine in {folder}: {error} Build it with `unetc compile`.") from error
         if differences := key.differences(record.key):
             raise StaleEngineError(
-                f"the engine in {folder} differs in {', '.join(differences)} from what is asked for. Build it again."
+                f"the engine in {folder} differs from the requested one in {', '.join(differences)}. Build it again."
             )
-        if len(engine) != record.engine_bytes or hashlib.sha256(engine).hexdigest() != record.engine_sha256:
-            raise StaleEngineError(f"{folder / ENGINE} is not what was built (its hash differs). Build it again.")
+        if len(serialized) != record.engine_bytes or hashlib.sha256(serialized).hexdigest() != record.engine_sha256:
+            raise StaleEngineError(
+                f"{folder / ENGINE} has changed since it was built (its hash differs). Build it again."
+            )
         if not trust and not self._is_ours(record):
             raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
-        return record, engine
+        return record, serialized
 
     def building(self, key: EngineKey, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
-        """Wait until nobody builds the engine of a key; then whoever asks waits for what is inside.
+        """Lock the engine of a key for building: wait for other builders first, and make later ones wait.
 
-        Engines of other keys can be built meanwhile. Who builds one must look first whether it is there by now.
+        Engines of other keys can be built meanwhile. Inside the lock, the caller must first check whether the engine
+        has been built by now.
 
         Args:
-            key: Of the engine.
-            on_wait: Called now and then while it waits. If it raises, the wait is over.
+            key: Key of the engine.
+            on_wait: Called repeatedly during the wait. If it raises, the wait is over.
         """
-        from .lock import locked  # late: who only runs engines has no filelock
+        from .lock import locked  # imported late: filelock is not installed where engines are only run
 
         return locked(_lock_of(self.folder(key)), on_wait)
 
     def touch(self, key: EngineKey) -> None:
-        """Note that an engine was used now, for `trim`; that it cannot be noted does not matter."""
+        """Record for `trim` that an engine was used now; failing to record it does not matter."""
         with contextlib.suppress(OSError):
             os.utime(self.folder(key) / ENGINE)
 
     def records(self) -> list[EngineRecord]:
-        """List what can be read of the cache; that nothing was changed is only checked when an engine is opened."""
+        """List the readable records of the cache; changes are only detected when an engine is opened."""
         found = []
         for path in sorted(self.root.glob(f"*/{RECORD}")):
             try:
@@ -136,17 +140,17 @@ class EngineCache:
     ) -> tuple[EngineRecord, bytes]:
         """Read the engine of a graph that runs here.
 
-        If there are several, for other sizes: the one that takes the largest calls; of those the one that also takes
-        the smallest, and of those one that is for this GPU alone. One that was not built here is passed over.
+        If there are several with different call ranges, the preferred one takes the largest calls; then the one that
+        also takes the smallest; then one that is for this GPU alone. Engines that were not built here are skipped.
 
         Args:
             graph_sha256: Hash of the graph.
             weights_sha256: Hash of the weights file that it reads.
-            precision: What it computes in.
-            here: What it must have been built for.
+            precision: Precision of the engine.
+            here: Origin that it must have been built for.
 
         Raises:
-            StaleEngineError: If there is none; it says what those that there are differ in, and how to build one.
+            StaleEngineError: If there is none; the message lists how the existing ones differ, and how to build one.
         """
         wanted = (graph_sha256, weights_sha256, precision, here.target)
         known = [record for record in self.records() if _question(record.key) == wanted]
@@ -162,15 +166,15 @@ class EngineCache:
                 return self.open(record.key)
             except StaleEngineError:
                 refusals["damaged"] += 1
-        there = "; ".join(f"{count} {reason}" for reason, count in refusals.items())
+        others = "; ".join(f"{count} {reason}" for reason, count in refusals.items())
         raise StaleEngineError(
             f"no {here.target} engine in {precision} of this graph that can be run here is in {self.root}. "
-            + (f"Others are: {there}. " if there else "")
-            + f"Build it: `{compile_command(here.target, precision)}` (--controls for those of verify). "
-            "UNETC_CACHE says where engines are."
+            + (f"Others are: {others}. " if others else "")
+            + f"Build it: `{compile_command(here.target, precision)}` (--controls for the engines of verify). "
+            "UNETC_CACHE names the folder of engines."
         )
 
-    def put(self, record: EngineRecord, engine: bytes) -> EngineRecord:
+    def put(self, record: EngineRecord, serialized: bytes) -> EngineRecord:
         """Write an engine, its record last, sealed.
 
         Raises:
@@ -178,15 +182,15 @@ class EngineCache:
         """
         sealed = msgspec.structs.replace(record, seal=self._seal_of(record))
         folder = self.folder(record.key)
-        write_atomically(folder / ENGINE, engine)
+        write_atomically(folder / ENGINE, serialized)
         sealed.save(folder / RECORD)
         return sealed
 
     def seal(self, data: bytes) -> bytes:
-        """Hash data as only who can read this cache's secret can; it must say what it is, as all seals are alike.
+        """Hash data with this cache's secret; the data must begin with its kind, because all seals look alike.
 
         Raises:
-            ArtifactError: If there is no secret and none can be written, or it is damaged.
+            ArtifactError: If the secret is missing and cannot be written, or is damaged.
         """
         return hmac.digest(self._secret(), data, hashlib.sha256)
 
@@ -197,7 +201,7 @@ class EngineCache:
         return self.seal(record.unsealed()).hex()
 
     def _secret(self) -> bytes:
-        """Read this cache's secret, or draw it when there is none."""
+        """Read this cache's secret, or draw one if there is none."""
         path = self.root / _SECRET
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -221,17 +225,17 @@ class EngineCache:
 
 
 def trim(folder: Path, most_bytes: int) -> None:
-    """Delete the engines of all caches in a folder that were used longest ago, until the others fit; one always stays.
+    """Delete the least recently used engines of all caches in a folder until the others fit; one engine always stays.
 
     Args:
-        folder: Holds caches, each a folder.
-        most_bytes: What the engines that stay take at most.
+        folder: Folder of the caches, each a folder.
+        most_bytes: Largest total size of the engines that stay.
     """
     left = most_bytes
     for i, engine in enumerate(sorted(folder.glob(f"*/*/{ENGINE}"), key=_used, reverse=True)):
         left -= _size(engine)
         if i and left < 0:
-            shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be doing the same
+            shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be deleting it too
             _lock_of(engine.parent).unlink(missing_ok=True)
 
 
@@ -241,7 +245,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _used(engine: Path) -> float:
-    """Tell when an engine was used last; 0 if it is gone by now."""
+    """Return the time when an engine was last used; 0 if it is gone by now."""
     try:
         return engine.stat().st_mtime
     except OSError:
@@ -256,7 +260,7 @@ def _size(engine: Path) -> int:
 
 
 def _question(key: EngineKey) -> tuple[str, str, Precision, str]:
-    """Tell what an engine is an answer to."""
+    """Return the part of a key that a search must match."""
     return key.graph_sha256, key.weights_sha256, key.precision, key.origin.target
 
 

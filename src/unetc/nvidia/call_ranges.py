@@ -1,4 +1,4 @@
-"""What calls an engine takes."""
+"""Check calls against the call ranges of an engine: the least and the largest shape of every input."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def check_call(record: EngineRecord, shapes: Mapping[str, Shape]) -> None:
     """Refuse a call that an engine was not built for.
 
     Args:
-        record: Of the engine.
-        shapes: Shape of every tensor that is given; what the engine does not read is ignored.
+        record: Record of the engine.
+        shapes: Shape of every input of the call; inputs that the engine does not read are ignored.
 
     Raises:
-        ShapeMismatch: If one is out of the engine's range; it says how to build one that takes it.
+        ShapeMismatch: If a shape is outside the engine's call ranges; the message names the command that builds an
+            engine for it.
     """
     for name in sorted(record.shapes, key=lambda name: name != SAMPLE):  # the others follow it
         least, _, most = record.shapes[name]

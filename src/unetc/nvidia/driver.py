@@ -1,8 +1,8 @@
-"""What the driver's own tool, which needs no further library, says of a GPU that CUDA shows this process.
+"""Ask nvidia-smi, which comes with the driver and needs no further library, about a GPU of this process.
 
-The tool lists all GPUs of the machine, by their place on the PCI bus. CUDA counts them by speed, unless
-CUDA_DEVICE_ORDER says otherwise, and CUDA_VISIBLE_DEVICES hides and reorders them. Where they are unlike, CUDA is asked
-where the one that it gives a number is.
+The tool lists all GPUs of the machine, by their place on the PCI bus. CUDA orders them by speed, unless
+CUDA_DEVICE_ORDER is set, and CUDA_VISIBLE_DEVICES hides and reorders them. Where the GPUs differ, CUDA is asked for the
+place of the GPU with a given index.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from unetc.errors import EngineBuildError
 
 TOOL = "nvidia-smi"
 CUDA = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
-"""Comes with the driver."""
+"""Library of the driver."""
 ANSWERS_WITHIN_S = 60.0
-"""One that takes longer hangs."""
+"""A tool that takes longer is considered to hang."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TAIL = 200
-"""Characters of a wrong answer that are shown."""
+"""Characters of an unexpected answer that are shown."""
 
 Bus = tuple[int, ...]
 """Place of a GPU on the PCI bus: domain, bus, device, function."""
 
 
 def ask(*fields: str, gpu: int = 0) -> tuple[str, ...]:
-    """Ask for fields of a GPU, as `nvidia-smi --help-query-gpu` names them.
+    """Query fields of a GPU, named as in `nvidia-smi --help-query-gpu`.
 
     Args:
-        fields: Their names; only the first may have commas in its value.
-        gpu: Its number among those that CUDA shows this process.
+        fields: Names of the fields; only the first may have commas in its value.
+        gpu: Index of the GPU among those that CUDA shows to this process.
 
     Raises:
-        EngineBuildError: If the tool is not there, finds no GPU or does not answer, or CUDA does not say which it is.
+        EngineBuildError: If the tool is missing, finds no GPU or does not answer, or CUDA does not identify the GPU.
     """
     query = [TOOL, f"--query-gpu={','.join(('pci.bus_id', *fields))}", "--format=csv,noheader"]
     if shutil.which(TOOL) is None:
-        raise EngineBuildError(f"{TOOL} is not there")
+        raise EngineBuildError(f"{TOOL} is missing")
     try:
         asked = subprocess.run(query, capture_output=True, text=True, timeout=ANSWERS_WITHIN_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -48,7 +48,7 @@ def ask(*fields: str, gpu: int = 0) -> tuple[str, ...]:
     except OSError as error:
         raise EngineBuildError(f"{TOOL} cannot be run: {error.strerror}") from error
     known = _read(asked, len(fields))
-    if all(answer == known[0][1] for _, answer in known):  # GPUs that are alike need not be told apart
+    if all(answer == known[0][1] for _, answer in known):  # equal GPUs need not be distinguished
         return known[0][1]
     bus = _bus_of(gpu)
     for place, answer in known:
@@ -59,10 +59,10 @@ def ask(*fields: str, gpu: int = 0) -> tuple[str, ...]:
 
 
 def showing(gpu: int) -> dict[str, str]:
-    """Give the variables of a process that is to see one GPU alone.
+    """Return the environment variables of a process that is to see one GPU alone.
 
     Args:
-        gpu: Its number among those that CUDA shows this process.
+        gpu: Index of the GPU among those that CUDA shows to this process.
 
     Raises:
         EngineBuildError: If CUDA can show no such GPU.
@@ -75,7 +75,7 @@ def showing(gpu: int) -> dict[str, str]:
 
 
 def _read(asked: subprocess.CompletedProcess[str], fields: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Read the place of every GPU and the values of its fields."""
+    """Parse the place of every GPU and the values of its fields."""
     rows = [line.partition(",") for line in asked.stdout.splitlines() if line.strip()]
     known = [(place.strip(), tuple(map(str.strip, rest.rsplit(",", fields - 1)))) for place, _, rest in rows]
     if asked.returncode or not known or any(len(values) != fields or not all(values) for _, values in known):
@@ -85,7 +85,7 @@ def _read(asked: subprocess.CompletedProcess[str], fields: int) -> list[tuple[st
 
 
 def _bus_of(gpu: int) -> str:
-    """Ask CUDA where a GPU is.
+    """Ask CUDA for the place of a GPU on the PCI bus.
 
     Source:
         CUDA Driver API: cuInit, cuDeviceGet, cuDeviceGetPCIBusId, cuGetErrorString.
@@ -109,7 +109,7 @@ def _bus_of(gpu: int) -> str:
 
 
 def _parsed(place: str) -> Bus:
-    """Read a place, of whose numbers the tool writes more zeros than CUDA does."""
+    """Parse a place; the tool writes more leading zeros than CUDA does."""
     try:
         return tuple(int(part, 16) for part in place.replace(".", ":").split(":"))
     except ValueError:

@@ -1,9 +1,9 @@
-"""Kernels that a library has finished on a GPU, on disk beside the engine that they are of.
+"""Kernels that a library has finished on a GPU, stored in the folder of their engine.
 
-`tensorrt_rtx` compiles an engine's last kernels where the engine runs; kept, they are compiled once and not at every
-start. Loading them runs code, as loading an engine does, so they carry the seal of the cache of engines, and what has
-another is made anew. Nothing that happens to the file keeps an engine from running. That kernels fit the GPU and its
-driver is checked by the library once more.
+`tensorrt_rtx` compiles the last kernels of an engine on the machine that runs it. Once stored, they need not be
+compiled at every start. Loading them runs code, as loading an engine does. They therefore carry the seal of the cache
+of engines, and kernels with another seal are made again. A damaged or missing file never keeps an engine from running.
+The library also checks that the kernels fit the GPU and its driver.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ class KernelFile:
         """Name the file; nothing is read yet.
 
         Args:
-            cache: Where the engine is.
-            record: Of the engine.
-            here: Where it runs.
+            cache: Cache of the engine.
+            record: Record of the engine.
+            here: The machine that runs it.
         """
         place = here.sha256()
         self.path = cache.folder(record.key) / f"kernels-{place[:16]}.bin"
         self._cache = cache
         self._about = f"kernels {record.engine_sha256} {place} ".encode()
         self._on_disk: bytes | None = None
-        """Hash of the kernels that the file holds, as far as is known."""
+        """Hash of the kernels in the file, if known."""
 
     def read(self) -> bytes | None:
-        """Give the kernels; None if there are none that this cache has sealed for this engine and place."""
+        """Read the kernels; None if the file has none that this cache has sealed for this engine and place."""
         try:
             content = read_bounded(self.path, MOST_BYTES)
             seal, kernels = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
             if not hmac.compare_digest(seal, self._seal(kernels)):
-                logger.warning("%s is damaged or was not written here; its kernels are made anew", self.path)
+                logger.warning("%s is damaged or was not written here; its kernels are made again", self.path)
                 return None
         except ArtifactError as error:
-            logger.info("kernels are made anew: %s", error)
+            logger.info("kernels are made again: %s", error)
             return None
         self._on_disk = hashlib.sha256(kernels).digest()
         return kernels
 
     def keep(self, kernels: bytes) -> None:
-        """Write the kernels, unless the file holds these already; that it cannot be written is only logged."""
+        """Write the kernels unless the file already has them; a failure to write is only logged."""
         digest = hashlib.sha256(kernels).digest()
         if digest == self._on_disk:
             return
         try:
             write_atomically(self.path, self._seal(kernels) + kernels)
         except ArtifactError as error:
-            logger.warning("finished kernels are not kept, so the next start makes them again: %s", error)
+            logger.warning("finished kernels cannot be stored, so the next start makes them again: %s", error)
         else:
             self._on_disk = digest
 

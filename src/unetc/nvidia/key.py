@@ -1,4 +1,4 @@
-"""Everything that decides what an engine is."""
+"""The key of an engine: everything that the engine depends on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unetc.precision import Precision
 from .sizes import Sizes
 
 RECIPE = 2
-"""Of this version: 1 did not ask for scratch memory that the caller always gives."""
+"""Number of the build settings of this version; 1 did not require scratch memory from the caller."""
 
 
 class Gpu(Record, frozen=True, kw_only=True):
@@ -21,11 +21,11 @@ class Gpu(Record, frozen=True, kw_only=True):
 
     name: str
     compute_capability: str
-    """As in 8.9."""
+    """Such as 8.9."""
     driver: str
 
     def __str__(self) -> str:
-        """Write for people."""
+        """Format for people."""
         return f"{self.name} of {self.compute_capability} with driver {self.driver}"
 
 
@@ -36,53 +36,53 @@ class _Hashed(Record, frozen=True, kw_only=True):
 
 
 class Origin(_Hashed, frozen=True, kw_only=True):
-    """Where an engine is built, and so where it may run."""
+    """The place where an engine is built, and therefore where it may run."""
 
     unetc: str
     recipe: int
-    """What unetc asks of the library whatever the engine; another number where it asks for something else."""
+    """Number of the build settings that unetc uses for every engine; it changes with them."""
     target: str
-    """What the library is called on the command line."""
+    """Name of the library on the command line."""
     library: str
     """Version of the library that builds and runs it."""
     platform: str
     """Operating system and processor."""
     gpu: Gpu | None
-    """Of the machine; None if the engine is for many."""
+    """The machine's GPU; None if the engine is for many GPUs."""
 
     def misfit(self, here: Origin) -> str:
-        """Say what keeps an engine of this origin from running here; nothing if it runs.
+        """Describe why an engine of this origin cannot run here; empty if it can.
 
-        One that is for many GPUs runs on each of them.
+        An engine for many GPUs runs on each of them.
         """
         names = [name for name in _differences(self, here) if name != "gpu" or self.gpu is not None]
         pairs = ((name, getattr(self, name), getattr(here, name)) for name in names)
-        said = ", ".join(f"{name} {own} (here {now or 'not known'})" for name, own, now in pairs)
+        said = ", ".join(f"{name} {own} (here {now or 'unknown'})" for name, own, now in pairs)
         return said and f"for {said}"
 
 
 class Effort(Record, frozen=True, kw_only=True):
-    """What a build may spend; the first try gets what was asked for, later ones less."""
+    """Limits of a build; the first try gets the requested effort, later tries get less."""
 
     optimization_level: int = 3
-    """0 to 5, as both libraries count; 3 is their default."""
+    """Level from 0 to 5 in both libraries; 3 is their default."""
     workspace_share: float = 1.0
-    """Of the memory for scratch that the library would allow itself."""
+    """Share of the scratch memory that the library would use by default."""
 
 
 class EngineKey(_Hashed, frozen=True, kw_only=True):
-    """Two engines differ where two keys do."""
+    """Identifies an engine: engines with equal keys are interchangeable."""
 
     origin: Origin
     graph_sha256: str
     weights_sha256: str
-    """Of the bundle's files, before their precision was lowered."""
+    """Hash of the bundle's weights file; like the graph's hash, from before the precision was lowered."""
     precision: Precision
     sizes: Sizes
     rows: Mapping[str, tuple[int, ...]]
     """Shape of one row of each condition."""
     effort: Effort
-    """What was asked for."""
+    """The requested effort."""
 
     def differences(self, other: EngineKey) -> list[str]:
         """Name the fields in which another key differs."""
@@ -90,7 +90,7 @@ class EngineKey(_Hashed, frozen=True, kw_only=True):
 
 
 def compile_command(target: str, precision: Precision, sizes: Sizes | None = None, *, bundle: str = "BUNDLE") -> str:
-    """Write the command that builds an engine of a bundle."""
+    """Format the command that builds the engines of a bundle."""
     command = f"unetc compile {bundle} --target {target}"
     if precision is not Precision.FP32:
         command += f" --precision {precision}"

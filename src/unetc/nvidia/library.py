@@ -1,8 +1,8 @@
-"""The libraries that build and run engines, and everything in which they differ.
+"""The libraries that build and run engines, and all their differences.
 
-Both have the same API under two names. `tensorrt_rtx` needs no GPU: its engines are finished where they run, on any
-GPU of the compute capabilities that it supports, if that is 8.0 or later; for an older one they must be built for it.
-`tensorrt` measures kernels on the GPU it finds, and what it builds runs on that kind of GPU alone.
+Both have the same API under two names. `tensorrt_rtx` builds without a GPU: its engines are finished where they run, on
+any supported GPU from compute capability 8.0 on; for an older GPU they must be built specially. `tensorrt` measures
+kernels on the GPU that it finds, and its engines run on that kind of GPU alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Library:
     """One of the two libraries."""
 
     target: str
-    """What it is called on the command line."""
+    """Its name on the command line."""
     module: str
     extra: str
     portable: bool
-    """Whether its engines are built without a GPU, for many."""
+    """Whether its engines are built without a GPU, for many GPUs."""
     times_kernels: bool
-    """Whether it has a timing cache, which spares the next engine the measurements of this one."""
+    """Whether it has a timing cache, so that measurements for one engine are not repeated for the next."""
 
     def load(self) -> Any:
         """Import the library.
@@ -48,8 +48,8 @@ class Library:
         """
         try:
             module = importlib.import_module(self.module)
-        except (ImportError, OSError) as error:  # OSError: a library that it is linked to is missing
-            if isinstance(error.__cause__, KeyboardInterrupt):  # which its bindings turn into an ImportError
+        except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
+            if isinstance(error.__cause__, KeyboardInterrupt):  # its bindings turn it into an ImportError
                 raise error.__cause__ from None
             raise MissingDependency(self._lacking(str(error))) from error
         if not hasattr(module, "__version__"):
@@ -60,15 +60,15 @@ class Library:
         return f"target {self.target} needs {self.module} ({reason}): pip install 'unetc[{self.extra}]'"
 
     def origin(self, *, on_this_gpu: bool = False, gpu: int = 0) -> Origin:
-        """Describe this machine as the place of an engine, which is bound to a GPU if it must be or is asked to.
+        """Describe this machine as the origin of an engine, bound to a GPU if the library or the caller demands it.
 
         Args:
-            on_this_gpu: Whether it is asked to.
-            gpu: Which of those that CUDA shows this process.
+            on_this_gpu: Whether the caller demands it.
+            gpu: Index of the GPU among those that CUDA shows to this process.
 
         Raises:
             MissingDependency: If the library is not installed, or cannot be loaded here.
-            EngineBuildError: If a GPU is needed and there is none.
+            EngineBuildError: If a GPU is needed and none is found.
         """
         here = self.anywhere()
         bound = on_this_gpu or not self.portable
@@ -90,30 +90,30 @@ class Library:
         )
 
     def here(self, gpu: int = 0) -> Origin:
-        """Describe this machine as the place where engines run, on one of the GPUs that CUDA shows this process.
+        """Describe this machine as the place where engines run, on one of the GPUs that CUDA shows to this process.
 
-        Where the driver's tool is missing, as in many containers, the GPU is not known: then engines for many GPUs are
-        run, and none that is for one alone.
+        Where the driver's tool is missing, as in many containers, the GPU is unknown. Then engines for many GPUs can
+        run, and engines for one GPU alone cannot.
 
         Raises:
             MissingDependency: If the library is not installed, or cannot be loaded here.
-            EngineBuildError: If the library's engines are for one GPU alone, and it is not known.
+            EngineBuildError: If the library's engines are for one GPU alone, and this machine's GPU is unknown.
         """
         try:
             return self.origin(on_this_gpu=True, gpu=gpu)
         except EngineBuildError as error:
             if not self.portable:
                 raise
-            logger.warning("engines for one GPU alone are not run here: %s", error)
+            logger.warning("engines for one GPU alone cannot run here: %s", error)
             return self.origin()
 
     def logger(self, complaints: list[str]) -> Any:
-        """Make a logger that keeps the last errors that the library reports."""
+        """Make a logger that keeps the last errors of the library."""
         return _logger(self.load(), complaints)
 
 
 def started(make: Callable[[Any], Any], logger: Any) -> Any:
-    """Make a library's builder or runtime; None where CUDA cannot start, which the binding calls a TypeError."""
+    """Make a library's builder or runtime; None where CUDA cannot start (the binding raises a TypeError)."""
     try:
         return make(logger)
     except TypeError:
@@ -121,7 +121,7 @@ def started(make: Callable[[Any], Any], logger: Any) -> Any:
 
 
 def words(complaints: list[str]) -> str:
-    """Say what the library has complained of."""
+    """Join the errors that the library has reported."""
     return " | ".join(complaints) or "it gives no reason"
 
 
@@ -138,11 +138,11 @@ def library_of(target: str) -> Library:
     """Find the library of a target.
 
     Raises:
-        EngineBuildError: If there is none of this name.
+        EngineBuildError: If the target has no such library.
     """
     if target not in LIBRARIES:
-        as_they_are = target.partition(":")[0] in ("onnxruntime", "torch")
-        reason = ": it runs the graphs of a bundle as they are, so `unetc sample` needs none" if as_they_are else ""
+        runs_graphs = target.partition(":")[0] in ("onnxruntime", "torch")
+        reason = ": it runs the graphs of a bundle directly, so `unetc sample` needs no engines" if runs_graphs else ""
         raise EngineBuildError(
             f"no engines can be built for target {target!r}{reason}. Available: {', '.join(LIBRARIES)}."
         )

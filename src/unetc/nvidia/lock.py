@@ -1,4 +1,4 @@
-"""A lock between processes, and between threads, that the system lets go when its holder dies."""
+"""A lock between processes, and between threads, which the system releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 0.2
-"""How often one who waits says so."""
+"""Interval between two calls of `on_wait`."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock that a file is, once nobody else does; where files cannot be locked, go on without.
+    """Hold the lock of a file, after waiting for other holders; where files cannot be locked, continue without.
 
     Args:
-        path: The file, which stays there.
-        on_wait: Called now and then while somebody else holds the lock. If it raises, the wait is over.
+        path: The file, which is not deleted.
+        on_wait: Called repeatedly while another process or thread holds the lock. If it raises, the wait is over.
     """
     lock = FileLock(path)
     with contextlib.ExitStack() as held:
@@ -33,6 +33,6 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
                 on_wait()
                 continue
             except (OSError, NotImplementedError) as error:
-                logger.info("going on without a lock, as %s cannot be one: %s", path, error)
+                logger.info("continuing without a lock, because %s cannot be locked: %s", path, error)
             break
         yield

@@ -1,4 +1,4 @@
-"""Sizes that an engine is built for: a range of each size that a caller may choose."""
+"""Call ranges of an engine: the ranges of batch, height and width that it is built for."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from unetc.artifacts.record import Record, require
 from unetc.errors import EngineBuildError
 
 SAMPLE = "sample"
-"""The input whose batch, height and width the others follow."""
+"""The input whose batch, height and width determine the other inputs."""
 MOST = 2**20
-"""No size is larger."""
+"""Largest size that is accepted."""
 
 Shape = tuple[int, ...]
 
 
 class Range(Record, frozen=True, kw_only=True):
-    """Sizes from least to most; the engine is fastest at the usual one."""
+    """A range of one size, from least to most; the engine is fastest at the usual one."""
 
     least: int
     usual: int
     most: int
 
     def __post_init__(self) -> None:
-        """Check the order."""
+        """Check the order of the sizes."""
         require(0 < self.least <= self.usual <= self.most <= MOST, f"not in order, or not in 1..{MOST}: {self}")
 
     @classmethod
     def parse(cls, text: str | None, own: int, least: int | None = None) -> Range:
-        """Read one size, two (least and most) or three (least, usual and most), as in '1,2,8'.
+        """Parse one size, two (least and most) or three (least, usual and most), as in '1,2,8'.
 
         Args:
-            text: What the user gave; None for `least` to `own`.
-            own: What is usual if it is not said and lies in the range.
-            least: Least size if nothing is said (default: `own`).
+            text: Input of the user; None for the range from `least` to `own`.
+            own: Usual size, if the text does not set it and it is in the range.
+            least: Least size if there is no text (default: `own`).
 
         Raises:
-            EngineBuildError: If these are not one to three positive numbers in order.
+            EngineBuildError: If the text is not one to three positive numbers in order.
         """
         wanted = "expected N, LEAST,MOST or LEAST,USUAL,MOST, each at least 1 and in this order"
         try:
@@ -47,36 +47,36 @@ class Range(Record, frozen=True, kw_only=True):
         return cls(least=sizes[0], usual=usual, most=sizes[-1])
 
     def __str__(self) -> str:
-        """Write as `parse` reads."""
+        """Format for `parse`."""
         sizes = (self.least, self.usual, self.most)
         return str(self.usual) if self.least == self.most else ",".join(map(str, sizes))
 
     def corners(self) -> Shape:
-        """List the three sizes."""
+        """Return the least, the usual and the largest size."""
         return self.least, self.usual, self.most
 
     def including(self, size: int) -> Range:
-        """Widen, so that a size is in the range."""
+        """Return the range widened to a size."""
         return Range(least=min(self.least, size), usual=self.usual, most=max(self.most, size))
 
 
 class Sizes(Record, frozen=True, kw_only=True):
-    """Ranges of what a caller may choose."""
+    """Call ranges: one range for each size that a caller may choose."""
 
     batch: Range
     height: Range
     width: Range
 
     def including(self, batch: int, height: int, width: int) -> Sizes:
-        """Widen, so that a call is in the range."""
+        """Return the ranges widened to a call."""
         return Sizes(
             batch=self.batch.including(batch), height=self.height.including(height), width=self.width.including(width)
         )
 
     def one_side_varies(self) -> bool:
-        """Tell whether one of height and width is a range and the other one size."""
+        """Check whether one of height and width is a range and the other a single size."""
         return (self.height.least == self.height.most) != (self.width.least == self.width.most)
 
     def options(self) -> str:
-        """Write as options of `unetc compile`."""
+        """Format as options of `unetc compile`."""
         return f"--batch {self.batch} --height {self.height} --width {self.width}"

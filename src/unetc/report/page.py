@@ -29,6 +29,30 @@ _FACTORS = (1, 2, 5, 10, 20, 50, 100)
 Array = NDArray[np.floating[Any]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedComponent:
+    """One component with its best treatment in a range of noise levels, for the table of redundant components."""
+
+    component: str
+    treatment: str
+    saving: float
+    """Share of the full model's time over the range."""
+    damage: float
+    """Relative L2 of the final output."""
+    worth: float
+    """Saving per damage; may be infinite."""
+    basis: str
+    """Whether the damage was measured or estimated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedRange:
+    """The most redundant components of a range of noise levels, in order."""
+
+    levels: str
+    components: tuple[RankedComponent, ...]
+
+
 def render(
     *,
     profile: Profile,
@@ -38,6 +62,7 @@ def render(
     pruned: Array,
     log_snr: Array,
     schedule: tuple[int, ...],
+    ranking: tuple[RankedRange, ...] = (),
 ) -> str:
     """Write the report of a bundle as one HTML file that loads nothing.
 
@@ -49,6 +74,7 @@ def render(
         pruned: Samples of the bundle from the same noise, same shape.
         log_snr: Noise level of every step, [steps].
         schedule: Engine of every step, [steps].
+        ranking: The most redundant components of each range of noise levels; left out when empty.
 
     Returns:
         The text of the page.
@@ -67,6 +93,7 @@ def render(
         better=better,
         fewer=_fewer_steps(verification),
         reused_seed=verification.seed in manifest.used_seeds,
+        ranking=ranking,
         heatmap=Markup(heatmap.draw(profile, manifest.plan)),
         timeline=Markup(
             charts.timeline(schedule, log_snr.tolist(), [engine.step_ms for engine in engines], manifest.full.step_ms)
@@ -199,6 +226,7 @@ def _template() -> Template:
     environment.filters |= {
         "number": charts.number,
         "percent": lambda share: f"{charts.number(100 * share)} %",
+        "worth": lambda worth: charts.number(worth) if np.isfinite(worth) else "∞",
         "interval": lambda estimate: f"{charts.number(estimate.low)} to {charts.number(estimate.high)}",
         "megabytes": lambda size: f"{charts.number(size / 1e6)} MB",
     }

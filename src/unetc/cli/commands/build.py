@@ -1,0 +1,108 @@
+"""`unetc build`: model → bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..groups import Group
+from ..options import BudgetGroup, Cache, Json, LimitGroup, ModelGroup, ProfileGroup
+
+if TYPE_CHECKING:
+    from unetc.artifacts.plan import Plan
+    from unetc.compiler.build import BuildOptions
+    from unetc.compiler.planner.planner import PlanOptions
+
+
+class BuildGroup(Group, panel="Building"):
+    """Conditions on the bundle, and its extras."""
+
+    quality_gate: Annotated[
+        str | None, typer.Option(help="Refuse a worse build: psnr>=DB, ssim>=VALUE or relative-l2<=VALUE.")
+    ] = None
+    at: Annotated[
+        str | None,
+        typer.Option(help="Instead of a budget: build the fastest plan of the curve that passes, as psnr>=32."),
+    ] = None
+    plan: Annotated[
+        Path | None, typer.Option(help="Build this plan of the profile unchanged, whatever the budget.")
+    ] = None
+    repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40
+    controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True
+
+    def given_plan(self) -> Plan | None:
+        """Load the plan to build, if one is given.
+
+        Raises:
+            typer.BadParameter: If another option chooses the plan.
+            ArtifactError: If it cannot be read.
+        """
+        from unetc.artifacts.plan import Plan
+
+        if self.at is not None and self.plan is not None:
+            raise typer.BadParameter("--at chooses a plan itself; give one of --at and --plan.")
+        return Plan.load(self.plan) if self.plan else None
+
+    def options(self, plan: PlanOptions, steps: int) -> BuildOptions:
+        """Make the options of the build.
+
+        Raises:
+            PlanError: If a quality gate cannot be read.
+        """
+        from unetc.compiler.build import BuildOptions
+        from unetc.compiler.search.quality_gate import QualityGate
+        from unetc.compiler.search.repair import RepairOptions
+
+        return BuildOptions(
+            plan=plan,
+            steps=steps,
+            quality_gate=QualityGate.parse(self.quality_gate) if self.quality_gate else None,
+            at=QualityGate.parse(self.at) if self.at else None,
+            repair=RepairOptions(evaluations=self.repair),
+            controls=self.controls,
+        )
+
+
+def build(
+    model: ModelGroup,
+    budget: BudgetGroup,
+    limits: LimitGroup,
+    building: BuildGroup,
+    sampling: ProfileGroup,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")] = Path("bundle"),
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle that saves the budget in measured time, with an analysis first if there is no profile."""
+    share = budget.share()
+
+    from unetc.api import build as make
+
+    from .. import summary
+    from ..output import ERR, OUT, print_json, progress
+
+    plan, source = building.given_plan(), model.source()
+    options = building.options(limits.plan(share), sampling.steps_of(source))
+    known, analysis = sampling.known(), sampling.analysis(source)
+    with progress() as on_progress:
+        manifest = make(
+            source,
+            output,
+            options,
+            profile=known,
+            plan=plan,
+            analysis=analysis,
+            cache=cache,
+            on_progress=on_progress,
+        )
+    for note in manifest.notes:
+        ERR.print(note, soft_wrap=True)
+    if as_json:
+        print_json(summary.bundle_facts(manifest, output))
+    else:
+        OUT.print(summary.bundle_table(manifest))
+        OUT.print(f"wrote {output}", soft_wrap=True)
+        if command := summary.compiling(manifest, output):
+            OUT.print(f"its engines are not built yet: {command}", soft_wrap=True)

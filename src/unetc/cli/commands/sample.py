@@ -1,0 +1,69 @@
+"""`unetc sample`: bundle → picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..options import BundlePath, BundleTarget, Json, Seed
+
+
+def sample(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")] = Path("samples.png"),
+    batch: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
+    full_model: Annotated[bool, typer.Option("--full-model", help="Run the full model at every step.")] = False,
+    target: BundleTarget = None,
+    memory: Annotated[
+        str,
+        typer.Option(metavar="fast|low", help="fast, or low: weights are held once, and on a GPU two phases' engines."),
+    ] = "fast",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of the target (default: the bundle's)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample from a bundle into one picture. Needs no torch.
+
+    No call has more samples than the bundle's batch, which engines are compiled for.
+    """
+    import time
+    from functools import partial
+
+    from unetc.artifacts.record import check_writable, write_atomically
+    from unetc.progress import Progress
+    from unetc.report.pictures import grid, png_bytes
+    from unetc.runtime.bundle import Bundle
+    from unetc.runtime.session import Session, backend_for
+
+    from ..output import OUT, print_json, progress
+    from ..sampling import sample_in_calls
+
+    check_writable(output)
+    with progress() as on_progress:
+        on_progress(Progress(stage="loading the engines", done=0, total=1))
+        opened = Bundle.open(bundle)
+        backend = backend_for(opened.manifest, target=target, threads=threads, memory=memory)
+        session = Session.of(opened, backend)
+        on_progress(Progress(stage="loading the engines", done=1, total=1))
+        start = time.perf_counter()
+        draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
+        images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
+        seconds = time.perf_counter() - start
+    write_atomically(output, png_bytes(grid(images)))
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "shape": list(images.shape),
+                "seconds": seconds,
+                "non_finite_steps": session.non_finite_steps,
+            }
+        )
+    else:
+        OUT.print(f"{len(images)} samples in {seconds:.2f} s; wrote {output}", soft_wrap=True)

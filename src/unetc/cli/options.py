@@ -1,0 +1,255 @@
+"""Options that several commands share, in groups that make their objects.
+
+Heavy imports stay inside the methods, so that `--help` is fast.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .groups import Group
+
+if TYPE_CHECKING:
+    from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.analyzer.ranking import By
+    from unetc.artifacts.profile import Profile
+    from unetc.compiler.planner.planner import PlanOptions
+    from unetc.models.find import ModelSource
+
+BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
+BundleTarget = Annotated[
+    str | None,
+    typer.Option("--target", help="Where engines run (default: the target that the bundle was built for)."),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder for captures and partial results (default: $UNETC_CACHE or ~/.cache/unetc)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the target (default: all cores).")]
+
+DEFAULT_BUDGET = 0.27
+
+
+class ModelGroup(Group, panel="Model"):
+    """The model and its preparation."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Built-in model (digits, prompted-digits), diffusers folder, Hub id, or glide:base or glide:upsample.",
+            metavar="MODEL",
+        ),
+    ]
+    weights: Annotated[
+        Path | None, typer.Option(help="Checkpoint of glide:base or glide:upsample, .pt or .safetensors.")
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA to fuse into the model, as style.safetensors or style.safetensors:0.8; repeatable."),
+    ] = None
+    controlnet: Annotated[
+        bool,
+        typer.Option("--controlnet", help="Give engines the inputs of a ControlNet, for unetc.diffusers."),
+    ] = False
+
+    def source(self) -> ModelSource:
+        """Make the source of the model.
+
+        Raises:
+            ModelError: If a LoRA is not given as a path and a scale.
+        """
+        from unetc.models.find import ModelSource
+        from unetc.models.lora import Lora
+
+        loras = tuple(Lora.parse(text) for text in self.lora or ())
+        return ModelSource(self.model, weights=self.weights, loras=loras, controlnet=self.controlnet)
+
+
+class AnalysisGroup(Group, panel="Sampling and measuring"):
+    """How a model is sampled and measured."""
+
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, ddpm, euler or dpmsolver++ (default: ddim, for glide:base ddpm).")
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoiser calls per sample (default: 50, for GLIDE as it was published).")
+    ] = None
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories that every ablation is measured on.")] = 16
+    bins: Annotated[int, typer.Option(min=1, help="Number of noise levels to distinguish.")] = 8
+    seed: Seed = 0
+    target: Annotated[str, typer.Option(help="Where engines run; costs are measured there.")] = "onnxruntime:cpu"
+    threads: Threads = None
+    batch: Annotated[int, typer.Option(min=1, help="Batch size at which time is measured.")] = 8
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts to measure on, one a line; the last quarter is kept for verify (default: the model's)."
+        ),
+    ] = None
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance; 1 turns it off (default: the pipeline's).")
+    ] = None
+
+    def steps_of(self, model: ModelSource) -> int:
+        """Count the steps: as asked for, or as usual for the model."""
+        from unetc.models.find import usual_sampling
+
+        return self.steps or usual_sampling(model).steps
+
+    def options(
+        self,
+        model: ModelSource,
+        *,
+        components: tuple[str, ...] = (),
+        decisive: int | None = 7,
+        time_limit_s: float = math.inf,
+    ) -> AnalysisOptions:
+        """Make the options of the analysis.
+
+        Raises:
+            ProfileError: If a number is out of range.
+            ModelError: If the prompts cannot be read.
+        """
+        from unetc.analyzer.analysis import AnalysisOptions
+        from unetc.environment import cores
+        from unetc.models.find import usual_sampling
+        from unetc.models.prompts import read_prompts
+
+        return AnalysisOptions(
+            scheduler=self.scheduler or usual_sampling(model).scheduler,
+            steps=self.steps_of(model),
+            samples=self.samples,
+            bins=self.bins,
+            seed=self.seed,
+            target=self.target,
+            threads=self.threads or cores(),
+            batch=self.batch,
+            prompts=read_prompts(self.prompts) if self.prompts else (),
+            guidance_scale=self.guidance_scale,
+            components=components,
+            decisive=decisive,
+            time_limit_s=time_limit_s,
+        )
+
+
+class ProfileGroup(AnalysisGroup):
+    """A profile, or how to make one."""
+
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Profile of this model, in place of the other options here except --steps (default: analyse now)."
+        ),
+    ] = None
+
+    def known(self) -> Profile | None:
+        """Load the profile, if one is given.
+
+        Raises:
+            ArtifactError: If it cannot be read.
+        """
+        from unetc.artifacts.profile import Profile
+
+        return Profile.load(self.profile) if self.profile else None
+
+    def analysis(self, model: ModelSource) -> AnalysisOptions | None:
+        """Make the options of the analysis, unless there is a profile: then their numbers need not fit each other."""
+        return None if self.profile else self.options(model)
+
+
+class BudgetGroup(Group, panel="Saving"):
+    """How much time to save, said in one of two ways."""
+
+    budget: Annotated[
+        float | None,
+        typer.Option(help=f"Share of the time to save, in [0, 1): 0.27 saves 27 % (default: {DEFAULT_BUDGET})."),
+    ] = None
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="The same as a factor of at least 1: 1.37 saves 27 %, as --budget 0.27 does."),
+    ] = None
+
+    def share(self) -> float:
+        """Compute the share of the time to save; planning checks its range.
+
+        Raises:
+            typer.BadParameter: If it is given both ways.
+            PlanError: If the speed-up is out of range.
+        """
+        from unetc.errors import PlanError
+
+        if self.speedup is None:
+            return DEFAULT_BUDGET if self.budget is None else self.budget
+        if self.budget is not None:
+            raise typer.BadParameter("--speedup is another way to give --budget; give one of them.")
+        if not 1 <= self.speedup < math.inf:
+            raise PlanError(
+                f"a speed-up is full time / planned time, at least 1 and finite; got {self.speedup:g}. "
+                "Try 1.37, which saves 27 %."
+            )
+        return 1 - 1 / self.speedup
+
+
+class LimitGroup(Group, panel="Planning"):
+    """The planner and the limits that it keeps to."""
+
+    max_engines: Annotated[int, typer.Option(min=1, help="Most engines in addition to the full model.")] = 4
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Most weights of all engines together, the full model included, as a multiple of the full model's "
+            "(default: no limit).",
+        ),
+    ] = None
+    planner: Annotated[
+        str,
+        typer.Option(metavar="fast|exact", help="fast, or exact: an integer program, some hundred times slower."),
+    ] = "fast"
+
+    def plan(self, budget: float) -> PlanOptions:
+        """Make the options of the planner.
+
+        Raises:
+            PlanError: If the budget is out of range, or there is no such planner.
+        """
+        from unetc.compiler.planner.planner import PlanOptions
+
+        return PlanOptions(
+            budget=budget, max_engines=self.max_engines, max_memory=self.max_memory, planner=self.planner
+        )
+
+
+class RankingGroup(Group, panel="Ranking"):
+    """Which components of a profile to show, in which order."""
+
+    top: Annotated[int, typer.Option(min=0, help="Number of components to show; 0 shows all.")] = 10
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="worth|saving|damage",
+            help="Order of the components; worth is the time saved per damage. Those that save nothing come last.",
+        ),
+    ] = "worth"
+    bin: Annotated[
+        int | None,
+        typer.Option(min=1, help="Show one noise level alone; 1 is the noisiest (default: all, and each in short)."),
+    ] = None
+
+    def order(self) -> By:
+        """Read the order.
+
+        Raises:
+            typer.BadParameter: If there is no such order.
+        """
+        from unetc.analyzer.ranking import By
+
+        if self.by not in tuple(By):
+            raise typer.BadParameter(f"cannot rank by {self.by!r}. Expected one of: {', '.join(By)}.")
+        return By(self.by)

@@ -1,0 +1,115 @@
+"""Sweeps over the tiny model, and a backend that records calls, for tests of the analyzer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tests.models import Tiny, shared_folder, tiny_of
+from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of
+from unetc.analyzer.denoiser import GatedDenoiser
+from unetc.analyzer.sweep import Sweep, make_bins
+from unetc.artifacts.profile import Effect, Estimate, ModelReference
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.device import Device
+from unetc.runtime.backends.registry import open_backend
+from unetc.sampler.table import SchedulerTable
+
+ARCHITECTURE = "attention"
+SHAPE = (2, 16, 16)
+SAMPLES, SEED = 2, 5
+STEPS, BINS = 5, 2  # bins of 3 and 2 steps
+CONFIG: Mapping[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@functools.cache
+def tiny() -> Tiny:
+    """Share one architecture between the tests of all files."""
+    return tiny_of(ARCHITECTURE, shared_folder())
+
+
+def table_of(scheduler: str, steps: int = STEPS) -> SchedulerTable:
+    return extract(make_scheduler(scheduler, CONFIG), steps)
+
+
+def backend() -> Backend:
+    return open_backend("onnxruntime:cpu", threads=1)
+
+
+def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sweep:
+    gated, table = tiny().gated, table_of(scheduler)
+    settings: dict[str, Any] = {
+        "denoiser": GatedDenoiser(gated, on or backend()),
+        "components": gated.components,
+        "ablated": gated.components,
+        "table": table,
+        "bins": make_bins(table.log_snr, BINS),
+        "sample_shape": SHAPE,
+        "samples": SAMPLES,
+        "seed": SEED,
+        "rows": 5 * SAMPLES,  # not a divisor of the number of ablations: the last batch is smaller
+    }
+    return Sweep(**(settings | changes))
+
+
+def everything(sweep: Sweep) -> list[tuple[Ablation, int]]:
+    """List every ablation in every bin where it treats a step, in no particular order."""
+    return [
+        (ablation, b)
+        for ablation in ablations_of(sweep.components)
+        for b in reversed(range(BINS))
+        if any(step % ablation.periodic.period or not ablation.periodic.treatment.reuses for step in steps_of(b))
+    ]
+
+
+def steps_of(b: int) -> range:
+    return (range(3), range(3, STEPS))[b]
+
+
+def kind_of(effect: Effect) -> PeriodicTreatment:
+    return PeriodicTreatment(treatment=effect.treatment, period=effect.period)
+
+
+def relative_l2(reference: Array, candidate: Array) -> float:
+    """Compute the relative L2, averaged over samples, without the library."""
+    norms = [np.linalg.norm(c - r) / np.linalg.norm(r) for r, c in zip(reference, candidate, strict=True)]
+    return float(np.mean(norms))
+
+
+class Recorder:
+    """A backend that records the inputs of its programs."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self.calls: list[dict[str, Any]] = []
+        """Inputs of every call; arrays are copied, other tensors are kept."""
+
+    def open_weights(self, weights: bytes) -> Loader:
+        self._loader = self._inner.open_weights(weights)
+        return self
+
+    def load(self, graph: SerialisedGraph) -> Program:
+        program = self._loader.load(graph)
+
+        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
+            self.calls.append(
+                {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+            )
+            return program(inputs, output)
+
+        return run
+
+    @property
+    def device(self) -> Device:
+        return self._inner.device
+
+
+def estimate_of(value: float) -> Estimate:
+    return Estimate(mean=value, low=value, high=value)
+
+
+REFERENCE = ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", denoiser="UNet2DModel")
