@@ -24,7 +24,7 @@ FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
 
-`tests/house/test_layout.py` holds the order, `docs/how-it-works.md` explains it.
+`tests/house/test_layout.py` holds the order, `docs/concepts.md` explains it.
 """
 
 VERSION = {"unetc", "unetc.__version__"}
