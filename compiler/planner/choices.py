@@ -1,4 +1,4 @@
-"""What a planner may choose from: damage and saved time of every component in every run of noise-level bins."""
+"""A planner's choices: damage and saved time of every component in every run of noise-level bins."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ from unetc.treatments import Treatment
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class BinRun:
-    """A run of bins, and how often its cycle computes everything."""
+    """A run of bins, and the period of its refreshes."""
 
     first: int
     last: int
-    """Exclusive."""
+    """Index of the bin after the last one."""
     period: int
-    """1: components are removed in every step. p > 1: components are reused in all but one of p steps."""
+    """1 removes components in every step. A period p above 1 reuses components in all but one of p steps."""
 
 
 TOLERANCE = 1e-6
-"""A limit that is missed by so little is met: HiGHS cannot tell it from one that is met, and the measurements of which
-plans are made are far less exact."""
+"""Margin of every limit: HiGHS cannot distinguish a smaller miss, and measurements are far less exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a plan must keep to."""
+    """Limits of a plan."""
 
     saved_steps: float
     """Time to save, in steps of the full model."""
     max_engines: int
-    """Most engines beside the full one and those that compute nothing."""
+    """Most engines, not counting the full one and those that compute nothing."""
     max_phases: int | None
     """Most runs; no limit when None."""
     max_memory: float
-    """Most weights of all engines together, in those of the full one, which is among them; infinite for no limit."""
+    """Most weights of all engines together, the full one included, as a multiple of its own; infinite for no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreatedRun:
-    """What a plan does in a run of bins."""
+    """Treatments of a plan in a run of bins."""
 
-    mode: BinRun
+    run: BinRun
     treatments: Mapping[str, Treatment]
 
 
 class Choices:
     """A profile as planners need it.
 
-    Damages add linearly over the bins of one component in a run, as their errors point the same way, and in squares
-    over components and runs, as these do not; `docs/decisions/009-add-damages-over-bins.md` has the measurements.
+    Damages of one component add linearly over the bins of a run, because their errors point the same way. Damages of
+    different components and runs add in squares, because their errors do not.
+    `docs/decisions/009-add-damages-over-bins.md` has the measurements.
     """
 
     def __init__(self, profile: Profile, correction: float = 1.0) -> None:
         """Read a profile.
 
         Args:
-            profile: What was measured.
-            correction: Scales the time that components save to what joint measurements showed; not that of the step,
-                which leaves nothing to add up.
+            profile: The analysis.
+            correction: Joint saving / sum of single savings, as measured; scales all components but the step, which
+                saves everything at once.
         """
         self.names = tuple(component.name for component in profile.components)
         self.position = {name: i for i, name in enumerate(self.names)}
@@ -94,8 +94,8 @@ class Choices:
     def _consistent_shares(self, profile: Profile) -> NDArray[np.float64]:
         """Read which share of the full model's time each component saves.
 
-        Components nested in another cannot save more than it does. Measured one by one they may seem to, as noise
-        and what they share with their neighbours count for each of them; then they are scaled down.
+        Nested components cannot save more than the component around them. Measured one by one they may seem to,
+        because noise and shared work count for each of them; then they are scaled down.
         """
         shares = np.zeros(len(self.names))
         for cost in profile.costs:
@@ -111,7 +111,7 @@ class Choices:
 
     @cached_property
     def inner(self) -> dict[int, list[int]]:
-        """What is nested in each component that has something nested in it; the innermost ones first."""
+        """Nested components by the component around them; the innermost ones first."""
         inner: dict[int, list[int]] = {}
         for outer, i in self.nested:
             inner.setdefault(outer, []).append(i)
@@ -122,12 +122,12 @@ class Choices:
         """Periods that were measured, 1 first."""
         return tuple(sorted({period for _, period in self._damage} | {1}))
 
-    def treatments(self, mode: BinRun, name: str) -> tuple[Treatment, ...]:
-        """List what a component can be treated with over a run."""
-        return tuple(t for t, table in self.squared(mode).items() if np.isfinite(table[self.position[name]]))
+    def treatments(self, run: BinRun, name: str) -> tuple[Treatment, ...]:
+        """List the treatments that a component can get over a run."""
+        return tuple(t for t, table in self.squared(run).items() if np.isfinite(table[self.position[name]]))
 
     @cached_property
-    def modes(self) -> tuple[BinRun, ...]:
+    def runs(self) -> tuple[BinRun, ...]:
         """All runs of bins with all periods."""
         bins = len(self.steps)
         return tuple(
@@ -137,57 +137,56 @@ class Choices:
             for period in self.periods
         )
 
-    def treated_steps(self, mode: BinRun) -> int:
+    def treated_steps(self, run: BinRun) -> int:
         """Count the steps of a run that are not refreshes."""
-        steps = int(self.steps[mode.first : mode.last].sum())
-        return steps if mode.period == 1 else steps - -(-steps // mode.period)
+        steps = int(self.steps[run.first : run.last].sum())
+        return steps if run.period == 1 else steps - -(-steps // run.period)
 
-    def squared(self, mode: BinRun) -> dict[Treatment, NDArray[np.float64]]:
+    def squared(self, run: BinRun) -> dict[Treatment, NDArray[np.float64]]:
         """Square the damage of a run, [component] per treatment; infinite where there is no such treatment."""
         result = {}
         for (treatment, period), table in self._damage.items():
-            if period == mode.period:
-                rows = table[mode.first : mode.last]
-                worst = np.fmax.reduce(rows)  # what a bin that was not measured counts as
+            if period == run.period:
+                rows = table[run.first : run.last]
+                worst = np.fmax.reduce(rows)  # the value of a bin that was not measured
                 total = np.where(np.isnan(rows), worst, rows).sum(axis=0)
                 result[treatment] = np.where(np.isnan(worst), np.inf, total**2)
         return result
 
-    def least(self, mode: BinRun) -> NDArray[np.float64]:
+    def least(self, run: BinRun) -> NDArray[np.float64]:
         """Square the damage of the least harmful treatment over a run, [component]."""
-        least: NDArray[np.float64] = np.min([np.full(len(self.names), np.inf), *self.squared(mode).values()], axis=0)
+        least: NDArray[np.float64] = np.min([np.full(len(self.names), np.inf), *self.squared(run).values()], axis=0)
         return least
 
-    def saving(self, mode: BinRun) -> NDArray[np.float64]:
+    def saving(self, run: BinRun) -> NDArray[np.float64]:
         """Time that each component saves over a run, in steps of the full model, [component]."""
-        return self.treated_steps(mode) * self.saved
+        return self.treated_steps(run) * self.saved
 
-    def part(self, mode: BinRun, chosen: Iterable[int]) -> TreatedRun:
+    def treat(self, run: BinRun, chosen: Iterable[int]) -> TreatedRun:
         """Give each chosen component its least harmful treatment."""
-        tables = self.squared(mode)
+        tables = self.squared(run)
         treatments = {self.names[c]: min(tables, key=lambda t: float(tables[t][c])) for c in chosen}
-        return TreatedRun(mode=mode, treatments=treatments)
+        return TreatedRun(run=run, treatments=treatments)
 
-    def predict(self, parts: Sequence[TreatedRun]) -> Prediction:
-        """Predict time and damage of what is done in each run of bins."""
+    def predict(self, plan: Sequence[TreatedRun]) -> Prediction:
+        """Predict time and damage of treated runs."""
         saved, squared = 0.0, 0.0
-        for part in parts:
-            tables, saving = self.squared(part.mode), self.saving(part.mode)
-            for c in self._outermost(part.treatments):
+        for treated in plan:
+            tables, saving = self.squared(treated.run), self.saving(treated.run)
+            for c in self._outermost(treated.treatments):
                 saved += float(saving[c])
-                squared += float(tables[part.treatments[self.names[c]]][c])
+                squared += float(tables[treated.treatments[self.names[c]]][c])
         return Prediction(
             time_ratio=1 - saved / float(self.steps.sum()),
             relative_l2=float(np.sqrt(squared)),
-            memory=self.memory(part.treatments for part in parts),
+            memory=self.memory(treated.treatments for treated in plan),
         )
 
     def memory(self, assignments: Iterable[Mapping[str, Treatment]]) -> float:
-        """Bound the weights that the full engine and those of some assignments hold, in those of the full one.
+        """Bound the weights of the full engine and of all assignments' engines, as a multiple of the full engine's.
 
-        What is freed by removing several components is at least the sum of what each one frees: weights that only
-        they share are freed besides, and none is counted twice, as components of which one frees what another frees
-        are nested in each other.
+        Removing several components frees at least the sum of their single shares. Weights that only they share are
+        freed in addition. No weight is counted twice: two components that free the same weight are nested.
         """
         total = 1.0
         for treatments in {tuple(sorted(own.items())): own for own in assignments}.values():
@@ -197,6 +196,6 @@ class Choices:
         return total
 
     def _outermost(self, treatments: Mapping[str, Treatment]) -> set[int]:
-        """Find the treated components that no other treated one takes with it."""
+        """Find the treated components that are not nested in another treated one."""
         columns = {self.position[name] for name in treatments}
         return columns - {inner for outer, inner in self.nested if outer in columns}

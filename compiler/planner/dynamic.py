@@ -1,9 +1,9 @@
 """The fast planner: a Lagrangian relaxation of the limits of time and memory, by dynamic programming over noise levels.
 
-At a price of time and one of memory, every run of bins has a best set of components of its own, and the best way to cut
-the noise levels into runs is a shortest path with a limited number of engines. What is found is optimal for the time it
-saves, but optima between the corners of the convex hull are not found; `exact` finds them. A limit of memory that binds
-puts more of them there, as most of what an engine holds it holds whatever it removes.
+At given prices of time and memory, every run of bins has a best set of components. The best way to cut the noise levels
+into runs is then a shortest path with a limited number of engines. A plan found this way is optimal for the time that
+it saves. Optima between the corners of the convex hull are missed; `exact` finds them. A binding memory limit puts more
+optima there, because an engine holds most of its weights whatever it removes.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from numpy.typing import NDArray
 from .choices import BinRun, Choices, Limits
 
 _PRICES = 100
-"""Most prices tried; ten are many."""
+"""Most prices to try; ten are already many."""
 _ROUNDING = 1e-9
-"""A plan is below a chord if it is by more than this share of the chord's rise."""
+"""A plan lies below a chord if the distance exceeds this share of the chord's rise."""
 
 _Totals = NDArray[np.float64]
-"""[squared damage, saved steps, memory] of components, engines or plans; or what each of them is weighed by."""
+"""[squared damage, saved steps, memory] of components, engines or plans; or the weights of these three."""
 _SQUARED, _SAVED, _MEMORY = np.eye(3)
 _FULL = _MEMORY
-"""What an engine adds that removes nothing."""
+"""Totals that an engine adds before it removes anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What can be done in a run, at some weights."""
+    """Best treatment of a run at given weights."""
 
-    mode: BinRun
+    run: BinRun
     chosen: tuple[int, ...]
     engines: int
-    """Engines that it needs, 0 or 1."""
+    """Number of engines that it needs, 0 or 1."""
     value: float
 
 
@@ -51,8 +51,8 @@ def solve_fast(choices: Choices, limits: Limits) -> dict[BinRun, tuple[int, ...]
     """Choose the components of every run of bins.
 
     Args:
-        choices: What can be chosen.
-        limits: What the plan must keep to.
+        choices: The choices.
+        limits: The limits of the plan.
 
     Returns:
         The chosen components by run, or None if no plan was found.
@@ -69,10 +69,10 @@ def solve_fast(choices: Choices, limits: Limits) -> dict[BinRun, tuple[int, ...]
 def _cheapest(
     solve: Callable[[_Totals], _Found | None], cost: _Totals, *, saving: _Totals, enough: float
 ) -> _Found | None:
-    """Find the plan that costs least of those with enough saving, or one beside it on the convex hull.
+    """Find the cheapest plan that saves enough, or its neighbour on the convex hull.
 
-    Two plans, one that gains too little and one that gains enough, are the ends of a chord. Its slope is the next
-    price; the plan that is best at it lies below the chord and replaces one of them, until there is none.
+    A plan that saves too little and one that saves enough are the ends of a chord. The chord's slope is the next price.
+    The best plan at that price lies below the chord and replaces one end, until no plan does.
 
     Source:
         Jüttner et al. 2001, "Lagrange relaxation based method for the QoS routing problem" (LARAC),
@@ -85,8 +85,8 @@ def _cheapest(
     if rich is None or rich.totals @ saving < enough:
         return None
     for _ in range(_PRICES):
-        rise, run = (rich.totals - poor.totals) @ cost, (rich.totals - poor.totals) @ saving
-        weights = cost - rise / run * saving
+        rise, width = (rich.totals - poor.totals) @ cost, (rich.totals - poor.totals) @ saving
+        weights = cost - rise / width * saving  # both ends of the chord cost the same
         found = solve(weights)
         if found is None or (found.totals - poor.totals) @ weights >= -_ROUNDING * abs(rise):
             break
@@ -98,67 +98,68 @@ def _cheapest(
 
 
 class _Relaxation:
-    """Plans without a budget: the best ones by a weighed sum of their totals."""
+    """Plans without a budget: the best ones by a weighted sum of their totals."""
 
     def __init__(self, choices: Choices, limits: Limits) -> None:
         self._choices = choices
         self._max_engines = limits.max_engines
         self._max_runs = min(len(choices.steps), limits.max_phases or len(choices.steps))
-        self._modes: dict[tuple[int, int], list[BinRun]] = {}
+        self._runs: dict[tuple[int, int], list[BinRun]] = {}
         self._totals: dict[BinRun, _Totals] = {}
         self._possible: dict[BinRun, NDArray[np.bool_]] = {}
         whole = np.isin(np.arange(len(choices.names)), list(choices.whole))
-        for mode in sorted(choices.modes, key=lambda mode: mode.last):
-            squared = choices.least(mode)
+        for run in sorted(choices.runs, key=lambda run: run.last):
+            squared = choices.least(run)
             possible = np.isfinite(squared)
-            self._modes.setdefault((mode.first, mode.last), []).append(mode)
-            self._totals[mode] = np.column_stack(
-                [np.where(possible, squared, 0), choices.saving(mode), -choices.freed * ~whole]
+            self._runs.setdefault((run.first, run.last), []).append(run)
+            self._totals[run] = np.column_stack(
+                [np.where(possible, squared, 0), choices.saving(run), -choices.freed * ~whole]
             )
-            self._possible[mode] = possible
+            self._possible[run] = possible
 
     def solve(self, weights: _Totals) -> _Found:
-        """Find the plan whose weighed sum of totals is least."""
+        """Find the plan with the least weighted sum of totals."""
         bins = len(self._choices.steps)
         # least[b][e][r]: the least value of the first b bins with at most e engines and exactly r runs
         least = np.full((bins + 1, self._max_engines + 1, self._max_runs + 1), np.inf)
         least[0, :, 0] = 0
         last: dict[tuple[int, int, int], _Part] = {}
-        for modes in self._modes.values():
-            for part in self._parts(modes, weights):
-                before = least[part.mode.first, : self._max_engines + 1 - part.engines, :-1]
-                after = least[part.mode.last, part.engines :, 1:]
+        for runs in self._runs.values():
+            for part in self._parts(runs, weights):
+                before = least[part.run.first, : self._max_engines + 1 - part.engines, :-1]
+                after = least[part.run.last, part.engines :, 1:]
                 better = before + part.value < after
                 after[better] = before[better] + part.value
-                for engines, runs in np.argwhere(better).tolist():
-                    last[part.mode.last, engines + part.engines, runs + 1] = part
-        engines, runs = self._max_engines, int(np.argmin(least[bins, self._max_engines]))
+                for engines, count in np.argwhere(better).tolist():
+                    last[part.run.last, engines + part.engines, count + 1] = part
+        engines, count = self._max_engines, int(np.argmin(least[bins, self._max_engines]))
         chosen: dict[BinRun, tuple[int, ...]] = {}
         totals = np.zeros(3)
         while bins > 0:
-            part = last[bins, engines, runs]
-            chosen[part.mode] = part.chosen
-            totals += self._totals[part.mode][list(part.chosen)].sum(axis=0) + part.engines * _FULL
-            bins, engines, runs = part.mode.first, engines - part.engines, runs - 1
+            part = last[bins, engines, count]
+            chosen[part.run] = part.chosen
+            totals += self._totals[part.run][list(part.chosen)].sum(axis=0) + part.engines * _FULL
+            bins, engines, count = part.run.first, engines - part.engines, count - 1
         return _Found(chosen=chosen, totals=totals)
 
-    def _parts(self, modes: Sequence[BinRun], weights: _Totals) -> tuple[_Part, _Part]:
-        """Find the best that can be done in a run without an engine of its own, and with one."""
+    def _parts(self, runs: Sequence[BinRun], weights: _Totals) -> tuple[_Part, _Part]:
+        """Find the best treatment of a run without a separate engine, and with one."""
         free, computing = [], []
-        for mode in modes:
-            value = np.where(self._possible[mode], self._totals[mode] @ weights, 0)
+        for run in runs:
+            value = np.where(self._possible[run], self._totals[run] @ weights, 0)
             whole = tuple(c for c in sorted(self._choices.whole) if value[c] < 0)
-            free.append(_Part(mode=mode, chosen=whole, engines=0, value=float(value[list(whole)].sum())))
+            free.append(_Part(run=run, chosen=whole, engines=0, value=float(value[list(whole)].sum())))
             value[list(self._choices.whole)] = 0
             best = _best_set(self._choices.inner, value)
             total = float(value[list(best)].sum() + weights @ _FULL)
-            computing.append(_Part(mode=mode, chosen=best, engines=1, value=total))
+            computing.append(_Part(run=run, chosen=best, engines=1, value=total))
         return min(free, key=lambda part: part.value), min(computing, key=lambda part: part.value)
 
 
 def _best_set(inner: Mapping[int, Sequence[int]], value: NDArray[np.float64]) -> tuple[int, ...]:
-    """Choose the components with the least sum of values; of one and those nested in it either, not both."""
+    """Choose the components with the least sum of values; never a component together with one nested in it."""
     chosen = set(np.flatnonzero(value < 0).tolist())
+    # innermost first, so that a nested set is final before it is compared with the component around it
     for outer, members in inner.items():
         held = chosen & set(members)
         if outer in chosen:

@@ -1,4 +1,4 @@
-"""Find out which engine has to emit what for the others."""
+"""Find the branches that each engine has to emit for the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unetc.treatments import Treatment
 def with_emissions(
     assignments: Sequence[Mapping[str, Treatment]], components: Sequence[Component]
 ) -> tuple[Assignment, ...]:
-    """Let every engine emit what it computes and another one takes from earlier steps.
+    """Let every engine emit the branches that it computes and another engine reuses.
 
     A component that is nested in one that an engine does not compute is not computed there either.
     """

@@ -1,7 +1,7 @@
 """The exact planner: an integer program over runs of bins, solved by HiGHS.
 
-Columns per mode (a run of bins with a period): x[c] = component c is treated there, z = anything is, y = the mode is
-used. Every bin lies in exactly one used mode.
+Columns per run of bins and period: x[c] = the run treats component c, z = it treats any, y = the plan uses the run.
+Every bin lies in exactly one used run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def solve_exactly(choices: Choices, limits: Limits, *, time_limit_s: float) -> d
     """Choose the components of every run of bins.
 
     Args:
-        choices: What can be chosen.
-        limits: What the plan must keep to.
+        choices: The choices.
+        limits: The limits of the plan.
         time_limit_s: The best choice so far is returned after this many seconds.
 
     Returns:
@@ -34,7 +34,7 @@ def solve_exactly(choices: Choices, limits: Limits, *, time_limit_s: float) -> d
 
 
 def most_saved(choices: Choices, limits: Limits, *, time_limit_s: float) -> float:
-    """Find the most time, in steps, that can be saved within all limits but that on time."""
+    """Find the most time, in steps, that a plan can save within all other limits."""
     program = _Program(choices, limits)
     values = _minimise(-program.saving, program.structure, program.bounds, time_limit_s).x
     return 0.0 if values is None else float(program.saving @ values)
@@ -44,11 +44,11 @@ class _Program:
     """Columns and rows of the integer program."""
 
     def __init__(self, choices: Choices, limits: Limits) -> None:
-        self._modes, self._components = choices.modes, len(choices.names)
-        count, width = len(self._modes), self._components + 2
+        self._runs, self._components = choices.runs, len(choices.names)
+        count, width = len(self._runs), self._components + 2
         rows = _Rows(count * width)
         for b in range(len(choices.steps)):
-            used = {m * width + width - 1: 1.0 for m, mode in enumerate(self._modes) if mode.first <= b < mode.last}
+            used = {m * width + width - 1: 1.0 for m, run in enumerate(self._runs) if run.first <= b < run.last}
             rows.add(used, 1, 1)
         engines: dict[int, float] = {}
         memory: dict[int, float] = {}
@@ -68,8 +68,8 @@ class _Program:
             rows.add({m * width + width - 1: 1.0 for m in range(count)}, 0, limits.max_phases)
         self.structure = [rows.constraint()]
         saving, squared, allowed = np.zeros((3, count, width))
-        least = np.array([choices.least(mode) for mode in self._modes])
-        saving[:, : self._components] = [choices.saving(mode) for mode in self._modes]
+        least = np.array([choices.least(run) for run in self._runs])
+        saving[:, : self._components] = [choices.saving(run) for run in self._runs]
         squared[:, : self._components] = np.where(np.isfinite(least), least, 0)
         useful = (saving[:, : self._components] > 0) | (np.isfinite(limits.max_memory) & (choices.freed > 0))
         allowed[:, : self._components] = np.isfinite(least) & useful
@@ -77,15 +77,15 @@ class _Program:
         self.saving, self.squared, self.bounds = saving.ravel(), squared.ravel(), Bounds(0, allowed.ravel())
 
     def saves(self, limits: Limits) -> LinearConstraint:
-        """Require enough time to be saved."""
+        """Require the saving."""
         return LinearConstraint(self.saving.reshape(1, -1), limits.saved_steps, np.inf)
 
     def read(self, values: NDArray[np.float64]) -> dict[BinRun, tuple[int, ...]]:
-        """Read which components are chosen in each used mode."""
-        rows = values.reshape(len(self._modes), -1) > 0.5
+        """Read the chosen components of each used run."""
+        rows = values.reshape(len(self._runs), -1) > 0.5
         return {
-            mode: tuple(np.flatnonzero(row[: self._components]).tolist())
-            for mode, row in zip(self._modes, rows, strict=True)
+            run: tuple(np.flatnonzero(row[: self._components]).tolist())
+            for run, row in zip(self._runs, rows, strict=True)
             if row[-1]
         }
 
@@ -95,8 +95,8 @@ def _minimise(
 ) -> Any:
     """Solve a program in zeros and ones; `x` of the result is None if there is no solution.
 
-    HiGHS stops at an absolute gap of 1e-6 as well as at the relative one. So the optimum of the relaxed program, which
-    is close to the optimum sought, is made the unit.
+    HiGHS also stops at an absolute gap of 1e-6, besides the relative one. So the objective is scaled by the optimum of
+    the relaxed program, which is close to the optimum sought.
 
     Source:
         Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5; scipy.optimize.milp.
@@ -133,7 +133,7 @@ class _Rows:
         self._high.append(high)
 
     def constraint(self) -> LinearConstraint:
-        """Build what the planner takes."""
+        """Build the constraint for the solver."""
         shape = (len(self._low), self._columns)
         matrix = sparse.csr_array((self._data, (self._row, self._column)), shape=shape)
         return LinearConstraint(matrix, self._low, self._high)

@@ -1,4 +1,4 @@
-"""Profile → Plan: what to remove or reuse at which noise level.
+"""Profile → Plan: choose the components to remove or reuse at each noise level.
 
 Consecutive bins form a run with one set of treatments. A run either removes components in all of its steps, or reuses
 them in all but one of every few steps: then its cycle is the full engine followed by the engine that holds. Two
@@ -30,16 +30,16 @@ TIME_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What to plan for."""
+    """Saving and limits of a plan."""
 
     budget: float
     """Share of the full model's time to save, in [0, 1)."""
     max_engines: int = 4
-    """Most engines beside the full model; those that compute nothing do not count."""
+    """Most engines in addition to the full model; engines that compute nothing do not count."""
     max_phases: int | None = None
     """Most ranges of noise levels; no limit when not given."""
     max_memory: float | None = None
-    """Most weights of all engines together, each with its own copy, in those of the full model, which counts 1."""
+    """Most weights of all engines together, each with its own copy; the full model counts 1."""
     planner: str = "fast"
     """`fast`, which misses optima between the corners of the convex hull, or `exact`."""
 
@@ -62,10 +62,10 @@ class PlanOptions:
 
 
 def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0) -> Plan:
-    """Plan what to remove or reuse at which noise level.
+    """Choose the components to remove or reuse at each noise level.
 
     Args:
-        profile: What was measured.
+        profile: The analysis of a model.
         options: Budget and limits.
         correction: Measured / predicted saving of an earlier plan of this profile; 1 trusts the profile.
 
@@ -77,7 +77,7 @@ def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0
     """
     choices = Choices(profile, correction)
     chosen = _solve(choices, options)
-    return assemble(profile, options, [choices.part(mode, chosen[mode]) for mode in sorted(chosen)], choices)
+    return assemble(profile, options, [choices.treat(run, chosen[run]) for run in sorted(chosen)], choices)
 
 
 def _solve(choices: Choices, options: PlanOptions) -> Mapping[BinRun, tuple[int, ...]]:
@@ -93,7 +93,7 @@ def _solve(choices: Choices, options: PlanOptions) -> Mapping[BinRun, tuple[int,
 
 
 def limits_of(choices: Choices, options: PlanOptions) -> Limits:
-    """Translate options to what both planners keep to, the tolerance included."""
+    """Translate options into limits for both planners, tolerance included."""
     return Limits(
         saved_steps=options.budget * float(choices.steps.sum()) - TOLERANCE,
         max_engines=options.max_engines,
@@ -103,7 +103,7 @@ def limits_of(choices: Choices, options: PlanOptions) -> Limits:
 
 
 def _why_impossible(choices: Choices, options: PlanOptions) -> str:
-    """Say what the most is that can be saved within the limits, and without that of memory if it is what binds."""
+    """State the largest saving within the limits, and the one without the memory limit if that is larger."""
 
     def most(options: PlanOptions) -> float:
         limits = limits_of(choices, options)
@@ -120,24 +120,24 @@ def _why_impossible(choices: Choices, options: PlanOptions) -> str:
     )
 
 
-def assemble(profile: Profile, options: PlanOptions, parts: Sequence[TreatedRun], choices: Choices) -> Plan:
-    """Make a plan from what is done in each run of bins; neighbours that are treated alike become one phase."""
+def assemble(profile: Profile, options: PlanOptions, runs: Sequence[TreatedRun], choices: Choices) -> Plan:
+    """Make a plan from treated runs of bins; neighbours with the same treatments become one phase."""
     merged: list[TreatedRun] = []
-    for (period, _), alike in groupby(parts, key=_treatment_of):
+    for (period, _), alike in groupby(runs, key=_treatment_of):
         group = list(alike)
-        mode = BinRun(first=group[0].mode.first, last=group[-1].mode.last, period=period)
-        merged.append(TreatedRun(mode=mode, treatments=group[0].treatments))
+        run = BinRun(first=group[0].run.first, last=group[-1].run.last, period=period)
+        merged.append(TreatedRun(run=run, treatments=group[0].treatments))
     assignments: list[Mapping[str, Treatment]] = [{}]
-    for part in merged:
-        if part.treatments not in assignments:
-            assignments.append(part.treatments)
+    for treated in merged:
+        if treated.treatments not in assignments:
+            assignments.append(treated.treatments)
     phases = tuple(
         Phase(
-            low=profile.bins[part.mode.first].low,
-            high=profile.bins[part.mode.last - 1].high,
-            cycle=_cycle(assignments.index(part.treatments), part.mode.period),
+            low=profile.bins[treated.run.first].low,
+            high=profile.bins[treated.run.last - 1].high,
+            cycle=_cycle(assignments.index(treated.treatments), treated.run.period),
         )
-        for part in merged
+        for treated in merged
     )
     return Plan(
         unetc=unetc.__version__,
@@ -151,9 +151,9 @@ def assemble(profile: Profile, options: PlanOptions, parts: Sequence[TreatedRun]
     )
 
 
-def _treatment_of(part: TreatedRun) -> tuple[int, dict[str, Treatment]]:
-    """Tell what a run does; without any treatment its period says nothing."""
-    return (part.mode.period if part.treatments else 1), dict(part.treatments)
+def _treatment_of(treated: TreatedRun) -> tuple[int, dict[str, Treatment]]:
+    """Return the key of a run: period and treatments. Without treatments the period does not matter."""
+    return (treated.run.period if treated.treatments else 1), dict(treated.treatments)
 
 
 def _cycle(engine: int, period: int) -> tuple[int, ...]:

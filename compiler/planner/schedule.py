@@ -9,17 +9,17 @@ from unetc.artifacts.plan import Phase
 
 LONGEST_CYCLE = 8
 _TURNS = 2
-"""A cycle comes round at least so often, or it is not one."""
+"""Repetitions that a cycle needs at least."""
 
 
 def phases_of(schedule: Sequence[int], log_snr: Sequence[float], low: float, high: float) -> tuple[Phase, ...]:
-    """Find phases that give back a schedule, as few as a greedy search finds.
+    """Find phases that reproduce a schedule, as few as a greedy search finds.
 
     Args:
         schedule: Engine of every step.
         log_snr: Noise level of every step, rising; phases change half-way between two steps.
-        low: Where the first phase begins.
-        high: Where the last phase ends.
+        low: Lower end of the first phase.
+        high: Upper end of the last phase.
     """
     cycles: list[tuple[int, tuple[int, ...]]] = []
     start = 0

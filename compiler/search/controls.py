@@ -21,7 +21,7 @@ def make_controls(
     *,
     random_plans: int,
 ) -> list[tuple[str, Candidate]]:
-    """Make the controls of a plan, so many random ones among them; one that cannot be made is noted and left out."""
+    """Make the controls of a plan; one that cannot be made is noted and left out."""
     target, engines = candidate.saving, candidate.plan.max_engines
     makers: list[tuple[str, Callable[[], Candidate]]] = [
         ("uniform", lambda: fit_uniform(workbench, target, correction)),

@@ -35,7 +35,7 @@ def fit_plan(
     Args:
         workbench: Where to measure.
         options: Budget and limits.
-        notes: What was adjusted is appended in words.
+        notes: Adjustments are appended in words.
         correction: Where to start, see `make_plan`.
 
     Returns:
@@ -63,7 +63,7 @@ def fit_plan(
         by_steps = _saved_by_steps(workbench, candidate)
         if predicted - by_steps > 0.1 * predicted:
             correction *= float(np.clip((saving - by_steps) / (predicted - by_steps), 0.3, 2.0))
-        else:  # whole steps save what they promise, but come in runs of bins
+        else:  # whole steps keep their promise, but come in runs of bins
             aim += middle - saving
         notes.append(
             f"attempt {attempt + 1}: planned to save {100 * predicted:.1f} %, measured {100 * saving:.1f} %; "
@@ -80,7 +80,7 @@ def fit_plan(
 
 
 def middle_of(budget: float) -> float:
-    """Give the middle of what a plan for a budget may save: an edge would be missed half of the time."""
+    """Return the middle of the accepted savings: half of all plans aimed at an edge would miss it."""
     return (1 + TOLERANCE / 2) * budget
 
 
@@ -153,23 +153,23 @@ def fit_random(workbench: Workbench, target: float, correction: float, seed: int
         generator = np.random.default_rng((seed, 0))
         cuts = generator.choice(np.arange(1, bins), size=min(max_engines, bins) - 1, replace=False)
         edges = [0, *sorted(cuts.tolist()), bins]
-        modes = [
+        runs = [
             BinRun(first=first, last=last, period=int(generator.choice(choices.periods)))
             for first, last in pairwise(edges)
         ]
-        chosen: list[dict[str, Treatment]] = [{} for _ in modes]
-        pairs = [(run, name) for run in range(len(modes)) for name in choices.names]
+        chosen: list[dict[str, Treatment]] = [{} for _ in runs]
+        pairs = [(index, name) for index in range(len(runs)) for name in choices.names]
         for position in generator.permutation(len(pairs)):
-            run, name = pairs[position]
-            parts = [TreatedRun(mode=mode, treatments=own) for mode, own in zip(modes, chosen, strict=True)]
-            if 1 - choices.predict(parts).time_ratio >= budget:
+            index, name = pairs[position]
+            treated = [TreatedRun(run=run, treatments=own) for run, own in zip(runs, chosen, strict=True)]
+            if 1 - choices.predict(treated).time_ratio >= budget:
                 break
-            possible = choices.treatments(modes[run], name)
+            possible = choices.treatments(runs[index], name)
             if possible:
-                chosen[run][name] = possible[int(generator.integers(len(possible)))]
+                chosen[index][name] = possible[int(generator.integers(len(possible)))]
         options = PlanOptions(budget=min(budget, 0.99), max_engines=max_engines)
-        parts = [TreatedRun(mode=mode, treatments=own) for mode, own in zip(modes, chosen, strict=True)]
-        return assemble(workbench.profile, options, parts, choices)
+        treated = [TreatedRun(run=run, treatments=own) for run, own in zip(runs, chosen, strict=True)]
+        return assemble(workbench.profile, options, treated, choices)
 
     return _closest(workbench, draw, target)
 

@@ -1,7 +1,7 @@
 """Repair a plan by local search on its measured damage.
 
 Single damages add up only approximately, and bins are coarser than steps. So the schedule of a plan, one engine per
-step, is changed a little at a time and sampled; what does less damage within the budget stays.
+step, is changed a little at a time and sampled. Changes that do less damage within the budget stay.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def repair(
     Args:
         workbench: Where to measure.
         candidate: A plan that saves the budget.
-        budget: Share of the time that is to be saved. By its engines' times the result saves so much and half of what
-            `fit` tolerates above it, or as much as the candidate if that is less: a sampling run is noisy, and would
-            miss an edge half of the time.
+        budget: Share of the time to save. By its engines' times, the result saves this share and half of the excess
+            that `fit` tolerates, or as much as the candidate if that is less. Sampling runs are noisy: half of them
+            would miss an edge.
         seed: Seed of the noise that damage is measured on.
         options: How long to search.
         on_progress: Told how far the work is.

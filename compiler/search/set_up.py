@@ -32,7 +32,7 @@ class Setup:
     conditions: Conditions
     """Conditions of all prompts of the profile."""
     decoder: bytes | None
-    """ONNX graph that turns samples into images; None if samples are images."""
+    """ONNX graph from samples to images; None if samples are images."""
     workbench: Workbench
     lowering: Lowering | None
     """Lowers graphs for the profile's target; None if it takes them in float32."""

@@ -28,10 +28,10 @@ from unetc.timing import interleaved_ms
 
 ENGINE_ROUNDS = 15
 ENGINE_SECONDS = 5.0
-"""How long engines are timed whose calls are short: what disturbs a machine may last a second or two."""
+"""Least time spent on engines with short calls: a disturbance of the machine may last a second or two."""
 SAMPLING_ROUNDS = 5
 _LOADED_ENGINES = 12
-"""Engines kept for the next plan; each has its own copy of the weights it packs."""
+"""Engines kept for the next plan; each has its own copy of the weights that it packs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Candidate:
     programs: tuple[Program, ...]
     session: Session
     full_ms: float
-    """Median milliseconds per call of the full model, timed in turns with the engines."""
+    """Median milliseconds per call of the full model, timed alternately with the engines."""
     step_ms: tuple[float, ...]
     """Median milliseconds per call of every engine."""
     time_ratio: float
@@ -73,12 +73,12 @@ class Workbench:
 
         Args:
             gated: The graph.
-            profile: What was measured of it.
+            profile: The graph's analysis.
             scheduler: The profile's scheduler.
             backend: The profile's target.
             steps: Number of steps that plans are measured at.
-            conditions: What samples are conditioned on; sample k on row k, modulo their number.
-            decoder: What turns samples into images, on which damage is measured.
+            conditions: Conditions of the samples: sample k gets row k, modulo their number.
+            decoder: Turns samples into images, on which damage is measured.
         """
         self.profile = profile
         self.scheduler = scheduler
@@ -115,13 +115,13 @@ class Workbench:
         )
 
     def schedule(self, candidate: Candidate) -> tuple[int, ...]:
-        """Tell which engine of a candidate serves each step."""
+        """Return the engine of each step."""
         return candidate.session.schedule(self.steps)
 
     def reschedule(self, candidate: Candidate, schedule: Sequence[int]) -> Candidate:
         """Give a candidate another schedule of the same engines; its time follows from the engines' times.
 
-        An engine that would need what no step before has emitted is replaced by engine 0.
+        Engine 0 replaces an engine that needs a branch which no earlier step emitted.
         """
         outer = candidate.plan.phases
         phases = phases_of(schedule, self.scheduler.table(self.steps).log_snr.tolist(), outer[0].low, outer[-1].high)
@@ -140,10 +140,10 @@ class Workbench:
         return measure_damage(self._references[seed], candidate.session.sample(batch, seed=seed))
 
     def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
-        """Sample with the plan and with the full model in turns, on the same noise.
+        """Sample with the plan and with the full model alternately, on the same noise.
 
         Args:
-            candidate: What to measure.
+            candidate: The plan with its engines.
             seed: Seed of the noise, one that the profile has not seen.
         """
         batch = self.profile.batch
@@ -186,7 +186,7 @@ class Workbench:
         return program
 
     def _time(self, full: Program, programs: Sequence[Program]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Measure milliseconds per call in turns: [round] of the full model and [round, program] of the others."""
+        """Measure milliseconds per alternating call: [round] for the full model, [round, program] for the others."""
         batch = self.profile.batch
         sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
         device = self._device

@@ -114,7 +114,7 @@ def make_plan(engines: Sequence[Mapping[str, Treatment]], phases: Sequence[tuple
 
 
 def run(graph: SerialisedGraph) -> NDArray[np.float32]:
-    """Run a graph on zeros: the branches are zero, so what comes out is the sum of the means, per channel."""
+    """Run a graph on zeros: the branches are zero, so the output is the sum of the means, per channel."""
     output = np.full((1, CHANNELS, 3, 3), np.nan, dtype=np.float32)
     program = open_backend("onnxruntime:cpu", threads=1).open_weights(NO_WEIGHTS).load(graph)
     program({"sample": np.zeros_like(output), "timestep": np.zeros(1, np.float32)}, output)
@@ -177,7 +177,7 @@ def test_engines_emit_what_others_hold_and_take_what_they_hold(gated: GatedGraph
     ordinary = ["sample", "timestep"]
     taken = [sorted({*names_of(graph.input)} - {*ordinary}) for graph in graphs]
     assert taken == [[], ["held.0"], ["earlier.1", "extrapolation.1", "held.1"], []]
-    # the prediction comes first, then what the plan says that the engine emits
+    # the prediction comes first, then the components that the plan lets the engine emit
     emitted = [names_of(graph.output) for graph in graphs]
     assert [outputs[0] for outputs in emitted] == ["out_sample"] * 4
     assert [outputs[1:] for outputs in emitted] == [

@@ -271,7 +271,7 @@ def test_an_older_bundle_survives_when_even_the_way_back_fails(
 
 
 KILLS = """
-# Writes a bundle again and again, in children that die at one point each, and tells what they left.
+# Writes a bundle again and again, in children that each die at one point, and lists the files that they leave.
 import json, os, resource, shutil, signal, sys
 from pathlib import Path
 
@@ -386,7 +386,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tiny_bundle: Path, tmp_path: 
     states = [row["bundle"] for row in killed]
     assert states[0] == before
     assert {*states} <= {before, "none", "new"}
-    if older:  # between the two renames the place is empty, and both bundles lie beside it, whole
+    if older:  # between the two renames the place is empty, and both bundles lie next to it, whole
         assert [row["hidden"] for row in killed if row["bundle"] == "none"] == [["new", "old"]]
     assert {row["again"] for row in killed} == {"again"}
 

@@ -150,7 +150,7 @@ def profiles(draw: st.DrawFn, *, components: int = 6, bins: int = 5) -> Profile:
         while outer < roots:
             nested.setdefault(outer, []).append(c)
             outer = parents[outer]
-    # what is outside saves what is inside and something of its own, and all together save no more than everything
+    # an outer component saves as much as its inner ones and more; all together save no more than everything
     own = np.array(draw(st.lists(st.floats(-0.05, 0.4), min_size=count, max_size=count)))
     own /= max(1.0, float(own.clip(0).sum()) / 0.99)
     saved = [float(own[c] if c not in nested else own[[c, *nested[c]]].clip(0).sum()) for c in range(roots)]
@@ -214,7 +214,7 @@ class Search:
         return any(self.names[c] != STEP for c in chosen)
 
     def memory(self, chosen: Collection[int]) -> float:
-        """Tell what the engine of a set holds, in the weights of the full one."""
+        """Return the weights of a set's engine, as a multiple of the full one's."""
         return 1 - sum(self.freed[c] for c in chosen) if self.needs_engine(chosen) else 0.0
 
     def plans(self, options: PlanOptions) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
@@ -246,14 +246,14 @@ class Search:
         return min(float(squared[saved >= budget].min(initial=np.inf)) for saved, squared in self.plans(options))
 
     def bounds(self, options: PlanOptions, budget: float) -> tuple[float, float]:
-        """Find the least squared damage with limits that are laxer, and stricter, by what rounding may decide."""
+        """Find the least squared damage with limits that are laxer, and stricter, by the margin of rounding."""
         return self.best(shifted(options, SLACK), budget - SLACK), self.best(shifted(options, -SLACK), budget + SLACK)
 
     def most(self, options: PlanOptions) -> float:
         return max(float(saved.max()) for saved, _ in self.plans(options))
 
     def total(self, chosen: Mapping[BinRun, Sequence[int]]) -> tuple[float, float]:
-        """Tell the share saved and the squared damage of what a planner has chosen."""
+        """Return the saved share and the squared damage of a planner's choice."""
         return (
             sum(self.saved_share(mode, s) for mode, s in chosen.items()),
             sum(self.squared_damage(mode, s) for mode, s in chosen.items()),
@@ -311,7 +311,7 @@ def bins_of(profile: Profile, phase: Phase) -> list[int]:
 
 
 def treatments_of(plan: Plan, phase: Phase) -> Mapping[str, Treatment]:
-    """Tell what the engine does that serves a phase, or all of its cycle but the refresh."""
+    """Return the treatments of a phase's engine, or of its cycle without the refresh."""
     return plan.engines[phase.cycle[-1]].treatments
 
 
@@ -383,7 +383,7 @@ def search_periods(profile: Profile) -> list[int]:
 
 
 def solve(profile: Profile, options: PlanOptions, planner: str) -> dict[BinRun, tuple[int, ...]] | None:
-    """Solve as the planner does, without what it does with the result."""
+    """Solve as the planner does, without making a plan of the result."""
     choices = Choices(profile)
     limits = limits_of(choices, options)
     if planner == "fast":
@@ -398,7 +398,7 @@ def most_share(profile: Profile, options: PlanOptions) -> float:
 
 
 def check_form(profile: Profile, chosen: Mapping[BinRun, Sequence[int]], options: PlanOptions) -> None:
-    """Check that what a planner has chosen are runs that tile the bins, within the limits, and sets that may be."""
+    """Check that a planner's choice tiles the bins with runs, keeps the limits, and has only possible sets."""
     search = Search(profile)
     runs = sorted(chosen)
     assert [run.first for run in runs] + [len(profile.bins)] == [0] + [run.last for run in runs]
@@ -472,7 +472,7 @@ def test_fast_is_never_better_than_exact_and_as_good_where_exact_saves_as_much(
     options = PlanOptions(budget=budget, **limit | {"max_memory": None})
     search = Search(profile)
     fast, exact = (solve(profile, options, planner) for planner in ("fast", "exact"))
-    if fast is None or exact is None:  # they agree on what can be planned, but for what rounding decides
+    if fast is None or exact is None:  # they agree on whether there is a plan, up to rounding
         assert all(search.total(found)[0] < budget + SLACK for found in (fast, exact) if found is not None)
         return
     saved, squared = search.total(fast)
@@ -544,7 +544,7 @@ def test_more_memory_never_does_more_damage() -> None:
 
 
 def test_memory_decides_between_components_that_are_otherwise_alike() -> None:
-    # c0 does less damage, c1 frees more; c2 saves no time, and is removed only to free what nothing else frees
+    # c0 does less damage, c1 frees more; c2 saves no time, and is removed only to free weights
     profile = make_profile(np.array([[[0.1, 0.15, 0.1]]] * 2), [0.3, 0.3, 0.0], freed=[100_000, 400_000, 200_000])
 
     def removed(max_memory: float | None) -> list[str]:
@@ -708,7 +708,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("planner", ["fast", "exact"])
 def test_a_hopeless_component_does_not_make_the_other_choices_coarse(planner: str, seed: int) -> None:
-    # the planner's absolute gap of 1e-6 must stay small beside the damage of the plan, whatever the worst damage is
+    # the planner's absolute gap of 1e-6 must stay small compared with the damage of the plan, whatever the worst damage is
     profile = random_profile(12, 5, seed, decades=3.0)
     options = PlanOptions(budget=0.15, planner=planner)
     hopeless = tuple(
@@ -725,7 +725,7 @@ def test_a_hopeless_component_does_not_make_the_other_choices_coarse(planner: st
 
 def part(b: int, treatments: Mapping[str, Treatment], *, period: int = 1) -> TreatedRun:
     """Do something in one bin."""
-    return TreatedRun(mode=BinRun(first=b, last=b + 1, period=period), treatments=treatments)
+    return TreatedRun(run=BinRun(first=b, last=b + 1, period=period), treatments=treatments)
 
 
 def test_equal_neighbours_become_one_phase_and_equal_engines_one_engine() -> None:
@@ -739,7 +739,7 @@ def test_equal_neighbours_become_one_phase_and_equal_engines_one_engine() -> Non
         (1.0, 2.0, (0,)),
         (2.0, 4.0, (1,)),
     ]
-    # and what was merged is predicted as the one phase that it is: damages of a component add over its bins
+    # and merged runs are predicted as one phase: damages of a component add over its bins
     damage = Search(profile).damage
     first, third, fourth = (damage["c1", b, *DROP] for b in (0, 2, 3))
     assert plan.prediction.relative_l2 == pytest.approx(np.hypot(first, third + fourth))
@@ -781,7 +781,7 @@ def test_every_kind_of_treatment_is_planned_with_its_own_cycle(kind: tuple[Treat
 def test_a_cycle_saves_in_the_steps_that_are_no_refresh(steps: int, saved: float) -> None:
     profile = make_profile(only(HOLD, count=1), [0.5], steps=[steps])
     choices = Choices(profile)
-    predicted = choices.predict([choices.part(BinRun(first=0, last=1, period=2), [0])])
+    predicted = choices.predict([choices.treat(BinRun(first=0, last=1, period=2), [0])])
     assert predicted.time_ratio == pytest.approx(1 - 0.5 * saved)
 
 
@@ -820,7 +820,7 @@ def test_parts_never_save_more_than_the_whole(shares: list[float], outer: float)
     assert saved[4:].tolist() == pytest.approx(asked[4:])
     if asked[:2].sum() <= asked[4] and asked[:4].sum() <= 1:  # nothing contradicts itself
         assert saved.tolist() == pytest.approx(asked)
-    if min(saved[:2]) > 1e-6:  # what is scaled down keeps its proportions
+    if min(saved[:2]) > 1e-6:  # scaling down keeps the proportions
         assert saved[0] / saved[1] == pytest.approx(asked[0] / asked[1])
 
 

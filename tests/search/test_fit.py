@@ -29,7 +29,7 @@ from unetc.treatments import Treatment
 REMOVALS = ((Treatment.DROP, 1), (Treatment.MEAN, 1))
 REUSES = tuple((treatment, period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in (2, 4))
 SHARE = 0.04
-"""What one of the small components saves."""
+"""Saving of one small component."""
 
 
 def point(value: float) -> Estimate:
@@ -102,7 +102,7 @@ def profile(components: int = 12, bins: int = 4, levels: Sequence[float] = (), *
 
 @dataclass
 class Machine:
-    """A machine on which leaving out a component saves `truth` times what the profile says; a whole step saves all."""
+    """A machine on which a component saves `truth` times its cost in the profile; a whole step saves everything."""
 
     truth: float
     profile: Profile = field(default_factory=profile)
@@ -131,7 +131,7 @@ class Machine:
         )
 
     def saved_by(self, plan: Plan, engine: int) -> float:
-        """Tell which share of a call an engine saves; what is nested in something left out saves nothing more."""
+        """Return the share of a call that an engine saves; nested components save nothing more."""
         treatments = plan.engines[engine].treatments
         inner = {name for part in self.profile.components if part.name in treatments for name in part.nested}
         shares = {cost.component: cost.saved_ms.mean / 100 for cost in self.profile.costs}

@@ -1,4 +1,4 @@
-"""A quality gate says what it says, and a build that fails it writes nothing and names a budget that passes."""
+"""A quality gate is read and printed exactly, and a build that fails it writes nothing and names a passing budget."""
 
 from __future__ import annotations
 

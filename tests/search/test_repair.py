@@ -57,7 +57,7 @@ def test_time_is_measured_against_a_model_that_emits_nothing(setup: Setup) -> No
 
 
 def timed_by_hand(candidate: Candidate) -> Candidate:
-    """Let an engine that forecasts take nothing: what a busy machine measures decides how far repair may go."""
+    """Let a forecasting engine take no time: on a busy machine, measured times would decide how far repair may go."""
     schedule = candidate.session.schedule(STEPS)
     taken = schedule.count(0) / len(schedule)
     return replace(candidate, full_ms=1.0, step_ms=(1.0,) + (0.0,) * (len(candidate.step_ms) - 1), time_ratio=taken)
