@@ -123,7 +123,7 @@ def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:
 
 
 def _read_plain(root: Path, name: str, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes; refuse links anywhere in its path inside the bundle."""
+    """Read a regular file of at most `limit` bytes; refuse hard links, and symbolic links in its path."""
     path = root
     try:
         for part in name.split("/"):

@@ -1,6 +1,6 @@
 """Devices: the tensor operations of a sampling loop, so that the loop runs on the same device as the engines.
 
-Tensors of every device support `+`, `-`, `*`, `clip`, slices and `shape`, like numpy arrays and torch tensors. All other
+Tensors of every device support `+`, `-`, `*`, `clip`, slices and `shape`, like numpy arrays and torch tensors. Other
 operations go through a `Device`. Between the noise and the last sample, a loop written this way reads only one value
 per step from the device: whether the prediction was finite.
 """

@@ -45,9 +45,9 @@ class BundleUNet(nn.Module):
     """A bundle with the interface of a UNet; it computes in float32 on the device of the bundle's target.
 
     It follows one trajectory at a time, so pipelines that sample concurrently need one instance each. A trajectory ends
-    when the timestep does not fall or the shape of the samples changes. The next trajectory shares nothing with it. If a
-    second-order scheduler calls twice at one timestep, the second call therefore begins a new trajectory. A run that
-    begins at a lower timestep than the last one ended cannot be detected: call `reset` before it.
+    when the timestep does not fall or the shape of the samples changes. The next trajectory shares nothing with it. So
+    if a second-order scheduler calls twice at one timestep, the second call begins a new trajectory. A run that begins
+    below the last timestep of the previous run cannot be detected: call `reset` before it.
     """
 
     def __init__(self, session: Session, config: Mapping[str, Any], *, full_model: bool) -> None:
@@ -141,7 +141,7 @@ class BundleUNet(nn.Module):
         names = [one.name for one in self._session.conditions.controlnet]
         if not names:
             raise SessionError(
-                "engines of this bundle cannot take down_block_additional_residuals. Build the bundle with --controlnet."
+                "this bundle's engines cannot take down_block_additional_residuals. Build the bundle with --controlnet."
             )
         if down is None or middle is None or len(down) + 1 != len(names):
             raise SessionError(

@@ -60,7 +60,15 @@ LARGEST: Mapping[Precision, float] = {Precision.FP16: 65504.0, Precision.BF16: 3
 
 
 def rounded_from(name: str, known: Container[str]) -> tuple[str, Precision] | None:
-    """Find the known weight from which a named weight is rounded, and its precision; None if there is no such weight."""
+    """Find the known weight behind a rounded one, and the precision.
+
+    Args:
+        name: Name of a weight, such as `conv.weight.fp16`.
+        known: Names of the weights that exist in float32.
+
+    Returns:
+        Such as `conv.weight` and float16; None if the name does not describe a rounded weight.
+    """
     weight, _, last = name.rpartition(".")
     lower = next((precision for precision in LARGEST if precision == last), None)
     return (weight, lower) if lower is not None and weight in known and name not in known else None

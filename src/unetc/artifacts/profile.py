@@ -156,7 +156,7 @@ class Profile(Artifact, frozen=True, kw_only=True):
     samplings: float
     """Effort of measuring the damage, in sampling runs of the full model: denoiser calls per sample / steps."""
     means: tuple[bytes, ...]
-    """Branch means of each bin, concatenated over the components: little-endian float32, [channels of all components]."""
+    """Branch means per bin, concatenated over the components: little-endian float32, [channels of all components]."""
 
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""

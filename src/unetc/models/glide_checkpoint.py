@@ -110,7 +110,7 @@ def convert(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpo
                     unet[f"{target}.{other}.{kind}"] = part
     if remaining:
         raise ModelError(
-            f"the checkpoint has {min(remaining)}, which has no place in this model. Check the model name."
+            f"the checkpoint has {min(remaining)}, which has no place in this model. Check the model's name."
         )
     return Checkpoint(unet=unet, text=text)
 

@@ -55,7 +55,7 @@ class TextTransformer(nn.Module):
             States [batch, token, width] and their summary [batch, projected].
         """
         states = self.token_embedding(tokens) + self.positional_embedding
-        states = torch.where(mask[..., None], states, self.padding_embedding)  # GLIDE has no attention mask
+        states = torch.where(mask[..., None], states, self.padding_embedding)  # replaces an attention mask
         for block in self.transformer["resblocks"].children():
             states = block(states)
         states = self.final_ln(states)
