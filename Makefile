@@ -1,4 +1,4 @@
-.PHONY: install check test nightly rtx bench build
+.PHONY: install check test nightly rtx bench docs build
 
 install:
 	python -m pip install -e ".[dev]"
@@ -20,6 +20,9 @@ rtx:
 
 bench:
 	set -e; for question in benchmarks/bench_*.py; do python "$$question"; done
+
+docs:
+	python -m sphinx --fail-on-warning --keep-going --fresh-env docs dist/docs
 
 build:
 	python -m pip wheel --no-deps --wheel-dir dist .

@@ -56,7 +56,7 @@ class Choices:
     """A profile as planners need it.
 
     Damages add linearly over the bins of one component in a run, as their errors point the same way, and in squares
-    over components and runs, as these do not; `docs/decisions.md` has what was measured.
+    over components and runs, as these do not; `docs/decisions/009-add-damages-over-bins.md` has the measurements.
     """
 
     def __init__(self, profile: Profile, correction: float = 1.0) -> None:

@@ -105,7 +105,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'unetc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    from .extras import needed
+
+    with needed():
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

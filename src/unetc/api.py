@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .extras import needed
 from .progress import OnProgress, ignore
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ AnyPath = str | Path
 """A path of a file or a folder."""
 
 
+@needed()
 def analyze(
     model: ModelSource | str,
     options: AnalysisOptions | None = None,
@@ -68,6 +70,7 @@ def analyze(
     return analyze_model(find_model(model), options, cache=_cache(cache), on_progress=on_progress)
 
 
+@needed()
 def plan(profile: Profile, options: PlanOptions) -> Plan:
     """Choose the components to remove or reuse at each noise level.
 
@@ -89,6 +92,7 @@ def plan(profile: Profile, options: PlanOptions) -> Plan:
     return make_plan(profile, options)
 
 
+@needed()
 def build(
     model: ModelSource | str,
     destination: AnyPath,
@@ -136,6 +140,7 @@ def build(
     return build_bundle(found, profile, path, options, cache=_cache(cache), plan=plan, on_progress=on_progress)
 
 
+@needed()
 def pareto(
     model: ModelSource | str,
     options: ParetoOptions,
@@ -174,6 +179,7 @@ def pareto(
     return measure(found, profile, options, cache=_cache(cache), on_progress=on_progress)
 
 
+@needed()
 def compile(  # the name of the command; the builtin is not used here
     bundle: AnyPath, options: CompileOptions, *, cache: AnyPath | None = None, on_progress: OnProgress = ignore
 ) -> tuple[CompiledEngine, ...]:
@@ -203,6 +209,7 @@ def compile(  # the name of the command; the builtin is not used here
     return compile_bundle(Path(bundle), options, cache=_cache(cache), on_progress=on_progress)
 
 
+@needed()
 def verify(bundle: AnyPath, options: VerifyOptions | None = None, *, on_progress: OnProgress = ignore) -> Verification:
     """Measure time and damage of a bundle on new seeds, along with simpler ways to save the same time.
 
@@ -226,6 +233,7 @@ def verify(bundle: AnyPath, options: VerifyOptions | None = None, *, on_progress
     return verify_bundle(Bundle.open(Path(bundle)), options or VerifyOptions(), on_progress)
 
 
+@needed()
 def write_report(
     bundle: AnyPath,
     output: AnyPath,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -116,3 +117,12 @@ def test_a_source_names_a_model_once() -> None:
     assert unetc.ModelSource.of(source) is source
     with pytest.raises(FrozenInstanceError):
         source.name = "other"  # type: ignore[misc]
+
+
+def test_a_missing_library_is_named_with_its_extra(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = unetc.PlanOptions(budget=0.1)
+    for module in [name for name in sys.modules if name.startswith(("unetc.compiler.planner", "scipy"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "scipy", None)  # type: ignore[arg-type]
+    with pytest.raises(MissingDependency, match=r"scipy: pip install 'unetc\[compile\]'"):
+        unetc.plan(profile, options)

@@ -18,13 +18,13 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
-GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "metrics", "models"}
-GROUND |= {"nvidia", "precision", "progress", "report", "sampler", "timing", "treatments"}
+GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "extras", "metrics"}
+GROUND |= {"models", "nvidia", "precision", "progress", "report", "sampler", "timing", "treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
 
-`tests/house/test_layout.py` holds the order, `docs/how-it-works.md` explains it.
+`tests/house/test_layout.py` holds the order, `docs/concepts.md` explains it.
 """
 
 VERSION = {"unetc", "unetc.__version__"}

@@ -1,29 +1,118 @@
+"""README and pages: figures from committed results, links that lead somewhere, and a README that a stranger can use."""
+
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import unetc
+from tests.house.prose import modules, pages
+from unetc.models.pipeline import PIPELINES
+
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+MOST_WORDS = 700
+WRITTEN = {"manifest.json", "profile.json", "plan.json", "gpu.json"}
+"""Files that pages name and commands write."""
 
 
-def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
+def words(text: str) -> list[str]:
+    """List everything between blanks, tables and links included; code blocks and comments left out."""
+    return re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL).split()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(words(README.read_text())) <= MOST_WORDS
+
+
+def test_the_first_example_stands_within_the_first_150_words() -> None:
+    before, fence, _ = README.read_text().partition("```")
+    assert fence
+    assert len(words(before)) <= 150
+
+
+@pytest.mark.parametrize("part", ["demo", "test"])
+def test_the_setup_commands_are_one_line_each(part: str) -> None:
+    (block,) = re.findall(rf"^<!-- ci: {part} -->\n```\w*\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert block.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["readme.py", "tables.py"])
+def test_figures_are_those_of_the_committed_results(script: str) -> None:
     check = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/readme.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "benchmarks" / script, "--check"], capture_output=True, text=True, check=False
     )
     assert check.returncode == 0, check.stderr
 
 
-def test_the_tables_of_the_benchmarks_are_those_of_the_committed_results() -> None:
-    check = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert check.returncode == 0, check.stderr
-
-
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    import re
-
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    missing = [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_linked_file_exists(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose)
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/targets.md"])
+def test_only_pipelines_that_the_commands_take_read_as_supported(page: str) -> None:
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|.*$", (ROOT / page).read_text(), re.MULTILINE)
+    support = {name: answer for name, answer in rows if "Pipeline`" in name or "SD3, PixArt" in name}
+    taken = {
+        name for cell, answer in support.items() if answer == "yes" for name in re.findall(r"`(\w+Pipeline)`", cell)
+    }
+    assert taken == set(PIPELINES)
+    (refused,) = (answer for cell, answer in support.items() if "SD3, PixArt" in cell)
+    assert refused in ("no", "refused")
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_code_that_a_page_names_exists(page: Path) -> None:
+    files = [
+        *modules("src", "runtime", "compiler", "analyzer", "tests", "benchmarks"),
+        *ROOT.glob("benchmarks/**/*.json"),
+    ]
+    named = re.findall(r"`([\w/.-]+\.(?:py|json))`", page.read_text())
+    ours = [name for name in named if name not in WRITTEN and not name.startswith(("/", "."))]
+    assert [name for name in ours if not any(str(path).endswith(f"/{name}") for path in files)] == []
+
+
+def test_every_page_that_the_code_names_exists() -> None:
+    named = {
+        (match[0], str(path.relative_to(ROOT)))
+        for path in modules("src", "runtime", "compiler", "analyzer", "tests", "benchmarks")
+        for match in re.finditer(r"docs/[\w/-]+\.(?:md|svg|png)", path.read_text())
+    }
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / page).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_python_lines_use_names_that_unetc_has(page: str) -> None:
+    code = "".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE))
+    compile(code, page, "exec")
+    used = set(re.findall(r"\bunetc\.(\w+)", code))
+    assert used
+    assert used - {"diffusers"} <= set(unetc.__all__)
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_commands_print_what_the_readme_shows(command: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests/planner/profiles/digits-ddim.json", tmp_path / "profile.json")
+    found = re.search(rf"^\$ unetc ({command} .*)\n((?:.+\n)*?)```", README.read_text(), re.MULTILINE)
+    assert found
+    arguments, shown = found.groups()
+    ran = subprocess.run(
+        [sys.executable, "-m", "unetc", *arguments.split()],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "112"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [line.rstrip() for line in ran.stdout.rstrip().split("\n")] == shown.rstrip().split("\n")

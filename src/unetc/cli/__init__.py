@@ -6,17 +6,7 @@ import signal
 import sys
 
 from unetc.errors import UnetcError
-
-_EXTRAS = {
-    "onnxruntime": "cpu",
-    **dict.fromkeys(
-        ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics", "filelock", "huggingface_hub"),
-        "compile",
-    ),
-    "peft": "lora",
-    **dict.fromkeys(("matplotlib", "jinja2"), "report"),
-}
-"""Which extra brings a library."""
+from unetc.extras import needed
 
 _INTERRUPTED = 130
 """Exit code of typer on Ctrl-C."""
@@ -30,15 +20,10 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, _end)  # by default it leaves temporary folders and the processes of builds behind
     try:
-        app(prog_name="unetc")
+        with needed():
+            app(prog_name="unetc")
     except UnetcError as error:
         print(f"unetc: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        library = (error.name or "").split(".")[0]
-        if library not in _EXTRAS:
-            raise
-        print(f"unetc: this command needs {library}: pip install 'unetc[{_EXTRAS[library]}]'", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code in (_INTERRUPTED, _TERMINATED):
