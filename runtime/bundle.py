@@ -1,4 +1,4 @@
-"""Open a bundle: every byte is hashed before anything parses it, and no path leaves the folder."""
+"""Bundles: every file is hashed before it is parsed, and no path leaves the folder."""
 
 from __future__ import annotations
 
@@ -31,26 +31,30 @@ class Bundle:
     graphs: dict[str, bytes]
     """ONNX graphs by their path in the bundle."""
     weights: bytes
-    """The weights file, which all graphs read."""
+    """The weights file, shared by all graphs."""
     tensors: frozenset[str]
-    """Names of what is in the weights file."""
+    """Names of the tensors in the weights file."""
     scheduler: SchedulerTables
     conditions: Conditions
-    """Of the prompts in the manifest; `UNCONDITIONAL` if there are none."""
+    """Conditions for the prompts in the manifest; `UNCONDITIONAL` without prompts."""
     profile: bytes
     """JSON of the profile that the plan was made from."""
 
     def graph_of(self, engine: BundleEngine, precision: Precision = Precision.FP32) -> SerialisedGraph:
-        """Give the graph of an engine, with the names of what it reads of the weights.
+        """Return the graph of an engine, with the names of the weights that it reads.
+
+        Args:
+            engine: An engine of the manifest.
+            precision: Precision of the graph.
 
         Raises:
-            SessionError: If the bundle does not have it in this precision.
+            SessionError: If the bundle does not have the graph in this precision.
         """
         if precision is not Precision.FP32:
             if engine.lowered is None or precision is not self.manifest.precision:
                 raise SessionError(
                     f"{self.path} was built for {self.manifest.target} and has no graphs in {precision}. Build it for "
-                    f"a target that ends with :{precision}, or sample it on one that does not."
+                    f"a target that ends with :{precision}, or sample on a target without that suffix."
                 )
             lowered = engine.lowered
             return SerialisedGraph(graph=self.graphs[lowered.graph], weights=frozenset(lowered.weights))
@@ -61,15 +65,15 @@ class Bundle:
         """Read and verify a bundle.
 
         Raises:
-            ArtifactError: If there is no bundle at the path or a file cannot be read.
-            CorruptArtifactError: If any byte is not what was built, or a file is a link or lies outside the folder.
+            ArtifactError: If there is no bundle at the path, or a file cannot be read.
+            CorruptArtifactError: If a file has changed since the build, is a link, or lies outside the folder.
             SchemaVersionError: If another version of unetc built it.
         """
         if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-            raise ArtifactError(f"{path} is not a bundle folder. `unetc build MODEL -o {path}` makes one.")
+            raise ArtifactError(f"{path} is not a bundle folder. Make one with `unetc build MODEL -o {path}`.")
         if not (path / MANIFEST).exists():
             raise ArtifactError(
-                f"{path} has no {MANIFEST}: it is not a bundle, or building it was interrupted. Build it again."
+                f"{path} has no {MANIFEST}: it is not a bundle, or its build was interrupted. Build it again."
             )
         data = _read_plain(path, MANIFEST, MAX_JSON_BYTES)
         if _read_plain(path, DIGEST, 256) != digest_of(data):
@@ -87,7 +91,7 @@ class Bundle:
             )
             conditions = _conditions(manifest, contents)
         except (SafetensorError, SessionError, ShapeMismatch, ValueError, KeyError) as error:
-            raise CorruptArtifactError(f"{path} holds what unetc does not write: {error}") from error
+            raise CorruptArtifactError(f"{path} has contents that unetc did not write: {error}") from error
         return cls(
             path=path,
             manifest=manifest,
@@ -112,25 +116,27 @@ def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions
 def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:
     data = _read_plain(root, name, size)
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptArtifactError(f"{root / name} is not what was built (its hash differs). Build the bundle again.")
+        raise CorruptArtifactError(
+            f"{root / name} has changed since the build (its hash differs). Build the bundle again."
+        )
     return data
 
 
 def _read_plain(root: Path, name: str, limit: int) -> bytes:
-    """Read at most `limit` bytes of a regular file with one name, no part of whose path inside the bundle is a link."""
+    """Read a regular file of at most `limit` bytes; refuse hard links, and symbolic links in its path."""
     path = root
     try:
         for part in name.split("/"):
             path = path / part
             if stat.S_ISLNK(path.lstat().st_mode):
-                raise CorruptArtifactError(f"{path} is a link; a bundle holds only plain files. Copy the real files.")
+                raise CorruptArtifactError(
+                    f"{path} is a link, but a bundle may hold only plain files. Copy the real files."
+                )
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                raise CorruptArtifactError(
-                    f"{path} is not a plain file of its own (or has a second hard link). Copy the bundle."
-                )
+                raise CorruptArtifactError(f"{path} is not a plain file, or has a second hard link. Copy the bundle.")
             if status.st_size > limit:
                 raise CorruptArtifactError(
                     f"{path} has {status.st_size} bytes, expected at most {limit}. Build the bundle again."

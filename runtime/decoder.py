@@ -1,4 +1,4 @@
-"""Turn latents into images with the decoder of a bundle."""
+"""The decoder of a bundle, which turns latents into images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Decoder:
     """A loaded decoder."""
 
     def __init__(self, graph: bytes, scale: int, backend: Backend) -> None:
-        """Load an ONNX graph with its weights inside.
+        """Load an ONNX graph that contains its weights.
 
         Args:
-            graph: Latents in, images out.
-            scale: Pixels per latent pixel along each side.
-            backend: Where to run it.
+            graph: Graph from latents to images.
+            scale: Image pixels per latent pixel, along each side.
+            backend: Backend that runs the graph.
         """
         loader = backend.open_weights(save({}))
         self._device = backend.device
@@ -29,7 +29,14 @@ class Decoder:
         self._scale = scale
 
     def __call__(self, sampled: Array) -> Array:
-        """Decode latents [batch, channel, height, width], one after the other: activations are large at full size."""
+        """Decode latents one at a time, because activations are large at full size.
+
+        Args:
+            sampled: Latents, [batch, channel, height, width].
+
+        Returns:
+            Images, [batch, 3, height * scale, width * scale].
+        """
         batch, _, height, width = sampled.shape
         images = np.empty((batch, _CHANNELS, height * self._scale, width * self._scale), dtype=np.float32)
         with self._device.stream():

@@ -1,4 +1,4 @@
-"""A trajectory: the samples on their way from noise to image, with the history the scheduler needs."""
+"""Trajectories: samples on their way from noise to image, with the history that the scheduler needs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from unetc.sampler.table import SchedulerTable, update
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """The state between two steps; advancing makes a new one, so a prefix can be shared."""
+    """The state between two steps. Advancing returns a new state, so several trajectories can share a prefix."""
 
     samples: tuple[Tensor, ...]
-    """Newest first, each [batch, channel, height, width]; at most the scheduler's window."""
+    """Samples, newest first, each [batch, channel, height, width]; at most the scheduler's window."""
     predictions: tuple[Tensor, ...]
-    """Newest first, of the steps already made."""
+    """Predictions of earlier steps, newest first."""
     device: Device = HOST
-    """Where all of them are."""
+    """Device of all these tensors."""
 
     @classmethod
     def start(cls, table: SchedulerTable, noise: Array, device: Device = HOST) -> Trajectory:
-        """Begin at unit normal noise [batch, channel, height, width], on a device."""
+        """Begin on a device from unit normal noise, [batch, channel, height, width]."""
         first = device.put(np.ascontiguousarray(noise, dtype=np.float32)) * table.initial_scale
         return cls(samples=(first,), predictions=(), device=device)
 
@@ -35,21 +35,21 @@ class Trajectory:
         return self.samples[0]
 
     def seen(self, table: SchedulerTable, step: int) -> Tensor:
-        """Scale the current samples to what the denoiser sees at a step."""
+        """Scale the current samples to the denoiser's input at a step."""
         scale = table.input_scale.item(step)
         return self.sample if scale == 1.0 else self.sample * scale
 
     def advance(
         self, table: SchedulerTable, step: int, prediction: Tensor, *, seed: int, indices: Sequence[int]
     ) -> Trajectory:
-        """Make one step.
+        """Compute the state after one step.
 
         Args:
-            table: The scheduler.
+            table: Table of the scheduler.
             step: Step index.
-            prediction: What the denoiser makes of what it sees at this step, of the same shape, or of twice the
-                channels, of which the second half tells the variance of a stochastic scheduler's noise.
-            seed: Seed of the noise a stochastic scheduler adds.
+            prediction: Output of the denoiser at this step, same shape as the samples. It may have twice the channels;
+                the second half is then the predicted variance of a stochastic scheduler's noise.
+            seed: Seed of the noise that a stochastic scheduler adds.
             indices: Index of every sample within the seed.
         """
         shape = self.sample.shape[1:]
@@ -62,7 +62,7 @@ class Trajectory:
         return replace(self, samples=(following, *self.samples)[: table.window], predictions=predictions)
 
     def repeat(self, times: int) -> Trajectory:
-        """Copy every sample `times` times: the whole batch, then the whole batch again."""
+        """Repeat the whole batch `times` times."""
         join = self.device.concatenate
         return replace(
             self,

@@ -1,7 +1,7 @@
-"""What samples are conditioned on beside noise and timestep, and classifier-free guidance.
+"""Conditions of samples, such as encoded prompts, and classifier-free guidance.
 
-A guided denoiser call is one call of twice the batch: first the samples with their negative conditions, then with their
-own. What comes back is negative + scale * (own - negative). Engines know nothing of it.
+A guided denoiser call has twice the batch: first every sample with its negative conditions, then every sample with its
+own. The result is negative + scale * (own - negative). Engines do not know about guidance.
 
 Source:
     Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, equation 6.
@@ -22,40 +22,40 @@ from .device import HOST, Device, Tensor
 from .errors import ShapeMismatch
 
 Values = Mapping[str, Tensor]
-"""Input of the denoiser → one row per sample, [batch, ...]; arrays, until they are put on a device."""
+"""Values by denoiser input, one row per sample, [batch, ...]; arrays until they are put on a device."""
 
 NEGATIVE = "negative."
-"""Prefix of the names of negative conditions, where both kinds are in one mapping."""
+"""Prefix for the names of negative conditions in a mapping that holds both kinds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """The conditions of a batch; without any, the denoiser is called with noise and timestep alone.
+    """The conditions of a batch; without conditions, the denoiser receives only noise and timestep.
 
     Raises:
-        ShapeMismatch: If the inputs have different numbers of rows, or the negative ones other names or shapes.
+        ShapeMismatch: If inputs differ in their number of rows, or negative conditions have other names or shapes.
     """
 
     own: Values = field(default_factory=dict)
     negative: Values = field(default_factory=dict)
-    """What to be led away from; empty when nothing is guided."""
+    """Conditions from which guidance moves the samples away; empty without guidance."""
     scale: float = 1.0
-    """How far, dimensionless; 1 is no guidance."""
+    """Guidance scale, dimensionless; 1 without guidance."""
     controlnet: tuple[ControlNetInput, ...] = ()
-    """What the denoiser takes of a ControlNet; zero unless `own` has it."""
+    """ControlNet inputs of the denoiser; zero unless `own` has values for them."""
     device: Device = HOST
-    """Where the conditions are, and the calls that are made of them."""
+    """Device of the conditions and of the calls made with them."""
 
     def __post_init__(self) -> None:
-        """Check that all rows belong together."""
+        """Check that all inputs have the same rows."""
         if len({len(array) for array in self.own.values()}) > 1:
             rows = {name: len(array) for name, array in self.own.items()}
-            raise ShapeMismatch(f"conditions have different numbers of rows: {rows}; expected one per sample.")
+            raise ShapeMismatch(f"conditions have different numbers of rows: {rows}. Expected one row per sample.")
         if self.negative:
             wanted, got = ({name: array.shape for name, array in side.items()} for side in (self.own, self.negative))
             if wanted != got:
                 raise ShapeMismatch(
-                    f"negative conditions have the shapes {got}; expected those of the others, {wanted}."
+                    f"negative conditions have the shapes {got}. Expected the same shapes as the conditions: {wanted}."
                 )
 
     @property
@@ -74,7 +74,7 @@ class Conditions:
         return next((len(array) for array in self.own.values()), None)
 
     def take(self, rows: Sequence[int]) -> Conditions:
-        """Pick rows, the same ones as often as asked; a row counts modulo how many there are."""
+        """Select rows by index, modulo their number; an index may occur more than once."""
 
         def pick(values: Values) -> Values:
             return {name: array[np.asarray(rows) % len(array)] for name, array in values.items()}
@@ -82,7 +82,7 @@ class Conditions:
         return replace(self, own=pick(self.own), negative=pick(self.negative))
 
     def on(self, device: Device) -> Conditions:
-        """Put arrays on a device."""
+        """Move all conditions to a device."""
 
         def put(values: Values) -> Values:
             return {name: device.put(array) for name, array in values.items()}
@@ -90,18 +90,21 @@ class Conditions:
         return replace(self, own=put(self.own), negative=put(self.negative), device=device)
 
     def widen(self, sample: Tensor, timestep: float, **rows: Tensor) -> dict[str, Tensor]:
-        """Make the inputs of one denoiser call.
+        """Build the inputs of one denoiser call.
 
         Args:
-            sample: What the denoiser sees, [batch, channel, height, width].
+            sample: Input samples of the denoiser, [batch, channel, height, width].
             timestep: The scheduler's value.
             rows: Further inputs, [batch, ...].
+
+        Returns:
+            Tensors by input name, with `rows_per_sample` * batch rows.
         """
         batch, _, height, width = sample.shape
         return self.varying(sample, timestep, **rows) | self.constant(batch, height, width)
 
     def varying(self, sample: Tensor, timestep: float, **rows: Tensor) -> dict[str, Tensor]:
-        """Make those inputs that are others in every call; arguments as for `widen`."""
+        """Build the inputs that differ from call to call; see `widen` for the arguments."""
         inputs = {"sample": sample, **rows}
         if self.guided:
             inputs = {name: self.device.concatenate([tensor, tensor]) for name, tensor in inputs.items()}
@@ -109,7 +112,7 @@ class Conditions:
         return inputs
 
     def constant(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
-        """Make those inputs that are the same at every timestep, for a batch of samples of a size."""
+        """Build the inputs that stay the same at every timestep, for a batch of samples of this size."""
         inputs = dict(zeros(self.controlnet, batch * self.rows_per_sample, height, width, self.device))
         if not self.guided:
             return {**inputs, **self.own}
@@ -117,37 +120,37 @@ class Conditions:
         return inputs | {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
 
     def guide(self, prediction: Tensor, channels: int) -> Tensor:
-        """Combine the two halves of a prediction, [2 * batch, ...]; of the channels behind the first, take the own.
+        """Combine the two halves of a prediction, [2 * batch, ...].
 
-        Those are a predicted variance, which is not guided.
+        Only the first `channels` channels are guided. The others hold a predicted variance and come from the own half.
         """
         if not self.guided:
             return prediction
         batch = len(prediction) // 2
         negative, own = prediction[:batch], prediction[batch:]
-        guided = negative + float(self.scale) * (own - negative)  # a float of numpy would widen float32
+        guided = negative + float(self.scale) * (own - negative)  # a numpy float would widen float32
         if own.shape[1] > channels:
             guided[:, channels:] = own[:, channels:]
         return guided
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tell the shape of one row of every input."""
+        """Return the shape of one row of every input."""
         return {name: array.shape[1:] for name, array in self.to_arrays().items()}
 
     def sha256(self) -> str:
-        """Hash what decides a guided prediction."""
+        """Hash everything that determines a guided prediction."""
         digest = hashlib.sha256(repr(self.scale).encode())
         for name, array in sorted(self.to_arrays().items()):
             digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Put both kinds into one mapping."""
+        """Merge own and negative conditions into one mapping."""
         return {**self.own, **{f"{NEGATIVE}{name}": array for name, array in self.negative.items()}}
 
     @classmethod
     def from_arrays(cls, arrays: Values, scale: float, controlnet: tuple[ControlNetInput, ...] = ()) -> Conditions:
-        """Read `to_arrays` back."""
+        """Split a mapping made by `to_arrays` into own and negative conditions."""
         return cls(
             own={name: array for name, array in arrays.items() if not name.startswith(NEGATIVE)},
             negative={
@@ -159,4 +162,4 @@ class Conditions:
 
 
 UNCONDITIONAL = Conditions()
-"""No conditions: noise and timestep are all that the denoiser gets."""
+"""No conditions: the denoiser receives only noise and timestep."""

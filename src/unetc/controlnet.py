@@ -1,7 +1,7 @@
-"""What a ControlNet adds to a UNet: one residual for every skip, and one for the middle.
+"""ControlNet inputs of a UNet: one tensor for every skip connection and one for the middle block.
 
-A graph that was captured for it has an input for each; they are zero where no ControlNet is used. Names of inputs
-follow StreamDiffusion.
+A graph captured for a ControlNet has an input for each of these tensors. They are zero when no ControlNet is used. The
+input names follow StreamDiffusion.
 """
 
 from __future__ import annotations
@@ -14,27 +14,31 @@ from typing import Any
 from .device import Device, Tensor
 
 PREFIX = "input_control_"
-"""Of the names of all inputs for residuals."""
+"""Prefix for the names of all ControlNet inputs."""
 MIDDLE = f"{PREFIX}middle"
+"""Name of the ControlNet input for the middle block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetInput:
-    """One residual, [batch, channel, height, width]."""
+    """One ControlNet input, [batch, channel, height, width]."""
 
     name: str
     channels: int
     halvings: int
-    """How often height and width of the sample are halved, rounded up."""
+    """Number of times that the height and width of the sample are halved, rounded up."""
 
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Tell its shape for samples of a size."""
+        """Compute its shape for a batch of samples of this size."""
         stride = 2**self.halvings
         return batch, self.channels, -(-height // stride), -(-width // stride)
 
 
 def controlnet_inputs(config: Mapping[str, Any]) -> tuple[ControlNetInput, ...]:
-    """List the residuals of a UNet2DConditionModel in the order of its arguments, the middle one last.
+    """List the ControlNet inputs of a UNet2DConditionModel in the order of its arguments, the middle block last.
+
+    Args:
+        config: Configuration of the UNet.
 
     Source:
         diffusers 0.42.1, models/controlnets/controlnet.py, `ControlNetModel.__init__`.
@@ -58,5 +62,5 @@ def controlnet_inputs(config: Mapping[str, Any]) -> tuple[ControlNetInput, ...]:
 def zeros(
     controlnet: tuple[ControlNetInput, ...], batch: int, height: int, width: int, device: Device
 ) -> Mapping[str, Tensor]:
-    """Make the inputs that add nothing, once per size."""
+    """Create zeros for all ControlNet inputs, once per size."""
     return {one.name: device.full(one.shape(batch, height, width), 0.0) for one in controlnet}

@@ -1,8 +1,8 @@
-"""Where tensors live: what a sampling loop needs beside arithmetic, so that it runs where the engines do.
+"""Devices: the tensor operations of a sampling loop, so that the loop runs on the same device as the engines.
 
-A device's tensors know `+`, `-`, `*`, `clip`, slices and `shape`, as arrays of numpy and tensors of torch do. What they
-cannot do alike is here. A loop that is written in these terms takes nothing from the device between the noise and the
-last sample but, once a step, whether the prediction was finite.
+Tensors of every device support `+`, `-`, `*`, `clip`, slices and `shape`, like numpy arrays and torch tensors. Other
+operations go through a `Device`. Between the noise and the last sample, a loop written this way reads only one value
+per step from the device: whether the prediction was finite.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Tensor = Any
 
 
 class Device(Protocol):
-    """Makes, joins and reads tensors of one device."""
+    """Creates, joins and reads the tensors of one device."""
 
     def __hash__(self) -> int:
-        """Hash: what is the same in all steps is kept by device."""
+        """Hash the device: values that stay the same in all steps are cached by device."""
         ...
 
     def put(self, array: NDArray[Any]) -> Tensor:
-        """Bring an array to the device; the tensor may share its memory."""
+        """Copy an array to the device; the tensor may share the array's memory."""
         ...
 
     def to_array(self, tensor: Tensor) -> Array:
-        """Copy a tensor, or what a program of this device has emitted, into an array."""
+        """Copy a tensor, or an output that a program of this device has emitted, into an array."""
         ...
 
     def empty(self, shape: Sequence[int]) -> Tensor:
-        """Make a float32 tensor of a shape, to be written."""
+        """Create an uninitialised float32 tensor."""
         ...
 
     def full(self, shape: Sequence[int], value: float) -> Tensor:
-        """Make a float32 tensor of one value."""
+        """Create a float32 tensor filled with one value."""
         ...
 
     def concatenate(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -48,27 +48,27 @@ class Device(Protocol):
         ...
 
     def exp(self, tensor: Tensor) -> Tensor:
-        """Take the exponential of every element."""
+        """Compute the exponential of every element."""
         ...
 
     def is_finite(self, tensor: Tensor) -> bool:
-        """Tell whether no element is NaN or infinite; waits until the tensor is computed."""
+        """Check that no element is NaN or infinite; waits until the tensor is computed."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything that was asked of the device is done."""
+        """Wait until the device has finished all work."""
         ...
 
     def stream(self) -> AbstractContextManager[object]:
-        """Give what is asked of the device inside a stream of its own, after all before it and before all after it."""
+        """Run the enclosed work on a separate stream, ordered after earlier work and before later work."""
         ...
 
 
 class Host:
-    """The memory of the process: tensors are numpy arrays, and calls return when their work is done."""
+    """The memory of the process: tensors are numpy arrays, and every call returns with its work done."""
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Give the array itself."""
+        """Return the array itself."""
         return array
 
     def to_array(self, tensor: Array) -> Array:
@@ -76,11 +76,11 @@ class Host:
         return tensor.copy()
 
     def empty(self, shape: Sequence[int]) -> Array:
-        """Make an array to be written."""
+        """Create an uninitialised float32 array."""
         return np.empty(shape, dtype=np.float32)
 
     def full(self, shape: Sequence[int], value: float) -> Array:
-        """Make an array of one value."""
+        """Create a float32 array filled with one value."""
         return np.full(shape, value, dtype=np.float32)
 
     def concatenate(self, tensors: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -88,20 +88,21 @@ class Host:
         return np.concatenate(tensors)
 
     def exp(self, tensor: NDArray[Any]) -> NDArray[Any]:
-        """Take the exponential of every element."""
+        """Compute the exponential of every element."""
         result: NDArray[Any] = np.exp(tensor)
         return result
 
     def is_finite(self, tensor: Array) -> bool:
-        """Tell whether no element is NaN or infinite."""
+        """Check that no element is NaN or infinite."""
         return bool(np.isfinite(tensor).all())
 
     def synchronize(self) -> None:
-        """Do nothing: nothing is pending."""
+        """Do nothing, because no work is ever pending."""
 
     def stream(self) -> AbstractContextManager[object]:
-        """Do nothing: everything is done when it is asked for."""
+        """Do nothing, because every call finishes its work at once."""
         return nullcontext()
 
 
 HOST = Host()
+"""The only instance that is needed."""

@@ -1,11 +1,11 @@
-"""A bundle in the place of a denoiser in pipelines of diffusers.
+"""A bundle as the denoiser of a diffusers pipeline.
 
     import unetc.diffusers
 
     pipe.unet = unetc.diffusers.load("bundle/")
 
-Pipelines guide, scale and step as they always do; engines are called with the batch they are given. A pipeline tells a
-denoiser the timestep and nothing else about where it is, so engines are chosen by the timestep's noise level.
+The pipeline still applies guidance, scaling and the scheduler; each engine call gets the pipeline's batch. A pipeline
+tells its denoiser only the timestep, so the timestep's noise level decides which engine runs.
 """
 
 from __future__ import annotations
@@ -38,48 +38,48 @@ except ImportError as error:
     raise MissingDependency("unetc.diffusers needs torch and diffusers: pip install 'unetc[compile]'") from error
 
 _TAKEN = ("encoder_hidden_states", "class_labels", "text_embeds", "time_ids")
-"""Conditions that engines have inputs for, under the names of diffusers."""
+"""Conditions for which engines have inputs, under the names of diffusers."""
 
 
 class BundleUNet(nn.Module):
-    """A bundle that answers what pipelines ask of a UNet; it computes in float32 on the device of the bundle's target.
+    """A bundle with the interface of a UNet; it computes in float32 on the device of the bundle's target.
 
-    It follows one trajectory at a time: pipelines that sample at the same time need one each. A trajectory ends where
-    the timestep does not fall or the shape of the samples changes; the next one shares nothing with it. A scheduler of
-    second order that asks twice at a timestep gets the second answer of engine 0. What cannot be seen is a run that
-    begins at a lower timestep than the last one ended at: `reset` before it.
+    It follows one trajectory at a time, so pipelines that sample concurrently need one instance each. A trajectory ends
+    when the timestep does not fall or the shape of the samples changes. The next trajectory shares nothing with it. So
+    if a second-order scheduler calls twice at one timestep, the second call begins a new trajectory. A run that begins
+    below the last timestep of the previous run cannot be detected: call `reset` before it.
     """
 
     def __init__(self, session: Session, config: Mapping[str, Any], *, full_model: bool) -> None:
-        """Put a session into a module.
+        """Wrap a session in a module.
 
         Args:
-            session: The engines.
-            config: Configuration of the denoiser they were made from.
-            full_model: Run the full model at every step.
+            session: Session that runs the engines.
+            config: Configuration of the original denoiser.
+            full_model: Whether to run the full model at every step.
         """
         super().__init__()
         self.config: Any = FrozenDict(config)
         self._session = session
         self._full_model = full_model
         self._timesteps, self._log_snr = session.scheduler.noise_levels()
-        if config.get("addition_embed_type") == "text_time":  # SDXL compares it with the width of its own embeddings
+        if config.get("addition_embed_type") == "text_time":  # SDXL checks it against its embeddings
             width = config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.reset()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that pipelines make their latents of."""
+        """Element type for the latents of pipelines."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where pipelines keep their latents; tensors of other devices are copied."""
+        """Device for the latents of pipelines; tensors of other devices are copied."""
         return torch.device("cpu")
 
     def reset(self) -> None:
-        """Begin a new trajectory at the next call, whatever its timestep."""
+        """Begin a new trajectory at the next call, regardless of its timestep."""
         self._last = -math.inf
         self._shape: tuple[int, ...] = ()
 
@@ -99,19 +99,22 @@ class BundleUNet(nn.Module):
         """Predict as the denoiser would, up to the treatments of the plan.
 
         Args:
-            sample: What the denoiser sees, [batch, channel, height, width].
+            sample: Input samples of the denoiser, [batch, channel, height, width].
             timestep: The scheduler's value, one for all samples.
             encoder_hidden_states: [batch, token, channel].
             class_labels: [batch] or [batch, channel].
             added_cond_kwargs: `text_embeds` and `time_ids`, [batch, channel].
-            down_block_additional_residuals: What a ControlNet adds to every skip.
-            mid_block_additional_residual: What it adds to the middle.
-            return_dict: Whether to give back an object with the prediction as `sample`, or a tuple.
-            others: What else a UNet of diffusers takes; refused unless it is None or empty.
+            down_block_additional_residuals: ControlNet inputs of the skip connections.
+            mid_block_additional_residual: ControlNet input of the middle block.
+            return_dict: Whether to return an object with the prediction as `sample`, instead of a tuple.
+            others: Further arguments of a diffusers UNet; each must be None or empty.
+
+        Returns:
+            The prediction, [batch, channel, height, width], on the device and in the type of `sample`.
 
         Raises:
-            SessionError: If a pipeline asks for what engines cannot do, or leaves out what they need.
-            NonFiniteError: If the full model produces NaN or infinity; it takes the turn of an engine that does.
+            SessionError: If the pipeline passes an argument that engines cannot take, or omits one that they need.
+            NonFiniteError: If the full model, which repeats every non-finite step, produces NaN or infinity itself.
         """
         given = {
             "encoder_hidden_states": encoder_hidden_states,
@@ -120,7 +123,7 @@ class BundleUNet(nn.Module):
         }
         _refuse(others)
         _refuse({name: value for name, value in given.items() if name not in _TAKEN})
-        given |= self._residuals(down_block_additional_residuals, mid_block_additional_residual)
+        given |= self._controlnet_inputs(down_block_additional_residuals, mid_block_additional_residual)
         own = {name: _to_array(value) for name, value in given.items() if value is not None}
         device = self._session.device
         conditions = Conditions(own=own, controlnet=self._session.conditions.controlnet).on(device)
@@ -131,24 +134,24 @@ class BundleUNet(nn.Module):
         prediction = torch.from_numpy(device.to_array(predicted)).to(sample)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _residuals(self, down: Sequence[Tensor] | None, middle: Tensor | None) -> dict[str, Tensor]:
-        """Give the residuals of a ControlNet the names of the engines' inputs."""
+    def _controlnet_inputs(self, down: Sequence[Tensor] | None, middle: Tensor | None) -> dict[str, Tensor]:
+        """Map the outputs of a ControlNet to the inputs of the engines."""
         if down is None and middle is None:
             return {}
         names = [one.name for one in self._session.conditions.controlnet]
         if not names:
             raise SessionError(
-                "engines cannot take down_block_additional_residuals. `unetc build --controlnet` makes some that can."
+                "this bundle's engines cannot take down_block_additional_residuals. Build the bundle with --controlnet."
             )
         if down is None or middle is None or len(down) + 1 != len(names):
             raise SessionError(
                 f"engines take {len(names) - 1} down_block_additional_residuals and a mid_block_additional_residual, "
-                f"got {len(down or ())} and {int(middle is not None)}. Check that the ControlNet belongs to the model."
+                f"got {len(down or ())} and {int(middle is not None)}. Check that the ControlNet fits the model."
             )
         return dict(zip(names, (*down, middle), strict=True))
 
     def _rollout_at(self, timestep: float, shape: tuple[int, ...]) -> Rollout:
-        """Go on with the trajectory, or begin the next one."""
+        """Continue the trajectory, or begin the next one."""
         if timestep >= self._last or shape != self._shape:
             self._rollout = self._session.rollout(full_model=self._full_model)
         self._last, self._shape = timestep, shape
@@ -167,10 +170,10 @@ def load(
 
     Args:
         path: The bundle's folder.
-        target: Where to run; the target it was built for when not given.
-        threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
+        target: Target to run on; by default the target of the build.
+        threads: Number of CPU threads; by default the number used for the measurements. 0 lets the backend choose.
         memory: "fast" or "low", see `unetc.runtime.backends.registry.Memory`.
-        full_model: Run the full model at every step.
+        full_model: Whether to run the full model at every step.
 
     Raises:
         ArtifactError: If the bundle cannot be read or is damaged.
@@ -186,21 +189,21 @@ def load(
 
 
 def _refuse(arguments: Mapping[str, object]) -> None:
-    """Refuse what would be left out of the prediction."""
+    """Refuse arguments that would not affect the prediction."""
     for name, value in arguments.items():
         if value is not None and value != {}:
-            raise SessionError(f"engines cannot take {name}. Leave it out, or use the pipeline's own UNet.")
+            raise SessionError(f"engines cannot take {name}. Omit it, or use the pipeline's original UNet.")
 
 
 def _one_of(timestep: Tensor | float) -> float:
     values = {float(value) for value in torch.as_tensor(timestep).flatten()}
     if len(values) != 1:
-        raise SessionError(f"one call has the timesteps {sorted(values)}; expected one for all samples.")
+        raise SessionError(f"one call has the timesteps {sorted(values)}. Expected one timestep for all samples.")
     return values.pop()
 
 
 def _to_array(tensor: Tensor) -> NDArray[Any]:
-    """Copy what is not a C-contiguous float32 (or integer) tensor on the CPU."""
+    """Convert to a C-contiguous float32 or integer array; copies only if needed."""
     tensor = tensor.detach().cpu()
     array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
     return array

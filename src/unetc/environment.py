@@ -1,4 +1,4 @@
-"""Describe the machine and the libraries a figure was measured with."""
+"""The machine and the libraries behind a measurement."""
 
 from __future__ import annotations
 
@@ -24,23 +24,27 @@ LIBRARIES = (
 
 
 def cache_folder() -> Path:
-    """Tell where caches are: $UNETC_CACHE, or ~/.cache/unetc."""
+    """Return the folder of all caches: $UNETC_CACHE, or ~/.cache/unetc."""
     return Path(os.environ.get("UNETC_CACHE") or Path.home() / ".cache" / "unetc")
 
 
 def cores() -> int:
-    """Count the CPU cores this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Tell how many bytes programs may still take without swapping; None where the system does not say.
+    """Return the bytes that programs can still allocate without swapping; None if the system does not report them.
+
+    Args:
+        root: Root of the file system.
 
     Source:
-        https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files (what a container may take)
+        https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files (memory limits of containers)
     """
-    said = [_available(root / "proc/meminfo"), *(_left(root / "sys/fs/cgroup" / folder) for folder in (".", "memory"))]
-    return min((size for size in said if size is not None), default=None)
+    groups = (_left(root / "sys/fs/cgroup" / folder) for folder in (".", "memory"))
+    reported = [_available(root / "proc/meminfo"), *groups]
+    return min((size for size in reported if size is not None), default=None)
 
 
 def _available(meminfo: Path) -> int | None:
@@ -52,11 +56,11 @@ def _available(meminfo: Path) -> int | None:
 
 
 def _left(group: Path) -> int | None:
-    """Tell what is left of the limit of a control group; files that could be dropped do not count as taken."""
+    """Return the bytes left below the limit of a control group; cached files count as free if they can be dropped."""
     version_2, version_1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
     for names in (version_2, version_1):
         try:
-            limit, taken = (int((group / name).read_text()) for name in names)  # "max" where there is none
+            limit, taken = (int((group / name).read_text()) for name in names)  # "max" means no limit
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             return max(0, limit - taken + int(stat.get("inactive_file", 0)))
         except (OSError, ValueError):
@@ -65,9 +69,9 @@ def _left(group: Path) -> int | None:
 
 
 def peak_memory() -> int:
-    """Tell the most bytes that this process has held; 0 where the system does not say.
+    """Return the peak memory of this process in bytes; 0 if the system does not report it.
 
-    That of `getrusage` begins with what the process held that started this one.
+    `getrusage` is no substitute, because its peak includes the memory of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -77,7 +81,7 @@ def peak_memory() -> int:
 
 
 def lacking(libraries: Iterable[str]) -> dict[str, str]:
-    """Say of the libraries that cannot be imported here why not, by their names."""
+    """Map every library that cannot be imported to the reason."""
     missing = {}
     for library in libraries:
         try:
@@ -88,7 +92,7 @@ def lacking(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """List operating system, processor, cores, Python and library versions."""
+    """List the operating system, processor, cores, Python and library versions."""
     facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),

@@ -1,34 +1,34 @@
-"""Every error unetc raises on purpose.
+"""Every error that unetc raises on purpose.
 
-A message says what failed, what was got, what was expected and what to do next. The command line prints it as one line
-and exits with 1; anything that is not a `UnetcError` is a bug and shows its traceback.
+A message names the failure, the value found, the expected value and the next thing to do. The command line prints the
+message on one line and exits with 1. Any other exception is a bug, so the command line shows its traceback.
 """
 
 from __future__ import annotations
 
 
 class UnetcError(Exception):
-    """The root of the hierarchy."""
+    """Base class of all errors of unetc."""
 
 
 class ModelError(UnetcError):
-    """A model cannot be loaded, captured or understood."""
+    """A model cannot be loaded or captured, or is not supported."""
 
 
 class ProfileError(UnetcError):
-    """An analysis cannot be made or does not belong to this model."""
+    """An analysis cannot be run, or its profile does not belong to this model."""
 
 
 class PlanError(UnetcError, ValueError):
-    """A plan cannot be made or is not valid."""
+    """A plan cannot be made, or is not valid."""
 
 
 class QualityGateError(PlanError):
-    """A build met its time budget but not its quality gate."""
+    """A build met its time budget, but not its quality gate."""
 
 
 class ArtifactError(UnetcError):
-    """A file or folder of unetc cannot be written or read."""
+    """A file or folder of unetc cannot be read or written."""
 
 
 class SchemaVersionError(ArtifactError):
@@ -36,7 +36,7 @@ class SchemaVersionError(ArtifactError):
 
 
 class CorruptArtifactError(ArtifactError):
-    """An artifact is not what was written: truncated, edited, or reaching outside its folder."""
+    """An artifact differs from its original: it is truncated, edited, or refers to files outside its folder."""
 
 
 class CompileError(UnetcError):
@@ -44,15 +44,15 @@ class CompileError(UnetcError):
 
 
 class EngineBuildError(CompileError):
-    """A library cannot build an engine of a graph."""
+    """A library cannot build an engine from a graph."""
 
 
 class StaleEngineError(ArtifactError):
-    """An engine is not the one that was asked for, or nobody here has built it; it is never run."""
+    """An engine does not match the request, or was not built on this machine; it is never run."""
 
 
 class SessionError(UnetcError):
-    """A session cannot be opened or sampled."""
+    """A session cannot be opened, or cannot sample."""
 
 
 class NonFiniteError(SessionError):
@@ -60,8 +60,8 @@ class NonFiniteError(SessionError):
 
 
 class ShapeMismatch(SessionError, ValueError):
-    """An array does not have the shape that is needed."""
+    """An array does not have the expected shape."""
 
 
 class MissingDependency(UnetcError, ImportError):
-    """An optional library is not installed; the message names the extra that brings it."""
+    """An optional library is not installed; the message names the extra that installs it."""

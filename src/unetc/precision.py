@@ -1,7 +1,7 @@
-"""The precision that an engine computes in, and the weights that it reads then.
+"""Precision of engines, and the names of their weights.
 
-A bundle has every weight once, in float32. What a graph in half precision reads is called after the weight that it is
-rounded from, so that whoever loads the graph rounds it: `conv.weight.fp16` is `conv.weight` in float16.
+A bundle holds every weight once, in float32. A graph in half precision refers to rounded weights by name:
+`conv.weight.fp16` is `conv.weight` rounded to float16. The loader of the graph does the rounding.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from safetensors.numpy import save
 from .errors import EngineBuildError
 
 NO_WEIGHTS = hashlib.sha256(save({})).hexdigest()
-"""Hash of a weights file that has nothing in it."""
+"""Hash of an empty weights file."""
 
 
 class Precision(StrEnum):
-    """What most of a graph computes in; `lowering.py` of the compiler says what stays float32."""
+    """Precision of most of a graph; `lowering.py` of the compiler lists the operations that stay in float32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -27,10 +27,10 @@ class Precision(StrEnum):
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """Read a precision, in small letters or large.
+        """Parse a precision; upper and lower case are equal.
 
         Raises:
-            EngineBuildError: If there is none of this name.
+            EngineBuildError: If no precision has this name.
         """
         try:
             return cls(text.lower())
@@ -39,25 +39,36 @@ class Precision(StrEnum):
 
     @classmethod
     def of_target(cls, target: str) -> Precision:
-        """Tell what a target computes in: what its name ends with, or float32."""
+        """Return the precision of a target: the suffix of its name, or float32."""
         last = target.rpartition(":")[2]
         return cls(last) if last in tuple(cls) else cls.FP32
 
     def over(self, weights_sha256: str) -> Precision:
-        """Tell what graphs compute in that read this weights file; one with its own weights, a decoder, in float32."""
+        """Return the precision of graphs that read this weights file.
+
+        An empty file belongs to a graph with embedded weights, such as a decoder, which computes in float32.
+        """
         return Precision.FP32 if weights_sha256 == NO_WEIGHTS else self
 
     def name_of(self, weight: str) -> str:
-        """Name a weight that was rounded to this precision."""
+        """Return the name of a weight rounded to this precision."""
         return f"{weight}.{self}"
 
 
 LARGEST: Mapping[Precision, float] = {Precision.FP16: 65504.0, Precision.BF16: 3.3895313892515355e38}
-"""Numbers; what is larger in a weight becomes this one."""
+"""Largest finite number of each precision; larger elements of a weight are clipped to it."""
 
 
 def rounded_from(name: str, known: Container[str]) -> tuple[str, Precision] | None:
-    """Tell which known weight another one is rounded from, and to what; None if it is none of these."""
+    """Find the known weight behind a rounded one, and the precision.
+
+    Args:
+        name: Name of a weight, such as `conv.weight.fp16`.
+        known: Names of the weights that exist in float32.
+
+    Returns:
+        Such as `conv.weight` and float16; None if the name does not describe a rounded weight.
+    """
     weight, _, last = name.rpartition(".")
     lower = next((precision for precision in LARGEST if precision == last), None)
     return (weight, lower) if lower is not None and weight in known and name not in known else None

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far one stage has come."""
+    """Progress of one stage."""
 
     stage: str
     done: int
     total: int
     note: str = ""
-    """Something to say before it goes on."""
+    """Message to show before the stage goes on."""
 
 
 OnProgress = Callable[[Progress], None]
 
 
 def ignore(progress: Progress) -> None:
-    """Report progress to nobody."""
+    """Discard the progress."""

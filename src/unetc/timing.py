@@ -1,4 +1,4 @@
-"""Measure time so that machine noise falls on all candidates alike."""
+"""Timing that exposes all candidates to the same machine noise."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MORE = 4
-"""How many times as many rounds are timed if they are short."""
+"""Factor by which the number of rounds may grow if they are short."""
 
 
 def _nothing_is_pending() -> None:
-    """Return at once: the call has done its work."""
+    """Return at once, because the call has finished its work."""
 
 
 def interleaved_ms(
@@ -27,14 +27,14 @@ def interleaved_ms(
     """Time calls in turns: A B C, A B C, ...
 
     Args:
-        calls: What to time.
-        rounds: Number of timed rounds, if they are not short.
-        warmup: Number of rounds before, not timed.
-        wait: Returns when the work of a call is done, if the call itself does not wait for it; timed with it.
-        seconds: How long short rounds are timed: up to `MORE` times as many.
+        calls: The calls to time.
+        rounds: Minimum number of timed rounds.
+        warmup: Number of untimed rounds before them.
+        wait: Waits for the work of a call that returns early. Its time counts as part of the call.
+        seconds: Time in seconds for which rounds are repeated, up to `MORE` times `rounds`.
 
     Returns:
-        [round, call] milliseconds.
+        Milliseconds, [round, call].
     """
     for _ in range(warmup):
         for call in calls:

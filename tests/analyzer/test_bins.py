@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.analyzer.sweeps import (
-    REFERENCE,
-    SHAPE,
-    estimate_of,
-    table_of,
-)
+from tests.analyzer.sweeps import table_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.sweep import make_bins
-from unetc.artifacts.profile import Bin, Profile
 from unetc.errors import ProfileError
 
 
@@ -32,7 +26,7 @@ levels = st.lists(st.floats(1e-3, 5.0), min_size=1, max_size=60).map(lambda gaps
 
 
 @given(levels=levels, count=st.integers(1, 12))
-def test_bins_share_the_steps_evenly_and_name_the_bin_of_every_step(levels: NDArray[np.float64], count: int) -> None:
+def test_bins_share_the_steps_evenly_and_hold_them_in_order(levels: NDArray[np.float64], count: int) -> None:
     bins = make_bins(levels, count)
     assert len(bins) == min(count, len(levels))
     sizes = [bin.steps for bin in bins]
@@ -40,32 +34,8 @@ def test_bins_share_the_steps_evenly_and_name_the_bin_of_every_step(levels: NDAr
     assert max(sizes) - min(sizes) <= 1
     assert all(left.high == right.low for left, right in pairwise(bins))
     assert all(bin.low < bin.high for bin in bins)
-    profile = bare_profile(bins)
-    assert [profile.bin_of(level) for level in levels] == [b for b, size in enumerate(sizes) for _ in range(size)]
-    assert (profile.bin_of(-1e9), profile.bin_of(1e9)) == (0, len(bins) - 1)
-
-
-def bare_profile(bins: tuple[Bin, ...]) -> Profile:
-    return Profile(
-        unetc="0",
-        model=REFERENCE,
-        scheduler="ddim",
-        steps=sum(bin.steps for bin in bins),
-        samples=1,
-        seed=0,
-        target="null",
-        threads=1,
-        batch=1,
-        sample_shape=SHAPE,
-        components=(),
-        bins=bins,
-        full_ms=estimate_of(1.0),
-        full_bytes=1,
-        costs=(),
-        effects=(),
-        samplings=1.0,
-        means=(b"",) * len(bins),
-    )
+    bin_of_step = np.searchsorted([bin.low for bin in bins[1:]], levels, side="right").tolist()
+    assert bin_of_step == [b for b, size in enumerate(sizes) for _ in range(size)]
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "euler"])

@@ -450,7 +450,7 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "unknown Hub id": (lambda at: ("analyze", "nobody/nothing"), "cannot get 'nobody/nothing' from the Hub"),
     "folder that is no model": (lambda at: ("analyze", at.empty), "no model_index.json"),
     "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "KandinskyPipeline; supported"),
-    "no checkpoint": (lambda at: ("analyze", "glide:base", "--cache", at.cache), "give one with --weights"),
+    "no checkpoint": (lambda at: ("analyze", "glide:base", "--cache", at.cache), "Pass it with --weights"),
     "LoRA for a model without prompts": (
         lambda at: ("analyze", "digits", "--lora", "style.safetensors:0.8"),
         "digits is a DDPMPipeline; a LoRA is supported with",

@@ -1,4 +1,4 @@
-"""What is read of the machine, over files as Linux writes them."""
+"""Facts about the machine are read correctly from files in Linux's formats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_this_machine_says_what_is_free() -> None:
+def test_this_machine_reports_free_memory() -> None:
     free = free_memory()
     assert free is not None
     assert free > MIB
@@ -38,18 +38,18 @@ def test_without_a_limit_all_of_the_machine_is_free(root: Path) -> None:
     assert free_memory(root / "nowhere") is None
 
 
-def test_a_container_has_what_its_limit_leaves(root: Path) -> None:
+def test_a_container_has_the_memory_left_below_its_limit(root: Path) -> None:
     write(root, sys__fs__cgroup__memory_dot_max=f"{500 * MIB}\n", sys__fs__cgroup__memory_dot_current=f"{300 * MIB}\n")
     write(root, sys__fs__cgroup__memory_dot_stat=f"anon 1\ninactive_file {50 * MIB}\n")
     assert free_memory(root) == 250 * MIB
 
 
-def test_a_container_of_the_first_version_has_too(root: Path) -> None:
+def test_a_container_of_version_1_has_the_same(root: Path) -> None:
     group = root / "sys/fs/cgroup/memory"
     group.mkdir(parents=True)
     (group / "memory.limit_in_bytes").write_text(f"{500 * MIB}\n")
     (group / "memory.usage_in_bytes").write_text(f"{600 * MIB}\n")
     (group / "memory.stat").write_text("cache 1\n")
     assert free_memory(root) == 0
-    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # as the kernel says that there is none
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # the kernel's value for no limit
     assert free_memory(root) == 800 * MIB

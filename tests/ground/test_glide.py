@@ -1,4 +1,4 @@
-"""GLIDE's checkpoints, converted, compute what OpenAI's network computes."""
+"""Converted GLIDE checkpoints compute the same results as OpenAI's network."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from unetc.treatments import Treatment
 pytestmark = pytest.mark.nightly
 
 TOLERANCE = 3e-5
-"""Relative; both sides compute in float32 with the same kernels, but for attention; measured: 8e-6."""
+"""Relative error. Both sides compute in float32, with the same kernels except for attention; measured: 8e-6."""
 
 SAMPLE_TOLERANCE = 5e-3
-"""Of samples in -1 to 1: the first step divides the rounding of the noise by the little signal there is; seen: 1e-3."""
+"""Error of samples in -1 to 1: the first step divides the rounding error by a small signal; measured: 1e-3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Twins:
-    """OpenAI's network and what unetc makes of its checkpoint."""
+    """OpenAI's network, and the UNet that unetc makes from its checkpoint."""
 
     original: GlideTwin
     unet: nn.Module
@@ -87,7 +87,7 @@ def test_a_converted_checkpoint_is_the_network(twins: Twins) -> None:
     assert relative_error(states.numpy(), expected_states.permute(0, 2, 1).numpy()) < TOLERANCE
     assert relative_error(summary.numpy(), expected_summary.numpy()) < TOLERANCE
     assert relative_error(actual.numpy(), expected.numpy()) < TOLERANCE
-    for other in (  # else a part that nothing depends on could be converted anyhow
+    for other in (  # otherwise an error in an unused part would go unnoticed
         call(twins.unet, x, timesteps, states.flip(0), summary),
         call(twins.unet, x, timesteps, states, summary.flip(0)),
         call(twins.unet, x, timesteps.flip(0), states, summary),
@@ -132,19 +132,19 @@ def test_a_checkpoint_is_read_without_running_it(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot read weights from .*bad.pt"):
         read(tmp_path / "bad.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ModelError, match="no state dict"):
+    with pytest.raises(ModelError, match="not a state dict"):
         read(tmp_path / "list.pt")
 
 
 def test_a_checkpoint_must_be_given(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="give one with --weights"):
+    with pytest.raises(ModelError, match="Pass it with --weights"):
         find_glide("glide:base", None)
     with pytest.raises(ModelError, match="No such file"):
         find_glide("glide:base", tmp_path / "base.pt")
 
 
 def test_only_a_model_without_weights_is_given_some(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="digits brings its weights along"):
+    with pytest.raises(ModelError, match="digits includes its weights"):
         find_model(ModelSource("digits", weights=tmp_path / "base.pt"))
     torch.save({}, tmp_path / "base.pt")
     source = ModelSource("glide:base", weights=tmp_path / "base.pt")
@@ -179,7 +179,7 @@ def test_an_upsampler_needs_an_image_per_prompt(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Save samples of glide:base there"):
         model.encode(["a", "b"], 1.0)
     np.save(tmp_path / LOW_RES, np.zeros((1, 3, 4, 4), np.float32))
-    with pytest.raises(ModelError, match="expected \\[2 or more, 3, height, width\\]"):
+    with pytest.raises(ModelError, match="Expected \\[2 or more, 3, height, width\\]"):
         model.encode(["a", "b"], 1.0)
 
 
@@ -191,7 +191,7 @@ def test_prompts_need_the_tokenizer_of_openai(monkeypatch: pytest.MonkeyPatch) -
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """A variant, small, from its checkpoint to its gated graph, with three prompts encoded."""
+    """A small variant, from its checkpoint to its gated graph, with three encoded prompts."""
 
     original: GlideTwin
     prepared: Prepared
@@ -199,7 +199,7 @@ class Captured:
 
     @property
     def variant(self) -> Variant:
-        """Its settings."""
+        """Settings of the variant."""
         model = self.prepared.model
         assert isinstance(model, GlideModel)
         return model.variant
@@ -229,7 +229,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Captured(original=original, prepared=prepare(model, folder / "cache"), conditions=conditions)
 
 
-def test_components_are_those_of_the_network(captured: Captured) -> None:
+def test_components_match_the_network(captured: Captured) -> None:
     shape = SHAPES[captured.prepared.model.reference.name]
     levels, blocks = len(shape.multipliers), shape.blocks
     residuals = levels * (2 * blocks + 1) + 2 * (levels - 1) + 2
@@ -265,8 +265,8 @@ def test_an_engine_is_the_gated_graph_at_its_gates(captured: Captured) -> None:
 
 
 @pytest.mark.shows("sample")
-def test_a_session_samples_what_the_network_samples(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network itself, guided by hand, with the scheduler of diffusers, on the noise that unetc draws."""
+def test_a_session_samples_like_the_network(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original network with manual guidance and the diffusers scheduler, on unetc's noise."""
     steps, seed, rows = 4, 3, range(len(PROMPTS))
     variant, gated = captured.variant, captured.prepared.gated
     config = captured.prepared.model.scheduler_config
@@ -311,7 +311,7 @@ def test_a_session_samples_what_the_network_samples(captured: Captured, monkeypa
 
 @torch.no_grad()
 def predict_by_hand(captured: Captured, sample: Tensor, timestep: float) -> Tensor:
-    """Call the network with and without the prompts; guide the noise, and take the variance as it is."""
+    """Call the network with and without the prompts; guide the noise, but not the variance."""
     rows = len(PROMPTS)
     if captured.variant.unet["in_channels"] == 6:
         low_res = enlarge(np.load(captured.prepared.model.weights.with_name(LOW_RES)), 16)  # type: ignore[attr-defined]

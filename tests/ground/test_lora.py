@@ -1,4 +1,4 @@
-"""LoRAs are fused into the UNet and the text encoders, and what is none, or of another model, is refused."""
+"""LoRAs are fused into the UNet and the text encoders; other files and LoRAs of other models are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from unetc.models.lora import Lora
 from unetc.models.text import encode_prompts, load_text_encoders
 
 TOLERANCE = 1e-5
-"""Of the largest element, in float32: (W + BA) x is summed in another order than W x + B (A x)."""
+"""Error relative to the largest element, in float32: (W + BA) x and W x + B (A x) add up in different orders."""
 
 CONTEXT = "encoder_hidden_states"
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -46,7 +46,7 @@ def path(folder: Path) -> Path:
 
 
 def predict(unet: Any) -> np.ndarray[Any, Any]:
-    """Ask a UNet of diffusers for a prediction."""
+    """Compute a prediction with a diffusers UNet."""
     with torch.no_grad():
         prediction: np.ndarray[Any, Any] = unet(*inputs(unet)).sample.numpy()
     return prediction
@@ -63,7 +63,7 @@ def modules(model: nn.Module) -> list[tuple[str, type, bool]]:
 
 
 def changes(folder: Path, *loras: Lora) -> dict[str, Tensor]:
-    """Tell what LoRAs add to which weights of the UNet."""
+    """Compute the nonzero changes that LoRAs make to the weights of the UNet, by weight name."""
     plain = find_model(str(folder)).load_denoiser()
     fused = dict(find_model(ModelSource(str(folder), loras=tuple(loras))).load_denoiser().named_parameters())
     added = {name: fused[name] - value for name, value in plain.named_parameters()}
@@ -71,7 +71,7 @@ def changes(folder: Path, *loras: Lora) -> dict[str, Tensor]:
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """Return the message of the ModelError that an action raises: one line, a sentence, not too long to read."""
+    """Return the message of the ModelError that an action raises; check that it is one line of readable length."""
     with pytest.raises(ModelError) as caught:
         action()
     message = str(caught.value)
@@ -82,7 +82,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 @pytest.mark.nightly
-def test_the_captured_graph_is_the_unet_with_the_lora_beside_it(folder: Path, path: Path) -> None:
+def test_the_captured_graph_is_the_unet_with_an_unfused_lora(folder: Path, path: Path) -> None:
     denoiser = find_model(ModelSource(str(folder), loras=(Lora(path=path, scale=0.7),))).load_denoiser()
     captured = capture(denoiser)
     keep = torch.from_numpy(np.stack([gate_values(captured.components, {})] * 2))
@@ -92,7 +92,7 @@ def test_the_captured_graph_is_the_unet_with_the_lora_beside_it(folder: Path, pa
     assert relative_error(actual, predict(load_unfused(folder, (path, 0.7)).unet)) < TOLERANCE
 
 
-def test_the_unet_predicts_what_it_does_with_the_lora_beside_it(folder: Path, path: Path) -> None:
+def test_the_unet_predicts_as_with_an_unfused_lora(folder: Path, path: Path) -> None:
     actual = predict(find_model(ModelSource(str(folder), loras=(Lora(path=path, scale=0.7),))).load_denoiser())
     expected = predict(load_unfused(folder, (path, 0.7)).unet)
     assert relative_error(actual, expected) < TOLERANCE
@@ -100,7 +100,7 @@ def test_the_unet_predicts_what_it_does_with_the_lora_beside_it(folder: Path, pa
 
 
 def test_nothing_but_weights_is_changed(folder: Path, path: Path) -> None:
-    """So components have the same names with a LoRA and without."""
+    """Components keep their names when a LoRA is fused."""
     plain, fused = (
         find_model(ModelSource(str(folder), loras=tuple(loras))).load_denoiser() for loras in ((), [Lora(path=path)])
     )
@@ -125,7 +125,7 @@ def test_several_loras_change_prompts_too(folder: Path, path: Path) -> None:
     unfused = load_unfused(folder, (path, 0.5), (second, -1.5))
     plain_prediction = predict(find_model(str(folder)).load_denoiser())
     actual_prediction, expected_prediction = predict(model.load_denoiser()), predict(unfused.unet)
-    # two LoRAs, one of them large and subtracted, leave more rounding than one: 5e-5 seen
+    # two LoRAs, one of them large and subtracted, leave more rounding error than one: 5e-5 measured
     assert relative_error(actual_prediction, expected_prediction) < 20 * TOLERANCE
     assert relative_error(plain_prediction, expected_prediction) > 1000 * TOLERANCE
     expected = encode_prompts(unfused, PROMPTS, guidance_scale=3.0, size=(32, 32))
@@ -151,7 +151,7 @@ def test_both_text_encoders_of_sdxl_are_changed(tmp_path: Path) -> None:
     assert relative_error(prediction, expected) < TOLERANCE
     encoded = encode_prompts(unfused, PROMPTS, guidance_scale=1.0, size=(32, 32)).own
     own, plain = (one.encode(PROMPTS, 1.0).own for one in (model, find_model(str(folder))))
-    one, other = np.split(plain[CONTEXT] - encoded[CONTEXT], 2, axis=-1)  # one half of the channels by each encoder
+    one, other = np.split(plain[CONTEXT] - encoded[CONTEXT], 2, axis=-1)  # each encoder makes one half of the channels
     assert all(np.abs(difference).max() > 100 * TOLERANCE for difference in (one, other))
     assert encoded.keys() == own.keys() == {CONTEXT, "text_embeds", "time_ids"}
     for name, value in encoded.items():
@@ -159,7 +159,7 @@ def test_both_text_encoders_of_sdxl_are_changed(tmp_path: Path) -> None:
 
 
 def test_files_of_kohya_are_read_with_an_alpha_for_every_layer(folder: Path, path: Path) -> None:
-    """The expectation is the definition, W + scale · alpha / rank · B A."""
+    """The expected weight is the definition, W + scale · alpha / rank · B A."""
     kohya = folder.parent / "kohya.safetensors"
     added = save_as_kohya(path, kohya, {".to_q": 4.0, ".conv1": 1.0, ".fc1": 0.5})
     fused = changes(folder, lora := Lora(path=kohya, scale=0.5))
@@ -177,7 +177,7 @@ def test_files_of_kohya_are_read_with_an_alpha_for_every_layer(folder: Path, pat
 
 
 def test_a_root_stabilises_the_rank_if_the_file_says_so(folder: Path, path: Path, tmp_path: Path) -> None:
-    """As the field `use_rslora` of peft's configuration: alpha / sqrt(rank) in the place of alpha / rank."""
+    """With `use_rslora` in peft's configuration, the factor is alpha / sqrt(rank) instead of alpha / rank."""
     with safe_open(path, framework="pt") as file:
         configuration = json.loads(file.metadata()["lora_adapter_metadata"])
     configuration["unet.use_rslora"] = True
@@ -189,7 +189,7 @@ def test_a_root_stabilises_the_rank_if_the_file_says_so(folder: Path, path: Path
         torch.testing.assert_close(stabilised[name], RANK**0.5 * value, rtol=0, atol=TOLERANCE)
 
 
-def test_factors_without_alpha_are_multiplied_as_they_are(folder: Path, tmp_path: Path) -> None:
+def test_factors_without_alpha_are_multiplied_unchanged(folder: Path, tmp_path: Path) -> None:
     down, up = torch.ones(3, 8), torch.arange(8.0)[:, None].repeat(1, 3)
     save_file({f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}, tmp_path / "bare.safetensors")
     (added,) = changes(folder, Lora(path=tmp_path / "bare.safetensors")).items()
@@ -198,7 +198,7 @@ def test_factors_without_alpha_are_multiplied_as_they_are(folder: Path, tmp_path
 
 
 def test_the_numbers_of_sdxl_blocks_are_translated(tmp_path: Path) -> None:
-    """Trainers of SDXL number blocks as Stability AI's code does: block 3 is the first behind the downsampler."""
+    """Trainers of SDXL use Stability AI's block numbers: block 3 is the first one after the downsampler."""
     folder = save_stable_diffusion_xl(tmp_path / "pipeline")
     layer = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
     factors = {f"{layer}.lora_down.weight": torch.ones(1, 16), f"{layer}.lora_up.weight": torch.ones(16, 1)}
@@ -228,7 +228,7 @@ def test_the_reference_tells_models_with_other_loras_apart(folder: Path, path: P
         ("a.safetensors:2/style.safetensors:-1e-1", "a.safetensors:2/style.safetensors", -0.1),
     ],
 )
-def test_a_scale_stands_behind_the_path(text: str, path: str, scale: float) -> None:
+def test_a_scale_follows_the_path(text: str, path: str, scale: float) -> None:
     lora = Lora.parse(text)
     assert lora == Lora(path=Path(path), scale=scale)
     assert Lora.parse(str(lora)) == lora
@@ -245,7 +245,7 @@ def test_a_scale_stands_behind_the_path(text: str, path: str, scale: float) -> N
         ("style.safetensors:1:2", "got '1:2'"),
     ],
 )
-def test_what_is_no_path_and_scale_is_refused(text: str, reason: str) -> None:
+def test_text_other_than_path_and_scale_is_refused(text: str, reason: str) -> None:
     assert reason in refusal(lambda: Lora.parse(text))
 
 
@@ -266,7 +266,7 @@ def test_what_is_no_path_and_scale_is_refused(text: str, reason: str) -> None:
     ],
     ids=["missing", "folder", "other format", "empty", "weights", "dora"],
 )
-def test_what_is_no_lora_is_refused_when_the_model_is_found(
+def test_files_without_a_lora_are_refused_when_the_model_is_found(
     folder: Path, tmp_path: Path, write: Callable[[Path], object], reason: str
 ) -> None:
     path = tmp_path / "style.safetensors"
@@ -292,15 +292,17 @@ def factors(layer: str, *, inputs: int = 8, outputs: int = 8, value: float = 1.0
         (factors("text_encoder_2.encoder.layers.0.mlp.fc1"), "'text_encoder_2.encoder.layers.0.mlp.fc1.lora_A.weight'"),
         (dict(list(factors(f"unet.{LAYER}").items())[:1]), f"'{LAYER}.lora_A.weight'"),
         (factors(f"unet.{LAYER}") | {f"unet.{LAYER}.lora_B.bias": torch.ones(8)}, f"'{LAYER}.lora_B.bias'"),
-        ({f"unet.{LAYER}.lokr_w1": torch.ones(2, 2)}, "is no LoRA"),
+        ({f"unet.{LAYER}.lokr_w1": torch.ones(2, 2)}, "is not a LoRA"),
         ({"lora_unet_mid_block_x.hada_w1_a": torch.ones(2, 2)}, "lora_unet_mid_block_x.hada_w1_a"),
         ({"lora_unet_mid_block_x.lora_down.weight": torch.ones(2, 2)}, "lora_unet_mid_block_x.lora_up.weight"),
-        (factors(f"unet.{LAYER}", inputs=9), "[2, 9] and [8, 2], its layer has [8, 8]"),
-        (factors(f"unet.{LAYER}", outputs=9), "[2, 8] and [9, 2], its layer has [8, 8]"),
+        (factors(f"unet.{LAYER}", inputs=9), "[2, 9] and [8, 2], but the layer has [8, 8]"),
+        (factors(f"unet.{LAYER}", outputs=9), "[2, 8] and [9, 2], but the layer has [8, 8]"),
         (factors(f"unet.{LAYER}", value=float("inf")), "holds NaN or infinity"),
     ],
 )
-def test_what_fits_no_place_is_named(folder: Path, tmp_path: Path, tensors: dict[str, Tensor], reason: str) -> None:
+def test_factors_without_a_place_are_named(
+    folder: Path, tmp_path: Path, tensors: dict[str, Tensor], reason: str
+) -> None:
     path = tmp_path / "style.safetensors"
     save_file(tensors, path)
     message = refusal(lambda: find_model(ModelSource(str(folder), loras=(Lora(path=path),))).load_denoiser())
@@ -308,7 +310,9 @@ def test_what_fits_no_place_is_named(folder: Path, tmp_path: Path, tensors: dict
     assert str(path) in message
 
 
-def test_what_fits_no_text_encoder_is_named_when_prompts_are_encoded(folder: Path, tmp_path: Path) -> None:
+def test_factors_without_a_place_in_a_text_encoder_are_named_when_prompts_are_encoded(
+    folder: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "style.safetensors"
     save_file(factors("text_encoder.text_model.encoder.layers.5.self_attn.q_proj", inputs=16, outputs=16), path)
     model = find_model(ModelSource(str(folder), loras=(Lora(path=path),)))
@@ -316,7 +320,7 @@ def test_what_fits_no_text_encoder_is_named_when_prompts_are_encoded(folder: Pat
 
 
 @pytest.mark.parametrize("configuration", ["[1]", "{", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"(": 1}}'])
-def test_a_header_that_makes_no_sense_is_refused(folder: Path, tmp_path: Path, configuration: str) -> None:
+def test_an_invalid_header_is_refused(folder: Path, tmp_path: Path, configuration: str) -> None:
     path = tmp_path / "style.safetensors"
     save_file(factors(f"unet.{LAYER}"), path, {"lora_adapter_metadata": configuration})
     message = refusal(lambda: find_model(ModelSource(str(folder), loras=(Lora(path=path),))).load_denoiser())

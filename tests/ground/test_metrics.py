@@ -1,4 +1,4 @@
-"""Distances are what their definitions say, intervals are Student's, and the digit classifier knows digits."""
+"""Distances match their definitions, intervals are Student's, and the digit classifier recognises digits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSIFIER = Path(unetc.models.__file__).parent / "digits/classifier/model.safet
 
 
 def images(seed: int, *, batch: int = 3, channels: int = 2, size: int = 16) -> Array:
-    """Draw smooth images in [-1, 1], so that their structure means something."""
+    """Draw smooth images in [-1, 1], so that they have a structure to compare."""
     noise = torch.randn(batch, channels, size + 4, size + 4, generator=torch.Generator().manual_seed(seed))
     smooth = functional.avg_pool2d(noise, 5, stride=1)
     return torch.tanh(4 * smooth).numpy()
@@ -40,7 +40,7 @@ def test_relative_l2_by_hand() -> None:
     reference = np.array([[[[3.0, 4.0]]], [[[0.0, 2.0]]]], dtype=np.float32)
     candidate = np.array([[[[3.0, 4.5]]], [[[2.0, 2.0]]]], dtype=np.float32)
     assert relative_l2(reference, candidate).tolist() == [0.1, 1.0]
-    # the norm in the denominator is the reference's
+    # the denominator is the norm of the reference
     assert relative_l2(candidate, reference)[1] == pytest.approx(2 / np.hypot(2, 2))
 
 
@@ -108,7 +108,7 @@ def test_every_sample_is_compared_with_its_own_reference() -> None:
 @pytest.mark.parametrize("shape", [(2, 2, 16, 16), (3, 1, 16, 16), (3, 2, 16, 12), (3, 2, 32, 8)])
 def test_other_shapes_are_refused(metric: object, shape: tuple[int, ...]) -> None:
     assert callable(metric)
-    with pytest.raises(ShapeMismatch, match=r"expected the same"):
+    with pytest.raises(ShapeMismatch, match=r"Expected equal shapes"):
         metric(images(0), np.zeros(shape, np.float32))
 
 
@@ -139,7 +139,7 @@ def test_a_single_sample_has_no_interval() -> None:
 
 
 def features_with(mean: list[float], deviation: list[float], count: int = 400) -> np.ndarray:
-    """Make features whose sample mean and diagonal sample covariance are exactly these."""
+    """Make features with exactly this sample mean and this diagonal sample covariance."""
     generator = np.random.default_rng(len(mean))
     white = generator.standard_normal((count, len(mean)))
     white -= white.mean(axis=0)
@@ -162,7 +162,7 @@ def test_frechet_distance_of_equal_sets_is_zero() -> None:
 
 
 def test_frechet_distance_of_fewer_samples_than_features_is_finite() -> None:
-    # the covariances are singular; the square root of a singular product is where implementations break
+    # the covariances are singular, and some implementations fail at the square root of a singular product
     generator = np.random.default_rng(1)
     left, right = generator.standard_normal((2, 20, FEATURES))
     assert frechet_distance(left, left) == pytest.approx(0, abs=1e-3)
@@ -180,7 +180,7 @@ def test_the_classifier_describes_images_by_features_and_probabilities() -> None
     assert features.shape == (5, FEATURES)
     assert probabilities.shape == (5, 10)
     assert probabilities.sum(axis=1) == pytest.approx(np.ones(5))
-    # in evaluation mode an image is described without regard to its neighbours; float32 sums differ with the batch
+    # in evaluation mode the other images of a batch have no influence; only float32 rounding depends on the batch
     np.testing.assert_allclose(classifier.describe(batch[:1])[1], probabilities[:1], rtol=1e-5)
 
 
@@ -190,7 +190,7 @@ def test_the_shipped_classifier_knows_digits() -> None:
     large = functional.interpolate(small, size=(32, 32), mode="bicubic", align_corners=False).clamp(-1, 1)
     _, probabilities = DigitClassifier.load(CLASSIFIER).describe(large.numpy())
     assert (probabilities.argmax(axis=1) == digits.target).mean() > 0.95
-    # noise is not a digit, and the classifier that calls it one could not tell broken samples from good ones
+    # a classifier that is sure to see digits in noise could not tell broken samples from good ones
     noise = np.random.default_rng(0).uniform(-1, 1, (200, 1, 32, 32)).astype(np.float32)
     _, of_noise = DigitClassifier.load(CLASSIFIER).describe(noise)
     assert of_noise.max(axis=1).mean() < probabilities.max(axis=1).mean()

@@ -1,4 +1,4 @@
-"""Models are found, told apart and refused with a reason."""
+"""Models are found and told apart; unsupported ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """Copy the pipeline, so that a test may damage it."""
+    """Copy the pipeline, so that a test can damage it."""
     return Path(shutil.copytree(original, tmp_path / "pipeline"))
 
 
@@ -60,7 +60,7 @@ def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """Return the message of the ModelError that an action raises: one line, a sentence, not too long to read."""
+    """Return the message of the ModelError that an action raises; check that it is one line of readable length."""
     with pytest.raises(ModelError) as caught:
         action()
     message = str(caught.value)
@@ -145,14 +145,14 @@ def test_broken_json_is_refused(folder: Path, name: str, content: bytes | None) 
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
-    # a folder without its index is not a pipeline at all; otherwise the message names the file
+    # a folder without an index is not a pipeline; otherwise the message names the file
     assert Path(name).name in refusal(lambda: find_model(str(folder)))
 
 
 @pytest.mark.parametrize("size", [..., None])
 def test_a_model_without_a_size_is_refused(folder: Path, size: object) -> None:
     edit(folder / "unet/config.json", sample_size=size)
-    assert "names no sample_size" in refusal(lambda: find_model(str(folder)))
+    assert "has no sample_size" in refusal(lambda: find_model(str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -160,16 +160,16 @@ def test_a_model_without_a_size_is_refused(folder: Path, size: object) -> None:
 )
 def test_sizes_that_are_not_numbers_are_refused(folder: Path, change: dict[str, object]) -> None:
     edit(folder / "unet/config.json", **change)
-    assert "expected whole numbers" in refusal(lambda: find_model(str(folder)))
+    assert "Expected whole numbers" in refusal(lambda: find_model(str(folder)))
 
 
 def test_a_variance_is_predicted_only_where_the_scheduler_learns_it(folder: Path) -> None:
     edit(folder / "unet/config.json", out_channels=4)
-    assert "predicts 4 channels for samples of 2; expected 2" in refusal(lambda: find_model(str(folder)))
+    assert "predicts 4 channels for samples of 2. Expected 2" in refusal(lambda: find_model(str(folder)))
     edit(folder / "scheduler/scheduler_config.json", variance_type="learned_range")
     assert find_model(str(folder)).sample_shape == (2, 16, 24)
     edit(folder / "unet/config.json", out_channels=6)
-    assert "expected 2 or 4" in refusal(lambda: find_model(str(folder)))
+    assert "Expected 2 or 4" in refusal(lambda: find_model(str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_missing_weight_is_never_made_up(folder: Path) -> None:
     assert "'conv_in.bias' is in only one of them" in refusal(find_model(str(folder)).load_denoiser)
 
 
-def test_a_weight_that_the_configuration_has_no_place_for_is_never_left_out(folder: Path) -> None:
+def test_a_weight_without_a_place_in_the_configuration_is_never_ignored(folder: Path) -> None:
     edit_weights(folder / WEIGHTS, lambda tensors: tensors.update({"conv_extra.bias": torch.zeros(4)}))
     assert "'conv_extra.bias' is in only one of them" in refusal(find_model(str(folder)).load_denoiser)
 
@@ -228,14 +228,16 @@ def change_one_weight(folder: Path) -> None:
     ],
     ids=["weight", "config", "class", "scheduler", "scheduler class"],
 )
-def test_the_hash_changes_with_what_decides_the_output(folder: Path, change: Callable[[Path], None]) -> None:
+def test_the_hash_changes_with_everything_that_determines_the_output(
+    folder: Path, change: Callable[[Path], None]
+) -> None:
     before = find_model(str(folder)).reference.sha256
     change(folder)
     assert find_model(str(folder)).reference.sha256 != before
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
-def test_the_hash_does_not_change_with_what_libraries_note(folder: Path, name: str) -> None:
+def test_the_hash_ignores_versions_and_paths_noted_by_libraries(folder: Path, name: str) -> None:
     before = find_model(str(folder)).reference.sha256
     edit(folder / name, _diffusers_version="9.9.9", _name_or_path="/somewhere/else")
     fields = json.loads((folder / name).read_text())

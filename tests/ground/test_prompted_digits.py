@@ -1,4 +1,4 @@
-"""The conditional reference model is a stock Stable Diffusion pipeline that draws what its prompts say."""
+"""The conditional reference model is a standard Stable Diffusion pipeline that follows its prompts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loaded() -> Any:
 
 @pytest.fixture
 def pipeline(loaded: Any) -> Iterator[Any]:
-    """Give the pipeline with the scheduler's state as it was loaded."""
+    """Return the pipeline, with its scheduler in the state as loaded."""
     scheduler = loaded.scheduler
     loaded.scheduler = diffusers.DDIMScheduler.from_config(scheduler.config)
     yield loaded
@@ -41,7 +41,7 @@ def pipeline(loaded: Any) -> Iterator[Any]:
 
 
 def sample(pipeline: Any, prompts: list[str], **options: Any) -> NDArray[np.float32]:
-    """Draw grey pictures [count, 1, 32, 32] in [-1, 1], every one from its own noise, the same in each call."""
+    """Draw grey pictures [count, 1, 32, 32] in [-1, 1]; each has different noise, which is the same in every call."""
     noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 8, "guidance_scale": 3.0, "latents": noise, "output_type": "np"}
     images = pipeline(prompts, **settings | options).images
@@ -67,7 +67,7 @@ def test_the_stock_pipeline_loads_every_part(pipeline: Any) -> None:
     assert pipeline.text_encoder.config.vocab_size == len(pipeline.tokenizer)
 
 
-def test_the_pooled_text_is_what_stands_at_the_first_end(pipeline: Any) -> None:
+def test_the_pooled_text_is_the_state_at_the_first_end_token(pipeline: Any) -> None:
     tokens = pipeline.tokenizer("a seven", padding="max_length", return_tensors="pt").input_ids
     text = pipeline.text_encoder(tokens)
     torch.testing.assert_close(text.pooler_output, text.last_hidden_state[:, 3])  # after the start and two words
@@ -94,7 +94,7 @@ def test_it_draws_the_digit_of_its_prompt(pipeline: Any) -> None:
     _, probabilities = classifier.describe(sample(pipeline, prompts))
     card = json.loads((FOLDER / "card.json").read_text())
     expected = card["prompt_followed"]["digit"]
-    # 20 draws at the card's rate fall below three deviations once in a thousand; a fifth of the steps costs little
+    # 20 draws at the card's rate fall below three deviations once in a thousand; a fifth of the steps may cost 0.05
     slack = 3 * (expected * (1 - expected) / len(prompts)) ** 0.5
     assert expected >= 0.9
     assert (probabilities.argmax(1) == np.tile(np.arange(10), 2)).mean() >= expected - slack - 0.05
@@ -107,7 +107,7 @@ def test_it_draws_the_ground_and_the_pen_of_its_prompt(pipeline: Any) -> None:
     assert (dark[..., (0, -1), :] < 0).mean() >= 0.9  # a stroke may reach the border
     assert (light[..., (0, -1), :] > 0).mean() >= 0.9
     thin, thick = (dark > 0).mean(axis=(1, 2, 3)).reshape(2, -1)
-    assert (thick > thin).sum() >= 4  # one digit of five may come out small
+    assert (thick > thin).sum() >= 4  # one of the five digits may be small
 
 
 def test_deepcache_runs_on_it(pipeline: Any) -> None:
@@ -124,7 +124,7 @@ def test_deepcache_runs_on_it(pipeline: Any) -> None:
         helper.disable()
     assert np.isfinite(cached).all()
     assert not np.array_equal(cached, full)
-    # it approximates the full model: nearer to it than an unrelated picture of the same ground would be
+    # close to the full model, compared with an unrelated picture on the same ground
     assert np.abs(cached - full).mean() < 0.5 * np.abs(full - full[::-1]).mean()
     np.testing.assert_array_equal(sample(pipeline, prompts), full)
 
@@ -136,13 +136,13 @@ def test_tgate_runs_on_it(pipeline: Any) -> None:
         cached = sample(pipeline, prompts, **options)
     assert np.isfinite(cached).all()
     assert 0 < np.abs(cached - full).mean() < 0.5 * np.abs(full - full[::-1]).mean()  # as above
-    with gated(pipeline, gate=8) as options:  # behind the last step
+    with gated(pipeline, gate=8) as options:  # after the last step
         np.testing.assert_array_equal(sample(pipeline, prompts, **options), full)
     np.testing.assert_array_equal(sample(pipeline, prompts), full)
 
 
 def test_behind_its_gate_tgate_reads_no_prompt(pipeline: Any) -> None:
-    """The definition of the method: cross-attention is not computed again, and a call has half the batch."""
+    """By the method's definition, cross-attention is not computed again, and a call has half the batch."""
     batches: list[int] = []
     handle = pipeline.unet.register_forward_pre_hook(lambda _unet, given: batches.append(len(given[0])))
     try:

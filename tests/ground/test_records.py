@@ -1,4 +1,4 @@
-"""Artifacts survive JSON to the bit, refuse what contradicts itself, and are written whole or not at all."""
+"""Artifacts survive JSON bit for bit, refuse contradictions, and are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -272,8 +272,8 @@ def test_an_artifact_survives_json_to_the_bit(kind: str, data: st.DataObject) ->
 @given(data=st.data())
 def test_unknown_and_missing_fields_are_refused_at_any_depth(kind: str, data: st.DataObject) -> None:
     artifact = data.draw(ARTIFACTS[kind])
-    free = {"treatments", "environment", "controls", "denoiser_config"}  # dictionaries of any keys
-    # an engine that does not say what it emits emits nothing, and a model without prompts has none of what they need
+    free = {"treatments", "environment", "controls", "denoiser_config"}  # dictionaries with arbitrary keys
+    # these fields have defaults: an engine that emits nothing, and a model without prompts, ControlNet and decoder
     optional = {"emits", "controlnet", "prompts", "used_prompts", "guidance_scale", "conditioning", "decoder"}
     records = [node for node, under in objects(json.loads(artifact.to_json())) if under not in free]
     chosen = data.draw(st.integers(0, len(records) - 1))
@@ -289,7 +289,7 @@ def test_unknown_and_missing_fields_are_refused_at_any_depth(kind: str, data: st
 
 
 def objects(value: Any, under: str = "") -> list[tuple[dict[str, Any], str]]:
-    """List all JSON objects inside a value with the key they are under, from the outside in."""
+    """List all JSON objects inside a value, each with its key, from the outside in."""
     if isinstance(value, dict):
         return [(value, under), *(found for key, inner in value.items() for found in objects(inner, key))]
     if isinstance(value, list):
@@ -428,7 +428,7 @@ def point(time_ratio: float, relative_l2: float) -> Point:
 
 
 def holding(*, emits: tuple[str, ...] = (), period: int = 2) -> Plan:
-    """Make a plan whose engine 1 holds `a` and whose full engine emits something."""
+    """Make a plan whose engine 1 holds `a` and whose engine 0 emits the given branches."""
     engines = (Assignment(treatments={}, emits=emits), Assignment(treatments={"a": Treatment.HOLD}))
     return plan(engines=engines, phases=(Phase(low=0.0, high=1.0, cycle=(0, *[1] * (period - 1))),))
 
@@ -440,16 +440,16 @@ def file(path: str = "x", size: int = 0, sha256: str = "0" * 64) -> FileRecord:
 CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "an estimate below its interval": lambda: Estimate(low=1.0, mean=0.5, high=2.0),
     "an estimate above its interval": lambda: Estimate(low=0.0, mean=3.0, high=2.0),
-    "an estimate that is no number": lambda: Estimate(low=0.0, mean=float("nan"), high=2.0),
-    "an estimate without bound": lambda: Estimate(low=0.0, mean=1.0, high=float("inf")),
+    "an estimate that is not a number": lambda: Estimate(low=0.0, mean=float("nan"), high=2.0),
+    "an unbounded estimate": lambda: Estimate(low=0.0, mean=1.0, high=float("inf")),
     "an empty phase": lambda: Phase(low=1.0, high=1.0, cycle=(0,)),
-    "a phase turned round": lambda: Phase(low=1.0, high=0.0, cycle=(0,)),
-    "a phase without bound, which JSON cannot say": lambda: Phase(low=-float("inf"), high=0.0, cycle=(0,)),
-    "a phase that begins nowhere": lambda: Phase(low=float("nan"), high=0.0, cycle=(0,)),
-    "a phase without engine": lambda: Phase(low=0.0, high=1.0, cycle=()),
+    "a phase with swapped ends": lambda: Phase(low=1.0, high=0.0, cycle=(0,)),
+    "an unbounded phase, which JSON cannot express": lambda: Phase(low=-float("inf"), high=0.0, cycle=(0,)),
+    "a phase that begins at NaN": lambda: Phase(low=float("nan"), high=0.0, cycle=(0,)),
+    "a phase without an engine": lambda: Phase(low=0.0, high=1.0, cycle=()),
     "an empty bin": lambda: Bin(low=1.0, high=1.0, steps=1),
-    "a bin without bound": lambda: Bin(low=0.0, high=float("inf"), steps=1),
-    "a kept component that is named": lambda: Assignment(treatments={"a": Treatment.KEEP}),
+    "an unbounded bin": lambda: Bin(low=0.0, high=float("inf"), steps=1),
+    "an assignment that lists a kept component": lambda: Assignment(treatments={"a": Treatment.KEEP}),
     "phases that overlap": lambda: plan(phases=phases((0, 2), (1, 3))),
     "phases with a gap": lambda: plan(phases=phases((0, 1), (1.5, 3))),
     "phases out of order": lambda: plan(phases=phases((1, 2), (0, 1))),
@@ -458,37 +458,37 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a first engine that is not the full model": lambda: plan(engines=plan().engines[::-1]),
     "an unknown engine": lambda: plan(phases=(Phase(low=0.0, high=1.0, cycle=(0, 2)),)),
     "a negative engine": lambda: plan(phases=(Phase(low=0.0, high=1.0, cycle=(-1,)),)),
-    "a budget of all": lambda: plan(budget=1.0),
+    "a budget of 100 %": lambda: plan(budget=1.0),
     "a negative budget": lambda: plan(budget=-0.1),
-    "a budget that is no number": lambda: plan(budget=float("nan")),
-    "a prediction that is no number": lambda: plan(
+    "a budget that is not a number": lambda: plan(budget=float("nan")),
+    "a prediction that is not a number": lambda: plan(
         prediction=Prediction(time_ratio=float("nan"), relative_l2=0.0, memory=1.0)
     ),
     "an effect of an unknown component": lambda: profile(components=(component("b"),)),
     "a cost of an unknown component": lambda: profile(components=(component("b"),), effects=()),
-    "two components of one name": lambda: profile(components=(component(),) * 2),
+    "two components with the same name": lambda: profile(components=(component(),) * 2),
     "an effect in an unknown bin": lambda: profile(effects=(effect(bin=1),)),
     "an effect of keeping": lambda: effect(treatment=Treatment.KEEP),
-    "a period of what is dropped": lambda: effect(period=2),
-    "a period of what is replaced by its mean": lambda: effect(treatment=Treatment.MEAN, period=2),
-    "a component that is held and never refreshed": lambda: effect(treatment=Treatment.HOLD),
-    "a component that is forecast and never refreshed": lambda: effect(treatment=Treatment.FORECAST, period=1),
-    "an engine that emits what it drops": lambda: Assignment(treatments={"a": Treatment.DROP}, emits=("a",)),
-    "an engine that emits what it holds": lambda: Assignment(treatments={"a": Treatment.HOLD}, emits=("b", "a")),
-    "a full engine that does not emit what is held": lambda: holding(),
-    "a full engine that emits something else": lambda: holding(emits=("b",)),
+    "a period for a dropped component": lambda: effect(period=2),
+    "a period for a component replaced by its mean": lambda: effect(treatment=Treatment.MEAN, period=2),
+    "a held component without refreshes": lambda: effect(treatment=Treatment.HOLD),
+    "a forecast component without refreshes": lambda: effect(treatment=Treatment.FORECAST, period=1),
+    "an engine that emits a dropped branch": lambda: Assignment(treatments={"a": Treatment.DROP}, emits=("a",)),
+    "an engine that emits a held branch": lambda: Assignment(treatments={"a": Treatment.HOLD}, emits=("b", "a")),
+    "an engine 0 that does not emit held branches": lambda: holding(),
+    "an engine 0 that emits other branches": lambda: holding(emits=("b",)),
     "a curve without points": lambda: curve(points=()),
     "a point at no time": lambda: point(float("nan"), 0.1),
     "means of another width": lambda: profile(components=(component(channels=3),)),
     "means of another number of bins": lambda: profile(means=()),
     "no bins": lambda: profile(bins=(), means=(), effects=()),
     "a full model without weights": lambda: profile(full_bytes=0),
-    "a removal that frees more than there is": lambda: profile(full_bytes=1),
-    "a removal that frees less than nothing": lambda: profile(
+    "a removal that frees more bytes than exist": lambda: profile(full_bytes=1),
+    "a removal that frees a negative number of bytes": lambda: profile(
         costs=(Cost(component="a", saved_ms=estimate(), freed_bytes=-1),)
     ),
     "a full model that takes no time": lambda: profile(full_ms=Estimate(low=-1.0, mean=0.0, high=1.0)),
-    "a path that leads out": lambda: file("../x"),
+    "a path that leads outside": lambda: file("../x"),
     "an absolute path": lambda: file("/x"),
     "a negative size": lambda: file(size=-1),
     "a hash that is too short": lambda: file(sha256="0" * 63),
@@ -496,7 +496,7 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a graph that is not listed": lambda: manifest(files=manifest().files[:-1]),
     "a file listed twice": lambda: manifest(files=manifest().files + manifest().files[:1]),
     "two files that differ in case": lambda: manifest(files=(*manifest().files, file("W"))),
-    "an engine without graph": lambda: manifest(engines=manifest().engines[:1]),
+    "an engine without a graph": lambda: manifest(engines=manifest().engines[:1]),
     "a control without graphs": lambda: Control(name="c", plan=plan(), engines=()),
     "a bundle without seeds": lambda: manifest(used_seeds=()),
     "samples without pixels": lambda: manifest(sample_shape=(1, 0, 2)),
@@ -522,7 +522,7 @@ def test_only_holding_and_forecasting_reuse() -> None:
 
 
 @pytest.mark.parametrize(("together", "excess"), [(5.0, 1.0), (10.0, 2.0), (2.5, 0.5), (0.0, 0.0)])
-def test_a_pair_is_held_against_the_root_of_the_sum_of_squares(together: float, excess: float) -> None:
+def test_a_pair_is_compared_with_the_root_of_the_sum_of_squares(together: float, excess: float) -> None:
     assert EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=together).excess == pytest.approx(excess)
 
 
@@ -530,7 +530,7 @@ def test_a_pair_that_does_nothing_adds_up() -> None:
     assert EnginePair(engines=(1, 2), alone=(0.0, 0.0), together=0.0).excess == 1
 
 
-def test_the_front_is_what_nothing_beats_in_time_and_damage() -> None:
+def test_no_point_beats_the_front_in_both_time_and_damage() -> None:
     best = [point(0.4, 0.3), point(0.5, 0.2), point(0.9, 0.0)]
     others = [point(0.4, 0.5), point(0.5, 0.3), point(0.6, 0.2), point(1.0, 0.0)]
     assert curve(points=(*others, *best[::-1])).front() == tuple(best)
@@ -584,7 +584,7 @@ def test_another_schema_version_is_told_apart_from_damage(kind: str) -> None:
             artifact_class.from_json(damaged, "here")
 
 
-def test_a_plan_that_does_not_say_what_is_emitted_emits_nothing() -> None:
+def test_a_plan_emits_nothing_by_default() -> None:
     def without_emits(whole: Plan) -> bytes:
         text = json.loads(whole.to_json())
         for engine in text["engines"]:
@@ -616,7 +616,7 @@ def test_saving_and_loading(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["plan.json"]
 
 
-def test_what_cannot_be_read_is_an_artifact_error(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_artifact_error(tmp_path: Path) -> None:
     with (tmp_path / "huge").open("wb") as hole:
         hole.truncate(MAX_JSON_BYTES + 1)
     for name in ("missing", ".", "huge", "huge/below", "a" * 300):
@@ -636,7 +636,7 @@ def test_what_cannot_be_read_is_an_artifact_error(tmp_path: Path) -> None:
 def test_reading_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     assert read_bounded(tmp_path / "file", 5) == b"12345"
-    with pytest.raises(ArtifactError, match="5 bytes, more than the 4"):
+    with pytest.raises(ArtifactError, match="5 bytes, above the limit of 4"):
         read_bounded(tmp_path / "file", 4)
 
 

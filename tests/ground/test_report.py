@@ -1,4 +1,4 @@
-"""The report: what it says, what it escapes, and that it loads nothing."""
+"""The report shows the right figures, escapes markup and loads no other file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from unetc.sampler.table import SchedulerCount, SchedulerHeader
 from unetc.treatments import Treatment
 
 FAR = 1e30
-"""Stands for infinity at the ends of the noise levels."""
+"""Finite stand-in for infinity at the ends of the noise levels."""
 MODEL = ModelReference(name="digits", sha256="ab" * 32, pipeline="DDPMPipeline", denoiser="UNet2DModel")
 
 
@@ -97,7 +97,7 @@ def make_profile(count: int = 6, bins: int = 4, seed: int = 0) -> Profile:
 
 
 def make_plan(profile: Profile) -> Plan:
-    """Build a plan with three phases: full, two engines in turn, a pruned one."""
+    """Build a plan with three phases: the full model, two alternating engines, and a pruned engine."""
     names = [component.name for component in profile.components]
     return Plan(
         unetc="0.1.0",
@@ -222,7 +222,7 @@ def default_page() -> str:
 
 
 class Page(HTMLParser):
-    """Collects what a page would load, and the text of its table rows."""
+    """Collects the addresses that a page would load, and the text of its table rows."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def test_page_names_every_control_engine_and_note(default_page: str) -> None:
     assert MODEL.sha256 in default_page
 
 
-def test_headline_figures_are_those_of_the_verification(default_page: str) -> None:
+def test_headline_figures_come_from_the_verification(default_page: str) -> None:
     assert '<dd class="figure">24.0 %</dd>' in default_page
     assert '<dd class="figure">0.0400</dd>' in default_page
     assert '<dd class="figure">0.444 ×</dd>' in default_page, "damage compared with fewer steps: 0.04 / 0.09"
@@ -278,7 +278,9 @@ def test_markup_in_names_and_notes_is_text() -> None:
     )
     assert "script" not in Page(text).tags
     assert "<h1>&lt;script&gt;alert(&#39;$x_1$&#39;)&lt;/script&gt;</h1>" in text
-    assert "&lt;script&gt;alert('$x_1$')&lt;/script&gt;" in text, "the chart writes the name as it is, not as a formula"
+    assert "&lt;script&gt;alert('$x_1$')&lt;/script&gt;" in text, (
+        "the chart must show the name as plain text, not as a formula"
+    )
 
 
 def test_only_controls_that_beat_the_plan_are_red() -> None:
@@ -289,7 +291,7 @@ def test_only_controls_that_beat_the_plan_are_red() -> None:
     assert rank == {"early": "better", "slow": "other", "fewer_steps": "other", "uniform": "other", "random": "other"}
     colours = re.findall(r'fill: (#\w+)"[^>]*>(\w+)  [\d.]+</text>', charts.controls(verification, ("early",)))
     assert [name for colour, name in colours if colour == charts.BETTER] == ["early"]
-    assert len(colours) == 6, "every control and the plan have a label"
+    assert len(colours) == 6, "every control and the plan must have a label"
     assert "A simpler rule does less damage than this plan" in " ".join(text.split())
 
 
@@ -305,10 +307,10 @@ def test_page_without_losing_control_accuses_nobody(default_page: str) -> None:
 
 
 def test_reused_seed_is_admitted() -> None:
-    assert "had already seen seed 2" in page(verification=make_verification(seed=2))
+    assert "already used seed 2" in page(verification=make_verification(seed=2))
 
 
-def test_removed_cells_are_what_the_plan_removes() -> None:
+def test_removed_cells_match_the_plan() -> None:
     profile = make_profile()
     names = [component.name for component in profile.components]
     cells = heatmap.removed_cells(profile, make_plan(profile))
@@ -340,7 +342,7 @@ def test_holding_the_step_removes_every_component() -> None:
 
 
 def with_step(profile: Profile) -> Profile:
-    """Add the component that all others go with."""
+    """Add the component `step`, in which all others are nested."""
     names = tuple(component.name for component in profile.components)
     step = msgspec.structs.replace(
         profile.components[0], name=STEP, kind="step", owner="", index=len(names), nested=names, offset=len(names)
@@ -355,7 +357,7 @@ def test_phase_applies_to_the_bins_whose_centre_it_holds() -> None:
     plan = make_plan(profile)
     phases = (Phase(low=-FAR, high=2.9, cycle=(0,)), Phase(low=2.9, high=FAR, cycle=(1,)))
     cells = heatmap.removed_cells(profile, msgspec.structs.replace(plan, phases=phases))
-    assert {cell.bin for cell in cells} == {2, 3}, "bin 2 reaches from 0 to 6"
+    assert {cell.bin for cell in cells} == {2, 3}, "bin 2 extends from 0 to 6"
     phases = (Phase(low=-FAR, high=3.1, cycle=(0,)), Phase(low=3.1, high=FAR, cycle=(1,)))
     cells = heatmap.removed_cells(profile, msgspec.structs.replace(plan, phases=phases))
     assert {cell.bin for cell in cells} == {3}
@@ -369,7 +371,7 @@ def test_heatmap_draws_one_frame_per_run_of_cells_treated_alike() -> None:
 
 
 def letters_of(profile: Profile) -> list[str]:
-    """Read what is written in the cells that the plan keeps."""
+    """Read the letters in the cells that the plan keeps."""
     return re.findall(">([a-z])</text>", heatmap.draw(profile, full_plan(profile)))
 
 
@@ -388,7 +390,7 @@ def test_a_cell_shows_the_least_harmful_treatment(treatment: Treatment) -> None:
     assert letters_of(msgspec.structs.replace(profile, effects=least)) == [treatment.value[0]] * 3 * 4
 
 
-def test_only_what_was_measured_has_a_letter() -> None:
+def test_only_measured_cells_have_a_letter() -> None:
     profile = make_profile(count=3)
     some = tuple(msgspec.structs.replace(effect, measured=effect.bin == 2) for effect in profile.effects)
     assert len(letters_of(profile)) == 3 * 4
@@ -407,8 +409,8 @@ def test_the_page_says_how_damages_add_up() -> None:
     assert "Do damages add up?" not in page(profile, manifest=msgspec.structs.replace(manifest, pairs=()))
 
 
-def test_the_page_says_what_the_analysis_has_cost(default_page: str) -> None:
-    assert "damages cost 17.2 sampling runs of the full model" in " ".join(default_page.split())
+def test_the_page_shows_the_effort_of_the_analysis(default_page: str) -> None:
+    assert "measuring the damage took 17.2 sampling runs of the full model" in " ".join(default_page.split())
 
 
 def test_the_curve_marks_the_best_plans_and_shows_all() -> None:
@@ -505,8 +507,8 @@ def test_grid_enlarges_pixels_without_blending() -> None:
     assert np.array_equal(sheet[::4], sheet[3::4])
 
 
-def test_grid_refuses_what_is_not_a_batch() -> None:
-    with pytest.raises(ShapeMismatch, match="expected"):
+def test_grid_refuses_samples_that_are_not_a_batch() -> None:
+    with pytest.raises(ShapeMismatch, match="Expected"):
         pictures.grid(np.zeros((1, 8, 8)))
     with pytest.raises(ShapeMismatch, match="no sample"):
         pictures.grid(np.zeros((0, 1, 8, 8)))

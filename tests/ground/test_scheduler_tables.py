@@ -1,4 +1,4 @@
-"""Scheduler tables follow diffusers, survive storage and refuse damage; noise does not depend on the batch."""
+"""Scheduler tables match diffusers, survive storage and refuse damage; noise does not depend on the batch."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ CASES = [
 
 
 def scheduler_of(name: str, **config: Any) -> Any:
-    """Make a scheduler for a pipeline that has a DDIM scheduler of this configuration."""
+    """Make a scheduler for a pipeline whose own scheduler is DDIM with this configuration."""
     return make_scheduler(name, dict(diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, **config).config))
 
 
 def model(model_input: NDArray[Any], timestep: float) -> Any:
-    """Be nonlinear in both arguments, and another model than the one that `extract` checks itself with."""
+    """Predict nonlinearly in both arguments; `extract` checks itself with a different model."""
     return 2 * np.tanh(0.2 * model_input - 0.4) + np.float32(np.sin(0.003 * timestep))
 
 
 def noise_of(step: int) -> torch.Tensor:
-    """Give what a diffusers scheduler draws in a step of `sample_diffusers`."""
+    """Draw the same noise as a diffusers scheduler does in a step of `sample_diffusers`."""
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
 def variance_model(model_input: NDArray[Any], timestep: float) -> Any:
-    """Say what the variance is to be, now and then beyond the bounds -1 and 1."""
+    """Predict a variance that is sometimes outside the bounds -1 and 1."""
     return 1.3 * np.tanh(model_input - np.float32(np.sin(0.01 * timestep)))
 
 
 def sample_diffusers(scheduler: Any, steps: int, *, learned: bool = False) -> list[NDArray[Any]]:
-    """Sample with diffusers in float64, where Euler and v_prediction do not cancel to noise."""
+    """Sample with diffusers in float64, in which Euler with v_prediction does not suffer from cancellation."""
     scheduler.set_timesteps(steps)
     sample, samples = noise_of(-1) * getattr(scheduler, "init_noise_sigma", 1.0), []
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -71,7 +71,7 @@ def sample_diffusers(scheduler: Any, steps: int, *, learned: bool = False) -> li
 
 
 def sample_table(table: SchedulerTable) -> list[NDArray[Any]]:
-    """Sample with a table in float32, as a session does."""
+    """Sample with a table in float32, like a session."""
     samples = [(table.initial_scale * noise_of(-1)).float().numpy()]
     predictions: list[NDArray[Any]] = []
     for step, timestep in enumerate(table.timesteps):
@@ -84,7 +84,7 @@ def sample_table(table: SchedulerTable) -> list[NDArray[Any]]:
 
 
 def relative_difference(actual: list[NDArray[Any]], expected: list[NDArray[Any]]) -> float:
-    """Give the largest difference over a trajectory, relative to the largest element of its step."""
+    """Compute the largest difference over a trajectory, relative to the largest element of its step."""
     return max(float(abs(a - e).max() / abs(e).max()) for a, e in zip(actual, expected, strict=True))
 
 
@@ -132,7 +132,7 @@ def test_learned_variance_follows_diffusers(beta_schedule: str, spacing: str, cl
         assert relative_difference(sample_table(table), sample_diffusers(scheduler, steps, learned=True)) < 1e-5
 
 
-def test_bounds_of_a_learned_variance_are_those_of_the_fixed_ones() -> None:
+def test_a_learned_variance_lies_between_the_fixed_ones() -> None:
     learned = extract(diffusers.DDPMScheduler(variance_type="learned_range"), 20)
     for kind, bound in (("fixed_small", learned.variance_low), ("fixed_large", learned.variance_high)):
         fixed = extract(diffusers.DDPMScheduler(variance_type=kind), 20)
@@ -242,7 +242,7 @@ def test_configuration_that_diffusers_refuses_is_refused() -> None:
         make_scheduler("ddim", {"beta_schedule": "unheard"})
 
 
-def test_dpmsolver_is_second_order_whatever_the_pipeline_has() -> None:
+def test_dpmsolver_is_always_second_order() -> None:
     config = diffusers.DPMSolverMultistepScheduler(solver_order=3, algorithm_type="sde-dpmsolver++").config
     assert extract(make_scheduler("dpmsolver++", config), 20).window == 2
 
@@ -266,7 +266,7 @@ def test_flow_is_refused() -> None:
         extract(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), 5)
 
 
-def test_what_is_not_linear_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonlinear_schedulers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     step = diffusers.DDIMScheduler.step
 
     def bent(*arguments: Any, **options: Any) -> Any:
@@ -403,7 +403,7 @@ def test_damaged_tables_are_refused(header: SchedulerHeader, array: NDArray[Any]
         SchedulerTables.from_array(header, array)
 
 
-def test_update_refuses_what_it_cannot_do() -> None:
+def test_update_refuses_invalid_arguments() -> None:
     table = SchedulerTables.from_array(HEADER, ARRAY).table(3)
     one = [np.ones((1, 1, 2, 2), np.float32)]
     assert update(table, 0, one * 2, one * 2, one[0]).tolist() == [[[[6.0, 6.0], [6.0, 6.0]]]]
@@ -415,7 +415,7 @@ def test_update_refuses_what_it_cannot_do() -> None:
         with pytest.raises(SessionError, match=f"no step {step}"):
             update(table, step, one * 2, one * 2, one[0])
     learned = dataclasses.replace(table, variance_high=np.full(3, 2.0))
-    with pytest.raises(SessionError, match="takes the variance of its noise from the model"):
+    with pytest.raises(SessionError, match="needs a predicted variance of its noise"):
         update(learned, 0, one * 2, one * 2, one[0])
     assert update(learned, 0, one * 2, one * 2, one[0], one[0])[0, 0, 0, 0] == pytest.approx(5 + np.e)
 
@@ -440,14 +440,14 @@ def test_noise_is_new_for_each_seed_sample_and_step() -> None:
 
 def test_noise_is_unit_normal() -> None:
     noise = step_noise(0, range(64), 0, (3, 32, 32))
-    result = stats.kstest(noise.ravel(), "norm")  # 196,608 numbers, so a distance of 0.005 would be seen
+    result = stats.kstest(noise.ravel(), "norm")  # 196,608 numbers, enough to detect a distance of 0.005
     assert result.pvalue > 0.01
-    lanes = noise.reshape(-1, 4)  # of one block of Philox
+    lanes = noise.reshape(-1, 4)  # from one block of Philox
     assert np.abs(np.corrcoef(lanes.T) - np.eye(4)).max() < 0.02
     assert np.abs(np.corrcoef(lanes.T**2) - np.eye(4)).max() < 0.02
 
 
-def test_words_of_philox_are_those_of_its_authors() -> None:
+def test_words_of_philox_match_its_authors_vectors() -> None:
     """Source: kat_vectors of Random123 1.14.0, philox4x32 with 10 rounds."""
     known = {
         (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),

@@ -1,4 +1,4 @@
-"""Calls are timed in turns, and short ones for longer."""
+"""Timed calls alternate, and short calls get more rounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from unetc.timing import MORE, interleaved_ms
 
 
-def test_calls_are_timed_in_turns_with_what_they_wait_for() -> None:
+def test_timed_calls_alternate_and_include_their_waiting() -> None:
     order: list[str] = []
     calls = [lambda: order.append("a"), lambda: order.append("b")]
     times = interleaved_ms(calls, rounds=3, warmup=1, wait=lambda: (order.append("wait"), time.sleep(0.01)))
@@ -19,6 +19,6 @@ def test_calls_are_timed_in_turns_with_what_they_wait_for() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 2, 2), (0.1, 3, 5), (60.0, 2 * MORE, 2 * MORE)])
-def test_rounds_go_on_for_some_seconds_and_not_for_ever(seconds: float, least: int, most: int) -> None:
+def test_rounds_continue_for_some_seconds_but_not_forever(seconds: float, least: int, most: int) -> None:
     times = interleaved_ms([lambda: time.sleep(0.025)], rounds=2, seconds=seconds)
     assert least <= len(times) <= most

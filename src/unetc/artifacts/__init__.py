@@ -1,4 +1,4 @@
-"""The nouns of unetc: frozen, typed, saved as JSON. No module here imports torch, onnx or a backend."""
+"""Artifacts of unetc: frozen, typed records saved as JSON. No module here imports torch, onnx or a backend."""
 
 from unetc.treatments import Treatment
 

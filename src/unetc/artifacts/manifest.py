@@ -1,4 +1,4 @@
-"""Manifest: the table of contents of a bundle, written last, with a hash for every other byte of it."""
+"""Manifest: the table of contents of a bundle. It is written last and holds a hash of every other file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .record import Artifact, Record, require
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
-"""Holds the hash of the manifest, so that its own bytes are covered too."""
+"""File with the hash of the manifest, so that the manifest is protected too."""
 SCHEDULER_ROWS = "rows"
-"""Name of the one array in the scheduler file."""
+"""Name of the only array in the scheduler file."""
 
 
 def digest_of(manifest: bytes) -> bytes:
-    """Make the contents of the file that vouches for a manifest."""
+    """Compute the contents of the file that protects a manifest."""
     return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()
 
 
@@ -32,7 +32,7 @@ class FileRecord(Record, frozen=True, kw_only=True):
     """One file of the bundle."""
 
     path: str
-    """Relative, with forward slashes, inside the bundle."""
+    """Path relative to the bundle, with forward slashes."""
     bytes: int
     sha256: str
 
@@ -41,8 +41,8 @@ class FileRecord(Record, frozen=True, kw_only=True):
         parts = PurePosixPath(self.path).parts
         plain = re.fullmatch(r"[A-Za-z0-9_.\-/]+", self.path) and not self.path.startswith("/")
         require(bool(plain) and ".." not in parts and self.path == "/".join(parts), f"unsafe path {self.path!r}")
-        require(self.bytes >= 0, "a size is not negative")
-        require(bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "a sha256 has 64 hexadecimal digits")
+        require(self.bytes >= 0, "a size must not be negative")
+        require(bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "a sha256 must have 64 hexadecimal digits")
 
 
 class LoweredGraph(Record, frozen=True, kw_only=True):
@@ -51,25 +51,25 @@ class LoweredGraph(Record, frozen=True, kw_only=True):
     graph: str
     """Path of the ONNX graph."""
     weights: tuple[str, ...]
-    """What it reads of the weights file, called after what it is rounded from, as `unetc.precision` says."""
+    """Weights that the graph reads, under the names described in `unetc.precision`."""
 
 
 class BundleEngine(Record, frozen=True, kw_only=True):
     """One compiled graph."""
 
     graph: str
-    """Path of the ONNX graph; its weights are in the bundle's one weights file."""
+    """Path of the ONNX graph; its weights are in the bundle's single weights file."""
     unused_weights: tuple[str, ...]
     """Tensors of the weights file that the graph does not read."""
     lowered: LoweredGraph | None = None
-    """The same in the bundle's precision, if that is less than float32."""
+    """The same graph in the bundle's precision; None for float32."""
     treatments: dict[str, Treatment]
     step_ms: float
-    """Median milliseconds per call, measured on the target at the manifest's batch."""
+    """Median milliseconds per call, measured on the target at the manifest's batch size."""
 
 
 class Measurement(Record, frozen=True, kw_only=True):
-    """What joint sampling measured against the full model."""
+    """Time and damage of a whole schedule, measured against the full model."""
 
     time_ratio: float
     """Time of the schedule / time of the full model, dimensionless."""
@@ -77,7 +77,7 @@ class Measurement(Record, frozen=True, kw_only=True):
 
 
 class EnginePair(Record, frozen=True, kw_only=True):
-    """How the damages of two engines of a plan add up; relative L2, all other steps computed in full."""
+    """Damage of two engines of a plan, alone and together: relative L2, with all other steps computed in full."""
 
     engines: tuple[int, int]
     alone: tuple[float, float]
@@ -91,41 +91,41 @@ class EnginePair(Record, frozen=True, kw_only=True):
 
 
 class Control(Record, frozen=True, kw_only=True):
-    """A plan of the same cost made by a simpler rule, kept for comparison."""
+    """A plan of the same cost, made by a simpler rule for comparison."""
 
     name: str
     plan: Plan
     engines: tuple[BundleEngine, ...]
 
     def __post_init__(self) -> None:
-        """Check that every engine of the plan is there."""
+        """Check that every engine of the plan is present."""
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
 
 
 class Conditioning(Record, frozen=True, kw_only=True):
-    """What samples of the bundle are conditioned on unless they are given conditions of their own."""
+    """Default conditions of the bundle's samples."""
 
     file: str
     """Path of the encoded prompts."""
     prompts: tuple[str, ...]
-    """In words; sample k has prompt k, modulo their number."""
+    """Text of the prompts; sample k has prompt k modulo their number."""
     used: int
-    """Analysis and build have seen the first so many; `verify` uses the others, if there are any."""
+    """Number of prompts used by analysis and build, from the first; `verify` uses the others, if any."""
     guidance_scale: float
-    """Of classifier-free guidance, dimensionless; 1 if there is none."""
+    """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
 
     def __post_init__(self) -> None:
         """Check the count."""
-        require(0 < self.used <= len(self.prompts), "a bundle with prompts was made with some of them")
+        require(0 < self.used <= len(self.prompts), "the number of used prompts must lie between 1 and all")
 
 
 class BundleDecoder(Record, frozen=True, kw_only=True):
-    """What turns samples into images."""
+    """Graph that turns samples into images."""
 
     graph: str
-    """Path of the ONNX graph, weights inside."""
+    """Path of the ONNX graph, which contains its weights."""
     scale: int
-    """Pixels of the image per pixel of a sample, along each side."""
+    """Image pixels per sample pixel, along each side."""
 
 
 class Manifest(Artifact, frozen=True, kw_only=True):
@@ -137,20 +137,20 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     model: ModelReference
     target: str
     precision: Precision = Precision.FP32
-    """What graphs are there in besides float32; float32 if in nothing else."""
+    """Second precision of the graphs; float32 if there is no second one."""
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
     denoiser_config: dict[str, Any]
-    """The denoiser's own configuration, as its library writes it."""
+    """Configuration of the denoiser, as its library writes it."""
     predicted_channels: int
-    """Width of what the denoiser predicts; that of a sample, or more where it predicts a variance too."""
+    """Channels of a prediction: as many as in a sample, or more if the denoiser also predicts a variance."""
     conditioning: Conditioning | None = None
-    """None if the denoiser gets noise and timestep alone."""
+    """None for an unconditional model."""
     decoder: BundleDecoder | None = None
     """None if samples are images."""
     batch: int
-    """Batch of all times in this manifest."""
+    """Batch size of all timings in this manifest."""
     steps: int
     """Default number of steps."""
     weights: str
@@ -159,24 +159,24 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     scheduler: SchedulerHeader
     scheduler_file: str
     full: BundleEngine
-    """The full model, which emits nothing: what `full_model` runs, and what all time ratios are measured against."""
+    """The full model, which emits nothing. `full_model=True` runs it, and all time ratios refer to it."""
     plan: Plan
     engines: tuple[BundleEngine, ...]
-    """One per engine of the plan, in its order."""
+    """One per engine of the plan, in the same order."""
     controls: tuple[Control, ...]
     measured: Measurement
     evaluated: tuple[Measurement, ...]
-    """Every schedule that the build has sampled on its way to the plan."""
+    """Every schedule that the build sampled before it settled on the plan."""
     pairs: tuple[EnginePair, ...]
-    """How far the damages of the plan's engines add up."""
+    """Joint damage of pairs of the plan's engines."""
     used_seeds: tuple[int, ...]
-    """Seeds that analysis and build have seen; `verify` uses others."""
+    """Seeds used by analysis and build; `verify` uses others."""
     notes: tuple[str, ...]
-    """What the build did to meet the budget, in words."""
+    """Notes of the build on how it met the budget."""
     files: tuple[FileRecord, ...]
 
     def __post_init__(self) -> None:
-        """Check that everything named is listed."""
+        """Check that every named file is listed and that the parts agree."""
         listed = {file.path for file in self.files}
         require(len(listed) == len(self.files), "a file is listed twice")
         require(len({path.lower() for path in listed}) == len(listed), "two paths differ only in case")
@@ -184,19 +184,19 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         if self.conditioning is not None:
             named.add(self.conditioning.file)
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
-        require(not self.full.treatments, "the full model keeps every component")
+        require(not self.full.treatments, "the full model must keep every component")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
-        require(bool(self.used_seeds), "a bundle names the seeds it was made with")
+        require(bool(self.used_seeds), "used_seeds must not be empty")
         lowered = {engine.lowered is not None for engine in self.all_engines()}
-        require(lowered == {self.precision is not Precision.FP32}, "all graphs are there in the bundle's precision")
+        require(lowered == {self.precision is not Precision.FP32}, "every graph must exist in the bundle's precision")
 
     def all_engines(self) -> tuple[BundleEngine, ...]:
-        """List the full model, the engines of the plan and those of the controls."""
+        """List the full model, then the engines of the plan, then the engines of the controls."""
         return (self.full, *self.engines, *(engine for control in self.controls for engine in control.engines))
 
     def graphs(self) -> frozenset[str]:
-        """Name every file that a backend loads."""
+        """List every graph file that a backend loads."""
         engines = self.all_engines()
         graphs = {engine.graph for engine in engines} | {one.lowered.graph for one in engines if one.lowered}
         return frozenset(graphs if self.decoder is None else graphs | {self.decoder.graph})

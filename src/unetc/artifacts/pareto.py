@@ -1,4 +1,4 @@
-"""Pareto: time and damage of every plan that a search has sampled."""
+"""Pareto: time and damage of every plan sampled by a search."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .record import Artifact, Record, finite, require
 
 
 class Point(Record, frozen=True, kw_only=True):
-    """One plan, sampled."""
+    """One sampled plan."""
 
     budget: float
-    """The budget whose search met it."""
+    """Budget of the search that sampled the plan."""
     time_ratio: float
-    """Time of the plan's engine calls / as many of the full model."""
+    """Time of the plan's engine calls / time of as many calls of the full model."""
     damage: Damage
     plan: Plan
 
@@ -23,7 +23,7 @@ class Point(Record, frozen=True, kw_only=True):
 
 
 class Pareto(Artifact, frozen=True, kw_only=True):
-    """Every plan that was sampled, and thereby the curve of the least damage at any time."""
+    """All sampled plans; the best of them form the curve of least damage at each time."""
 
     unetc: str
     model: ModelReference
@@ -32,16 +32,16 @@ class Pareto(Artifact, frozen=True, kw_only=True):
     environment: dict[str, str]
     steps: int
     samples: int
-    """Samples behind every point."""
+    """Number of samples per point."""
     seed: int
     points: tuple[Point, ...]
 
     def __post_init__(self) -> None:
-        """Check that there is a curve."""
+        """Check that the curve is not empty."""
         require(bool(self.points), "a curve needs a point")
 
     def front(self) -> tuple[Point, ...]:
-        """List the points that no other beats in both time and relative L2 damage, fastest first."""
+        """List the points that no other point beats in both time and relative L2 damage, fastest first."""
         front: list[Point] = []
         for point in sorted(self.points, key=lambda p: (p.time_ratio, p.damage.relative_l2.mean)):
             if not front or point.damage.relative_l2.mean < front[-1].damage.relative_l2.mean:

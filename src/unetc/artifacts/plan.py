@@ -1,4 +1,4 @@
-"""Plan: which engines exist and which one runs at which noise level."""
+"""Plan: the engines, and the noise levels at which each of them runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Assignment(Record, frozen=True, kw_only=True):
 
     treatments: dict[str, Treatment]
     emits: tuple[str, ...] = ()
-    """Components whose branches it hands to the engines that reuse them."""
+    """Components whose branches it outputs for later engines to reuse."""
 
     def __post_init__(self) -> None:
-        """Check that every treatment changes something, and that every emitted component is computed."""
-        require(Treatment.KEEP not in self.treatments.values(), "an assignment names only components it does not keep")
+        """Check that no treatment is `keep`, and that every emitted component is computed."""
+        require(Treatment.KEEP not in self.treatments.values(), "an assignment must not list components that it keeps")
         require(not self.treatments.keys() & set(self.emits), "an engine can only emit components that it computes")
 
     @property
@@ -31,12 +31,12 @@ class Assignment(Record, frozen=True, kw_only=True):
 
 
 class Phase(Record, frozen=True, kw_only=True):
-    """A range of noise levels, in log-SNR, low inclusive and high exclusive, served by one cycle of engines."""
+    """A range of noise levels in log-SNR, low inclusive and high exclusive, served by one cycle of engines."""
 
     low: float
     high: float
     cycle: tuple[int, ...]
-    """Engines in their order: one engine, or a refresh followed by engines that reuse its branches."""
+    """Engines in running order: one engine, or a refresh followed by engines that reuse its branches."""
 
     def __post_init__(self) -> None:
         """Check the range."""
@@ -46,18 +46,18 @@ class Phase(Record, frozen=True, kw_only=True):
 
 
 class Prediction(Record, frozen=True, kw_only=True):
-    """The planner's expectation, from the profile's single ablations."""
+    """Time, damage and memory that the planner predicts from the profile's single ablations."""
 
     time_ratio: float
-    """Planned / full time of the denoiser calls."""
+    """Planned time / full model's time of the denoiser calls."""
     relative_l2: float
-    """Single damages at their upper 95 % bounds: summed over a phase's bins, then added in squares over components."""
+    """Upper 95 % bounds of the single damages: summed over a phase's bins, then added in squares over components."""
     memory: float
-    """Weights of all engines together, each with its own copy / weights of the full model; an upper bound."""
+    """Bytes of weights if each engine has its own copy / bytes of the full model's weights; an upper bound."""
 
 
 class Plan(Artifact, frozen=True, kw_only=True):
-    """Engines and the schedule that maps noise level to engine. Engine 0 always computes everything."""
+    """Engines and the schedule that maps noise levels to engines. Engine 0 always computes everything."""
 
     unetc: str
     model: ModelReference
@@ -74,11 +74,11 @@ class Plan(Artifact, frozen=True, kw_only=True):
         """Check that phases tile the noise levels and name engines that exist."""
         require(bool(self.engines) and not self.engines[0].treatments, "engine 0 must compute everything")
         require(bool(self.phases), "a plan needs a phase")
-        require(0 <= self.budget < 1, f"a budget lies in [0, 1), got {self.budget}")
+        require(0 <= self.budget < 1, f"a budget must lie in [0, 1), got {self.budget}")
         expected = self.prediction
         require(finite(expected.time_ratio, expected.relative_l2, expected.memory), "a prediction must be finite")
         held = frozenset().union(*(engine.reused for engine in self.engines))
-        require(held <= set(self.engines[0].emits), "engine 0 must emit whatever another engine holds or forecasts")
+        require(held <= set(self.engines[0].emits), "engine 0 must emit every branch that another engine reuses")
         for left, right in pairwise(self.phases):
             require(left.high == right.low, "phases must follow each other without a gap")
         for phase in self.phases:

@@ -1,4 +1,4 @@
-"""Profile: what an analysis measured about one model on one target."""
+"""Profile: the measurements of one model on one target."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ STEP = "step"
 
 
 class ModelReference(Record, frozen=True, kw_only=True):
-    """Which model an artifact belongs to."""
+    """The model that an artifact belongs to."""
 
     name: str
-    """What the user typed: a built-in name, a folder or a Hub id."""
+    """The name as the user typed it: a built-in name, a folder or a Hub id."""
     sha256: str
     """Hash of the denoiser's configuration, its weights and the scheduler's configuration."""
     pipeline: str
@@ -24,13 +24,13 @@ class ModelReference(Record, frozen=True, kw_only=True):
     denoiser: str
     """Class of the denoiser."""
     controlnet: bool = False
-    """Whether its graph has inputs for the residuals of a ControlNet; decides the hash too."""
+    """Whether the graph has ControlNet inputs; part of the hash."""
     loras: tuple[str, ...] = ()
-    """What is fused into it, as path and scale, in order; contents and scales decide the hash too."""
+    """LoRAs fused into the denoiser, as path and scale, in order; their contents and scales are part of the hash."""
 
     @property
     def title(self) -> str:
-        """Its name, and what is fused into it."""
+        """Name of the model, followed by its LoRAs."""
         return " + ".join((self.name, *self.loras))
 
 
@@ -48,9 +48,9 @@ class Component(Record, frozen=True, kw_only=True):
     axis: int
     """Axis of the channels in the branch."""
     nested: tuple[str, ...]
-    """Components that are only computed for this one's branch; they go with it."""
+    """Components computed only for this one's branch; removing the branch removes them too."""
     offset: int
-    """Where the means of the component start in the concatenated means."""
+    """Position of the component's first mean in the concatenated means."""
 
     @property
     def rank(self) -> int:
@@ -59,12 +59,12 @@ class Component(Record, frozen=True, kw_only=True):
 
 
 class Bin(Record, frozen=True, kw_only=True):
-    """A range of noise levels, in log-SNR, low inclusive and high exclusive; the outer bins are open-ended."""
+    """A range of noise levels in log-SNR, low inclusive and high exclusive; the outer bins are open-ended."""
 
     low: float
     high: float
     steps: int
-    """Number of steps of the analysed schedule that lie in the bin."""
+    """Number of steps of the analysed schedule in the bin."""
 
     def __post_init__(self) -> None:
         """Check the range."""
@@ -85,7 +85,7 @@ class Estimate(Record, frozen=True, kw_only=True):
 
 
 class Damage(Record, frozen=True, kw_only=True):
-    """How far the final output is from the original model's, at the same noise."""
+    """Difference between the final output and the original model's, from the same noise."""
 
     relative_l2: Estimate
     """Norm of the difference / norm of the original, per sample, dimensionless."""
@@ -96,36 +96,36 @@ class Damage(Record, frozen=True, kw_only=True):
 
 
 class Effect(Record, frozen=True, kw_only=True):
-    """What the final output loses when one component has one treatment in one bin, all else kept."""
+    """Damage to the final output if one component has one treatment in one bin and everything else is kept."""
 
     component: str
     treatment: Treatment
     period: int
-    """One step of so many computes the component all the same; 1 if none does."""
+    """The component is computed once in this many steps; 1 if it is never computed."""
     bin: int
     measured: bool
-    """Whether the ablation reached the final output; if not, the damage is estimated from its local error."""
+    """Whether the damage was measured on the final output; otherwise it is estimated from the local error."""
     relative_l2: Estimate
     """Norm of the difference / norm of the original, per sample, dimensionless."""
 
     def __post_init__(self) -> None:
         """Check that a period belongs to a treatment that refreshes."""
-        require(self.treatment is not Treatment.KEEP, "an effect is of a treatment that changes something")
-        require((self.period > 1) == self.treatment.reuses, "what is held or forecast has a period above 1, others 1")
+        require(self.treatment is not Treatment.KEEP, "an effect must have a treatment other than keep")
+        require((self.period > 1) == self.treatment.reuses, "hold and forecast need a period above 1, others period 1")
 
 
 class Cost(Record, frozen=True, kw_only=True):
-    """What removing one component saves: full graph minus the graph specialised without it."""
+    """Savings from removing one component: the full graph minus the graph specialised without it."""
 
     component: str
     saved_ms: Estimate
-    """Milliseconds per denoiser call at the profile's batch; the interval is over repetitions."""
+    """Milliseconds per denoiser call at the profile's batch size; the interval is over repetitions."""
     freed_bytes: int
-    """Bytes of the weights that the full graph reads and the one without the component does not."""
+    """Bytes of the weights that only the component needs: read by the full graph, not by the graph without it."""
 
 
 class Profile(Artifact, frozen=True, kw_only=True):
-    """Damage of every component at every noise level, and its cost on the target."""
+    """Damage of removing each component at each noise level, and its cost on the target."""
 
     unetc: str
     model: ModelReference
@@ -136,15 +136,15 @@ class Profile(Artifact, frozen=True, kw_only=True):
     target: str
     threads: int
     batch: int
-    """Batch of the cost measurement."""
+    """Batch size of the cost measurement."""
     sample_shape: tuple[int, int, int]
     """[channel, height, width] of one sample."""
     prompts: tuple[str, ...] = ()
-    """What samples are conditioned on, in words; empty if on nothing."""
+    """Prompts of the samples; empty for an unconditional model."""
     used_prompts: int = 0
-    """The first so many were used: sample k had prompt k, modulo this number. The others are for `verify`."""
+    """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0
-    """Of classifier-free guidance, dimensionless; 1 if there is none."""
+    """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
     full_ms: Estimate
@@ -154,9 +154,9 @@ class Profile(Artifact, frozen=True, kw_only=True):
     costs: tuple[Cost, ...]
     effects: tuple[Effect, ...]
     samplings: float
-    """What the damages have cost: denoiser calls per sample / steps, that is, in sampling runs of the full model."""
+    """Effort of measuring the damage, in sampling runs of the full model: denoiser calls per sample / steps."""
     means: tuple[bytes, ...]
-    """Per bin, the concatenated branch means of all components: little-endian float32, [channel of all components]."""
+    """Branch means per bin, concatenated over the components: little-endian float32, [channels of all components]."""
 
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""
@@ -168,12 +168,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
         width = 4 * sum(component.channels for component in self.components)
         require(len(self.means) == len(self.bins), "there must be one row of means per bin")
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
-        require(0 <= self.used_prompts <= len(self.prompts), "no more prompts can be used than there are")
+        require(0 <= self.used_prompts <= len(self.prompts), "used_prompts must not exceed the number of prompts")
         require(bool(self.bins) and self.full_ms.mean > 0, "a profile needs bins and a positive time")
         freed = [cost.freed_bytes for cost in self.costs]
-        require(self.full_bytes > 0, "a full model has weights")
-        require(all(0 <= own <= self.full_bytes for own in freed), "a removal frees between none and all of the bytes")
-
-    def bin_of(self, log_snr: float) -> int:
-        """Find the bin of a noise level; the outer bins reach to infinity."""
-        return sum(1 for bin in self.bins[1:] if log_snr >= bin.low)
+        require(self.full_bytes > 0, "the weights of the full model must not be empty")
+        require(all(0 <= own <= self.full_bytes for own in freed), "freed_bytes must lie between 0 and full_bytes")

@@ -1,4 +1,4 @@
-"""What all artifacts share: strict JSON in and out, and writing that is never half done."""
+"""Base classes of all artifacts: strict JSON and atomic writes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAX_JSON_BYTES = 256 * 2**20
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A frozen value that knows its JSON form; unknown or missing fields are errors."""
+    """A frozen value with a JSON form; unknown or missing fields are errors."""
 
 
 class Artifact(Record, frozen=True, kw_only=True):
-    """A record that is saved as a file of its own and carries the version of its layout."""
+    """A record that is saved as a separate file, with the version of its layout."""
 
     SCHEMA: ClassVar[int] = 3
-    """Layout of this kind of artifact; one whose layout changes gets a number of its own."""
+    """Version of the layout; a subclass whose layout has changed overrides it."""
     schema: int = 3
 
     def to_json(self) -> bytes:
@@ -40,7 +40,7 @@ class Artifact(Record, frozen=True, kw_only=True):
         """Write the JSON form in one atomic step.
 
         Raises:
-            ArtifactError: If the folder cannot be written or the disk is full; nothing is left behind.
+            ArtifactError: If the folder cannot be written or the disk is full; no partial file remains.
         """
         write_atomically(path, self.to_json())
 
@@ -50,10 +50,10 @@ class Artifact(Record, frozen=True, kw_only=True):
 
         Args:
             data: The JSON text.
-            origin: What to call it in an error, mostly its path.
+            origin: Name of the text in error messages, usually its path.
 
         Raises:
-            CorruptArtifactError: If this is not such an artifact.
+            CorruptArtifactError: If the text is not a valid artifact of this class.
             SchemaVersionError: If another version of unetc wrote it.
         """
         what = f"{origin} is not a valid {cls.__name__.lower()}"
@@ -76,8 +76,9 @@ class Artifact(Record, frozen=True, kw_only=True):
         """Read and validate a file.
 
         Raises:
-            ArtifactError: If it cannot be read.
-            CorruptArtifactError: If it is not such an artifact.
+            ArtifactError: If the file cannot be read.
+            CorruptArtifactError: If the file is not a valid artifact of this class.
+            SchemaVersionError: If another version of unetc wrote it.
         """
         return cls.from_json(read_bounded(path, MAX_JSON_BYTES), str(path))
 
@@ -97,7 +98,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def finite(*values: float) -> bool:
-    """Tell whether all values are finite numbers."""
+    """Check whether all values are finite numbers."""
     return all(math.isfinite(value) for value in values)
 
 
@@ -105,21 +106,21 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """Read a whole file of at most `limit` bytes.
 
     Raises:
-        ArtifactError: If it is missing, unreadable or larger.
+        ArtifactError: If the file is missing, unreadable or larger.
     """
     try:
         if (size := path.stat().st_size) > limit:
-            raise ArtifactError(f"{path} has {size} bytes, more than the {limit} that are read. It is not from unetc.")
+            raise ArtifactError(f"{path} has {size} bytes, above the limit of {limit}. unetc did not write this file.")
         return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
 
 
 def check_writable(path: Path) -> None:
-    """Refuse, before any work is done, a file that cannot be written.
+    """Refuse a path that cannot be written, before any work is done.
 
     Raises:
-        ArtifactError: If the folder cannot be made or written, or the path is a folder.
+        ArtifactError: If the folder cannot be created or written, or the path is a folder.
     """
     try:
         if path.is_dir():
@@ -132,7 +133,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it holds all of `data` or does not change.
+    """Write a file in one atomic step: it gets all of `data` or stays unchanged.
 
     Raises:
         ArtifactError: If the folder cannot be written or the disk is full.

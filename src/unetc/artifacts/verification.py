@@ -1,4 +1,4 @@
-"""Verification: what a bundle does on seeds nobody has seen, beside simpler ways to save the same time."""
+"""Verification: time and damage of a bundle on unused seeds, compared with simpler ways to save the same time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .record import Artifact, Record
 
 
 class ControlResult(Record, frozen=True, kw_only=True):
-    """One simpler way to save time, measured in the same run on the same noise."""
+    """A simpler way to save time, measured in the same run on the same noise."""
 
     time_ratio: float
     """Time of the control / time of the full model, dimensionless."""
@@ -16,14 +16,14 @@ class ControlResult(Record, frozen=True, kw_only=True):
 
 
 class EngineUse(Record, frozen=True, kw_only=True):
-    """One engine of the plan as it was used."""
+    """One engine of the plan, and how the schedule used it."""
 
     step_ms: float
     """Median milliseconds per denoiser call."""
     steps: int
-    """How many of the steps it served."""
+    """Number of steps it served."""
     removed: int
-    """How many components it does not compute."""
+    """Number of components it does not compute."""
 
 
 class Verification(Artifact, frozen=True, kw_only=True):
@@ -32,7 +32,7 @@ class Verification(Artifact, frozen=True, kw_only=True):
     unetc: str
     model: ModelReference
     plan_sha256: str
-    """Hash of the plan that was verified."""
+    """Hash of the verified plan."""
     target: str
     threads: int
     environment: dict[str, str]
@@ -42,9 +42,9 @@ class Verification(Artifact, frozen=True, kw_only=True):
     samples: int
     seed: int
     rounds: int
-    """Repetitions of each timing; sampling runs of full, plan and controls take turns."""
+    """Repetitions of each timing; runs of the full model, the plan and the controls alternate."""
     full_ms: float
-    """Median milliseconds of one whole sampling run of the full model at the bundle's batch."""
+    """Median milliseconds of one whole sampling run of the full model at the bundle's batch size."""
     time_ratio: float
     """Median over rounds of (time of the plan / time of the full model), both through the same runtime."""
     time_ratio_p10: float
@@ -53,14 +53,14 @@ class Verification(Artifact, frozen=True, kw_only=True):
     controls: dict[str, ControlResult]
     engines: tuple[EngineUse, ...]
     disk_bytes: int
-    """Weights and graphs of the full model and of the plan's engines."""
+    """Bytes of the weights and graphs of the full model and the plan's engines."""
     full_disk_bytes: int
-    """Weights and graph of the full model alone."""
+    """Bytes of the weights and graph of the full model alone."""
 
     def beaten_by(self) -> tuple[str, ...]:
-        """Name the controls that do less damage at no more time.
+        """List the controls that do less damage in no more time.
 
-        Timings spread, so a control counts as no slower up to the plan's 90th percentile.
+        Timings vary, so a control counts as no slower up to the plan's 90th percentile.
         """
         return tuple(
             name

@@ -1,1 +1,1 @@
-"""Distances between the images of two models at the same noise, and task metrics of reference models."""
+"""Distances between the images of two models that start from the same noise."""

@@ -1,4 +1,4 @@
-"""How far one batch of samples is from another, per sample."""
+"""Distances between two batches of samples, per sample."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from unetc.backend import Array
 from unetc.errors import ShapeMismatch
 
 VALUE_RANGE = 2.0
-"""Samples lie in [-1, 1]."""
+"""Width of the interval [-1, 1] in which samples lie."""
 
 PSNR_CAP_DB = 100.0
-"""PSNR of equal images; infinity has no mean."""
+"""PSNR reported for equal images, because a mean over infinity would be useless."""
 
 WINDOW = 11
-"""Height and width of the window of SSIM, in pixels; in a smaller image it fits nowhere."""
+"""Height and width of the SSIM window, in pixels; images must be at least this large."""
 
 
 def relative_l2(reference: Array, candidate: Array) -> NDArray[np.float64]:
-    """Measure the norm of the difference over the norm of the reference.
+    """Measure the norm of the difference, divided by the norm of the reference.
 
     Args:
         reference: Samples of the full model, [batch, channel, height, width].
         candidate: Samples to compare, same shape.
 
     Returns:
-        [batch] dimensionless, 0 = same.
+        [batch], dimensionless, >= 0; zero means identical.
 
     Raises:
         ShapeMismatch: If the shapes differ.
@@ -40,7 +40,14 @@ def relative_l2(reference: Array, candidate: Array) -> NDArray[np.float64]:
 
 
 def psnr(reference: Array, candidate: Array) -> NDArray[np.float64]:
-    """Measure the peak signal-to-noise ratio in dB, [batch], capped at 100 dB; 2 is the peak-to-peak range.
+    """Measure the peak signal-to-noise ratio over a value range of 2.
+
+    Args:
+        reference: Samples of the full model, [batch, channel, height, width].
+        candidate: Samples to compare, same shape.
+
+    Returns:
+        [batch], in dB, capped at 100 dB.
 
     Raises:
         ShapeMismatch: If the shapes differ.
@@ -52,18 +59,25 @@ def psnr(reference: Array, candidate: Array) -> NDArray[np.float64]:
 
 
 def ssim(reference: Array, candidate: Array) -> NDArray[np.float64]:
-    """Measure the structural similarity, [batch], 1 = same.
+    """Measure the structural similarity.
+
+    Args:
+        reference: Samples of the full model, [batch, channel, height, width].
+        candidate: Samples to compare, same shape.
+
+    Returns:
+        [batch], dimensionless, at most 1; 1 means identical.
 
     Raises:
         ShapeMismatch: If the shapes differ, or the images are smaller than the window.
 
     Source:
-        Wang et al. 2004, eq. (13); torchmetrics with its Gaussian window of 11 pixels.
+        Wang et al. 2004, eq. (13), as computed by torchmetrics with a Gaussian window of 11 pixels.
     """
     _flat(candidate, reference)
     if min(reference.shape[2:]) < WINDOW:
         raise ShapeMismatch(
-            f"cannot compare samples of shape {reference.shape} by SSIM; expected at least {WINDOW}x{WINDOW} pixels."
+            f"cannot compare samples of shape {reference.shape} by SSIM. Expected at least {WINDOW}x{WINDOW} pixels."
         )
     values = structural_similarity_index_measure(
         torch.from_numpy(np.ascontiguousarray(candidate)),
@@ -77,6 +91,8 @@ def ssim(reference: Array, candidate: Array) -> NDArray[np.float64]:
 
 def _flat(samples: Array, minus: Array | None = None) -> NDArray[np.float64]:
     if minus is not None and samples.shape != minus.shape:
-        raise ShapeMismatch(f"cannot compare samples of shape {samples.shape} with {minus.shape}; expected the same.")
+        raise ShapeMismatch(
+            f"cannot compare samples of shape {samples.shape} with {minus.shape}. Expected equal shapes."
+        )
     flat = samples.reshape(len(samples), -1).astype(np.float64)
     return flat if minus is None else flat - minus.reshape(len(minus), -1)

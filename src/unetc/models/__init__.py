@@ -1,1 +1,1 @@
-"""Pretrained models: those that ship with unetc, folders of diffusers, the Hub, and OpenAI's GLIDE."""
+"""Pretrained models: built-in ones, diffusers folders, Hub models and OpenAI's GLIDE."""

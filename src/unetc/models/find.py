@@ -1,4 +1,4 @@
-"""Find a model by name: one that ships with unetc, a folder of diffusers, a Hub id, or GLIDE with its checkpoint."""
+"""Find a model by name: a built-in model, a diffusers folder, a Hub id, or GLIDE with its checkpoint."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .pipeline import GUIDANCE, brief, open_pipeline
 from .prompts import PROMPTS
 
 BUILT_IN = ("digits", "prompted-digits")
-"""Models that ship with unetc."""
+"""Models shipped with unetc."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model comes from, and how its denoiser is prepared."""
+    """The source of a model, and the preparation of its denoiser."""
 
     name: str
     """A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`."""
     _: KW_ONLY
     weights: str | Path | None = None
-    """Checkpoint of one of `VARIANTS`; all other models bring their weights along."""
+    """Checkpoint of one of `VARIANTS`; all other models include their weights."""
     loras: tuple[Lora, ...] = ()
     """LoRAs to fuse into the UNet and the text encoders, in order."""
     controlnet: bool = False
-    """Whether the denoiser takes the residuals of a ControlNet."""
+    """Whether the denoiser has ControlNet inputs."""
 
     @classmethod
     def of(cls, model: ModelSource | str) -> ModelSource:
@@ -40,14 +40,14 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Scheduler and steps of a model whose user names neither."""
+    """Default scheduler and number of steps of a model."""
 
     scheduler: str = "ddim"
     steps: int = 50
 
 
 def usual_sampling(model: ModelSource | str) -> Sampling:
-    """Look up scheduler and steps of a model whose user names neither."""
+    """Look up the default scheduler and number of steps of a model."""
     if variant := VARIANTS.get(ModelSource.of(model).name):
         return Sampling(scheduler=variant.scheduler, steps=variant.steps)
     return Sampling()
@@ -67,12 +67,12 @@ def find_model(model: ModelSource | str) -> Model:
     name = source.name
     if name in VARIANTS:
         if source.loras:
-            raise ModelError(f"{name} takes no LoRA: none is made for it; pipelines that do: {', '.join(GUIDANCE)}.")
+            raise ModelError(f"{name} takes no LoRA. Supported pipelines: {', '.join(GUIDANCE)}.")
         if source.controlnet:
-            raise ModelError(f"{name} takes no residuals of a ControlNet; pipelines that do: {', '.join(GUIDANCE)}.")
+            raise ModelError(f"{name} takes no ControlNet. Supported pipelines: {', '.join(GUIDANCE)}.")
         return find_glide(name, None if source.weights is None else Path(source.weights))
     if source.weights is not None:
-        raise ModelError(f"{name} brings its weights along; --weights is for {', '.join(VARIANTS)}.")
+        raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)}.")
     return open_pipeline(name, _find(name), source.loras, source.controlnet)
 
 
@@ -102,5 +102,5 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=variants))
     except Exception as error:  # network, authentication, missing repository: the library's classes vary
         raise ModelError(
-            f"cannot get {name!r} from the Hub: {brief(error)}. Check the id and the network, or give a local folder."
+            f"cannot get {name!r} from the Hub: {brief(error)}. Check the id and the network, or pass a local folder."
         ) from error

@@ -1,10 +1,10 @@
 """GLIDE, from OpenAI's checkpoints: the base model and the upsampler.
 
-Each checkpoint holds a UNet and a text transformer. The UNet becomes a `UNet2DConditionModel` of diffusers; the text
-transformer gives its conditions once per prompt.
+Each checkpoint holds a UNet and a text transformer. The UNet becomes a diffusers `UNet2DConditionModel`. The text
+transformer computes the conditions once per prompt.
 
 Source:
-    Nichol et al. 2021, arXiv:2112.10741. Sizes are those of the published small, filtered models.
+    Nichol et al. 2021, arXiv:2112.10741. The sizes come from the published small, filtered models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .glide_checkpoint import Checkpoint
 
 LOW_RES = "low_res.npy"
-"""File beside the weights of the upsampler: an image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
+"""File next to the weights of the upsampler: one image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,29 +41,33 @@ class Variant:
     size: int
     """Height and width in pixels."""
     unet: Mapping[str, Any]
-    """Configuration of the `UNet2DConditionModel`."""
+    """Configuration of the UNet."""
     denoiser: str
-    """Its class, a key of `unetc.models.glide_unet.KINDS`."""
+    """Class of the UNet, a key of `unetc.models.glide_unet.KINDS`."""
     scheduler_config: Mapping[str, Any]
     text_heads: int
     guidance_scale: float
     scheduler: str
-    """What it is sampled with when nothing else is said."""
+    """Default scheduler."""
     steps: int
+    """Default number of steps."""
 
 
 def unet_config(
     *, size: int, in_channels: int, widths: Sequence[int], attending: Sequence[bool], blocks: int, text_width: int
 ) -> dict[str, Any]:
-    """Say OpenAI's UNet as a configuration of diffusers.
+    """Describe OpenAI's UNet by a diffusers configuration.
 
     Args:
         size: Height and width in pixels.
-        in_channels: 3, and 3 more for a low-resolution image.
-        widths: Channels of each level, from the top.
-        attending: Which levels have attention.
+        in_channels: 3, or 6 if there is a low-resolution image.
+        widths: Channels of each level, from the highest resolution to the lowest.
+        attending: Whether each level has attention.
         blocks: Residual blocks per level of the encoder.
         text_width: Width of a token's state.
+
+    Returns:
+        Arguments of `UNet2DConditionModel`.
     """
     kinds = ["SimpleCrossAttn{}Block2D" if own else "Resnet{}sampleBlock2D" for own in attending]
     return {
@@ -122,12 +126,12 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         ),
     }
 )
-"""By the name of the model."""
+"""Variants by model name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlideModel:
-    """A checkpoint of OpenAI; it is read when it is first needed."""
+    """A checkpoint of OpenAI; it is read only when it is needed."""
 
     reference: ModelReference
     variant: Variant
@@ -137,7 +141,7 @@ class GlideModel:
 
     @property
     def denoiser_config(self) -> dict[str, Any]:
-        """Configuration of the UNet in diffusers."""
+        """Configuration of the UNet, in the form that diffusers reads."""
         return dict(self.variant.unet)
 
     @property
@@ -152,11 +156,11 @@ class GlideModel:
 
     @property
     def guidance_scale(self) -> float:
-        """The usual scale of classifier-free guidance."""
+        """Usual scale of classifier-free guidance."""
         return self.variant.guidance_scale
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts to measure the model on."""
+        """Read the prompts used to measure the model."""
         from .prompts import PROMPTS, read_prompts
 
         own = self.weights.with_name(PROMPTS)
@@ -190,20 +194,20 @@ class GlideModel:
         )
 
     def load_decoder(self) -> None:
-        """Samples are images: there is none."""
+        """Return None, because samples are images."""
 
     def load_denoiser(self) -> nn.Module:
-        """Make the UNet in evaluation mode.
+        """Load the UNet in evaluation mode.
 
         Raises:
-            ModelError: If the checkpoint does not fit.
+            ModelError: If the checkpoint does not fit the variant.
         """
         from .glide_unet import load_unet
 
         return load_unet(self.variant.denoiser, self.variant.unet, self._read().unet)
 
     def _read(self) -> Checkpoint:
-        """Read the checkpoint anew: kept, it would take as much memory as the model all the time."""
+        """Read the checkpoint each time; keeping it would double the memory of the model."""
         from . import glide_checkpoint
 
         return glide_checkpoint.convert(glide_checkpoint.read(self.weights), self.variant.unet)
@@ -214,11 +218,11 @@ class GlideModel:
             images = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ModelError(
-                f"{self.reference.name} enlarges images, and {path} cannot be read: {error}. Save samples of "
+                f"{self.reference.name} enlarges images, but {path} cannot be read: {error}. Save samples of "
                 "glide:base there, [prompt, 3, 64, 64] in -1 to 1, in the order of the prompts."
             ) from error
         if images.ndim != 4 or images.shape[1] != 3 or len(images) < count:
-            raise ModelError(f"{path} has shape {images.shape}; expected [{count} or more, 3, height, width].")
+            raise ModelError(f"{path} has shape {images.shape}. Expected [{count} or more, 3, height, width].")
         return {"low_res": enlarge(images[:count].astype(np.float32), self.variant.size)}
 
 
@@ -230,10 +234,10 @@ def find_glide(name: str, weights: Path | None) -> GlideModel:
         weights: A .pt or .safetensors file.
 
     Raises:
-        ModelError: If no weights are given or they cannot be read.
+        ModelError: If no weights are given, or they cannot be read.
     """
     if weights is None:
-        raise ModelError(f"{name} needs a checkpoint of OpenAI: give one with --weights.")
+        raise ModelError(f"{name} needs a checkpoint of OpenAI. Pass it with --weights.")
     variant = VARIANTS[name]
     digest = hashlib.sha256(json.dumps([dict(variant.unet), dict(variant.scheduler_config)]).encode())
     try:
@@ -246,7 +250,15 @@ def find_glide(name: str, weights: Path | None) -> GlideModel:
 
 
 def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Bring images [batch, 3, height, width] to the size of the upsampler, bilinearly, as its condition `low_res`."""
+    """Enlarge images bilinearly to the size of the upsampler, for its condition `low_res`.
+
+    Args:
+        images: [batch, 3, height, width].
+        size: New height and width in pixels.
+
+    Returns:
+        [batch, 3, size, size].
+    """
     import torch
     from torch.nn.functional import interpolate
 
@@ -255,10 +267,17 @@ def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
 
 
 def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Give tokens and mask, each [text, length], as OpenAI's tokenizer does.
+    """Split texts into tokens with OpenAI's tokenizer.
+
+    Args:
+        texts: Texts to split.
+        length: Number of tokens to which each text is padded or cut.
+
+    Returns:
+        Tokens and mask, each [text, length].
 
     Raises:
-        MissingDependency: If it is not installed.
+        MissingDependency: If the tokenizer is not installed.
     """
     import torch
 

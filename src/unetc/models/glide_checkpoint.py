@@ -1,7 +1,8 @@
-"""Checkpoints of OpenAI's text-conditional UNet → weights of diffusers' `UNet2DConditionModel`.
+"""Conversion of OpenAI's text-conditional UNet checkpoints to weights of diffusers' `UNet2DConditionModel`.
 
-Both are the same network under other names, but that OpenAI projects query, key and value of each head in turn with one
-matrix. Where the blocks are follows from the configuration of the UNet.
+Both are the same network, with different weight names. The only structural difference is that OpenAI projects the
+query, key and value of each head in turn with one matrix. The configuration of the UNet determines the place of every
+block.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _RESIDUAL = {
     "out_layers.3": "conv2",
 }
 _SHORTCUT = "skip_connection"
-"""Only in blocks that change the number of channels."""
+"""Exists only in blocks that change the number of channels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +43,16 @@ class Checkpoint:
     """The two parts of a checkpoint."""
 
     unet: Mapping[str, Tensor]
-    """By the names of diffusers."""
+    """Weights of the UNet, under the names of diffusers."""
     text: Mapping[str, Tensor]
-    """By OpenAI's names."""
+    """Weights of the text transformer, under OpenAI's names."""
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
-    """Read a checkpoint; pickles are read without executing what they may hold.
+    """Read a checkpoint without executing any code in it.
 
     Raises:
-        ModelError: If it cannot be read.
+        ModelError: If the file cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -61,19 +62,19 @@ def read(path: Path) -> Mapping[str, Tensor]:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"cannot read weights from {path}: {reason}. Expected .pt or .safetensors.") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ModelError(f"{path} is no state dict: expected a mapping of names to tensors.")
+        raise ModelError(f"{path} is not a state dict. Expected a mapping of names to tensors.")
     return weights
 
 
 def convert(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpoint:
-    """Give weights the names of diffusers.
+    """Convert the weights of a checkpoint to the names and layout of diffusers.
 
     Args:
         weights: A checkpoint of OpenAI.
         config: Configuration of the `UNet2DConditionModel`.
 
     Raises:
-        ModelError: If a weight is missing, or there is one that has no place.
+        ModelError: If a weight is missing, or has no place in the UNet.
     """
     remaining = dict(weights)
     text = {name: remaining.pop(name) for name in weights if name.split(".")[0] in PARTS}
@@ -82,7 +83,7 @@ def convert(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpo
     def take(source: str) -> Iterator[tuple[str, Tensor]]:
         for kind in ("weight", "bias"):
             if (name := f"{source}.{kind}") not in remaining:
-                raise ModelError(f"the checkpoint has no {name}. Check that it is the one of this model.")
+                raise ModelError(f"the checkpoint has no {name}. Check that it belongs to this model.")
             yield kind, remaining.pop(name)
 
     def move(source: str, target: str) -> None:
@@ -108,24 +109,26 @@ def convert(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpo
                 for other, part in zip(others, _apart(value, len(others), width), strict=True):
                     unet[f"{target}.{other}.{kind}"] = part
     if remaining:
-        raise ModelError(f"the checkpoint has {min(remaining)}, which has no place in this model.")
+        raise ModelError(
+            f"the checkpoint has {min(remaining)}, which has no place in this model. Check the model's name."
+        )
     return Checkpoint(unet=unet, text=text)
 
 
 def _apart(value: Tensor, parts: int, width: int) -> tuple[Tensor, ...]:
-    """Take the parts of each head apart and put those of all heads together; a convolution of width 1 is a matrix."""
+    """Split a joint projection into its parts, each over all heads; a convolution of width 1 counts as a matrix."""
     rest = value.shape[1:2]
     heads = value.reshape(-1, parts, width, *rest)
     return tuple(part.reshape(-1, *rest) for part in heads.unbind(1))
 
 
 def _blocks(config: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Name the residual blocks and the attentions, each in both conventions."""
+    """List the residual blocks and the attentions, each with its OpenAI and its diffusers name."""
     attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
     blocks, bottom = config["layers_per_block"], len(attends) - 1
     residuals = [("middle_block.0", "mid_block.resnets.0"), ("middle_block.2", "mid_block.resnets.1")]
     attentions = [("middle_block.1", "mid_block.attentions.0")]
-    position = 1  # the first is a convolution
+    position = 1  # position 0 is a convolution
     for level, attending in enumerate(attends):
         for block in range(blocks):
             residuals.append((f"input_blocks.{position}.0", f"down_blocks.{level}.resnets.{block}"))

@@ -1,7 +1,7 @@
-"""GLIDE's text transformer, with the names of OpenAI's checkpoints.
+"""GLIDE's text transformer, with the weight names of OpenAI's checkpoints.
 
-It is evaluated once per prompt. In OpenAI's code it is a part of the UNet and runs in every step; it does not depend on
-sample or timestep, so what is measured here has it outside of the loop on both sides.
+In OpenAI's code it is part of the UNet and runs in every step. It does not depend on sample or timestep, so unetc runs
+it once per prompt. All timings exclude it, for the full model as well as for plans.
 
 Source:
     Nichol et al. 2021, "GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion Models",
@@ -19,21 +19,21 @@ from torch.nn import functional
 from unetc.errors import ModelError
 
 PARTS = ("token_embedding", "positional_embedding", "padding_embedding", "transformer", "final_ln", "transformer_proj")
-"""First words of the names of its weights."""
+"""First parts of its weight names."""
 
 
 class TextTransformer(nn.Module):
-    """Tokens → what the attention of the UNet reads, and what is added to its time embedding."""
+    """Transformer from tokens to states for the UNet's attention and a summary for its time embedding."""
 
     def __init__(self, *, vocabulary: int, tokens: int, width: int, layers: int, heads: int, projected: int) -> None:
-        """Set up with uninitialised embeddings.
+        """Create the modules; weights are loaded later.
 
         Args:
             vocabulary: Number of different tokens.
-            tokens: Length that texts are padded to.
-            width: Of a token's state.
+            tokens: Length of padded texts, in tokens.
+            width: Width of a token's state.
             layers: Number of residual blocks.
-            heads: Of the attention.
+            heads: Number of attention heads.
             projected: Width of the time embedding.
         """
         super().__init__()
@@ -48,14 +48,14 @@ class TextTransformer(nn.Module):
         """Encode texts.
 
         Args:
-            tokens: [batch, token], whole numbers.
-            mask: [batch, token], False where there is no text any more.
+            tokens: [batch, token], integers.
+            mask: [batch, token], False for padding.
 
         Returns:
             States [batch, token, width] and their summary [batch, projected].
         """
         states = self.token_embedding(tokens) + self.positional_embedding
-        states = torch.where(mask[..., None], states, self.padding_embedding)  # in place of an attention mask
+        states = torch.where(mask[..., None], states, self.padding_embedding)  # replaces an attention mask
         for block in self.transformer["resblocks"].children():
             states = block(states)
         states = self.final_ln(states)
@@ -76,7 +76,7 @@ class _Block(nn.Module):
         return states + hidden
 
     def _attend(self, states: Tensor) -> Tensor:
-        """Attend; the rows of the projection are query, key and value of the first head, then of the next."""
+        """Apply attention; the projection holds query, key and value of the first head, then of the next one."""
         heads = self.attn["c_qkv"](states).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         attended = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         projected: Tensor = self.attn["c_proj"](attended)
@@ -84,10 +84,14 @@ class _Block(nn.Module):
 
 
 def text_transformer(weights: Mapping[str, Tensor], heads: int) -> TextTransformer:
-    """Make the transformer that weights belong to; all but the number of heads is told by their shapes.
+    """Create the transformer for some weights, whose shapes determine everything but the number of heads.
+
+    Args:
+        weights: Weights under OpenAI's names.
+        heads: Number of attention heads.
 
     Raises:
-        ModelError: If they are not those of a text transformer.
+        ModelError: If the weights do not belong to a text transformer.
     """
     try:
         vocabulary, width = weights["token_embedding.weight"].shape

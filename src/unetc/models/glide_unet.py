@@ -1,4 +1,4 @@
-"""GLIDE's UNets as modules of diffusers."""
+"""GLIDE's UNets as diffusers modules."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from unetc.errors import ModelError
 
 
 class SuperResolutionUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """A UNet that sees a low-resolution image, already enlarged, beside the noisy one: half of its channels."""
+    """A UNet that reads the noisy image together with an enlarged low-resolution image, half of its channels each."""
 
     def forward(self, sample: Tensor, timestep: Tensor, *, low_res: Tensor, **others: Any) -> Any:
-        """Call the UNet."""
+        """Call the UNet with both images concatenated along the channels."""
         return super().forward(torch.cat([sample, low_res], dim=1), timestep, **others)
 
 
@@ -24,15 +24,18 @@ KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (SuperResolutionUNet
 
 
 def load_unet(kind: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
-    """Make a UNet of converted weights.
+    """Create a UNet from converted weights.
 
     Args:
-        kind: A key of `KINDS`.
-        config: Its configuration.
-        weights: By the names of diffusers.
+        kind: Class of the UNet, a key of `KINDS`.
+        config: Configuration of the UNet.
+        weights: Weights under the names of diffusers.
+
+    Returns:
+        The UNet in float32 and in evaluation mode.
 
     Raises:
-        ModelError: If the weights do not fit.
+        ModelError: If the weights do not fit the configuration.
     """
     unet: nn.Module = KINDS[kind](**config)
     try:

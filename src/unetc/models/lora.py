@@ -1,4 +1,4 @@
-"""Which LoRA is to be fused into a model, and how strongly."""
+"""LoRAs to fuse into a model, each with a scale."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """A LoRA that is to be fused into a model."""
+    """A LoRA to fuse into a model."""
 
     path: Path
     scale: float = 1.0
-    """What it adds to the weights is multiplied with this; dimensionless."""
+    """Factor of its change to the weights; dimensionless."""
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """Read `PATH.safetensors` or `PATH.safetensors:SCALE`; the path may hold colons itself.
+        """Parse `PATH.safetensors` or `PATH.safetensors:SCALE`; the path may contain colons.
 
         Raises:
-            ModelError: If it is neither of them.
+            ModelError: If the text has neither form.
         """
         stem, suffix, rest = text.rpartition(SUFFIX)
         if not suffix or rest[:1] not in ("", ":"):
             raise ModelError(
-                f"cannot take {text!r} as a LoRA. Expected a {SUFFIX} file, and behind a colon its scale if that is "
-                f"not 1: style{SUFFIX}:0.8. Other formats can run code and are not read."
+                f"{text!r} does not name a LoRA. Expected a {SUFFIX} file, followed by a colon and its scale unless "
+                f"that is 1: style{SUFFIX}:0.8. Other formats can run code and are not read."
             )
         try:
             scale = float(rest[1:]) if rest else 1.0
@@ -45,14 +45,14 @@ class Lora:
         return cls(path=Path(stem + suffix), scale=scale)
 
     def __str__(self) -> str:
-        """Write it as it is parsed."""
+        """Format the LoRA as text for `parse`."""
         return f"{self.path}:{self.scale}"
 
     def check(self) -> None:
-        """Look at the header of the file.
+        """Check the header of the file.
 
         Raises:
-            ModelError: If it cannot be read, or holds something else than a LoRA.
+            ModelError: If the file cannot be read, or holds anything but a LoRA.
             MissingDependency: If peft is not installed.
         """
         if importlib.util.find_spec("peft") is None:
@@ -63,11 +63,11 @@ class Lora:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read LoRA {self.path}: {error}. Expected a {SUFFIX} file.") from error
         if not names:
-            raise ModelError(f"{self.path} is no LoRA: it holds no tensors.")
+            raise ModelError(f"{self.path} is not a LoRA: it holds no tensors.")
         if others := [name for name in names if "lora" not in name]:
-            raise ModelError(f"{self.path} is no LoRA: it holds {some(others)}.")
+            raise ModelError(f"{self.path} is not a LoRA: it holds {some(others)}.")
         if magnitudes := [name for name in names if "dora_scale" in name or "lora_magnitude_vector" in name]:
-            raise ModelError(f"{self.path} is a DoRA, with {some(magnitudes)}; only plain LoRAs can be fused.")
+            raise ModelError(f"{self.path} is a DoRA (it holds {some(magnitudes)}); only plain LoRAs can be fused.")
 
 
 def some(names: Sequence[str]) -> str:

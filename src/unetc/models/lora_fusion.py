@@ -1,8 +1,9 @@
-"""LoRAs → the weights of a pipeline's UNet and text encoders, fused by the code of diffusers and peft.
+"""Fusion of LoRAs into the UNet and the text encoders of a pipeline, with the code of diffusers and peft.
 
-A LoRA holds two factors for each layer that it changes. What their product is multiplied with, beside the scale, is
-said in one of three ways: by an alpha per layer (files of kohya), by peft's configuration in the header, or not at all,
-which means 1. It is put into the factors here, so that nothing but tensors of checked shapes is handed on.
+A LoRA holds two factors for each layer that it changes. Their product is multiplied by the LoRA's scale and by a second
+number. That number comes from an alpha per layer (kohya files), from peft's configuration in the header, or is 1 if the
+file has neither. This module multiplies it into the factors, so that diffusers and peft receive only tensors of checked
+shapes.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ _TEXT_ENCODERS = {
 }
 
 _CONFIGURATION = "lora_adapter_metadata"
-"""The field of the header with peft's configuration: JSON, every key named after its part of the pipeline."""
+"""Header field with peft's configuration: JSON whose keys begin with the part of the pipeline."""
 
 _DOWN, _UP = "lora_A.weight", "lora_B.weight"
-"""The factors of one layer, as peft names them: [rank, input, ...] and [output, rank, ...]."""
+"""Names of a layer's factors in peft: [rank, input, ...] and [output, rank, ...]."""
 
 
 def fuse_into_unet(unet: Any, loras: Sequence[Lora], pipeline: str) -> None:
-    """Add what LoRAs hold to the weights of a UNet; its modules stay what they are.
+    """Add LoRAs to the weights of a UNet; its modules do not change.
 
     Args:
         unet: A `UNet2DConditionModel`.
-        loras: In the order in which they are fused.
-        pipeline: Class of the pipeline it belongs to, one of diffusers.
+        loras: LoRAs in the order of fusion.
+        pipeline: Class of the UNet's diffusers pipeline.
 
     Raises:
-        ModelError: If a LoRA is of another model.
+        ModelError: If a LoRA does not fit the UNet.
     """
     for lora in loras:
         with _naming(lora):
@@ -61,15 +62,15 @@ def fuse_into_unet(unet: Any, loras: Sequence[Lora], pipeline: str) -> None:
 
 
 def fuse_into_text_encoders(pipeline: Any, loras: Sequence[Lora], unet_config: Mapping[str, Any]) -> None:
-    """Add what LoRAs hold to the weights of the text encoders of a pipeline.
+    """Add LoRAs to the weights of a pipeline's text encoders.
 
     Args:
-        pipeline: A pipeline of diffusers; it needs no UNet.
-        loras: In the order in which they are fused.
-        unet_config: Configuration of the UNet, by which the layers in some files are numbered.
+        pipeline: A diffusers pipeline; it needs no UNet.
+        loras: LoRAs in the order of fusion.
+        unet_config: Configuration of the UNet, which determines the layer numbers in some files.
 
     Raises:
-        ModelError: If a LoRA is of another model.
+        ModelError: If a LoRA does not fit the text encoders.
     """
     name = type(pipeline).__name__
     for lora in loras:
@@ -85,24 +86,24 @@ def fuse_into_text_encoders(pipeline: Any, loras: Sequence[Lora], unet_config: M
 
 @contextmanager
 def _naming(lora: Lora) -> Iterator[None]:
-    """Turn errors of libraries into one that names the LoRA."""
+    """Turn errors of libraries into a `ModelError` that names the LoRA."""
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # diffusers and peft raise many unrelated classes
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
-        raise ModelError(f"cannot fuse LoRA {lora.path}: {reason}. Check that it is made for this model.") from error
+        raise ModelError(f"cannot fuse LoRA {lora.path}: {reason}. Check that it was made for this model.") from error
 
 
 def _read(lora: Lora, pipeline: str, unet_config: Any) -> dict[str, dict[str, Tensor]]:
-    """Read the factors of each part of a pipeline, under peft's names, with all that scales them but the LoRA's scale.
+    """Read the factors of each part of a pipeline, under peft's names, scaled by everything but the LoRA's scale.
 
     Raises:
-        ModelError: If there is something else in the file, or a number that is not finite.
+        ModelError: If the file has tensors for no part of the pipeline, or a number that is not finite.
     """
     with safe_open(lora.path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, it is no dict
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, not a dict
         header = file.metadata() or {}
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ModelError(f"LoRA {lora.path} holds NaN or infinity in {some(broken)}.")
@@ -111,7 +112,7 @@ def _read(lora: Lora, pipeline: str, unet_config: Any) -> dict[str, dict[str, Te
     tensors, _ = getattr(diffusers, pipeline).lora_state_dict(tensors, unet_config=unet_config)
     parts = ("unet", *_TEXT_ENCODERS[pipeline])
     if strangers := [name for name in tensors if name.partition(".")[0] not in parts]:
-        raise ModelError(f"LoRA {lora.path} does not fit a {pipeline}: that has no place for {some(strangers)}.")
+        raise ModelError(f"LoRA {lora.path} does not fit a {pipeline}, which has no place for {some(strangers)}.")
     factors = {}
     for part in parts:
         prefix = f"{part}."
@@ -125,7 +126,7 @@ def _read(lora: Lora, pipeline: str, unet_config: Any) -> dict[str, dict[str, Te
 
 
 def _apply_alphas(tensors: dict[str, Tensor]) -> None:
-    """Multiply factors with kohya's alpha / rank and remove the alphas: diffusers loses some that differ by layer."""
+    """Multiply factors by kohya's alpha / rank and remove the alphas, because diffusers loses some per-layer alphas."""
     for name in [name for name in tensors if name.endswith(".alpha")]:
         down = f"{name.removesuffix('alpha')}lora_down.weight"
         if down in tensors:
@@ -133,7 +134,7 @@ def _apply_alphas(tensors: dict[str, Tensor]) -> None:
 
 
 def _apply_configuration(factors: dict[str, Tensor], configuration: Mapping[str, Any]) -> None:
-    """Multiply factors with what peft would multiply their product with."""
+    """Multiply factors by the number that peft would apply to their product."""
     from peft.utils.other import get_pattern_key
 
     if not configuration:
@@ -147,21 +148,21 @@ def _apply_configuration(factors: dict[str, Tensor], configuration: Mapping[str,
 
 
 def _peft_names(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the names within one part into the form `layer.lora_A.weight`."""
+    """Convert the names within one part to the form `layer.lora_A.weight`."""
     if part == "unet":
         return dict(convert_unet_state_dict_to_peft(tensors))
     return dict(convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors)))
 
 
 def _fitting(lora: Lora, part: str, model: nn.Module, factors: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Take the factors of one part, under the names that diffusers reads.
+    """Select the factors of one part, under the names that diffusers reads.
 
     Raises:
-        ModelError: If one belongs to no layer of the part, or its layer has another shape.
+        ModelError: If a factor belongs to no layer of the part, or does not fit the shape of its layer.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     own = factors[part]
-    if not hasattr(model, "text_model"):  # newer releases of transformers leave out this level of CLIP's text encoders
+    if not hasattr(model, "text_model"):  # newer releases of transformers drop this level of CLIP's text encoders
         own = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
     paths = [path for path in layers if f"{path}.{_DOWN}" in own and f"{path}.{_UP}" in own]
     if strangers := own.keys() - {f"{path}.{factor}" for path in paths for factor in (_DOWN, _UP)}:
@@ -173,7 +174,7 @@ def _fitting(lora: Lora, part: str, model: nn.Module, factors: Mapping[str, dict
         outputs, *inputs = weight.shape
         if [*down.shape] != [len(down), *inputs] or [*up.shape] != [outputs, len(down), *(1 for _ in inputs[1:])]:
             raise ModelError(
-                f"LoRA {lora.path} is made for another model: its factors for {part}.{path} have the shapes "
-                f"{[*down.shape]} and {[*up.shape]}, its layer has {[*weight.shape]}."
+                f"LoRA {lora.path} was made for another model: its factors for {part}.{path} have the shapes "
+                f"{[*down.shape]} and {[*up.shape]}, but the layer has {[*weight.shape]}."
             )
     return {f"{part}.{name}": tensor for name, tensor in own.items()}

@@ -1,4 +1,4 @@
-"""What unetc needs to know of a pretrained model."""
+"""The interface of a pretrained model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """A pretrained model; its weights are loaded only when asked for."""
+    """A pretrained model; its weights are loaded only on request."""
 
     @property
     def reference(self) -> ModelReference:
-        """Which model it is."""
+        """Identity of the model."""
 
     @property
     def denoiser_config(self) -> dict[str, Any]:
-        """Configuration of the denoiser, as pipelines of diffusers read it."""
+        """Configuration of the denoiser, in the form that diffusers pipelines read."""
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
@@ -29,24 +29,24 @@ class Model(Protocol):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
+        """[channel, height, width] for which the denoiser was trained; a latent shape if there is a decoder."""
 
     @property
     def guidance_scale(self) -> float:
-        """The usual scale of classifier-free guidance; 1 where there is none."""
+        """Usual scale of classifier-free guidance; 1 for a model without guidance."""
 
     @property
     def decoder_scale(self) -> int:
-        """Number of pixels of the image per pixel of a sample, along each side; 1 if samples are images."""
+        """Image pixels per sample pixel, along each side; 1 if samples are images."""
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts to measure the model on; none if it takes none."""
+        """Read the prompts used to measure the model; empty for an unconditional model."""
 
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
         """Turn prompts into conditions."""
 
     def load_decoder(self) -> nn.Module | None:
-        """Load what turns samples into images; None if samples are images."""
+        """Load the decoder from samples to images; None if samples are images."""
 
     def load_denoiser(self) -> nn.Module:
         """Load the denoiser in evaluation mode."""

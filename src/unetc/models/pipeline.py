@@ -1,6 +1,6 @@
-"""A pipeline folder of diffusers as a model.
+"""Models in diffusers pipeline folders.
 
-Only safetensors weights are read, and the classes are named here: nothing in a model folder is executed.
+Nothing in a model folder is executed: unetc reads only safetensors weights, and this module lists all allowed classes.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from torch import nn
 
 UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-"""Pipelines whose denoiser needs nothing but noise and a timestep."""
+"""Pipelines whose denoiser needs only noise and a timestep."""
 
 GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
-"""Pipelines whose denoiser is conditioned on text, with the guidance scale that diffusers gives them."""
+"""Pipelines whose denoiser is conditioned on text, with their default guidance scale in diffusers."""
 
 PIPELINES = (*UNCONDITIONAL_PIPELINES, *GUIDANCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineModel:
-    """A pretrained model in a local folder of diffusers."""
+    """A pretrained model in a local diffusers folder."""
 
     reference: ModelReference
     denoiser_config: dict[str, Any]
     scheduler_config: dict[str, Any]
     sample_shape: tuple[int, int, int]
-    """[channel, height, width] the denoiser was trained for; latents where there is a decoder."""
+    """[channel, height, width] for which the denoiser was trained; a latent shape if there is a decoder."""
     folder: Path
     loras: tuple[Lora, ...] = ()
-    """What is fused into its UNet and its text encoders, in order."""
+    """LoRAs fused into the UNet and the text encoders, in order."""
 
     @property
     def conditional(self) -> bool:
@@ -52,11 +52,11 @@ class PipelineModel:
 
     @property
     def guidance_scale(self) -> float:
-        """The usual scale of classifier-free guidance; 1 where there is none."""
+        """Usual scale of classifier-free guidance; 1 for a model without guidance."""
         return GUIDANCE.get(self.reference.pipeline, 1.0)
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts to measure the model on; none if it takes none."""
+        """Read the prompts used to measure the model; empty for an unconditional model."""
         if not self.conditional:
             return ()
         own = self.folder / PROMPTS
@@ -87,17 +87,17 @@ class PipelineModel:
 
     @property
     def decoder_scale(self) -> int:
-        """Number of pixels of the image per pixel of a sample, along each side; 1 if samples are images."""
+        """Image pixels per sample pixel, along each side; 1 if samples are images."""
         if not self.conditional:
             return 1
         levels = _read_json(self.folder / "vae/config.json").get("block_out_channels", [0])
         return int(2 ** (len(levels) - 1))
 
     def load_decoder(self) -> nn.Module | None:
-        """Load what turns samples into images, [batch, 3, height, width] in -1 to 1; None if samples are images.
+        """Load the decoder from samples to images, [batch, 3, height, width] in -1 to 1; None if samples are images.
 
         Raises:
-            ModelError: If its weights do not fit its configuration.
+            ModelError: If the weights of the decoder do not fit its configuration.
         """
         if not self.conditional:
             return None
@@ -109,7 +109,7 @@ class PipelineModel:
         """Load the denoiser in evaluation mode.
 
         Raises:
-            ModelError: If its weights do not fit its configuration, or a LoRA does not fit it.
+            ModelError: If the weights of the denoiser do not fit its configuration, or a LoRA does not fit.
         """
         import diffusers
 
@@ -138,23 +138,23 @@ class PipelineModel:
             raise ModelError(f"{what}: {brief(error)}.") from error
         if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
             raise ModelError(
-                f"{what}: its weights do not fit its configuration, {strangers[0]!r} is in only one of them. "
+                f"{what}: its weights do not fit its configuration. {strangers[0]!r} is in only one of them. "
                 f"Check that {part}/config.json belongs to the weights."
             )
         return model.float().eval().requires_grad_(False)
 
 
 def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: bool) -> PipelineModel:
-    """Check that unetc supports a pipeline folder of diffusers.
+    """Open a diffusers pipeline folder and check that unetc supports it.
 
     Args:
-        name: What the user typed.
-        folder: Where the pipeline is.
-        loras: What is fused into its UNet and its text encoders, in order.
-        controlnet: Whether its denoiser is to take the inputs of a ControlNet.
+        name: Name of the model, as the user typed it.
+        folder: Folder of the pipeline.
+        loras: LoRAs to fuse into the UNet and the text encoders, in order.
+        controlnet: Whether the denoiser gets ControlNet inputs.
 
     Raises:
-        ModelError: If a part is missing, or of a class that unetc does not support.
+        ModelError: If a part is missing, or unetc does not support its class.
     """
     index = _read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
@@ -178,24 +178,22 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
     scheduler_config = _read_json(folder / "scheduler/scheduler_config.json")
     size = config.get("sample_size")
     if size is None:
-        raise ModelError(
-            f"{folder / 'unet/config.json'} names no sample_size; it is needed to draw noise of that size."
-        )
+        raise ModelError(f"{folder / 'unet/config.json'} has no sample_size. Add it: noise of that size is drawn.")
     try:
         height, width = size if isinstance(size, list) else (size, size)
         sample_shape = int(config.get("in_channels", 3)), int(height), int(width)  # 3 is the default of diffusers
     except (TypeError, ValueError) as error:
         raise ModelError(
-            f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}; "
-            "expected whole numbers."
+            f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}. "
+            "Expected whole numbers."
         ) from error
     variance_type = str(scheduler_config.get("variance_type"))
     channels = sample_shape[0]
     allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
     if (predicted := config.get("out_channels", 3)) not in allowed:
         raise ModelError(
-            f"{name} predicts {predicted} channels for samples of {channels}; expected "
-            f"{' or '.join(map(str, allowed))}, as its scheduler has variance_type {variance_type}."
+            f"{name} predicts {predicted} channels for samples of {channels}. Expected "
+            f"{' or '.join(map(str, allowed))}, because its scheduler has variance_type {variance_type}."
         )
     return PipelineModel(
         reference=ModelReference(
@@ -231,7 +229,7 @@ def _hash(
     loras: tuple[Lora, ...],
     controlnet: bool,
 ) -> str:
-    """Hash what decides the denoiser's output."""
+    """Hash everything that determines the denoiser's output."""
     digest = hashlib.sha256()
     for settings in (config, scheduler):
         digest.update(json.dumps(_plain(settings), sort_keys=True).encode())
@@ -253,10 +251,10 @@ def _hash_file(path: Path) -> bytes:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the versions and paths that libraries write into configurations."""
+    """Remove the versions and paths that libraries write into configurations."""
     return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
 
 def brief(error: Exception) -> str:
-    """Put what a library says on one line of bearable length."""
+    """Shorten the message of a library to one line of at most 300 characters."""
     return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

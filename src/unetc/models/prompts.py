@@ -1,4 +1,4 @@
-"""Prompts that a model is measured on."""
+"""Prompts used to measure a model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 from unetc.errors import ModelError
 
 PROMPTS = "prompts.txt"
-"""Prompts to measure a model on, one a line; the file beside this module is for models without their own."""
+"""Name of the file of prompts, one per line; the file next to this module serves models that have no such file."""
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read one prompt a line; empty lines are skipped.
+    """Read one prompt per line; empty lines are skipped.
 
     Raises:
-        ModelError: If the file cannot be read or holds no prompt.
+        ModelError: If the file cannot be read, or holds no prompt.
     """
     try:
         prompts = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read prompts from {path}: {error}. Expected a text file with one a line.") from error
+        reason = f"cannot read prompts from {path}: {error}"
+        raise ModelError(f"{reason}. Expected a text file with one prompt per line.") from error
     if not prompts:
-        raise ModelError(f"{path} holds no prompt. Expected one a line.")
+        raise ModelError(f"{path} holds no prompt. Expected one per line.")
     return prompts

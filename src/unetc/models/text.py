@@ -1,4 +1,4 @@
-"""Prompts → conditions, by the text encoders of a pipeline folder and diffusers' own code for them."""
+"""Encoding of prompts with the text encoders of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from unetc.errors import MissingDependency, ModelError
 def encode_prompts(
     pipeline: Any, prompts: Sequence[str], *, guidance_scale: float, size: tuple[int, int]
 ) -> Conditions:
-    """Encode prompts, and the empty prompt to be led away from when there is guidance.
+    """Encode prompts; with guidance, encode the empty prompt as their negative.
 
     Args:
         pipeline: A pipeline with tokenizers and text encoders, of a class in `TEXT_PIPELINES`.
-        prompts: One per row.
-        guidance_scale: Of classifier-free guidance; 1 or less is none.
-        size: Height and width of the images in pixels, which SDXL is told.
+        prompts: One prompt per row.
+        guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
+        size: Height and width of the images in pixels; SDXL uses them as conditions.
     """
     import torch
 
@@ -30,11 +30,14 @@ def encode_prompts(
 
 
 def load_text_encoders(folder: Path, pipeline: str) -> Any:
-    """Load a pipeline without denoiser and decoder.
+    """Load the tokenizers and text encoders of a pipeline, without its denoiser and decoder.
 
     Args:
         folder: A pipeline folder with tokenizers and text encoders.
-        pipeline: Its class, one of `TEXT_PIPELINES`.
+        pipeline: Class of the pipeline, one of `TEXT_PIPELINES`.
+
+    Returns:
+        A diffusers pipeline for `encode_prompts`.
 
     Raises:
         ModelError: If the text encoders cannot be loaded.
@@ -92,4 +95,4 @@ TEXT_PIPELINES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
 }
-"""How the text encoders of each class of pipeline are asked."""
+"""Encoding function of each pipeline class."""

@@ -1,5 +1,4 @@
-"""The report of a bundle: one self-contained HTML page, and the pictures of samples it shares with `unetc sample`.
+"""The report of a bundle: a self-contained HTML page, and the pictures of samples that `unetc sample` writes too.
 
-`pictures` needs numpy and pillow only; the rest needs matplotlib and jinja2 as well, so nothing is imported
-here.
+`pictures` needs only numpy and pillow. The other modules also need matplotlib and jinja2, so nothing is imported here.
 """

@@ -1,7 +1,7 @@
-"""The charts of the report over steps and controls, and what all its charts share: colours, style and numbers.
+"""The charts of the report over steps and controls, with the colours, style and number format of all its charts.
 
-Each chart is a figure of its own, returned as markup to put into a page. Blue always means the plan, red a control that
-does better than the plan, brown damage.
+Each chart is a separate figure, returned as markup for a page. Blue always means the plan, red means a control that
+does better than the plan, and brown means damage.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from unetc.artifacts.verification import Verification
 INK, MUTED, FAINT, BLANK = "#1f2328", "#57606a", "#d0d7de", "#f1f3f5"
 PLAN, BETTER = "#0b62a8", "#c1121f"
 WIDTH = 10.6
-"""Inches; every chart has the width of the page."""
+"""Width of every chart in inches: the width of the page."""
 _ENGINES = ("#6e7781", "#0b62a8", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#b8a000")
-"""Engine 0, which computes everything, is grey; the others are after Okabe and Ito, without their red."""
+"""Grey for engine 0, which computes everything, then the palette of Okabe and Ito without its red."""
 _SVG_LIMIT = 2**20
-"""Characters; a heavier chart becomes a PNG."""
+"""Most characters of an SVG; a larger chart becomes a PNG."""
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": FAINT,
     "axes.labelcolor": MUTED,
@@ -53,12 +53,12 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelcolor": MUTED,
 }
 styled = matplotlib.rc_context(_STYLE)
-"""Decorator: draws in the style of the report and leaves matplotlib's settings as they were."""
+"""Decorator that draws in the style of the report and restores matplotlib's settings afterwards."""
 
 
 @styled
 def timeline(schedule: Sequence[int], log_snr: Sequence[float], engine_ms: Sequence[float], full_ms: float) -> str:
-    """Draw the time of every denoiser call of a run.
+    """Draw the time of every denoiser call in a sampling run.
 
     Args:
         schedule: Engine of every step.
@@ -86,7 +86,7 @@ def timeline(schedule: Sequence[int], log_snr: Sequence[float], engine_ms: Seque
 
 
 def _label_runs(axes: Axes, schedule: Sequence[int], engine_ms: Sequence[float]) -> None:
-    """Write the engine at the foot of every run of steps that has room for it."""
+    """Write the engine at the foot of every run of steps that is wide enough."""
     start, room, highest = 0, 0.925 * WIDTH / len(schedule), max(engine_ms)
     for engine, run in itertools.groupby(schedule):
         length = len(list(run))
@@ -123,8 +123,8 @@ def controls(verification: Verification, better: Sequence[str]) -> str:
     """Draw damage against time for the plan, the full model and all controls.
 
     Args:
-        verification: What was measured.
-        better: Names of the controls that do better than the plan; drawn in red.
+        verification: Measurements of the plan and the controls.
+        better: Names of the controls that do better than the plan, drawn in red.
 
     Returns:
         Markup of the chart.
@@ -147,7 +147,7 @@ def controls(verification: Verification, better: Sequence[str]) -> str:
 
 
 def _points(verification: Verification, better: Sequence[str]) -> list[_Point]:
-    """List what the chart compares, by rising damage."""
+    """List the points of the plan and the controls, by rising damage."""
     plan = _Point(
         name="plan",
         time_ratio=verification.time_ratio,
@@ -171,7 +171,7 @@ def _points(verification: Verification, better: Sequence[str]) -> list[_Point]:
 
 
 def _draw_plan(axes: Axes, verification: Verification) -> None:
-    """Draw the spread of the plan's times, and the region in which a control would be better."""
+    """Draw the spread of the plan's times, and the region where a control would be better."""
     damage, left = verification.damage.relative_l2.mean, axes.get_xlim()[0]
     slowest = verification.time_ratio_p90
     axes.add_patch(Rectangle((left, 0), slowest - left, damage, facecolor="#fbeaea", edgecolor="none"))
@@ -190,12 +190,12 @@ def _draw_point(axes: Axes, point: _Point, label: tuple[float, float]) -> None:
 
 
 def _spread(rising: Sequence[float], gap: float) -> list[float]:
-    """Push rising values up until each is at least `gap` above the one before."""
+    """Raise increasing values until each is at least `gap` above the previous one."""
     return list(itertools.accumulate(rising, lambda below, value: max(value, below + gap)))
 
 
 def engine_colour(engine: int) -> str:
-    """Choose the colour of an engine; beyond the palette the colours of the reduced engines repeat."""
+    """Choose the colour of an engine; after the end of the palette, all colours but grey repeat."""
     return _ENGINES[0] if engine == 0 else _ENGINES[1 + (engine - 1) % (len(_ENGINES) - 1)]
 
 
@@ -206,7 +206,7 @@ def ink_on(colour: str | tuple[float, float, float, float]) -> str:
 
 
 def number(value: float) -> str:
-    """Write a number with three significant digits and a real minus sign."""
+    """Format a number with three significant digits and a typographic minus sign."""
     if value == 0 or not 1e-4 <= abs(value) < 1e9:
         return f"{value:.2g}".replace("-", "−")
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -214,28 +214,31 @@ def number(value: float) -> str:
 
 
 def level(log_snr: float) -> str:
-    """Write a noise level."""
+    """Format a noise level."""
     return f"{log_snr:.1f}".replace("-", "−")
 
 
 def shorten(name: str) -> str:
-    """Cut the middle out of a name that a chart has no room for."""
+    """Cut the middle out of a name that is too long for a chart."""
     return name if len(name) <= 56 else f"{name[:27]}…{name[-28:]}"
 
 
 def inline(figure: Figure, label: str, limit: int = _SVG_LIMIT) -> str:
-    """Turn a figure into markup that refers to nothing outside of it.
+    """Turn a figure into self-contained markup.
 
     Args:
         figure: The chart.
-        label: What it shows, for readers who cannot see it.
-        limit: Most characters of SVG; a heavier chart becomes a PNG.
+        label: Description of the chart, for readers who cannot see it.
+        limit: Most characters of an SVG; a larger chart becomes a PNG.
+
+    Returns:
+        An `<svg>` or an `<img>` element.
     """
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg, described = text.getvalue(), html.escape(label)
     if len(svg) <= limit:
-        # The identifiers of groups are the same in every figure, and nothing refers to them.
+        # Group identifiers repeat from figure to figure, and nothing refers to them.
         body = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
         return body.replace("<svg ", f'<svg role="img" aria-label="{described}" ', 1)
     data = io.BytesIO()

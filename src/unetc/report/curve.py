@@ -1,4 +1,4 @@
-"""The curve of a search: damage against time of every plan that was sampled, and the least damage at any time."""
+"""The curve of a search: damage against time for every sampled plan, and the least damage at each time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from unetc.artifacts.pareto import Pareto
 from .charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
 
 LABEL_SHARE = 0.05
-"""Width of a label, as a share of the chart's; where points lie nearer, the first one alone is labelled."""
+"""Width of a label as a share of the chart's width; of points closer than this, only the first one gets a label."""
 
 
 @styled
 def draw(curve: Pareto) -> str:
-    """Draw a curve; damage is on a logarithmic scale.
+    """Draw a curve, with damage on a logarithmic scale.
 
     Args:
-        curve: What was sampled.
+        curve: Sampled plans of a search.
 
     Returns:
-        Markup of the chart, an SVG that can stand alone.
+        Markup of the chart, a self-contained SVG.
     """
     figure = Figure((WIDTH, 4.4))
     axes = figure.add_axes((0.07, 0.12, 0.86, 0.8))
@@ -49,11 +49,11 @@ def draw(curve: Pareto) -> str:
         axes.annotate(text, place, (5, 5), textcoords="offset points", color=MUTED, fontsize=7.5)
         end = point.time_ratio + room
     _finish(axes, curve)
-    return inline(figure, "Least damage at any time, of all plans that were sampled")
+    return inline(figure, "Damage against time of all sampled plans, and the least damage at each time")
 
 
 def _damage(value: float) -> float:
-    """Keep a damage on a logarithmic scale."""
+    """Limit a damage from below, because a logarithmic scale has no zero."""
     return max(value, 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The heatmap of the report: damage by component and noise level, what the plan removes, what each component costs."""
+"""The heatmap of the report: damage by component and noise level, the plan's treatments, and the components' costs."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _MARKERS = {"residual": "o", "skip": "D", "level": "v", "step": "s"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemovedCell:
-    """One cell of the heatmap that the plan does not always compute."""
+    """A cell of the heatmap: a component that the plan does not always compute in a bin."""
 
     component: str
     bin: int
     treatment: Treatment
     named: bool
-    """Whether the plan names the component; if not, it goes with one that it names."""
+    """Whether the plan names the component itself; otherwise it is nested in a component that the plan names."""
     always: bool
-    """Whether every engine of the phase leaves it out; if not, only some of those that take turns."""
+    """Whether every engine of the phase leaves the component out; otherwise only some of the alternating engines do."""
 
 
 def removed_cells(profile: Profile, plan: Plan) -> tuple[RemovedCell, ...]:
-    """List what the plan removes, by component and bin; a bin belongs to the phase that its centre lies in."""
+    """List the cells that the plan removes, by component and bin; the centre of a bin decides its phase."""
     nested = {component.name: component.nested for component in profile.components}
     removed = [_removed_by(engine, nested) for engine in plan.engines]
     centres = [(low + high) / 2 for low, high in itertools.pairwise(_borders(profile.bins))]
@@ -59,7 +59,7 @@ def removed_cells(profile: Profile, plan: Plan) -> tuple[RemovedCell, ...]:
 
 
 def _removed_by(engine: Assignment, nested: dict[str, tuple[str, ...]]) -> dict[str, tuple[Treatment, bool]]:
-    """Map what an engine does not compute to its treatment and whether the engine names it."""
+    """Map each component that an engine does not compute to its treatment and whether the engine names it."""
     carried = {
         child: (treatment, False) for name, treatment in engine.treatments.items() for child in nested.get(name, ())
     }
@@ -67,12 +67,12 @@ def _removed_by(engine: Assignment, nested: dict[str, tuple[str, ...]]) -> dict[
 
 
 def _borders(bins: Sequence[Bin]) -> list[float]:
-    """List the borders of the bins; the outer ones, which stand for infinity, are brought near."""
+    """List the borders of the bins, with finite outer borders in place of infinity."""
     inner = [bin.low for bin in bins[1:]]
     if not inner:
         return [bins[0].low, bins[0].high]
-    reach = max(inner[-1] - inner[0], 1.0)
-    return [max(bins[0].low, inner[0] - reach), *inner, min(bins[-1].high, inner[-1] + reach)]
+    margin = max(inner[-1] - inner[0], 1.0)
+    return [max(bins[0].low, inner[0] - margin), *inner, min(bins[-1].high, inner[-1] + margin)]
 
 
 @styled
@@ -80,8 +80,8 @@ def draw(profile: Profile, plan: Plan) -> str:
     """Draw the heatmap; its height grows with the number of components.
 
     Args:
-        profile: What was measured.
-        plan: What was made of it.
+        profile: Profile of a model.
+        plan: Plan made from the profile.
 
     Returns:
         Markup of the chart.
@@ -93,11 +93,11 @@ def draw(profile: Profile, plan: Plan) -> str:
     _draw_phases(sheet, profile, plan)
     _draw_kinds(sheet, profile.components)
     _draw_costs(sheet, profile, {cell.component for cell in cells})
-    return inline(sheet.figure, "Damage of removing each component at each noise level, and what the plan removes")
+    return inline(sheet.figure, "Damage of removing each component at each noise level, and the plan's treatments")
 
 
 class _Sheet:
-    """The axes of the heatmap: one row per component, of a fixed height whatever their number."""
+    """The axes of the heatmap: one row per component, each of the same fixed height."""
 
     def __init__(self, profile: Profile) -> None:
         rows, bins = len(profile.components), len(profile.bins)
@@ -127,7 +127,7 @@ class _Sheet:
             part.spines[:].set_visible(False)
 
     def write(self, column: float, row: float, text: str, **style: Any) -> None:
-        """Write into the middle of a cell."""
+        """Write text into the middle of a cell."""
         centred: dict[str, Any] = {"fontsize": self.font, "ha": "center", "va": "center_baseline"}
         self.heat.text(column + 0.5, row + 0.5, text, **centred | style)
 
@@ -149,13 +149,13 @@ def _draw_damage(sheet: _Sheet, profile: Profile, planned: set[tuple[str, int]])
 
 
 def _least_damage(profile: Profile) -> dict[tuple[str, int], Effect]:
-    """Keep the least harmful treatment of every component in every bin."""
+    """Find the least harmful treatment of every component in every bin."""
     best_first = sorted(profile.effects, key=lambda effect: effect.relative_l2.mean)
     return {(effect.component, effect.bin): effect for effect in reversed(best_first)}
 
 
 def _damage_norm(damages: NDArray[np.float64]) -> LogNorm:
-    """Scale colours over the damages that occur, at most four decades; zero damage gets the lightest colour."""
+    """Scale colours to the range of damages, at most four decades; zero damage gets the lightest colour."""
     positive = damages[damages > 0]
     high = float(positive.max(initial=1e-6))
     low = max(float(positive.min(initial=high)), high * 1e-4)
@@ -175,9 +175,9 @@ def _draw_scales(sheet: _Sheet, norm: LogNorm, borders: Sequence[float]) -> None
 
 
 def _draw_removed(sheet: _Sheet, cells: Sequence[RemovedCell]) -> None:
-    """Frame what the plan removes; neighbouring bins that are treated alike share a frame.
+    """Frame the cells that the plan removes; neighbouring bins with the same treatment share a frame.
 
-    With the step everything goes; hatching its whole column would say no more.
+    Removing the step removes every component, so the other cells of its column are not hatched.
     """
     whole = {cell.bin for cell in cells if cell.component == STEP}
     shown = [cell for cell in cells if cell.named or cell.bin not in whole]
@@ -188,7 +188,7 @@ def _draw_removed(sheet: _Sheet, cells: Sequence[RemovedCell]) -> None:
 
 
 def _frame_of(numbered: tuple[int, RemovedCell]) -> tuple[object, ...]:
-    """Give neighbours the same key: bin minus position is constant while bins follow each other."""
+    """Compute a key shared by neighbours: bin minus position is constant over consecutive bins."""
     position, cell = numbered
     return cell.component, cell.treatment, cell.named, cell.always, cell.bin - position
 
@@ -220,7 +220,7 @@ def _draw_phases(sheet: _Sheet, profile: Profile, plan: Plan) -> None:
 
 
 def _draw_cycle(strip: Axes, cycle: Sequence[int], left: float, right: float) -> None:
-    """Draw the engines of a phase as equal parts of its length."""
+    """Draw the engines of a phase as equal parts of its width."""
     parts = itertools.pairwise(np.linspace(left, right, len(cycle) + 1))
     style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "weight": "bold", "clip_on": True}
     for engine, (start, end) in zip(cycle, parts, strict=True):

@@ -1,4 +1,4 @@
-"""The page of the report: what a bundle saves, what that costs in quality, and how both were measured."""
+"""The page of the report: time saved by a bundle, damage to its samples, and the measurements behind both."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from unetc.artifacts.verification import Verification
 from . import charts, heatmap, pictures
 
 _SHEET_WIDTH = 1024
-"""Pixels; wider samples are shown two in a row."""
+"""Largest width of a row of samples, in pixels; a row always has room for two samples."""
 _FACTORS = (1, 2, 5, 10, 20, 50, 100)
-"""By how much a difference may be amplified."""
+"""Allowed amplifications of a difference."""
 
 Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedComponent:
-    """One component with its best treatment in a range of noise levels, for the table of redundant components."""
+    """A component and its best treatment in a range of noise levels, for the table of redundant components."""
 
     component: str
     treatment: str
     saving: float
-    """Share of the full model's time over the range."""
+    """Time saved, as a share of the full model's time over the range."""
     damage: float
-    """Relative L2 of the final output."""
+    """Damage to the final output, relative L2."""
     worth: float
     """Saving per damage; may be infinite."""
     basis: str
-    """Whether the damage was measured or estimated."""
+    """Origin of the damage: measured or estimated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,17 +64,17 @@ def render(
     schedule: tuple[int, ...],
     ranking: tuple[RankedRange, ...] = (),
 ) -> str:
-    """Write the report of a bundle as one HTML file that loads nothing.
+    """Render the report of a bundle as one HTML file that loads no other file.
 
     Args:
-        profile: What the analysis measured.
-        manifest: The bundle; its plan was made from the profile.
-        verification: What the bundle does on new seeds; it has one engine per engine of the plan.
+        profile: Profile of the model.
+        manifest: Manifest of the bundle; its plan was made from the profile.
+        verification: Measurements on new seeds, with one engine per engine of the plan.
         full: Samples of the full model, [batch, channel, height, width] in [-1, 1].
         pruned: Samples of the bundle from the same noise, same shape.
         log_snr: Noise level of every step, [steps].
         schedule: Engine of every step, [steps].
-        ranking: The most redundant components of each range of noise levels; left out when empty.
+        ranking: The most redundant components of each range of noise levels; if empty, the page omits their table.
 
     Returns:
         The text of the page.
@@ -128,19 +128,23 @@ class _ControlRow:
     time_ratio: float
     damage: Damage
     rank: str
-    """"plan", "better" or "other"; also the class of the row."""
+    """"plan", "better" or "other"; also the CSS class of the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _FewerSteps:
     ratio: float
-    """Damage of the plan / damage of taking fewer steps."""
+    """Damage of the plan / damage of sampling with fewer steps."""
     time_ratio: float
     damage: Estimate
 
 
 def _sample_sheets(full: Array, pruned: Array) -> tuple[int, tuple[_Sheet, ...]]:
-    """Draw samples and their difference; return the factor that amplifies the difference, and the three pictures."""
+    """Draw samples and their difference.
+
+    Returns:
+        The factor that amplifies the difference, and three pictures.
+    """
     batch, _, _, width = full.shape
     columns = min(batch, max(2, min(8, _SHEET_WIDTH // max(width, 128))))
     original, changed = np.split(pictures.to_visible(np.concatenate([full[:columns], pruned[:columns]])), 2)
@@ -152,7 +156,7 @@ def _sample_sheets(full: Array, pruned: Array) -> tuple[int, tuple[_Sheet, ...]]
 
 
 def _amplification(difference: Array) -> int:
-    """Choose the factor that brings all but the largest half percent of differences into the range of a pixel."""
+    """Choose the largest factor at which 99.5 % of the differences stay within the range of a pixel."""
     large = float(np.quantile(np.abs(difference), 0.995))
     return max((factor for factor in _FACTORS if factor * large <= 1), default=1)
 
@@ -187,7 +191,7 @@ def _range(plan: Plan, phase: Phase) -> str:
     first, last = phase is plan.phases[0], phase is plan.phases[-1]
     low, high = charts.number(phase.low), charts.number(phase.high)
     text = "all" if first and last else f"below {high}" if first else f"above {low}" if last else f"{low} to {high}"
-    return text if len(phase.cycle) == 1 else f"{text}, in turn"
+    return text if len(phase.cycle) == 1 else f"{text}, alternating"
 
 
 def _control_rows(verification: Verification, better: Sequence[str]) -> tuple[_ControlRow, ...]:

@@ -21,20 +21,20 @@ Samples = NDArray[np.floating[Any]]
 
 
 def to_visible(samples: Samples) -> Samples:
-    """Choose channels that can be shown as grey or colour.
+    """Choose the channels to show as grey or colour.
 
     Args:
         samples: [batch, channel, height, width] in [-1, 1].
 
     Returns:
-        [batch, 1 or 3, height, width] in [-1, 1]. Other channel counts (latents) give their first channel, divided by
-        its largest magnitude in the batch.
+        [batch, 1 or 3, height, width] in [-1, 1]. Samples with other channel counts (latents) are reduced to their
+        first channel, divided by its largest magnitude in the batch.
 
     Raises:
-        ShapeMismatch: If there are not four axes.
+        ShapeMismatch: If the samples do not have four axes.
     """
     if samples.ndim != 4:
-        raise ShapeMismatch(f"samples have shape {samples.shape}, expected [batch, channel, height, width].")
+        raise ShapeMismatch(f"samples have shape {samples.shape}. Expected [batch, channel, height, width].")
     if samples.shape[1] in (1, 3):
         return samples
     first = samples[:, :1]
@@ -42,39 +42,39 @@ def to_visible(samples: Samples) -> Samples:
 
 
 def to_pixels(samples: Samples) -> NDArray[np.uint8]:
-    """Round samples to 8-bit pixels; what lies outside of [-1, 1] is clipped.
+    """Round samples to 8-bit pixels; values outside [-1, 1] are clipped.
 
     Args:
         samples: [batch, channel, height, width] in [-1, 1].
 
     Returns:
-        [batch, height, width] for grey, [batch, height, width, 3] for colour; -1 is 0 and 1 is 255.
+        [batch, height, width] for grey, [batch, height, width, 3] for colour; -1 becomes 0 and 1 becomes 255.
 
     Raises:
-        ShapeMismatch: If there are not four axes.
+        ShapeMismatch: If the samples do not have four axes.
     """
     levels = np.rint((np.clip(to_visible(samples), -1, 1) + 1) * 127.5).astype(np.uint8)
     return levels[:, 0] if levels.shape[1] == 1 else np.moveaxis(levels, 1, -1)
 
 
 def grid(samples: Samples, columns: int | None = None, scale: int | None = None) -> Image.Image:
-    """Lay samples out on a white sheet, row by row.
+    """Arrange samples on a white sheet, row by row.
 
     Args:
         samples: [batch, channel, height, width] in [-1, 1], batch >= 1.
-        columns: Pictures per row; by default the sheet is about square.
-        scale: Whole factor by which every pixel is enlarged; by default small pictures become well visible.
+        columns: Pictures per row; by default the sheet is roughly square.
+        scale: Integer factor that enlarges every pixel; by default small pictures become easy to see.
 
     Returns:
         A grey or colour picture with `GAP` pixels between the samples.
 
     Raises:
-        ShapeMismatch: If there are not four axes, or no sample.
+        ShapeMismatch: If the samples do not have four axes, or there is no sample.
     """
     pixels = to_pixels(samples)
     batch, height, width = pixels.shape[:3]
     if batch == 0:
-        raise ShapeMismatch("there is no sample to show, expected a batch of at least 1.")
+        raise ShapeMismatch("there is no sample to show. Expected a batch of at least 1.")
     columns = min(columns or math.ceil(math.sqrt(batch)), batch)
     scale = scale or max(1, _LEGIBLE // max(height, width))
     rows = math.ceil(batch / columns)

@@ -1,4 +1,4 @@
-"""A scheduler as data: tables of coefficients, the step they describe, and the noise that steps add.
+"""Schedulers as data: tables of coefficients, the step that they define, and the noise that a step adds.
 
-numpy only: a session needs nothing else. `unetc.compiler.scheduler` reads the tables from a diffusers scheduler.
+A session needs only numpy to use them. `unetc.compiler.scheduler` reads the tables from a diffusers scheduler.
 """

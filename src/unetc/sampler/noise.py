@@ -1,11 +1,11 @@
-"""Random normal numbers that depend on seed, sample and step, never on the batch.
+"""Normal random numbers that depend on seed, sample and step, but never on the batch.
 
-All noise comes from Philox, a generator that computes its output from a counter. The initial noise is made where the
-call comes in: every sample has its own Philox 4x64 stream, of which numpy makes float32 normals by its ziggurat, filled
-in C order. The noise of a step may be made on a GPU, inside of the kernel that makes the step, so it is of a form that
-both can compute: the counter of Philox 4x32 holds the number of a block of four elements, the step and the sample, and
-Box and Muller's transform makes four normals of its output. Both give the same numbers up to the rounding of
-logarithm, sine and cosine.
+All noise comes from Philox, a generator that computes its output from a counter. numpy draws the initial noise: every
+sample has a separate Philox 4x64 stream, from which the ziggurat method draws float32 normals in C order. The noise of
+a step may instead be drawn on a GPU, inside the kernel that computes the step, so its definition is simple enough for
+both. The counter of Philox 4x32 holds the index of a block of four elements, the step and the sample. The Box-Muller
+transform turns each output into four normals. CPU and GPU give the same numbers up to rounding in the logarithm, sine
+and cosine.
 
 Source:
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", DOI 10.1145/2063384.2063405, for Philox.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from unetc.errors import SessionError
 
 ROUNDS = 10
-"""Of Philox."""
+"""Number of Philox rounds."""
 _WORD = 2**64
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -31,7 +31,7 @@ _HALF = np.uint64(32)
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Draw the unit normal noise that sampling starts from.
+    """Draw the unit normal noise from which sampling starts.
 
     Args:
         seed: Seed of the run, 0 <= seed < 2^64.
@@ -39,10 +39,10 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]
         shape: (channel, height, width) of one sample.
 
     Returns:
-        [batch, channel, height, width], mean 0, standard deviation 1. Row k depends on seed and indices[k] alone.
+        [batch, channel, height, width], mean 0, standard deviation 1. Row k depends only on seed and indices[k].
 
     Raises:
-        SessionError: If seed or an index is out of range.
+        SessionError: If the seed or an index is out of range.
     """
     require_words(seed, *indices)
     noise = np.empty((len(indices), *shape), np.float32)
@@ -53,24 +53,24 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]
 
 
 def step_noise(seed: int, indices: Sequence[int], step: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Draw the fresh unit normal noise that a stochastic sampler adds in one step.
+    """Draw the fresh unit normal noise that a stochastic scheduler adds in one step.
 
     Args:
         seed: Seed of the run, 0 <= seed < 2^64.
         indices: Index of each sample of the batch within the run, 0 <= index < 2^64.
         step: Step index, 0 <= step < 2^32.
-        shape: (channel, height, width) of one sample, of less than 2^34 elements.
+        shape: (channel, height, width) of one sample, with fewer than 2^34 elements.
 
     Returns:
         [batch, channel, height, width], mean 0, standard deviation 1; independent of `initial_noise` and other steps.
-        In C order, elements 4k to 4k + 3 are made of the block k.
+        In C order, elements 4k to 4k + 3 come from block k.
 
     Raises:
-        SessionError: If seed, step or an index is out of range.
+        SessionError: If the seed, the step or an index is out of range.
     """
     require_words(seed, *indices)
     if not 0 <= step < 2**32:
-        raise SessionError(f"cannot draw noise for step {step}. Steps are from 0 to 2^32 - 1.")
+        raise SessionError(f"cannot draw noise for step {step}. Steps must lie between 0 and 2^32 - 1.")
     size = int(np.prod(shape))
     blocks = np.arange(-(-size // 4), dtype=np.uint64)
     samples = np.array(indices, np.uint64)[:, None]
@@ -80,14 +80,14 @@ def step_noise(seed: int, indices: Sequence[int], step: int, shape: tuple[int, i
 
 
 def philox(key: tuple[int, int], counter: tuple[NDArray[np.uint64] | np.uint64, ...]) -> tuple[NDArray[np.uint64], ...]:
-    """Compute four words of 32 bits for each counter of four, by Philox 4x32 with ten rounds.
+    """Compute Philox 4x32 with ten rounds: four 32-bit words for each four-word counter.
 
     Args:
         key: Two words.
-        counter: Four words each, of shapes that broadcast.
+        counter: Arrays of the four words, with shapes that broadcast.
 
     Returns:
-        Four arrays of that shape.
+        Arrays of the four output words, in the broadcast shape.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*counter)
     k0, k1 = key
@@ -104,24 +104,24 @@ def philox(key: tuple[int, int], counter: tuple[NDArray[np.uint64] | np.uint64, 
 
 
 def _normals(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Make two normal numbers of every two words of 32 bits."""
+    """Turn every two 32-bit words into two normal numbers."""
     radius = np.sqrt(np.float32(-2) * np.log(_uniform(first)))
     angle = np.float32(2 * np.pi) * _uniform(second)
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """Make numbers above 0 and up to 1."""
+    """Turn words into numbers above 0 and up to 1."""
     uniform: NDArray[np.float32] = words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     return uniform
 
 
 def require_words(*numbers: int) -> None:
-    """Refuse a seed or an index that noise cannot be drawn for.
+    """Refuse a seed or an index outside the range of the noise generator.
 
     Raises:
-        SessionError: If one is out of range.
+        SessionError: If a number is out of range.
     """
     for number in numbers:
         if not 0 <= number < _WORD:
-            raise SessionError(f"cannot draw noise for {number}. Seeds and indices are from 0 to 2^64 - 1.")
+            raise SessionError(f"cannot draw noise for {number}. Seeds and indices must lie between 0 and 2^64 - 1.")

@@ -1,12 +1,12 @@
-"""Scheduler tables: what a linear multistep sampler does in each step, as numbers.
+"""Scheduler tables: the coefficients of every step of a linear multistep scheduler.
 
-One step of such a sampler is
+One step of such a scheduler is
 
     x_next = sum_j u_j x_(i-j)  +  sum_j v_j e_(i-j)  +  c clip(p x_i + q e_i)  +  s exp(w / 2) noise
 
-with x the samples, e the model outputs and j the lag in steps. Where the model predicts a variance too, w is
-interpolated between two bounds by what it says; otherwise it is zero. A `SchedulerTable` holds the coefficients of all
-steps for one step count; `SchedulerTables` holds one scheduler's tables for many step counts, packed into one array.
+where x are the samples, e the model outputs and j the lag in steps. If the model also predicts a variance, that output
+interpolates w between two bounds; otherwise w is zero. A `SchedulerTable` holds the coefficients of all steps for one
+step count. `SchedulerTables` holds one scheduler's tables for many step counts and packs them into one array.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unetc.device import HOST, Device, Tensor
 from unetc.errors import SessionError
 
 MAX_WINDOW = 8
-"""The longest history, in steps, that a table can refer to."""
+"""Longest history, in steps, that a table can refer to."""
 
 _VECTORS = (
     "timesteps",
@@ -44,41 +44,41 @@ _COLUMNS = (*_VECTORS, *(f"{name}_{lag}" for name in _MATRICES for lag in range(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SchedulerTable:
-    """The coefficients of a sampler for one number of steps n; lag 0 is the current step.
+    """The coefficients of a scheduler for one number of steps n; lag 0 is the current step.
 
     Raises:
-        SessionError: If shapes, ranges or the order of the steps make no sense.
+        SessionError: If shapes, ranges or the order of the steps are invalid.
     """
 
     timesteps: NDArray[np.float32]
-    """[n], what the model is told in each step."""
+    """[n], timestep passed to the model in each step."""
     log_snr: NDArray[np.float64]
     """[n], natural log of alpha^2 / sigma^2 of the sample that enters each step; strictly increasing."""
     input_scale: NDArray[np.float64]
-    """[n], the model sees input_scale * x."""
+    """[n], factor of the samples; the model receives input_scale * x."""
     initial_scale: float
-    """Standard deviation of the noise that sampling starts from."""
+    """Standard deviation of the noise from which sampling starts."""
     denoised_sample: NDArray[np.float64]
-    """[n], p in x0 = p x + q e. Zero when nothing is clipped: x0 then has no weight of its own."""
+    """[n], p in x0 = p x + q e. Zero without clipping, because x0 then needs no separate weight."""
     denoised_prediction: NDArray[np.float64]
-    """[n], q in x0 = p x + q e. Zero when nothing is clipped."""
+    """[n], q in x0 = p x + q e. Zero without clipping."""
     denoised_coefficient: NDArray[np.float64]
-    """[n], weight of the clipped x0. Zero when nothing is clipped."""
+    """[n], weight of the clipped x0. Zero without clipping."""
     clip: float
-    """x0 is limited to -clip..clip; infinite when nothing is clipped."""
+    """Limit of x0, which is clipped to -clip..clip; infinite without clipping."""
     sample_coefficients: NDArray[np.float64]
     """[n, window], weights of the raw samples x."""
     prediction_coefficients: NDArray[np.float64]
     """[n, window], weights of the raw model outputs e."""
     noise_coefficient: NDArray[np.float64]
-    """[n], weight of fresh unit normal noise; 1 where the model predicts its variance."""
+    """[n], weight of fresh unit normal noise; 1 in steps with a predicted variance."""
     variance_low: NDArray[np.float64]
-    """[n], natural log of the variance of the noise where the model says -1; zero where it is not asked."""
+    """[n], natural log of the noise variance for a model output of -1; zero in steps without a predicted variance."""
     variance_high: NDArray[np.float64]
-    """[n], natural log of the variance of the noise where the model says 1; zero where it is not asked."""
+    """[n], natural log of the noise variance for a model output of 1; zero in steps without a predicted variance."""
 
     def __post_init__(self) -> None:
-        """Check what a damaged file could get wrong."""
+        """Check everything that a damaged file could break."""
         for name in _VECTORS:
             _require_shape(name, getattr(self, name), (self.steps,))
         for name in _MATRICES:
@@ -90,16 +90,16 @@ class SchedulerTable:
 
     @property
     def steps(self) -> int:
-        """The number of steps n."""
+        """Number of steps n."""
         return len(self.timesteps)
 
     @property
     def window(self) -> int:
-        """How many samples and model outputs, the current ones included, a step may refer to."""
+        """Number of samples and model outputs, including the current ones, that a step may refer to."""
         return int(self.sample_coefficients.shape[-1])
 
     def asks_variance(self, step: int) -> bool:
-        """Tell whether the noise of a step has the variance that the model predicts."""
+        """Check whether the model predicts the variance of a step's noise."""
         return bool(self.variance_low[step] or self.variance_high[step])
 
 
@@ -114,30 +114,30 @@ def update(
 ) -> Tensor:
     """Advance the samples by one step.
 
-    Coefficients enter as Python floats, so float32 stays float32.
+    Coefficients are Python floats, so float32 stays float32.
 
     Args:
-        table: Coefficients of the sampler.
+        table: Coefficients of the scheduler.
         step: Step index, 0 <= step < table.steps.
-        samples: x_i, x_(i-1), ..., each [batch, channel, height, width]; `table.window` of them, fewer at the start.
-        predictions: e_i, e_(i-1), ..., raw model outputs of the same shape, as many.
-        noise: Fresh unit normal noise of the same shape. May be None where noise_coefficient is zero.
-        variance: What the model says of the variance of the noise, mostly -1 to 1, of the same shape. May be None where
-            it is not asked.
-        device: Where all these are.
+        samples: x_i, x_(i-1), ..., each [batch, channel, height, width]; `table.window` arrays, fewer at the start.
+        predictions: e_i, e_(i-1), ..., raw model outputs; same shape and number as the samples.
+        noise: Fresh unit normal noise of the same shape. May be None if the step's noise_coefficient is zero.
+        variance: Predicted variance of the noise, mostly in -1 to 1, of the same shape. May be None in steps without a
+            predicted variance.
+        device: Device of all these tensors.
 
     Returns:
         The samples that enter the next step, [batch, channel, height, width].
 
     Raises:
-        SessionError: If the step does not exist, or needs noise, a variance or history that is not given.
+        SessionError: If the step does not exist, or its noise, variance or history is missing.
 
     Source:
         Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", arXiv:2102.09672, equation 15,
         for the variance.
     """
     if not 0 <= step < table.steps:
-        raise SessionError(f"there is no step {step} among the {table.steps} steps of this sampler.")
+        raise SessionError(f"there is no step {step}: this table has the steps 0 to {table.steps - 1}.")
     result = _combine(table.sample_coefficients[step].tolist(), samples)
     result += _combine(table.prediction_coefficients[step].tolist(), predictions)
     if weight := table.denoised_coefficient.item(step):
@@ -148,12 +148,12 @@ def update(
         result += denoised
     if weight := table.noise_coefficient.item(step):
         if noise is None:
-            raise SessionError(f"step {step} of this sampler adds noise and none was given. Pass step_noise(...).")
+            raise SessionError(f"step {step} of this scheduler adds noise, but none was given. Pass step_noise(...).")
         if table.asks_variance(step):
             if variance is None:
                 raise SessionError(
-                    f"step {step} of this sampler takes the variance of its noise from the model, which predicts none. "
-                    "Use a scheduler with a fixed variance, or ddim."
+                    f"step {step} of this scheduler needs a predicted variance of its noise, but the model predicts "
+                    "none. Use a scheduler with a fixed variance, or ddim."
                 )
             share = 0.5 * variance + 0.5
             low, high = table.variance_low.item(step), table.variance_high.item(step)
@@ -163,18 +163,18 @@ def update(
 
 
 def _combine(weights: Sequence[float], arrays: Sequence[Tensor]) -> Tensor:
-    """Add weighted arrays up in a new one."""
+    """Add weighted arrays into a new one."""
     total = weights[0] * arrays[0]
     for lag, weight in enumerate(weights[1:], start=1):
         if weight:
             if lag >= len(arrays):
-                raise SessionError(f"a step needs {lag + 1} arrays, newest first, and {len(arrays)} were given.")
+                raise SessionError(f"a step needs {lag + 1} arrays, newest first, but {len(arrays)} were given.")
             total += weight * arrays[lag]
     return total
 
 
 class SchedulerCount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the table for one step count lies in the packed array."""
+    """Position of the table for one step count in the packed array."""
 
     steps: int
     start: int
@@ -183,14 +183,14 @@ class SchedulerCount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class SchedulerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is needed to read the packed array of a `SchedulerTables`."""
+    """Description of the packed array of a `SchedulerTables`."""
 
     name: str
     """Name of the scheduler."""
     columns: tuple[str, ...]
-    """Names of the columns that are stored; all others are zero everywhere."""
+    """Names of the stored columns; all others are zero everywhere."""
     clip: float | None
-    """None when nothing is clipped: JSON has no infinity."""
+    """Limit of x0. None means no clipping, because JSON has no infinity."""
     counts: tuple[SchedulerCount, ...]
 
 
@@ -199,30 +199,30 @@ class SchedulerTables:
     """The tables of one scheduler, by strictly increasing step count.
 
     Raises:
-        SessionError: If there is no table, or their order or their clipping differs from this.
+        SessionError: If there is no table, the step counts do not increase, or the tables differ in `clip`.
     """
 
     name: str
     """Name of the scheduler, a key of `unetc.compiler.scheduler.SCHEDULERS`."""
     tables: tuple[SchedulerTable, ...]
-    """All with the same `clip`."""
+    """One table per step count, all with the same `clip`."""
 
     def __post_init__(self) -> None:
         """Check order and clipping."""
-        _require(len(self.tables) > 0, "there is no step count")
+        _require(len(self.tables) > 0, "it has no step count")
         _require(list(self.counts) == sorted(set(self.counts)), f"the step counts {self.counts} do not increase")
         _require(len({table.clip for table in self.tables}) == 1, "the step counts differ in clip")
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The step counts there are tables for, increasing."""
+        """Step counts of the tables, increasing."""
         return tuple(table.steps for table in self.tables)
 
     def table(self, steps: int) -> SchedulerTable:
         """Look up the table for a number of steps.
 
         Raises:
-            SessionError: If there is none; the message names the nearest step counts.
+            SessionError: If there is no such table; the message names the nearest step counts.
         """
         position = bisect.bisect_left(self.counts, steps)
         if steps in self.counts[position : position + 1]:
@@ -231,7 +231,7 @@ class SchedulerTables:
         raise SessionError(f"there is no {self.name} table for {steps} steps. Nearest: {nearest} steps.")
 
     def noise_levels(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """List every timestep of any table, increasing, and the log-SNR of samples there."""
+        """List the timesteps of all tables, increasing, and the log-SNR at each of them."""
         timesteps, first = np.unique(np.concatenate([table.timesteps for table in self.tables]), return_index=True)
         return timesteps, np.concatenate([table.log_snr for table in self.tables])[first]
 
@@ -260,14 +260,14 @@ class SchedulerTables:
         """Unpack and validate.
 
         Args:
-            header: As given by `to_array`.
-            array: As given by `to_array`, [rows, columns], float64.
+            header: Header from `to_array`.
+            array: Array from `to_array`, [rows, columns], float64.
 
         Returns:
-            The tables that were packed, to the bit.
+            The packed tables, bit for bit.
 
         Raises:
-            SessionError: If header and array are not what `to_array` gives.
+            SessionError: If `to_array` cannot have produced the header and the array.
         """
         unknown = set(header.columns) - set(_COLUMNS)
         _require(not unknown, f"unknown columns {sorted(unknown)}")
@@ -284,8 +284,8 @@ def needed_window(sample_coefficients: NDArray[np.float64], prediction_coefficie
     """Count the lags up to the last one with a nonzero coefficient, at least 1.
 
     Args:
-        sample_coefficients: [n, lags].
-        prediction_coefficients: [n, lags].
+        sample_coefficients: Weights of the samples, [n, lags].
+        prediction_coefficients: Weights of the model outputs, [n, lags].
     """
     lags = np.flatnonzero(sample_coefficients.any(axis=0) | prediction_coefficients.any(axis=0))
     return int(lags.max(initial=0)) + 1
