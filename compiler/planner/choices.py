@@ -40,7 +40,7 @@ class Limits:
     max_phases: int | None
     """Most runs; no limit when None."""
     max_memory: float
-    """Most weights of all engines together, the full one included, as a multiple of its own; infinite for no limit."""
+    """Most weights of all engines together, the full one included, in full engines; infinite for no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -708,7 +708,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("planner", ["fast", "exact"])
 def test_a_hopeless_component_does_not_make_the_other_choices_coarse(planner: str, seed: int) -> None:
-    # the planner's absolute gap of 1e-6 must stay small compared with the damage of the plan, whatever the worst damage is
+    # the planner's absolute gap of 1e-6 must stay small against the damage of the plan
     profile = random_profile(12, 5, seed, decades=3.0)
     options = PlanOptions(budget=0.15, planner=planner)
     hopeless = tuple(
