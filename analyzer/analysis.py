@@ -32,14 +32,14 @@ from .sweep import FullTrajectory, Sweep, make_bins, run_base, run_sweep, sweep_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalysisOptions:
-    """How to analyse."""
+    """Options of an analysis."""
 
     scheduler: str = "ddim"
     steps: int = 50
     samples: int = 16
-    """Trajectories every ablation is measured on."""
+    """Trajectories per ablation."""
     bins: int = 8
-    """Noise levels the map distinguishes."""
+    """Number of noise levels in the damage map."""
     seed: int = 0
     target: str = "onnxruntime:cpu"
     threads: int = field(default_factory=cores)
@@ -49,15 +49,15 @@ class AnalysisOptions:
     rounds: int = 15
     """Timed repetitions per component."""
     components: tuple[str, ...] = ()
-    """Shell-style patterns of the components to ablate, beside the step; all when empty."""
+    """Shell-style patterns of the components to ablate, in addition to the step; all when empty."""
     decisive: int | None = 7
-    """Ablations of every bin that are carried to the final output; the others are screened. All are when None."""
+    """Ablations per bin that are carried to the final output; the others are screened. None carries all of them."""
     time_limit_s: float = math.inf
-    """Seconds after which no ablation is carried to the final output any more; what is left is screened."""
+    """Seconds after which no further ablation is carried to the final output; the rest is screened."""
     prompts: tuple[str, ...] = ()
-    """What a model that takes prompts is measured on; its own list when empty."""
+    """Prompts for a model that takes some; the model's list when empty."""
     guidance_scale: float | None = None
-    """Of classifier-free guidance, dimensionless; what the pipeline usually has when None."""
+    """Scale of classifier-free guidance, dimensionless; the pipeline's usual scale when None."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -75,7 +75,7 @@ class AnalysisOptions:
         if self.bins > self.steps:
             raise ProfileError(f"cannot cut {self.steps} steps into {self.bins} bins; use fewer bins or more steps.")
         if self.guidance_scale is not None and not 1 <= self.guidance_scale < 1000:
-            raise ProfileError(f"a guidance scale is at least 1, which is none; got {self.guidance_scale}.")
+            raise ProfileError(f"a guidance scale is at least 1, which turns guidance off; got {self.guidance_scale}.")
         if not 0 <= self.seed < 2**63:
             raise ProfileError(f"a seed lies in [0, 2^63), got {self.seed}.")
 
@@ -102,12 +102,12 @@ def analyze(
 
     Args:
         gated: The denoiser's gated graph.
-        reference: Which model it is.
+        reference: The model.
         table: The scheduler of `options.scheduler` at `options.steps`.
         backend: The target, opened.
         sample_shape: [channel, height, width].
-        conditions: What the samples are conditioned on; sample k has row k, modulo the number of rows.
-        prompts: The conditions in words, and further ones that are kept for `verify`.
+        conditions: Conditions of the samples: sample k gets row k, modulo the number of rows.
+        prompts: The conditions in words, and more prompts that are kept for `verify`.
         options: How to analyse.
         work: Folder for partial results. A second call with the same arguments continues from them: damages are equal
             bit by bit, and times already measured are not measured again.

@@ -23,10 +23,10 @@ HELD_OUT_SHARE = 4
 
 
 def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_progress: OnProgress = ignore) -> Profile:
-    """Capture a model and measure it; what can be refused is refused before the capture, which takes long.
+    """Capture a model and measure it; bad options are refused before the capture, which takes long.
 
     Args:
-        model: What to measure.
+        model: The model.
         options: How to measure.
         cache: Folder for captures and partial results.
         on_progress: Told how far the work is.
@@ -47,7 +47,7 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     prepared = prepare(model, cache, on_progress)
     finder = overflow_finder(prepared, options.scheduler, conditions, on_progress)
     backend = target.prepared_by(OnDemand(calls, finder, on_progress))
-    with FileLock(prepared.work / "analysis.lock"):  # a second process reads what the first has measured
+    with FileLock(prepared.work / "analysis.lock"):  # a second process reads the results of the first
         return analyze(
             prepared.gated,
             model.reference,

@@ -22,7 +22,7 @@ from unetc.treatments import Treatment
 
 
 class Costs(Record, frozen=True, kw_only=True):
-    """Time and weights of the full graph, and what each component's removal saves of them; see `Profile`."""
+    """Time and weights of the full graph, and the savings of each component's removal; see `Profile`."""
 
     full_ms: Estimate
     full_bytes: int
@@ -42,23 +42,23 @@ def measure_costs(
 ) -> Costs:
     """Time the full graph against the graph specialised without each component.
 
-    Each component's graph takes turns with the full one, so that slow moments of the machine fall on both. What a pair
-    tells is the *share* that is saved: a machine that is three times slower for a minute stretches both of its times.
+    Calls of each component's graph alternate with calls of the full one, so that slow moments of the machine affect
+    both. A pair yields the saved *share*: a machine that is three times slower for a minute stretches both times.
 
     Args:
         gated: The graph.
-        components: Those to time.
+        components: Components to time.
         backend: The target.
-        conditions: What samples are conditioned on.
+        conditions: Conditions of the samples.
         batch: Number of samples per call.
         sample_shape: [channel, height, width].
         rounds: Timed repetitions of each pair.
         on_progress: Told after each component.
 
     Returns:
-        Milliseconds per call of the full graph, and what each component's removal saves of it: the median over rounds
-        of the share that is saved, of the median time of the full graph. The intervals are over rounds. Bytes are
-        exact; of what several components read each one's removal alone frees nothing.
+        Milliseconds per call of the full graph and the saving of each component's removal: median time of the full
+        graph × median saved share. The intervals are over rounds. Bytes are exact; weights shared by several
+        components are not counted as freed.
     """
     no_means = np.zeros(gated.channels, dtype=np.float32)
     loader = backend.open_weights(gated.weights.read_bytes())

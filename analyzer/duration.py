@@ -1,4 +1,4 @@
-"""How long an analysis will take: the calls it will make × what one was measured to take."""
+"""Predicted duration of an analysis: number of calls × measured time of a call."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .sweep import Sweep, sweep_calls
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duration:
-    """What an analysis will do once costs are measured, and how long that takes if nothing of it was done before."""
+    """Remaining work of an analysis after the cost measurement, and its duration if no result is cached."""
 
     seconds: float
     probes: int
-    """Local errors."""
+    """Number of local errors."""
     ablations: int
-    """Carried to the final output."""
+    """Number of ablations that are carried to the final output."""
 
     def __str__(self) -> str:
-        """Say it on one line."""
+        """Format as one line."""
         parts = [f"{self.probes:,} local probes"] if self.probes else []
         parts += [f"{self.ablations:,} ablations to the final output"] if self.ablations else []
         return f"about {_in_words(self.seconds)}: {', '.join(parts)}"
 
 
 def entries_of(sweep: Sweep) -> tuple[tuple[Ablation, int], ...]:
-    """List all ablations with every bin that has a step for them."""
+    """List all ablations, each with every bin where it treats a step."""
     return tuple(
         (ablation, b)
         for ablation in ablations_of(sweep.ablated)
@@ -44,10 +44,10 @@ def predict_duration(
     """Predict the duration of everything but the timing.
 
     Args:
-        sweep: What will be ablated.
+        sweep: The ablations and trajectories.
         screened: Whether local errors are measured.
-        decisive: Ablations of every bin that are carried to the final output; all when None. Which they are is not
-            known yet, so each counts as much as those of its bin do on average.
+        decisive: Ablations of every bin that are carried to the final output; all when None. They are not chosen yet,
+            so each counts as an average one of its bin.
         limit_s: Seconds after which no ablation is begun.
         sample_ms: Milliseconds of a denoiser call, per sample.
     """

@@ -1,9 +1,9 @@
-"""Measure a bundle on seeds nobody has seen, with controls at equal measured time, all in one run."""
+"""Measure a bundle on new seeds, with controls at equal measured time, all in one run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import unetc
 from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.verification import ControlResult, EngineUse, Verification
+from unetc.backend import Backend
 from unetc.conditions import Conditions
 from unetc.environment import describe
 from unetc.errors import SessionError
@@ -38,14 +39,14 @@ _DESCRIPTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions:
-    """How to verify."""
+    """Options of a verification."""
 
     rounds: int = 8
-    """Every round samples one batch with each contender, in turns."""
+    """Every round samples one batch with each contender, alternating."""
     batch: int | None = None
     """The bundle's batch when not given."""
     seed: int | None = None
-    """A seed far from those used when not given."""
+    """A seed far from the used ones when not given."""
     target: str | None = None
     """Where engines run; the target the bundle was built for when not given."""
 
@@ -67,7 +68,40 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
     target = options.target or manifest.target
     backend = open_backend(target, threads=manifest.threads)
     session = Session.of(bundle, backend)
-    conditions = _held_out(manifest, bundle.conditions)
+    contenders, fewer = _contenders(bundle, backend, session, batch, seed)
+    times, sampled = _run(contenders, options.rounds, on_progress)
+    outputs = {name: session.decode(latents) for name, latents in sampled.items()}
+    ratios = {name: row / times["full"] for name, row in times.items()}
+    return Verification(
+        unetc=unetc.__version__,
+        model=manifest.model,
+        plan_sha256=manifest.plan.sha256(),
+        target=target,
+        threads=manifest.threads,
+        environment=describe(),
+        budget=manifest.plan.budget,
+        scheduler=manifest.scheduler.name,
+        steps=manifest.steps,
+        samples=len(outputs["full"]),
+        seed=seed,
+        rounds=options.rounds,
+        full_ms=float(np.median(times["full"])),
+        time_ratio=float(np.median(ratios["plan"])),
+        time_ratio_p10=float(np.percentile(ratios["plan"], 10)),
+        time_ratio_p90=float(np.percentile(ratios["plan"], 90)),
+        damage=measure_damage(outputs["full"], outputs["plan"]),
+        controls=_control_results(outputs, ratios, fewer, manifest.steps),
+        engines=_engine_uses(manifest, session),
+        disk_bytes=_disk_bytes(manifest, [manifest.full.graph, *(engine.graph for engine in manifest.engines)]),
+        full_disk_bytes=_disk_bytes(manifest, [manifest.full.graph]),
+    )
+
+
+def _contenders(
+    bundle: Bundle, backend: Backend, session: Session, batch: int, seed: int
+) -> tuple[dict[str, Callable[[int], Array]], int]:
+    """Make the functions that sample a batch from its first index on, and count the steps of `fewer_steps`."""
+    conditions = _held_out(bundle.manifest, bundle.conditions)
 
     def sample(session: Session, first: int, *, full_model: bool = False, steps: int | None = None) -> Array:
         own = conditions.take(range(first, first + batch))
@@ -81,48 +115,29 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         "plan": partial(sample, session),
         "fewer_steps": partial(sample, session, full_model=True, steps=fewer),
     }
-    for control in manifest.controls:
+    for control in bundle.manifest.controls:
         contenders[control.name] = partial(sample, Session.of(bundle, backend, control=control))
-    times, sampled = _run(contenders, options.rounds, on_progress)
-    outputs = {name: session.decode(latents) for name, latents in sampled.items()}
-    ratios = {name: row / times["full"] for name, row in times.items()}
-    reference = outputs["full"]
+    return contenders, fewer
+
+
+def _control_results(
+    outputs: Mapping[str, Array], ratios: Mapping[str, NDArray[np.float64]], fewer: int, steps: int
+) -> dict[str, ControlResult]:
+    """Compare the controls with the full model; numbered ones of a kind make one result."""
     groups: dict[str, list[str]] = {}
-    for name in list(contenders)[2:]:
-        groups.setdefault(re.sub(r"-\d+$", "", name), []).append(name)
-    controls = {
+    for name in outputs:
+        if name not in ("full", "plan"):
+            groups.setdefault(re.sub(r"-\d+$", "", name), []).append(name)
+    return {
         group: ControlResult(
             time_ratio=float(np.median(np.concatenate([ratios[name] for name in names]))),
             damage=measure_damage(
-                np.concatenate([reference] * len(names)), np.concatenate([outputs[name] for name in names])
+                np.concatenate([outputs["full"]] * len(names)), np.concatenate([outputs[name] for name in names])
             ),
-            description=_describe(group, len(names), fewer, manifest.steps),
+            description=_describe(group, len(names), fewer, steps),
         )
         for group, names in groups.items()
     }
-    return Verification(
-        unetc=unetc.__version__,
-        model=manifest.model,
-        plan_sha256=manifest.plan.sha256(),
-        target=target,
-        threads=manifest.threads,
-        environment=describe(),
-        budget=manifest.plan.budget,
-        scheduler=manifest.scheduler.name,
-        steps=manifest.steps,
-        samples=len(reference),
-        seed=seed,
-        rounds=options.rounds,
-        full_ms=float(np.median(times["full"])),
-        time_ratio=float(np.median(ratios["plan"])),
-        time_ratio_p10=float(np.percentile(ratios["plan"], 10)),
-        time_ratio_p90=float(np.percentile(ratios["plan"], 90)),
-        damage=measure_damage(reference, outputs["plan"]),
-        controls=controls,
-        engines=_engine_uses(manifest, session),
-        disk_bytes=_disk_bytes(manifest, [manifest.full.graph, *(engine.graph for engine in manifest.engines)]),
-        full_disk_bytes=_disk_bytes(manifest, [manifest.full.graph]),
-    )
 
 
 def _held_out(manifest: Manifest, conditions: Conditions) -> Conditions:
@@ -144,7 +159,7 @@ def _steps_of_equal_time(session: Session, sample: Callable[..., Array]) -> int:
 def _run(
     contenders: dict[str, Callable[[int], Array]], rounds: int, on_progress: OnProgress
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, Array]]:
-    """Let every contender sample the same noise in turns; the first, untimed round warms up."""
+    """Let the contenders sample the same noise, alternating; the first, untimed round warms up."""
     outputs: dict[str, list[Array]] = {name: [] for name in contenders}
     times = np.empty((rounds, len(contenders)))
     batch = 0

@@ -1,1 +1,1 @@
-"""Profile → Plan → Bundle: choose what each phase removes, specialise one engine per phase, write the bundle."""
+"""Profile → Plan → Bundle: choose treatments per phase, specialise one engine per phase, write the bundle."""

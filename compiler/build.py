@@ -1,30 +1,17 @@
-"""model + budget → bundle: run what is missing, measure the joint plan, write the bundle."""
+"""Profile + budget → bundle: fit a plan, measure it jointly, write the bundle."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
-from safetensors.numpy import save
 
-import unetc
-from unetc.artifacts.manifest import (
-    SCHEDULER_ROWS,
-    BundleDecoder,
-    BundleEngine,
-    Conditioning,
-    Control,
-    EnginePair,
-    FileRecord,
-    LoweredGraph,
-    Manifest,
-    Measurement,
-)
+from unetc.artifacts.manifest import Control, EnginePair, Manifest, Measurement
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
-from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
 from unetc.compiler.search.controls import make_controls
@@ -36,36 +23,31 @@ from unetc.compiler.search.set_up import Setup, set_up
 from unetc.compiler.search.workbench import Candidate, Workbench
 from unetc.errors import PlanError, QualityGateError
 from unetc.models.model import Model
-from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress, ignore
-from unetc.treatments import Treatment
 
+from .contents import Contents
 from .store import check_destination, write_bundle
 
-PROFILE_FILE = "profile.json"
-SCHEDULER_FILE = "scheduler.safetensors"
-CONDITIONS_FILE = "conditions.safetensors"
-DECODER_FILE = "decoder.onnx"
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
 GATE_SEARCH_STEPS = 5
-"""Halvings of the interval in which the largest budget that passes a gate is searched."""
+"""Halvings of the interval that holds the largest budget that passes a gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How to build."""
+    """Options of a build."""
 
     plan: PlanOptions
     steps: int = 50
-    """Default number of steps of the bundle; time and damage are measured at it."""
+    """Default number of steps of the bundle; time and damage are measured with it."""
     quality_gate: QualityGate | None = None
     at: QualityGate | None = None
     """Build the fastest plan of the curve that passes this, whatever the budget."""
     repair: RepairOptions = field(default_factory=RepairOptions)
     controls: bool = True
-    """Whether to put control plans beside the plan, for `verify` and the report."""
+    """Whether to add control plans, for `verify` and the report."""
     random_plans: int = 5
-    """Random ones among them."""
+    """Number of random control plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +74,9 @@ def build(
         model: The model.
         profile: An analysis of this model.
         path: Folder of the bundle; an older bundle there is replaced.
-        options: What to build.
+        options: Saving, limits and extras.
         cache: Folder for captures and partial results.
-        plan: A plan of this profile to build as it is, whatever the budget; made and fitted when not given.
+        plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given.
         on_progress: Told how far the work is.
 
     Returns:
@@ -142,15 +124,15 @@ def build(
 
 
 def _at(curve: Pareto, gate: QualityGate) -> Plan:
-    """Pick the fastest plan that passes; what it saves becomes its budget."""
+    """Pick the fastest plan that passes; its saving becomes its budget."""
     point = fastest_passing(curve, gate)
     return msgspec.structs.replace(point.plan, budget=max(0.0, min(0.99, 1 - point.time_ratio)))
 
 
 def _fit(workbench: Workbench, options: BuildOptions, notes: list[str], seed: int, on_progress: OnProgress) -> _Fitted:
-    """Fit by the engines' times and repair by sampling; if both together say it misses the budget, aim higher once.
+    """Fit by the engines' times and repair by sampling; aim higher once if the mean of both misses the budget.
 
-    Each of the two is noisy in its own way: a rotation of engines is not a sampling run, and sampling runs are few.
+    Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few.
     """
     fitted = _fit_and_repair(workbench, options, options.plan, 1.0, notes, seed, on_progress)
     budget = options.plan.budget
@@ -192,7 +174,7 @@ def _fit_and_repair(
 
 
 def _take(workbench: Workbench, plan: Plan, seed: int) -> _Fitted:
-    """Measure a plan as it is."""
+    """Measure a given plan without changing it."""
     candidate = workbench.compile(plan)
     return _Fitted(candidate=candidate, correction=1.0, measured=workbench.measure(candidate, seed=seed), evaluated=())
 
@@ -205,7 +187,7 @@ def _gate_failed(
     seed: int,
     on_progress: OnProgress,
 ) -> QualityGateError:
-    """Search by halving for the largest budget that passes, and say it."""
+    """Search by halving for the largest budget that passes, and name it in the error."""
     low, high = 0.0, options.budget
     for step in range(GATE_SEARCH_STEPS):
         middle = (low + high) / 2
@@ -235,91 +217,21 @@ def _write(
     notes: list[str],
     seed: int,
 ) -> Manifest:
-    header, rows = setup.scheduler.to_array()
-    profile = setup.profile
-    contents: dict[str, bytes | Path] = {
-        WEIGHTS: setup.prepared.gated.weights,
-        PROFILE_FILE: profile.to_json(),
-        SCHEDULER_FILE: save({SCHEDULER_ROWS: rows}),
-    }
-    if setup.conditions.rows:
-        contents[CONDITIONS_FILE] = save(setup.conditions.to_arrays())
-    if setup.decoder is not None:
-        contents[DECODER_FILE] = setup.decoder
-    full = setup.workbench.full
-    names: dict[bytes, str] = {}
-    lowered: dict[str, LoweredGraph | None] = {}
-
-    def add(name: str, graph: SerialisedGraph, treatments: dict[str, Treatment], step_ms: float) -> BundleEngine:
-        """Give a graph a file, equal ones the same."""
-        path = names.setdefault(graph.graph, name)
-        if path not in contents:
-            contents[path] = graph.graph
-            lowered[path] = lower(path, graph)
-        return BundleEngine(
-            graph=path,
-            unused_weights=tuple(sorted(full.weights - graph.weights)),
-            lowered=lowered[path],
-            treatments=treatments,
-            step_ms=step_ms,
-        )
-
-    def lower(path: str, graph: SerialisedGraph) -> LoweredGraph | None:
-        """Put a graph beside it in the precision of the target, if that is less than float32."""
-        if setup.lowering is None:
-            return None
-        low = setup.lowering.lower(graph)
-        contents[own := f"{setup.lowering.precision}/{path}"] = low.graph
-        return LoweredGraph(graph=own, weights=tuple(sorted(low.weights)))
-
-    def add_all(prefix: str, candidate: Candidate) -> tuple[BundleEngine, ...]:
-        made = zip(candidate.graphs, candidate.plan.engines, candidate.step_ms, strict=True)
-        return tuple(add(f"{prefix}{i}.onnx", graph, own.treatments, ms) for i, (graph, own, ms) in enumerate(made))
-
-    model = add("engines/full.onnx", full, {}, fitted.candidate.full_ms)
-    engines = add_all("engines/", fitted.candidate)
-    compared = tuple(
-        Control(name=name, plan=candidate.plan, engines=add_all(f"controls/{name}-", candidate))
-        for name, candidate in controls
+    contents = Contents(setup)
+    manifest = partial(
+        contents.manifest,
+        steps=options.steps,
+        full=contents.add_full(fitted.candidate.full_ms),
+        candidate=fitted.candidate,
+        engines=contents.add_engines("engines/", fitted.candidate),
+        controls=tuple(
+            Control(name=name, plan=own.plan, engines=contents.add_engines(f"controls/{name}-", own))
+            for name, own in controls
+        ),
+        measured=fitted.measured,
+        evaluated=fitted.evaluated,
+        pairs=pairs,
+        used_seeds=(setup.profile.seed, seed),
+        notes=tuple(notes),
     )
-
-    def manifest(files: tuple[FileRecord, ...]) -> Manifest:
-        return Manifest(
-            unetc=unetc.__version__,
-            model=profile.model,
-            target=profile.target,
-            precision=setup.lowering.precision if setup.lowering else Precision.FP32,
-            threads=profile.threads,
-            sample_shape=profile.sample_shape,
-            denoiser_config=setup.prepared.model.denoiser_config,
-            predicted_channels=setup.prepared.gated.predicted_channels,
-            conditioning=Conditioning(
-                file=CONDITIONS_FILE,
-                prompts=profile.prompts,
-                used=profile.used_prompts,
-                guidance_scale=profile.guidance_scale,
-            )
-            if setup.conditions.rows
-            else None,
-            decoder=BundleDecoder(graph=DECODER_FILE, scale=setup.prepared.model.decoder_scale)
-            if setup.decoder is not None
-            else None,
-            batch=profile.batch,
-            steps=options.steps,
-            weights=WEIGHTS,
-            profile=PROFILE_FILE,
-            scheduler=header,
-            scheduler_file=SCHEDULER_FILE,
-            full=model,
-            plan=fitted.candidate.plan,
-            engines=engines,
-            controls=compared,
-            measured=fitted.measured,
-            evaluated=fitted.evaluated,
-            pairs=pairs,
-            used_seeds=(profile.seed, seed),
-            notes=tuple(notes),
-            files=files,
-        )
-
-    return write_bundle(path, contents, manifest)
+    return write_bundle(path, contents.files, manifest)

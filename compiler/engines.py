@@ -56,6 +56,6 @@ def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float
 
 
 def _share(plan: Plan, engine: int, bin: Bin) -> float:
-    """Tell which part of a bin lies in phases that run an engine."""
+    """Return the share of a bin that lies in phases of an engine."""
     overlaps = [min(bin.high, p.high) - max(bin.low, p.low) for p in plan.phases if engine in p.cycle]
     return sum(max(0.0, overlap) for overlap in overlaps) / (bin.high - bin.low)

@@ -1,4 +1,4 @@
-"""Get everything that analysis and build need of a model: its gated graph, its scheduler, the target."""
+"""Prepare a model for analysis and build: its gated graph, its scheduler tables and its decoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .scheduler import STEP_COUNTS, extract_all, make_scheduler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A model, captured."""
+    """A captured model."""
 
     model: Model
     gated: GatedGraph
@@ -59,10 +59,10 @@ def _capture(model: Model) -> Capture:
 
 
 def prepare_decoder(prepared: Prepared) -> bytes | None:
-    """Export what turns samples into images as ONNX, or read what an earlier command has exported.
+    """Export the decoder as ONNX, or read the file that an earlier command exported.
 
     Returns:
-        The graph; None if samples are images.
+        The graph from samples to images; None if samples are images.
 
     Raises:
         ModelError: If the decoder cannot be loaded.
@@ -87,7 +87,7 @@ def prepare_decoder(prepared: Prepared) -> bytes | None:
 def prepare_scheduler(
     model: Model, scheduler: str, counts: tuple[int, ...] = (), on_progress: OnProgress = ignore
 ) -> SchedulerTables:
-    """Extract a scheduler's tables for many step counts, those asked for included.
+    """Extract a scheduler's tables for many step counts, including the given ones.
 
     Raises:
         ModelError: If the scheduler is unknown or cannot be expressed as a table.

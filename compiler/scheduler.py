@@ -1,16 +1,16 @@
 """Reading scheduler tables from diffusers schedulers; for compile time.
 
 `scheduler.step` is a black box that is linear in the recent samples and model outputs, except that it may clip x0 and
-may add noise. One pass over the timesteps reads everything, because one tensor holds many experiments. Its element k is
-zero in every sample and model output but x_k, so what it is later is the coefficient of x_k; element n + k does so for
-the model output e_k. Of the last two elements one is large in every step, to run into the clip, and one is zero in
-every step, to see the noise alone.
+add noise. One pass over the timesteps reads everything, because one tensor holds many experiments. Its element k is
+zero in every sample and model output except x_k, so its later value is the coefficient of x_k. Element n + k does the
+same for the model output e_k. Two more elements follow: one is large in every step, to run into the clip, and one is
+zero in every step, to see the noise alone.
 
-Where the scheduler takes the variance of its noise from the model, the pass is made with the lowest variance, and a
-second one with the highest reads the other bound.
+If the scheduler takes the variance of its noise from the model, the pass uses the lowest variance, and a second pass
+with the highest variance reads the other bound.
 
-What is read is then checked: a nonlinear model is sampled by diffusers and by the table side by side. A scheduler that
-the form cannot express fails there and is refused.
+The table is then checked: diffusers and the table sample a nonlinear model in parallel. A scheduler that the form
+cannot express fails this check and is refused.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ LOG_SNR_LIMIT = 30.0
 """log-SNR is clamped to -30..30, so that a schedule that ends in pure noise (zero terminal SNR) stays finite."""
 
 _SMALL = 2.0**-18
-"""Size of a coordinate: small enough that 1 / alpha = 2e4 times as much is not clipped, a power of two to be exact."""
+"""Size of a coordinate: 1 / alpha = 2e4 times as much is not clipped; a power of two, so that it is exact."""
 _LARGE = 2.0**20
 """Size of the element that runs into the clip."""
 _NEGLIGIBLE = 1e-9
-"""Relative size of what rounding leaves where the exact coefficient is zero; 60 times below float32 rounding."""
+"""Relative size of rounding errors where the exact coefficient is zero; 60 times below float32 rounding."""
 
 
 class Scheduler(Protocol):
-    """What is used of a diffusers scheduler."""
+    """The used part of a diffusers scheduler."""
 
     config: Mapping[str, Any]
     timesteps: torch.Tensor
@@ -66,12 +66,12 @@ class Scheduler(Protocol):
         """Begin a trajectory."""
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Give what the model is to see."""
+        """Return the input of the model."""
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *, generator: torch.Generator
     ) -> Any:
-        """Give the next sample as `prev_sample` and, if it is made, x0 as `pred_original_sample`."""
+        """Return the next sample as `prev_sample` and, if there is one, x0 as `pred_original_sample`."""
 
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -85,7 +85,7 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "flow-euler": (_FLOW, {"stochastic_sampling": False}),
     }
 )
-"""The schedulers by name: class in diffusers, and what overrides the configuration of the pipeline."""
+"""The schedulers by name: class in diffusers, and overrides of the pipeline's configuration."""
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
@@ -254,7 +254,7 @@ def _begin(scheduler: Scheduler, steps: int) -> Any:
 
 
 def _model_input(fresh: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """Give what the model is to see."""
+    """Return the input of the model."""
     scaled: torch.Tensor = sample if _is_flow(fresh) else fresh.scale_model_input(sample, timestep)
     return scaled
 
@@ -275,26 +275,26 @@ def _log_snr(fresh: Any) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Probe:
-    """What a scheduler answered, row per step, column per experiment: n for x, n for e, then large, then zero."""
+    """Answers of a scheduler, row per step, column per experiment: n for x, n for e, then large, then zero."""
 
     input_scale: NDArray[np.float64]
     """[n]"""
     next_samples: NDArray[np.float64]
     """[n, 2n + 2]"""
     denoised: NDArray[np.float64]
-    """[n, 2n + 2], x0 after clipping; zero where the scheduler does not tell it."""
+    """[n, 2n + 2], x0 after clipping; zero if the scheduler does not return it."""
     noise: NDArray[np.float64]
-    """[2n + 2], what the generator of every step gives first."""
+    """[2n + 2], the first numbers from the generator of every step."""
 
     @property
     def noise_coefficient(self) -> NDArray[np.float64]:
-        """What the noise is weighted with, [n]."""
+        """Weight of the noise, [n]."""
         coefficient: NDArray[np.float64] = self.next_samples[:, -1] / self.noise[-1]
         return coefficient
 
 
 _LEAST, _MOST = -1.0, 1.0
-"""What a model says of the variance at its bounds."""
+"""Prediction of a model for the lowest and the highest variance."""
 
 
 def _probe(scheduler: Scheduler, steps: int, variance: float = _LEAST) -> _Probe:
@@ -370,7 +370,7 @@ def _variance(
 
 
 def _clean(values: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Set to zero what is only the rounding of numbers of that size."""
+    """Set values to zero that are only rounding errors of numbers of that size."""
     return np.where(np.abs(values) > _NEGLIGIBLE * np.abs(size), values, 0.0)
 
 
@@ -394,8 +394,8 @@ def _clipped_path(denoised: NDArray[np.float64], missing: NDArray[np.float64]) -
     """Separate the path through x0 from the direct one.
 
     Args:
-        denoised: [n, 2n + 2], of the probe.
-        missing: [n], by how much the large answers fall short of a linear update: weight of x0 * what the clip cut off.
+        denoised: [n, 2n + 2], from the probe.
+        missing: [n], shortfall of the large answers from a linear update: weight of x0 * the clipped part.
     """
     steps = len(denoised)
     sample = denoised[:, :steps].diagonal() / _SMALL

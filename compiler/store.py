@@ -14,7 +14,7 @@ from unetc.errors import ArtifactError
 
 
 def check_destination(path: Path) -> None:
-    """Refuse, before any work is done, a place where a bundle cannot be written.
+    """Refuse a bad destination before any work is done.
 
     Raises:
         ArtifactError: If the folder cannot be written, or something that is not a bundle is there.
@@ -79,7 +79,7 @@ def _write(root: Path, name: str, content: bytes | Path) -> FileRecord:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """Put the new folder in the place of the old one; a crash between the two renames leaves both, beside the place."""
+    """Put the new folder in the place of the old one; a crash between the two renames leaves both next to it."""
     if not path.exists():
         os.replace(temporary, path)
         return

@@ -13,7 +13,7 @@ from ..options import BundlePath, BundleTarget, Json
 def verify(
     bundle: BundlePath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Verification to write as JSON.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Batches that every contender samples, in turns.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches that every contender samples, alternating.")] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size (default: the bundle's).")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="A seed that the build has not used (default: a new one).")
