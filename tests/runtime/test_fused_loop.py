@@ -453,7 +453,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_plain_loop() -> None:
     loop = begin(start_of(learned), DEVICE)
     assert isinstance(loop, PlainLoop)
     loop.call(0)[1].zero_()
-    with pytest.raises(SessionError, match="takes the variance of its noise from the model"):
+    with pytest.raises(SessionError, match="needs a predicted variance of its noise"):
         loop.advance(0)
 
 

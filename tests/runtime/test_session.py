@@ -310,7 +310,7 @@ def test_a_batch_or_seed_out_of_range_is_refused(session: Session) -> None:
         with pytest.raises(ShapeMismatch, match="at least 1"):
             session.sample(batch)
     for arguments in ({"seed": -1}, {"seed": 2**64}, {"first_index": -1}):
-        with pytest.raises(SessionError, match="from 0 to"):
+        with pytest.raises(SessionError, match="between 0 and"):
             session.sample(**arguments)  # type: ignore[arg-type]
 
 
