@@ -12,7 +12,8 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from unetc.artifacts.profile import Component
-from unetc.compiler.graph.denoisers.unet import SAMPLE, Denoiser, Input, denoiser_of
+from unetc.compiler.graph.denoisers.denoiser import Denoiser, denoiser_of
+from unetc.compiler.graph.denoisers.inputs import SAMPLE, Input
 from unetc.errors import ModelError
 
 from .components import Site, discover

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import CompileError
 
 from .gated import OPSET, quietly

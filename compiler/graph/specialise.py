@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
-from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 

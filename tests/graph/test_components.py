@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from tests.models import ARCHITECTURES, Block, Tiny, new_denoiser, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component
 from unetc.compiler.graph.capture import Capture, capture
-from unetc.compiler.graph.denoisers.unet import denoiser_of
+from unetc.compiler.graph.denoisers.denoiser import denoiser_of
 from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ModelError
 from unetc.treatments import Treatment

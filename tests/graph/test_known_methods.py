@@ -18,7 +18,7 @@ from tests.models import Tiny, relative_error, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts.plan import Phase, Plan
 from unetc.backend import Array
-from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import CONTEXT, SAMPLE, TIMESTEP
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.runtime.branch_cache import BranchCache

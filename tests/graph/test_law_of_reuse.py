@@ -21,7 +21,7 @@ from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array, Program, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.denoisers.unet import TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise

@@ -22,7 +22,7 @@ from unetc.artifacts import Phase
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.compiler.graph.capture import GATES, MEANS, capture
-from unetc.compiler.graph.denoisers.unet import SAMPLE, TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import SAMPLE, TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
