@@ -1,6 +1,6 @@
 """The denoiser of any supported class, with its inputs and its call.
 
-Components are found without code per class, but a denoiser's inputs and call need it.
+Components are found without code for any class, but inputs and calls differ from class to class.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
 
     Args:
         model: A denoiser from diffusers, on the CPU.
-        controlnet: Whether to add inputs for the residuals of a ControlNet.
+        controlnet: Whether to add the ControlNet inputs.
 
     Raises:
-        ModelError: If its class or a part of its configuration is not supported, or if it takes no residuals. The
-            message names the class or the part.
+        ModelError: If its class or a part of its configuration is not supported, or if it takes no ControlNet inputs.
+            The message names the class or the part.
     """
     name = type(model).__name__
     if name in _REFUSED:
@@ -68,13 +68,13 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
     inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0))
     if controlnet:
         if name != "UNet2DConditionModel":
-            raise ModelError(f"a {name} takes no ControlNet residuals. Expected a UNet2DConditionModel.")
+            raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
         inputs += _residuals(model, inputs[0], generator)
     return Denoiser(model, tuple(inputs), signature.call)
 
 
 def _residuals(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
-    """Make the inputs for the residuals of a ControlNet, in sizes that match the sample."""
+    """Make the ControlNet inputs, in sizes that match the sample."""
 
     def draw(like: Tensor, residual: ControlNetInput) -> Tensor:
         batch, _, height, width = like.shape

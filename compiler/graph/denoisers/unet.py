@@ -36,12 +36,20 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
     config = model.config
     hidden = getattr(config, "encoder_hid_dim_type", None)
     if hidden not in (None, "text_proj"):
-        raise ModelError(f"cannot capture UNet2DConditionModel with {hidden} conditions (IP-Adapter and the like).")
+        raise ModelError(
+            f"cannot capture UNet2DConditionModel with {hidden} conditions (such as IP-Adapter). "
+            "Expected encoder_hid_dim_type None or 'text_proj'."
+        )
     added = getattr(config, "addition_embed_type", None)
     if added not in (None, "text", "text_time"):
-        raise ModelError(f"cannot capture UNet2DConditionModel with addition_embed_type {added!r}.")
+        raise ModelError(
+            f"cannot capture UNet2DConditionModel with addition_embed_type {added!r}. "
+            "Expected None, 'text' or 'text_time'."
+        )
     if getattr(config, "time_cond_proj_dim", None) is not None:
-        raise ModelError("cannot capture UNet2DConditionModel with time_cond_proj_dim (guidance as an embedding).")
+        raise ModelError(
+            "cannot capture UNet2DConditionModel with time_cond_proj_dim (guidance as an embedding). Expected None."
+        )
     widths = config.cross_attention_dim
     width = config.encoder_hid_dim if hidden else widths if isinstance(widths, int) else widths[0]
     inputs = _image(model, generator)
@@ -89,7 +97,10 @@ def _class_labels(model: Any, generator: torch.Generator) -> list[Input]:
     elif kind in ("projection", "simple_projection"):
         width = config.projection_class_embeddings_input_dim
     else:
-        raise ModelError(f"cannot capture {type(model).__name__} with class_embed_type {kind!r}.")
+        raise ModelError(
+            f"cannot capture {type(model).__name__} with class_embed_type {kind!r}. "
+            "Expected None, 'timestep', 'identity', 'projection' or 'simple_projection'."
+        )
     return [vector(CLASS_LABELS, width, generator)]
 
 
