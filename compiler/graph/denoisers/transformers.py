@@ -71,7 +71,8 @@ def _flux(model: Any, generator: torch.Generator) -> list[Input]:
     if config.patch_size != 1 or model.out_channels != config.in_channels:
         raise ModelError(
             f"cannot capture a FluxTransformer2DModel with patch_size {config.patch_size}, {config.in_channels} "
-            f"channels in and {model.out_channels} out (Fill, Canny). Expected patch_size 1 and as many channels out as in."
+            f"channels in and {model.out_channels} out (Fill, Canny). "
+            "Expected patch_size 1 and as many channels out as in."
         )
     sample = torch.randn(BATCH, config.in_channels // _FLUX_PACK**2, 8, 12, generator=generator)
     inputs = [
