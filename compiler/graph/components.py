@@ -7,9 +7,9 @@ A component is an edge where a branch joins the trunk. Diffusion denoisers have 
   trunk of a text stream does not depend on the sample before the first branch joins;
 - skip: `cat([trunk, skip])` of channels, where the trunk was computed from the skip;
 - level: the trunk of such a `cat` if it has just come up from a lower resolution, or if no other `cat` came before. A
-  sequence of tokens has no resolutions, so there the trunk of every `cat` is a level. Without a level, everything below
-  it goes;
-- step: the edge into the graph's output. Without it, the whole denoiser call goes.
+  sequence of tokens has no resolutions, so there the trunk of every `cat` is a level. Removing a level
+  removes everything below it;
+- step: the edge into the graph's output. Removing it removes the whole denoiser call.
 
 Components are named after the modules that own the nodes, so no architecture needs special code here.
 """

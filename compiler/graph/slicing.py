@@ -1,4 +1,4 @@
-"""Slicing: narrow the readers of a concatenation with a constant part, so that the concatenation goes.
+"""Slicing: narrow the readers of a concatenation with a constant part, so that the concatenation disappears.
 
 `Concat([h, c])`, where c is a constant per channel, is read by convolutions, directly or after a group norm and an
 activation. Both are split exactly, up to rounding:

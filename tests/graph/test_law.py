@@ -84,7 +84,7 @@ class Case:
         return self.mean_scale * rng.standard_normal(self.tiny.gated.channels, dtype=np.float32)
 
     def gated_inputs(self, assignments: Sequence[Assignment] | None = None) -> dict[str, Array]:
-        """Draw the denoiser's inputs, the means, and the gates for the case's or other assignments."""
+        """Draw all inputs of the gated graph; other assignments may replace the case's."""
         components = self.tiny.gated.components
         gates = np.stack([gate_values(components, assignment) for assignment in assignments or self.assignments])
         return {**self.inputs(), GATES: gates, MEANS: self.means()}

@@ -96,7 +96,7 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "transformer_blocks.1.attn": ("transformer_blocks.0.attn.to_add_out", "transformer_blocks.0.ff_context"),
     "level:blocks.2": tuple(f"blocks.{block}.{part}" for block in (1, 2) for part in ("attn1", "attn2", "ff")),
 }
-"""Components nested in others, by the outer component."""
+"""Nested components by the name of the outer one; all other components have none."""
 
 FIXED_SIZE = ("dit", "hunyuan")
 """Architectures whose positions fit one size only."""

@@ -69,16 +69,16 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
     if controlnet:
         if name != "UNet2DConditionModel":
             raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
-        inputs += _residuals(model, inputs[0], generator)
+        inputs += _controlnet_examples(model, inputs[0], generator)
     return Denoiser(model, tuple(inputs), signature.call)
 
 
-def _residuals(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
+def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
     """Make the ControlNet inputs, in sizes that match the sample."""
 
-    def draw(like: Tensor, residual: ControlNetInput) -> Tensor:
+    def draw(like: Tensor, one: ControlNetInput) -> Tensor:
         batch, _, height, width = like.shape
-        return torch.randn(residual.shape(batch, height, width), generator=generator)
+        return torch.randn(one.shape(batch, height, width), generator=generator)
 
     return [
         Input(
@@ -92,7 +92,7 @@ def _residuals(model: Any, sample: Input, generator: torch.Generator) -> list[In
 
 
 def _refuse_patches(model: nn.Module, name: str) -> None:
-    """Refuse patches that change a model from outside: a capture would lose them or keep only a part."""
+    """Refuse patches that change a model from outside: a capture would lose some or all of them."""
     for path, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ModelError(
