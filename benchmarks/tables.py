@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check  # exits 1 if it is not up to date
 
 A result has a command and an environment, and one or more of: `figures` with their goals, `tables`, `results` (a list
-of cases), `verification` (or `budgets`, which have one each), `front`. It may say what is `absent` or has `failed`.
+of cases), `verification` (or `budgets`, which have one each), `front`. Missing cases stand under `absent` or `failed`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ One question each, one file each. This page is written from `results/`: `python 
 
 
 def section(name: str, result: dict[str, Any]) -> str:
-    """Write what one benchmark asks and what it measured."""
+    """Write the question and the figures of one benchmark."""
     script = next(path for path in (HERE / f"bench_{name}.py", HERE / f"{name}.py") if path.exists())
     documentation = ast.get_docstring(ast.parse(script.read_text()))
     assert documentation, f"{script} has no docstring"
@@ -42,7 +42,7 @@ def section(name: str, result: dict[str, Any]) -> str:
     for title, columns, rows in tables:
         parts += [f"{title}:", table(columns, rows)] if title else [table(columns, rows)]
     if missing := result.get("absent", {}) | result.get("failed", {}):
-        parts.append("Not measured: " + " · ".join(f"{what}: {why}" for what, why in missing.items()))
+        parts.append("Not measured: " + " · ".join(f"{name}: {why}" for name, why in missing.items()))
     environment = result.get("environment") or verifications(result)[0]["environment"]
     parts.append("Measured on: " + " · ".join(f"{key} {value}" for key, value in environment.items()))
     return "\n\n".join(parts) + "\n"

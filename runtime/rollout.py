@@ -44,7 +44,7 @@ class EngineCall:
     timestep: float
     program: Program
     after: Snapshot
-    """The branch cache after this call, without its branches: a call that fails may have spoilt them."""
+    """The branch cache after this call, without its branches: a call that fails may have made them non-finite."""
 
 
 class Rollout:

@@ -60,13 +60,13 @@ class FusedLoop:
                 "even": (rows, *shape),
                 "odd": (rows, *shape),
                 "prediction": (rows, start.predicted_channels, *shape[1:]),
-                "spoilt": (steps,),
+                "non_finite": (steps,),
                 "timesteps": (steps, _aligned(rows)),
             },
         )
         self._samples, self._predictions = arena["samples"], arena["predictions"]
         self._seen = arena["even"], arena["odd"]
-        self._prediction, self._spoilt = arena["prediction"], arena["spoilt"]
+        self._prediction, self._non_finite = arena["prediction"], arena["non_finite"]
         on_gpu = place.type == "cuda"
         self._said = torch.zeros((), pin_memory=on_gpu)
         """Result of the last step's check, in the memory of the process."""
@@ -102,7 +102,7 @@ class FusedLoop:
     def advance(self, step: int) -> None:
         """Advance the samples by one step."""
         self.launch(step)
-        self._said.copy_(self._spoilt[step], non_blocking=True)
+        self._said.copy_(self._non_finite[step], non_blocking=True)
         if self._there is not None:
             self._there.record()
         self._made = step + 1
@@ -113,7 +113,7 @@ class FusedLoop:
             self._there.synchronize()
         finite = math.isfinite(self._said.item())
         if not finite:
-            self._spoilt[step].zero_()
+            self._non_finite[step].zero_()
         return finite
 
     def launch(self, step: int) -> None:
@@ -124,7 +124,7 @@ class FusedLoop:
             self._samples,
             self._predictions,
             ahead,
-            self._spoilt,
+            self._non_finite,
             self._coefficients,
             self._keys,
             step,

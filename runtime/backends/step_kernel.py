@@ -23,7 +23,7 @@ def make_step(
     samples,  # float32 [LAGS + 1, batch, channel, height, width], a ring: step i is at i modulo LAGS + 1
     predictions,  # float32 [LAGS, batch, channel, height, width], a ring too, after guidance
     seen,  # float32 [row, channel, height, width], written: the next step's input
-    spoilt,  # float32 [step]: NaN is written where the prediction is not finite
+    non_finite,  # float32 [step]: NaN is written where the prediction is not finite
     coefficients,  # float32 [step, SCALARS + 2 * LAGS]
     keys,  # int64 [1 + batch]: the seed, and the index of every sample within it
     step,
@@ -87,7 +87,7 @@ def make_step(
         following += deviation * _normal(tl.load(keys), tl.load(keys + 1 + sample), step, place)
 
     if tl.min(is_finite.to(tl.int32), axis=0) == 0:
-        tl.store(spoilt + step, float("nan"))
+        tl.store(non_finite + step, float("nan"))
     tl.store(samples + (step + 1) % (LAGS + 1) * slot + here, following, mask=inside)
     if LAGS > 1:
         tl.store(predictions + step % LAGS * slot + here, predicted, mask=inside)

@@ -26,7 +26,7 @@ PLAN = plan_of(
 
 
 def step(cache: BranchCache, index: int) -> tuple[int, dict[str, object]]:
-    """Make one step; each engine emits what the plan says, and a branch is the number of the step."""
+    """Make one step; each engine emits the plan's components, and a branch is the number of its step."""
     engine = cache.next_engine(LEVELS[index])
     inputs = {
         name: value.item() if isinstance(value, np.ndarray) else value for name, value in cache.inputs(-index).items()

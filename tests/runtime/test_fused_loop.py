@@ -207,23 +207,23 @@ def test_what_is_not_finite_is_seen_wherever_it_is_and_the_step_can_be_made_agai
 ) -> None:
     table = extract(make_scheduler("ddpm" if learned else "dpmsolver++", CONFIG | (LEARNED if learned else {})), 4)
     start = start_of(table, guided=guided, learned=learned)
-    clean, spoilt = FusedLoop(start, DEVICE, PLACE), FusedLoop(start, DEVICE, PLACE)
+    clean, non_finite = FusedLoop(start, DEVICE, PLACE), FusedLoop(start, DEVICE, PLACE)
     for step in range(4):
-        inputs, prediction = spoilt.call(step)
+        inputs, prediction = non_finite.call(step)
         denoise(inputs, prediction)
         saw, whole = inputs["sample"].clone(), prediction.clone()
         for place in (0, len(whole.view(-1)) // 2 - 1, len(whole.view(-1)) // 2, -1):
             prediction.view(-1)[place] = value
-            spoilt.advance(step)
-            assert not spoilt.is_finite(step)
+            non_finite.advance(step)
+            assert not non_finite.is_finite(step)
             assert torch.equal(inputs["sample"], saw)
             prediction.copy_(whole)
-        spoilt.advance(step)
-        assert spoilt.is_finite(step)
+        non_finite.advance(step)
+        assert non_finite.is_finite(step)
         inputs, prediction = clean.call(step)
         denoise(inputs, prediction)
         clean.advance(step)
-        assert torch.equal(clean.sample, spoilt.sample)
+        assert torch.equal(clean.sample, non_finite.sample)
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter
@@ -326,7 +326,7 @@ class Late:
             Assignment(treatments={"dropped": Treatment.DROP}, emits=("held",)),
         )
         phases = (Phase(low=-40, high=0, cycle=(0, 1, 1)), Phase(low=0, high=40, cycle=(0, 1, 2)))
-        self.spoilt: Container[tuple[int, int]] = frozenset()
+        self.non_finite: Container[tuple[int, int]] = frozenset()
         """Calls that return NaN: number of the engine, -1 for the full model, and the step."""
         self.table = extract(make_scheduler("dpmsolver++", CONFIG), self.STEPS)
         self.session = Session(
@@ -346,19 +346,19 @@ class Late:
             if engine == 1:
                 output += inputs["held.0"]
             step = self.table.timesteps.tolist().index(inputs["timestep"][0].item())
-            if (engine, step) in self.spoilt:
+            if (engine, step) in self.non_finite:
                 output[0, 0, 1, 2] = np.nan
             return {"computed.0": 0.5 * output} if engine in (0, 2) else {}
 
         return run
 
 
-@given(spoilt=st.frozensets(st.tuples(st.integers(0, 2), st.integers(0, Late.STEPS - 1))))
-def test_what_is_asked_late_changes_nothing(spoilt: frozenset[tuple[int, int]]) -> None:
+@given(non_finite=st.frozensets(st.tuples(st.integers(0, 2), st.integers(0, Late.STEPS - 1))))
+def test_what_is_asked_late_changes_nothing(non_finite: frozenset[tuple[int, int]]) -> None:
     results = []
     for device in (Fused(), Unfused()):
         late = Late(device)
-        late.spoilt = spoilt
+        late.non_finite = non_finite
         results.append((late.session.sample(1, seed=2), late.session.non_finite_steps))
     (fused, non_finite_steps), (plain, expected) = results
     assert non_finite_steps == expected
@@ -368,7 +368,7 @@ def test_what_is_asked_late_changes_nothing(spoilt: frozenset[tuple[int, int]]) 
 @pytest.mark.parametrize("step", [0, 2, Late.STEPS - 1])
 def test_a_trajectory_ends_where_the_full_model_gives_nan(step: int) -> None:
     late = Late(Fused())
-    late.spoilt = frozenset({(engine, step) for engine in (-1, 0, 1, 2)})
+    late.non_finite = frozenset({(engine, step) for engine in (-1, 0, 1, 2)})
     timestep = late.table.timesteps.item(step)
     with pytest.raises(NonFiniteError, match=f"and the full model produced NaN or infinity at timestep {timestep:g}"):
         late.session.sample(1)
@@ -397,7 +397,7 @@ def test_the_next_engine_is_called_before_it_is_asked_about_the_last(monkeypatch
 
     monkeypatch.setattr(FusedLoop, "is_finite", note)
     late = Late(Fused())
-    late.spoilt = Watched(order)
+    late.non_finite = Watched(order)
     late.session.sample(1)
     calls = [f"called at {step}" for step in range(Late.STEPS)]
     answers = [f"asked about {step}" for step in range(Late.STEPS)]
