@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
-from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.compiler.graph.gate import DOMAIN
 from unetc.compiler.graph.gated import OPSET, GatedGraph, serialise
 from unetc.compiler.graph.specialise import specialise

@@ -55,7 +55,8 @@ from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import Component, ModelReference
 from unetc.backend import WEIGHTS
 from unetc.compiler.graph.capture import capture
-from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP, denoiser_of
+from unetc.compiler.graph.denoisers.denoiser import denoiser_of
+from unetc.compiler.graph.denoisers.inputs import CONTEXT, SAMPLE, TIMESTEP
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.lowering import lower_graphs
 from unetc.compiler.graph.specialise import specialise

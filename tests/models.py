@@ -23,7 +23,8 @@ from tests.plans import plan_of
 from unetc.artifacts import Phase
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
-from unetc.compiler.graph.denoisers.unet import SAMPLE, TIMESTEP, Input, denoiser_of
+from unetc.compiler.graph.denoisers.denoiser import denoiser_of
+from unetc.compiler.graph.denoisers.inputs import SAMPLE, TIMESTEP, Input
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions

@@ -12,14 +12,15 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from unetc.artifacts.profile import Component
-from unetc.compiler.graph.denoisers.unet import SAMPLE, Denoiser, Input, denoiser_of
+from unetc.compiler.graph.denoisers.denoiser import Denoiser, denoiser_of
+from unetc.compiler.graph.denoisers.inputs import SAMPLE, Input
 from unetc.errors import ModelError
 
 from .components import Site, discover
 from .gate import gate
 
 GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
-"""Names of the graph's further inputs and of its output."""
+"""Names of the graph's additional inputs and of its output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,8 @@ class Capture:
 
     def reference(self) -> nn.Module:
         """Return the gated graph as a torch module called with (*inputs, gates, means)."""
-        # What the trace assumed of sizes is in no ONNX graph either. PixArt computes its positions at every size but
-        # its own, for which it has stored them.
+        # ONNX graphs do not check the sizes that the trace assumed, so this module does not either. For example,
+        # PixArt stores positions for its trained size and computes them at every other size.
         return self.program.module(check_guards=False)
 
 
@@ -44,11 +45,11 @@ def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
     """Trace a denoiser and gate every component.
 
     Args:
-        model: A denoiser of diffusers on the CPU; switched to evaluation mode.
-        controlnet: Whether the graph is to have inputs for the residuals of a ControlNet.
+        model: A denoiser from diffusers on the CPU; it is switched to evaluation mode.
+        controlnet: Whether to add the ControlNet inputs to the graph.
 
     Raises:
-        ModelError: If the class is not supported, or the trace fails, or no component is found.
+        ModelError: If the class is not supported, the trace fails, or no component is found.
     """
     denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet)
     names = tuple(item.name for item in denoiser.inputs)
@@ -76,7 +77,7 @@ def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
 
 
 def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
-    """Trace with dynamic batch, height and width; with fixed sizes if the model does not allow that."""
+    """Trace with dynamic batch, height and width, or with fixed sizes if the model does not allow dynamic ones."""
     gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
     errors: list[Exception] = []
     for inputs in _forms(denoiser.inputs):
@@ -87,7 +88,7 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 return torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),)), dynamic_size
-        except Exception as error:  # torch.export raises many unrelated classes
+        except Exception as error:  # torch.export raises many unrelated exception classes
             errors.append(error)
     reason = next(iter(str(errors[-1]).splitlines()), type(errors[-1]).__name__)
     raise ModelError(
@@ -97,7 +98,7 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
 
 
 def _forms(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
-    """List the inputs as they may be captured: of dynamic size if possible, of their native size if need be."""
+    """Yield the inputs in the order to try them: with dynamic sizes first, then at their native size."""
     yield inputs
     if any(item.native is not None for item in inputs):
         yield tuple(item if item.native is None else Input(name=item.name, example=item.native) for item in inputs)
@@ -109,7 +110,7 @@ def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:
 
 
 def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) -> fx.Node:
-    """Replace the edge branch → join by branch → gate → join, and return the gate."""
+    """Replace the edge branch → join with branch → gate → join, and return the gate."""
     component = site.component
     with graph.inserting_before(site.join):
         node = graph.call_function(
@@ -122,7 +123,7 @@ def _insert(graph: fx.Graph, site: Site, placeholders: Mapping[str, fx.Node]) ->
 
 
 def _spell_out(graph: fx.Graph) -> None:
-    """Rewrite what torch takes and onnxruntime 1.32 does not: masks of one row for all queries, idle squeezes."""
+    """Rewrite operations that onnxruntime 1.32 refuses: masks with one row for all queries, squeezes without effect."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if mask is not None and mask.meta["val"].shape[-2] == 1:
@@ -134,7 +135,7 @@ def _spell_out(graph: fx.Graph) -> None:
 
 
 def _repeat_mask(graph: fx.Graph, attention: fx.Node, query: fx.Node, mask: fx.Node) -> None:
-    """Give every query [batch, head, query, channel] a row of the mask."""
+    """Repeat a mask so that every query [batch, head, query, channel] has its own row."""
     with graph.inserting_before(attention):
         count = graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
         repeated = graph.call_function(torch.ops.aten.expand.default, (mask, [-1, -1, count, -1]))

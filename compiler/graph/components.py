@@ -1,16 +1,17 @@
 """Find the components of a denoiser from the structure of its graph.
 
-A component is an edge where a branch joins the trunk. Three joins exist in diffusion denoisers:
+A component is an edge where a branch joins the trunk. Diffusion denoisers have four kinds:
 
-- residual: `add(trunk, branch)`, where the branch was computed from the trunk or from what it was before other branches
-  joined, or both from one tensor and the trunk only by linear operations (a 1x1 shortcut, a resampling). The trunk of
-  a text stream does not depend on the sample before the first branch joins;
+- residual: `add(trunk, branch)`. Either the branch was computed from the trunk, possibly before other branches joined
+  it. Or both were computed from one tensor, and the trunk only by linear operations (a 1x1 shortcut, a resampling). The
+  trunk of a text stream does not depend on the sample before the first branch joins;
 - skip: `cat([trunk, skip])` of channels, where the trunk was computed from the skip;
-- level: the trunk of such a `cat` when it has just come up from a lower resolution, and that of the first `cat`; in a
-  sequence of tokens, which has no resolutions, that of every `cat`. Without it everything below goes;
-- step: the edge into the graph's output. Without it the whole denoiser call goes.
+- level: the trunk of such a `cat` if it has just come up from a lower resolution, or if no other `cat` came before. A
+  sequence of tokens has no resolutions, so there the trunk of every `cat` is a level. Removing a level
+  removes everything below it;
+- step: the edge into the graph's output. Removing it removes the whole denoiser call.
 
-Names come from the modules that own the nodes, so no architecture needs code of its own here.
+Components are named after the modules that own the nodes, so no architecture needs special code here.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ _LINEAR = {
     "stack",
     "flatten",
 }
-"""Operations a trunk may pass between the common ancestor and the join."""
+"""Operations that a trunk may pass through between the common ancestor and the join."""
 
 _NAME_DEPTHS = (1, 2)
-"""How many modules below its owner a join is named after: `attn`, or if that is another's name too, `attn.to_out`."""
+"""Module levels below its owner that name a join: `attn`, or `attn.to_out` if another join is also called `attn`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ def discover(graph: fx.Graph, sample: fx.Node, root: str) -> tuple[Site, ...]:
 
     Args:
         graph: A graph from `torch.export`, with shapes in `meta["val"]`.
-        sample: The placeholder of the noisy sample; only what depends on it can be a component.
+        sample: The placeholder of the noisy sample; only values that depend on it can be components.
         root: Path of the denoiser in `nn_module_stack`; left out of the names.
     """
     flow = _Dataflow(graph, sample, root)
@@ -101,7 +102,7 @@ def discover(graph: fx.Graph, sample: fx.Node, root: str) -> tuple[Site, ...]:
             flow.name_by_branch(edge, depth) if shared[name] > 1 else name
             for edge, name in zip(edges, names, strict=True)
         ]
-    taken = Counter({STEP: 1})  # a module of this name has to take another
+    taken = Counter({STEP: 1})  # a module with this name needs another one
     sites: list[Site] = []
     offset = 0
     for edge, name in zip(edges, names, strict=True):
@@ -124,7 +125,7 @@ def discover(graph: fx.Graph, sample: fx.Node, root: str) -> tuple[Site, ...]:
 
 
 class _Dataflow:
-    """Ancestor sets of a graph, as bit masks over node positions, and the questions asked of them."""
+    """Ancestor sets of a graph as bit masks over node positions, with queries on them."""
 
     def __init__(self, graph: fx.Graph, sample: fx.Node, root: str) -> None:
         self._nodes = list(graph.nodes)
@@ -149,7 +150,7 @@ class _Dataflow:
         return str(stack[-1][0]).removeprefix(self._prefix) if stack else ""
 
     def edges_into(self, node: fx.Node) -> Iterator[_Edge]:
-        """Yield the gated edges of one join, none if the node is not a join."""
+        """Yield the gated edges of one join; a node that is not a join has none."""
         if node.target is ATEN.add.Tensor and len(node.args) == 2:
             branch = self._residual_branch(node, *node.args)  # type: ignore[arg-type]
             if branch is not None:
@@ -170,13 +171,13 @@ class _Dataflow:
             yield _Edge(kind="skip", join=node, branch=skip, name=f"skip:{source}→{target}", axis=axis)
 
     def with_nested(self, site: Site, sites: list[Site]) -> Site:
-        """Note which components are computed for this one's branch only."""
+        """Record which components are computed only for this component's branch."""
         live = self._live_without(site)
         nested = tuple(other.component.name for other in sites if other is not site and other.join not in live)
         return replace(site, component=msgspec.structs.replace(site.component, nested=nested))
 
     def _live_without(self, site: Site) -> set[fx.Node]:
-        """Collect what the output still needs when the edge branch → join is cut."""
+        """Collect the nodes that the output still needs when the edge branch → join is cut."""
         pending = [node for node in self._nodes if node.op == "output"]
         live: set[fx.Node] = set()
         while pending:
@@ -188,7 +189,7 @@ class _Dataflow:
         return live
 
     def name_by_branch(self, edge: _Edge, depth: int) -> str:
-        """Name one of several joins of a module after the descendant, so many below, that computes its branch."""
+        """Name one of a module's joins after the submodule, `depth` levels below, that computes its branch."""
         owner, node = self.owner(edge.join), edge.branch
         while True:
             inner = self.owner(node)
@@ -228,7 +229,7 @@ class _Dataflow:
         return right if linear[0] is left else left
 
     def _led_to(self, trunk: fx.Node, branch: fx.Node) -> bool:
-        """Tell whether a branch was computed from what the trunk was before other branches joined it."""
+        """Check whether a branch was computed from the trunk before other branches joined it."""
         earlier: fx.Node | None = trunk
         while earlier is not None and not self._before(earlier, branch):
             earlier = self._trunks.get(_computed(earlier))
@@ -240,7 +241,7 @@ class _Dataflow:
         return all(_operation(self._nodes[i]) in _LINEAR for i in _bits(between))
 
     def _skip_join(self, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
-        """Read a join `cat([trunk, skip])` as (trunk, skip, axis), whatever the order of its parts."""
+        """Read a join `cat([trunk, skip])` as (trunk, skip, axis), with its parts in either order."""
         if node.target is not ATEN.cat.default or len(node.args) < 2:
             return None
         parts, axis = node.args[0], node.args[1]
@@ -259,7 +260,7 @@ class _Dataflow:
         return (second, first, axis) if self._before(self._without_additions(first), second) else None
 
     def _without_additions(self, node: fx.Node) -> fx.Node:
-        """Go back to what depends on the sample before something that does not was added, as a ControlNet does."""
+        """Trace back past additions that do not depend on the sample, such as ControlNet inputs."""
         while node.target is ATEN.add.Tensor:
             sampled = [part for part in node.args if self._depends_on_sample(part)]
             if len(sampled) != 1 or not isinstance(sampled[0], fx.Node):
@@ -268,7 +269,7 @@ class _Dataflow:
         return node
 
     def _end_of_level(self, trunk: fx.Node) -> fx.Node | None:
-        """Find what brought the trunk up since the last join, or what computed it if there is no join before."""
+        """Find the node that brought the trunk up since the last join, or that computed it if there was no join."""
         if trunk.meta["val"].ndim == 3:
             return trunk
         reach = self._ancestors[trunk] | 1 << self._position[trunk]
@@ -282,12 +283,12 @@ class _Dataflow:
 
 
 def _channel_axis(node: fx.Node) -> int:
-    """Find the channels of an image [batch, channel, height, width] or of a sequence [batch, token, channel]."""
+    """Return the channel axis of an image [batch, channel, height, width] or a sequence [batch, token, channel]."""
     return 1 if node.meta["val"].ndim == 4 else 2
 
 
 def _computed(node: fx.Node) -> fx.Node:
-    """Find what computed a value; casts that change nothing are noted as if the next module had."""
+    """Find the node that computed a value, before any casts: a cast is recorded as part of the next module."""
     while _operation(node) == "to":
         node = node.all_input_nodes[0]
     return node

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import CompileError
 
 from .gated import OPSET, quietly
@@ -34,7 +34,7 @@ class _Decoder(nn.Module):
 
 
 def export_decoder(autoencoder: nn.Module) -> bytes:
-    """Export the decoder of an autoencoder of diffusers, weights inside.
+    """Export the decoder of a diffusers autoencoder, including its weights.
 
     Args:
         autoencoder: An `AutoencoderKL` on the CPU.
@@ -44,7 +44,7 @@ def export_decoder(autoencoder: nn.Module) -> bytes:
         width], mostly in -1 to 1.
 
     Raises:
-        CompileError: If it cannot be exported.
+        CompileError: If the decoder cannot be exported.
     """
     config: Any = autoencoder.config
     example = torch.randn(2, config.latent_channels, 8, 12, generator=torch.Generator().manual_seed(0))

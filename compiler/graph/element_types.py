@@ -1,6 +1,6 @@
-"""Tell the element type of every value of a graph.
+"""Infer the element type of every value of a graph.
 
-The inference of onnx 1.23 says nothing of a GroupNormalization, nor of anything that follows one.
+The inference of onnx 1.23 does not cover GroupNormalization or any value computed from its result.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ _OF_RESULT = {
     **dict.fromkeys(("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"), ir.DataType.BOOL),
     **dict.fromkeys(("Not", "And", "Or", "Xor", "IsNaN", "IsInf"), ir.DataType.BOOL),
 }
-"""Operators with one type of result; most others have that of their first input."""
+"""Operators with a fixed result type; the result of most others has the type of their first input."""
 _SECOND = ("Where",)
+"""Operators whose result has the type of their second input."""
 
 
 def infer_types(graph: ir.Graph) -> None:
-    """Set the type of every value that a graph computes; nodes must be in the order they are computed in."""
+    """Set the type of every value that a graph computes; nodes must be in topological order."""
     for node in graph:
         made = _type_of(node)
         for value in node.outputs:

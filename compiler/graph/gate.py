@@ -3,9 +3,9 @@
     gate(branch, gates, means)[b] = gates[b, index, KEEP] * branch[b] + gates[b, index, MEAN] * means[offset : offset +
     channels]
 
-It stands on the edge where a branch joins the trunk. `gates` is [batch, component, 2], so every sample of a batch may
-carry another ablation; a row of zeros drops the branch. In both graphs it is a single opaque node: no optimiser can
-fuse it away before `specialise` has read it.
+It sits on the edge where a branch joins the trunk. `gates` is [batch, component, 2], so each sample of a batch may have
+a different ablation; a row of zeros drops the branch. In both graphs the gate is a single opaque node, so no optimiser
+can fuse it away before `specialise` reads it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from unetc.treatments import Treatment
 DOMAIN = "unetc"
 OPERATOR = "Gate"
 KEEP, MEAN = 0, 1
-"""Columns of the gate input; `unetc.treatments` has the row of each treatment."""
+"""Columns of the gate input; `unetc.treatments` holds the row of each treatment."""
 
 
 def gate_values(components: Sequence[Component], treatments: Mapping[str, Treatment]) -> NDArray[np.float32]:
-    """Encode an assignment as one sample's gates, [component, 2]; components not named are kept."""
+    """Encode an assignment as one sample's gates, [component, 2]; unnamed components are kept."""
     rows = [treatments.get(component.name, Treatment.KEEP).row.gates for component in components]
     return np.array(rows, dtype=np.float32).reshape(len(components), 2)
 
 
 @torch.library.custom_op("unetc::gate", mutates_args=())
 def gate(branch: Tensor, gates: Tensor, means: Tensor, index: int, offset: int, axis: int) -> Tensor:
-    """Gate a branch [batch, ...]; see the module's text."""
+    """Gate a branch [batch, ...]; see the module docstring."""
     per_sample = [-1] + [1] * (branch.ndim - 1)
     per_channel = [branch.shape[i] if i == axis else 1 for i in range(branch.ndim)]
     mean = means[offset : offset + branch.shape[axis]].reshape(per_channel)
@@ -51,7 +51,7 @@ def _(branch: Tensor, gates: Tensor, means: Tensor, index: int, offset: int, axi
 
 
 def _register_schema() -> onnxscript.values.Opset:
-    """Make the ONNX operator known to the exporter and the checker of this process."""
+    """Register the ONNX operator with the exporter and the checker of this process."""
     schema = onnx.defs.OpSchema
     if not onnx.defs.has(OPERATOR, DOMAIN):
         onnx.defs.register_schema(

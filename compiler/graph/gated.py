@@ -1,7 +1,7 @@
-"""GatedGraph: a gated denoiser as one ONNX graph over one weights file, kept in a folder.
+"""GatedGraph: a gated denoiser as one ONNX graph over one weights file, stored in a folder.
 
-Every engine of a bundle is specialised from this graph, so all of them read the same initializers from the same weights
-file. The weights lie in a safetensors file; the ONNX external-data records point into it.
+Every engine of a bundle is specialised from this graph, so all engines read the same initializers from the same weights
+file. It is a safetensors file, and the ONNX external-data records point into it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .weights import serialise as serialise
 from .weights import tensor_ranges, write_tensors
 
 OPSET = 23
-"""Has Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""
+"""Includes Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""
 
 HOLDS = "holds"
 """Input of a remembering graph, [batch, component]: 1 where the given tensor replaces the branch."""
@@ -47,7 +47,7 @@ BRANCH_MEANS = "branch_means"
 _GRAPH = "gated.onnx"
 _RECORD = "gated.json"
 _INLINE_BELOW_BYTES = 64
-"""Smaller initializers stay inside each graph: shapes, scalars."""
+"""Smaller initializers, such as shapes and scalars, stay inside each graph."""
 
 
 class GatedRecord(Artifact, frozen=True, kw_only=True):
@@ -62,14 +62,14 @@ class GatedRecord(Artifact, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedGraph:
-    """A gated denoiser: the model, its components and where its weights are."""
+    """A gated denoiser: the model, its components and the folder of its weights."""
 
     model: ir.Model
     components: tuple[Component, ...]
     inputs: tuple[str, ...]
     dynamic_size: bool
     folder: Path
-    """Holds the weights file the model's initializers point into."""
+    """Folder of the weights file that the model's initializers point into."""
 
     @property
     def weights(self) -> Path:
@@ -78,7 +78,7 @@ class GatedGraph:
 
     @property
     def channels(self) -> int:
-        """Total width of all components, the length of the means input."""
+        """Total width of all components, which is the length of the means input."""
         return sum(component.channels for component in self.components)
 
     @property
@@ -87,13 +87,13 @@ class GatedGraph:
         return next(component.channels for component in self.components if component.kind == "step")
 
     def runnable(self) -> SerialisedGraph:
-        """Serialise with the gates defined as a function, so that a runtime can execute it with any gates."""
+        """Serialise with the gates defined as a function, so that a runtime can run the graph at any gate values."""
         return serialise(self.model)
 
     def observing(self) -> SerialisedGraph:
-        """Serialise with every branch's mean per channel, over batch and positions, in place of the prediction.
+        """Serialise a graph that outputs every branch's mean per channel, over batch and positions.
 
-        The output is [channel of all components], in the order of the means input.
+        The means replace the prediction: [channel of all components], in the order of the means input.
         """
         model = self.model.clone()
         gates = {gate_index(node): node for node in model.graph if is_gate(node)}
@@ -107,7 +107,7 @@ class GatedGraph:
     def remembering(self) -> SerialisedGraph:
         """Serialise `runnable` with every branch as an output, and with inputs that replace any branch.
 
-        Further inputs are `HOLDS` and one `held.INDEX` per component; further outputs are one `computed.INDEX` each.
+        Each component adds an input `held.INDEX` and an output `computed.INDEX`; `HOLDS` is one more input.
         `computed.INDEX` is always the branch that the graph itself computes.
         """
         model = self.model.clone()
@@ -128,7 +128,7 @@ class GatedGraph:
 
     @classmethod
     def build(cls, capture: Capture, folder: Path) -> GatedGraph:
-        """Export a capture to ONNX and save it in a folder, which appears whole or not at all.
+        """Export a capture to ONNX and save it in a folder, which appears complete or not at all.
 
         Raises:
             CompileError: If the export fails.
@@ -172,10 +172,10 @@ class GatedGraph:
             hashes = _hash(folder / _GRAPH), _hash(folder / WEIGHTS)
         except OSError as error:
             raise ArtifactError(
-                f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder."
+                f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder; unetc builds it again."
             ) from error
         if hashes != (record.graph_sha256, record.weights_sha256):
-            raise ArtifactError(f"the cached graph {folder} is damaged. Delete this folder; it is made again.")
+            raise ArtifactError(f"the cached graph {folder} is damaged. Delete this folder; unetc builds it again.")
         model = ir.load(folder / _GRAPH)
         return cls(
             model=model,
@@ -204,7 +204,7 @@ def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
 
 
 def _choose(graph: ir.Graph, gate: ir.Node, component: Component, holds: ir.Value, held: ir.Value) -> ir.Value:
-    """Choose between a gate's branch and the given tensor, per sample."""
+    """Choose between a gate's branch and the held tensor for each sample."""
     row = add_node(graph, "Gather", [holds, add_integers(graph, component.index)], {"axis": 1})
     chosen = add_node(graph, "Cast", [row], {"to": ir.DataType.BOOL})
     per_sample = add_reshape(graph, chosen, -1, *[1] * (component.rank - 1))
@@ -212,13 +212,13 @@ def _choose(graph: ir.Graph, gate: ir.Node, component: Component, holds: ir.Valu
 
 
 def _mean_of(graph: ir.Graph, gate: ir.Node, component: Component) -> ir.Value:
-    """Add the mean of a gate's branch over all axes but the channels."""
+    """Add the mean of a gate's branch over all axes except the channels."""
     axes = add_integers(graph, *(i for i in range(component.rank) if i != component.axis))
     return add_node(graph, "ReduceMean", [gate.inputs[0], axes], {"keepdims": 0})
 
 
 def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
-    """Load the graph cached in a folder; when there is none, or it is damaged, call `capture` and build it."""
+    """Load the graph cached in a folder, or call `capture` and build it if it is missing or damaged."""
     try:
         return GatedGraph.load(folder)
     except ArtifactError:
@@ -245,7 +245,7 @@ def _export(capture: Capture) -> ir.Model:
     gates = sum(1 for node in model.graph if is_gate(node))
     if gates != len(capture.components):
         raise CompileError(
-            f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report it."
+            f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report the model."
         )
     common.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
@@ -254,7 +254,7 @@ def _export(capture: Capture) -> ir.Model:
     batch, _, height, width = _shape(_input(model, SAMPLE))
     prediction = model.graph.outputs[0]
     prediction.shape = ir.Shape([batch, _shape(prediction)[1], height, width])
-    # the exporter takes gates and means for arrays of any size
+    # the exporter assumes that gates and means may have any size
     _input(model, GATES).shape = ir.Shape([batch, len(capture.components), 2])
     _input(model, MEANS).shape = ir.Shape([sum(component.channels for component in capture.components)])
     model.functions.clear()
@@ -275,7 +275,7 @@ def _shape(value: ir.Value) -> ir.Shape:
 
 
 def _externalise(model: ir.Model, path: Path) -> None:
-    """Move the initializers into one safetensors file and let the model point into it."""
+    """Move the initializers into one safetensors file and make the model point into it."""
     tensors = {
         str(name): value.const_value
         for name, value in sorted(model.graph.initializers.items())
@@ -303,7 +303,7 @@ def _hash(path: Path) -> str:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence the exporter's remarks about libraries that are not needed here."""
+    """Silence the exporter's warnings about libraries that are not needed here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,17 +1,17 @@
 """Lower the precision of graphs: float16 or bfloat16 inside, float32 at their borders and where it matters.
 
-Precision is a property of the graph, since the libraries that build engines take no flags for it any more. Inputs and
+Precision is a property of the graph, because the libraries that build engines no longer take flags for it. Inputs and
 outputs stay float32 and are cast at the border. These nodes stay float32 too:
 
-- what is computed from inputs alone, element by element: a timestep of 999 has a resolution of a half in float16, and
-  its sine none; what is forecast is a difference of two almost equal numbers;
-- softmax, exponentials, squares and reductions, and what is computed of sums alone, element by element: so the
-  statistics of the norms that slicing spells out (norms that are one operator compute theirs in float32 anyway, by
-  their attribute stash_type);
+- elementwise operations on inputs alone. In float16, a timestep of 999 has a resolution of only 0.5, too coarse for its
+  sine, and a forecast is a difference of two almost equal numbers;
+- softmax, exponentials, squares and reductions, and elementwise operations on sums alone. These include the statistics
+  of the norms that slicing spells out. Norms that are one operator compute their statistics in float32 anyway, because
+  of their attribute stash_type;
 - the last layer with weights before the prediction;
-- whatever is named besides: values that overflow when measured.
+- the producers and readers of named values, which overflow when measured.
 
-All graphs of a bundle read one weights file here as well; a weight is there once per precision that it is read in.
+Lowered graphs of a bundle also share one weights file. It holds a weight once for each precision in which it is read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REDUCTIONS = frozenset(
 WIDE_OPERATORS = _REDUCTIONS | frozenset(
     ["Softmax", "LogSoftmax", "Exp", "Log", "Sin", "Cos", "Pow", "Reciprocal", "CumSum", "Range"]
 )
-"""Operators that sum or that amplify rounding, or that count: float16 knows no odd number beyond 2048."""
+"""Operators that sum, amplify rounding errors or count; float16 has no odd numbers beyond 2048."""
 
 _ELEMENTWISE = frozenset(
     [
@@ -68,20 +68,20 @@ _ELEMENTWISE = frozenset(
 )
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "MatMul", "Gemm"))
 _FLOAT_ONLY = {"Resize": (1, 2)}
-"""Inputs that have to be float32 whatever the others are, by operator."""
+"""Inputs that must be float32 whatever the type of the others, by operator."""
 
 
 def lower_graphs(
     folder: Path, names: Sequence[str], precision: Precision, into: Path, wide: Collection[str] = ()
 ) -> None:
-    """Write graphs in another precision, over one weights file.
+    """Write graphs in a lower precision, with one weights file for all of them.
 
     Args:
-        folder: Where the graphs are, over one weights file in float32.
-        names: Files of the graphs.
-        precision: What to compute in, less than float32.
-        into: Folder to write files of the same names to.
-        wide: Names of values whose producers and readers stay float32, as they overflow.
+        folder: Folder of the graphs and their weights file, all in float32.
+        names: File names of the graphs.
+        precision: Precision to compute in, lower than float32.
+        into: Folder for the new files, which have the same names.
+        wide: Names of values that overflow; their producers and readers stay float32.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -101,12 +101,12 @@ def lower_graphs(
 
 
 def lower_graph(graph: SerialisedGraph, precision: Precision, wide: Collection[str] = ()) -> SerialisedGraph:
-    """Lower a graph alone: its weights are named as `unetc.precision` says, and are rounded by whoever loads it.
+    """Lower one graph without its weights, which get the names of `unetc.precision` and are rounded when loaded.
 
     Args:
-        graph: In float32.
-        precision: What to compute in, less than float32.
-        wide: Names of values whose producers and readers stay float32, as they overflow.
+        graph: A graph in float32.
+        precision: Precision to compute in, lower than float32.
+        wide: Names of values that overflow; their producers and readers stay float32.
     """
     model = ir.from_proto(onnx.load_model_from_string(graph.graph))
     for name, tensor in _Lowering(model, precision, frozenset(wide)).run().items():
@@ -136,7 +136,7 @@ class _Lowering:
         self._stored: dict[str, ir.TensorProtocol] = {}
 
     def run(self) -> dict[str, ir.TensorProtocol]:
-        """Lower; return what belongs into the weights file, by name."""
+        """Lower the graph and return the tensors for the weights file by name."""
         for node in tuple(self._graph):
             self._lower(node)
         for i, value in enumerate(self._graph.outputs):
@@ -163,7 +163,7 @@ class _Lowering:
             node.replace_input_with(i, self._as_type(value, wanted))
         for value in node.outputs:
             if value in self._floats:
-                made = wanted if floats else ir.DataType.FLOAT  # what is made of integers is float32, as it says
+                made = wanted if floats else ir.DataType.FLOAT  # a float made from integers stays float32
                 self._types[value] = made
                 value.dtype = made
 
@@ -184,12 +184,12 @@ class _Lowering:
         return node.outputs[0]
 
     def _convert(self, value: ir.Value, constant: ir.TensorProtocol) -> ir.Value:
-        """Give a constant in low precision, read when it is written."""
+        """Convert a constant to low precision; a large one is read only when it is written."""
         name = self._precision.name_of(str(value.name))
         largest = LARGEST[self._precision]
 
         def convert() -> ir.TensorProtocol:
-            array = np.clip(constant.numpy(), -largest, largest)  # what is too large becomes the largest number
+            array = np.clip(constant.numpy(), -largest, largest)  # larger numbers become the largest one
             return ir.Tensor(array.astype(self._low.numpy()), dtype=self._low, name=name)
 
         if isinstance(constant, ir.ExternalTensor):
@@ -220,14 +220,14 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
 def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]:
     """Choose the nodes that stay float32."""
     wide = {node for node in graph if node.op_type in WIDE_OPERATORS or _squares(node)}
-    plain = set(graph.inputs)  # values that follow from inputs and sums alone
-    fixed: set[ir.Value] = set(graph.initializers.values())  # values that follow from weights alone
+    plain = set(graph.inputs)  # values computed from inputs and sums alone
+    fixed: set[ir.Value] = set(graph.initializers.values())  # values computed from weights alone
     for node in graph:
         computed = [value for value in node.inputs if value is not None and value not in fixed]
         if not computed:
             fixed.update(node.outputs)
         elif node.op_type == "Shape" or node.op_type in _REDUCTIONS:
-            plain.update(node.outputs)  # a size is not rounded, whatever it is the size of
+            plain.update(node.outputs)  # sizes are exact, even sizes of rounded values
         elif node.op_type in _ELEMENTWISE and plain.issuperset(computed):
             plain.update(node.outputs)
             wide.add(node)
@@ -240,12 +240,12 @@ def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]
 
 
 def _squares(node: ir.Node) -> bool:
-    """Tell whether a node multiplies a value by itself, which float16 cannot hold from 256 on."""
+    """Check whether a node multiplies a value by itself; in float16 the square of 256 overflows."""
     return node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
 
 
 def _last_layer(prediction: ir.Value) -> set[ir.Node]:
-    """Follow a prediction back to the layer with weights that it comes from."""
+    """Trace a prediction back to the last layer with weights."""
     path: set[ir.Node] = set()
     node = prediction.producer()
     while node is not None and node not in path:

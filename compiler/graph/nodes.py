@@ -20,21 +20,21 @@ def add_node(
     *,
     name: str | None = None,
 ) -> ir.Value:
-    """Add a node, to be sorted to its place later, and return its output."""
+    """Add a node, which a later sort moves to its place, and return its output."""
     node = ir.node(operator, inputs, attributes or {}, name=name)
     graph.append(node)
     return node.outputs[0]
 
 
 def add_name(graph: ir.Graph, value: ir.Value, name: str, like: ir.Value) -> ir.Value:
-    """Give a value a name, and the type and shape of another, as an output of a graph needs them."""
+    """Add a named copy of a value with the type and shape of another, as outputs of a graph need."""
     named = add_node(graph, "Identity", [value])
     named.name, named.type, named.shape = name, like.type, like.shape
     return named
 
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """Add a constant, unless the graph has one of this name already, and return it."""
+    """Return the constant with a name, and add it if the graph has none."""
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
@@ -43,13 +43,13 @@ def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> i
 
 
 def add_integers(graph: ir.Graph, *numbers: int) -> ir.Value:
-    """Add a constant list of integers: a shape, axes, a bound."""
+    """Add a constant list of integers, such as a shape, axes or a bound."""
     name = "integers." + "_".join(map(str, numbers))
     return add_initializer(graph, name, np.array(numbers, dtype=np.int64))
 
 
 def copy_node(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], **changed: int) -> ir.Value:
-    """Add a node that differs from another in its inputs and, where named, its attributes."""
+    """Add a copy of a node with other inputs and, where given, other integer attributes."""
     attributes = {name: attribute for name, attribute in node.attributes.items() if name not in changed}
     copy = ir.Node("", node.op_type, inputs, [*attributes.values(), *map(ir.AttrInt64, changed, changed.values())])
     graph.append(copy)
@@ -57,18 +57,18 @@ def copy_node(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None],
 
 
 def add_slice(graph: ir.Graph, value: ir.Value, begin: int, end: int, axis: int) -> ir.Value:
-    """Take a range of one axis."""
+    """Slice a range of one axis."""
     return add_node(graph, "Slice", [value, *(add_integers(graph, number) for number in (begin, end, axis))])
 
 
 def add_reshape(graph: ir.Graph, value: ir.Value, *sizes: int) -> ir.Value:
-    """Give a value a shape, where 0 keeps a size and -1 takes what is left."""
+    """Reshape a value; 0 keeps a size, and -1 is inferred from the other sizes."""
     return add_node(graph, "Reshape", [value, add_integers(graph, *sizes)])
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A value of a graph in a formula: an operation adds a node and returns its output."""
+    """A value of a graph in a formula; each operation adds a node and returns its output."""
 
     graph: ir.Graph
     value: ir.Value

@@ -1,4 +1,4 @@
-"""Find the values of a graph that half precision could not hold, by running it in float32.
+"""Run a graph in float32 to find the values that half precision cannot hold.
 
 Only float16 overflows: bfloat16 has the range of float32.
 """
@@ -21,24 +21,24 @@ from .nodes import add_initializer, add_node, add_reshape
 try:
     import onnxruntime
 except ImportError as error:
-    raise MissingDependency("finding what float16 cannot hold needs onnxruntime: pip install 'unetc[cpu]'") from error
+    raise MissingDependency("finding values that overflow needs onnxruntime: pip install 'unetc[cpu]'") from error
 
 LIMIT = 65504 / 8
-"""Values may be eight times as large on other inputs before float16 overflows."""
+"""Values on other inputs may be eight times as large before float16 overflows."""
 _LARGEST, _INFINITY = "largest", "infinity"
 
 Values = Mapping[str, NDArray[Any]]
 
 
 def overflowing(path: Path, probes: Sequence[Values]) -> tuple[frozenset[str], tuple[Values, ...]]:
-    """Run a graph and note which of its values become larger than `LIMIT`.
+    """Find the values of a graph that exceed `LIMIT` in any run.
 
     Args:
-        path: ONNX file in float32, beside its weights.
-        probes: Inputs by name, one mapping per run; what the graph does not read is ignored.
+        path: ONNX file in float32; its weights file is in the same folder.
+        probes: Inputs by name, one mapping per run; names that the graph does not read are ignored.
 
     Returns:
-        Names of the values, and the graph's own outputs in every run.
+        Names of these values, and the graph's own outputs in every run.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run the graph.
@@ -47,7 +47,7 @@ def overflowing(path: Path, probes: Sequence[Values]) -> tuple[frozenset[str], t
     own = [str(value.name) for value in model.graph.outputs]
     names = _measure(model)
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused values are not seen
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # fusion hides values
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     largest, outputs = np.zeros(len(names), np.float32), []
@@ -59,20 +59,20 @@ def overflowing(path: Path, probes: Sequence[Values]) -> tuple[frozenset[str], t
             *produced, found = session.run([*own, _LARGEST], {name: probe[name] for name in read})
             largest = np.fmax(largest, np.where(np.isfinite(found), found, np.inf))
             outputs.append(dict(zip(own, produced, strict=True)))
-    except Exception as error:  # onnxruntime raises its own unrelated classes
-        raise EngineBuildError(f"cannot run {path.name} to see which values overflow: {str(error)[:300]}") from error
+    except Exception as error:  # onnxruntime raises unrelated exception classes
+        raise EngineBuildError(f"cannot run {path.name} to find values that overflow: {str(error)[:300]}") from error
     return frozenset(name for name, size in zip(names, largest, strict=True) if size > LIMIT), tuple(outputs)
 
 
 def _measure(model: ir.Model) -> list[str]:
-    """Add an output with the largest magnitude of every value in float32; return their names in its order."""
+    """Add an output with the largest magnitude of every float32 value; return the values' names in its order."""
     graph = model.graph
     infer_types(graph)
     values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
     infinity = add_initializer(graph, _INFINITY, np.array(np.inf, dtype=np.float32))
     sizes = []
     for value in values:
-        # ReduceMax of onnxruntime passes over a NaN that does not come first: findings/reducemax-hides-nan.sh
+        # ReduceMax of onnxruntime skips a NaN that does not come first: findings/reducemax-hides-nan.sh
         magnitude = add_node(
             graph, "Where", [add_node(graph, "IsNaN", [value]), infinity, add_node(graph, "Abs", [value])]
         )

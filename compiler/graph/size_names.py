@@ -1,4 +1,4 @@
-"""Readable names for the sizes that a graph leaves open: `batch`, `height` and `width` in place of `s48`."""
+"""Readable names for the dynamic sizes of a graph: `batch`, `height` and `width` instead of `s48`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import onnx_ir as ir
 def name_sizes(graph: ir.Graph, sample: str) -> None:
     """Rename the symbols in the shapes of a graph.
 
-    Sizes of inner values are arithmetic over the sizes of inputs, such as `(height - 1)//2 + 1`.
+    Sizes of inner values are formulas over the sizes of inputs, such as `(height - 1)//2 + 1`.
 
     Args:
-        graph: The graph; its shapes are changed.
+        graph: The graph; its shapes are changed in place.
         sample: Name of the input [batch, channel, height, width].
     """
     names: dict[str, str] = {}
@@ -28,7 +28,7 @@ def name_sizes(graph: ir.Graph, sample: str) -> None:
 
 
 def _name(value: ir.Value, axis: int, sample: str, taken: set[str]) -> str:
-    """Name an axis: inputs share the batch, and the sample and the first sequence of tokens have the plain names."""
+    """Name an axis. Inputs share `batch`; the sample and the first sequence of tokens get the plain names."""
     if axis == 0:
         return "batch"
     rank = len(value.shape or ())

@@ -1,19 +1,20 @@
-"""Slicing: narrow what reads a concatenation whose one part is constant, so that the concatenation goes.
+"""Slicing: narrow the readers of a concatenation with a constant part, so that the concatenation disappears.
 
-`Concat([h, c])`, where c is a constant per channel, is read by convolutions, directly or behind a group norm and an
-activation. Both are taken apart exactly, to rounding:
+`Concat([h, c])`, where c is a constant per channel, is read by convolutions, directly or after a group norm and an
+activation. Both are split exactly, up to rounding:
 
-- a norm of whole groups of h is a norm of h with fewer groups, and a group of constants only is constant;
-- in the group that holds channels of both, the statistics of h are combined with the constants; the constants then
-  have a value per sample;
-- a convolution is one over h with fewer weights. What the constants add is the same at all positions where no tap of
-  the kernel reads padding: a bias if the convolution has no padding, else the sum of the taps that read no padding.
+- a norm over whole groups of h is a norm of h with fewer groups, and a group of constants alone is constant;
+- in a group with channels of both, the statistics of h are combined with the constants. The constants then have a value
+  per sample;
+- a convolution becomes one over h with fewer weights, plus a term for the constants. The term is the same at all
+  positions where no tap of the kernel reads padding. It is a bias if the convolution has no padding, and otherwise the
+  sum of the taps that read no padding.
 
-What takes the place of a value has its name, so that what was learnt of values of the whole graph (`lowering.py` of the
-compiler) holds for those of a narrowed one.
+A value that replaces another takes its name. Measurements of the full graph's values (`lowering.py`) therefore hold for
+a narrowed graph too.
 
-Weights are sliced and folded by nodes over the shared initializers, which a runtime computes once, when it loads the
-graph, so an engine's file holds no copy of them. Whatever else reads a concatenation keeps it as it is.
+Weights are sliced and folded by nodes over the shared initializers. A runtime computes these nodes once, when it loads
+the graph, so an engine's file holds no copy of the weights. Any other reader keeps the concatenation.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from numpy.typing import NDArray
 from .nodes import add_initializer, add_integers, add_node, add_reshape, add_slice, copy_node
 
 PARTIAL = ".partial"
-"""Ends the name of what becomes the value of that name when the constants are added."""
+"""Ending of a name: the value before the term for the constants is added."""
 
 Constants = Mapping[ir.Value, NDArray[np.float32]]
-"""Values that are constant over batch and positions, and what they are in each channel."""
+"""Values that are constant over batch and positions, with their number in each channel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ class _Join:
     computed_first: bool
 
     def split(self, channels: int) -> tuple[int, int]:
-        """Tell which of all channels are computed: begin and end."""
+        """Return the begin and end of the computed channels."""
         width = channels - self.constant.size
         return (0, width) if self.computed_first else (channels - width, channels)
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Consecutive channels that are the same at all positions."""
+    """Consecutive channels, each with the same value at all positions."""
 
     begin: int
     end: int
@@ -64,7 +65,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """Channels of which one run is computed; the other runs are constant, and what is in no run is zero."""
+    """Channels with one computed run; the other runs are constant, and channels outside the runs are zero."""
 
     computed: ir.Value
     """[batch, channel, ...]."""
@@ -74,10 +75,10 @@ class _Image:
 
 
 def slice_constants(graph: ir.Graph, constants: Constants) -> None:
-    """Narrow the convolutions and norms that read constant channels; what becomes dead is left in the graph.
+    """Narrow the convolutions and norms that read constant channels; nodes that become dead stay in the graph.
 
     Args:
-        graph: Changed in place; new nodes stand at its end, unsorted. Dead nodes count as readers: remove them before.
+        graph: Changed in place; new nodes are appended unsorted. Dead nodes count as readers: remove them first.
         constants: The constant parts of concatenations.
     """
     for node in list(graph):
@@ -90,7 +91,7 @@ def slice_constants(graph: ir.Graph, constants: Constants) -> None:
 
 
 def _read(concat: ir.Node, constants: Constants) -> _Join | None:
-    """Read a concatenation of channels, if all of it is constant but its first or its last part."""
+    """Read a concatenation of channels if only its first or its last part is not constant."""
     parts = [part for part in concat.inputs if part is not None]
     computed = [part for part in parts if part not in constants]
     if concat.attributes["axis"].as_int() != 1 or len(computed) != 1 or len(parts) == 1:
@@ -107,7 +108,7 @@ def _readers(value: ir.Value) -> list[ir.Node]:
 
 
 def _is_narrowable(node: ir.Node, operator: str, value: ir.Value) -> bool:
-    """Tell whether a node is of an operator, reads a value as its image and has parameters that can be sliced."""
+    """Check whether a node has an operator, reads a value as its image and has parameters that can be sliced."""
     attributes = node.attributes
     return (
         node.op_type == operator
@@ -119,7 +120,7 @@ def _is_narrowable(node: ir.Node, operator: str, value: ir.Value) -> bool:
 
 
 def _sizes(node: ir.Node) -> tuple[int, ...]:
-    """Read the shape of a convolution's weight or a norm's scale."""
+    """Return the shape of a convolution's weight or a norm's scale."""
     parameter = node.inputs[1]
     assert parameter is not None
     assert parameter.const_value is not None
@@ -127,12 +128,12 @@ def _sizes(node: ir.Node) -> tuple[int, ...]:
 
 
 def _channels(node: ir.Node) -> int:
-    """Count the channels a convolution or a norm reads."""
+    """Count the channels that a convolution or a norm reads."""
     return _sizes(node)[1 if node.op_type == "Conv" else 0]
 
 
 def _narrow_behind(graph: ir.Graph, norm: ir.Node, join: _Join) -> None:
-    """Narrow a norm and the convolutions behind it, if nothing else reads what they read."""
+    """Narrow a norm and the convolutions after it if nothing else reads the norm or its activation."""
     activation = _activation(norm.outputs[0])
     last = (norm, *activation)[-1].outputs[0]
     convolutions = _readers(last)
@@ -153,7 +154,7 @@ def _narrow_behind(graph: ir.Graph, norm: ir.Node, join: _Join) -> None:
 
 
 def _activation(value: ir.Value) -> tuple[ir.Node, ...]:
-    """Find the activation that alone reads a value; nothing, if something else does."""
+    """Find the activation that is the only reader of a value; return no nodes if there is another reader."""
     readers = sorted(_readers(value), key=lambda node: node.op_type, reverse=True)
     match [reader.op_type for reader in readers]:
         case ["Gelu" | "Mish" | "Relu"]:
@@ -167,7 +168,7 @@ def _activation(value: ir.Value) -> tuple[ir.Node, ...]:
 
 
 def _replay(graph: ir.Graph, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value, ending: str) -> ir.Value:
-    """Apply to one value the elementwise nodes that are applied to another; names get an ending."""
+    """Apply copies of the elementwise nodes on one value to another; names get an ending."""
     values: dict[ir.Value | None, ir.Value] = {old: new}
     for node in nodes:
         new = values[node.outputs[0]] = copy_node(graph, node, [values[value] for value in node.inputs])
@@ -188,25 +189,25 @@ def _whole(graph: ir.Graph, join: _Join, channels: int) -> _Image:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """How the groups of a norm lie over the channels of a concatenation."""
+    """Layout of a norm's groups over the channels of a concatenation."""
 
     size: int
-    """Channels of a group."""
+    """Channels per group."""
     begin: int
     end: int
-    """The computed channels."""
+    """Range of the computed channels."""
     low: int
     high: int
-    """The groups that have computed channels."""
+    """Range of the groups with computed channels."""
     mixed: NDArray[np.float32]
-    """The constants of the group that has computed channels besides."""
+    """Constants in the group that also has computed channels."""
     alone: NDArray[np.float32]
-    """The constants of the other groups."""
+    """Constants in the other groups."""
     alone_begin: int
 
     @classmethod
     def of(cls, norm: ir.Node, join: _Join) -> Self:
-        """Compare a norm with a concatenation."""
+        """Compute the layout for a norm that reads a concatenation."""
         channels = _channels(norm)
         size = channels // norm.attributes["num_groups"].as_int()
         begin, end = join.split(channels)
@@ -218,12 +219,12 @@ class _Groups:
 
     @property
     def count(self) -> int:
-        """Number of groups that have computed channels."""
+        """Number of groups with computed channels."""
         return (self.high - self.low) // self.size
 
 
 def _normalise(graph: ir.Graph, norm: ir.Node, join: _Join, *, rank: int) -> _Image:
-    """Apply a group norm to a concatenation; rank counts the axes of an image."""
+    """Apply a group norm to a concatenation; `rank` is the number of axes of an image."""
     groups = _Groups.of(norm, join)
     if groups.mixed.size:
         image = _normalise_mixed(graph, norm, join, groups, rank)
@@ -243,7 +244,7 @@ def _normalise(graph: ir.Graph, norm: ir.Node, join: _Join, *, rank: int) -> _Im
 
 
 def _parameters(graph: ir.Graph, norm: ir.Node, begin: int, end: int) -> tuple[ir.Value, ir.Value]:
-    """Slice scale and bias of a norm."""
+    """Slice the scale and bias of a norm."""
     scale, bias = (add_slice(graph, value, begin, end, axis=0) for value in norm.inputs[1:3] if value is not None)
     return scale, bias
 
@@ -261,10 +262,10 @@ def _normal(constant: NDArray[np.float32], size: int, norm: ir.Node) -> NDArray[
 
 
 def _normalise_mixed(graph: ir.Graph, norm: ir.Node, join: _Join, groups: _Groups, rank: int) -> _Image:
-    """Apply a group norm to the groups with computed channels, where one group has constants besides.
+    """Apply a group norm to the groups with computed channels, where one group also has constants.
 
-    Mean and mean square of a group are the means of those of its channels, and a constant's are known. The norm is then
-    one factor and one summand per channel, of the computed channels as of the constants.
+    A group's mean and mean square are averages over its channels, and a constant's are known. The norm is then one
+    factor and one summand per channel, for computed channels and constants alike.
     """
 
     def add(operator: str, *inputs: ir.Value) -> ir.Value:
@@ -313,7 +314,7 @@ def _normalise_mixed(graph: ir.Graph, norm: ir.Node, join: _Join, groups: _Group
 
 
 def _narrow(graph: ir.Graph, convolution: ir.Node, image: _Image) -> None:
-    """Replace a convolution by one over the computed channels and what the constant ones add to it."""
+    """Replace a convolution with one over the computed channels, plus a term for the constant channels."""
     weight, *bias = (value for value in convolution.inputs[1:] if value is not None)
     inner = add_slice(graph, weight, image.begin, image.end, axis=1)
     border = any(convolution.attributes.get_ints("pads", ()))
@@ -334,7 +335,7 @@ def _narrow(graph: ir.Graph, convolution: ir.Node, image: _Image) -> None:
 
 
 def _taps(graph: ir.Graph, convolution: ir.Node, runs: Sequence[_Run]) -> ir.Value:
-    """Compute what constant channels add through each tap of the kernel; [1 or batch, channel, tap]."""
+    """Compute the term for constant channels at each tap of the kernel; [1 or batch, channel, tap]."""
     outputs, _, *kernel = _sizes(convolution)
     weight = convolution.inputs[1]
     assert weight is not None
@@ -348,12 +349,12 @@ def _taps(graph: ir.Graph, convolution: ir.Node, runs: Sequence[_Run]) -> ir.Val
 
 
 def _sum_of_taps(graph: ir.Graph, convolution: ir.Node, runs: Sequence[_Run]) -> ir.Value:
-    """Compute what constant channels add where no tap reads padding; [1 or batch, channel]."""
+    """Compute the term for constant channels where no tap reads padding; [1 or batch, channel]."""
     return add_node(graph, "ReduceSum", [_taps(graph, convolution, runs), add_integers(graph, 2)], {"keepdims": 0})
 
 
 def _within_border(graph: ir.Graph, convolution: ir.Node, image: _Image) -> ir.Value:
-    """Compute what constant channels add at each position; [1 or batch, channel, ...]."""
+    """Compute the term for constant channels at each position; [1 or batch, channel, ...]."""
     outputs, _, *kernel = _sizes(convolution)
     taps = _taps(graph, convolution, image.runs)
     one = add_initializer(graph, "one", np.ones([1] * (2 + len(kernel)), dtype=np.float32))

@@ -1,6 +1,6 @@
 """Partial evaluation: set the gates of a gated graph to constants and remove everything that no longer matters.
 
-For every assignment, the specialised graph equals the gated graph at those gates, to rounding. A kept gate becomes a
+For every assignment, the specialised graph equals the gated graph at those gates, up to rounding. A kept gate becomes a
 wire. A dropped one becomes zero: `add(trunk, 0)` is the trunk, and nodes that only fed the branch are dead code. A
 mean becomes a bias. The missing part of a `cat` is a constant of the trunk's height and width, and the readers of the
 `cat` are narrowed where possible (`slicing.py`). A held branch becomes an input of the graph; an emitted branch becomes
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
-from unetc.compiler.graph.denoisers.unet import SAMPLE
+from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
@@ -40,23 +40,27 @@ def specialise(
 
     Args:
         gated: The graph; not changed.
-        treatments: Treatment of each component by name; those not named are kept.
-        means: Concatenated branch means, [channel of all components], float32; read for components treated by mean.
+        treatments: Treatment of each component by name; unnamed components are kept.
+        means: Concatenated branch means, [channel of all components], float32; read only for components
+            that are replaced by their mean.
         emits: Components whose branch becomes an output `computed.INDEX`, for engines that reuse it.
 
     Returns:
-        A graph without gates whose large initializers still point into the gated graph's weights file. A component
-        that is held is an input `held.INDEX`; one that is forecast also has `earlier.INDEX` and `extrapolation.INDEX`.
+        A graph without gates whose large initializers still point into the gated graph's weights file. A held
+        component adds an input `held.INDEX`; a forecast component also adds `earlier.INDEX` and `extrapolation.INDEX`.
 
     Raises:
         CompileError: If a component is unknown, or is emitted without being computed.
     """
     known = {component.name for component in gated.components}
     if unknown := sorted({*treatments, *emits} - known):
-        raise CompileError(f"the model has no component {unknown[0]!r}. `unetc inspect` lists those it has.")
+        raise CompileError(f"the model has no component {unknown[0]!r}. `unetc inspect` lists its components.")
     given = {name: treatment for name, treatment in treatments.items() if treatment is not Treatment.KEEP}
     if absent := sorted(given.keys() & set(emits)):
-        raise CompileError(f"an engine cannot emit {absent[0]!r}, which it does not compute ({given[absent[0]]}).")
+        raise CompileError(
+            f"an engine cannot emit {absent[0]!r}, because it does not compute it ({given[absent[0]]}). "
+            "Emit it from an engine that keeps it."
+        )
     model = gated.model.clone()
     prediction = model.graph.outputs[0]
     gates = {gate_index(node): node for node in model.graph if is_gate(node)}
@@ -80,7 +84,7 @@ def specialise(
                 spread[repeated] = constant
     _remove_dead_nodes(model)
     slice_constants(model.graph, spread)
-    # the prediction gets its name, type and shape back, which the step's gate had
+    # the step's gate had the name, type and shape of the prediction: restore them
     model.graph.outputs[0] = add_name(model.graph, model.graph.outputs[0], OUTPUT, like=prediction)
     _clean(model)
     return serialise(model)
@@ -97,7 +101,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def _recall(graph: ir.Graph, branch: ir.Value, component: Component, recall: Recall) -> ir.Value:
-    """Compute a branch from earlier ones, which become inputs of the graph."""
+    """Compute a branch from earlier branches, which become inputs of the graph."""
 
     @functools.cache
     def take(prefix: str) -> Expression:
@@ -113,7 +117,7 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, recall: Rec
 def _make_constant(
     graph: ir.Graph, gate: ir.Node, component: Component, constant: NDArray[np.float32]
 ) -> ir.Value | None:
-    """Replace a gate by a constant per channel that its join can take; return the constant part of a `Concat`."""
+    """Replace a gate with a constant per channel that fits its join; return the constant part of a `Concat`."""
     zero = not constant.any()
     shape = [1 if i != component.axis else component.channels for i in range(component.rank)]
     if component.kind == "step":
@@ -158,7 +162,7 @@ def _repeat(graph: ir.Graph, like: ir.Value, value: ir.Value, component: Compone
 
 
 def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
-    """Find a value with the batch and positions of a concatenation: a part that stays, or the first such value.
+    """Find a value with the batch and positions of a concatenation: a part that stays, or else the first match.
 
     Reading the shape of a removed part would compute everything below it.
     """
@@ -171,7 +175,7 @@ def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> i
 
 
 def _extent(value: ir.Value, axis: int) -> tuple[str, ...] | None:
-    """Name the size of a value along all axes but one; equal names mean equal sizes."""
+    """Return the sizes of a value along all axes but one; equal names mean equal sizes."""
     if value.shape is None or value.shape.has_unknown_dim():
         return None
     return tuple("" if i == axis else str(size) for i, size in enumerate(value.shape))
@@ -189,13 +193,13 @@ def _add(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dic
 
 
 def _is_unread(value: ir.Value) -> bool:
-    """Check whether an input was added for a component that nothing reads."""
+    """Check whether a value is an input that was added for a component and that nothing reads."""
     added = str(value.name).startswith((HELD, EARLIER, EXTRAPOLATION))
     return added and not value.uses() and not value.is_graph_output()
 
 
 def _remove_dead_nodes(model: ir.Model) -> None:
-    """Remove nodes and initializers that nothing reads, in the reverse of the order they are computed in."""
+    """Remove nodes and initializers that nothing reads, in reverse topological order."""
     common.TopologicalSortPass()(model)
     common.RemoveUnusedNodesPass()(model)
 
@@ -213,5 +217,5 @@ def _clean(model: ir.Model) -> None:
         node.name = None
         for value in node.outputs:
             if not value.is_graph_output():
-                value.shape = value.type = None  # any runtime infers them again; they are a third of the file
+                value.shape = value.type = None  # runtimes infer them again, and they take a third of the file
     common.NameFixPass()(model)

@@ -1,4 +1,4 @@
-"""Weights files, written and read tensor by tensor: all of them at once may be more than the memory holds.
+"""Write and read weights files tensor by tensor, because all tensors together may not fit in memory.
 
 Source:
     https://huggingface.co/docs/safetensors/index#format
@@ -17,11 +17,11 @@ from unetc.errors import CompileError
 
 _TYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
 _ALIGNMENT = 8
-"""Bytes. Tensors begin at multiples of their element size, as the longest elements come first."""
+"""Bytes. Tensors begin at multiples of their element size, because the longest elements come first."""
 
 
 def serialise(model: ir.Model) -> SerialisedGraph:
-    """Turn a graph into bytes; large initializers stay in the weights file."""
+    """Convert a graph to bytes; large initializers stay in the weights file."""
     external = {
         str(name)
         for name, value in model.graph.initializers.items()
@@ -31,7 +31,7 @@ def serialise(model: ir.Model) -> SerialisedGraph:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
-    """Write a safetensors file; no more than one tensor is copied at a time.
+    """Write a safetensors file, copying at most one tensor at a time.
 
     Raises:
         CompileError: If a tensor has a type that a weights file cannot hold.
@@ -55,11 +55,11 @@ def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            file.write(tensors[name].tobytes())  # little-endian, as both formats say
+            file.write(tensors[name].tobytes())  # little-endian in both formats
 
 
 def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Read where each tensor of a safetensors file begins and ends, in bytes from the start of the file."""
+    """Read the range of each tensor in a safetensors file, in bytes from the start of the file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

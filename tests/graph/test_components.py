@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from tests.models import ARCHITECTURES, Block, Tiny, new_denoiser, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component
 from unetc.compiler.graph.capture import Capture, capture
-from unetc.compiler.graph.denoisers.unet import denoiser_of
+from unetc.compiler.graph.denoisers.denoiser import denoiser_of
 from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ModelError
 from unetc.treatments import Treatment
@@ -147,7 +147,7 @@ BELOW: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "level:up_blocks.0.upsamplers.0.upsample": ("down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"),
     },
 }
-"""First and last of the components that go with each level."""
+"""First and last component nested in each level."""
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
@@ -156,7 +156,7 @@ def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
 
 
 def inside_step(components: Sequence[Component]) -> Sequence[Component]:
-    """Check that the last component, and no other, is the step, with all others in it; return the others."""
+    """Check that only the last component is the step and that all others are nested in it; return the others."""
     *others, step = components
     assert (step.name, step.kind, step.owner) == (STEP, "step", "")
     assert step.nested == tuple(component.name for component in others)
@@ -278,7 +278,7 @@ def test_skip_is_the_part_the_other_was_computed_from(skip_comes: str) -> None:
 
     block, captured = capture_block(compute, trunk=conv(), merge=conv(8))
     level, component = inside_step(captured.components)
-    assert (level.kind, component.kind) == ("level", "skip")  # nothing joins before, so the trunk is all below
+    assert (level.kind, component.kind) == ("level", "skip")  # nothing joins before it, so the whole trunk is a level
     sample, output = run_without(captured, component.name)
     trunk, nothing = block.trunk(sample), torch.zeros_like(sample)
     torch.testing.assert_close(

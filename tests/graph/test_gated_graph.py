@@ -1,4 +1,4 @@
-"""A gated graph survives storage, refuses damage and observes its branches."""
+"""Gated graphs can be stored, damaged ones are refused, and the means of branches can be observed."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(toy_folder: Path, tmp_path: Path) -> Path:
-    """Copy the toy's graph into a folder of its own."""
+    """Copy the toy's graph into a separate folder."""
     return shutil.copytree(toy_folder, tmp_path / "cache" / "graph")
 
 
 class CapturedAgain(Exception):
-    """Says that a graph was not taken from the folder."""
+    """Raised if a graph is captured instead of loaded from its folder."""
 
 
 def capture_again() -> Capture:
@@ -75,7 +75,7 @@ def test_build_and_load_give_the_same_graph(tmp_path: Path) -> None:
         assert graph.components == captured.components
         assert (graph.inputs, graph.dynamic_size) == (captured.inputs, captured.dynamic_size)
         assert (graph.folder, graph.weights) == (folder, folder / "weights.safetensors")
-        assert graph.channels == 8  # the residual's and the step's
+        assert graph.channels == 8  # four in the residual, four in the step
     assert loaded.runnable() == built.runnable()
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert list(folder.parent.iterdir()) == [folder]
@@ -185,14 +185,14 @@ def test_external_data_lies_where_the_graph_says(tiny: Tiny) -> None:
 
 
 def branch_of(component: Component, inputs: dict[str, Tensor], outputs: dict[str, Tensor], model: nn.Module) -> Tensor:
-    """Find the branch of a component among what the modules of the original model took and gave."""
+    """Compute the branch of a component from the inputs and outputs of the original model's modules."""
     if component.kind == "step":
         return outputs[component.owner]
     if component.kind == "skip":
         return outputs[component.name.removeprefix("skip:").partition("→")[0]]
     if component.kind == "level":
         return outputs[component.name.removeprefix("level:").removesuffix(".upsample")]
-    if component.owner != component.name:  # attn1, attn2 and ff have no trunk inside
+    if component.owner != component.name:  # attn1, attn2 and ff do not contain the trunk
         return outputs[component.name]
     module: Any = model.get_submodule(component.name)
     trunk = inputs[component.name]
@@ -204,7 +204,7 @@ def branch_of(component: Component, inputs: dict[str, Tensor], outputs: dict[str
 
 @torch.no_grad()
 def expected_branch_means(tiny: Tiny, values: dict[str, Array]) -> Array:
-    """Measure the branches with hooks on the original model."""
+    """Measure the branch means with hooks on the original model."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -236,7 +236,7 @@ def test_observing_gives_the_means_of_the_original_branches(tiny: Tiny) -> None:
     gates = np.stack([gate_values(tiny.gated.components, {})] * 3)
     output = np.full(tiny.gated.channels, np.nan, dtype=np.float32)
     tiny.load(tiny.gated.observing())({**values, GATES: gates, MEANS: np.ones_like(output)}, output)
-    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)  # a mean of some hundred float32 numbers near 1
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)  # mean of about a hundred float32 numbers near 1
 
 
 def test_observing_leaves_the_graph_unchanged(tiny: Tiny) -> None:

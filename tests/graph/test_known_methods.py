@@ -1,7 +1,7 @@
 """Known methods of reuse, written by hand as plans: DeepCache, Faster Diffusion, T-GATE and block caching.
 
-Each plan is sampled by a session and held against the denoiser itself in torch, with hooks that do what the method's
-paper says, in the same sampling loop.
+Each plan is sampled and compared with the denoiser itself in torch, in the same sampling loop. There, hooks implement
+the method as its paper describes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.models import Tiny, relative_error, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts.plan import Phase, Plan
 from unetc.backend import Array
-from unetc.compiler.graph.denoisers.unet import CONTEXT, SAMPLE, TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import CONTEXT, SAMPLE, TIMESTEP
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.runtime.branch_cache import BranchCache
@@ -27,18 +27,18 @@ from unetc.treatments import Treatment
 STEPS = 9
 HOLD = Treatment.HOLD
 LIBRARIES_AGREE = 1e-4
-"""torch and onnxruntime, see test_law; here over nine steps."""
+"""Tolerance between torch and onnxruntime, as in test_law, but over nine steps."""
 
 
 @pytest.fixture(scope="module")
 def tiny(shared: Path) -> Tiny:
     found = tiny_of("cross-attention", shared)
-    found.inputs(batch=1, height=8, width=8)  # what it takes is read before hooks are on it, which are refused
+    found.inputs(batch=1, height=8, width=8)  # reads the signature now, because a model with hooks is refused
     return found
 
 
 def plan_for(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: tuple[Phase, ...]) -> Plan:
-    """Write a plan by hand."""
+    """Make a plan from assignments and phases."""
     return plan_of(with_emissions(assignments, tiny.gated.components), phases)
 
 
@@ -50,13 +50,13 @@ def always(cycle: tuple[int, ...]) -> tuple[Phase, ...]:
 
 
 def inputs_at(tiny: Tiny, step: int, sample: Array) -> dict[str, Array]:
-    """Make the denoiser's inputs of a step; the text does not change while sampling."""
+    """Make the denoiser's inputs for a step; the text stays the same during sampling."""
     inputs = tiny.inputs(batch=len(sample), height=sample.shape[2], width=sample.shape[3], seed=7)
     return inputs | {SAMPLE: sample, TIMESTEP: np.full(len(sample), 900.0 - 100 * step, np.float32)}
 
 
 def sample(tiny: Tiny, predict: Callable[[int, Mapping[str, Array]], Array]) -> Array:
-    """Take a few steps of a plain sampler."""
+    """Run a plain sampler for a few steps."""
     current = tiny.inputs(batch=2, height=8, width=12, seed=3)[SAMPLE]
     for step in range(STEPS):
         current = current - np.float32(0.2) * predict(step, inputs_at(tiny, step, current))
@@ -79,11 +79,11 @@ def sample_by_plan(tiny: Tiny, plan: Plan) -> Array:
 
 
 Hook = Callable[[int, Any, Any], Any]
-"""Step, what a module was given, and its output → what it puts out instead."""
+"""Maps the step, a module's inputs and its output to the output that replaces it."""
 
 
 def reusing(at: Callable[[int], bool]) -> Hook:
-    """Put out what was last computed, at the steps that say so."""
+    """Return the last computed output at the selected steps."""
     kept: list[Any] = []
 
     def replace(step: int, _given: Any, output: Any) -> Any:
@@ -95,7 +95,7 @@ def reusing(at: Callable[[int], bool]) -> Hook:
 
 
 def reusing_branch(steps: Collection[int]) -> Hook:
-    """Add to the input what was last added to it, at some steps."""
+    """Add the last computed branch to the input at some steps."""
     kept: list[Any] = []
 
     def replace(step: int, given: Any, output: Any) -> Any:
@@ -108,7 +108,7 @@ def reusing_branch(steps: Collection[int]) -> Hook:
 
 
 def sample_with_hooks(tiny: Tiny, hooks: Mapping[str, Hook]) -> Array:
-    """Sample in torch, with the outputs of some modules replaced."""
+    """Sample in torch, with hooks that replace the outputs of some modules."""
     now = 0
 
     def bind(hook: Hook) -> Callable[[torch.nn.Module, Any, Any], Any]:
@@ -129,7 +129,7 @@ def sample_with_hooks(tiny: Tiny, hooks: Mapping[str, Hook]) -> Array:
 
 
 def check(tiny: Tiny, plan: Plan, reused: Mapping[str, Callable[[int], bool]]) -> None:
-    """Check that plan and hooks sample the same, and that reuse changes something at all."""
+    """Check that plan and hooks produce the same samples and that reuse changes them."""
     hooks = {name: reusing(at) for name, at in reused.items()}
     by_plan, by_hooks = sample_by_plan(tiny, plan), sample_with_hooks(tiny, hooks)
     full = sample_with_hooks(tiny, {})
@@ -158,7 +158,7 @@ def test_faster_diffusion(tiny: Tiny) -> None:
 
 
 def test_tgate(tiny: Tiny) -> None:
-    """Liu et al. 2024, arXiv:2404.02747: after the gate step, cross-attention gives what it gave there."""
+    """Liu et al. 2024, arXiv:2404.02747: from the gate step on, cross-attention repeats its last output."""
     gate = 4
     cross = [c for c in tiny.gated.components if c.name.endswith("attn2")]
     assert cross
@@ -169,7 +169,7 @@ def test_tgate(tiny: Tiny) -> None:
 
 
 def test_block_caching(tiny: Tiny) -> None:
-    """Wimbauer et al. 2023, arXiv:2312.03209: every block has a schedule of its own."""
+    """Wimbauer et al. 2023, arXiv:2312.03209: every block has its own schedule."""
     transformers = sorted(
         {c.owner.rsplit(".transformer_blocks", 1)[0] for c in tiny.gated.components if ".transformer_blocks" in c.owner}
     )
@@ -180,7 +180,7 @@ def test_block_caching(tiny: Tiny) -> None:
     plan = plan_for(tiny, [{}, first, second, {**first, **second}], always((0, 3, 1, 2)))
     schedule = plan.schedule(LEVELS)
     assert schedule[:5] == (0, 3, 1, 2, 0)
-    # a transformer's residual branch is what the hook below replaces: output minus input of the module
+    # the hook replaces a transformer's residual branch: the module's output minus its input
     by_plan = sample_by_plan(tiny, plan)
     by_hooks = sample_with_hooks(
         tiny, dict(zip(transformers[:2], map(reusing_branch, [{1, 2, 5, 6}, {1, 3, 5, 7}]), strict=True))
@@ -190,7 +190,7 @@ def test_block_caching(tiny: Tiny) -> None:
 
 
 def test_a_start_in_the_middle_computes_what_it_would_hold(tiny: Tiny) -> None:
-    """As image to image does: the first step finds nothing held, so the full engine runs there."""
+    """Start like image to image: no branch is held at the first step, so the full engine runs there."""
     cross = {c.name: HOLD for c in tiny.gated.components if c.name.endswith("attn2")}
     phases = (Phase(low=0.0, high=4.0, cycle=(0,)), Phase(low=4.0, high=float(STEPS), cycle=(1,)))
     plan = plan_for(tiny, [{}, cross], phases)

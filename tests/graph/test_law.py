@@ -1,4 +1,4 @@
-"""The law of the project: what is measured is what ships.
+"""The equivalence law: an engine that ships computes exactly the graph that was measured.
 
 For every assignment, on every architecture: denoiser == gated graph with all gates open; gated graph in torch == gated
 graph in ONNX; gated graph at the gates of an assignment == engine specialised for it.
@@ -34,16 +34,16 @@ KEEP, DROP, MEAN = Treatment.KEEP, Treatment.DROP, Treatment.MEAN
 Assignment = Mapping[str, Treatment]
 
 LIBRARIES_AGREE = 1e-4
-"""torch and onnxruntime: other kernels, so other orders of summation in every layer, some forty layers deep."""
+"""Tolerance between torch and onnxruntime: their kernels sum in different orders, over about forty layers."""
 
 ENGINES_AGREE = 1e-5
-"""onnxruntime and itself: the same kernels, but a graph without gates lets it fuse more and change memory layouts."""
+"""Tolerance within onnxruntime: without gates it fuses more and changes memory layouts, with the same kernels."""
 
 DENSITIES = ((*[KEEP] * 18, DROP, MEAN), (*[KEEP] * 6, DROP, MEAN), (KEEP, DROP, MEAN), (DROP, MEAN), (DROP,), (MEAN,))
-"""Treatments to draw from, for all components but the step; from few components removed to all."""
+"""Treatments to draw from for all components but the step: from a few removals to removing every component."""
 
 STEP_DENSITY = (*[KEEP] * 10, DROP, MEAN)
-"""Treatments of the step to draw from; without it nothing else matters, so it is mostly kept."""
+"""Treatments to draw from for the step; nothing else matters without it, so it is mostly kept."""
 
 
 UNCONDITIONAL = pytest.mark.architecture("UNet2DModel")
@@ -62,7 +62,7 @@ def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call: every sample of the batch has an assignment of its own."""
+    """One call, in which every sample of the batch has its own assignment."""
 
     tiny: Tiny
     assignments: Sequence[Assignment]
@@ -84,7 +84,7 @@ class Case:
         return self.mean_scale * rng.standard_normal(self.tiny.gated.channels, dtype=np.float32)
 
     def gated_inputs(self, assignments: Sequence[Assignment] | None = None) -> dict[str, Array]:
-        """Add gates, those of the case or others, and the means."""
+        """Draw all inputs of the gated graph; other assignments may replace the case's."""
         components = self.tiny.gated.components
         gates = np.stack([gate_values(components, assignment) for assignment in assignments or self.assignments])
         return {**self.inputs(), GATES: gates, MEANS: self.means()}
@@ -92,8 +92,8 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, tiny: Tiny) -> Case:
-    """Draw a batch of one to three assignments with the inputs of the denoiser and means."""
-    # From two positions up on the lowest level: torch traces some denoisers as if there never were fewer.
+    """Draw a case with a batch of one to three assignments."""
+    # At least two positions on the lowest level: torch traces some denoisers as if there were never fewer.
     sizes = st.integers(2, 16 // tiny.stride).map(lambda size: size * tiny.stride)
 
     def assignment() -> Assignment:
@@ -121,10 +121,10 @@ def without_step(tiny: Tiny) -> tuple[str, ...]:
 
 
 def live_weights(tiny: Tiny, removed: Collection[str]) -> tuple[set[str], bool]:
-    """Follow the torch graph back from its output past all branches but the removed ones.
+    """Trace the torch graph back from its output through every branch that is not removed.
 
     Returns:
-        Names in the weights file of the weights on the way, and whether a concatenation there has lost both its parts.
+        Names in the weights file of the weights found, and whether a concatenation found has lost both its parts.
     """
     cut = {component.index for component in tiny.capture.components if component.name in removed}
     signature = tiny.capture.program.graph_signature
@@ -149,7 +149,7 @@ def live_weights(tiny: Tiny, removed: Collection[str]) -> tuple[set[str], bool]:
 
 
 def check_self_contained(tiny: Tiny, engine: SerialisedGraph) -> None:
-    """Check that an engine needs no gate and no file but the weights, and tells nothing about this machine."""
+    """Check that an engine needs no gate and no file but the weights, and has no trace of this machine."""
     model = onnx.load_model_from_string(engine.graph)
     assert {node.domain for node in model.graph.node} == {""}
     assert [opset.domain for opset in model.opset_import] == [""]
@@ -177,7 +177,7 @@ def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataO
         engine = specialise(tiny.gated, assignment, case.means())
         live, lost = live_weights(tiny, assignment.keys())
         assert engine.weights >= live
-        # Where nothing is left of a concatenation, something else must say what height and width it has.
+        # If both parts of a concatenation are gone, another value must provide its height and width.
         assert engine.weights == live or lost
 
 

@@ -1,7 +1,7 @@
-"""The law over time: sequences of engines that emit, hold and forecast equal the gated graph with its memory outside.
+"""The equivalence law over time: engines that emit, hold and forecast equal the gated graph with an external memory.
 
-For every sequence of assignments, on every architecture: each engine of the sequence computes what the gated graph
-computes at those gates when each branch that is held or forecast is handed to it from the last steps that computed it.
+It holds for every sequence of assignments, on every architecture. Each engine of the sequence equals the gated graph at
+the same gates, if the graph gets every held or forecast branch from the last steps that computed it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array, Program, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.denoisers.unet import TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise
@@ -36,7 +36,7 @@ DROP, MEAN, HOLD, FORECAST = Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Tre
 Assignment = Mapping[str, Treatment]
 
 ENGINES_AGREE = 2e-5
-"""onnxruntime and itself, see test_law; twice that, for errors pass from step to step through what is held."""
+"""Tolerance within onnxruntime: twice the one in test_law, because held branches carry errors to later steps."""
 
 DENSITIES = ((*[KEEP] * 12, HOLD, FORECAST), (*[KEEP] * 4, DROP, MEAN, HOLD, FORECAST), (KEEP, HOLD), (KEEP, FORECAST))
 
@@ -46,14 +46,14 @@ def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
 
-@functools.lru_cache(maxsize=128)  # in some tests an engine for every component, of which there are 30
+@functools.lru_cache(maxsize=128)  # some tests load one engine for each of 30 components
 def load(tiny: Tiny, graph: SerialisedGraph) -> Program:
-    """Load an engine, or find it among those that an earlier test has loaded."""
+    """Load an engine, or return it if an earlier test has loaded it."""
     return tiny.load(graph)
 
 
 def inputs_at(tiny: Tiny, step: int, size: tuple[int, int, int]) -> tuple[dict[str, Array], float]:
-    """Draw the denoiser's inputs of a step, all samples at one timestep as they are while sampling."""
+    """Draw the denoiser's inputs for a step, with all samples at one timestep, as in sampling."""
     batch, height, width = size
     timestep = 900.0 - 70.0 * step - 3.0 * step * step
     inputs = tiny.inputs(batch=batch, height=height, width=width, seed=step)
@@ -61,7 +61,7 @@ def inputs_at(tiny: Tiny, step: int, size: tuple[int, int, int]) -> tuple[dict[s
 
 
 class Reference:
-    """The gated graph and, per component, the branch at the last two steps that computed it."""
+    """The gated graph with each component's branch from the last two steps that computed it."""
 
     def __init__(self, tiny: Tiny, means: Array) -> None:
         self._tiny = tiny
@@ -69,7 +69,7 @@ class Reference:
         self._program = load(tiny, tiny.gated.remembering())
         self._memory: dict[int, list[tuple[float, Array]]] = {}
         self._blank: dict[int, Array] = {}
-        """What is handed in where nothing is held: NaN of the right shape, so that reading it shows."""
+        """Inputs for branches that are not held: NaN of the right shape, so that any read shows."""
 
     def step(self, assignment: Assignment, inputs: Mapping[str, Array], timestep: float) -> Array:
         components = self._tiny.gated.components
@@ -128,7 +128,7 @@ def test_a_sequence_of_engines_computes_what_the_gated_graph_computes(tiny: Tiny
 def check_sequence(
     tiny: Tiny, assignments: Sequence[Assignment], order: Sequence[int], size: tuple[int, int, int], means: Array
 ) -> None:
-    """Run the engines in an order, and the gated graph beside them."""
+    """Run the engines in an order and compare each step with the gated graph."""
     engines = [
         load(tiny, specialise(tiny.gated, engine.treatments, means, engine.emits))
         for engine in with_emissions(assignments, tiny.gated.components)
@@ -183,7 +183,7 @@ def test_holding_right_after_a_refresh_at_the_same_input_changes_nothing(tiny: T
         assert relative_error(output, full) < 1e-5
         forecast = load(tiny, specialise(tiny.gated, {component.name: FORECAST}, means))
         ahead = {
-            HELD + key: 0.5 * emitted[COMPUTED + key],  # a line through zero and a half is at one a step further
+            HELD + key: 0.5 * emitted[COMPUTED + key],  # a line through 0 and 0.5 reaches 1 one step later
             EARLIER + key: np.zeros_like(emitted[COMPUTED + key]),
             EXTRAPOLATION + key: np.ones(1, np.float32),
         }
@@ -201,7 +201,7 @@ def test_an_engine_cannot_emit_what_it_does_not_compute(tiny: Tiny) -> None:
 
 
 def test_holding_a_level_is_what_a_hook_does_in_torch(tiny: Tiny) -> None:
-    """The same thing done to the denoiser itself: an upsampler puts out what it put out at an earlier call."""
+    """Do the same to the denoiser itself: its upsampler repeats the output of an earlier call."""
     level = next(
         component for component in tiny.gated.components if component.kind == "level" and "upsamplers" in component.name
     )

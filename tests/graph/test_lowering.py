@@ -1,4 +1,4 @@
-"""Half precision computes nearly what float32 does, at every size, and what would suffer stays float32."""
+"""Half precision stays close to float32 at every size, and sensitive nodes stay float32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
 SIZES = {"least": (1, 8, 8), "usual": (2, 16, 16), "most": (4, 24, 16), "odd": (3, 10, 14)}
 TOLERANCE = 5e-3
-"""Relative to the largest number: one rounding to 11 bits is 5e-4, and some twenty of them follow each other here."""
+"""Relative to the largest number: one rounding to 11 bits is 5e-4, and about twenty follow each other here."""
 
 Values = dict[str, NDArray[Any]]
 
@@ -38,7 +38,7 @@ def tiny(shared: Path) -> Tiny:
 
 @pytest.fixture(scope="module")
 def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write an engine that emits what another holds and forecasts, which also drops a skip."""
+    """Write an engine that emits two branches, and one that holds and forecasts them and drops a skip."""
     folder = tmp_path_factory.mktemp("lowering")
     (folder / WEIGHTS).write_bytes(tiny.gated.weights.read_bytes())
     means = np.zeros(tiny.gated.channels, np.float32)
@@ -100,7 +100,7 @@ def test_half_precision_is_close_at_every_size(tiny: Tiny, folder: Path, size: s
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_all_graphs_read_one_weights_file_of_half_the_size(folder: Path, precision: str) -> None:
     before, after = ((path / WEIGHTS).stat().st_size for path in (folder, folder / precision))
-    assert 0.5 < after / before < 0.75  # the last layer and what reads inputs alone stay float32; names take some
+    assert 0.5 < after / before < 0.75  # the last layer and nodes on inputs alone stay float32; names take space
     with safe_open(folder / precision / WEIGHTS, "np") as file:
         stored = set(file.keys())
     read = set()
@@ -161,7 +161,7 @@ def test_the_statistics_of_a_norm_that_is_spelled_out_stay_wide(tmp_path: Path) 
         }"""
     (tmp_path / "norm.onnx").write_bytes(onnx.parser.parse_model(graph).SerializeToString())
     (tmp_path / WEIGHTS).write_bytes(save({}))
-    inputs: Values = {"sample": np.array([[300, 301, 302, 303]], np.float32)}  # whose squares float16 cannot hold
+    inputs: Values = {"sample": np.array([[300, 301, 302, 303]], np.float32)}  # float16 cannot hold their squares
     assert overflowing(tmp_path / "norm.onnx", [{"sample": inputs["sample"] / 10}])[0] == set()
     lower_graphs(tmp_path, ["norm.onnx"], Precision.FP16, tmp_path / "fp16")
     exact, half = (evaluate(path / "norm.onnx", inputs)["out"] for path in (tmp_path, tmp_path / "fp16"))
@@ -190,7 +190,7 @@ def test_an_unknown_precision_is_refused() -> None:
 
 
 def test_positions_are_counted_in_float32() -> None:
-    """float16 knows no odd number beyond 2048; positions are computed from a size alone, as PixArt's and FLUX's are."""
+    """Compute positions from a size alone, as PixArt and FLUX do; float16 has no odd numbers beyond 2048."""
     size, kind = 4099, TensorProto.FLOAT
     nodes = [
         onnx.helper.make_node("Shape", ["sample"], ["shape"]),
@@ -198,7 +198,7 @@ def test_positions_are_counted_in_float32() -> None:
         onnx.helper.make_node("Cast", ["size"], ["most"], to=kind),
         onnx.helper.make_node("Range", ["zero", "most", "one"], ["positions"]),
         onnx.helper.make_node("Unsqueeze", ["positions", "axis"], ["column"]),
-        onnx.helper.make_node("MatMul", ["column", "weight"], ["prediction"]),  # what follows the last layer is float32
+        onnx.helper.make_node("MatMul", ["column", "weight"], ["prediction"]),  # the last layer stays float32
     ]
     numbers = [onnx.helper.make_tensor(name, kind, [], [value]) for name, value in (("zero", 0.0), ("one", 1.0))]
     numbers += [onnx.helper.make_tensor("weight", kind, [1, 1], [1.0])]

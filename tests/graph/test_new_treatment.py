@@ -1,4 +1,4 @@
-"""A row of the table is all that a treatment needs: the gated graph and `specialise` follow it."""
+"""A treatment needs only a row of the table: the gated graph and `specialise` follow it."""
 
 from __future__ import annotations
 

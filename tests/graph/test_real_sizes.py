@@ -1,4 +1,4 @@
-"""The configurations of Stable Diffusion 1.5, 2.1 and XL: their components, and the law at a fortieth of the width."""
+"""The configurations of Stable Diffusion 1.5, 2.1 and XL: their components, and the equivalence law at 1/40 width."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models import condition_well, relative_error
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
-from unetc.compiler.graph.denoisers.unet import CONTEXT, POOLED, SAMPLE, TIME_IDS, TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import CONTEXT, POOLED, SAMPLE, TIME_IDS, TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
@@ -45,7 +45,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def narrow(name: str) -> dict[str, Any]:
-    """Keep the blocks and layers of a configuration, at most two transformers deep, and make them narrow."""
+    """Keep the blocks and layers of a configuration, at most two transformers deep, but make them narrow."""
     config = config_of(name)
     layers = config.get("transformer_layers_per_block", 1)
     changes: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_the_configurations_are_those_of_the_public_models(name: str) -> None:
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel(**config_of(name))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    # as their model cards and papers say: 860 M, 865 M and 2.6 B
+    # 860 M, 865 M and 2.6 B in their model cards and papers
     assert parameters == {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}[name]
 
 
@@ -87,12 +87,12 @@ def test_stable_diffusion_has_a_component_for_every_branch(name: str) -> None:
     assert (
         sum(re.search(r"\bresnets\.\d+$", name) is not None and ":" not in name for name in names) == 4 * 2 + 2 + 4 * 3
     )
-    # 3 levels with 2 + 3 transformers and the middle's one; each is a branch that holds three: attn1, attn2, ff
+    # 3 levels with 2 + 3 transformers, and one in the middle; each branch contains three more: attn1, attn2, ff
     transformers = [name for name in names if re.search(r"\battentions\.\d+$", name) and ":" not in name]
     assert len(transformers) == 3 * 5 + 1
     for part in ("attn1", "attn2", "ff"):
         assert {f"{outer}.transformer_blocks.0.{part}" for outer in transformers} <= {*names}
-    # every residual block on the way up reads a skip; the middle and the three lower levels come in as trunks
+    # every residual block on the way up reads a skip; the middle and the three lower levels join it as trunks
     assert sum(name.startswith("skip:") for name in names) == 12
     assert sum(name.startswith("level:") for name in names) == 4
     assert len(names) == 22 + 16 * 4 + 12 + 4 + 1
@@ -126,4 +126,4 @@ def test_the_law_holds_for_real_structures(name: str, tmp_path: Path) -> None:
         expected = reference(*(torch.from_numpy(given[key]) for key in (*gated.inputs, GATES, MEANS))).numpy()
         actual = np.full_like(inputs[SAMPLE], np.nan)
         loader.load(specialise(gated, treatments, means))(inputs, actual)
-        assert relative_error(actual, expected) < 1e-4, treatments  # kernels sum in another order
+        assert relative_error(actual, expected) < 1e-4, treatments  # kernels sum in different orders

@@ -1,4 +1,4 @@
-"""The sizes that a graph leaves open have names that a reader knows."""
+"""Dynamic sizes of a graph have readable names."""
 
 from __future__ import annotations
 

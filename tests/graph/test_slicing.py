@@ -1,4 +1,4 @@
-"""What reads a concatenation with a constant part is narrowed, and computes what it computed."""
+"""Readers of a concatenation with a constant part are narrowed without changing their result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ READERS: Mapping[str, str] = {
     "two convs behind a norm": f"""normal = NORM(joined, scale, shift) {SILU} inner = {CONV3}(active, weight3, bias)
         shortcut = {CONV1}(active, weight1, bias) out_sample = Add(shortcut, inner)""",
 }
-"""What may stand behind a concatenation of eight channels, `joined`, and is narrowed."""
+"""Readers of `joined`, a concatenation of eight channels, that are narrowed."""
 
 OTHERS: Mapping[str, str] = {
     "other operator": f"active = Tanh(joined) out_sample = {CONV1}(active, weight1, bias)",
@@ -65,7 +65,7 @@ OTHERS: Mapping[str, str] = {
     "sigmoid read twice": f"""normal = NORM(joined, scale, shift) {SILU} inner = {CONV1}(active, weight1, bias)
         gate = {CONV1}(sigmoid, weight1, bias) out_sample = Add(inner, gate)""",
 }
-"""What may stand behind a concatenation and keeps it."""
+"""Readers of `joined` that keep the concatenation."""
 
 PARAMETERS: Mapping[str, tuple[int, ...]] = {
     "scale": (8,),
@@ -82,13 +82,13 @@ TWO_PARTS = ("sample", "skip")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A concatenation and what reads it, with gates on some of its parts, which are inputs."""
+    """A concatenation and its readers; its parts are inputs, and some of them have gates."""
 
     gated: GatedGraph
     widths: Mapping[str, int]
 
     def inputs(self, batch: int, height: int, width: int) -> dict[str, Array]:
-        """Draw the parts, far from zero, so that what a norm takes away matters."""
+        """Draw the parts far from zero, so that the mean that a norm subtracts matters."""
         rng = np.random.default_rng(0)
         return {
             name: (1 + rng.standard_normal((batch, channels, height, width))).astype(np.float32)
@@ -111,9 +111,9 @@ def make_block(
     parts: Sequence[str] = TWO_PARTS,
     groups: int = 4,
 ) -> Block:
-    """Make a block whose parts have some widths, eight in all, in the order of the parts.
+    """Make a block whose parts have the given widths, in order; the widths sum to eight.
 
-    A part called "encoded" is computed from the sample, the others are inputs.
+    A part called "encoded" is computed from the sample; the others are inputs.
     """
     channels = dict(zip(parts, widths, strict=True))
     components = tuple(
@@ -155,7 +155,7 @@ def make_block(
 
 
 def run(graph: SerialisedGraph, inputs: Mapping[str, Array]) -> Array:
-    """Run a graph of any output size."""
+    """Run a graph with any output size."""
     session = onnxruntime.InferenceSession(graph.graph, providers=["CPUExecutionProvider"])
     names = {value.name for value in session.get_inputs()}
     output: Array = session.run(None, {name: array for name, array in inputs.items() if name in names})[0]
@@ -173,7 +173,7 @@ def draw_means(block: Block) -> Array:
 
 
 def joins_images(engine: SerialisedGraph) -> bool:
-    """Tell whether an engine concatenates anything but sizes."""
+    """Check whether an engine concatenates anything but sizes."""
     nodes = onnx.load_model_from_string(engine.graph).graph.node
     return any(node.op_type == "Concat" and node.attribute[0].i != 0 for node in nodes)
 
@@ -277,7 +277,7 @@ SEAMS: Mapping[str, tuple[int, int]] = {
     "skip:down_blocks.0.downsamplers.0.conv→up_blocks.0.resnets.1": (16, 24),
     "level:up_blocks.0.upsamplers.0": (8, 24),
 }
-"""Computed and all channels of some concatenations; four groups divide only the first without a seam group."""
+"""Computed and total channels of some concatenations; with four groups, only the first has no mixed group."""
 
 
 def test_engine_holds_no_copy_of_weights(tiny: Tiny) -> None:
@@ -306,7 +306,7 @@ def test_onnxruntime_slices_the_weights_when_it_loads(
     def saving_options() -> onnxruntime.SessionOptions:
         options = new_options()
         options.optimized_model_filepath = str(path)
-        # no layout for the processor at hand: it pads channels to what fits its registers
+        # no processor-specific layout, which would pad channels to fit the registers
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         return options
 
@@ -341,7 +341,7 @@ def test_what_takes_the_place_of_a_value_has_its_name(shared: Path, treatment: T
 
 
 def made_of_weights(engine: SerialisedGraph) -> dict[str, str]:
-    """Name the result of every convolution and norm by the weight it reads, whole or sliced."""
+    """Map the weight that each convolution or norm reads, whole or sliced, to the name of the result."""
     graph = onnx.load_model_from_string(engine.graph).graph
     sliced = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Slice"}
     found = {}

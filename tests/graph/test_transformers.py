@@ -1,6 +1,6 @@
-"""Transformers of diffusers: captured, taken apart, specialised and sampled as UNets are.
+"""Transformers of diffusers are captured, split into components, specialised and sampled like UNets.
 
-One test does all of it for a class, because tracing takes most of the time.
+One test covers a whole class, because tracing takes most of the time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unetc.artifacts import Phase
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.compiler.graph.capture import GATES, MEANS, capture
-from unetc.compiler.graph.denoisers.unet import SAMPLE, TIMESTEP
+from unetc.compiler.graph.denoisers.inputs import SAMPLE, TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
@@ -54,7 +54,7 @@ EXPECTED: Mapping[str, str] = {
         transformer_blocks.1.attn2
         transformer_blocks.1.ff
     """,
-    # The text has joins of its own: to_add_out and ff_context.
+    # The text stream has its own joins: to_add_out and ff_context.
     "sd3": """
         transformer_blocks.0.attn.to_out
         transformer_blocks.0.attn2
@@ -64,7 +64,7 @@ EXPECTED: Mapping[str, str] = {
         transformer_blocks.1.attn
         transformer_blocks.1.ff
     """,
-    # Attention and MLP of a single-stream block are one branch.
+    # The attention and MLP of a single-stream block form one branch.
     "flux": """
         transformer_blocks.0.attn.to_out
         transformer_blocks.0.ff
@@ -96,22 +96,22 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "transformer_blocks.1.attn": ("transformer_blocks.0.attn.to_add_out", "transformer_blocks.0.ff_context"),
     "level:blocks.2": tuple(f"blocks.{block}.{part}" for block in (1, 2) for part in ("attn1", "attn2", "ff")),
 }
-"""What goes with a component; with the others nothing does."""
+"""Nested components by the name of the outer one; all other components have none."""
 
 FIXED_SIZE = ("dit", "hunyuan")
-"""Their positions are made for one size."""
+"""Architectures whose positions fit one size only."""
 
 LIBRARIES_AGREE = 1e-4
-"""torch and onnxruntime, see test_law."""
+"""Tolerance between torch and onnxruntime, as in test_law."""
 
 ENGINES_AGREE = 1e-5
-"""onnxruntime and itself, see test_law."""
+"""Tolerance within onnxruntime, as in test_law."""
 
 SAMPLED = 3
-"""Of every so many components one gets an engine of its own: loading them takes as long as the rest."""
+"""One component in three gets its own engine; loading these takes as long as the rest of the test."""
 
 MATTERS = 1e-3
-"""What a part changes at least, far more than rounding; the text of the last blocks has little left to change."""
+"""Least effect of a part, far above rounding; the text stream has little effect in the last blocks."""
 
 
 def call_plainly(model: Any, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Any:
@@ -159,7 +159,7 @@ NAMES: Mapping[str, str] = {
 }
 
 CALLS: Mapping[str, Callable[..., Any]] = {"pixart": call_pixart, "flux": call_flux, "hunyuan": call_hunyuan}
-"""How the pipelines of diffusers call a denoiser, where that is more than its inputs by name."""
+"""Calls of diffusers' pipelines that do more than pass inputs by name."""
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def check_components(tiny: Tiny) -> None:
 
 
 def check_whole(tiny: Tiny) -> None:
-    """The law with nothing removed: the denoiser is the gated graph in torch and in ONNX, and the engine."""
+    """Check with nothing removed that the denoiser equals the engine and the gated graph in torch and in ONNX."""
     sizes = [(8, 8)] if tiny.architecture in FIXED_SIZE else [(8, 8), (4, 8)]
     means = np.zeros(tiny.gated.channels, np.float32)
     full = tiny.load(specialise(tiny.gated, {}, means))
@@ -205,7 +205,7 @@ def check_whole(tiny: Tiny) -> None:
 
 
 def check_law(tiny: Tiny) -> None:
-    """Every component removed alone and a few random assignments; for some of them, the engine too."""
+    """Check each component removed alone and a few random assignments, some of them with engines too."""
     rng = np.random.default_rng(0)
     assignments: list[dict[str, Treatment]] = [{}, *({name: DROP} for name in tiny.names)]
     for treatments in ((KEEP, DROP, MEAN), (KEEP, KEEP, KEEP, MEAN), (DROP, MEAN)):
@@ -218,7 +218,7 @@ def check_law(tiny: Tiny) -> None:
     expected = tiny.run(tiny.program, rows | {GATES: gates, MEANS: means})
     reference = tiny.run_reference(rows | {GATES: gates, MEANS: means})
     assert relative_error(reference, expected) < LIBRARIES_AGREE
-    path = tiny.gated.folder / "engine.onnx"  # beside the weights it refers to
+    path = tiny.gated.folder / "engine.onnx"  # in the folder of its weights
     for assignment, row in zip(assignments, expected, strict=True):
         assert (relative_error(row, expected[0]) > MATTERS) is bool(assignment), assignment
     for assignment, row in list(zip(assignments, expected, strict=True))[::-SAMPLED]:
@@ -236,7 +236,7 @@ def check_law(tiny: Tiny) -> None:
 
 
 def check_sampling(tiny: Tiny) -> None:
-    """A plan of one phase: the first component removed in the second step, the last one held in the third."""
+    """Sample a plan of one phase: the second step drops the first component, and the third holds the last."""
     flow = tiny.architecture in ("sd3", "flux")
     name = "flow-euler" if flow else "ddim"
     own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0) if flow else diffusers.DDIMScheduler(clip_sample=False)
@@ -264,7 +264,7 @@ def check_sampling(tiny: Tiny) -> None:
 
 
 def sample_diffusers(tiny: Tiny, scheduler: Any, conditions: Conditions) -> Array:
-    """Sample three steps with the scheduler itself."""
+    """Sample three steps with the diffusers scheduler itself."""
     scheduler.set_timesteps(3)
     sample = torch.from_numpy(initial_noise(1, range(2), (4, 8, 8)))
     for timestep in scheduler.timesteps:

@@ -1,4 +1,4 @@
-"""Weights files are what the safetensors library reads, and are written without a copy of everything."""
+"""The safetensors library reads weights files, which are written without copying every tensor at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays: dict[str, NDArray[Any]] = {
         "transposed": rng.standard_normal((3, 5)).astype(np.float32).T,
-        "half": rng.standard_normal(7).astype(np.float16),  # of an odd number of bytes for what comes after it
+        "half": rng.standard_normal(7).astype(np.float16),  # 14 bytes, which would misalign a longer element after it
         "double": rng.standard_normal((2, 1, 3)),
         "naïve.0": rng.standard_normal((4, 4)).astype(np.float32),
     }
@@ -48,7 +48,7 @@ def test_only_one_tensor_is_made_at_a_time(tmp_path: Path) -> None:
         return ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape((2, 2)), name=name)
 
     write_tensors(tmp_path / "w.safetensors", {name: lazy(name) for name in "ba"})
-    assert alive == ["a", "b"]  # in the order of the file, each once and not kept
+    assert alive == ["a", "b"]  # in the order of the file, each made once
     assert {name: array[0, 0] for name, array in load_file(tmp_path / "w.safetensors").items()} == {"a": 1, "b": 2}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from unetc.compiler import scheduler
-from unetc.compiler.graph.denoisers import unet
+from unetc.compiler.graph.denoisers import denoiser
 from unetc.runtime.backends import registry
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
@@ -27,7 +27,7 @@ def test_the_examples_run_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scheduler, "SCHEDULERS", {**scheduler.SCHEDULERS, **names["ROW"]})
 
     def add_signature() -> None:
-        monkeypatch.setattr(unet, "_SIGNATURES", {**unet._SIGNATURES, "Waves": names["SIGNATURE"]})
+        monkeypatch.setattr(denoiser, "_SIGNATURES", {**denoiser._SIGNATURES, "Waves": names["SIGNATURE"]})
 
     def add_backend() -> None:
         module = ModuleType("unetc.runtime.backends.reference")

@@ -1,1 +1,1 @@
-"""What each class of denoiser takes as inputs, and how it is called."""
+"""Inputs and call of each class of denoiser."""

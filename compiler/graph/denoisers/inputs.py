@@ -1,6 +1,6 @@
-"""Names, shapes and examples of what a denoiser takes.
+"""Names, shapes and examples of a denoiser's inputs.
 
-Names follow diffusers, those of ControlNet residuals StreamDiffusion.
+Names follow diffusers; the names of ControlNet inputs follow StreamDiffusion.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOW_RES = "low_res"
 
 BATCH = 2
 TOKENS = 5
-"""Sizes of examples."""
+"""Sizes of the examples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,33 +27,33 @@ class Input:
 
     name: str
     example: Tensor
-    """[2, ...]; sizes that may change differ from each other where the denoiser allows it."""
+    """[2, ...]; sizes that may change differ from each other if the denoiser allows it."""
     dynamic: tuple[int, ...] = ()
-    """Axes, beside the batch, whose size may change."""
+    """Axes other than the batch whose size may change."""
     native: Tensor | None = None
-    """Example of the size the denoiser was trained for, where it can be captured at that size only."""
+    """Example at the size the denoiser was trained for, used if a capture with dynamic sizes fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """How the denoisers of a class are called."""
+    """Inputs and call of a class of denoiser."""
 
     inputs: Callable[[Any, torch.Generator], list[Input]]
-    """Lists the inputs of a denoiser; refuses what is not supported."""
+    """Lists the inputs of a denoiser; refuses unsupported configurations."""
     call: Callable[[Any, dict[str, Any]], Tensor]
     """Calls a denoiser with inputs by name; returns [batch, channel, height, width]."""
 
 
 def text(name: str, width: int, generator: torch.Generator) -> Input:
-    """Make an input of any number of tokens."""
+    """Make an input with any number of tokens."""
     return Input(name=name, example=torch.randn(BATCH, TOKENS, width, generator=generator), dynamic=(1,))
 
 
 def vector(name: str, width: int, generator: torch.Generator) -> Input:
-    """Make an input of one vector per sample."""
+    """Make an input with one vector per sample."""
     return Input(name=name, example=torch.randn(BATCH, width, generator=generator))
 
 
 def timestep() -> Input:
-    """Make the input of a timestep per sample."""
+    """Make the input with one timestep per sample."""
     return Input(name=TIMESTEP, example=torch.tensor([10.0, 500.0]))

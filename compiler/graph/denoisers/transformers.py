@@ -1,7 +1,7 @@
-"""How the transformers of diffusers are called, each as a denoiser of images.
+"""Inputs and calls of the transformers of diffusers, each as a denoiser of images.
 
-What their pipelines do around the call is part of the graph: FLUX packs latents into tokens, numbers them and divides
-the timestep by 1000; Hunyuan-DiT rotates by the place of a patch in the image.
+The graph includes the work that their pipelines do around the call. FLUX packs latents into tokens, numbers the tokens
+and divides the timestep by 1000. Hunyuan-DiT rotates queries and keys by a patch's position in the image.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ TEXT_MASK, CONTEXT_T5, TEXT_MASK_T5 = "text_embedding_mask", "encoder_hidden_sta
 IMAGE_META_SIZE, STYLE = "image_meta_size", "style"
 
 _FLUX_PACK = 2
-"""Height and width, in pixels of latents, of what FLUX packs into a token."""
+"""Height and width, in latent pixels, of the patch that FLUX packs into a token."""
 
 _HUNYUAN_EXTENT = 64
-"""Height and width, in pixels of latents, that the positions of Hunyuan-DiT span whatever the size of the image."""
+"""Height and width, in latent pixels, that the positions of Hunyuan-DiT span at every image size."""
 
 
 def _dit(model: Any, generator: torch.Generator) -> list[Input]:
     _refuse_processors(model, "AttnProcessor2_0")
-    labels = torch.tensor([0, model.config.num_embeds_ada_norm])  # the last one stands for no class
+    labels = torch.tensor([0, model.config.num_embeds_ada_norm])  # the last label stands for no class
     return [_square(model, generator), timestep(), Input(name=CLASS_LABELS, example=labels)]
 
 
@@ -51,7 +51,7 @@ def _caption_width(model: Any) -> int:
 
 
 def _mask(tokens: Input) -> Tensor:
-    """Make a mask of the first tokens, another number of them for every sample."""
+    """Make a mask that keeps the first tokens, a different number for each sample."""
     count = tokens.example.shape[1]
     return (torch.arange(count) < torch.tensor([[count], [count - 2]])).long()
 
@@ -71,7 +71,8 @@ def _flux(model: Any, generator: torch.Generator) -> list[Input]:
     if config.patch_size != 1 or model.out_channels != config.in_channels:
         raise ModelError(
             f"cannot capture a FluxTransformer2DModel with patch_size {config.patch_size}, {config.in_channels} "
-            f"channels in and {model.out_channels} out (Fill, Canny). Expected patch_size 1 and as many out as in."
+            f"channels in and {model.out_channels} out (Fill, Canny). "
+            "Expected patch_size 1 and as many channels out as in."
         )
     sample = torch.randn(BATCH, config.in_channels // _FLUX_PACK**2, 8, 12, generator=generator)
     inputs = [
@@ -108,29 +109,29 @@ def _hunyuan(model: Any, generator: torch.Generator) -> list[Input]:
 
 
 def _image(model: Any, generator: torch.Generator) -> list[Input]:
-    """Make a noisy sample, of different height and width, and a timestep per sample."""
+    """Make a noisy sample whose height and width differ, and one timestep per sample."""
     config = model.config
     size, stride = config.sample_size, config.patch_size
     sample = torch.randn(BATCH, config.in_channels, size, size, generator=generator)
-    # Smaller than trained for: some positional embeddings are cropped.
+    # Smaller than the trained size, because some models crop their positional embeddings.
     smaller = sample[:, :, : size - stride, : size - 2 * stride].contiguous()
     return [Input(name=SAMPLE, example=smaller, dynamic=(2, 3), native=sample), timestep()]
 
 
 def _square(model: Any, generator: torch.Generator) -> Input:
-    """Make a noisy sample of the one size that the positions of a model are made for."""
+    """Make a noisy sample of the only size that a model's positions support."""
     size = model.config.sample_size
     return Input(name=SAMPLE, example=torch.randn(BATCH, model.config.in_channels, size, size, generator=generator))
 
 
 def _refuse_processors(model: Any, default: str) -> None:
-    """Refuse attention that is computed in another way than that of the class."""
+    """Refuse attention processors other than the default of the class."""
     for path, module in model.named_modules():
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor).__name__ != default:
             raise ModelError(
                 f"cannot capture a {type(model).__name__} with the attention processor {type(processor).__name__} "
-                f"({path}). Expected {default}: call set_attn_processor, or unfuse_qkv_projections."
+                f"({path}). Expected {default}: call set_attn_processor or unfuse_qkv_projections."
             )
 
 
@@ -183,3 +184,4 @@ TRANSFORMERS: Mapping[str, Signature] = {
     "FluxTransformer2DModel": Signature(inputs=_flux, call=_call_flux),
     "HunyuanDiT2DModel": Signature(inputs=_hunyuan, call=_call_hunyuan),
 }
+"""Supported classes of transformers by name."""

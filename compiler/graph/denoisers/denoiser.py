@@ -1,0 +1,104 @@
+"""The denoiser of any supported class, with its inputs and its call.
+
+Components are found without code for any class, but inputs and calls differ from class to class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unetc.controlnet import ControlNetInput, controlnet_inputs
+from unetc.errors import ModelError
+
+from .inputs import Input, Signature
+from .transformers import TRANSFORMERS
+from .unet import UNETS
+
+_SIGNATURES: Mapping[str, Signature] = {**UNETS, **TRANSFORMERS}
+"""Supported classes by name."""
+
+_REFUSED: Mapping[str, str] = {
+    "UVit2DModel": "it predicts tokens, which its sampler draws, and unetc denoises images of real numbers",
+    "UNet1DModel": "its samples are sounds, and unetc denoises images",
+    "UNet3DConditionModel": "its samples are videos, and unetc denoises images",
+}
+"""Classes that a user may expect to work, each with the reason why it does not."""
+
+
+class Denoiser(nn.Module):
+    """A denoiser with positional inputs and one tensor out, [batch, channel, height, width]."""
+
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Input, ...], call: Callable[[Any, dict[str, Any]], Tensor]
+    ) -> None:
+        """Wrap a model that is called with inputs by name."""
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+        self._call = call
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Call the model; values after its own inputs (the gates, which are added later) are ignored."""
+        named: dict[str, Any] = {item.name: value for item, value in zip(self.inputs, values, strict=False)}
+        return self._call(self.model, named)
+
+
+def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
+    """Wrap a model as a denoiser with positional inputs.
+
+    Args:
+        model: A denoiser from diffusers, on the CPU.
+        controlnet: Whether to add the ControlNet inputs.
+
+    Raises:
+        ModelError: If its class or a part of its configuration is not supported, or if it takes no ControlNet inputs.
+            The message names the class or the part.
+    """
+    name = type(model).__name__
+    if name in _REFUSED:
+        raise ModelError(f"cannot capture a denoiser of class {name}: {_REFUSED[name]}.")
+    if name not in _SIGNATURES:
+        raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
+    _refuse_patches(model, name)
+    signature = _SIGNATURES[name]
+    inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0))
+    if controlnet:
+        if name != "UNet2DConditionModel":
+            raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
+        inputs += _controlnet_examples(model, inputs[0], generator)
+    return Denoiser(model, tuple(inputs), signature.call)
+
+
+def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
+    """Make the ControlNet inputs, in sizes that match the sample."""
+
+    def draw(like: Tensor, one: ControlNetInput) -> Tensor:
+        batch, _, height, width = like.shape
+        return torch.randn(one.shape(batch, height, width), generator=generator)
+
+    return [
+        Input(
+            name=one.name,
+            example=draw(sample.example, one),
+            dynamic=(2, 3),
+            native=None if sample.native is None else draw(sample.native, one),
+        )
+        for one in controlnet_inputs(model.config)
+    ]
+
+
+def _refuse_patches(model: nn.Module, name: str) -> None:
+    """Refuse patches that change a model from outside: a capture would lose some or all of them."""
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ModelError(
+                f"{name} has hooks on {path or 'itself'}: remove them (offloading, caches) before capture."
+            )
+        if hasattr(module, "base_layer"):
+            raise ModelError(f"{name} has an adapter (LoRA) on {path}: fuse and unload it before capture.")
+        if any(getattr(module, key, None) is not None for key in ("s1", "s2", "b1", "b2")):
+            raise ModelError(f"{name} has FreeU switched on ({path}): call disable_freeu() before capture.")
