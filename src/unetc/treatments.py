@@ -60,6 +60,8 @@ class Row:
 
     letter: str
     """Mark in damage maps; no two treatments share one."""
+    contributes: str
+    """The branch's contribution, in words that complete "the branch contributes"."""
     mean: float | None = None
     """For a removal: factor of the calibrated mean that replaces the branch; None leaves the branch."""
     recall: Recall | None = None
@@ -81,10 +83,22 @@ def _forecast(take: Callable[[str], Operand]) -> Operand:
 
 
 ROWS: Mapping[Treatment, Row] = {
-    Treatment.KEEP: Row(letter="k"),
-    Treatment.DROP: Row(letter="d", mean=0.0, periods=(1,)),
-    Treatment.MEAN: Row(letter="m", mean=1.0, periods=(1,)),
-    Treatment.HOLD: Row(letter="h", recall=lambda take: take(HELD), periods=(2, 4), of_step=True),
-    Treatment.FORECAST: Row(letter="f", recall=_forecast, periods=(2, 4), of_step=True),
+    Treatment.KEEP: Row(letter="k", contributes="its computed value"),
+    Treatment.DROP: Row(letter="d", contributes="nothing", mean=0.0, periods=(1,)),
+    Treatment.MEAN: Row(letter="m", contributes="its calibrated mean per channel", mean=1.0, periods=(1,)),
+    Treatment.HOLD: Row(
+        letter="h",
+        contributes="its value at the last step that computed it",
+        recall=lambda take: take(HELD),
+        periods=(2, 4),
+        of_step=True,
+    ),
+    Treatment.FORECAST: Row(
+        letter="f",
+        contributes="the continuation of its last two computed values along a straight line",
+        recall=_forecast,
+        periods=(2, 4),
+        of_step=True,
+    ),
 }
 """The table, in the order in which an analysis tries the treatments."""

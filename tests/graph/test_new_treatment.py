@@ -26,7 +26,7 @@ def inputs(tiny: Tiny) -> dict[str, np.ndarray]:
 def test_a_removal_by_another_multiple_of_the_mean(
     tiny: Tiny, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ROWS, Treatment.MEAN, Row(letter="m", mean=0.25))  # type: ignore[arg-type]
+    monkeypatch.setitem(ROWS, Treatment.MEAN, Row(letter="m", contributes="a quarter of its mean", mean=0.25))  # type: ignore[arg-type]
     means = np.random.default_rng(0).standard_normal(tiny.gated.channels).astype(np.float32)
     chosen = {tiny.names[0]: Treatment.MEAN, tiny.names[-2]: Treatment.MEAN}
     rows = np.repeat(gate_values(tiny.gated.components, chosen)[None], 2, axis=0)
@@ -40,7 +40,7 @@ def test_a_reuse_by_another_formula(tiny: Tiny, inputs: dict[str, np.ndarray], m
     def reflect(take):  # type: ignore[no-untyped-def]
         return take(HELD) + take(HELD) - take(EARLIER) * take(EXTRAPOLATION)
 
-    monkeypatch.setitem(ROWS, Treatment.HOLD, Row(letter="h", recall=reflect))  # type: ignore[arg-type]
+    monkeypatch.setitem(ROWS, Treatment.HOLD, Row(letter="h", contributes="a reflection", recall=reflect))  # type: ignore[arg-type]
     means = np.zeros(tiny.gated.channels, np.float32)
     name, index = tiny.names[0], tiny.gated.components[0].index
     _, emitted = tiny.run_emitting(tiny.load(specialise(tiny.gated, {}, means, [name])), inputs)

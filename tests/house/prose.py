@@ -36,7 +36,7 @@ Place = tuple[str, int, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """What was counted in one body of text."""
+    """Counts of one body of text."""
 
     words: int
     sentences: int
@@ -68,7 +68,7 @@ def measure(places: Iterator[Place]) -> Measure:
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into sentences; a list item or an argument's description is one of its own paragraph."""
+    """Split a text into sentences; a list item and an argument's description are separate paragraphs."""
     paragraphs = re.split(
         r"\n\s*\n|\n\s*[-*]\s+|\n\s*\d+\.\s+|(?:^|\n)\s*\w+: |(?:^|\n)\s*(?:Args|Raises|Returns|Source):", text
     )
@@ -124,7 +124,7 @@ BODIES = {
     ),
     "tests and benchmarks": lambda: (place for path in modules("tests", "benchmarks") for place in prose_of_code(path)),
 }
-"""What is measured, by name."""
+"""Bodies of text by name."""
 
 if __name__ == "__main__":
     chosen = [word for word in sys.argv[1:] if not word.startswith("-")]

@@ -18,6 +18,7 @@ from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Estimate, Profile
 from unetc.artifacts.verification import Verification
+from unetc.treatments import ROWS
 
 from . import charts, heatmap, pictures
 
@@ -94,6 +95,7 @@ def render(
         fewer=_fewer_steps(verification),
         reused_seed=verification.seed in manifest.used_seeds,
         ranking=ranking,
+        treatments=tuple(ROWS.items()),
         heatmap=Markup(heatmap.draw(profile, manifest.plan)),
         timeline=Markup(
             charts.timeline(schedule, log_snr.tolist(), [engine.step_ms for engine in engines], manifest.full.step_ms)
