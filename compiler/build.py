@@ -29,8 +29,8 @@ from .contents import Contents
 from .store import check_destination, write_bundle
 
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
-GATE_SEARCH_STEPS = 5
-"""Halvings of the interval that holds the largest budget that passes a gate."""
+QUALITY_GATE_SEARCH_STEPS = 5
+"""Halvings of the interval that holds the largest budget that passes a quality gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def build(
         ModelError: If the model cannot be captured.
         ProfileError: If the profile belongs to another model.
         PlanError: If no plan meets the budget.
-        QualityGateError: If the gate fails; the message names the largest budget that passes.
+        QualityGateError: If the quality gate fails; the message names the largest budget that passes.
         ArtifactError: If the bundle cannot be written.
     """
     check_destination(path)
@@ -106,7 +106,7 @@ def build(
     fitted = _fit(workbench, options, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
     if options.quality_gate is not None and not options.quality_gate.passes(fitted.measured.damage):
         asked = options.plan if plan is None else replace(options.plan, budget=plan.budget)
-        raise _gate_failed(workbench, asked, options.quality_gate, fitted, seed, on_progress)
+        raise _quality_gate_failed(workbench, asked, options.quality_gate, fitted, seed, on_progress)
     wanted = options.controls and fitted.candidate.saving > 0.01
     controls: list[tuple[str, Candidate]] = []
     if wanted:
@@ -123,9 +123,9 @@ def build(
     return _write(path, setup, options, fitted, controls, pairs, notes, seed)
 
 
-def _at(curve: Pareto, gate: QualityGate) -> Plan:
+def _at(curve: Pareto, quality_gate: QualityGate) -> Plan:
     """Pick the fastest plan that passes; its saving becomes its budget."""
-    point = fastest_passing(curve, gate)
+    point = fastest_passing(curve, quality_gate)
     return msgspec.structs.replace(point.plan, budget=max(0.0, min(0.99, 1 - point.time_ratio)))
 
 
@@ -179,31 +179,37 @@ def _take(workbench: Workbench, plan: Plan, seed: int) -> _Fitted:
     return _Fitted(candidate=candidate, correction=1.0, measured=workbench.measure(candidate, seed=seed), evaluated=())
 
 
-def _gate_failed(
+def _quality_gate_failed(
     workbench: Workbench,
     options: PlanOptions,
-    gate: QualityGate,
+    quality_gate: QualityGate,
     failed: _Fitted,
     seed: int,
     on_progress: OnProgress,
 ) -> QualityGateError:
     """Search by halving for the largest budget that passes, and name it in the error."""
     low, high = 0.0, options.budget
-    for step in range(GATE_SEARCH_STEPS):
+    for step in range(QUALITY_GATE_SEARCH_STEPS):
         middle = (low + high) / 2
-        on_progress(Progress(stage="searching a budget that passes", done=step, total=GATE_SEARCH_STEPS))
+        on_progress(Progress(stage="searching a budget that passes", done=step, total=QUALITY_GATE_SEARCH_STEPS))
         try:
             candidate, _ = fit_plan(workbench, replace(options, budget=middle), [], correction=failed.correction)
             repaired = repair(workbench, candidate, middle, seed, SEARCH_REPAIR, ignore)
-            passes = gate.passes(workbench.measure(repaired.candidate, seed=seed).damage)
+            passes = quality_gate.passes(workbench.measure(repaired.candidate, seed=seed).damage)
         except PlanError:
             passes = False
         low, high = (middle, high) if passes else (low, middle)
-    on_progress(Progress(stage="searching a budget that passes", done=GATE_SEARCH_STEPS, total=GATE_SEARCH_STEPS))
+    on_progress(
+        Progress(
+            stage="searching a budget that passes", done=QUALITY_GATE_SEARCH_STEPS, total=QUALITY_GATE_SEARCH_STEPS
+        )
+    )
     advice = f"The largest budget that passes is about {low:.3f}" if low else f"No budget above {high:.3f} passes"
     return QualityGateError(
-        f"the quality gate {gate} fails at budget {options.budget:g}: measured {gate.metric} is "
-        f"{gate.value(failed.measured.damage):.4g}. {advice} (searched to ±{(high - low):.3f}). Nothing was written."
+        f"the quality gate {quality_gate} fails at budget {options.budget:g}, which saves "
+        f"{100 * options.budget:.3g} %: measured {quality_gate.metric} is "
+        f"{quality_gate.value(failed.measured.damage):.4g}. {advice} (searched to ±{(high - low):.3f}). "
+        "Nothing was written."
     )
 
 

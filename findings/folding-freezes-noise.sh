@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Folding constants with onnx-graphsurgeon or onnxslim turns the noise inside a graph into one fixed array.
+# Constant folding in onnx-graphsurgeon and onnxslim turns the noise inside a graph into one fixed array.
 #
-# Guess: folding computes what is the same in every run. A RandomNormal node has no inputs, but its result is another
-# one every time, so it stays, as it does in onnxruntime's own optimiser.
+# Guess: folding computes nodes whose result is the same in every run. RandomNormal has no inputs but a new result in
+# every run, so it stays, as it does in onnxruntime's optimiser.
 #
-# Fact: both tools look only at whether the inputs of a node are constant. A node without inputs passes, is run once, and
-# its result is stored as a weight. The graph still loads, and every run adds the same noise. So does RandomNormalLike
-# behind Shape and ConstantOfShape, as soon as the shape is known; RandomNormalLike of a graph input stays.
+# Fact: both tools only check whether the inputs of a node are constant. A node without inputs passes the check, is run
+# once, and its result is stored as a weight. The graph still loads, and every run adds the same noise. The same happens
+# to RandomNormalLike behind Shape and ConstantOfShape once the shape is known. RandomNormalLike of a graph input stays.
 #
-# Why it matters: a VAE encoder that draws its latents and a sampler that adds noise at every step are exported with
-# such nodes. Both tools are the usual step before TensorRT. After it all images get one noise; nothing reports it.
+# Why it matters: a VAE encoder that draws its latents, or a sampler that adds noise at every step, is exported with
+# such nodes. Both tools are usual steps before TensorRT. Afterwards all images share one noise, without any warning.
 #
 # Seen with onnx 1.23.2, onnx-graphsurgeon 0.6.1, onnxslim 0.1.98, onnxruntime 1.32.0, numpy 2.4.6:
 #   as written:         nodes RandomNormal, Add; two runs are the same: False

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# GroupNormalization of ONNX loses the digits that InstanceNormalization keeps.
+# GroupNormalization of ONNX loses digits that InstanceNormalization keeps.
 #
-# Guess: a graph gets better, or stays as it is, when the five nodes around InstanceNormalization that exporters write
-# for a group norm become the one operator GroupNormalization (opset 21). All is float32, so both give the same numbers.
+# Guess: exporters write a group norm as five nodes around InstanceNormalization. Replacing them by the one operator
+# GroupNormalization (opset 21) changes nothing, because both compute in float32.
 #
-# Fact: GroupNormalization has no kernel in onnxruntime on the CPU. Its definition as a function runs instead, and that
-# computes the variance as E[x^2] - E[x]^2. Where the mean of a group is 1000 times its deviation, results of up to 4
-# are off by 0.5; at 10000 times they are NaN. InstanceNormalization over the same groups is off by 0.002 there. Graph
-# optimisation off or on changes nothing, and the evaluator of the onnx package does the same, so it is no judge.
+# Fact: onnxruntime has no CPU kernel for GroupNormalization. It runs the operator's function body, which computes the
+# variance as E[x^2] - E[x]^2. If the mean of a group is 1000 times its deviation, results of up to 4 are wrong by 0.5.
+# At 10000 times they are NaN. InstanceNormalization over the same groups is wrong by 0.002. Graph optimisation makes
+# no difference. The reference evaluator of the onnx package has the same error, so it cannot serve as a judge.
 #
 # Why it matters: group norms are everywhere in UNets and VAEs. The exporter of torch 2.13 writes InstanceNormalization
-# up to opset 20 and GroupNormalization from 21 on (tried apart from this script), so a higher opset number alone can
-# cost the digits.
+# up to opset 20 and GroupNormalization from opset 21 on (not shown by this script). A higher opset number alone can
+# therefore cost the digits.
 #
 # Seen with onnx 1.23.2, onnxruntime 1.32.0, numpy 2.4.6 (largest error against float64; the results reach about 4):
 #   mean     0: GroupNormalization 3.0e-07, onnx's evaluator 3.0e-07, InstanceNormalization 5.3e-07

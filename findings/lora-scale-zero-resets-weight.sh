@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # One call of a diffusers UNet with LoRA scale 0 changes all later calls: the adapter's weight becomes 1.
 #
-# Guess: cross_attention_kwargs={"scale": s} holds for one call. The weight given by set_adapters is multiplied by s
-# before and divided by s after it, so the next call is as if nothing had been.
+# Guess: cross_attention_kwargs={"scale": s} holds for one call. The weight from set_adapters is multiplied by s before
+# the call and divided by s after it, so the next call is unaffected.
 #
-# Fact: that is so for every scale but 0. Division by 0 is not possible, so after a call with scale 0 the adapter is set
-# to weight 1, whatever it was. A LoRA that was mixed in at 0.5 then acts in full until set_adapters is called again.
+# Fact: this is true for every scale except 0. A division by 0 is impossible, so after a call with scale 0 the adapter
+# gets weight 1, whatever it had before. A LoRA with weight 0.5 then acts in full until set_adapters is called again.
 #
-# Why it matters: scale 0 is the natural way to get the plain model as a reference beside the one with LoRA, or to switch
-# a LoRA off for some of the steps. From then on a server gives other images for the same request, and a comparison
-# that runs the reference first measures the wrong LoRA.
+# Why it matters: scale 0 is the natural way to get the plain model as a reference, or to switch a LoRA off for some of
+# the steps. From then on a server returns other images for the same request, and a comparison that runs the reference
+# first measures the wrong LoRA.
 #
 # Seen with diffusers 0.42.1, peft 0.21.2, torch 2.13.0 (largest difference of the output from the first call):
 #   again, after a call with scale 0.3: 0.0e+00

@@ -2,16 +2,16 @@
 # With one step and spacing "linspace", many diffusers schedulers start at timestep 0, where an image is finished.
 #
 # Guess: set_timesteps(1) with spacing "linspace", the default of EulerDiscreteScheduler, gives the noisiest timestep,
-# 999, and for Euler a starting noise of 157. Only "leading" is known to leave out the end.
+# 999, and for Euler a starting noise of 157. Only "leading" is known to leave out the noisy end.
 #
-# Fact: timesteps come from evenly spaced numbers from 0 up, turned round. One number from 0 to 999 is 0. So the only
-# timestep is 0, and Euler's init_noise_sigma falls from 157 to 0.01. DDIM starts from noise of size 1 and tells
-# the model that there is next to none. DPMSolver and UniPC count differently (one number more, dropped again): with
-# the same words in the config they start at 999. With two steps the two kinds part as well: 999, 0 and 999, 500.
+# Fact: the timesteps are evenly spaced numbers from 0 to 999 in reverse order. A single such number is 0. So the only
+# timestep is 0, and init_noise_sigma of Euler falls from 157 to 0.01. DDIM starts from noise of size 1 and tells the
+# model that there is almost none. DPMSolver and UniPC compute one number more and drop it again: with the same config
+# they start at 999. With two steps the two kinds differ as well: 999, 0 and 999, 500.
 #
-# Why it matters: who builds an engine for one step (distilled models, warm-up, a smoke test, the short end of a
-# sweep over step counts) runs and measures the model at a noise level that sampling never begins with. Nothing
-# warns, and all shapes are right. With spacing "trailing" all six start at 999.
+# Why it matters: an engine for one step (distilled models, warm-up, a smoke test, the short end of a sweep over step
+# counts) runs at a noise level where sampling never begins. There is no warning, and all shapes are right. With spacing
+# "trailing" all six schedulers start at 999.
 #
 # Seen with diffusers 0.42.1, torch 2.13.0 (timesteps of 1 step; of 2 steps; init_noise_sigma of 1 step):
 #   DDIMScheduler               linspace: [0]; [999, 0]; 1.00      trailing: [999]

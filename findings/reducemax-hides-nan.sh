@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# ReduceMax of onnxruntime says 1.0 of numbers among which is a NaN.
+# ReduceMax of onnxruntime ignores a NaN unless it comes first.
 #
-# Guess: the largest of some numbers is NaN if one of them is, as numpy and torch have it. So one ReduceMax(Abs(x)) per
-# value, added to a graph, tells whether anything in it overflowed.
+# Guess: the maximum of numbers with a NaN among them is NaN, as in numpy and torch. One ReduceMax(Abs(x)) per value
+# then shows whether any element overflowed.
 #
-# Fact: the NaN counts only where it comes first; at every other place it is passed over. ReduceMin and MaxPool do
-# so too, float16 and float32 alike. Infinity is seen, so x / 0 is found but 0 / 0 is not.
+# Fact: a NaN counts only in the first place; in every other place it is skipped. ReduceMin and MaxPool behave the same
+# way, in float16 and in float32. Infinity is seen, so x / 0 is found, but 0 / 0 is not.
 #
-# Why it matters: who looks for the layers that spoil an image, or picks what float16 cannot hold, adds such nodes,
-# because copying every activation out is too much. The layer that makes NaN then looks like the healthiest one.
-# ReduceMean or ReduceSum keeps a NaN at any place.
+# Why it matters: such nodes are added to find the layer that ruins an image, or the values that float16 cannot hold,
+# because copying every activation out would be too much. The layer that makes NaN then looks like the healthiest one.
+# ReduceMean and ReduceSum keep a NaN in any place.
 #
 # Seen with onnx 1.23.2, onnxruntime 1.32.0, numpy 2.4.6:
 #   64 numbers, one NaN, place by place: ReduceMax NaN at [0], ReduceMin NaN at [0], ReduceMean NaN at all 64

@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# A diffusers scheduler made from another one's config depends on whether that config was ever written to a file.
+# A diffusers scheduler made from the config of another one depends on whether that config was ever saved to a file.
 #
-# Guess: scheduler.config and the same config saved and loaded hold the same values, so from_config makes the same
-# scheduler of both. The noise schedule in particular goes along, as it belongs to the model.
+# Guess: scheduler.config and the same config after saving and loading hold the same values, so from_config makes the
+# same scheduler from both. The noise schedule is kept in particular, because it belongs to the model.
 #
-# Fact: a live config also knows which of its values were left at their defaults (key _use_default_values), and
-# from_config of another class drops those and takes the defaults of the new class. The file does not have that list, so
-# everything in it counts as chosen. LCMScheduler has other betas by default, so DDPM -> LCM gets another noise schedule
-# from the live config than from the file. Euler -> DDIM gets other timesteps. To write out a default value changes
-# the outcome too. The way to disk matters, not the values: they compare equal.
+# Fact: a live config also records which values were left at their defaults (key _use_default_values). from_config of
+# another class drops these and takes the defaults of the new class. The file lacks that list, so every value in it
+# counts as chosen. LCMScheduler has other default betas, so DDPM -> LCM gets another noise schedule from the live
+# config than from the file. Euler -> DDIM gets other timesteps. The two configs compare equal all the same.
 #
-# Why it matters: schedulers are swapped by Other.from_config(pipeline.scheduler.config) everywhere. Who trains or tests
-# in one process and serves from a saved folder samples another schedule, without a word. A compiler that reads
-# scheduler_config.json measures steps which a pipeline put together in code never makes.
+# Why it matters: Other.from_config(pipeline.scheduler.config) is the usual way to swap schedulers. A program that
+# tests in one process and serves from a saved folder samples another schedule without any warning. A compiler that
+# reads scheduler_config.json measures steps that a pipeline built in code never makes.
 #
 # Seen with diffusers 0.42.1, torch 2.13.0:
 #   values equal after saving and loading: True

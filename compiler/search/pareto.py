@@ -110,13 +110,15 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
     )
 
 
-def refine(setup: Setup, curve: Pareto, gate: QualityGate, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
+def refine(
+    setup: Setup, curve: Pareto, quality_gate: QualityGate, options: ParetoOptions, on_progress: OnProgress
+) -> Pareto:
     """Add points between the fastest one that passes a quality gate and the next budget, by halving.
 
     Raises:
         QualityGateError: If no point passes.
     """
-    low = 1 - fastest_passing(curve, gate).time_ratio
+    low = 1 - fastest_passing(curve, quality_gate).time_ratio
     high = min((point.budget for point in curve.points if point.budget > low), default=MOST)
     points = list(curve.points)
     for step in range(REFINEMENTS):
@@ -127,7 +129,7 @@ def refine(setup: Setup, curve: Pareto, gate: QualityGate, options: ParetoOption
         except PlanError:
             found = []
         points.extend(found)
-        low, high = (middle, high) if any(gate.passes(point.damage) for point in found) else (low, middle)
+        low, high = (middle, high) if any(quality_gate.passes(point.damage) for point in found) else (low, middle)
     on_progress(Progress(stage="fastest that passes", done=REFINEMENTS, total=REFINEMENTS))
     return msgspec.structs.replace(curve, points=tuple(points))
 
@@ -141,17 +143,18 @@ def _sample_budget(setup: Setup, options: ParetoOptions, budget: float) -> list[
     ]
 
 
-def fastest_passing(curve: Pareto, gate: QualityGate) -> Point:
+def fastest_passing(curve: Pareto, quality_gate: QualityGate) -> Point:
     """Pick the fastest point of a curve that passes a quality gate.
 
     Raises:
         QualityGateError: If none does; the message names the best value reached.
     """
-    passing = [point for point in curve.front() if gate.passes(point.damage)]
+    passing = [point for point in curve.front() if quality_gate.passes(point.damage)]
     if not passing:
         best = min(curve.points, key=lambda point: point.damage.relative_l2.mean)
         raise QualityGateError(
-            f"no point of the curve passes {gate}: the best has {gate.metric} {gate.value(best.damage):.4g} at "
+            f"no point of the curve passes {quality_gate}: the best has {quality_gate.metric} "
+            f"{quality_gate.value(best.damage):.4g} at "
             f"{best.time_ratio:.3f} of the time. Ask for less, or build with a small --budget. Nothing was written."
         )
     return passing[0]

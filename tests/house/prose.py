@@ -108,7 +108,7 @@ def prose_of_code(path: Path) -> Iterator[Place]:
 def pages() -> list[Path]:
     """List the pages that people read."""
     generated = {ROOT / "docs/cli.md"}
-    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"]
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
     return sorted(set(found) - generated)
 
 

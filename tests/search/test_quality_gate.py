@@ -116,7 +116,7 @@ def test_a_build_that_no_budget_can_save_writes_nothing(
     with pytest.raises(QualityGateError) as caught:
         build(find_model(str(tiny_model)), profile, tmp_path / "bundle", options, cache=cache, plan=plan)
     message = str(caught.value)
-    assert "psnr>=101 fails at budget 0.3:" in message  # the budget of the plan that was given
+    assert "psnr>=101 fails at budget 0.3, which saves 30 %:" in message  # the budget of the plan that was given
     assert re.search(r"measured psnr is \d", message)
     assert re.search(r"No budget above 0\.0\d+ passes", message)
     assert "Nothing was written" in message
@@ -136,7 +136,7 @@ def test_a_failed_gate_leaves_an_older_bundle_alone(
     manifest = build(model, profile, tmp_path / "bundle", passing, **common)
     assert manifest.controls == ()
     before = (tmp_path / "bundle" / "manifest.json").read_bytes()
-    monkeypatch.setattr(building, "GATE_SEARCH_STEPS", 0)
+    monkeypatch.setattr(building, "QUALITY_GATE_SEARCH_STEPS", 0)
     failing = BuildOptions(plan=PlanOptions(budget=0.2), steps=4, quality_gate=QualityGate.parse("relative-l2<=0.001"))
     with pytest.raises(QualityGateError):
         build(model, profile, tmp_path / "bundle", failing, **common)
@@ -175,7 +175,7 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
         evaluated=(),
     )
     gate = QualityGate.parse(f"relative-l2<={best}")
-    error = building._gate_failed(
+    error = building._quality_gate_failed(
         SimpleNamespace(measure=measure),  # type: ignore[arg-type]
         PlanOptions(budget=0.3),
         gate,
@@ -183,8 +183,8 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
         7,
         lambda progress: None,
     )
-    assert len(tried) == building.GATE_SEARCH_STEPS
-    expected, width = min(best, refused), 0.3 / 2**building.GATE_SEARCH_STEPS
+    assert len(tried) == building.QUALITY_GATE_SEARCH_STEPS
+    expected, width = min(best, refused), 0.3 / 2**building.QUALITY_GATE_SEARCH_STEPS
     assert f"(searched to ±{width:.3f})" in str(error)
     if expected < width:
         assert f"No budget above {width:.3f} passes" in str(error)
