@@ -23,6 +23,7 @@ from unetc.compiler.search.set_up import Setup, set_up
 from unetc.compiler.search.workbench import Candidate, Workbench
 from unetc.errors import PlanError, QualityGateError
 from unetc.models.model import Model
+from unetc.percent import percent
 from unetc.progress import OnProgress, Progress, ignore
 
 from .contents import Contents
@@ -139,13 +140,11 @@ def _fit(workbench: Workbench, options: BuildOptions, notes: list[str], seed: in
     shortfall = budget - (fitted.candidate.saving + 1 - fitted.measured.time_ratio) / 2
     if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
         aim = replace(options.plan, budget=min(0.99, budget + shortfall + 0.01 * budget))
-        notes.append(
-            f"engines and sampling saved {100 * (budget - shortfall):.1f} %; fitted again to {100 * aim.budget:.1f} %"
-        )
+        notes.append(f"engines and sampling saved {percent(budget - shortfall)}; fitted again to {percent(aim.budget)}")
         try:
             fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress)
         except PlanError as error:
-            notes.append(f"kept the plan that is {100 * shortfall:.1f} % short: {error}")
+            notes.append(f"kept the plan that is {percent(shortfall)} short: {error}")
     plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
     return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
 
@@ -207,7 +206,7 @@ def _quality_gate_failed(
     advice = f"The largest budget that passes is about {low:.3f}" if low else f"No budget above {high:.3f} passes"
     return QualityGateError(
         f"the quality gate {quality_gate} fails at budget {options.budget:g}, which saves "
-        f"{100 * options.budget:.3g} %: measured {quality_gate.metric} is "
+        f"{percent(options.budget)}: measured {quality_gate.metric} is "
         f"{quality_gate.value(failed.measured.damage):.4g}. {advice} (searched to ±{(high - low):.3f}). "
         "Nothing was written."
     )

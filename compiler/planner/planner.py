@@ -17,6 +17,7 @@ import unetc
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Profile
 from unetc.errors import PlanError
+from unetc.percent import percent
 from unetc.treatments import Treatment
 
 from .choices import TOLERANCE, BinRun, Choices, Limits, TreatedRun
@@ -113,10 +114,10 @@ def _why_impossible(choices: Choices, options: PlanOptions) -> str:
     if options.max_memory is not None:
         memory = f" and {options.max_memory:g} × the full model's weights"
         if (without := most(replace(options, max_memory=None))) > within + TOLERANCE:
-            lifted = f", and {100 * without:.1f} % with more memory"
+            lifted = f", and {percent(without)} with more memory"
     return (
-        f"no plan saves {100 * options.budget:.1f} % of the time with at most {options.max_engines} engines{memory}. "
-        f"The most that such a plan saves is {100 * within:.1f} %{lifted}. Ask for a smaller budget."
+        f"no plan saves {percent(options.budget)} of the time with at most {options.max_engines} engines{memory}. "
+        f"The most that such a plan saves is {percent(within)}{lifted}. Ask for a smaller budget."
     )
 
 

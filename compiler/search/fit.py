@@ -16,6 +16,7 @@ from unetc.compiler.planner.choices import BinRun, Choices, TreatedRun
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.planner.planner import PlanOptions, assemble, make_plan
 from unetc.errors import PlanError
+from unetc.percent import percent
 from unetc.treatments import Treatment
 
 from .workbench import Candidate, Workbench
@@ -66,15 +67,15 @@ def fit_plan(
         else:  # whole steps keep their promise, but come in runs of bins
             aim += middle - saving
         notes.append(
-            f"attempt {attempt + 1}: planned to save {100 * predicted:.1f} %, measured {100 * saving:.1f} %; "
-            f"planned again for {100 * aim:.1f} % with costs scaled by {correction:.3f}"
+            f"attempt {attempt + 1}: planned to save {percent(predicted)}, measured {percent(saving)}; "
+            f"planned again for {percent(aim)} with costs scaled by {correction:.3f}"
         )
         if aim <= 0 or aim >= 1:
             break
     if best is None:
         raise PlanError(
-            f"no plan met the budget of {100 * options.budget:.1f} % when measured; the most that was saved "
-            f"is {100 * most:.1f} %. Ask for a smaller budget, or analyse again on a quiet machine."
+            f"no plan met the budget of {percent(options.budget)} when measured; the most that was saved "
+            f"is {percent(most)}. Ask for a smaller budget, or analyse again on a quiet machine."
         )
     return best
 
@@ -195,5 +196,5 @@ def _closest(workbench: Workbench, draw: Callable[[float], Plan], target: float)
             break
         budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))
     if best is None:
-        raise PlanError(f"no control plan saves {100 * target:.1f} % of the time.")
+        raise PlanError(f"no control plan saves {percent(target)} of the time.")
     return best

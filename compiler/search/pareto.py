@@ -14,6 +14,7 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.environment import describe
 from unetc.errors import PlanError, QualityGateError
 from unetc.models.model import Model
+from unetc.percent import percent
 from unetc.progress import OnProgress, Progress, ignore
 
 from .fit import fit_plan
@@ -96,7 +97,7 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
             break  # larger budgets cannot be met either
     on_progress(Progress(stage="curve", done=options.budgets, total=options.budgets))
     if not points:
-        raise PlanError(f"no plan saves {100 * LEAST:.0f} % of the time. Analyse again on a quiet machine.")
+        raise PlanError(f"no plan saves {percent(LEAST)} of the time. Analyse again on a quiet machine.")
     return Pareto(
         unetc=unetc.__version__,
         model=setup.profile.model,

@@ -261,7 +261,7 @@ def test_page_names_every_control_engine_and_note(default_page: str) -> None:
 
 
 def test_headline_figures_come_from_the_verification(default_page: str) -> None:
-    assert '<dd class="figure">24.0 %</dd>' in default_page
+    assert '<dd class="figure">24 %</dd>' in default_page
     assert '<dd class="figure">0.0400</dd>' in default_page
     assert '<dd class="figure">0.444 ×</dd>' in default_page, "damage compared with fewer steps: 0.04 / 0.09"
 

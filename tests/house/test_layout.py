@@ -19,7 +19,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "extras", "metrics"}
-GROUND |= {"models", "nvidia", "precision", "progress", "report", "sampler", "timing", "treatments"}
+GROUND |= {"models", "nvidia", "percent", "precision", "progress", "report", "sampler", "timing", "treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.

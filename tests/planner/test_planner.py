@@ -25,6 +25,7 @@ from unetc.compiler.planner.exact import most_saved, solve_exactly
 from unetc.compiler.planner.planner import TIME_LIMIT_S, PlanOptions, assemble, limits_of, make_plan
 from unetc.compiler.planner.schedule import phases_of
 from unetc.errors import PlanError
+from unetc.percent import percent
 from unetc.treatments import Treatment
 
 SLACK = 2 * TOLERANCE
@@ -583,9 +584,9 @@ def test_an_impossible_plan_tells_what_more_memory_would_save() -> None:
         return str(caught.value)
 
     assert "4 engines and 1.3 × the full model's weights. The most" in refusal(max_memory=1.3)
-    assert "such a plan saves is 0.0 %, and 70.0 % with more memory. Ask" in refusal(max_memory=1.3)
-    assert "such a plan saves is 70.0 %. Ask" in refusal(max_memory=1.4)  # it is not memory that is missing
-    assert "such a plan saves is 70.0 %. Ask" in refusal()
+    assert "such a plan saves is 0 %, and 70 % with more memory. Ask" in refusal(max_memory=1.3)
+    assert "such a plan saves is 70 %. Ask" in refusal(max_memory=1.4)  # it is not memory that is missing
+    assert "such a plan saves is 70 %. Ask" in refusal()
 
 
 def test_more_engines_never_do_more_damage() -> None:
@@ -636,7 +637,7 @@ def test_an_outer_component_saves_what_it_saves_and_not_its_parts_too() -> None:
     profile = make_profile(np.array([[[0.1, 0.1, 0.2]]] * 2), [0.15, 0.1, 0.3], nested={2: [0, 1]})
     assert make_plan(profile, PlanOptions(budget=0.2)).engines[1].treatments.keys() == {"c0", "c1"}
     assert make_plan(profile, PlanOptions(budget=0.28)).engines[1].treatments.keys() == {"c2"}
-    with pytest.raises(PlanError, match=r"saves is 30\.0 %"):
+    with pytest.raises(PlanError, match=r"saves is 30 %"):
         make_plan(profile, PlanOptions(budget=0.31))
 
 
@@ -662,7 +663,7 @@ def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
     unmeasured = msgspec.structs.replace(profile, effects=tuple(e for e in profile.effects if e.component != "c1"))
     most = 1 - Choices(profile).saved[1] - 0.1
     assert "c1" not in make_plan(unmeasured, PlanOptions(budget=most - 0.01)).engines[1].treatments
-    with pytest.raises(PlanError, match=f"saves is {100 * most:.1f} %"):
+    with pytest.raises(PlanError, match=f"saves is {percent(most)}"):
         make_plan(unmeasured, PlanOptions(budget=most + 0.01))
 
 
@@ -682,7 +683,7 @@ def test_an_impossible_budget_names_the_most_that_can_be_saved(profile: Profile,
 
 def test_budgets_that_differ_by_a_tenth_of_a_percent_are_told_apart() -> None:
     profile = make_profile(np.full((2, 1, 1), 0.1), [0.3])
-    with pytest.raises(PlanError, match=r"no plan saves 30\.4 % .* saves is 30\.0 %"):
+    with pytest.raises(PlanError, match=r"no plan saves 30\.4 % .* saves is 30 %"):
         make_plan(profile, PlanOptions(budget=0.304))
 
 

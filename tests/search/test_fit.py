@@ -24,6 +24,7 @@ from unetc.compiler.search.fit import (
 )
 from unetc.compiler.search.workbench import Candidate, Workbench
 from unetc.errors import PlanError
+from unetc.percent import percent
 from unetc.treatments import Treatment
 
 REMOVALS = ((Treatment.DROP, 1), (Treatment.MEAN, 1))
@@ -187,8 +188,7 @@ def test_every_attempt_but_the_last_is_noted_with_what_was_planned_and_measured(
     for i, (note, plan) in enumerate(zip(notes, machine.compiled, strict=False)):
         saving = Machine(1.7).compile(plan).saving
         assert note.startswith(
-            f"attempt {i + 1}: planned to save {100 * (1 - plan.prediction.time_ratio):.1f} %, "
-            f"measured {100 * saving:.1f} %"
+            f"attempt {i + 1}: planned to save {percent(1 - plan.prediction.time_ratio)}, measured {percent(saving)}"
         )
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from unetc.artifacts.record import Record, to_builtins
+from unetc.percent import percent
 from unetc.progress import OnProgress
 from unetc.progress import Progress as Report
 
@@ -72,11 +73,6 @@ class _Lines:
 def print_json(value: Record | dict[str, object]) -> None:
     """Print a result for programs."""
     print(json.dumps(to_builtins(value), indent=2))
-
-
-def percent(share: float) -> str:
-    """Write a share as a percentage: 0.27 is 27 %, 0.2812 is 28.1 %."""
-    return f"{round(100 * share, 1) + 0.0:.1f}".removesuffix(".0") + " %"  # + 0.0 turns -0.0 into 0.0
 
 
 def saves(time_ratio: float) -> str:

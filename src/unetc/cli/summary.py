@@ -22,9 +22,10 @@ from unetc.compiler.tensorrt.ranges import describe_sides
 from unetc.errors import ArtifactError, CorruptArtifactError, ProfileError
 from unetc.nvidia.key import EngineKey, compile_command
 from unetc.nvidia.library import LIBRARIES
+from unetc.percent import percent
 from unetc.precision import Precision
 
-from .output import percent, saves, table
+from .output import saves, table
 
 if TYPE_CHECKING:
     from unetc.compiler.tensorrt.compile_bundle import CompiledEngine

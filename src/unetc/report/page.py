@@ -18,6 +18,7 @@ from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Estimate, Profile
 from unetc.artifacts.verification import Verification
+from unetc.percent import percent
 from unetc.treatments import ROWS
 
 from . import charts, heatmap, pictures
@@ -231,7 +232,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": charts.number,
-        "percent": lambda share: f"{charts.number(100 * share)} %",
+        "percent": percent,
         "worth": lambda worth: charts.number(worth) if np.isfinite(worth) else "∞",
         "interval": lambda estimate: f"{charts.number(estimate.low)} to {charts.number(estimate.high)}",
         "megabytes": lambda size: f"{charts.number(size / 1e6)} MB",
