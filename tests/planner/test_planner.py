@@ -677,7 +677,7 @@ def test_an_impossible_budget_names_the_most_that_can_be_saved(profile: Profile,
     with pytest.raises(PlanError) as caught:
         make_plan(profile, PlanOptions(budget=most + 0.01, **limit))
     message = str(caught.value)
-    assert re.findall(r"saves is ([\d.]+) %", message) == [f"{100 * most:.1f}"]
+    assert re.findall(r"saves is ([\d.]+ %)", message) == [percent(most)]
     assert "\n" not in message
 
 
