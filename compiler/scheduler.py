@@ -162,7 +162,7 @@ def extract_all(
 
 
 def supports(scheduler: Scheduler, steps: int) -> bool:
-    """Tell whether diffusers makes a proper schedule of that many steps.
+    """Check whether diffusers makes a proper schedule with a number of steps.
 
     Rounding sometimes makes it one of another length (61 steps with spacing "trailing"), one beyond the training
     timesteps, or one with steps that do not change the noise level.
@@ -235,7 +235,7 @@ def _refuse_by_configuration(scheduler: Scheduler) -> None:
 
 
 def _asks_variance(scheduler: Scheduler) -> bool:
-    """Tell whether the model is to predict the variance of the noise in further channels."""
+    """Check whether the model must predict the variance of the noise in further channels."""
     return isinstance(scheduler, diffusers.DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range"
 
 

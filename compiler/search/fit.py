@@ -86,7 +86,7 @@ def middle_of(budget: float) -> float:
 
 
 def _saved_by_steps(workbench: Workbench, candidate: Candidate) -> float:
-    """Tell which share of the time is saved in steps that compute nothing."""
+    """Return the share of the time that is saved in steps that compute nothing."""
     whole = {component.name for component in workbench.profile.components if component.kind == "step"}
     schedule = candidate.session.schedule(workbench.steps)
     empty = sum(1 for engine in schedule if whole & candidate.plan.engines[engine].treatments.keys())

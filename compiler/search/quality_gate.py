@@ -34,12 +34,12 @@ class QualityGate:
         raise PlanError(f"cannot read the quality gate {text!r}. Expected psnr>=DB, ssim>=VALUE or relative-l2<=VALUE.")
 
     def value(self, damage: Damage) -> float:
-        """Read the metric's mean."""
+        """Return the mean of the metric."""
         estimates = {"psnr": damage.psnr, "ssim": damage.ssim, "relative-l2": damage.relative_l2}
         return estimates[self.metric].mean
 
     def passes(self, damage: Damage) -> bool:
-        """Tell whether a damage is within the bound."""
+        """Check whether a damage is within the bound."""
         value = self.value(damage)
         return value >= self.bound if _HIGHER_IS_BETTER[self.metric] else value <= self.bound
 

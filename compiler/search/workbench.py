@@ -119,7 +119,7 @@ class Workbench:
         return candidate.session.schedule(self.steps)
 
     def reschedule(self, candidate: Candidate, schedule: Sequence[int]) -> Candidate:
-        """Give a candidate another schedule of the same engines; its time follows from the engines' times.
+        """Change the schedule of a candidate; its time follows from the engines' times.
 
         Engine 0 replaces an engine that needs a branch which no earlier step emitted.
         """

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TOP = 10
 """Ranked components that are shown."""
 BEST_OF_BIN = 3
-"""Of each noise level, at most."""
+"""Largest number of components shown per noise level."""
 _ORDERS = {By.WORTH: "time saved per damage", By.SAVING: "time saved", By.DAMAGE: "damage"}
 
 
