@@ -28,11 +28,11 @@ class Device(Protocol):
         ...
 
     def put(self, array: NDArray[Any]) -> Tensor:
-        """Copy an array to the device; the tensor may share the array's memory."""
+        """Create a tensor from an array; it may share the array's memory."""
         ...
 
     def to_array(self, tensor: Tensor) -> Array:
-        """Copy a tensor, or an output that a program of this device has emitted, into an array."""
+        """Copy a tensor, or an output of a program on this device, into an array."""
         ...
 
     def empty(self, shape: Sequence[int]) -> Tensor:

@@ -63,7 +63,7 @@ class BundleUNet(nn.Module):
         self._session = session
         self._full_model = full_model
         self._timesteps, self._log_snr = session.scheduler.noise_levels()
-        if config.get("addition_embed_type") == "text_time":  # SDXL checks it against its embeddings
+        if config.get("addition_embed_type") == "text_time":  # SDXL pipelines compare this width with their own
             width = config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.reset()

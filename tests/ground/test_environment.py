@@ -30,7 +30,7 @@ def test_this_machine_reports_free_memory() -> None:
     assert free > MIB
 
 
-def test_without_a_limit_all_of_the_machine_is_free(root: Path) -> None:
+def test_without_a_limit_only_the_machine_limits_free_memory(root: Path) -> None:
     assert free_memory(root) == 800 * MIB
     write(root, sys__fs__cgroup__memory_dot_max="max\n", sys__fs__cgroup__memory_dot_current="5\n")
     write(root, sys__fs__cgroup__memory_dot_stat="inactive_file 1\n")
@@ -44,7 +44,7 @@ def test_a_container_has_the_memory_left_below_its_limit(root: Path) -> None:
     assert free_memory(root) == 250 * MIB
 
 
-def test_a_container_of_version_1_has_the_same(root: Path) -> None:
+def test_version_1_control_groups_work_the_same(root: Path) -> None:
     group = root / "sys/fs/cgroup/memory"
     group.mkdir(parents=True)
     (group / "memory.limit_in_bytes").write_text(f"{500 * MIB}\n")

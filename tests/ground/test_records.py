@@ -478,7 +478,7 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "an engine 0 that does not emit held branches": lambda: holding(),
     "an engine 0 that emits other branches": lambda: holding(emits=("b",)),
     "a curve without points": lambda: curve(points=()),
-    "a point at no time": lambda: point(float("nan"), 0.1),
+    "a point whose time is not a number": lambda: point(float("nan"), 0.1),
     "means of another width": lambda: profile(components=(component(channels=3),)),
     "means of another number of bins": lambda: profile(means=()),
     "no bins": lambda: profile(bins=(), means=(), effects=()),

@@ -137,7 +137,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     model: ModelReference
     target: str
     precision: Precision = Precision.FP32
-    """Second precision of the graphs; float32 if there is no second one."""
+    """Precision of the lowered graphs; float32 if there are none."""
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
@@ -166,7 +166,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     controls: tuple[Control, ...]
     measured: Measurement
     evaluated: tuple[Measurement, ...]
-    """Every schedule that the build sampled before it settled on the plan."""
+    """Every schedule that the build sampled while it chose the plan."""
     pairs: tuple[EnginePair, ...]
     """Joint damage of pairs of the plan's engines."""
     used_seeds: tuple[int, ...]

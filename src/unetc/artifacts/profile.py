@@ -125,7 +125,7 @@ class Cost(Record, frozen=True, kw_only=True):
 
 
 class Profile(Artifact, frozen=True, kw_only=True):
-    """Damage of removing each component at each noise level, and its cost on the target."""
+    """Damage of every treatment of each component at each noise level, and the component's cost on the target."""
 
     unetc: str
     model: ModelReference

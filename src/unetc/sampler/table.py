@@ -122,8 +122,8 @@ def update(
         samples: x_i, x_(i-1), ..., each [batch, channel, height, width]; `table.window` arrays, fewer at the start.
         predictions: e_i, e_(i-1), ..., raw model outputs; same shape and number as the samples.
         noise: Fresh unit normal noise of the same shape. May be None if the step's noise_coefficient is zero.
-        variance: Predicted variance of the noise, mostly in -1 to 1, of the same shape. May be None in steps without a
-            predicted variance.
+        variance: Model output for the variance of the noise, mostly between -1 and 1; same shape. May be None in steps
+            without a predicted variance.
         device: Device of all these tensors.
 
     Returns:
