@@ -6,6 +6,7 @@ predictions, conditions and emitted branches. In each step one value comes back:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,8 @@ from .decoder import Decoder
 from .engine_pool import EnginePool, LoadedLater, tried
 from .loop import Loop, Start, begin
 from .rollout import FULL_ENGINE, EngineCall, NonFiniteSteps, Rollout, not_finite
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +178,13 @@ class Session:
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """
         table = self.scheduler.table(self.steps if steps is None else steps)
+        if table.log_snr[0] > 0:  # one step of many schedulers: findings/one-step-starts-without-noise.sh
+            logger.warning(
+                "sampling in %d step(s) begins at log-SNR %.1f, where images are nearly finished, so pure noise "
+                "cannot become one. Use more steps, or a scheduler with timestep_spacing trailing.",
+                table.steps,
+                table.log_snr[0],
+            )
         channels, height, width = self.sample_shape
         if noise is None:
             if batch < 1:

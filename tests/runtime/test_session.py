@@ -35,7 +35,7 @@ from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.engine_pool import LoadedLater
-from unetc.runtime.session import Session, Step
+from unetc.runtime.session import Session, Step, load
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTables, update
 from unetc.treatments import Treatment
@@ -684,3 +684,12 @@ def test_controls_sample_with_their_own_engines(session: Session, bundle: Bundle
         np.testing.assert_array_equal(
             other.sample(2, seed=1, full_model=True), session.sample(2, seed=1, full_model=True)
         )
+
+
+def test_a_schedule_that_begins_without_noise_is_announced(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    session = load(tiny_bundle)
+    session.sample(steps=4)
+    assert "begins at log-SNR" not in caplog.text
+    session.sample(steps=1)
+    assert "sampling in 1 step(s) begins at log-SNR" in caplog.text
+    assert "Use more steps" in caplog.text
