@@ -25,7 +25,7 @@ CALQUES = {
     "whoever": r"\bwhoever\b",
     "what": r"\bwhat\b(?![^.!?]*\?)",
 }
-"""Phrases of the review in the order it lists them; `what` in a question is no calque."""
+"""Phrases to avoid; `what` is allowed in a question."""
 
 MESSAGE_WORDS = 5
 """String literals with at least this many words are messages or help texts."""

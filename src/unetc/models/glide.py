@@ -131,7 +131,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class GlideModel:
-    """A checkpoint of OpenAI; it is read only when it is needed."""
+    """An OpenAI checkpoint, read only when needed."""
 
     reference: ModelReference
     variant: Variant
@@ -156,7 +156,7 @@ class GlideModel:
 
     @property
     def guidance_scale(self) -> float:
-        """Usual scale of classifier-free guidance."""
+        """Default scale of classifier-free guidance."""
         return self.variant.guidance_scale
 
     def prompts(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """GLIDE's text transformer, with the weight names of OpenAI's checkpoints.
 
-In OpenAI's code it is part of the UNet and runs in every step. It does not depend on sample or timestep, so unetc runs
+In OpenAI's code it is part of the UNet and runs in every step. It depends on neither sample nor timestep, so unetc runs
 it once per prompt. All timings exclude it, for the full model as well as for plans.
 
 Source:
@@ -19,7 +19,7 @@ from torch.nn import functional
 from unetc.errors import ModelError
 
 PARTS = ("token_embedding", "positional_embedding", "padding_embedding", "transformer", "final_ln", "transformer_proj")
-"""First parts of its weight names."""
+"""First parts of the transformer's weight names."""
 
 
 class TextTransformer(nn.Module):

@@ -13,7 +13,7 @@ from unetc.errors import ModelError
 
 
 class SuperResolutionUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """A UNet that reads the noisy image together with an enlarged low-resolution image, half of its channels each."""
+    """A UNet that reads the noisy image and an enlarged low-resolution image; each takes half of the input channels."""
 
     def forward(self, sample: Tensor, timestep: Tensor, *, low_res: Tensor, **others: Any) -> Any:
         """Call the UNet with both images concatenated along the channels."""

@@ -33,7 +33,7 @@ class Model(Protocol):
 
     @property
     def guidance_scale(self) -> float:
-        """Usual scale of classifier-free guidance; 1 for a model without guidance."""
+        """Default scale of classifier-free guidance; 1 for a model without guidance."""
 
     @property
     def decoder_scale(self) -> int:

@@ -52,7 +52,7 @@ class PipelineModel:
 
     @property
     def guidance_scale(self) -> float:
-        """Usual scale of classifier-free guidance; 1 for a model without guidance."""
+        """Default scale of classifier-free guidance; 1 for a model without guidance."""
         return GUIDANCE.get(self.reference.pipeline, 1.0)
 
     def prompts(self) -> tuple[str, ...]:
