@@ -111,7 +111,7 @@ def analyze(
         options: How to analyse.
         work: Folder for partial results. A second call with the same arguments continues from them: damages are equal
             bit by bit, and times already measured are not measured again.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
 
     Raises:
         ArtifactError: If `work` cannot be written.

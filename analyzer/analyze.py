@@ -29,7 +29,7 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
         model: The model.
         options: How to measure.
         cache: Folder for captures and partial results.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
 
     Raises:
         ModelError: If the model is not supported.

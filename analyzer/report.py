@@ -35,7 +35,7 @@ def write_report(
         path: The bundle's folder.
         output: The HTML file.
         verification: Result of `verify`; made when not given.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
 
     Raises:
         ArtifactError: If the bundle cannot be read, the verification is of another model, or the file cannot be

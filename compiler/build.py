@@ -78,7 +78,7 @@ def build(
         options: Saving, limits and extras.
         cache: Folder for captures and partial results.
         plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
 
     Returns:
         The manifest of the bundle.

@@ -163,7 +163,7 @@ class Choices:
         return self.treated_steps(run) * self.saved
 
     def treat(self, run: BinRun, chosen: Iterable[int]) -> TreatedRun:
-        """Give each chosen component its least harmful treatment."""
+        """Treat each chosen component in the least harmful way."""
         tables = self.squared(run)
         treatments = {self.names[c]: min(tables, key=lambda t: float(tables[t][c])) for c in chosen}
         return TreatedRun(run=run, treatments=treatments)

@@ -3,7 +3,7 @@
 Consecutive bins form a run with one set of treatments. A run either removes components in all of its steps, or reuses
 them in all but one of every few steps: then its cycle is the full engine followed by the engine that holds. Two
 planners choose the runs and the components: `exact`, an integer program, and `dynamic`, a Lagrangian relaxation that is
-some hundred times faster.
+about a hundred times faster.
 """
 
 from __future__ import annotations

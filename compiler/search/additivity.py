@@ -21,7 +21,7 @@ def check_pairs(
         workbench: Where to measure.
         candidate: The plan.
         seed: Seed of the noise.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
     """
     used = sorted({*workbench.schedule(candidate)} - {FULL_ENGINE})
     pairs = list(combinations(used, 2))

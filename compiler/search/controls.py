@@ -1,4 +1,4 @@
-"""Controls: plans made by simpler rules, at the measured time of a plan, to hold against it."""
+"""Controls: plans made by simpler rules at the measured time of a plan, for comparison."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ REFINEMENTS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParetoOptions:
-    """Which curve to draw."""
+    """Budgets and limits of a curve."""
 
     budgets: int = 8
     """Number of budgets between 0.1 and 0.8."""

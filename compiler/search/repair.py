@@ -24,7 +24,7 @@ class RepairOptions:
     """How long to search."""
 
     evaluations: int = 40
-    """Most schedules that are sampled; 0 keeps the plan as it is."""
+    """Most schedules that are sampled; 0 keeps the plan unchanged."""
     patience: int = 12
     """Schedules in a row without gain after which the search ends."""
 
@@ -64,7 +64,7 @@ def repair(
             would miss an edge.
         seed: Seed of the noise that damage is measured on.
         options: How long to search.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
     """
     best = candidate
     least = workbench.damage(best, seed=seed)

@@ -55,7 +55,7 @@ def set_up(
         steps: Number of steps that plans are measured at.
         cache: Folder for captures and partial results.
         plan: A plan that must belong to the profile.
-        on_progress: Told how far the work is.
+        on_progress: Called as the work advances.
 
     Raises:
         ModelError: If the model cannot be captured.

@@ -203,12 +203,12 @@ class Search:
         }
         return {treatment: sum(rows) for treatment, rows in found.items() if np.inf not in rows}
 
-    def squared_damage(self, mode: BinRun, chosen: Collection[int]) -> float:
-        harms = [self.harm(mode.first, mode.last, mode.period, self.names[c]) for c in chosen]
+    def squared_damage(self, run: BinRun, chosen: Collection[int]) -> float:
+        harms = [self.harm(run.first, run.last, run.period, self.names[c]) for c in chosen]
         return sum(min(harm.values(), default=np.inf) ** 2 for harm in harms)
 
-    def saved_share(self, mode: BinRun, chosen: Collection[int]) -> float:
-        share = self.treated(mode.first, mode.last, mode.period) / sum(self.steps)
+    def saved_share(self, run: BinRun, chosen: Collection[int]) -> float:
+        share = self.treated(run.first, run.last, run.period) / sum(self.steps)
         return share * sum(self.saved[c] for c in chosen)
 
     def needs_engine(self, chosen: Collection[int]) -> bool:
@@ -227,10 +227,10 @@ class Search:
                 continue
             saved, squared, engines, memory = np.zeros((4, 1))
             for first, last in pairwise(edges):
-                modes = [BinRun(first=first, last=last, period=period) for period in self.periods]
+                runs = [BinRun(first=first, last=last, period=period) for period in self.periods]
                 own = [
-                    (self.saved_share(mode, s), self.squared_damage(mode, s), self.needs_engine(s), self.memory(s))
-                    for mode in modes
+                    (self.saved_share(run, s), self.squared_damage(run, s), self.needs_engine(s), self.memory(s))
+                    for run in runs
                     for s in self.sets
                 ]
                 rows = np.array(own).T
@@ -256,8 +256,8 @@ class Search:
     def total(self, chosen: Mapping[BinRun, Sequence[int]]) -> tuple[float, float]:
         """Return the saved share and the squared damage of a planner's choice."""
         return (
-            sum(self.saved_share(mode, s) for mode, s in chosen.items()),
-            sum(self.squared_damage(mode, s) for mode, s in chosen.items()),
+            sum(self.saved_share(run, s) for run, s in chosen.items()),
+            sum(self.squared_damage(run, s) for run, s in chosen.items()),
         )
 
 

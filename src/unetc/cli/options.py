@@ -210,7 +210,7 @@ class LimitGroup(Group, panel="Planning"):
     ] = None
     planner: Annotated[
         str,
-        typer.Option(metavar="fast|exact", help="fast, or exact: an integer program, some hundred times slower."),
+        typer.Option(metavar="fast|exact", help="fast, or exact: an integer program, about a hundred times slower."),
     ] = "fast"
 
     def plan(self, budget: float) -> PlanOptions:
