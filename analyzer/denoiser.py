@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
 from unetc.errors import ProfileError
 from unetc.runtime.branch_cache import BranchCache
-from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Treatment
+from unetc.treatments import HELD, Treatment
 
 
 class GatedDenoiser:
@@ -97,11 +97,14 @@ class GatedDenoiser:
         for index, treatment in treatments.items():
             recall = treatment.row.recall
             assert recall is not None
-            own = {name: inputs[f"{name}{index}"] for name in (HELD, EARLIER, EXTRAPOLATION)}
-            arrays = {name: v if isinstance(v, np.ndarray) else self._device.to_array(v) for name, v in own.items()}
-            inputs[f"{HELD}{index}"] = recall(arrays.__getitem__)
+            inputs[f"{HELD}{index}"] = recall(partial(self._array_of, inputs, index))
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
         return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
+
+    def _array_of(self, inputs: Mapping[str, Tensor], index: int, prefix: str) -> Array:
+        """Copy an input of a component from the device; only the inputs that a formula reads are copied."""
+        value = inputs[f"{prefix}{index}"]
+        return value if isinstance(value, np.ndarray) else self._device.to_array(value)
 
     def _run(
         self,

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from .compiler.build import BuildOptions
     from .compiler.planner.planner import PlanOptions
     from .compiler.search.pareto import ParetoOptions
-    from .compiler.tensorrt.compile_bundle import CompiledEngine, CompileOptions
+    from .compiler.tensorrt.options import CompileOptions
+    from .compiler.tensorrt.wanted import CompiledEngine
     from .models.find import ModelSource
+    from .models.model import Model
 
 AnyPath = str | Path
 """A path of a file or a folder."""
@@ -60,14 +62,11 @@ def analyze(
         ModelError: If the model cannot be found or is not supported.
         ProfileError: If it cannot be analysed.
     """
-    from .analyzer.analysis import AnalysisOptions
     from .analyzer.analyze import analyze_model
-    from .models.find import find_model, usual_sampling
+    from .models.find import find_model
 
-    if options is None:
-        usual = usual_sampling(model)
-        options = AnalysisOptions(scheduler=usual.scheduler, steps=usual.steps)
-    return analyze_model(find_model(model), options, cache=_cache(cache), on_progress=on_progress)
+    found = find_model(model)
+    return analyze_model(found, options or _usual(model), cache=_cache(cache), on_progress=on_progress)
 
 
 @needed()
@@ -129,15 +128,11 @@ def build(
     """
     from .compiler.build import build as build_bundle
     from .compiler.store import check_destination
-    from .models.find import find_model
 
-    path = Path(destination)
+    path, folder = Path(destination), _cache(cache)
     check_destination(path)
-    source = _source(model, profile)
-    found = find_model(source)
-    if profile is None:
-        profile = analyze(source, analysis or _usual(source, options.steps), cache=cache, on_progress=on_progress)
-    return build_bundle(found, profile, path, options, cache=_cache(cache), plan=plan, on_progress=on_progress)
+    found, known = _analysed(model, profile, analysis, options.steps, folder, on_progress)
+    return build_bundle(found, known, path, options, cache=folder, plan=plan, on_progress=on_progress)
 
 
 @needed()
@@ -170,13 +165,10 @@ def pareto(
         PlanError: If no budget can be met.
     """
     from .compiler.search.pareto import pareto as measure
-    from .models.find import find_model
 
-    source = _source(model, profile)
-    found = find_model(source)
-    if profile is None:
-        profile = analyze(source, analysis or _usual(source, options.steps), cache=cache, on_progress=on_progress)
-    return measure(found, profile, options, cache=_cache(cache), on_progress=on_progress)
+    folder = _cache(cache)
+    found, known = _analysed(model, profile, analysis, options.steps, folder, on_progress)
+    return measure(found, known, options, cache=folder, on_progress=on_progress)
 
 
 @needed()
@@ -260,19 +252,36 @@ def write_report(
     write(Path(bundle), Path(output), verification=verification, on_progress=on_progress)
 
 
-def _source(model: ModelSource | str, profile: Profile | None) -> ModelSource:
-    """Let a profile decide about ControlNet inputs, as its graph has them or not."""
-    from .models.find import ModelSource
+def _analysed(
+    model: ModelSource | str,
+    profile: Profile | None,
+    analysis: AnalysisOptions | None,
+    steps: int,
+    cache: Path,
+    on_progress: OnProgress,
+) -> tuple[Model, Profile]:
+    """Find a model once, as that hashes its weights, and analyse it if there is no profile.
+
+    A profile decides about ControlNet inputs, as its graph has them or not.
+    """
+    from .models.find import ModelSource, find_model
 
     source = ModelSource.of(model)
-    return source if profile is None else replace(source, controlnet=profile.model.controlnet)
+    if profile is not None:
+        return find_model(replace(source, controlnet=profile.model.controlnet)), profile
+    from .analyzer.analyze import analyze_model
+
+    found = find_model(source)
+    return found, analyze_model(found, analysis or _usual(source, steps), cache=cache, on_progress=on_progress)
 
 
-def _usual(model: ModelSource, steps: int) -> AnalysisOptions:
+def _usual(model: ModelSource | str, steps: int | None = None) -> AnalysisOptions:
+    """Return the defaults of an analysis with the model's usual scheduler, and its usual steps if none are given."""
     from .analyzer.analysis import AnalysisOptions
     from .models.find import usual_sampling
 
-    return AnalysisOptions(scheduler=usual_sampling(model).scheduler, steps=steps)
+    usual = usual_sampling(model)
+    return AnalysisOptions(scheduler=usual.scheduler, steps=usual.steps if steps is None else steps)
 
 
 def _cache(given: AnyPath | None) -> Path:
