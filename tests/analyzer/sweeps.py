@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,12 @@ def relative_l2(reference: Array, candidate: Array) -> float:
     return float(np.mean(norms))
 
 
-class Recorder:
-    """A backend that records the inputs of its programs."""
+class Watched:
+    """A backend whose programs report every call before they run."""
 
-    def __init__(self, inner: Backend) -> None:
+    def __init__(self, inner: Backend, on_call: Callable[[Mapping[str, object], Array], None]) -> None:
         self._inner = inner
-        self.calls: list[dict[str, Any]] = []
-        """Inputs of every call; arrays are copied, other tensors are kept."""
+        self._on_call = on_call
 
     def open_weights(self, weights: bytes) -> Loader:
         self._loader = self._inner.open_weights(weights)
@@ -96,9 +95,7 @@ class Recorder:
         program = self._loader.load(graph)
 
         def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
-            self.calls.append(
-                {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
-            )
+            self._on_call(inputs, output)
             return program(inputs, output)
 
         return run
@@ -106,6 +103,20 @@ class Recorder:
     @property
     def device(self) -> Device:
         return self._inner.device
+
+
+class Recorder(Watched):
+    """A backend that records the inputs of its programs."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner, self._record)
+        self.calls: list[dict[str, Any]] = []
+        """Inputs of every call; arrays are copied, other tensors are kept."""
+
+    def _record(self, inputs: Mapping[str, object], output: Array) -> None:
+        self.calls.append(
+            {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+        )
 
 
 def estimate_of(value: float) -> Estimate:

@@ -29,6 +29,7 @@ from tests.analyzer.sweeps import (
     SHAPE,
     STEPS,
     Recorder,
+    Watched,
     backend,
     estimate_of,
     everything,
@@ -43,10 +44,9 @@ from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.duration import Duration, predict_duration
 from unetc.artifacts.profile import STEP, Cost, Profile
-from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.backend import Array, Backend
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
-from unetc.device import Device
 from unetc.errors import ProfileError
 from unetc.progress import OnProgress, Progress, ignore
 
@@ -250,30 +250,16 @@ def test_a_pattern_that_matches_nothing_is_refused_with_close_names(tmp_path: Pa
         analyse(tmp_path, components=("mid_block.*", "midblock.resnets.0"))
 
 
-class Clock:
+class Clock(Watched):
     """A clock that advances only when a program is called: one second per sample."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(backend(), self._advance)
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        self._inner = backend()
 
-    def open_weights(self, weights: bytes) -> Loader:
-        self._loader = self._inner.open_weights(weights)
-        return self
-
-    def load(self, graph: SerialisedGraph) -> Program:
-        program = self._loader.load(graph)
-
-        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
-            self.now += len(output)
-            return program(inputs, output)
-
-        return run
-
-    @property
-    def device(self) -> Device:
-        return self._inner.device
+    def _advance(self, inputs: Mapping[str, object], output: Array) -> None:
+        self.now += len(output)
 
 
 @pytest.mark.usefixtures("no_timing")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.analyzer.sweeps import SAMPLES, SEED, SHAPE, relative_l2, tiny
+from tests.analyzer.sweeps import SAMPLES, SEED, SHAPE, Watched, relative_l2, tiny
 from tests.models import shared_folder
 from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -30,9 +30,8 @@ from unetc.analyzer.screen import (
 )
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, run_base
 from unetc.artifacts.profile import STEP, Cost, Effect, Estimate
-from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
+from unetc.backend import Array, Backend
 from unetc.compiler.scheduler import extract, make_scheduler
-from unetc.device import Device
 from unetc.progress import Progress, ignore
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.branch_cache import BranchCache
@@ -47,29 +46,15 @@ DROP, HOLD = PeriodicTreatment(treatment=Treatment.DROP), PeriodicTreatment(trea
 KINDS = REMOVALS + REUSES
 
 
-class Counter:
+class Counter(Watched):
     """A backend that counts the samples passed to its programs."""
 
     def __init__(self) -> None:
-        self._inner: Backend = open_backend("onnxruntime:cpu", threads=1)
+        super().__init__(open_backend("onnxruntime:cpu", threads=1), self._count)
         self.rows = 0
 
-    def open_weights(self, weights: bytes) -> Loader:
-        self._loader = self._inner.open_weights(weights)
-        return self
-
-    def load(self, graph: SerialisedGraph) -> Program:
-        program = self._loader.load(graph)
-
-        def run(inputs: Mapping[str, object], output: Array) -> Mapping[str, object]:
-            self.rows += len(output)
-            return program(inputs, output)
-
-        return run
-
-    @property
-    def device(self) -> Device:
-        return self._inner.device
+    def _count(self, inputs: Mapping[str, object], output: Array) -> None:
+        self.rows += len(output)
 
 
 def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2) -> Sweep:
