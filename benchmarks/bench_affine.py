@@ -29,8 +29,9 @@ from unetc.analyzer.sweep import FullTrajectory, Sweep, branches_at, make_bins, 
 from unetc.artifacts.profile import Component
 from unetc.backend import Array, Backend
 from unetc.cli.output import progress
-from unetc.compiler.graph.gated import GatedGraph, emit, gate_index, is_gate, serialise
+from unetc.compiler.graph.gated import GatedGraph, emit, gate_index, is_gate
 from unetc.compiler.graph.nodes import add_name
+from unetc.compiler.graph.weights import serialise
 from unetc.compiler.prepare import prepare
 from unetc.compiler.scheduler import extract, make_scheduler
 from unetc.environment import cores

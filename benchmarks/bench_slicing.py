@@ -25,8 +25,9 @@ from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.compiler.graph.gate import DOMAIN
-from unetc.compiler.graph.gated import OPSET, GatedGraph, serialise
+from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.graph.weights import serialise
 from unetc.environment import describe
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.timing import interleaved_ms

@@ -32,8 +32,7 @@ from .capture import GATES, MEANS, OUTPUT, Capture
 from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
 from .nodes import add_integers, add_name, add_node, add_reshape
 from .size_names import name_sizes
-from .weights import serialise as serialise
-from .weights import tensor_ranges, write_tensors
+from .weights import serialise, tensor_ranges, write_tensors
 
 OPSET = 23
 """Includes Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""

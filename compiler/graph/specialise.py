@@ -25,9 +25,10 @@ from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
 from .capture import GATES, MEANS, OUTPUT
 from .gate import DOMAIN
-from .gated import GatedGraph, emit, gate_index, is_gate, serialise
+from .gated import GatedGraph, emit, gate_index, is_gate
 from .nodes import Expression, add_initializer, add_integers, add_name, add_node
 from .slicing import slice_constants
+from .weights import serialise
 
 
 def specialise(

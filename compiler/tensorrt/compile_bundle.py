@@ -14,12 +14,10 @@ from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.bundle import Bundle
 
 from .build_all import build_all
-from .options import CompileOptions, check_tools, notes_on, sizes_of, target_of
+from .options import CompileOptions, check_tools, notes_on, sizes_of
 from .private_folder import flat_name, lower_inside, private_folder
 from .ranges import check_sides
 from .wanted import FIND, CompiledEngine, Wanted, find_engines, wanted_engines
-
-__all__ = ["CompileOptions", "CompiledEngine", "check_tools", "compile_bundle", "target_of"]
 
 
 def compile_bundle(

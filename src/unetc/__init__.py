@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .compiler.search.pareto import ParetoOptions
     from .compiler.search.quality_gate import QualityGate
     from .compiler.search.repair import RepairOptions
-    from .compiler.tensorrt.compile_bundle import CompiledEngine, CompileOptions
+    from .compiler.tensorrt.options import CompileOptions
+    from .compiler.tensorrt.wanted import CompiledEngine
     from .errors import UnetcError
     from .models.find import ModelSource
     from .models.lora import Lora
@@ -39,8 +40,8 @@ _HOMES = {
     "AnalysisOptions": "unetc.analyzer.analysis",
     "BuildOptions": "unetc.compiler.build",
     "Bundle": "unetc.runtime.bundle",
-    "CompileOptions": "unetc.compiler.tensorrt.compile_bundle",
-    "CompiledEngine": "unetc.compiler.tensorrt.compile_bundle",
+    "CompileOptions": "unetc.compiler.tensorrt.options",
+    "CompiledEngine": "unetc.compiler.tensorrt.wanted",
     "Lora": "unetc.models.lora",
     "Manifest": "unetc.artifacts",
     "ModelSource": "unetc.models.find",

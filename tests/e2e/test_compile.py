@@ -34,7 +34,8 @@ from unetc.cli.summary import compiling
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle, target_of
+from unetc.compiler.tensorrt.compile_bundle import compile_bundle
+from unetc.compiler.tensorrt.options import CompileOptions, target_of
 from unetc.compiler.tensorrt.ranges import describe_sides
 from unetc.compiler.tensorrt.supervise import build_engine
 from unetc.conditions import UNCONDITIONAL

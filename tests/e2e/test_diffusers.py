@@ -25,7 +25,8 @@ from unetc.backend import Array
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle
+from unetc.compiler.tensorrt.compile_bundle import compile_bundle
+from unetc.compiler.tensorrt.options import CompileOptions
 from unetc.diffusers import BundleUNet
 from unetc.errors import NonFiniteError, SessionError, UnetcError
 from unetc.models.find import ModelSource, find_model

@@ -13,7 +13,8 @@ from onnx import helper, numpy_helper
 
 from tests.runtime.test_bundle import forge
 from unetc.backend import WEIGHTS
-from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle
+from unetc.compiler.tensorrt.compile_bundle import compile_bundle
+from unetc.compiler.tensorrt.options import CompileOptions
 from unetc.compiler.tensorrt.references import check_references
 from unetc.errors import CorruptArtifactError
 from unetc.runtime.bundle import Bundle

@@ -12,8 +12,9 @@ import torch
 
 from tests.models import tiny_of
 from unetc.compiler.measured_calls import MeasuredCalls
-from unetc.compiler.tensorrt.compile_bundle import CompileOptions, compile_bundle
+from unetc.compiler.tensorrt.compile_bundle import compile_bundle
 from unetc.compiler.tensorrt.on_demand import BuildingBackend
+from unetc.compiler.tensorrt.options import CompileOptions
 from unetc.errors import SessionError, ShapeMismatch, StaleEngineError
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.call_ranges import check_call

@@ -6,9 +6,10 @@ import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from unetc.compiler.tensorrt.compile_bundle import check_tools
+from unetc.compiler.tensorrt.options import check_tools
 from unetc.environment import describe, free_memory, lacking
 from unetc.errors import EngineBuildError, MissingDependency, UnetcError
+from unetc.extras import EXTRAS
 from unetc.nvidia.driver import ask
 from unetc.nvidia.library import LIBRARIES, Library
 from unetc.precision import Precision
@@ -18,7 +19,6 @@ _STAGES = {
     "analyze, plan, build, verify": ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics"),
     "report": ("matplotlib", "jinja2"),
 }
-_EXTRAS = {"analyze, plan, build, verify": "compile", "report": "report"}
 
 MACHINE = "machine"
 _COMMAND = re.compile(r"(pip uninstall \S+; )?pip install '[^']+'")
@@ -100,7 +100,7 @@ def _try_library(library: Library) -> Finding:
 def _try_stage(stage: str, libraries: tuple[str, ...]) -> Finding:
     if missing := lacking(libraries):
         reasons = ", ".join(f"{library} ({reason})" for library, reason in missing.items())
-        detail = f"{reasons}: pip install 'unetc[{_EXTRAS[stage]}]'"
+        detail = f"{reasons}: pip install 'unetc[{EXTRAS[next(iter(missing))]}]'"
         return Finding(name=stage, works=False, needed=False, detail=detail)
     return Finding(name=stage, works=True, needed=False, detail=", ".join(_version(name) for name in libraries))
 

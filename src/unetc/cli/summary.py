@@ -28,7 +28,7 @@ from unetc.precision import Precision
 from .output import saves, table
 
 if TYPE_CHECKING:
-    from unetc.compiler.tensorrt.compile_bundle import CompiledEngine
+    from unetc.compiler.tensorrt.wanted import CompiledEngine
 
     from .diagnosis import Finding
 

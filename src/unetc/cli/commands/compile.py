@@ -11,7 +11,7 @@ from ..groups import Group
 from ..options import BundlePath, Json
 
 if TYPE_CHECKING:
-    from unetc.compiler.tensorrt.compile_bundle import CompileOptions
+    from unetc.compiler.tensorrt.options import CompileOptions
 
 
 class EngineGroup(Group, panel="Engines"):
@@ -69,7 +69,7 @@ class EffortGroup(Group, panel="Effort"):
 
 
 def _options(engines: EngineGroup, effort: EffortGroup) -> CompileOptions:
-    from unetc.compiler.tensorrt.compile_bundle import CompileOptions, target_of
+    from unetc.compiler.tensorrt.options import CompileOptions, target_of
 
     target, precision = target_of(engines.target, engines.precision)
     return CompileOptions(
