@@ -13,7 +13,7 @@ import pytest
 
 import unetc
 from tests.house.prose import modules, pages
-from unetc.models.pipeline import PIPELINES
+from unetc.models.pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

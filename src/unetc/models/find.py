@@ -11,7 +11,8 @@ from unetc.errors import ModelError
 from .glide import VARIANTS, find_glide
 from .lora import Lora
 from .model import Model
-from .pipeline import GUIDANCE, brief, open_pipeline
+from .pipeline import brief, open_pipeline
+from .pipelines import TEXT_PIPELINES
 from .prompts import PROMPTS
 
 BUILT_IN = ("digits", "prompted-digits")
@@ -67,9 +68,9 @@ def find_model(model: ModelSource | str) -> Model:
     name = source.name
     if name in VARIANTS:
         if source.loras:
-            raise ModelError(f"{name} takes no LoRA. Supported pipelines: {', '.join(GUIDANCE)}.")
+            raise ModelError(f"{name} takes no LoRA. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
         if source.controlnet:
-            raise ModelError(f"{name} takes no ControlNet. Supported pipelines: {', '.join(GUIDANCE)}.")
+            raise ModelError(f"{name} takes no ControlNet. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
         return find_glide(name, None if source.weights is None else Path(source.weights))
     if source.weights is not None:
         raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)}.")

@@ -1,6 +1,6 @@
 """Models in diffusers pipeline folders.
 
-Nothing in a model folder is executed: unetc reads only safetensors weights, and this module lists all allowed classes.
+Nothing in a model folder is executed: unetc reads only safetensors weights, and `pipelines` lists all allowed classes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,11 @@ from unetc.controlnet import controlnet_inputs
 from unetc.errors import ModelError
 
 from .lora import Lora
+from .pipelines import PIPELINES, TEXT_PIPELINES
 from .prompts import PROMPTS, read_prompts
 
 if TYPE_CHECKING:
     from torch import nn
-
-UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-"""Pipelines whose denoiser needs only noise and a timestep."""
-
-GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
-"""Pipelines whose denoiser is conditioned on text, with their default guidance scale in diffusers."""
-
-PIPELINES = (*UNCONDITIONAL_PIPELINES, *GUIDANCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +41,12 @@ class PipelineModel:
     @property
     def conditional(self) -> bool:
         """Whether the denoiser takes more than noise and a timestep."""
-        return self.reference.pipeline in GUIDANCE
+        return PIPELINES[self.reference.pipeline].text
 
     @property
     def guidance_scale(self) -> float:
         """Default scale of classifier-free guidance; 1 for a model without guidance."""
-        return GUIDANCE.get(self.reference.pipeline, 1.0)
+        return PIPELINES[self.reference.pipeline].guidance_scale
 
     def prompts(self) -> tuple[str, ...]:
         """Read the prompts used to measure the model; empty for an unconditional model."""
@@ -160,17 +153,17 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
-    if controlnet and pipeline not in GUIDANCE:
-        raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(GUIDANCE)}.")
-    if loras and pipeline not in GUIDANCE:
-        raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(GUIDANCE)}.")
+    kind = PIPELINES[pipeline]
+    if controlnet and not kind.text:
+        raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(TEXT_PIPELINES)}.")
+    if loras and not kind.text:
+        raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(TEXT_PIPELINES)}.")
     for lora in loras:
         lora.check()
     entry = index.get("unet")
     denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
-    expected = "UNet2DConditionModel" if pipeline in GUIDANCE else "UNet2DModel"
-    if denoiser_class != expected:
-        raise ModelError(f"{name} has {denoiser_class} as its unet; a {pipeline} is supported with {expected}.")
+    if denoiser_class != kind.denoiser:
+        raise ModelError(f"{name} has {denoiser_class} as its unet; a {pipeline} is supported with {kind.denoiser}.")
     config = _read_json(folder / "unet/config.json")
     weights = sorted((folder / "unet").glob("*.safetensors"))
     if not weights:

@@ -18,7 +18,7 @@ def encode_prompts(
     """Encode prompts; with guidance, encode the empty prompt as their negative.
 
     Args:
-        pipeline: A pipeline with tokenizers and text encoders, of a class in `TEXT_PIPELINES`.
+        pipeline: A pipeline with tokenizers and text encoders, of a class in `_ENCODERS`.
         prompts: One prompt per row.
         guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
         size: Height and width of the images in pixels; SDXL uses them as conditions.
@@ -26,7 +26,7 @@ def encode_prompts(
     import torch
 
     with torch.no_grad():
-        return TEXT_PIPELINES[type(pipeline).__name__](pipeline, list(prompts), guidance_scale, size)
+        return _ENCODERS[type(pipeline).__name__](pipeline, list(prompts), guidance_scale, size)
 
 
 def load_text_encoders(folder: Path, pipeline: str) -> Any:
@@ -34,7 +34,7 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
 
     Args:
         folder: A pipeline folder with tokenizers and text encoders.
-        pipeline: Class of the pipeline, one of `TEXT_PIPELINES`.
+        pipeline: Class of the pipeline, with a row in `PIPELINES`.
 
     Returns:
         A diffusers pipeline for `encode_prompts`.
@@ -91,7 +91,7 @@ def _conditions(own: Mapping[str, Any], negative: Mapping[str, Any], scale: floa
     return Conditions(own=arrays(own), negative=arrays(negative) if scale > 1 else {}, scale=max(1.0, scale))
 
 
-TEXT_PIPELINES = {
+_ENCODERS = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
 }

@@ -1,0 +1,36 @@
+"""The pipelines of diffusers that unetc reads: a row each.
+
+Only classes with a row are opened. A row holds everything that depends on the class alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineKind:
+    """A class of pipeline."""
+
+    denoiser: str
+    """Class of the denoiser."""
+    text: bool = False
+    """Whether the denoiser is conditioned on text; its samples are then latents, which a VAE decodes."""
+    guidance_scale: float = 1.0
+    """Default scale of classifier-free guidance in diffusers; 1 without guidance."""
+
+
+PIPELINES: Mapping[str, PipelineKind] = MappingProxyType(
+    {
+        "DDPMPipeline": PipelineKind(denoiser="UNet2DModel"),
+        "DDIMPipeline": PipelineKind(denoiser="UNet2DModel"),
+        "StableDiffusionPipeline": PipelineKind(denoiser="UNet2DConditionModel", text=True, guidance_scale=7.5),
+        "StableDiffusionXLPipeline": PipelineKind(denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0),
+    }
+)
+"""Supported pipelines by class name."""
+
+TEXT_PIPELINES = tuple(name for name, kind in PIPELINES.items() if kind.text)
+"""Pipelines whose denoiser is conditioned on text; they take LoRAs and ControlNets."""
