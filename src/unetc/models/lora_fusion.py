@@ -1,9 +1,9 @@
 """Fusion of LoRAs into the UNet and the text encoders of a pipeline.
 
 A LoRA with factors A (down) and B (up) turns the weight W of a layer into V = W + scale · alpha / rank · B A. A DoRA
-also holds the norms m of the rows or columns of the new weight, which is m · V / ||V||. Each of several LoRAs is relative to
-the original weight, as in a pipeline of diffusers with active adapters. Their changes are added in float64, so their
-order does not matter.
+also holds the norms m of the rows or columns of the new weight, which is m · V / ||V||. Each of several LoRAs is
+relative to the original weight, as in a pipeline of diffusers with active adapters. Their changes are added in float64,
+so their order does not matter.
 """
 
 from __future__ import annotations
