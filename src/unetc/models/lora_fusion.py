@@ -1,9 +1,9 @@
 """Fusion of LoRAs into the UNet and the text encoders of a pipeline.
 
-A LoRA with factors A (down) and B (up) turns the weight W of a layer into V = W + scale · alpha / rank · B A. A DoRA
-also holds the norms m of the rows or columns of the new weight, which is m · V / ||V||. Each of several LoRAs is
-relative to the original weight, as in a pipeline of diffusers with active adapters. Their changes are added in float64,
-so their order does not matter.
+A LoRA with factors A (down) and B (up) adds D = scale · alpha / rank · B A to the weight W of a layer. A DoRA also
+holds the norms m of the rows or columns of the new weight, and multiplies it by m / ||W + D||. As in peft, W is the
+original weight in this norm, whatever LoRAs came before. LoRAs may therefore come in any order, but the order of DoRAs
+matters. Everything is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -76,16 +76,26 @@ class _Change(NamedTuple):
 
 
 def _add(part: str, layer: nn.Module, changes: Sequence[_Change]) -> None:
-    """Add changes to the weight and the bias of a layer; each is computed from the original weight."""
-    added: dict[str, Tensor] = {}
+    """Change the weight and the bias of a layer by all LoRAs in their order, and round once."""
+    original = layer.get_parameter("weight").data.double()
+    weight, bias = original, None
     for change in changes:
-        for name, value in _difference(layer.get_parameter("weight").data, change).items():
-            added[name] = added[name] + value if name in added else value
-    for name, value in added.items():
-        if not value.any():
-            continue  # leaves even the sign of a zero
+        added = _product(original.shape, change)
+        factor: Tensor | float = 1.0
+        if change.layer.magnitude is not None:
+            norms = change.file.get_tensor(change.layer.magnitude).double()
+            present = _norms(original + added, change.layer.magnitude_axis)
+            factor = norms.reshape(present.shape) / present
+        if change.layer.magnitude is not None or added.any():
+            weight = factor * (weight + added)
+        if change.layer.bias is not None:
+            old = layer.get_parameter("bias").data.double() if bias is None else bias
+            bias = old + _strength(change) * change.file.get_tensor(change.layer.bias).double()
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None or value is original:
+            continue  # not a bit changes
         parameter = layer.get_parameter(name)
-        total = (parameter.data.double() + value).to(parameter.dtype)
+        total = value.to(parameter.dtype)
         if not torch.isfinite(total).all():
             raise ModelError(
                 f"cannot fuse LoRA {' and '.join(str(change.lora) for change in changes)}: the {name} of "
@@ -94,32 +104,28 @@ def _add(part: str, layer: nn.Module, changes: Sequence[_Change]) -> None:
         parameter.data.copy_(total)
 
 
-def _difference(weight: Tensor, change: _Change) -> dict[str, Tensor]:
-    """Compute what one LoRA adds to the weight and the bias of a layer, in float64."""
-    lora, layer, load = change.lora, change.layer, change.file.get_tensor
-    alpha = layer.rank if layer.alpha is None else layer.alpha
-    if isinstance(alpha, str):
-        alpha = float(load(alpha).double().reshape(()))
-    strength = lora.scale * alpha / (math.sqrt(layer.rank) if layer.root else layer.rank)
+def _product(shape: torch.Size, change: _Change) -> Tensor:
+    """Compute scale · alpha / rank · B A, in float64 and in the shape of the weight."""
+    layer, load = change.layer, change.file.get_tensor
     down, up = load(layer.down).double().flatten(1), load(layer.up).double().flatten(1)
     if layer.mid is None:
         product = up @ down
     else:
         product = torch.einsum("on,nmk,mi->oik", up, load(layer.mid).double().flatten(2), down)
-    added = {"weight": strength * product.reshape(weight.shape)}
-    if layer.magnitude is not None:
-        norms = load(layer.magnitude).double()
-        added["weight"] = _with_norms(weight.double() + added["weight"], norms, layer.magnitude_axis) - weight.double()
-    if layer.bias is not None:
-        added["bias"] = strength * load(layer.bias).double()
-    return added
+    return _strength(change) * product.reshape(shape)
 
 
-def _with_norms(weight: Tensor, norms: Tensor, axis: int) -> Tensor:
-    """Give each slice of a weight along an axis its norm."""
+def _strength(change: _Change) -> float:
+    rank, alpha = change.layer.rank, change.layer.alpha
+    if isinstance(alpha, str):
+        alpha = float(change.file.get_tensor(alpha).double().reshape(()))
+    return change.lora.scale * (rank if alpha is None else alpha) / (math.sqrt(rank) if change.layer.root else rank)
+
+
+def _norms(weight: Tensor, axis: int) -> Tensor:
+    """Compute the norm of each slice of a weight along an axis."""
     others = [other for other in range(weight.dim()) if other != axis]
-    present = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    return norms.reshape(present.shape) * weight / present
+    return torch.linalg.vector_norm(weight, dim=others, keepdim=True)
 
 
 def _check_numbers(lora: Lora, file: Any, names: Sequence[str]) -> None:
