@@ -110,7 +110,7 @@ METHODS = {
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_are_refused_by_name(method: str, beside: bool, folder: Path, tmp_path: Path) -> None:
-    """Alone, and for a single layer of what is otherwise a LoRA."""
+    """The method covers the whole file, or a single layer of a LoRA."""
     path = tmp_path / "style.safetensors"
     other = {f"lora_unet_mid_block_attentions_0_proj_in.{end}": torch.ones(2, 2) for end in METHODS[method]}
     save_file(other | (pair(KOHYA) if beside else {}), path)

@@ -31,7 +31,13 @@ _HEADER = "lora_adapter_metadata"
 _KNOWN_STARTS = ("gaussian", "eva", "orthogonal")
 """Initial values in peft that leave the weights of the model unchanged."""
 
-_OTHER_KINDS = ("arrow_config", "alora_invocation_tokens", "kasa_config", "layer_replication", "target_parameters")
+_OTHER_KINDS: tuple[str, ...] = (
+    "arrow_config",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+)
 _OTHER_KINDS += ("trainable_token_indices", "use_bdlora", "use_qalora", "monteclora_config", "velora_config")
 """Settings of peft that change more than the product of two factors."""
 

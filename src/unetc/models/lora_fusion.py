@@ -63,8 +63,8 @@ def _fuse(parts: dict[str, nn.Module], loras: Sequence[Lora]) -> None:
                 for own in described.changes(part, shapes):
                     if lora.scale != 0:
                         changes[part, own.layer].append(_Change(lora, own, file))
-        for (part, layer), own in changes.items():
-            _add(part, parts[part].get_submodule(layer), own)
+        for (part, layer), all_of_layer in changes.items():
+            _add(part, parts[part].get_submodule(layer), all_of_layer)
 
 
 class _Change(NamedTuple):
@@ -109,7 +109,7 @@ def _product(shape: torch.Size, change: _Change) -> Tensor:
     layer, load = change.layer, change.file.get_tensor
     down, up = load(layer.down).double().flatten(1), load(layer.up).double().flatten(1)
     if layer.mid is None:
-        product = up @ down
+        product: Tensor = up @ down
     else:
         product = torch.einsum("on,nmk,mi->oik", up, load(layer.mid).double().flatten(2), down)
     return _strength(change) * product.reshape(shape)
@@ -125,7 +125,8 @@ def _strength(change: _Change) -> float:
 def _norms(weight: Tensor, axis: int) -> Tensor:
     """Compute the norm of each slice of a weight along an axis."""
     others = [other for other in range(weight.dim()) if other != axis]
-    return torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return norms
 
 
 def _check_numbers(lora: Lora, file: Any, names: Sequence[str]) -> None:
