@@ -31,14 +31,18 @@ _HEADER = "lora_adapter_metadata"
 _KNOWN_STARTS = ("gaussian", "eva", "orthogonal")
 """Initial values in peft that leave the weights of the model unchanged."""
 
-_OTHER_KINDS: tuple[str, ...] = (
-    "arrow_config",
+_OTHER_KINDS = (
     "alora_invocation_tokens",
+    "arrow_config",
     "kasa_config",
     "layer_replication",
+    "monteclora_config",
     "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
 )
-_OTHER_KINDS += ("trainable_token_indices", "use_bdlora", "use_qalora", "monteclora_config", "velora_config")
 """Settings of peft that change more than the product of two factors."""
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
