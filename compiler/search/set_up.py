@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
 from unetc.compiler.engines import check_plan
@@ -103,4 +105,10 @@ def _check_profile(profile: Profile, model: Model) -> None:
         raise ProfileError(
             f"the profile is of {profile.model.title} ({profile.model.sha256[:12]}), not of {reference.title} "
             f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {command} -o profile.json`."
+        )
+    hashes = profile.model.text_sha256, reference.text_sha256
+    if msgspec.UNSET not in hashes and hashes[0] != hashes[1]:
+        raise ProfileError(
+            f"the profile was measured with other text encoders than {reference.title} has now. Analyse it again: "
+            f"`unetc analyze {reference.name} -o profile.json`."
         )
