@@ -182,7 +182,7 @@ def test_a_variance_is_predicted_only_where_the_scheduler_learns_it(folder: Path
     ("change", "named"),
     [
         ({"block_out_channels": [4, 12]}, "size mismatch"),
-        ({"layers_per_block": 2}, "up_blocks.0.resnets"),
+        ({"layers_per_block": 2}, "down_blocks.0.resnets.1"),
         ({"add_attention": True}, "mid_block.attentions.0"),
         ({"down_block_types": ["DownBlock2D", "NoSuchBlock"]}, "NoSuchBlock"),
     ],

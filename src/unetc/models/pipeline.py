@@ -356,7 +356,10 @@ def _open_parts(
     if variant is None and (others := {part.weights.variant for part in parts.values()} - {None}):
         named = ", ".join(part.name for part in parts.values() if part.weights.variant)
         logger.warning(
-            "%s: %s read as %s, the only variant there is", name, named, ", ".join(map(str, sorted(others, key=str)))
+            "%s: the weights of %s are read as %s, their only variant",
+            name,
+            named,
+            ", ".join(map(str, sorted(others, key=str))),
         )
     from .fitting import check_part
 

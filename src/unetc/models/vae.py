@@ -104,8 +104,8 @@ def read_vae(name: str, kind: str, config: Mapping[str, Any], *, statistics: boo
         raise ModelError(f"the vae of {name} has {levels} {widths!r}. Expected the widths of its levels.")
     if (factor := config.get("upsampling_scaling_factor", 2)) != 2:
         raise ModelError(
-            f"the vae of {name} has upsampling_scaling_factor {factor!r}. Expected 2, as its pipeline computes the sizes "
-            "of images with it."
+            f"the vae of {name} has upsampling_scaling_factor {factor!r}. Expected 2, as its pipeline computes the "
+            "sizes of images with it."
         )
     channels = config.get("latent_channels", 4)
     scaling = _number(name, "scaling_factor", config.get("scaling_factor", 0.18215 if kind == "AutoencoderKL" else 1.0))
