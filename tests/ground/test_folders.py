@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import unetc
 from tests.ground.test_models import edit, edit_weights, refusal
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
-from unetc.errors import ModelError
+from tests.planner.test_same_plans import PROFILES
+from unetc.artifacts import Profile
+from unetc.errors import ModelError, ProfileError
 from unetc.models.find import ModelSource, find_model
 from unetc.models.pipeline import PipelineModel
 
@@ -615,3 +618,39 @@ def test_a_variant_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ModelError, match="no variant"):
         find_model(ModelSource("owner/name", variant="*"))
     assert fetched == []
+
+
+@pytest.mark.parametrize(("name", "profile"), [("digits", "digits-ddim"), ("prompted-digits", "prompted-digits")])
+def test_profiles_of_the_built_in_models_stay_valid(name: str, profile: str) -> None:
+    known = Profile.load(PROFILES / f"{profile}.json").model
+    assert find_model(name).reference.sha256 == known.sha256
+    assert known.text_sha256 is msgspec.UNSET, "and it says nothing about text encoders, as they all did"
+
+
+def test_a_profile_is_of_its_text_encoders(tmp_path: Path) -> None:
+    profile = Profile.load(PROFILES / "prompted-digits.json")
+    model = msgspec.structs.replace(profile.model, text_sha256="0" * 64)
+    options = unetc.BuildOptions(plan=unetc.PlanOptions(budget=0.27))
+    with pytest.raises(ProfileError, match="other text encoders"):
+        unetc.build(
+            "prompted-digits",
+            tmp_path / "bundle",
+            options,
+            profile=msgspec.structs.replace(profile, model=model),
+            cache=tmp_path / "cache",
+        )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sdxl_without_its_first_text_encoder_is_read(folder_xl: Path, tmp_path: Path) -> None:
+    edit(folder_xl / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    shutil.rmtree(folder_xl / "text_encoder")
+    edit(folder_xl / "unet/config.json", cross_attention_dim=16)
+    unet = diffusers.UNet2DConditionModel.from_config(diffusers.UNet2DConditionModel.load_config(folder_xl / "unet"))
+    unet.save_pretrained(folder_xl / "unet")
+    model = open_model(folder_xl)
+    with torch.no_grad():
+        expected, *_ = diffusers.StableDiffusionXLPipeline.from_pretrained(folder_xl).encode_prompt(
+            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+    assert torch.equal(torch.as_tensor(model.encode(PROMPTS, 3.0).own["encoder_hidden_states"]), expected)

@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
 from unetc.errors import ModelError
 
@@ -26,7 +25,7 @@ def check_part(name: str, part: Part) -> None:
         ModelError: If the configuration has an unknown key, no model can be made of it, or the weights are others.
     """
     with torch.device("meta"):
-        model = _diffusers_model(name, part) if part.stem == DIFFUSERS else _text_encoder(name, part)
+        model: Any = _diffusers_model(name, part) if part.stem == DIFFUSERS else _text_encoder(name, part)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     shapes = dict(part.weights.shapes)
     if part.stem == DIFFUSERS:
@@ -64,7 +63,7 @@ def _diffusers_model(name: str, part: Part) -> Any:
     return _made(name, part, lambda: kind.from_config(dict(part.config)))
 
 
-def _text_encoder(name: str, part: Part) -> nn.Module:
+def _text_encoder(name: str, part: Part) -> Any:
     import transformers
 
     for key in ("quantization_config", "transformers_weights"):
