@@ -143,6 +143,15 @@ def test_the_only_variant_is_read_and_named(  # C2
     assert f"the weights of unet, vae, text_encoder are read as {variant}, their only variant" in caplog.text
 
 
+def test_half_weights_are_computed_with_in_float32(original: Path, tmp_path: Path) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(original, dtype=torch.float16, safety_checker=None)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    expected = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "half", variant="fp16", dtype=torch.float32, safety_checker=None
+    )
+    check_equal(open_model(tmp_path / "half"), expected)
+
+
 def test_files_without_a_variant_come_first(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = open_model(folder).reference
     for part, stem in PARTS.items():
@@ -156,7 +165,7 @@ def test_files_without_a_variant_come_first(folder: Path, caplog: pytest.LogCapt
     chosen = open_model(folder, "fp16")
     assert chosen.reference.sha256 != before.sha256
     assert chosen.reference.text_sha256 != before.text_sha256
-    check_equal(chosen, diffusers.StableDiffusionPipeline.from_pretrained(folder, variant="fp16"))
+    check_equal(chosen, diffusers.StableDiffusionPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float32))
 
 
 def test_parts_without_the_asked_variant_are_read_as_usual(folder: Path) -> None:

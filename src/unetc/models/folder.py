@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: If the file cannot be read, or holds anything but an object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}. Expected a diffusers pipeline folder.") from error
     if not isinstance(value, dict):
@@ -143,6 +143,24 @@ def part_folder(folder: Path, name: str) -> Path:
     """Return the folder of a part: the pipeline's own if there is none of the part's name."""
     own = folder / name
     return own if own.is_dir() else folder
+
+
+def part_file(folder: Path, name: str, file: str) -> Path:
+    """Find a file that a part must have.
+
+    Args:
+        folder: Folder of the pipeline.
+        name: Name of the part.
+        file: Name of the file.
+
+    Raises:
+        ModelError: If neither the part's folder nor the pipeline's own holds the file.
+    """
+    path = part_folder(folder, name) / file
+    if not os.path.lexists(path):
+        flat = "" if path.parent != folder else f", or {file} next to model_index.json"
+        raise ModelError(f"{folder} has no {name}. Expected {name}/{file}{flat}, as in a diffusers pipeline folder.")
+    return path
 
 
 def variants(folder: Path, stem: str) -> tuple[str, ...]:

@@ -42,6 +42,8 @@ class ModelIndex:
     """Class of the pipeline, with a row in `PIPELINES`."""
     classes: Mapping[str, str]
     """Classes of the parts that are read, without the scheduler, by part."""
+    settings: Mapping[str, Any]
+    """The whole file, checked."""
 
     @property
     def kind(self) -> PipelineKind:
@@ -92,7 +94,11 @@ def read_model_index(name: str, folder: Path) -> ModelIndex:
         allowed["vae"] = "diffusers", tuple(AUTOENCODERS)
     allowed |= {part: ("transformers", classes) for part, classes in kind.text_parts.items()}
     parts = {part: _part(index, part) for part in allowed}
-    if kind.xl and parts["text_encoder_2"] and not any(parts.get(part) for part in ("tokenizer", "text_encoder")):
+    if (
+        kind.two_encoders
+        and parts["text_encoder_2"]
+        and not any(parts.get(part) for part in ("tokenizer", "text_encoder"))
+    ):
         allowed = {part: own for part, own in allowed.items() if part not in ("tokenizer", "text_encoder")}
     for part, (library, classes) in allowed.items():
         own = parts[part]
@@ -112,7 +118,9 @@ def read_model_index(name: str, folder: Path) -> ModelIndex:
     _check_scheduler(name, index)
     _check_settings(name, pipeline, index, {*parts, "scheduler"})
     return ModelIndex(
-        pipeline=pipeline, classes=MappingProxyType({part: own[1] for part in allowed if (own := parts[part])})
+        pipeline=pipeline,
+        classes=MappingProxyType({part: own[1] for part in allowed if (own := parts[part])}),
+        settings=MappingProxyType(index),
     )
 
 

@@ -28,6 +28,7 @@ from .folder import (
     Part,
     find_weights,
     hash_file,
+    part_file,
     part_folder,
     plain,
     read_config,
@@ -59,6 +60,10 @@ _OTHER_PIPELINES: Mapping[int, tuple[str, str, str]] = {
     9: ("an inpainting UNet", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
 }
 """UNets with further input channels than the latents' 4, by their number: the kind, and its pipelines."""
+
+
+_LARGE_SIZES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+"""Pipelines that take a size below 64 in files before diffusers 0.9 for a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +119,10 @@ class PipelineModel:
         size = height * self.decoder_scale, width * self.decoder_scale
         encoders = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
         with view(encoders, self.text_files) as folder:
-            pipeline = load_text_encoders(folder, self.reference.pipeline)
+            try:
+                pipeline = load_text_encoders(folder, self.reference.pipeline)
+            except ModelError as error:
+                raise ModelError(str(error).replace(str(folder), str(self.folder))) from error
         if self.loras:
             from .lora_fusion import fuse_into_text_encoders
 
@@ -203,12 +211,12 @@ def open_pipeline(
         raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(TEXT_PIPELINES)}.")
     for lora in loras:
         lora.check()
-    scheduler_config = read_config(part_folder(folder, "scheduler") / SCHEDULER_CONFIG)
+    scheduler_config = read_config(part_file(folder, "scheduler", SCHEDULER_CONFIG))
     latents = None
     if kind.text:
-        vae = read_config(part_folder(folder, "vae") / CONFIG)
-        latents = read_vae(name, index.classes["vae"], vae, statistics=kind.xl)
-    config = _effective(read_config(part_folder(folder, "unet") / CONFIG), index, folder)
+        vae = read_config(part_file(folder, "vae", CONFIG))
+        latents = read_vae(name, index.classes["vae"], vae, statistics=kind.two_encoders)
+    config = _effective(read_config(part_file(folder, "unet", CONFIG)), index, folder)
     channels = _check_channels(name, pipeline, config, scheduler_config, latents)
     _check_labels(name, config)
     height, width = _sample_size(folder, config)
@@ -223,7 +231,7 @@ def open_pipeline(
             denoiser=kind.denoiser,
             controlnet=controlnet,
             loras=tuple(map(str, loras)),
-            **({"text_sha256": _hash_text(folder, parts, text_files)} if kind.text else {}),
+            **({"text_sha256": _hash_text(index, parts, text_files)} if kind.text else {}),
         ),
         denoiser_config=plain(config),
         scheduler_config=scheduler_config,
@@ -237,14 +245,14 @@ def open_pipeline(
 
 
 def _effective(config: dict[str, Any], index: ModelIndex, folder: Path) -> dict[str, Any]:
-    """Apply what Stable Diffusion's pipelines change in a configuration: sizes below 64 in files before diffusers 0.9.
+    """Apply the change that a pipeline makes to the configuration of its denoiser: the size in old files.
 
     Source:
         `is_unet_version_less_0_9_0` in StableDiffusionPipeline of diffusers 0.42.1.
     """
     version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
     size = config.get("sample_size")
-    if not index.kind.text or index.kind.xl or version is None or (int(version[1]), int(version[2])) >= (0, 9):
+    if index.pipeline not in _LARGE_SIZES or version is None or (int(version[1]), int(version[2])) >= (0, 9):
         return config
     if not isinstance(size, int) or size >= 64:
         return config
@@ -298,7 +306,7 @@ def _advice(pipeline: str, taken: int) -> str:
     if taken not in _OTHER_PIPELINES:
         return " Expected equal numbers: check that both are of the same model."
     kind, plain_pipeline, xl_pipeline = _OTHER_PIPELINES[taken]
-    own = xl_pipeline if PIPELINES[pipeline].xl else plain_pipeline
+    own = xl_pipeline if PIPELINES[pipeline].two_encoders else plain_pipeline
     return f" It is {kind}: its pipeline should be {own}, but {MODEL_INDEX} says {pipeline}."
 
 
@@ -349,7 +357,7 @@ def _open_parts(
             name=part,
             kind=index.classes[part],
             folder=own,
-            config=config if part == "unet" else read_config(own / CONFIG),
+            config=config if part == "unet" else read_config(part_file(folder, part, CONFIG)),
             weights=find_weights(own, stem, variant),
             stem=stem,
         )
@@ -375,7 +383,7 @@ def _text_files(name: str, folder: Path, index: ModelIndex) -> dict[str, Path]:
         return {}
     files = {
         MODEL_INDEX: folder / MODEL_INDEX,
-        f"scheduler/{SCHEDULER_CONFIG}": part_folder(folder, "scheduler") / SCHEDULER_CONFIG,
+        f"scheduler/{SCHEDULER_CONFIG}": part_file(folder, "scheduler", SCHEDULER_CONFIG),
     }
     for part in tokenizers:
         own = part_folder(folder, part)
@@ -403,7 +411,7 @@ def _hash(unet: Part, scheduler: Mapping[str, Any], loras: tuple[Lora, ...], con
     return digest.hexdigest()
 
 
-def _hash_text(folder: Path, parts: Mapping[str, Part], files: Mapping[str, Path]) -> str:
+def _hash_text(index: ModelIndex, parts: Mapping[str, Part], files: Mapping[str, Path]) -> str:
     """Hash everything that determines how prompts are encoded."""
     digest = hashlib.sha256()
     for name, part in sorted(parts.items()):
@@ -412,8 +420,7 @@ def _hash_text(folder: Path, parts: Mapping[str, Part], files: Mapping[str, Path
     for name, path in sorted(files.items()):
         if name.startswith("tokenizer"):
             digest.update(name.encode() + hash_file(path))
-    settings = read_json(folder / MODEL_INDEX)
-    digest.update(json.dumps(settings.get("force_zeros_for_empty_prompt", True)).encode())
+    digest.update(json.dumps(index.settings.get("force_zeros_for_empty_prompt", True)).encode())
     return digest.hexdigest()
 
 

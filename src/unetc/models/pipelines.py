@@ -6,7 +6,7 @@ Only classes with a row are opened. A row holds everything that depends on the c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 
@@ -20,19 +20,20 @@ class PipelineKind:
     """Whether the denoiser is conditioned on text; its samples are then latents, which a VAE decodes."""
     guidance_scale: float = 1.0
     """Default scale of classifier-free guidance in diffusers; 1 without guidance."""
-    text_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Tokenizers and text encoders by their names in model_index.json, each with the classes that it may have."""
+    two_encoders: bool = False
+    """Whether prompts are encoded as for SDXL: two text encoders, a pooled state, and numbers for the size."""
 
     @property
-    def xl(self) -> bool:
-        """Whether it is one of SDXL's: the first text encoder may be missing, and the VAE's statistics are read."""
-        return "text_encoder_2" in self.text_parts
+    def text_parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Tokenizers and text encoders by their names in model_index.json, each with the classes that it may have."""
+        if not self.text:
+            return {}
+        return {**_FIRST_ENCODER, **(_SECOND_ENCODER if self.two_encoders else {})}
 
 
 _TOKENIZERS = "CLIPTokenizer", "CLIPTokenizerFast"
-_CLIP: Mapping[str, tuple[str, ...]] = {"tokenizer": _TOKENIZERS, "text_encoder": ("CLIPTextModel",)}
-_TWO_CLIPS: Mapping[str, tuple[str, ...]] = {
-    **_CLIP,
+_FIRST_ENCODER: Mapping[str, tuple[str, ...]] = {"tokenizer": _TOKENIZERS, "text_encoder": ("CLIPTextModel",)}
+_SECOND_ENCODER: Mapping[str, tuple[str, ...]] = {
     "tokenizer_2": _TOKENIZERS,
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
@@ -41,11 +42,9 @@ PIPELINES: Mapping[str, PipelineKind] = MappingProxyType(
     {
         "DDPMPipeline": PipelineKind(denoiser="UNet2DModel"),
         "DDIMPipeline": PipelineKind(denoiser="UNet2DModel"),
-        "StableDiffusionPipeline": PipelineKind(
-            denoiser="UNet2DConditionModel", text=True, guidance_scale=7.5, text_parts=_CLIP
-        ),
+        "StableDiffusionPipeline": PipelineKind(denoiser="UNet2DConditionModel", text=True, guidance_scale=7.5),
         "StableDiffusionXLPipeline": PipelineKind(
-            denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0, text_parts=_TWO_CLIPS
+            denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0, two_encoders=True
         ),
     }
 )
