@@ -94,12 +94,9 @@ def read_model_index(name: str, folder: Path) -> ModelIndex:
         allowed["vae"] = "diffusers", tuple(AUTOENCODERS)
     allowed |= {part: ("transformers", classes) for part, classes in kind.text_parts.items()}
     parts = {part: _part(index, part) for part in allowed}
-    if (
-        kind.two_encoders
-        and parts["text_encoder_2"]
-        and not any(parts.get(part) for part in ("tokenizer", "text_encoder"))
-    ):
-        allowed = {part: own for part, own in allowed.items() if part not in ("tokenizer", "text_encoder")}
+    first = {"tokenizer", "text_encoder"}
+    if kind.two_encoders and not any(parts[part] for part in first):  # diffusers then uses the second encoder alone
+        allowed = {part: own for part, own in allowed.items() if part not in first}
     for part, (library, classes) in allowed.items():
         own = parts[part]
         if own is None:
@@ -158,6 +155,6 @@ def _check_settings(name: str, pipeline: str, index: Mapping[str, Any], parts: s
                 f"{name} asks for a watermark (add_watermarker in {MODEL_INDEX}), and unetc adds none. Set it to false."
             )
         raise ModelError(
-            f"{MODEL_INDEX} of {name} has {key!r}, and unetc does not know what it changes in a {pipeline}. Remove it "
-            "if it changes nothing."
+            f"{MODEL_INDEX} of {name} has {key!r}, a setting that unetc does not know in a {pipeline}. Remove it if it "
+            "changes nothing."
         )

@@ -1,7 +1,7 @@
-"""The autoencoders whose decoders unetc runs, and what each key of their configurations does to the image.
+"""The autoencoders that unetc decodes with, and the keys of their configurations.
 
-A key is listed if the decoder that is built from the configuration obeys it, or if `Latents` does. Every other key is
-refused by name, because nobody has looked at what it changes.
+A key is listed if the decoder obeys it when it is built from the configuration, or if `Latents` does. Every other key
+is refused by name, because it could change the image unnoticed.
 
 Source:
     The end of `__call__` in StableDiffusionPipeline and StableDiffusionXLPipeline of diffusers 0.42.1. The first
@@ -86,15 +86,15 @@ def read_vae(name: str, kind: str, config: Mapping[str, Any], *, statistics: boo
         statistics: Whether the pipeline reads `latents_mean` and `latents_std`.
 
     Raises:
-        ModelError: If unetc does not run its decoder, or does not know what a key changes.
+        ModelError: If unetc does not run its decoder, or does not know a key.
     """
     if kind not in AUTOENCODERS:
         reason = f": {_REFUSED[kind]}" if kind in _REFUSED else ""
         raise ModelError(f"{name} has a {kind} as its vae{reason}. Supported: {', '.join(AUTOENCODERS)}.")
     if unknown := sorted(key for key in config if not key.startswith("_") and key not in AUTOENCODERS[kind]):
         raise ModelError(
-            f"the vae of {name} has the setting {unknown[0]!r}, and unetc does not know what it changes in a {kind}. "
-            "Remove it from vae/config.json if it changes nothing."
+            f"the vae of {name} has {unknown[0]!r}, a setting that unetc does not know in a {kind}. Remove it from "
+            "vae/config.json if it changes nothing."
         )
     if (colours := config.get("out_channels", CHANNELS)) != CHANNELS:
         raise ModelError(f"the vae of {name} makes images of {colours} channels. Expected {CHANNELS}.")
