@@ -68,11 +68,11 @@ def set_up(
     if plan is not None:
         check_plan(plan, profile)
     target = open_backend(profile.target, threads=profile.threads)
+    conditions = model.encode(profile.prompts, profile.guidance_scale)  # before the capture, which takes long
     prepared = prepare(model, cache, on_progress)
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
-    conditions = model.encode(profile.prompts, profile.guidance_scale)
     calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
     finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
     on_demand = OnDemand(calls, finder, on_progress)
