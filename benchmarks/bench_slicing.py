@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from safetensors.numpy import save
 
 from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
@@ -30,12 +29,13 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import serialise
 from unetc.environment import describe
 from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.tensors import save_tensors
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 SKIP = "skip"
-NO_WEIGHTS = save({})
+NO_WEIGHTS = save_tensors({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

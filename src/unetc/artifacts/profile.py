@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from unetc.treatments import Treatment
 
 from .record import Artifact, Record, finite, require
@@ -27,6 +29,8 @@ class ModelReference(Record, frozen=True, kw_only=True):
     """Whether the graph has ControlNet inputs; part of the hash."""
     loras: tuple[str, ...] = ()
     """LoRAs fused into the denoiser, as path and scale, in order; their contents and scales are part of the hash."""
+    text_sha256: str | msgspec.UnsetType = msgspec.UNSET
+    """Hash of the tokenizers and text encoders; absent for a model without text, and from older versions of unetc."""
 
     @property
     def title(self) -> str:

@@ -58,6 +58,11 @@ class ModelGroup(Group, panel="Model"):
         typer.Option("--controlnet", help="Give engines the inputs of a ControlNet, for unetc.diffusers."),
     ] = False
 
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Variant of the weights to read, such as fp16 (default: the files without one)."),
+    ] = None
+
     def source(self) -> ModelSource:
         """Make the source of the model.
 
@@ -68,7 +73,9 @@ class ModelGroup(Group, panel="Model"):
         from unetc.models.lora import Lora
 
         loras = tuple(Lora.parse(text) for text in self.lora or ())
-        return ModelSource(self.model, weights=self.weights, loras=loras, controlnet=self.controlnet)
+        return ModelSource(
+            self.model, weights=self.weights, loras=loras, controlnet=self.controlnet, variant=self.variant
+        )
 
 
 class AnalysisGroup(Group, panel="Sampling and measuring"):

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -409,33 +408,24 @@ def opened(lora: Lora, framework: str) -> Iterator[Any]:
         raise ModelError(f"cannot read LoRA {lora.path}: {error}. Expected a complete {SUFFIX} file.") from error
 
 
-def check_loras(loras: Sequence[Lora], folder: Path) -> None:
+def check_loras(loras: Sequence[Lora], parts: Mapping[str, Mapping[str, Shape]]) -> None:
     """Check from headers that LoRAs fit a pipeline.
 
     Args:
         loras: LoRAs to fuse.
-        folder: Folder of the pipeline.
+        parts: Shapes of the stored tensors of each part of the pipeline, by name.
 
     Raises:
         ModelError: If a LoRA cannot be read, holds another method, or does not fit.
     """
-    parts = {part: _stored_shapes(folder / part) for part in PARTS if (folder / part).is_dir()} if loras else {}
+    named = {part: {_new_name(name): shape for name, shape in shapes.items()} for part, shapes in parts.items()}
     for lora in loras:
-        LoraFile(lora).check(parts)
+        LoraFile(lora).check(named)
 
 
-def _stored_shapes(folder: Path) -> dict[str, Shape] | None:
-    """Read the shapes of a model's tensors from the headers of its files; None if a file cannot be read."""
-    shapes: dict[str, Shape] = {}
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118, not a dict
-                    own = ".".join(_OLD_ATTENTION.get(level, level) for level in name.split("."))
-                    shapes[own] = tuple(file.get_slice(name).get_shape())
-        except (OSError, SafetensorError):
-            return None  # named when the model is loaded
-    return shapes or None
+def _new_name(name: str) -> str:
+    """Return the name of a tensor in releases of diffusers that renamed the layers of attention."""
+    return ".".join(_OLD_ATTENTION.get(level, level) for level in name.split("."))
 
 
 def some(names: Sequence[str]) -> str:
