@@ -198,9 +198,9 @@ def test_an_unknown_variant_is_refused(folder: Path) -> None:
 def test_shards_are_read(original: Path, tmp_path: Path, variant: str | None, old: bool) -> None:  # C2
     if old and variant is None:
         pytest.skip("names of shards changed only with a variant")
-    folder = save_again(original, tmp_path / "saved", variant=variant, max_shard_size="20KB")
+    folder = save_again(original, tmp_path / "saved", variant=variant, max_shard_size="5KB")
     expected = diffusers.StableDiffusionPipeline.from_pretrained(folder, variant=variant)
-    assert len(list((folder / "unet").glob("*.safetensors"))) > 2
+    assert all(len(list((folder / part).glob("*.safetensors"))) > 2 for part in PARTS)
     if old:  # diffusion_pytorch_model.fp16-00001-of-00002 was diffusion_pytorch_model-00001-of-00002.fp16
         for part, stem in PARTS.items():
             for path in (folder / part).glob(f"{stem}.fp16-*"):
@@ -620,6 +620,18 @@ def test_parts_without_the_variant_are_fetched_too(
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     }
+
+
+def test_another_variant_is_fetched_where_there_is_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, variant in (("unet", "fp16"), ("vae", "bf16")):
+        path = folder / part / "diffusion_pytorch_model.safetensors"
+        path.rename(path.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    hub(monkeypatch, folder, tmp_path / "local")
+    model = find_model(ModelSource("owner/name", variant="fp16"))
+    assert isinstance(model, PipelineModel)
+    assert [model.parts[part].weights.variant for part in PARTS] == ["fp16", "bf16", None]
 
 
 def test_a_variant_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,19 +105,21 @@ def _find(name: str, variant: str | None) -> Path:
 def _download(name: str, variant: str | None) -> Path:
     """Fetch the files of a pipeline from the Hub, with as few weights as possible.
 
-    The first call fetches the weights without a variant, or in the variant that is asked for. A second call fetches
-    the weights of parts that have none yet: without a variant, or in any variant.
+    The first call fetches the weights without a variant, or in the variant that is asked for. Further calls fetch the
+    weights of parts that have none yet: first without a variant, then in any variant.
     """
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_\-]+", variant):
         raise ModelError(f"there is no variant {variant!r}. Expected a name such as fp16.")
     weights = [*_weights("unet/", DIFFUSERS, variant), *_weights("vae/", DIFFUSERS, variant)]
     weights += [*_weights("text_encoder*/", TRANSFORMERS, variant), *_weights("", DIFFUSERS, variant)]
     folder = _fetch(name, [*_SETTINGS, *weights])
-    missing = read_model_index(name, folder).without_weights(folder, variant)
-    if not missing:
-        return folder
-    others = None if variant else "*"
-    return _fetch(name, [pattern for prefix, stem in missing for pattern in _weights(prefix, stem, others)])
+    index, tried = read_model_index(name, folder), [variant]
+    for others in ("*",) if variant is None else (None, "*"):
+        if not (missing := index.without_weights(folder, tried)):
+            break
+        folder = _fetch(name, [pattern for prefix, stem in missing for pattern in _weights(prefix, stem, others)])
+        tried.append(others)
+    return folder
 
 
 _SETTINGS = (

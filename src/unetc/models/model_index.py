@@ -5,7 +5,7 @@ Every key is used, is harmless for the reason given here, or is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -56,12 +56,12 @@ class ModelIndex:
         named = {"unet": DIFFUSERS, "vae": DIFFUSERS}
         return {part: named.get(part, TRANSFORMERS) for part in self.classes if not part.startswith("tokenizer")}
 
-    def without_weights(self, folder: Path, variant: str | None) -> list[tuple[str, str]]:
-        """List the parts whose weights are not in a folder: neither in a variant nor without one.
+    def without_weights(self, folder: Path, variants: Sequence[str | None]) -> list[tuple[str, str]]:
+        """List the parts whose weights are not in a folder.
 
         Args:
             folder: Folder of the pipeline.
-            variant: A variant; None to look for weights without a variant alone.
+            variants: Variants to look for; None means weights without a variant.
 
         Returns:
             The folder of each, as a prefix of its files, and the name of its weights.
@@ -69,7 +69,7 @@ class ModelIndex:
         missing = []
         for part, stem in self.stems.items():
             own = part_folder(folder, part)
-            if not has_weights(own, stem, variant):
+            if not any(has_weights(own, stem, variant) for variant in variants):
                 missing.append(("" if own == folder else f"{part}/", stem))
         return missing
 
