@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifacts.record import Record, require
+from .artifacts.call_input import SAMPLE, CallInput
 from .controlnet import PREFIX, ControlNetInput, controlnet_inputs
 from .errors import ModelError, SessionError, ShapeMismatch
 
-SAMPLE, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
+TIMESTEP, CONTEXT = "timestep", "encoder_hidden_states"
 POOLED, TIME_IDS, CLASS_LABELS = "text_embeds", "time_ids", "class_labels"
 TIMESTEP_COND, EXTRA_CHANNELS = "timestep_cond", "extra_channels"
 HEIGHT, WIDTH, TOKENS = "height", "width", "tokens"
@@ -36,45 +36,6 @@ _ADVICE: Mapping[str, str] = {
     TIMESTEP_COND: "Embed the guidance scale with the pipeline's get_guidance_scale_embedding.",
     EXTRA_CHANNELS: "Give the image latents, for inpainting after the mask, at the size of the sample.",
 }
-
-
-class CallInput(Record, frozen=True, kw_only=True):
-    """One input of a denoiser, besides the timestep."""
-
-    name: str
-    axes: tuple[int | str, ...]
-    """Sizes after the batch: a number, or the name of a size that a call may choose; equal names are equal sizes."""
-    classes: int | None = None
-    """The values are whole numbers from 0 to below this; None for real numbers."""
-    optional: bool = False
-    """Whether a UNet may be called without it, which is the same as zeros."""
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        require(all(isinstance(size, str) or size > 0 for size in self.axes), f"sizes must be positive, got {self}")
-
-    def describe(self) -> str:
-        """Describe its shape, as in `[batch, tokens, 768]`."""
-        return f"[{', '.join(map(str, ('batch', *self.axes)))}]"
-
-    def read(self, value: Any) -> NDArray[Any]:
-        """Return a value in the element type that a graph reads: float32, or int64 for labels.
-
-        Raises:
-            ShapeMismatch: If labels are not whole numbers of known classes.
-        """
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise ShapeMismatch(f"{self.name} has elements of type {array.dtype}. Expected numbers.")
-        if self.classes is None:
-            return array.astype(np.float32, copy=False)
-        whole = array.astype(np.int64, copy=False)
-        if (whole != array).any() or ((whole < 0) | (whole >= self.classes)).any():
-            raise ShapeMismatch(
-                f"{self.name} are {array.ravel()[:8].tolist()}. Expected whole numbers from 0 to {self.classes - 1}: "
-                f"the model knows {self.classes} classes."
-            )
-        return whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,18 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
-GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "extras", "metrics"}
+GROUND = {
+    "artifacts",
+    "backend",
+    "call",
+    "conditions",
+    "controlnet",
+    "device",
+    "environment",
+    "errors",
+    "extras",
+    "metrics",
+}
 GROUND |= {"models", "nvidia", "percent", "precision", "progress", "report", "sampler", "timing", "treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)

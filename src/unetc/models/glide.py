@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unetc.artifacts.profile import ModelReference
+from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 
@@ -43,7 +44,7 @@ class Variant:
     unet: Mapping[str, Any]
     """Configuration of the UNet."""
     denoiser: str
-    """Class of the UNet, a key of `unetc.models.glide_unet.KINDS`."""
+    """Class of the UNet in diffusers."""
     scheduler_config: Mapping[str, Any]
     text_heads: int
     guidance_scale: float
@@ -117,7 +118,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
                 blocks=2,
                 text_width=512,
             ),
-            denoiser="SuperResolutionUNet",
+            denoiser="UNet2DConditionModel",
             scheduler_config={**_SCHEDULE, "beta_schedule": "linear"},
             text_heads=8,
             guidance_scale=1.0,
@@ -143,6 +144,11 @@ class GlideModel:
     def denoiser_config(self) -> dict[str, Any]:
         """Configuration of the UNet, in the form that diffusers reads."""
         return dict(self.variant.unet)
+
+    @property
+    def calls(self) -> CallSignature:
+        """The calls of the UNet; the upsampler gets the low-resolution image as extra channels."""
+        return CallSignature.of(self.variant.denoiser, self.denoiser_config, channels=self.sample_shape[0])
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
@@ -204,7 +210,7 @@ class GlideModel:
         """
         from .glide_unet import load_unet
 
-        return load_unet(self.variant.denoiser, self.variant.unet, self._read().unet)
+        return load_unet(self.variant.unet, self._read().unet)
 
     def _read(self) -> Checkpoint:
         """Read the checkpoint each time; keeping it would double the memory of the model."""
@@ -223,7 +229,7 @@ class GlideModel:
             ) from error
         if images.ndim != 4 or images.shape[1] != 3 or len(images) < count:
             raise ModelError(f"{path} has shape {images.shape}. Expected [{count} or more, 3, height, width].")
-        return {"low_res": enlarge(images[:count].astype(np.float32), self.variant.size)}
+        return {EXTRA_CHANNELS: enlarge(images[:count].astype(np.float32), self.variant.size)}
 
 
 def find_glide(name: str, weights: Path | None) -> GlideModel:
@@ -250,7 +256,7 @@ def find_glide(name: str, weights: Path | None) -> GlideModel:
 
 
 def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Enlarge images bilinearly to the size of the upsampler, for its condition `low_res`.
+    """Enlarge images bilinearly to the size of the upsampler, for its extra channels.
 
     Args:
         images: [batch, 3, height, width].

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from unetc.artifacts.profile import ModelReference
+from unetc.call import CallSignature
 from unetc.conditions import Conditions
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ class Model(Protocol):
     @property
     def denoiser_config(self) -> dict[str, Any]:
         """Configuration of the denoiser, in the form that diffusers pipelines read."""
+
+    @property
+    def calls(self) -> CallSignature:
+        """The calls of the denoiser: its inputs and their shapes."""
 
     @property
     def scheduler_config(self) -> dict[str, Any]:

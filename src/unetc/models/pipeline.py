@@ -7,22 +7,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unetc.artifacts.profile import ModelReference
+from unetc.call import (
+    AESTHETIC_NUMBERS,
+    CLASS_LABELS,
+    CONTEXT,
+    EXTRA_CHANNELS,
+    POOLED,
+    SIZE_NUMBERS,
+    TIME_IDS,
+    TIMESTEP_COND,
+    CallSignature,
+)
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
 from unetc.errors import ModelError
 
+from .images import Images
 from .lora import Lora
-from .pipelines import PIPELINES, TEXT_PIPELINES
-from .prompts import PROMPTS, read_prompts
+from .pipelines import PIPELINES, TEXT_PIPELINES, sample_channels
+from .prompts import PROMPTS, encode_labels, read_prompts, spread_labels
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +49,8 @@ class PipelineModel:
     scheduler_config: dict[str, Any]
     sample_shape: tuple[int, int, int]
     """[channel, height, width] for which the denoiser was trained; a latent shape if there is a decoder."""
+    calls: CallSignature
+    """The calls of the denoiser: its inputs and their shapes."""
     folder: Path
     loras: tuple[Lora, ...] = ()
     """LoRAs fused into the UNet and the text encoders, in order."""
@@ -49,34 +66,63 @@ class PipelineModel:
         return PIPELINES[self.reference.pipeline].guidance_scale
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts used to measure the model; empty for an unconditional model."""
+        """Read the prompts used to measure the model, or list labels of its classes; empty if it takes neither."""
+        if self._labels is not None:
+            return spread_labels(self._labels)
         if not self.conditional:
             return ()
         own = self.folder / PROMPTS
         return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
-        """Turn prompts into conditions.
+    def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
+        """Turn prompts, or labels of classes, into conditions.
+
+        Args:
+            prompts: One text or label per row.
+            guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
+            images: Images for a model that takes some, one per row; drawn when not given.
 
         Raises:
-            ModelError: If the model takes no prompts, its text encoders cannot be loaded, or a LoRA does not fit them.
-            MissingDependency: If transformers is not installed.
+            ModelError: If the model takes no prompts, no labels or no images, its text encoders cannot be loaded, a
+                LoRA does not fit them, or an image cannot be read.
+            MissingDependency: If transformers or pillow is not installed.
         """
+        name, pipeline = self.reference.name, self.reference.pipeline
+        if images is not None and images.folder is not None and EXTRA_CHANNELS not in self.calls.names:
+            raise ModelError(f"{name} takes no images; it is a {pipeline} without extra channels. Omit the images.")
+        if self._labels is not None:
+            return encode_labels(name, prompts, self._labels)
         if not self.conditional:
             if prompts:
-                raise ModelError(f"{self.reference.name} takes no prompts; it is a {self.reference.pipeline}.")
+                raise ModelError(f"{name} takes no prompts; it is a {pipeline}.")
             return UNCONDITIONAL
         from .text import encode_prompts, load_text_encoders
 
         _, height, width = self.sample_shape
         size = height * self.decoder_scale, width * self.decoder_scale
-        pipeline = load_text_encoders(self.folder, self.reference.pipeline)
+        encoders = load_text_encoders(self.folder, pipeline)
         if self.loras:
             from .lora_fusion import fuse_into_text_encoders
 
-            fuse_into_text_encoders(pipeline, self.loras, self.denoiser_config)
-        encoded = encode_prompts(pipeline, prompts, guidance_scale=guidance_scale, size=size)
-        return replace(encoded, controlnet=controlnet_inputs(self.denoiser_config) if self.reference.controlnet else ())
+            fuse_into_text_encoders(encoders, self.loras, self.denoiser_config)
+        encoded = encode_prompts(
+            encoders, prompts, guidance_scale=guidance_scale, size=size, kind=PIPELINES[pipeline], calls=self.calls
+        )
+        for note in encoded.notes:
+            logger.warning("%s", note)
+        if EXTRA_CHANNELS in self.calls.names:
+            from .image_conditions import add_images
+
+            use = PIPELINES[pipeline].images
+            assert use is not None
+            scale = PIPELINES[pipeline].image_guidance_scale
+            encoded = add_images(encoded, images or Images(), self.load_decoder(), use, size, scale)
+        return replace(encoded, controlnet=self.calls.controlnet)
+
+    @property
+    def _labels(self) -> int | None:
+        """Number of classes; None for a model without classes."""
+        return next((item.classes for item in self.calls.conditions if item.name == CLASS_LABELS), None)
 
     @property
     def decoder_scale(self) -> int:
@@ -172,22 +218,21 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
     size = config.get("sample_size")
     if size is None:
         raise ModelError(f"{folder / 'unet/config.json'} has no sample_size. Add it: noise of that size is drawn.")
+    variance_type = str(scheduler_config.get("variance_type"))
+    latents = int(_read_json(folder / "vae/config.json").get("latent_channels", 4)) if kind.text else None
     try:
         height, width = size if isinstance(size, list) else (size, size)
-        sample_shape = int(config.get("in_channels", 3)), int(height), int(width)  # 3 is the default of diffusers
+        sample_shape = sample_channels(pipeline, config, variance_type, latents), int(height), int(width)
+        calls = _calls(denoiser_class, config, sample_shape[0], index)
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}. "
             "Expected whole numbers."
         ) from error
-    variance_type = str(scheduler_config.get("variance_type"))
-    channels = sample_shape[0]
-    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
-    if (predicted := config.get("out_channels", 3)) not in allowed:
-        raise ModelError(
-            f"{name} predicts {predicted} channels for samples of {channels}. Expected "
-            f"{' or '.join(map(str, allowed))}, because its scheduler has variance_type {variance_type}."
-        )
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    _check_conditions(name, pipeline, calls)
+    calls = replace(calls, controlnet=controlnet_inputs(config) if controlnet else ())
     return PipelineModel(
         reference=ModelReference(
             name=name,
@@ -200,9 +245,33 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
         denoiser_config=_plain(config),
         scheduler_config=scheduler_config,
         sample_shape=sample_shape,
+        calls=calls,
         folder=folder,
         loras=loras,
     )
+
+
+def _calls(denoiser: str, config: dict[str, Any], channels: int, index: dict[str, Any]) -> CallSignature:
+    """Derive the calls of the denoiser; a pipeline may say that its size numbers end with an aesthetic score."""
+    scored = bool(index.get("requires_aesthetics_score"))
+    return CallSignature.of(
+        denoiser, config, channels=channels, size_numbers=AESTHETIC_NUMBERS if scored else SIZE_NUMBERS
+    )
+
+
+def _check_conditions(name: str, pipeline: str, calls: CallSignature) -> None:
+    """Refuse a denoiser with an input for which its pipeline has no values."""
+    kind = PIPELINES[pipeline]
+    given = {EXTRA_CHANNELS} if kind.images else set()
+    if kind.text:
+        given |= {CONTEXT, TIMESTEP_COND, *((POOLED, TIME_IDS) if kind.two_encoders else ())}
+    elif any(item.classes is not None for item in calls.conditions):
+        given.add(CLASS_LABELS)
+    if unknown := sorted(calls.names - given):
+        raise ModelError(
+            f"{name}: its {kind.denoiser} needs {', '.join(unknown)}, which a {pipeline} does not give it. "
+            f"Supported conditions of a {pipeline}: {', '.join(sorted(given)) or 'labels of num_class_embeds classes'}."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
