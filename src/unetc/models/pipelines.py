@@ -44,6 +44,11 @@ class PipelineKind:
     two_encoders: bool = False
     """Whether prompts are encoded as for SDXL: two text encoders, a pooled state, and numbers for the size."""
 
+    def input_channels(self, latent_channels: int) -> tuple[int, ...]:
+        """List the possible numbers of input channels of the denoiser."""
+        extra = (0,) if self.images is None else self.images.extra_channels(latent_channels)
+        return tuple(latent_channels + count for count in extra)
+
 
 PIPELINES: Mapping[str, PipelineKind] = MappingProxyType(
     {
@@ -106,7 +111,7 @@ def sample_channels(pipeline: str, config: Mapping[str, Any], variance_type: str
     channels = taken if kind.images is None else predicted
     if latent_channels is not None and channels != latent_channels:
         raise ModelError(_wrong_channels(pipeline, taken, latent_channels))
-    if kind.images is not None and taken - channels not in kind.images.extra_channels(channels):
+    if kind.images is not None and taken not in kind.input_channels(channels):
         raise ModelError(_wrong_channels(pipeline, taken, channels))
     allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
     if predicted not in allowed:
@@ -121,9 +126,7 @@ def _wrong_channels(pipeline: str, taken: int, latent_channels: int) -> str:
     """Describe the mistake, and name the pipelines whose denoiser takes this number of channels."""
     kind = PIPELINES[pipeline]
     given = {
-        name: [
-            latent_channels + extra for extra in (row.images.extra_channels(latent_channels) if row.images else (0,))
-        ]
+        name: row.input_channels(latent_channels)
         for name, row in PIPELINES.items()
         if row.text and row.two_encoders == kind.two_encoders
     }
