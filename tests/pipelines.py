@@ -131,6 +131,29 @@ def save_stable_diffusion_xl(
     return folder
 
 
+def save_classes(folder: Path, **options: Any) -> Path:
+    """Save a `DDPMPipeline` whose denoiser takes class labels, with 8x8 images of one channel.
+
+    Args:
+        folder: Folder to write.
+        options: Further options of the denoiser.
+    """
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=4,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        **options,
+    )
+    condition_well(unet, 0)
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
 def _autoencoder() -> Any:
     return diffusers.AutoencoderKL(
         sample_size=32,

@@ -71,7 +71,7 @@ class CallSignature:
             ModelError: If a part of the configuration is not supported. The message names the part.
         """
         conditional = denoiser == "UNet2DConditionModel"
-        every = int(config.get("in_channels") or (4 if conditional else 3))
+        every = int(config.get("in_channels", 4 if conditional else 3))
         own = every if channels is None else channels
         if not 0 < own <= every:
             raise ModelError(f"a {denoiser} with {every} input channels cannot denoise samples of {own} channels.")
@@ -98,6 +98,11 @@ class CallSignature:
     def conditions(self) -> tuple[CallInput, ...]:
         """Inputs after the sample, without those of a ControlNet."""
         return self.inputs[1:]
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes; None for a model without class labels, or whose labels are not numbers of classes."""
+        return next((item.classes for item in self.conditions if item.name == CLASS_LABELS), None)
 
     @property
     def names(self) -> frozenset[str]:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import condition_well
-from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
+from tests.pipelines import save_classes, save_stable_diffusion, save_stable_diffusion_xl
 from tests.plans import plan_of
 from unetc.artifacts import Assignment, Phase
 from unetc.call import CLASS_LABELS, EXTRA_CHANNELS, TIME_IDS, TIMESTEP_COND
@@ -235,24 +234,6 @@ def test_sdxl_refiner_gets_aesthetic_scores(tmp_path: Path) -> None:  # D4
         negative, own = (half.numpy() for half in output[0].chunk(2))
         assert_same(guided, negative + 3.0 * (own - negative))
         assert named["added_cond_kwargs"]["time_ids"].shape == (4, 5)
-
-
-def save_classes(folder: Path, **options: Any) -> Path:
-    """Save a pipeline whose denoiser takes class labels."""
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        norm_num_groups=4,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        **options,
-    )
-    condition_well(unet, 0)
-    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

@@ -91,9 +91,12 @@ def draw_image(seed: int, index: int, height: int, width: int) -> NDArray[np.flo
     colours = rng.uniform(-1, 1, (_DISCS, 3)).astype(np.float32)
     centres = rng.uniform(size=(_DISCS, 2)) * (height, width)
     image = np.full((3, height, width), rng.uniform(-1, 1), np.float32)
-    rows, columns = np.mgrid[:height, :width]
-    for (row, column), radius, colour in zip(centres, radii, colours, strict=True):
-        image[:, (rows + 0.5 - row) ** 2 + (columns + 0.5 - column) ** 2 < radius**2] = colour[:, None]
+    for centre, radius, colour in zip(centres, radii, colours, strict=True):
+        box = [slice(max(0, int(middle - radius)), int(middle + radius) + 1) for middle in centre]
+        part = image[:, box[0], box[1]]
+        rows, columns = np.ogrid[: part.shape[1], : part.shape[2]]
+        down, across = (side.start + 0.5 - middle for side, middle in zip(box, centre, strict=True))
+        part[:, (rows + down) ** 2 + (columns + across) ** 2 < radius**2] = colour[:, None]
     return image
 
 

@@ -67,8 +67,8 @@ class PipelineModel:
 
     def prompts(self) -> tuple[str, ...]:
         """Read the prompts used to measure the model, or list labels of its classes; empty if it takes neither."""
-        if self._labels is not None:
-            return spread_labels(self._labels)
+        if self.calls.classes is not None:
+            return spread_labels(self.calls.classes)
         if not self.conditional:
             return ()
         own = self.folder / PROMPTS
@@ -90,8 +90,8 @@ class PipelineModel:
         name, pipeline = self.reference.name, self.reference.pipeline
         if images is not None and images.folder is not None and EXTRA_CHANNELS not in self.calls.names:
             raise ModelError(f"{name} takes no images; it is a {pipeline} without extra channels. Omit the images.")
-        if self._labels is not None:
-            return encode_labels(name, prompts, self._labels)
+        if self.calls.classes is not None:
+            return encode_labels(name, prompts, self.calls.classes)
         if not self.conditional:
             if prompts:
                 raise ModelError(f"{name} takes no prompts; it is a {pipeline}.")
@@ -118,11 +118,6 @@ class PipelineModel:
             scale = PIPELINES[pipeline].image_guidance_scale
             encoded = add_images(encoded, images or Images(), self.load_decoder(), use, size, scale)
         return replace(encoded, controlnet=self.calls.controlnet)
-
-    @property
-    def _labels(self) -> int | None:
-        """Number of classes; None for a model without classes."""
-        return next((item.classes for item in self.calls.conditions if item.name == CLASS_LABELS), None)
 
     @property
     def decoder_scale(self) -> int:

@@ -102,7 +102,7 @@ def sample_channels(pipeline: str, config: Mapping[str, Any], variance_type: str
     kind = PIPELINES[pipeline]
     default = 4 if kind.denoiser == "UNet2DConditionModel" else 3
     try:
-        taken, predicted = (int(config.get(key) or default) for key in ("in_channels", "out_channels"))
+        taken, predicted = (int(config.get(key, default)) for key in ("in_channels", "out_channels"))
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"the denoiser has in_channels {config.get('in_channels')} and out_channels {config.get('out_channels')}. "
