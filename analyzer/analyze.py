@@ -41,6 +41,8 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
     table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
     target = open_backend(options.target, threads=options.threads)
+    if options.labels and model.calls.classes is None:
+        raise ProfileError(f"{model.reference.name} has no classes, so it takes no labels. Omit them.")
     prompts = options.prompts or tuple(map(str, options.labels)) or model.prompts()
     scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]

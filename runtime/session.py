@@ -238,6 +238,8 @@ class Session:
     @property
     def _pixels(self) -> int:
         """Image pixels per sample pixel, along each side."""
+        if self._decoder is None and self.conditions.size is not None:  # samples are latents of these images
+            return self.conditions.size[0] // self.sample_shape[1]
         return 1 if self._decoder is None else self._decoder.scale
 
     def _checked(self, noise: Array, conditions: Conditions) -> Conditions:
@@ -248,18 +250,11 @@ class Session:
         conditions = conditions.for_size(height * self._pixels, width * self._pixels)
         if self.calls is None:
             return conditions
-        read = {
-            name: self.calls.read(values)
-            for name, values in (
-                ("own", conditions.own),
-                ("negative", conditions.negative),
-                ("middle", conditions.middle),
-            )
-            if values or name == "own"
-        }
-        for values in read.values():
+        own, negative, middle = map(self.calls.read, (conditions.own, conditions.negative, conditions.middle))
+        for values in filter(None, (negative, middle)):
             self.calls.check(noise, values)
-        return replace(conditions, **read)
+        self.calls.check(noise, own)
+        return replace(conditions, own=own, negative=negative, middle=middle)
 
     def rollout(self, *, full_model: bool = False) -> Rollout:
         """Begin a trajectory through the engines, or through the full model alone."""

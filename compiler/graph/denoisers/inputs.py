@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unetc.call import CLASS_LABELS, CONTEXT, POOLED, SAMPLE, TIME_IDS, TIMESTEP
+from unetc.artifacts.call_input import SAMPLE
+from unetc.call import CLASS_LABELS, CONTEXT, POOLED, TIME_IDS, TIMESTEP
 
 BATCH = 2
 TOKENS = 5

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unetc.call import EXTRA_CHANNELS, POOLED, SAMPLE, TIME_IDS, CallSignature
+from unetc.artifacts.call_input import SAMPLE
+from unetc.call import EXTRA_CHANNELS, POOLED, TIME_IDS, CallSignature
 from unetc.controlnet import PREFIX
 
 from .inputs import BATCH, Input, Signature, text, timestep, vector

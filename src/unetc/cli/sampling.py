@@ -14,18 +14,26 @@ from unetc.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from unetc.call import CallSignature
+    from unetc.conditions import Conditions
     from unetc.runtime.session import Step
 
 
 class Draw(Protocol):
     """Samples one batch, as `Session.sample` does."""
 
-    def __call__(self, batch: int, *, first_index: int, on_step: Callable[[Step], None]) -> Array:
-        """Sample from noise."""
+    def __call__(
+        self,
+        batch: int,
+        *,
+        first_index: int,
+        on_step: Callable[[Step], None],
+        conditions: Conditions | None = None,
+    ) -> Array:
+        """Sample from noise; without conditions, with those of the bundle."""
         ...
 
 
-def with_labels(draw: Callable[..., Array], calls: CallSignature, text: str) -> Draw:
+def with_labels(draw: Draw, calls: CallSignature, text: str) -> Draw:
     """Give every sample a class label: sample k gets label k, modulo their number.
 
     Args:
@@ -41,10 +49,12 @@ def with_labels(draw: Callable[..., Array], calls: CallSignature, text: str) -> 
     classes = calls.classes
     if classes is None:
         raise ModelError("the model has no classes, so it takes no labels. Omit --labels.")
-    conditions = encode_labels("the model", tuple(map(str, read_labels(text))), classes)
+    labelled = encode_labels("the model", tuple(map(str, read_labels(text))), classes)
 
-    def drawn(batch: int, *, first_index: int, on_step: Callable[[Step], None]) -> Array:
-        own = conditions.take(range(first_index, first_index + batch))
+    def drawn(
+        batch: int, *, first_index: int, on_step: Callable[[Step], None], conditions: Conditions | None = None
+    ) -> Array:
+        own = labelled.take(range(first_index, first_index + batch)) if conditions is None else conditions
         return draw(batch, first_index=first_index, on_step=on_step, conditions=own)
 
     return drawn

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from unetc.artifacts.profile import ModelReference
 from unetc.call import (
     AESTHETIC_NUMBERS,
@@ -27,7 +29,7 @@ from unetc.call import (
 )
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
-from unetc.errors import ModelError
+from unetc.errors import ModelError, ShapeMismatch
 
 from .images import Images
 from .lora import Lora
@@ -117,7 +119,17 @@ class PipelineModel:
             assert use is not None
             scale = PIPELINES[pipeline].image_guidance_scale
             encoded = add_images(encoded, images or Images(), self.load_decoder(), use, size, scale)
+        self._check_fit(encoded)
         return replace(encoded, controlnet=self.calls.controlnet)
+
+    def _check_fit(self, encoded: Conditions) -> None:
+        """Refuse a pipeline whose encoders do not fit its denoiser, before any long work."""
+        sample = np.broadcast_to(np.float32(0), (encoded.rows or 1, *self.sample_shape))
+        try:
+            for values in encoded.sets:
+                self.calls.check(sample, values)
+        except ShapeMismatch as error:
+            raise ModelError(f"the encoders of {self.reference.name} do not fit its denoiser: {error}") from error
 
     @property
     def decoder_scale(self) -> int:
@@ -218,7 +230,13 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
     try:
         height, width = size if isinstance(size, list) else (size, size)
         sample_shape = sample_channels(pipeline, config, variance_type, latents), int(height), int(width)
-        calls = _calls(denoiser_class, config, sample_shape[0], index)
+        scored = kind.scored and bool(index.get("requires_aesthetics_score"))
+        calls = CallSignature.of(
+            denoiser_class,
+            config,
+            channels=sample_shape[0],
+            size_numbers=AESTHETIC_NUMBERS if scored else SIZE_NUMBERS,
+        )
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}. "
@@ -243,14 +261,6 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
         calls=calls,
         folder=folder,
         loras=loras,
-    )
-
-
-def _calls(denoiser: str, config: dict[str, Any], channels: int, index: dict[str, Any]) -> CallSignature:
-    """Derive the calls of the denoiser; a pipeline may say that its size numbers end with an aesthetic score."""
-    scored = bool(index.get("requires_aesthetics_score"))
-    return CallSignature.of(
-        denoiser, config, channels=channels, size_numbers=AESTHETIC_NUMBERS if scored else SIZE_NUMBERS
     )
 
 

@@ -44,6 +44,9 @@ class PipelineKind:
     two_encoders: bool = False
     """Whether prompts are encoded as for SDXL: two text encoders, a pooled state, and numbers for the size."""
 
+    scored: bool = False
+    """Whether the pipeline has the setting `requires_aesthetics_score`: the last size number is then a score."""
+
     def input_channels(self, latent_channels: int) -> tuple[int, ...]:
         """List the possible numbers of input channels of the denoiser."""
         extra = (0,) if self.images is None else self.images.extra_channels(latent_channels)
@@ -70,7 +73,7 @@ PIPELINES: Mapping[str, PipelineKind] = MappingProxyType(
             denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0, two_encoders=True
         ),
         "StableDiffusionXLImg2ImgPipeline": PipelineKind(
-            denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0, two_encoders=True
+            denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0, two_encoders=True, scored=True
         ),
         "StableDiffusionXLInpaintPipeline": PipelineKind(
             denoiser="UNet2DConditionModel",
@@ -78,6 +81,7 @@ PIPELINES: Mapping[str, PipelineKind] = MappingProxyType(
             guidance_scale=7.5,
             images=ImageUse.INPAINT,
             two_encoders=True,
+            scored=True,
         ),
     }
 )

@@ -46,7 +46,7 @@ def sample(
     from unetc.runtime.session import Session, backend_for
 
     from ..output import OUT, print_json, progress
-    from ..sampling import sample_in_calls, with_labels
+    from ..sampling import Draw, sample_in_calls, with_labels
 
     check_writable(output)
     with progress() as on_progress:
@@ -56,7 +56,7 @@ def sample(
         session = Session.of(opened, backend)
         on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
-        draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
+        draw: Draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
         if labels is not None:
             draw = with_labels(draw, opened.calls, labels)
         images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
