@@ -132,14 +132,14 @@ def save_stable_diffusion_xl(
 
 
 def save_classes(folder: Path, **options: Any) -> Path:
-    """Save a `DDPMPipeline` whose denoiser takes class labels, with 8x8 images of one channel.
+    """Save a `DDPMPipeline` whose denoiser takes class labels, with 16x16 images of one channel.
 
     Args:
         folder: Folder to write.
         options: Further options of the denoiser.
     """
     unet = diffusers.UNet2DModel(
-        sample_size=8,
+        sample_size=16,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,

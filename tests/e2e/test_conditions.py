@@ -242,7 +242,7 @@ def test_class_labels_are_conditions(tmp_path: Path) -> None:  # C4
     assert sorted(map(int, model.prompts())) == list(range(10))
     session, unet = session_of(model, tmp_path), model.load_denoiser()
     conditions = model.encode(["7", "3"], 1.0)
-    latents = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
+    latents = np.random.default_rng(0).standard_normal((2, 1, 16, 16), dtype=np.float32)
     scheduler: Any = make_scheduler("ddim", model.scheduler_config)
     scheduler.set_timesteps(STEPS)
     sample = torch.from_numpy(latents)
@@ -307,3 +307,13 @@ def test_guidance_up_to_one_is_none(scale: float, tmp_path: Path) -> None:  # G1
             output_type="latent",
         ).images.numpy()
         assert_same(session.sample(noise=noise(), conditions=conditions, latents=True), expected)
+
+
+def test_encoders_that_do_not_fit_the_unet_are_refused_before_any_capture(tmp_path: Path) -> None:
+    folder = save_stable_diffusion_xl(tmp_path / "pipeline", kind="StableDiffusionXLImg2ImgPipeline", refiner=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "requires_aesthetics_score": False}))
+    with pytest.raises(
+        ModelError, match=r"do not fit its denoiser: text_embeds has shape \[2, 16\]; expected \[2, 8\]"
+    ):
+        find_model(str(folder)).encode(PROMPTS, 3.0)
