@@ -15,7 +15,7 @@ from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.models.images import Images
 from unetc.models.model import Model
-from unetc.progress import OnProgress, Progress, ignore
+from unetc.progress import OnProgress, ignore
 from unetc.runtime.backends.registry import open_backend
 
 from .analysis import AnalysisOptions, analyze
@@ -48,8 +48,6 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
     images = Images(folder=Path(options.images) if options.images else None, seed=options.seed)
     conditions = model.encode(used, scale, images=images)
-    for note in conditions.notes:
-        on_progress(Progress(stage="conditions", done=1, total=1, note=note))
     calls = MeasuredCalls.of(model.sample_shape, options.batch, options.samples, conditions)
     prepared = prepare(model, cache, on_progress)
     finder = overflow_finder(prepared, options.scheduler, conditions, on_progress)

@@ -196,6 +196,13 @@ def test_size_numbers_follow_the_size_of_the_request(tmp_path: Path) -> None:
     fixed = Conditions(own=session.conditions.own, negative=session.conditions.negative, scale=3.0)
     other = session.sample(noise=noise(24, 20), conditions=fixed, latents=True)
     assert np.abs(other - expected).max() > 100 * TOLERANCE, "size numbers that a user has chosen stay"
+    wide = {name: np.concatenate([value, value], axis=-1) for name, value in session.conditions.own.items()}
+    with pytest.raises(
+        ShapeMismatch, match=r"encoder_hidden_states has shape \[2, 6, 64\]; expected \[2, tokens, 32\]"
+    ):
+        session.sample(2, conditions=Conditions(own=wide))  # D5
+    with pytest.raises(ShapeMismatch, match="needs encoder_hidden_states"):
+        session.sample(2, conditions=Conditions())
     for side in ({"height": 47}, {"width": 0}):
         with pytest.raises(ShapeMismatch, match="Expected a multiple of 2"):
             session.sample(**side)  # type: ignore[arg-type]
@@ -286,7 +293,7 @@ def test_words_that_a_prompt_loses_are_named(tmp_path: Path, caplog: pytest.LogC
         model = find_model(str(save(tmp_path / save.__name__ / "pipeline")))
         (note,) = model.encode(["a large red circle", "a red square a blue circle"], 1.0).notes
         assert "is cut at 6 tokens; lost: 'blue circle'" in note
-        assert note in caplog.messages
+        assert f"{note}." in caplog.messages
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])

@@ -227,6 +227,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = GlideModel(reference=reference, variant=variant, weights=folder / "weights.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unetc.models.glide.tokenize", tokens_of)
+        patch.setattr("unetc.models.glide.cut_prompts", lambda texts, length: ())
         conditions = model.encode(PROMPTS, variant.guidance_scale)
     return Captured(original=original, prepared=prepare(model, folder / "cache"), conditions=conditions)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from .glide_checkpoint import Checkpoint
     from .images import Images
+
+logger = logging.getLogger(__name__)
 
 LOW_RES = "low_res.npy"
 """File next to the weights of the upsampler: one image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
@@ -203,11 +206,14 @@ class GlideModel:
 
         low_res = self._low_res(len(prompts)) if self.variant.unet["in_channels"] > 3 else {}
         guided = guidance_scale > 1
+        notes = cut_prompts(prompts, length)
+        for note in notes:
+            logger.warning("%s.", note)
         return Conditions(
             own=conditions(prompts),
             negative=conditions([""] * len(prompts)) if guided else {},
             scale=max(1.0, guidance_scale),
-            notes=cut_prompts(prompts, length),
+            notes=notes,
         )
 
     def load_decoder(self) -> None:

@@ -110,8 +110,6 @@ class PipelineModel:
         encoded = encode_prompts(
             encoders, prompts, guidance_scale=guidance_scale, size=size, kind=PIPELINES[pipeline], calls=self.calls
         )
-        for note in encoded.notes:
-            logger.warning("%s", note)
         if EXTRA_CHANNELS in self.calls.names:
             from .image_conditions import add_images
 
@@ -119,6 +117,8 @@ class PipelineModel:
             assert use is not None
             scale = PIPELINES[pipeline].image_guidance_scale
             encoded = add_images(encoded, images or Images(), self.load_decoder(), use, size, scale)
+        for note in encoded.notes:
+            logger.warning("%s.", note)
         self._check_fit(encoded)
         return replace(encoded, controlnet=self.calls.controlnet)
 
