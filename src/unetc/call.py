@@ -96,7 +96,7 @@ class CallSignature:
 
     @property
     def conditions(self) -> tuple[CallInput, ...]:
-        """Inputs after the sample, without those of a ControlNet."""
+        """Inputs after the sample, without ControlNet inputs."""
         return self.inputs[1:]
 
     @property

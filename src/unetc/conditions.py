@@ -56,7 +56,7 @@ class Conditions:
     size: tuple[int, int] | None = None
     """Height and width of the images in pixels, if `time_ids` must follow the size of each request; None if not."""
     notes: tuple[str, ...] = ()
-    """What a user should know about these conditions, such as words of a prompt that were cut."""
+    """Warnings for the user, such as the words of a prompt that were cut."""
     controlnet: tuple[ControlNetInput, ...] = ()
     """ControlNet inputs of the denoiser; zero unless `own` has values for them."""
     device: Device = HOST
@@ -126,6 +126,28 @@ class Conditions:
         sides = {"own": self.own, "negative": self.negative, "middle": self.middle}
         adapted: dict[str, Any] = {name: adapt(values) for name, values in sides.items() if TIME_IDS in values}
         return replace(self, size=(height, width), **adapted)
+
+    def with_sizes(
+        self, original: tuple[int, int], crop: tuple[int, int] = (0, 0), target: tuple[int, int] | None = None
+    ) -> Conditions:
+        """Set SDXL's `time_ids`; they no longer follow the size of the images.
+
+        Args:
+            original: Original height and width in pixels.
+            crop: Top and left of the crop in pixels.
+            target: Target height and width in pixels; the original ones when not given. SDXL's refiner has none.
+        """
+
+        def changed(values: Values) -> Values:
+            times = np.array(values[TIME_IDS])
+            times[:, :4] = *original, *crop
+            if times.shape[1] == SIZE_NUMBERS:
+                times[:, _TARGET_SIZE] = target or original
+            return {**values, TIME_IDS: times}
+
+        sides = {"own": self.own, "negative": self.negative, "middle": self.middle}
+        new: dict[str, Any] = {name: changed(values) for name, values in sides.items() if TIME_IDS in values}
+        return replace(self, size=None, **new)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         """Change every value."""

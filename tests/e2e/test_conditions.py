@@ -193,13 +193,24 @@ def test_size_numbers_follow_the_size_of_the_request(tmp_path: Path) -> None:
     assert drawn.shape == (2, 4, 24, 20)
     chosen = session.conditions.for_size(48, 40).own[TIME_IDS]
     np.testing.assert_array_equal(chosen, [[48, 40, 0, 0, 48, 40]] * 2)
-    fixed = Conditions(own=session.conditions.own, negative=session.conditions.negative, scale=3.0)
-    other = session.sample(noise=noise(24, 20), conditions=fixed, latents=True)
-    assert np.abs(other - expected).max() > 100 * TOLERANCE, "size numbers that a user has chosen stay"
+    fixed = session.conditions.with_sizes((64, 50), (3, 5), (30, 40))
+    chosen_by_user = run(
+        folder,
+        noise(24, 20),
+        guidance_scale=3.0,
+        height=48,
+        width=40,
+        original_size=(64, 50),
+        crops_coords_top_left=(3, 5),
+        target_size=(30, 40),
+        negative_original_size=(64, 50),
+        negative_crops_coords_top_left=(3, 5),
+        negative_target_size=(30, 40),
+    )
+    assert_same(session.sample(noise=noise(24, 20), conditions=fixed, latents=True), chosen_by_user)
+    assert np.abs(chosen_by_user - expected).max() > 100 * TOLERANCE
     wide = {name: np.concatenate([value, value], axis=-1) for name, value in session.conditions.own.items()}
-    with pytest.raises(
-        ShapeMismatch, match=r"encoder_hidden_states has shape \[2, 6, 64\]; expected \[2, tokens, 32\]"
-    ):
+    with pytest.raises(ShapeMismatch, match=r"encoder_hidden_states has shape \[2, 6, 64\]; expected \[2, 6, 32\]"):
         session.sample(2, conditions=Conditions(own=wide))  # D5
     with pytest.raises(ShapeMismatch, match="needs encoder_hidden_states"):
         session.sample(2, conditions=Conditions())

@@ -153,7 +153,7 @@ class Profile(Artifact, frozen=True, kw_only=True):
     images: ImageSource | None = None
     """Images of the samples; None if the model takes none."""
     notes: tuple[str, ...] = ()
-    """What a user should know about the conditions of the samples."""
+    """Warnings about the conditions of the samples."""
     used_prompts: int = 0
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0

@@ -182,7 +182,7 @@ class GlideModel:
         Args:
             prompts: One prompt per row.
             guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
-            images: Must not name a folder: low-resolution images lie beside the weights.
+            images: Must not name a folder: low-resolution images are next to the weights.
 
         Raises:
             ModelError: If the checkpoint cannot be used, the upsampler has too few low-resolution images, or a folder

@@ -17,8 +17,8 @@ from .images import Images
 from .pipelines import ImageUse
 
 DRAWN = (
-    "the damage was measured on drawn images: discs of many sizes. Pass images like those of use with --images for a "
-    "damage that holds for them"
+    "the damage was measured on drawn images: discs of many sizes. With --images it is measured on other images, such as "
+    "photographs"
 )
 
 

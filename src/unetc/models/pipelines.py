@@ -15,7 +15,7 @@ from unetc.errors import ModelError
 
 
 class ImageUse(StrEnum):
-    """How a pipeline passes images to its denoiser, as channels after those of the sample."""
+    """How a pipeline passes images to its denoiser, as channels after the sample's."""
 
     INPAINT = "inpaint"
     """A mask and the latents of the masked image; a denoiser that takes latents alone has no extra channels."""
