@@ -149,7 +149,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     denoiser_config: dict[str, Any]
     """Configuration of the denoiser, as its library writes it."""
     inputs: tuple[CallInput, ...]
-    """Inputs of the engines besides the timestep and those of a ControlNet: the sample, then its conditions."""
+    """Inputs of the engines, without timestep and ControlNet inputs: the sample, then its conditions."""
     predicted_channels: int
     """Channels of a prediction: as many as in a sample, or more if the denoiser also predicts a variance."""
     conditioning: Conditioning | None = None

@@ -17,7 +17,7 @@ from .images import Images
 from .pipelines import ImageUse
 
 DRAWN = (
-    "the damage was measured on drawn images: discs of many sizes. With --images it is measured on other images, such as "
+    "the damage was measured on drawn images: discs of many sizes. With --images it is measured on others, such as "
     "photographs"
 )
 
