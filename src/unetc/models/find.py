@@ -61,8 +61,7 @@ def find_model(model: ModelSource | str) -> Model:
         model: The source, or just its name.
 
     Raises:
-        ModelError: If there is no such model, its class is not supported, or a LoRA cannot be read.
-        MissingDependency: If there are LoRAs and peft is not installed.
+        ModelError: If there is no such model, its class is not supported, or a LoRA does not fit.
     """
     source = ModelSource.of(model)
     name = source.name

@@ -33,6 +33,7 @@ from unetc.errors import ModelError, ShapeMismatch
 
 from .images import Images
 from .lora import Lora
+from .lora_file import check_loras
 from .pipelines import PIPELINES, TEXT_PIPELINES, sample_channels
 from .prompts import PROMPTS, encode_labels, read_prompts, spread_labels
 
@@ -106,7 +107,7 @@ class PipelineModel:
         if self.loras:
             from .lora_fusion import fuse_into_text_encoders
 
-            fuse_into_text_encoders(encoders, self.loras, self.denoiser_config)
+            fuse_into_text_encoders(encoders, self.loras)
         encoded = encode_prompts(
             encoders, prompts, guidance_scale=guidance_scale, size=size, kind=PIPELINES[pipeline], calls=self.calls
         )
@@ -163,7 +164,7 @@ class PipelineModel:
         if self.loras:
             from .lora_fusion import fuse_into_unet
 
-            fuse_into_unet(denoiser, self.loras, self.reference.pipeline)
+            fuse_into_unet(denoiser, self.loras)
         return denoiser
 
     def _load(self, kind: Any, part: str) -> nn.Module:
@@ -211,8 +212,7 @@ def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: 
         raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(TEXT_PIPELINES)}.")
     if loras and not kind.text:
         raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(TEXT_PIPELINES)}.")
-    for lora in loras:
-        lora.check()
+    check_loras(loras, folder)
     entry = index.get("unet")
     denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
     if denoiser_class != kind.denoiser:
@@ -303,7 +303,9 @@ def _hash(
     for path in weights:
         digest.update(_hash_file(path))
     for lora in loras:
-        digest.update(f"lora {lora.scale}".encode() + _hash_file(lora.path))
+        digest.update(f"lora {lora.scale}".encode())
+        for path in lora.files:
+            digest.update(_hash_file(path))
     if controlnet:
         digest.update(b"controlnet")
     return digest.hexdigest()
