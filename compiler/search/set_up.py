@@ -103,7 +103,7 @@ def _encode(model: Model, profile: Profile) -> Conditions:
     Raises:
         ProfileError: If the images have changed since the analysis.
     """
-    source = profile.images
+    source = profile.images or None
     images = Images(folder=Path(source.folder) if source and source.folder else None, seed=profile.seed)
     if source and images.sha256() != source.sha256:
         raise ProfileError(f"the images in {source.folder} have changed since the analysis. Analyse the model again.")

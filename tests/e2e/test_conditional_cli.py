@@ -125,7 +125,7 @@ def test_inpainting_is_measured_on_images(tmp_path: Path, monkeypatch: pytest.Mo
         Image.new("RGB", (40, 50), colour).save(images / f"{i}.png")
     go(model, tmp_path, "--images", images)
     profile = Profile.load(tmp_path / "profile.json")
-    assert profile.images is not None
+    assert profile.images
     assert profile.images.folder == str(images)
     assert not profile.notes
     session = unetc.load(tmp_path / "bundle")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from unetc.treatments import Treatment
 
 from .record import Artifact, Record, finite, require
@@ -150,10 +152,10 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """[channel, height, width] of one sample."""
     prompts: tuple[str, ...] = ()
     """Prompts of the samples, or labels of classes as numbers; empty for an unconditional model."""
-    images: ImageSource | None = None
-    """Images of the samples; None if the model takes none."""
-    notes: tuple[str, ...] = ()
-    """Warnings about the conditions of the samples."""
+    images: ImageSource | msgspec.UnsetType = msgspec.UNSET
+    """Images of the samples; unset, and not in the JSON form, if the model takes none."""
+    notes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Warnings about the conditions of the samples; unset, and not in the JSON form, if there are none."""
     used_prompts: int = 0
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0

@@ -41,7 +41,7 @@ def inspect(
         facts |= {"compiled": compiled.facts(sets, artifact)}
         shown += compiled.shown(sets, artifact)
     if isinstance(artifact, (Profile, Manifest)):
-        shown += [f"note: {escape(note)}" for note in artifact.notes]
+        shown += [f"note: {escape(note)}" for note in artifact.notes or ()]
     if as_json:
         print_json(facts)
     else:
