@@ -141,6 +141,7 @@ class Contents:
             threads=profile.threads,
             sample_shape=profile.sample_shape,
             denoiser_config=setup.prepared.model.denoiser_config,
+            inputs=setup.prepared.model.calls.inputs,
             predicted_channels=setup.prepared.gated.predicted_channels,
             conditioning=self._conditioning(),
             decoder=self._decoder(),
@@ -171,6 +172,8 @@ class Contents:
             prompts=profile.prompts,
             used=profile.used_prompts,
             guidance_scale=profile.guidance_scale,
+            image_guidance_scale=self._setup.conditions.middle_scale,
+            size=self._setup.conditions.size,
         )
 
     def _decoder(self) -> BundleDecoder | None:

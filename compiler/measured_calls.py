@@ -31,7 +31,7 @@ class MeasuredCalls:
             sample_shape: [channel, height, width].
             batch: Samples per call when time is measured.
             samples: Trajectories that every ablation is measured on; several ablations share a call.
-            conditions: Conditions of the samples; guided ones double the batch.
+            conditions: Conditions of the samples; guided ones make it two or three times as large.
         """
         _, height, width = (Range(least=size, usual=size, most=size) for size in sample_shape)
         each = conditions.rows_per_sample

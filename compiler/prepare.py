@@ -41,7 +41,7 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
         ArtifactError: If the cache cannot be written.
     """
     versions = (unetc.__version__, version("torch"), version("onnxscript"), OPSET)
-    key = hashlib.sha256(repr((model.reference.sha256, versions)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((model.reference.sha256, model.calls, versions)).encode()).hexdigest()[:24]
     work = cache / key
     on_progress(Progress(stage="capture", done=0, total=1))
     try:
@@ -55,7 +55,7 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
 
 
 def _capture(model: Model) -> Capture:
-    return capture(model.load_denoiser(), controlnet=model.reference.controlnet)
+    return capture(model.load_denoiser(), controlnet=model.reference.controlnet, calls=model.calls)
 
 
 def prepare_decoder(prepared: Prepared) -> bytes | None:

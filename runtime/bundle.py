@@ -15,6 +15,7 @@ from safetensors.numpy import load
 from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, Manifest, digest_of
 from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
+from unetc.call import CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
@@ -59,6 +60,13 @@ class Bundle:
             lowered = engine.lowered
             return SerialisedGraph(graph=self.graphs[lowered.graph], weights=frozenset(lowered.weights))
         return SerialisedGraph(graph=self.graphs[engine.graph], weights=self.tensors.difference(engine.unused_weights))
+
+    @property
+    def calls(self) -> CallSignature:
+        """The calls that the engines take."""
+        manifest = self.manifest
+        controlnet = controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
+        return CallSignature(inputs=manifest.inputs, controlnet=controlnet)
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -109,7 +117,11 @@ def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions
         return UNCONDITIONAL
     arrays, scale = load(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale
     return Conditions.from_arrays(
-        arrays, scale, controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
+        arrays,
+        scale,
+        controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else (),
+        middle_scale=manifest.conditioning.image_guidance_scale,
+        size=manifest.conditioning.size,
     )
 
 

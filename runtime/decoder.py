@@ -26,7 +26,7 @@ class Decoder:
         loader = backend.open_weights(save_tensors({}))
         self._device = backend.device
         self._program = tried(loader.load(SerialisedGraph(graph=graph, weights=frozenset())))
-        self._scale = scale
+        self.scale = scale
 
     def __call__(self, sampled: Array) -> Array:
         """Decode latents one at a time, because activations are large at full size.
@@ -38,7 +38,7 @@ class Decoder:
             Images, [batch, 3, height * scale, width * scale].
         """
         batch, _, height, width = sampled.shape
-        images = np.empty((batch, _CHANNELS, height * self._scale, width * self._scale), dtype=np.float32)
+        images = np.empty((batch, _CHANNELS, height * self.scale, width * self.scale), dtype=np.float32)
         with self._device.stream():
             image = self._device.empty(images[:1].shape)
             for i in range(batch):

@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from unetc.artifacts.manifest import BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan
 from unetc.backend import Backend, Program, TargetBackend
+from unetc.call import CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
@@ -68,6 +71,7 @@ class Session:
         conditions: Conditions = UNCONDITIONAL,
         decoder: Decoder | None = None,
         device: Device = HOST,
+        calls: CallSignature | None = None,
     ) -> None:
         """Put a session together.
 
@@ -83,12 +87,14 @@ class Session:
             conditions: Default conditions: sample k gets row k, modulo their number.
             decoder: Turns samples into images; None if they are images.
             device: Where the programs compute.
+            calls: The calls that the programs take; None accepts every call.
         """
         self.plan = plan
         self.scheduler = scheduler
         self.sample_shape = sample_shape
         self.steps = steps
         self.conditions = conditions
+        self.calls = calls
         self._predicted_channels = predicted_channels or sample_shape[0]
         self._decoder = decoder
         self._device = device
@@ -127,6 +133,7 @@ class Session:
             conditions=bundle.conditions,
             decoder=Decoder(bundle.graphs[decoder.graph], decoder.scale, backend) if decoder else None,
             device=backend.device,
+            calls=bundle.calls,
         )
 
     @property
@@ -151,6 +158,8 @@ class Session:
         steps: int | None = None,
         first_index: int = 0,
         noise: Array | None = None,
+        height: int | None = None,
+        width: int | None = None,
         conditions: Conditions | None = None,
         full_model: bool = False,
         latents: bool = False,
@@ -163,8 +172,11 @@ class Session:
             seed: Seed of the noise; sample k of a seed is the same whatever the batch.
             steps: Number of denoiser calls; the bundle's default when not given.
             first_index: Index of the first sample within the seed.
-            noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
-            conditions: One row per sample; the bundle's conditions when not given.
+            noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch, height and width.
+            height: Height of the images in pixels; the model's own when not given.
+            width: Width of the images in pixels; the model's own when not given.
+            conditions: One row per sample; the bundle's conditions when not given. SDXL's size numbers follow the size
+                of the images, unless the user has chosen them.
             full_model: Run the full model at every step.
             latents: Return the samples without decoding them into images.
             on_step: Called after every step.
@@ -185,18 +197,9 @@ class Session:
                 table.steps,
                 table.log_snr[0],
             )
-        channels, height, width = self.sample_shape
-        if noise is None:
-            if batch < 1:
-                raise ShapeMismatch(f"cannot sample a batch of {batch}; expected at least 1.")
-            noise = initial_noise(seed, range(first_index, first_index + batch), (channels, height, width))
-        elif noise.ndim != 4 or noise.shape[1] != channels or len(noise) < 1:
-            raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
+        noise = self._noise(batch, seed, first_index, noise, height, width)
         indices = range(first_index, first_index + len(noise))
-        if conditions is None:
-            conditions = self.conditions.take(indices)
-        elif (rows := conditions.rows) not in (None, len(noise)):
-            raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
+        conditions = self._checked(noise, self.conditions.take(indices) if conditions is None else conditions)
         start = Start(
             table=table,
             noise=noise,
@@ -208,6 +211,50 @@ class Session:
         with self._device.stream():
             sampled = self._denoise(start, self.rollout(full_model=full_model), on_step)
         return sampled if latents else self.decode(sampled)
+
+    def _noise(
+        self, batch: int, seed: int, first: int, noise: Array | None, height: int | None, width: int | None
+    ) -> Array:
+        """Draw the noise, or check the given one."""
+        channels, own_height, own_width = self.sample_shape
+        if noise is not None:
+            if noise.ndim != 4 or noise.shape[1] != channels or min(noise.shape) < 1:
+                raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
+            if (height, width) != (None, None):
+                raise ShapeMismatch("noise and a height or width are given. Give one of them: noise has a size itself.")
+            return noise.astype(np.float32, copy=False)
+        if batch < 1:
+            raise ShapeMismatch(f"cannot sample a batch of {batch}; expected at least 1.")
+        sides = own_height if height is None else self._sample_side("height", height)
+        across = own_width if width is None else self._sample_side("width", width)
+        return initial_noise(seed, range(first, first + batch), (channels, sides, across))
+
+    def _sample_side(self, name: str, pixels: int) -> int:
+        """Compute a side of a sample from a side of the image."""
+        if pixels < 1 or pixels % self._pixels:
+            raise ShapeMismatch(f"cannot sample images of {name} {pixels}. Expected a multiple of {self._pixels}.")
+        return pixels // self._pixels
+
+    @property
+    def _pixels(self) -> int:
+        """Image pixels per sample pixel, along each side."""
+        if self._decoder is None and self.conditions.size is not None:  # samples are latents of these images
+            return self.conditions.size[0] // self.sample_shape[1]
+        return 1 if self._decoder is None else self._decoder.scale
+
+    def _checked(self, noise: Array, conditions: Conditions) -> Conditions:
+        """Adapt conditions to the size of the samples, and refuse those that the engines cannot take."""
+        if (rows := conditions.rows) not in (None, len(noise)):
+            raise ShapeMismatch(f"conditions have {rows} rows; expected one for each of {len(noise)} samples.")
+        _, _, height, width = noise.shape
+        conditions = conditions.for_size(height * self._pixels, width * self._pixels)
+        if self.calls is None:
+            return conditions
+        own, negative, middle = map(self.calls.read, (conditions.own, conditions.negative, conditions.middle))
+        for values in filter(None, (negative, middle)):
+            self.calls.check(noise, values)
+        self.calls.check(noise, own)
+        return replace(conditions, own=own, negative=negative, middle=middle)
 
     def rollout(self, *, full_model: bool = False) -> Rollout:
         """Begin a trajectory through the engines, or through the full model alone."""

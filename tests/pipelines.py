@@ -20,18 +20,27 @@ _LENGTH = 6
 _WIDTH = 16
 
 
-def save_stable_diffusion(folder: Path, prediction: str = "epsilon", **options: Any) -> Path:
-    """Save a `StableDiffusionPipeline` with 16x16 latents and 32x32 images.
+def save_stable_diffusion(
+    folder: Path,
+    prediction: str = "epsilon",
+    *,
+    kind: str = "StableDiffusionPipeline",
+    in_channels: int = 4,
+    **options: Any,
+) -> Path:
+    """Save a pipeline of Stable Diffusion with 16x16 latents and 32x32 images.
 
     Args:
         folder: Folder to write.
         prediction: Prediction type of the denoiser.
+        kind: Class of the pipeline.
+        in_channels: Input channels of the denoiser.
         options: Further options of the denoiser.
     """
     unet = diffusers.UNet2DConditionModel(
         **options,
         sample_size=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         layers_per_block=1,
         norm_num_groups=4,
@@ -46,7 +55,7 @@ def save_stable_diffusion(folder: Path, prediction: str = "epsilon", **options: 
     encoder = _text_encoder(tokenizer)
     for seed, model in enumerate((unet, autoencoder, encoder)):
         condition_well(model, seed)
-    diffusers.StableDiffusionPipeline(
+    getattr(diffusers, kind)(
         vae=autoencoder,
         text_encoder=encoder,
         tokenizer=tokenizer,
@@ -65,22 +74,37 @@ def save_stable_diffusion_2(folder: Path) -> Path:
     return save_stable_diffusion(folder, "v_prediction", use_linear_projection=True)
 
 
-def save_stable_diffusion_xl(folder: Path) -> Path:
-    """Save a `StableDiffusionXLPipeline` with 16x16 latents and 32x32 images, with two text encoders."""
+def save_stable_diffusion_xl(
+    folder: Path,
+    *,
+    kind: str = "StableDiffusionXLPipeline",
+    in_channels: int = 4,
+    refiner: bool = False,
+    **settings: Any,
+) -> Path:
+    """Save a pipeline of SDXL with 16x16 latents and 32x32 images, with two text encoders.
+
+    Args:
+        folder: Folder to write.
+        kind: Class of the pipeline.
+        in_channels: Input channels of the denoiser.
+        refiner: Whether there is only the second text encoder, and an aesthetic score among the size numbers.
+        settings: Further settings of the pipeline.
+    """
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=4,
         block_out_channels=(8, 16),
-        cross_attention_dim=2 * _WIDTH,
+        cross_attention_dim=_WIDTH if refiner else 2 * _WIDTH,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + _WIDTH,
+        projection_class_embeddings_input_dim=(5 if refiner else 6) * 8 + _WIDTH,
     )
     autoencoder = _autoencoder()
     tokenizer = _tokenizer(folder.parent / "words")
@@ -90,17 +114,43 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
     )
     for seed, model in enumerate((unet, autoencoder, *encoders)):
         condition_well(model, seed)
-    diffusers.StableDiffusionXLPipeline(
+    if refiner:
+        settings["requires_aesthetics_score"] = True
+    getattr(diffusers, kind)(
         vae=autoencoder,
-        text_encoder=encoders[0],
+        text_encoder=None if refiner else encoders[0],
         text_encoder_2=encoders[1],
-        tokenizer=tokenizer,
+        tokenizer=None if refiner else tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         add_watermarker=False,
+        **settings,
     ).save_pretrained(folder)
     (folder / "prompts.txt").write_text(PROMPTS)
+    return folder
+
+
+def save_classes(folder: Path, **options: Any) -> Path:
+    """Save a `DDPMPipeline` whose denoiser takes class labels, with 16x16 images of one channel.
+
+    Args:
+        folder: Folder to write.
+        options: Further options of the denoiser.
+    """
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=4,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        **options,
+    )
+    condition_well(unet, 0)
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from unetc.artifacts.profile import Component
+from unetc.call import CallSignature
 from unetc.compiler.graph.denoisers.denoiser import Denoiser, denoiser_of
 from unetc.compiler.graph.denoisers.inputs import SAMPLE, Input
 from unetc.errors import ModelError
@@ -41,17 +42,18 @@ class Capture:
         return self.program.module(check_guards=False)
 
 
-def capture(model: nn.Module, *, controlnet: bool = False) -> Capture:
+def capture(model: nn.Module, *, controlnet: bool = False, calls: CallSignature | None = None) -> Capture:
     """Trace a denoiser and gate every component.
 
     Args:
         model: A denoiser from diffusers on the CPU; it is switched to evaluation mode.
         controlnet: Whether to add the ControlNet inputs to the graph.
+        calls: The calls of a UNet; by default they follow from its configuration.
 
     Raises:
         ModelError: If the class is not supported, the trace fails, or no component is found.
     """
-    denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet)
+    denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet, calls=calls)
     names = tuple(item.name for item in denoiser.inputs)
     program, dynamic_size = _export(denoiser)
     graph = program.graph_module.graph

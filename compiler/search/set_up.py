@@ -15,6 +15,7 @@ from unetc.compiler.prepare import Prepared, prepare, prepare_decoder, prepare_s
 from unetc.compiler.tensorrt.on_demand import Lowering, OnDemand, overflow_finder
 from unetc.conditions import Conditions
 from unetc.errors import ProfileError
+from unetc.models.images import Images
 from unetc.models.model import Model
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.backends.registry import open_backend
@@ -68,7 +69,7 @@ def set_up(
     if plan is not None:
         check_plan(plan, profile)
     target = open_backend(profile.target, threads=profile.threads)
-    conditions = model.encode(profile.prompts, profile.guidance_scale)  # before the capture, which takes long
+    conditions = _encode(model, profile)  # before the capture, which takes long
     prepared = prepare(model, cache, on_progress)
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
@@ -96,6 +97,19 @@ def set_up(
         workbench=workbench,
         lowering=on_demand.lowering(target.reads),
     )
+
+
+def _encode(model: Model, profile: Profile) -> Conditions:
+    """Encode all prompts of a profile, with its images.
+
+    Raises:
+        ProfileError: If the images have changed since the analysis.
+    """
+    source = profile.images or None
+    images = Images(folder=Path(source.folder) if source and source.folder else None, seed=profile.seed)
+    if source and images.sha256() != source.sha256:
+        raise ProfileError(f"the images in {source.folder} have changed since the analysis. Analyse the model again.")
+    return model.encode(profile.prompts, profile.guidance_scale, images=images)
 
 
 def _check_profile(profile: Profile, model: Model) -> None:

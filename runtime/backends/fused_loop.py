@@ -143,6 +143,7 @@ def can_fuse(start: Start) -> bool:
     asks = table.variance_low.any() or table.variance_high.any()
     return (
         not before_the_first
+        and start.conditions.rows_per_sample <= 2  # the kernel knows no middle conditions
         and (learned or (start.predicted_channels == channels and not asks))
         and channels * height * width < 2**30  # the kernel counts them in 32 bits
         and batch < 2**16  # CUDA's limit of the second axis

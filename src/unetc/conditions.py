@@ -1,22 +1,26 @@
 """Conditions of samples, such as encoded prompts, and classifier-free guidance.
 
 A guided denoiser call has twice the batch: first every sample with its negative conditions, then every sample with its
-own. The result is negative + scale * (own - negative). Engines do not know about guidance.
+own. The result is negative + scale * (own - negative). Models that edit images have a third set of conditions between
+these two: the image without the text. Their calls have three times the batch, and the result is negative + scale *
+(own - middle) + middle_scale * (middle - negative). Engines do not know about guidance.
 
 Source:
     Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, equation 6.
+    Brooks, Holynski and Efros 2022, "InstructPix2Pix", arXiv:2211.09800, equation 3.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .call import SIZE_NUMBERS, TIME_IDS
 from .controlnet import ControlNetInput, zeros
 from .device import HOST, Device, Tensor
 from .errors import ShapeMismatch
@@ -24,8 +28,11 @@ from .errors import ShapeMismatch
 Values = Mapping[str, Tensor]
 """Values by denoiser input, one row per sample, [batch, ...]; arrays until they are put on a device."""
 
-NEGATIVE = "negative."
-"""Prefix for the names of negative conditions in a mapping that holds both kinds."""
+NEGATIVE, MIDDLE = "negative.", "middle."
+"""Prefixes for the names of these conditions in a mapping that holds all kinds."""
+
+_OWN_SIZE, _TARGET_SIZE = slice(0, 2), slice(4, 6)
+"""Columns of SDXL's `time_ids` for the original and the target size, each as height and width."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +40,23 @@ class Conditions:
     """The conditions of a batch; without conditions, the denoiser receives only noise and timestep.
 
     Raises:
-        ShapeMismatch: If inputs differ in their number of rows, or negative conditions have other names or shapes.
+        ShapeMismatch: If inputs differ in their number of rows, if negative or middle conditions have other names or
+            shapes, or if there are middle conditions without negative ones.
     """
 
     own: Values = field(default_factory=dict)
     negative: Values = field(default_factory=dict)
     """Conditions from which guidance moves the samples away; empty without guidance."""
     scale: float = 1.0
-    """Guidance scale, dimensionless; 1 without guidance."""
+    """Guidance scale, dimensionless; without negative conditions it is not applied."""
+    middle: Values = field(default_factory=dict)
+    """Conditions between negative and own, for models that edit images: the image without the text."""
+    middle_scale: float = 1.0
+    """Guidance scale from the negative to the middle conditions, dimensionless; not applied without them."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images in pixels, if `time_ids` must follow the size of each request; None if not."""
+    notes: tuple[str, ...] = ()
+    """Warnings for the user, such as the words of a prompt that were cut."""
     controlnet: tuple[ControlNetInput, ...] = ()
     """ControlNet inputs of the denoiser; zero unless `own` has values for them."""
     device: Device = HOST
@@ -51,22 +67,30 @@ class Conditions:
         if len({len(array) for array in self.own.values()}) > 1:
             rows = {name: len(array) for name, array in self.own.items()}
             raise ShapeMismatch(f"conditions have different numbers of rows: {rows}. Expected one row per sample.")
-        if self.negative:
-            wanted, got = ({name: array.shape for name, array in side.items()} for side in (self.own, self.negative))
-            if wanted != got:
+        wanted = {name: array.shape for name, array in self.own.items()}
+        for kind, side in (("negative", self.negative), ("middle", self.middle)):
+            got = {name: array.shape for name, array in side.items()}
+            if got and wanted != got:
                 raise ShapeMismatch(
-                    f"negative conditions have the shapes {got}. Expected the same shapes as the conditions: {wanted}."
+                    f"{kind} conditions have the shapes {got}. Expected the same shapes as the conditions: {wanted}."
                 )
+        if self.middle and not self.negative:
+            raise ShapeMismatch("there are middle conditions, but no negative ones. Give both, or neither.")
 
     @property
     def guided(self) -> bool:
-        """Whether every call has twice the batch."""
+        """Whether every call has a multiple of the batch."""
         return bool(self.negative)
 
     @property
+    def sets(self) -> tuple[Values, ...]:
+        """The sets of conditions in a call, from the first rows to the last: negative, middle, own."""
+        return (*(side for side in (self.negative, self.middle) if side), self.own)
+
+    @property
     def rows_per_sample(self) -> int:
-        """Rows of a denoiser call for each sample."""
-        return 2 if self.guided else 1
+        """Rows of a denoiser call for each sample: 1, 2 with guidance, 3 if it has middle conditions."""
+        return len(self.sets)
 
     @property
     def rows(self) -> int | None:
@@ -75,19 +99,63 @@ class Conditions:
 
     def take(self, rows: Sequence[int]) -> Conditions:
         """Select rows by index, modulo their number; an index may occur more than once."""
-
-        def pick(values: Values) -> Values:
-            return {name: array[np.asarray(rows) % len(array)] for name, array in values.items()}
-
-        return replace(self, own=pick(self.own), negative=pick(self.negative))
+        return self._each(lambda array: array[np.asarray(rows) % len(array)])
 
     def on(self, device: Device) -> Conditions:
         """Move all conditions to a device."""
+        return replace(self._each(device.put), device=device)
 
-        def put(values: Values) -> Values:
-            return {name: device.put(array) for name, array in values.items()}
+    def for_size(self, height: int, width: int) -> Conditions:
+        """Adapt SDXL's `time_ids` to images of another size, as the pipelines of diffusers do by default.
 
-        return replace(self, own=put(self.own), negative=put(self.negative), device=device)
+        Conditions without a `size` were made for a size that the user has chosen. They stay as they are.
+
+        Args:
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+        """
+        if self.size is None or self.size == (height, width):
+            return self
+
+        def adapt(values: Values) -> Values:
+            times = np.array(values[TIME_IDS])
+            for columns in (_OWN_SIZE, _TARGET_SIZE) if times.shape[1] == SIZE_NUMBERS else (_OWN_SIZE,):
+                times[:, columns] = height, width
+            return {**values, TIME_IDS: times}
+
+        sides = {"own": self.own, "negative": self.negative, "middle": self.middle}
+        adapted: dict[str, Any] = {name: adapt(values) for name, values in sides.items() if TIME_IDS in values}
+        return replace(self, size=(height, width), **adapted)
+
+    def with_sizes(
+        self, original: tuple[int, int], crop: tuple[int, int] = (0, 0), target: tuple[int, int] | None = None
+    ) -> Conditions:
+        """Set SDXL's `time_ids`; they no longer follow the size of the images.
+
+        Args:
+            original: Original height and width in pixels.
+            crop: Top and left of the crop in pixels.
+            target: Target height and width in pixels; the original ones when not given. SDXL's refiner has none.
+        """
+
+        def changed(values: Values) -> Values:
+            times = np.array(values[TIME_IDS])
+            times[:, :4] = *original, *crop
+            if times.shape[1] == SIZE_NUMBERS:
+                times[:, _TARGET_SIZE] = target or original
+            return {**values, TIME_IDS: times}
+
+        sides = {"own": self.own, "negative": self.negative, "middle": self.middle}
+        new: dict[str, Any] = {name: changed(values) for name, values in sides.items() if TIME_IDS in values}
+        return replace(self, size=None, **new)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        """Change every value."""
+
+        def changed(values: Values) -> Values:
+            return {name: change(value) for name, value in values.items()}
+
+        return replace(self, own=changed(self.own), negative=changed(self.negative), middle=changed(self.middle))
 
     def widen(self, sample: Tensor, timestep: float, **rows: Tensor) -> dict[str, Tensor]:
         """Build the inputs of one denoiser call.
@@ -107,7 +175,8 @@ class Conditions:
         """Build the inputs that differ from call to call; see `widen` for the arguments."""
         inputs = {"sample": sample, **rows}
         if self.guided:
-            inputs = {name: self.device.concatenate([tensor, tensor]) for name, tensor in inputs.items()}
+            copies = self.rows_per_sample
+            inputs = {name: self.device.concatenate([tensor] * copies) for name, tensor in inputs.items()}
         inputs["timestep"] = self.device.full((len(sample) * self.rows_per_sample,), timestep)
         return inputs
 
@@ -117,18 +186,23 @@ class Conditions:
         if not self.guided:
             return {**inputs, **self.own}
         join = self.device.concatenate
-        return inputs | {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
+        return inputs | {name: join([values[name] for values in self.sets]) for name in self.own}
 
     def guide(self, prediction: Tensor, channels: int) -> Tensor:
-        """Combine the two halves of a prediction, [2 * batch, ...].
+        """Combine the parts of a prediction, [rows_per_sample * batch, ...].
 
-        Only the first `channels` channels are guided. The others hold a predicted variance and come from the own half.
+        Only the first `channels` channels are guided. The others hold a predicted variance and come from the own part.
         """
         if not self.guided:
             return prediction
-        batch = len(prediction) // 2
-        negative, own = prediction[:batch], prediction[batch:]
-        guided = negative + float(self.scale) * (own - negative)  # a numpy float would widen float32
+        batch = len(prediction) // self.rows_per_sample
+        negative, own = prediction[:batch], prediction[-batch:]
+        scale = float(self.scale)  # a numpy float would widen float32
+        if self.middle:
+            middle = prediction[batch:-batch]
+            guided = negative + scale * (own - middle) + float(self.middle_scale) * (middle - negative)
+        else:
+            guided = negative + scale * (own - negative)
         if own.shape[1] > channels:
             guided[:, channels:] = own[:, channels:]
         return guided
@@ -139,24 +213,40 @@ class Conditions:
 
     def sha256(self) -> str:
         """Hash everything that determines a guided prediction."""
-        digest = hashlib.sha256(repr(self.scale).encode())
+        scales = self.scale if not self.middle else (self.scale, self.middle_scale)
+        digest = hashlib.sha256(repr(scales).encode())
         for name, array in sorted(self.to_arrays().items()):
             digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Merge own and negative conditions into one mapping."""
-        return {**self.own, **{f"{NEGATIVE}{name}": array for name, array in self.negative.items()}}
+        """Merge all kinds of conditions into one mapping."""
+        sides = (("", self.own), (NEGATIVE, self.negative), (MIDDLE, self.middle))
+        return {f"{prefix}{name}": array for prefix, side in sides for name, array in side.items()}
 
     @classmethod
-    def from_arrays(cls, arrays: Values, scale: float, controlnet: tuple[ControlNetInput, ...] = ()) -> Conditions:
-        """Split a mapping made by `to_arrays` into own and negative conditions."""
+    def from_arrays(
+        cls,
+        arrays: Values,
+        scale: float,
+        controlnet: tuple[ControlNetInput, ...] = (),
+        *,
+        middle_scale: float = 1.0,
+        size: tuple[int, int] | None = None,
+    ) -> Conditions:
+        """Split a mapping made by `to_arrays` into its kinds."""
+
+        def side(prefix: str) -> Values:
+            return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+        own = {name: value for name, value in arrays.items() if not name.startswith((NEGATIVE, MIDDLE))}
         return cls(
-            own={name: array for name, array in arrays.items() if not name.startswith(NEGATIVE)},
-            negative={
-                name.removeprefix(NEGATIVE): array for name, array in arrays.items() if name.startswith(NEGATIVE)
-            },
+            own=own,
+            negative=side(NEGATIVE),
             scale=scale,
+            middle=side(MIDDLE),
+            middle_scale=middle_scale,
+            size=size if TIME_IDS in own else None,
             controlnet=controlnet,
         )
 

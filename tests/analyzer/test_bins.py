@@ -16,10 +16,16 @@ from unetc.analyzer.sweep import make_bins
 from unetc.errors import ProfileError
 
 
-def test_more_bins_than_steps_are_refused() -> None:
-    AnalysisOptions(steps=5, bins=5)
-    with pytest.raises(ProfileError, match="cannot cut 5 steps into 6 bins"):
-        AnalysisOptions(steps=5, bins=6)
+def test_there_are_at_most_as_many_bins_as_steps() -> None:
+    AnalysisOptions(steps=5, bins=6)
+    assert [bin.steps for bin in make_bins(np.arange(5.0), 6)] == [1] * 5
+
+
+@pytest.mark.parametrize("scale", [-0.1, 1000.0, float("nan")])
+def test_a_guidance_scale_out_of_range_is_refused(scale: float) -> None:
+    AnalysisOptions(guidance_scale=0.0)
+    with pytest.raises(ProfileError, match=r"lies in \[0, 1000\)"):
+        AnalysisOptions(guidance_scale=scale)
 
 
 levels = st.lists(st.floats(1e-3, 5.0), min_size=1, max_size=60).map(lambda gaps: np.cumsum(gaps) - 10.0)

@@ -16,7 +16,7 @@ import unetc.diffusers
 from tests.command import run
 from tests.glide_twin import SHAPES, small, tokens_of, twin
 from tests.models import condition_well
-from tests.pipelines import PROMPTS, save_stable_diffusion
+from tests.pipelines import PROMPTS, save_classes, save_stable_diffusion
 from unetc.artifacts import Phase, Plan, Prediction, Profile
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.models.glide import LOW_RES
@@ -74,6 +74,7 @@ def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkey
     for module in ("unetc.models.glide", "unetc.models.find"):
         monkeypatch.setattr(f"{module}.VARIANTS", {name: small(name)})
     monkeypatch.setattr("unetc.models.glide.tokenize", tokens_of)
+    monkeypatch.setattr("unetc.models.glide.cut_prompts", lambda texts, length: ())
     monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))  # the other tables are not used
     torch.save(twin(name).state_dict(), tmp_path / "weights.pt")
     (tmp_path / "prompts.txt").write_text(PROMPTS)
@@ -89,6 +90,68 @@ def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkey
     planned, full = session.sample(2, seed=1), session.sample(2, seed=1, full_model=True)
     assert np.isfinite(planned).all()
     assert np.abs(planned - full).max() > 0
+
+
+def test_classes_from_the_model_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # C4
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))
+    model = save_classes(tmp_path / "pipeline", num_class_embeds=10)
+    go(model, tmp_path)
+    facts = Profile.load(tmp_path / "profile.json")
+    assert sorted(map(int, facts.prompts)) == list(range(10))
+    assert facts.used_prompts == 8
+    for labels in ("3", "5,5"):
+        sampled = run("sample", tmp_path / "bundle", "--batch", 2, "--labels", labels, "-o", tmp_path / f"{labels}.png")
+        assert sampled.code == 0, sampled.err
+    assert (tmp_path / "3.png").read_bytes() != (tmp_path / "5,5.png").read_bytes()
+    verified = run("verify", tmp_path / "bundle", "--rounds", 1, "--json")
+    assert verified.code == 0, verified.err
+    assert "from 0 to 9" in run("sample", tmp_path / "bundle", "--labels", "10").error
+    assert "Expected whole numbers, as in 0,3,7" in run("analyze", model, "--labels", "cat").error
+    assert "takes labels of its 10 classes" in run("analyze", model, "--prompts", _file(tmp_path, "a cat")).error
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "text.txt"
+    path.write_text(text)
+    return path
+
+
+def test_inpainting_is_measured_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))
+    model = save_stable_diffusion(tmp_path / "pipeline", kind="StableDiffusionInpaintPipeline", in_channels=9)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 50), colour).save(images / f"{i}.png")
+    go(model, tmp_path, "--images", images)
+    profile = Profile.load(tmp_path / "profile.json")
+    assert profile.images
+    assert profile.images.folder == str(images)
+    assert not profile.notes
+    session = unetc.load(tmp_path / "bundle")
+    assert session.conditions.own["extra_channels"].shape == (4, 5, 16, 16)
+    Image.new("RGB", (40, 50), "green").save(images / "0.png")
+    built = run("build", model, "--profile", tmp_path / "profile.json", "--steps", 4, "-o", tmp_path / "other")
+    assert "have changed since the analysis" in built.error
+    drawn = run("analyze", model, *SMALL, *FEW, "--cache", tmp_path / "cache", "-o", tmp_path / "drawn.json", "--json")
+    assert any("drawn images" in note for note in drawn.json["notes"])
+    assert "note: the damage was measured on drawn images" in run("inspect", tmp_path / "drawn.json").out
+    digits = run("analyze", "digits", "--images", images)
+    assert "digits takes no images" in digits.error
+
+
+def test_turbo_settings_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # G1
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (1,))
+    model = save_stable_diffusion(tmp_path / "pipeline")
+    built = run(
+        *("build", model, "--steps", 1, "--guidance-scale", 0, "--budget", 0, "--repair", 0, "--no-controls"),
+        *("--samples", 1, "--batch", 1, "--threads", 1),
+        *("--cache", tmp_path / "cache", "-o", tmp_path / "bundle", "--json"),
+    )
+    assert built.code == 0, built.err
+    session = unetc.load(tmp_path / "bundle")
+    assert session.conditions.rows_per_sample == 1
+    assert np.isfinite(session.sample(1)).all()
 
 
 def test_a_controlnet_is_requested_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

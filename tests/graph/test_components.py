@@ -413,7 +413,6 @@ def test_other_classes_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"time_cond_proj_dim": 8}, "UNet2DConditionModel with time_cond_proj_dim"),
         (
             {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8},
             "UNet2DConditionModel with image_proj conditions",

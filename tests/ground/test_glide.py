@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers as untyped_diffusers
 import numpy as np
 import pytest
 import torch
@@ -27,11 +28,13 @@ from unetc.models.find import ModelSource, find_model, usual_sampling
 from unetc.models.glide import LOW_RES, VARIANTS, GlideModel, Variant, enlarge, find_glide, tokenize
 from unetc.models.glide_checkpoint import convert, read
 from unetc.models.glide_text import TextTransformer, text_transformer
-from unetc.models.glide_unet import KINDS, load_unet
+from unetc.models.glide_unet import load_unet
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise, step_noise
 from unetc.treatments import Treatment
+
+diffusers: Any = untyped_diffusers
 
 pytestmark = pytest.mark.nightly
 
@@ -58,7 +61,7 @@ def twins(request: pytest.FixtureRequest) -> Twins:
     checkpoint = convert(original.state_dict(), variant.unet)
     return Twins(
         original=original,
-        unet=load_unet(variant.denoiser, variant.unet, checkpoint.unet),
+        unet=load_unet(variant.unet, checkpoint.unet),
         text=text_transformer(checkpoint.text, variant.text_heads),
         variant=variant,
     )
@@ -71,8 +74,7 @@ def texts(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def call(unet: nn.Module, x: Tensor, timesteps: Tensor, states: Tensor, summary: Tensor) -> Tensor:
-    further = {"low_res": x[:, 3:]} if x.shape[1] > 3 else {}
-    prediction: Tensor = unet(x[:, :3], timesteps, encoder_hidden_states=states, class_labels=summary, **further).sample
+    prediction: Tensor = unet(x, timesteps, encoder_hidden_states=states, class_labels=summary).sample
     return prediction
 
 
@@ -113,7 +115,7 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     weights, variant = dict(twin("glide:base").state_dict()), small("glide:base")
     checkpoint = convert({**weights, "out.2.bias": torch.zeros(3)}, variant.unet)
     with pytest.raises(ModelError, match=r"conv_out\.bias"):
-        load_unet(variant.denoiser, variant.unet, checkpoint.unet)
+        load_unet(variant.unet, checkpoint.unet)
     checkpoint = convert({key: value for key, value in weights.items() if key != "final_ln.bias"}, variant.unet)
     with pytest.raises(ModelError, match=r"final_ln\.bias"):
         text_transformer(checkpoint.text, variant.text_heads)
@@ -166,7 +168,7 @@ def test_the_published_networks_have_the_published_number_of_weights() -> None:
     counts = {"glide:base": 385_030_726, "glide:upsample": 398_361_286}
     for name, variant in VARIANTS.items():
         with torch.device("meta"):
-            unet = KINDS[variant.denoiser](**variant.unet)
+            unet = diffusers.UNet2DConditionModel(**variant.unet)
             text = TextTransformer(vocabulary=50257, tokens=128, width=512, layers=16, heads=8, projected=768)
         assert sum(weight.numel() for model in (unet, text) for weight in model.parameters()) == counts[name]
 
@@ -225,6 +227,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = GlideModel(reference=reference, variant=variant, weights=folder / "weights.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unetc.models.glide.tokenize", tokens_of)
+        patch.setattr("unetc.models.glide.cut_prompts", lambda texts, length: ())
         conditions = model.encode(PROMPTS, variant.guidance_scale)
     return Captured(original=original, prepared=prepare(model, folder / "cache"), conditions=conditions)
 

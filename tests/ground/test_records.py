@@ -38,6 +38,7 @@ from unetc.artifacts import (
     Profile,
     Verification,
 )
+from unetc.artifacts.call_input import CallInput
 from unetc.artifacts.manifest import BundleDecoder, Conditioning, EnginePair
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, check_writable, read_bounded, write_atomically
@@ -162,12 +163,21 @@ def manifests(draw: st.DrawFn) -> Manifest:
     counts = draw(
         st.lists(st.builds(SchedulerCount, steps=count, start=count, initial_scale=positive), min_size=1, max_size=2)
     )
+    channels, *sides = draw(shape)
+    inputs = st.builds(
+        CallInput,
+        name=text,
+        axes=st.lists(count | text, max_size=3).map(tuple),
+        classes=st.none() | count,
+        optional=st.booleans(),
+    )
     return Manifest(
         unetc=draw(text),
         model=draw(models),
         target=draw(text),
         threads=draw(count),
-        sample_shape=draw(shape),
+        sample_shape=(channels, sides[0], sides[1]),
+        inputs=(CallInput(name="sample", axes=(channels, "height", "width")), *draw(st.lists(inputs, max_size=2))),
         denoiser_config=draw(st.dictionaries(text, st.none() | text | st.lists(count), max_size=2)),
         predicted_channels=draw(count),
         conditioning=draw(st.none() | conditionings),
@@ -386,6 +396,7 @@ def manifest(**fields: Any) -> Manifest:
         "threads": 1,
         "sample_shape": (1, 2, 2),
         "denoiser_config": {},
+        "inputs": (CallInput(name="sample", axes=(1, "height", "width")),),
         "predicted_channels": 1,
         "batch": 1,
         "steps": 4,
@@ -597,7 +608,7 @@ def test_a_plan_emits_nothing_by_default() -> None:
 
 
 def test_the_version_of_the_layout_is_saved() -> None:
-    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 4), (curve(), 3)):
+    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 5), (curve(), 3)):
         assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
 
 

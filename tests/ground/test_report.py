@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from unetc.artifacts.call_input import CallInput
 from unetc.artifacts.manifest import BundleEngine, EnginePair, FileRecord, Manifest, Measurement
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
@@ -133,6 +134,7 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
         threads=2,
         sample_shape=(1, 32, 32),
         denoiser_config={},
+        inputs=(CallInput(name="sample", axes=(1, "height", "width")),),
         predicted_channels=1,
         batch=4,
         steps=20,

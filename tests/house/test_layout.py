@@ -18,8 +18,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
-GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "extras", "metrics"}
-GROUND |= {"models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
+GROUND = {"artifacts", "backend", "call", "conditions", "controlnet", "device", "environment", "errors", "extras"}
+GROUND |= {"metrics", "models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
 GROUND |= {"treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)

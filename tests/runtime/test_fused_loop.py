@@ -440,12 +440,14 @@ def test_what_the_kernel_cannot_do_is_left_to_the_plain_loop() -> None:
     table = extract(make_scheduler("dpmsolver++", CONFIG), 4)
     start = start_of(table)
     assert can_fuse(start)
+    rows = {"encoder_hidden_states": np.zeros((len(start.noise), 3, 4), np.float32)}
     past = replace(table, sample_coefficients=np.ones_like(table.sample_coefficients))
     learned = extract(make_scheduler("ddpm", CONFIG | LEARNED), 4)
     for other in (
         replace(start, table=past),
         start_of(learned),
         replace(start, predicted_channels=7),
+        replace(start, conditions=Conditions(own=rows, negative=rows, middle=rows, scale=3.0)),
         replace(start, noise=np.broadcast_to(np.float32(0), (1, 1, 2**15, 2**15)), predicted_channels=1),
         replace(start, noise=np.broadcast_to(np.float32(0), (2**16, *SHAPE))),
     ):

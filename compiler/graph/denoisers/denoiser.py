@@ -6,11 +6,14 @@ Components are found without code for any class, but inputs and calls differ fro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unetc.call import CallSignature
 from unetc.controlnet import ControlNetInput, controlnet_inputs
 from unetc.errors import ModelError
 
@@ -47,12 +50,13 @@ class Denoiser(nn.Module):
         return self._call(self.model, named)
 
 
-def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
+def denoiser_of(model: nn.Module, *, controlnet: bool = False, calls: CallSignature | None = None) -> Denoiser:
     """Wrap a model as a denoiser with positional inputs.
 
     Args:
         model: A denoiser from diffusers, on the CPU.
         controlnet: Whether to add the ControlNet inputs.
+        calls: The calls of a UNet; by default they follow from its configuration.
 
     Raises:
         ModelError: If its class or a part of its configuration is not supported, or if it takes no ControlNet inputs.
@@ -65,6 +69,10 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
         raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
     _refuse_patches(model, name)
     signature = _SIGNATURES[name]
+    if calls is not None:
+        if name not in UNETS:
+            raise ModelError(f"the calls of a {name} follow from its class. Expected one of: {', '.join(UNETS)}.")
+        signature = replace(signature, inputs=partial(signature.inputs, calls=calls))
     inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0))
     if controlnet:
         if name != "UNet2DConditionModel":

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLE, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
-POOLED, TIME_IDS, CLASS_LABELS = "text_embeds", "time_ids", "class_labels"
-LOW_RES = "low_res"
+from unetc.artifacts.call_input import SAMPLE
+from unetc.call import CLASS_LABELS, CONTEXT, POOLED, TIME_IDS, TIMESTEP
 
 BATCH = 2
 TOKENS = 5
@@ -38,8 +37,8 @@ class Input:
 class Signature:
     """Inputs and call of a class of denoiser."""
 
-    inputs: Callable[[Any, torch.Generator], list[Input]]
-    """Lists the inputs of a denoiser; refuses unsupported configurations."""
+    inputs: Callable[..., list[Input]]
+    """Lists the inputs of a denoiser and refuses unsupported configurations; called with the model and a generator."""
     call: Callable[[Any, dict[str, Any]], Tensor]
     """Calls a denoiser with inputs by name; returns [batch, channel, height, width]."""
 
@@ -57,3 +56,20 @@ def vector(name: str, width: int, generator: torch.Generator) -> Input:
 def timestep() -> Input:
     """Make the input with one timestep per sample."""
     return Input(name=TIMESTEP, example=torch.tensor([10.0, 500.0]))
+
+
+__all__ = [
+    "BATCH",
+    "CLASS_LABELS",
+    "CONTEXT",
+    "POOLED",
+    "SAMPLE",
+    "TIMESTEP",
+    "TIME_IDS",
+    "TOKENS",
+    "Input",
+    "Signature",
+    "text",
+    "timestep",
+    "vector",
+]

@@ -9,69 +9,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unetc.artifacts.call_input import SAMPLE
+from unetc.call import EXTRA_CHANNELS, POOLED, TIME_IDS, CallSignature
 from unetc.controlnet import PREFIX
-from unetc.errors import ModelError
 
-from .inputs import (
-    BATCH,
-    CLASS_LABELS,
-    CONTEXT,
-    LOW_RES,
-    POOLED,
-    SAMPLE,
-    TIME_IDS,
-    Input,
-    Signature,
-    text,
-    timestep,
-    vector,
-)
+from .inputs import BATCH, Input, Signature, text, timestep, vector
 
 
-def _unet_2d(model: Any, generator: torch.Generator) -> list[Input]:
-    return [*_image(model, generator), *_class_labels(model, generator)]
-
-
-def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
-    config = model.config
-    hidden = getattr(config, "encoder_hid_dim_type", None)
-    if hidden not in (None, "text_proj"):
-        raise ModelError(
-            f"cannot capture UNet2DConditionModel with {hidden} conditions (such as IP-Adapter). "
-            "Expected encoder_hid_dim_type None or 'text_proj'."
-        )
-    added = getattr(config, "addition_embed_type", None)
-    if added not in (None, "text", "text_time"):
-        raise ModelError(
-            f"cannot capture UNet2DConditionModel with addition_embed_type {added!r}. "
-            "Expected None, 'text' or 'text_time'."
-        )
-    if getattr(config, "time_cond_proj_dim", None) is not None:
-        raise ModelError(
-            "cannot capture UNet2DConditionModel with time_cond_proj_dim (guidance as an embedding). Expected None."
-        )
-    widths = config.cross_attention_dim
-    width = config.encoder_hid_dim if hidden else widths if isinstance(widths, int) else widths[0]
-    inputs = _image(model, generator)
-    inputs.append(text(CONTEXT, width, generator))
-    inputs += _class_labels(model, generator)
-    if added == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs.append(vector(POOLED, pooled, generator))
-        inputs.append(Input(name=TIME_IDS, example=torch.full((BATCH, 6), 64.0)))
+def _unet(model: Any, generator: torch.Generator, *, calls: CallSignature | None = None) -> list[Input]:
+    """List the inputs of a UNet: the sample, the timestep, and the conditions of its calls, in this order."""
+    calls = calls or CallSignature.of(type(model).__name__, _settings(model.config))
+    both, time = _image(model, generator)
+    sample, *extra = _split(both, calls)
+    inputs = [sample, time]
+    for item in calls.conditions:
+        match item.axes:
+            case (_, _, _):
+                inputs += extra
+            case (str(), width):
+                inputs.append(text(item.name, int(width), generator))
+            case (count,) if item.name == TIME_IDS:
+                inputs.append(Input(name=item.name, example=torch.full((BATCH, int(count)), 64.0)))
+            case (width,):
+                inputs.append(vector(item.name, int(width), generator))
+            case _ if item.classes is None:
+                inputs.append(Input(name=item.name, example=torch.tensor([1.0, 2.0])))
+            case _:
+                inputs.append(Input(name=item.name, example=torch.tensor([0, item.classes - 1])))
     return inputs
 
 
-def _super_resolution(model: Any, generator: torch.Generator) -> list[Input]:
-    both, *others = _unet_2d_condition(model, generator)
-    assert both.native is not None
-    sample, low_res = (
-        replace(both, name=name, example=example, native=native)
-        for name, example, native in zip(
-            (SAMPLE, LOW_RES), both.example.chunk(2, dim=1), both.native.chunk(2, dim=1), strict=True
-        )
-    )
-    return [sample, *others, low_res]
+def _settings(config: Any) -> Mapping[str, Any]:
+    return config if isinstance(config, Mapping) else vars(config)
+
+
+def _split(both: Input, calls: CallSignature) -> list[Input]:
+    """Split an example with all channels into the sample and its extra channels, if there are any."""
+    native = both.native
+    assert native is not None
+    parts = [(SAMPLE, slice(0, calls.channels))]
+    if EXTRA_CHANNELS in calls.names:
+        parts.append((EXTRA_CHANNELS, slice(calls.channels, None)))
+    return [
+        replace(both, name=name, example=both.example[:, part].contiguous(), native=native[:, part].contiguous())
+        for name, part in parts
+    ]
 
 
 def _image(model: Any, generator: torch.Generator) -> list[Input]:
@@ -84,27 +66,9 @@ def _image(model: Any, generator: torch.Generator) -> list[Input]:
     return [Input(name=SAMPLE, example=sample, dynamic=(2, 3), native=native), timestep()]
 
 
-def _class_labels(model: Any, generator: torch.Generator) -> list[Input]:
-    config = model.config
-    kind = getattr(config, "class_embed_type", None)
-    if kind is None:
-        count = getattr(config, "num_class_embeds", None)
-        return [Input(name=CLASS_LABELS, example=torch.tensor([0, count - 1]))] if count else []
-    if kind == "timestep":
-        return [Input(name=CLASS_LABELS, example=torch.tensor([1.0, 2.0]))]
-    if kind == "identity":
-        width = model.time_embedding.linear_2.out_features
-    elif kind in ("projection", "simple_projection"):
-        width = config.projection_class_embeddings_input_dim
-    else:
-        raise ModelError(
-            f"cannot capture {type(model).__name__} with class_embed_type {kind!r}. "
-            "Expected None, 'timestep', 'identity', 'projection' or 'simple_projection'."
-        )
-    return [vector(CLASS_LABELS, width, generator)]
-
-
 def _call_unet(model: Any, named: dict[str, Any]) -> Tensor:
+    if (extra := named.pop(EXTRA_CHANNELS, None)) is not None:
+        named[SAMPLE] = torch.cat([named[SAMPLE], extra], dim=1)
     added = {name: named.pop(name) for name in (POOLED, TIME_IDS) if name in named}
     if added:
         named["added_cond_kwargs"] = added
@@ -115,8 +79,7 @@ def _call_unet(model: Any, named: dict[str, Any]) -> Tensor:
 
 
 UNETS: Mapping[str, Signature] = {
-    "UNet2DModel": Signature(inputs=_unet_2d, call=_call_unet),
-    "UNet2DConditionModel": Signature(inputs=_unet_2d_condition, call=_call_unet),
-    "SuperResolutionUNet": Signature(inputs=_super_resolution, call=_call_unet),
+    "UNet2DModel": Signature(inputs=_unet, call=_call_unet),
+    "UNet2DConditionModel": Signature(inputs=_unet, call=_call_unet),
 }
 """Supported classes of UNets by name."""

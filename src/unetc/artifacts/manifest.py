@@ -12,6 +12,7 @@ from unetc.precision import Precision
 from unetc.sampler.table import SchedulerHeader
 from unetc.treatments import Treatment
 
+from .call_input import SAMPLE, CallInput
 from .plan import Plan
 from .profile import Damage, ModelReference
 from .record import Artifact, Record, require
@@ -108,11 +109,15 @@ class Conditioning(Record, frozen=True, kw_only=True):
     file: str
     """Path of the encoded prompts."""
     prompts: tuple[str, ...]
-    """Text of the prompts; sample k has prompt k modulo their number."""
+    """Text of the prompts, or labels of classes as numbers; sample k has prompt k modulo their number."""
     used: int
     """Number of prompts used by analysis and build, from the first; `verify` uses the others, if any."""
     guidance_scale: float
     """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
+    image_guidance_scale: float = 1.0
+    """Scale of the guidance by the image, for models that edit images; 1 without it."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels that the size numbers of SDXL were made for; None if they do not follow the size."""
 
     def __post_init__(self) -> None:
         """Check the count."""
@@ -131,8 +136,8 @@ class BundleDecoder(Record, frozen=True, kw_only=True):
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
-    SCHEMA: ClassVar[int] = 4
-    schema: int = 4
+    SCHEMA: ClassVar[int] = 5
+    schema: int = 5
     unetc: str
     model: ModelReference
     target: str
@@ -143,6 +148,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """[channel, height, width] the model was trained for."""
     denoiser_config: dict[str, Any]
     """Configuration of the denoiser, as its library writes it."""
+    inputs: tuple[CallInput, ...]
+    """Inputs of the engines, without timestep and ControlNet inputs: the sample, then its conditions."""
     predicted_channels: int
     """Channels of a prediction: as many as in a sample, or more if the denoiser also predicts a variance."""
     conditioning: Conditioning | None = None
@@ -184,6 +191,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         if self.conditioning is not None:
             named.add(self.conditioning.file)
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
+        require(bool(self.inputs) and self.inputs[0].name == SAMPLE, f"the first input must be {SAMPLE}")
+        require(self.inputs[0].axes[0] == self.sample_shape[0], "inputs and sample_shape must have the same channels")
         require(not self.full.treatments, "the full model must keep every component")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")

@@ -9,18 +9,55 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from unetc.device import Array
+from unetc.errors import ModelError
 from unetc.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
+    from unetc.call import CallSignature
+    from unetc.conditions import Conditions
     from unetc.runtime.session import Step
 
 
 class Draw(Protocol):
     """Samples one batch, as `Session.sample` does."""
 
-    def __call__(self, batch: int, *, first_index: int, on_step: Callable[[Step], None]) -> Array:
-        """Sample from noise."""
+    def __call__(
+        self,
+        batch: int,
+        *,
+        first_index: int,
+        on_step: Callable[[Step], None],
+        conditions: Conditions | None = None,
+    ) -> Array:
+        """Sample from noise; without conditions, with those of the bundle."""
         ...
+
+
+def with_labels(draw: Draw, calls: CallSignature, text: str) -> Draw:
+    """Give every sample a class label: sample k gets label k, modulo their number.
+
+    Args:
+        draw: Samples one batch, as `Session.sample` does.
+        calls: The calls that the engines take.
+        text: Labels, as in '0,3,7'.
+
+    Raises:
+        ModelError: If the model has no classes, or a label is not one of them.
+    """
+    from unetc.models.prompts import encode_labels, read_labels
+
+    classes = calls.classes
+    if classes is None:
+        raise ModelError("the model has no classes, so it takes no labels. Omit --labels.")
+    labelled = encode_labels("the model", tuple(map(str, read_labels(text))), classes)
+
+    def drawn(
+        batch: int, *, first_index: int, on_step: Callable[[Step], None], conditions: Conditions | None = None
+    ) -> Array:
+        own = labelled.take(range(first_index, first_index + batch)) if conditions is None else conditions
+        return draw(batch, first_index=first_index, on_step=on_step, conditions=own)
+
+    return drawn
 
 
 def sample_in_calls(draw: Draw, samples: int, most: int, on_progress: OnProgress) -> Array:

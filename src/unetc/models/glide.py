@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unetc.artifacts.profile import ModelReference
+from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .glide_checkpoint import Checkpoint
+    from .images import Images
+
+logger = logging.getLogger(__name__)
 
 LOW_RES = "low_res.npy"
 """File next to the weights of the upsampler: one image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
@@ -43,7 +48,7 @@ class Variant:
     unet: Mapping[str, Any]
     """Configuration of the UNet."""
     denoiser: str
-    """Class of the UNet, a key of `unetc.models.glide_unet.KINDS`."""
+    """Class of the UNet in diffusers."""
     scheduler_config: Mapping[str, Any]
     text_heads: int
     guidance_scale: float
@@ -117,7 +122,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
                 blocks=2,
                 text_width=512,
             ),
-            denoiser="SuperResolutionUNet",
+            denoiser="UNet2DConditionModel",
             scheduler_config={**_SCHEDULE, "beta_schedule": "linear"},
             text_heads=8,
             guidance_scale=1.0,
@@ -145,6 +150,11 @@ class GlideModel:
         return dict(self.variant.unet)
 
     @property
+    def calls(self) -> CallSignature:
+        """The calls of the UNet; the upsampler gets the low-resolution image as extra channels."""
+        return CallSignature.of(self.variant.denoiser, self.denoiser_config, channels=self.sample_shape[0])
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
         """Configuration of a diffusers scheduler."""
         return dict(self.variant.scheduler_config)
@@ -166,16 +176,25 @@ class GlideModel:
         own = self.weights.with_name(PROMPTS)
         return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+    def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
         """Turn prompts into conditions.
 
+        Args:
+            prompts: One prompt per row.
+            guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
+            images: Must not name a folder: low-resolution images are next to the weights.
+
         Raises:
-            ModelError: If the checkpoint cannot be used, or the upsampler has too few low-resolution images.
+            ModelError: If the checkpoint cannot be used, the upsampler has too few low-resolution images, or a folder
+                of images is given.
             MissingDependency: If OpenAI's tokenizer is not installed.
         """
         import torch
 
         from .glide_text import text_transformer
+
+        if images is not None and images.folder is not None:
+            raise ModelError(f"{self.reference.name} takes no folder of images. Its images are in {LOW_RES}.")
 
         model = text_transformer(self._read().text, self.variant.text_heads)
         length = len(model.positional_embedding)
@@ -187,10 +206,14 @@ class GlideModel:
 
         low_res = self._low_res(len(prompts)) if self.variant.unet["in_channels"] > 3 else {}
         guided = guidance_scale > 1
+        notes = cut_prompts(prompts, length)
+        for note in notes:
+            logger.warning("%s.", note)
         return Conditions(
             own=conditions(prompts),
             negative=conditions([""] * len(prompts)) if guided else {},
             scale=max(1.0, guidance_scale),
+            notes=notes,
         )
 
     def load_decoder(self) -> None:
@@ -204,7 +227,7 @@ class GlideModel:
         """
         from .glide_unet import load_unet
 
-        return load_unet(self.variant.denoiser, self.variant.unet, self._read().unet)
+        return load_unet(self.variant.unet, self._read().unet)
 
     def _read(self) -> Checkpoint:
         """Read the checkpoint each time; keeping it would double the memory of the model."""
@@ -223,7 +246,7 @@ class GlideModel:
             ) from error
         if images.ndim != 4 or images.shape[1] != 3 or len(images) < count:
             raise ModelError(f"{path} has shape {images.shape}. Expected [{count} or more, 3, height, width].")
-        return {"low_res": enlarge(images[:count].astype(np.float32), self.variant.size)}
+        return {EXTRA_CHANNELS: enlarge(images[:count].astype(np.float32), self.variant.size)}
 
 
 def find_glide(name: str, weights: Path | None) -> GlideModel:
@@ -250,7 +273,7 @@ def find_glide(name: str, weights: Path | None) -> GlideModel:
 
 
 def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Enlarge images bilinearly to the size of the upsampler, for its condition `low_res`.
+    """Enlarge images bilinearly to the size of the upsampler, for its extra channels.
 
     Args:
         images: [batch, 3, height, width].
@@ -264,6 +287,32 @@ def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
 
     enlarged: NDArray[np.float32] = interpolate(torch.from_numpy(images), (size, size), mode="bilinear").numpy()
     return enlarged
+
+
+def cut_prompts(texts: Sequence[str], length: int) -> tuple[str, ...]:
+    """Describe the texts that have more tokens than the text transformer reads, with the words that are lost.
+
+    Raises:
+        MissingDependency: If the tokenizer is not installed.
+    """
+    encoder = _tokenizer()
+    found = {text: encoder.encode(text) for text in texts}
+    return tuple(
+        f"the prompt {text[:40]!r}… is cut at {length} tokens; lost: {encoder.decode(tokens[length:])!r}. Shorten it"
+        for text, tokens in found.items()
+        if len(tokens) > length
+    )
+
+
+def _tokenizer() -> Any:
+    try:
+        bpe = importlib.import_module("glide_text2im.tokenizer.bpe")
+    except ImportError as error:
+        raise MissingDependency(
+            "encoding prompts for GLIDE needs OpenAI's tokenizer: "
+            "pip install git+https://github.com/openai/glide-text2im"
+        ) from error
+    return bpe.get_encoder()
 
 
 def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
@@ -281,13 +330,6 @@ def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    try:
-        bpe = importlib.import_module("glide_text2im.tokenizer.bpe")
-    except ImportError as error:
-        raise MissingDependency(
-            "encoding prompts for GLIDE needs OpenAI's tokenizer: "
-            "pip install git+https://github.com/openai/glide-text2im"
-        ) from error
-    encoder = bpe.get_encoder()
+    encoder = _tokenizer()
     padded = [encoder.padded_tokens_and_mask(encoder.encode(text), length) for text in texts]
     return torch.tensor([tokens for tokens, _ in padded]), torch.tensor([mask for _, mask in padded])

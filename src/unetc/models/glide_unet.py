@@ -5,29 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from unetc.errors import ModelError
 
 
-class SuperResolutionUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """A UNet that reads the noisy image and an enlarged low-resolution image; each takes half of the input channels."""
-
-    def forward(self, sample: Tensor, timestep: Tensor, *, low_res: Tensor, **others: Any) -> Any:
-        """Call the UNet with both images concatenated along the channels."""
-        return super().forward(torch.cat([sample, low_res], dim=1), timestep, **others)
-
-
-KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (SuperResolutionUNet, UNet2DConditionModel)}
-
-
-def load_unet(kind: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+def load_unet(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     """Create a UNet from converted weights.
 
     Args:
-        kind: Class of the UNet, a key of `KINDS`.
         config: Configuration of the UNet.
         weights: Weights under the names of diffusers.
 
@@ -37,7 +24,7 @@ def load_unet(kind: str, config: Mapping[str, Any], weights: Mapping[str, Tensor
     Raises:
         ModelError: If the weights do not fit the configuration.
     """
-    unet: nn.Module = KINDS[kind](**config)
+    unet: nn.Module = UNet2DConditionModel(**config)
     try:
         unet.load_state_dict(dict(weights))
     except RuntimeError as error:

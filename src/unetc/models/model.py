@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from unetc.artifacts.profile import ModelReference
+from unetc.call import CallSignature
 from unetc.conditions import Conditions
+
+from .images import Images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +29,10 @@ class Model(Protocol):
         """Configuration of the denoiser, in the form that diffusers pipelines read."""
 
     @property
+    def calls(self) -> CallSignature:
+        """The calls of the denoiser: its inputs and their shapes."""
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
         """Configuration of a diffusers scheduler, of any class."""
 
@@ -42,10 +49,10 @@ class Model(Protocol):
         """Image pixels per sample pixel, along each side; 1 if samples are images."""
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts used to measure the model; empty for an unconditional model."""
+        """Read the prompts used to measure the model, or list class labels; empty for an unconditional model."""
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
-        """Turn prompts into conditions."""
+    def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
+        """Turn prompts, or labels of classes, into conditions; a model that takes images gets one per row."""
 
     def load_decoder(self) -> LatentDecoder | None:
         """Load the decoder from samples to images; None if samples are images."""

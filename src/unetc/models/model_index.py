@@ -25,7 +25,7 @@ _UNUSED = frozenset(
         "feature_extractor",  # prepares images for the safety checker
         "requires_safety_checker",  # decides about a warning
         "image_encoder",  # encodes the image of an IP-Adapter
-        "requires_aesthetics_score",  # read by SDXL's refiner alone; its UNet has the size numbers that fit it
+        "requires_aesthetics_score",  # read by `open_pipeline` for SDXL's refiner, and by no other pipeline
     }
 )
 """Keys that change nothing that unetc computes."""

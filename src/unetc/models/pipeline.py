@@ -15,10 +15,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from unetc.artifacts.profile import ModelReference
+from unetc.call import (
+    AESTHETIC_NUMBERS,
+    CLASS_LABELS,
+    CONTEXT,
+    EXTRA_CHANNELS,
+    POOLED,
+    SIZE_NUMBERS,
+    TIME_IDS,
+    TIMESTEP_COND,
+    CallSignature,
+)
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
-from unetc.errors import MissingDependency, ModelError
+from unetc.errors import MissingDependency, ModelError, ShapeMismatch
 
 from .folder import (
     CONFIG,
@@ -36,12 +49,13 @@ from .folder import (
     variants,
     view,
 )
+from .images import Images
 from .lora import Lora
 from .lora_file import check_loras
 from .lora_names import PARTS
 from .model_index import MODEL_INDEX, ModelIndex, read_model_index
-from .pipelines import PIPELINES, TEXT_PIPELINES
-from .prompts import PROMPTS, read_prompts
+from .pipelines import PIPELINES, TEXT_PIPELINES, sample_channels
+from .prompts import PROMPTS, encode_labels, read_prompts, spread_labels
 from .vae import Latents, read_vae
 
 if TYPE_CHECKING:
@@ -50,19 +64,6 @@ if TYPE_CHECKING:
     from .latent_decoder import LatentDecoder
 
 logger = logging.getLogger(__name__)
-
-_OTHER_PIPELINES: Mapping[int, tuple[str, str, str]] = {
-    5: ("a depth-to-image UNet", "StableDiffusionDepth2ImgPipeline", "a pipeline with depth"),
-    7: ("an upscaling UNet", "StableDiffusionUpscalePipeline", "StableDiffusionUpscalePipeline"),
-    8: (
-        "an InstructPix2Pix UNet",
-        "StableDiffusionInstructPix2PixPipeline",
-        "StableDiffusionXLInstructPix2PixPipeline",
-    ),
-    9: ("an inpainting UNet", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
-}
-"""UNets with further input channels than the latents' 4, by their number: the kind, and its pipelines."""
-
 
 _LARGE_SIZES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 """Pipelines that take a size below 64 in files before diffusers 0.9 for a mistake."""
@@ -77,6 +78,8 @@ class PipelineModel:
     scheduler_config: dict[str, Any]
     sample_shape: tuple[int, int, int]
     """[channel, height, width] for which the denoiser was trained; a latent shape if there is a decoder."""
+    calls: CallSignature
+    """The calls of the denoiser: its inputs and their shapes."""
     folder: Path
     parts: Mapping[str, Part]
     """The parts with weights: the denoiser, and for a model with text its VAE and text encoders."""
@@ -98,39 +101,74 @@ class PipelineModel:
         return PIPELINES[self.reference.pipeline].guidance_scale
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts used to measure the model; empty for an unconditional model."""
+        """Read the prompts used to measure the model, or list labels of its classes; empty if it takes neither."""
+        if self.calls.classes is not None:
+            return spread_labels(self.calls.classes)
         if not self.conditional:
             return ()
         own = self.folder / PROMPTS
         return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
-        """Turn prompts into conditions.
+    def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
+        """Turn prompts, or labels of classes, into conditions.
+
+        Args:
+            prompts: One text or label per row.
+            guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
+            images: Images for a model that takes some, one per row; drawn when not given.
 
         Raises:
-            ModelError: If the model takes no prompts, its text encoders cannot be loaded, or a LoRA does not fit them.
-            MissingDependency: If transformers is not installed.
+            ModelError: If the model takes no prompts, no labels or no images, its text encoders cannot be loaded, a
+                LoRA does not fit them, or an image cannot be read.
+            MissingDependency: If transformers or pillow is not installed.
         """
+        name, pipeline = self.reference.name, self.reference.pipeline
+        if images is not None and images.folder is not None and EXTRA_CHANNELS not in self.calls.names:
+            raise ModelError(f"{name} takes no images; it is a {pipeline} without extra channels. Omit the images.")
+        if self.calls.classes is not None:
+            return encode_labels(name, prompts, self.calls.classes)
         if not self.conditional:
             if prompts:
-                raise ModelError(f"{self.reference.name} takes no prompts; it is a {self.reference.pipeline}.")
+                raise ModelError(f"{name} takes no prompts; it is a {pipeline}.")
             return UNCONDITIONAL
         from .text import encode_prompts, load_text_encoders
 
         _, height, width = self.sample_shape
         size = height * self.decoder_scale, width * self.decoder_scale
-        encoders = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
-        with view(encoders, self.text_files) as folder:
+        parts = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
+        with view(parts, self.text_files) as folder:
             try:
-                pipeline = load_text_encoders(folder, self.reference.pipeline)
+                encoders = load_text_encoders(folder, pipeline)
             except ModelError as error:
                 raise ModelError(str(error).replace(str(folder), str(self.folder))) from error
         if self.loras:
             from .lora_fusion import fuse_into_text_encoders
 
-            fuse_into_text_encoders(pipeline, self.loras)
-        encoded = encode_prompts(pipeline, prompts, guidance_scale=guidance_scale, size=size)
-        return replace(encoded, controlnet=controlnet_inputs(self.denoiser_config) if self.reference.controlnet else ())
+            fuse_into_text_encoders(encoders, self.loras)
+        encoded = encode_prompts(
+            encoders, prompts, guidance_scale=guidance_scale, size=size, kind=PIPELINES[pipeline], calls=self.calls
+        )
+        if EXTRA_CHANNELS in self.calls.names:
+            from .image_conditions import add_images
+
+            use, decoder = PIPELINES[pipeline].images, self.load_decoder()
+            assert use is not None
+            assert decoder is not None
+            scale = PIPELINES[pipeline].image_guidance_scale
+            encoded = add_images(encoded, images or Images(), decoder.autoencoder, use, size, scale)
+        for note in encoded.notes:
+            logger.warning("%s.", note)
+        self._check_fit(encoded)
+        return replace(encoded, controlnet=self.calls.controlnet)
+
+    def _check_fit(self, encoded: Conditions) -> None:
+        """Refuse a pipeline whose encoders do not fit its denoiser, before any long work."""
+        sample = np.broadcast_to(np.float32(0), (encoded.rows or 1, *self.sample_shape))
+        try:
+            for values in encoded.sets:
+                self.calls.check(sample, values)
+        except ShapeMismatch as error:
+            raise ModelError(f"the encoders of {self.reference.name} do not fit its denoiser: {error}") from error
 
     @property
     def decoder_scale(self) -> int:
@@ -217,8 +255,16 @@ def open_pipeline(
         vae = read_config(part_file(folder, "vae", CONFIG))
         latents = read_vae(name, index.classes["vae"], vae, statistics=kind.two_encoders)
     config = _effective(read_config(part_file(folder, "unet", CONFIG)), index, folder)
-    channels = _check_channels(name, pipeline, config, scheduler_config, latents)
-    _check_labels(name, config)
+    scored = kind.scored and bool(index.settings.get("requires_aesthetics_score"))
+    variance_type = str(scheduler_config.get("variance_type"))
+    try:
+        channels = sample_channels(pipeline, config, variance_type, None if latents is None else latents.channels)
+        calls = CallSignature.of(
+            kind.denoiser, config, channels=channels, size_numbers=AESTHETIC_NUMBERS if scored else SIZE_NUMBERS
+        )
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    _check_conditions(name, pipeline, calls)
     height, width = _sample_size(folder, config)
     parts = _open_parts(name, folder, index, config, variant)
     check_loras(loras, {part: parts[part].weights.shapes for part in PARTS if part in parts})
@@ -237,12 +283,28 @@ def open_pipeline(
         denoiser_config=plain(config),
         scheduler_config=scheduler_config,
         sample_shape=(channels, height, width),
+        calls=replace(calls, controlnet=controlnet_inputs(config) if controlnet else ()),
         folder=folder,
         parts=parts,
         text_files=text_files,
         latents=latents,
         loras=loras,
     )
+
+
+def _check_conditions(name: str, pipeline: str, calls: CallSignature) -> None:
+    """Refuse a denoiser with an input for which its pipeline has no values."""
+    kind = PIPELINES[pipeline]
+    given = {EXTRA_CHANNELS} if kind.images else set()
+    if kind.text:
+        given |= {CONTEXT, TIMESTEP_COND, *((POOLED, TIME_IDS) if kind.two_encoders else ())}
+    elif any(item.classes is not None for item in calls.conditions):
+        given.add(CLASS_LABELS)
+    if unknown := sorted(calls.names - given):
+        raise ModelError(
+            f"{name}: its {kind.denoiser} needs {', '.join(unknown)}, which a {pipeline} does not give it. "
+            f"Supported conditions of a {pipeline}: {', '.join(sorted(given)) or 'labels of num_class_embeds classes'}."
+        )
 
 
 def _effective(config: dict[str, Any], index: ModelIndex, folder: Path) -> dict[str, Any]:
@@ -275,50 +337,6 @@ def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     if min(height, width) < 1:
         raise ModelError(f"{path} has sample_size {size}. Expected whole numbers above 0.")
     return height, width
-
-
-def _check_channels(
-    name: str, pipeline: str, config: Mapping[str, Any], scheduler_config: Mapping[str, Any], latents: Latents | None
-) -> int:
-    """Check the channels of the denoiser against the samples; return the channels of a sample."""
-    default = 3 if latents is None else 4  # of UNet2DModel and UNet2DConditionModel
-    taken, predicted = config.get("in_channels", default), config.get("out_channels", default)
-    if not all(isinstance(one, int) and one > 0 for one in (taken, predicted)):
-        raise ModelError(
-            f"the unet of {name} has in_channels {taken} and out_channels {predicted}. Expected whole numbers."
-        )
-    channels = taken if latents is None else latents.channels
-    if taken != channels:
-        raise ModelError(
-            f"the unet of {name} takes {taken} channels, and the latents of its vae have {channels}."
-            + _advice(pipeline, taken)
-        )
-    variance_type = str(scheduler_config.get("variance_type"))
-    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
-    if predicted not in allowed:
-        raise ModelError(
-            f"{name} predicts {predicted} channels for samples of {channels}. Expected "
-            f"{' or '.join(map(str, allowed))}, because its scheduler has variance_type {variance_type}."
-        )
-    return int(channels)
-
-
-def _advice(pipeline: str, taken: int) -> str:
-    if taken not in _OTHER_PIPELINES:
-        return " Expected equal numbers: check that both are of the same model."
-    kind, plain_pipeline, xl_pipeline = _OTHER_PIPELINES[taken]
-    own = xl_pipeline if PIPELINES[pipeline].two_encoders else plain_pipeline
-    return f" It is {kind}: its pipeline should be {own}, but {MODEL_INDEX} says {pipeline}."
-
-
-def _check_labels(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a denoiser that takes class labels."""
-    for key in ("num_class_embeds", "class_embed_type"):
-        if config.get(key) is not None:
-            raise ModelError(
-                f"the unet of {name} takes class labels ({key} {config[key]!r}), which unetc does not give. Expected "
-                "a model without classes."
-            )
 
 
 def _check_widths(name: str, config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:

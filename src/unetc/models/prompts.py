@@ -1,10 +1,18 @@
-"""Prompts used to measure a model."""
+"""Prompts or class labels used to measure a model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from unetc.call import CLASS_LABELS
+from unetc.conditions import Conditions
 from unetc.errors import ModelError
+
+MOST_LABELS = 64
+"""Most labels that a model is measured with by default."""
 
 PROMPTS = "prompts.txt"
 """Name of the file of prompts, one per line; the file next to this module serves models that have no such file."""
@@ -24,3 +32,50 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise ModelError(f"{path} holds no prompt. Expected one per line.")
     return prompts
+
+
+def read_labels(text: str) -> tuple[int, ...]:
+    """Read class labels, as in '0,3,7'.
+
+    Raises:
+        ModelError: If the text is not a list of whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ModelError(f"cannot read the labels {text!r}. Expected whole numbers, as in 0,3,7.") from error
+
+
+def spread_labels(classes: int) -> tuple[str, ...]:
+    """Spread labels evenly over all classes, in an order that mixes small and large ones.
+
+    Args:
+        classes: Number of classes.
+
+    Returns:
+        At most `MOST_LABELS` different labels. The same number of classes always gives the same labels.
+    """
+    count = min(classes, MOST_LABELS)
+    labels = np.arange(count) * classes // count
+    return tuple(map(str, np.random.default_rng(0).permutation(labels).tolist()))
+
+
+def encode_labels(name: str, labels: Sequence[str], classes: int) -> Conditions:
+    """Turn labels of classes into conditions.
+
+    Args:
+        name: Name of the model, for error messages.
+        labels: One label per row, as a number.
+        classes: Number of classes of the model.
+
+    Raises:
+        ModelError: If a label is not the number of a class.
+    """
+    known = {str(label): label for label in range(classes)}
+    for label in labels:
+        if label not in known:
+            raise ModelError(
+                f"{name} takes labels of its {classes} classes, got {label!r}. Expected whole numbers from 0 to "
+                f"{classes - 1}: pass them with --labels."
+            )
+    return Conditions(own={CLASS_LABELS: np.array([known[label] for label in labels], np.int64)})

@@ -2,31 +2,85 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unetc.call import AESTHETIC_NUMBERS, CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 
+from .pipelines import PIPELINES, PipelineKind
+
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""Default scores in diffusers, for a pipeline whose size numbers end with one."""
+
+_ENCODING_PIPELINES: Mapping[bool, str] = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}
+"""Pipeline that encodes prompts, by whether there are two text encoders; those for images encode in the same way."""
+
+_NOT_FOR_TEXT = {"unet", "vae", "safety_checker", "feature_extractor", "image_encoder"}
+"""Parts of a pipeline that encoding does not need."""
+
+_QUIET: Mapping[str, Mapping[str, object]] = {
+    "StableDiffusionPipeline": {"requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+"""Settings that keep a pipeline from asking for parts that encoding does not need."""
+
 
 def encode_prompts(
-    pipeline: Any, prompts: Sequence[str], *, guidance_scale: float, size: tuple[int, int]
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float,
+    size: tuple[int, int],
+    kind: PipelineKind,
+    calls: CallSignature,
 ) -> Conditions:
     """Encode prompts; with guidance, encode the empty prompt as their negative.
 
+    A denoiser that reads the guidance scale itself gets it as `timestep_cond`, and there are no negative conditions.
+
     Args:
-        pipeline: A pipeline with tokenizers and text encoders, of a class in `_ENCODERS`.
+        pipeline: Text encoders from `load_text_encoders`.
         prompts: One prompt per row.
         guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
         size: Height and width of the images in pixels; SDXL uses them as conditions.
+        kind: The pipeline of the model.
+        calls: The calls of the denoiser.
+
+    Returns:
+        The conditions that the denoiser takes. Their notes name the words of prompts that are too long.
     """
     import torch
 
+    widths = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
+    guided = guidance_scale > 1 and TIMESTEP_COND not in widths
     with torch.no_grad():
-        return _ENCODERS[type(pipeline).__name__](pipeline, list(prompts), guidance_scale, size)
+        encode = _two_encoders if kind.two_encoders else _one_encoder
+        own, negative = encode(pipeline, list(prompts), guided)
+        if TIME_IDS in widths:
+            scored = widths[TIME_IDS] == AESTHETIC_NUMBERS
+            for values, score in ((own, AESTHETIC_SCORE), (negative, NEGATIVE_AESTHETIC_SCORE)):
+                numbers = [*size, 0.0, 0.0, *((score,) if scored else size)]  # original size, crop, target or score
+                values[TIME_IDS] = torch.tensor([numbers]).repeat(len(prompts), 1)
+        if TIMESTEP_COND in widths:
+            scales = torch.tensor(guidance_scale - 1).repeat(len(prompts))
+            own[TIMESTEP_COND] = pipeline.get_guidance_scale_embedding(scales, embedding_dim=widths[TIMESTEP_COND])
+
+    def arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        return {name: np.ascontiguousarray(values[name].float().numpy()) for name in values if name in calls.names}
+
+    return Conditions(
+        own=arrays(own),
+        negative=arrays(negative) if guided else {},
+        scale=guidance_scale if TIMESTEP_COND in widths else max(1.0, guidance_scale),
+        size=size if TIME_IDS in widths else None,
+        notes=_cut_prompts(pipeline, prompts),
+    )
 
 
 def load_text_encoders(folder: Path, pipeline: str) -> Any:
@@ -53,13 +107,10 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     try:
-        loaded = getattr(diffusers, pipeline).from_pretrained(
-            folder,
-            unet=None,
-            vae=None,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"safety_checker": None, "feature_extractor": None} if pipeline == "StableDiffusionPipeline" else {}),
+        kind = getattr(diffusers, _ENCODING_PIPELINES[PIPELINES[pipeline].two_encoders])
+        others = set(inspect.signature(kind.__init__).parameters) & _NOT_FOR_TEXT
+        loaded = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **dict.fromkeys(others), **_QUIET[kind.__name__]
         )
     except Exception as error:  # diffusers and transformers raise many unrelated classes
         raise ModelError(f"cannot load the text encoders of {folder}: {' '.join(str(error).split())[:300]}.") from error
@@ -69,34 +120,29 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
     return loaded
 
 
-def _stable_diffusion(pipeline: Any, prompts: list[str], scale: float, size: tuple[int, int]) -> Conditions:
-    guided = scale > 1
+def _one_encoder(pipeline: Any, prompts: list[str], guided: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     own, negative = pipeline.encode_prompt(prompts, "cpu", 1, guided)
-    return _conditions({"encoder_hidden_states": own}, {"encoder_hidden_states": negative}, scale)
+    return {CONTEXT: own}, {CONTEXT: negative}
 
 
-def _stable_diffusion_xl(pipeline: Any, prompts: list[str], scale: float, size: tuple[int, int]) -> Conditions:
-    guided = scale > 1
+def _two_encoders(pipeline: Any, prompts: list[str], guided: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     own, negative, own_pooled, negative_pooled = pipeline.encode_prompt(
         prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=guided
     )
-    times = own.new_tensor([[*size, 0, 0, *size]]).repeat(len(prompts), 1)  # original size, crop, target size
-    return _conditions(
-        {"encoder_hidden_states": own, "text_embeds": own_pooled, "time_ids": times},
-        {"encoder_hidden_states": negative, "text_embeds": negative_pooled, "time_ids": times},
-        scale,
-    )
+    return {CONTEXT: own, POOLED: own_pooled}, {CONTEXT: negative, POOLED: negative_pooled}
 
 
-def _conditions(own: Mapping[str, Any], negative: Mapping[str, Any], scale: float) -> Conditions:
-    def arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        return {name: np.ascontiguousarray(value.float().numpy()) for name, value in values.items()}
-
-    return Conditions(own=arrays(own), negative=arrays(negative) if scale > 1 else {}, scale=max(1.0, scale))
-
-
-_ENCODERS = {
-    "StableDiffusionPipeline": _stable_diffusion,
-    "StableDiffusionXLPipeline": _stable_diffusion_xl,
-}
-"""Encoding function of each pipeline class."""
+def _cut_prompts(pipeline: Any, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Describe the prompts that have more tokens than a text encoder reads, with the words that are lost."""
+    notes: dict[str, None] = {}
+    for part in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, part, None)
+        if tokenizer is None:
+            continue
+        most = tokenizer.model_max_length
+        for prompt in prompts:
+            tokens = tokenizer(prompt, truncation=False).input_ids
+            if len(tokens) > most:
+                lost = " ".join(tokenizer.decode(tokens[most - 1 : -1], skip_special_tokens=True).split())
+                notes[f"the prompt {prompt[:40]!r}… is cut at {most} tokens; lost: {lost!r}. Shorten it"] = None
+    return tuple(notes)

@@ -19,6 +19,8 @@ def inspect(
 
     A profile is shown as a ranking of its components, a bundle with its engines that the cache has.
     """
+    from rich.markup import escape
+
     from unetc.artifacts.manifest import Manifest
     from unetc.artifacts.profile import Profile
 
@@ -38,6 +40,8 @@ def inspect(
         sets = compiled.find(artifact)
         facts |= {"compiled": compiled.facts(sets, artifact)}
         shown += compiled.shown(sets, artifact)
+    if isinstance(artifact, (Profile, Manifest)):
+        shown += [f"note: {escape(note)}" for note in artifact.notes or ()]
     if as_json:
         print_json(facts)
     else:

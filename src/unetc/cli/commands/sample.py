@@ -17,6 +17,10 @@ def sample(
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
     full_model: Annotated[bool, typer.Option("--full-model", help="Run the full model at every step.")] = False,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Class labels of the samples, as 0,3,7, in turn (default: those of the bundle)."),
+    ] = None,
     target: BundleTarget = None,
     memory: Annotated[
         str,
@@ -42,7 +46,7 @@ def sample(
     from unetc.runtime.session import Session, backend_for
 
     from ..output import OUT, print_json, progress
-    from ..sampling import sample_in_calls
+    from ..sampling import Draw, sample_in_calls, with_labels
 
     check_writable(output)
     with progress() as on_progress:
@@ -52,7 +56,9 @@ def sample(
         session = Session.of(opened, backend)
         on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
-        draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
+        draw: Draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
+        if labels is not None:
+            draw = with_labels(draw, opened.calls, labels)
         images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
         seconds = time.perf_counter() - start
     write_atomically(output, png_bytes(grid(images)))
