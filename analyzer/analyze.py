@@ -9,7 +9,8 @@ from filelock import FileLock
 from unetc.artifacts.profile import Profile
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.models.model import Model

@@ -19,7 +19,8 @@ from unetc.models.model import Model
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.sampler.table import SchedulerTables
 
-from .scheduler import STEP_COUNTS, extract_all, make_scheduler
+from .schedulers.extract import STEP_COUNTS, extract_all
+from .schedulers.make import make_scheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

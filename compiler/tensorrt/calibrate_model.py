@@ -16,7 +16,8 @@ from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.overflow import LIMIT, overflowing
 from unetc.compiler.prepare import Prepared
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.errors import ArtifactError
 from unetc.progress import OnProgress, Progress

@@ -16,7 +16,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from unetc.compiler.scheduler import LOG_SNR_LIMIT, SCHEDULERS, extract, extract_all, make_scheduler, supports
+from unetc.compiler.schedulers.extract import extract, extract_all, supports
+from unetc.compiler.schedulers.make import make_scheduler
+from unetc.compiler.schedulers.names import SCHEDULERS
+from unetc.compiler.schedulers.walk import LOG_SNR_LIMIT
 from unetc.errors import ModelError, SessionError
 from unetc.sampler.noise import initial_noise, philox, step_noise
 from unetc.sampler.table import SchedulerHeader, SchedulerTable, SchedulerTables, update
