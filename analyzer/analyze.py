@@ -10,7 +10,7 @@ from unetc.artifacts.profile import Profile
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract
-from unetc.compiler.schedulers.make import make_scheduler
+from unetc.compiler.schedulers.make import scheduler_for
 from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.models.model import Model
@@ -38,7 +38,7 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     """
     if options.target == "null":
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
-    table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
+    table = extract(scheduler_for(options.scheduler, model), options.steps)
     target = open_backend(options.target, threads=options.threads)
     prompts = options.prompts or model.prompts()
     scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale

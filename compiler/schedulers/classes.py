@@ -186,6 +186,9 @@ TRAINING: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "rescale_betas_zero_snr": OFF,
         "timestep_type": ("discrete",),
         "use_flow_sigmas": OFF,
+        "use_dynamic_shifting": OFF,
+        "shift_terminal": (None,),
+        "invert_sigmas": OFF,
         "snr_shift_scale": (1.0,),
         "predict_epsilon": (True, None),
     }

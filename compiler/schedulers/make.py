@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
 
 from unetc.errors import ModelError
 from unetc.models.model import Model
-from unetc.models.pipelines import PIPELINES, PipelineKind
+from unetc.models.pipelines import PIPELINES
 
-from .classes import CLASSES, INSIDE, Family
+from .classes import CLASSES, Family
 from .keys import check_source, check_values, keys_of
 from .names import SCHEDULERS
 from .walk import Scheduler
 
 logger = logging.getLogger(__name__)
+
+CORRECTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
+        "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+    }
+)
+"""Settings of every scheduler that a pipeline's class changes in its constructor, by class; the others change nothing.
+
+Source:
+    `__init__` in diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py and
+    pipeline_stable_diffusion_inpaint.py.
+"""
 
 MU = "mu"
 """Key under which a made scheduler holds the shift that belongs to the size of the image."""
@@ -33,18 +47,18 @@ def scheduler_for(name: str, model: Model) -> Scheduler:
     Raises:
         ModelError: As `make_scheduler` does.
     """
-    return make_scheduler(name, model.scheduler_config, PIPELINES.get(model.reference.pipeline))
+    return make_scheduler(name, model.scheduler_config, model.reference.pipeline)
 
 
 def make_scheduler(
-    name: str, config: Mapping[str, Any], pipeline: PipelineKind | None = None, *, image_tokens: int | None = None
+    name: str, config: Mapping[str, Any], pipeline: str | None = None, *, image_tokens: int | None = None
 ) -> Scheduler:
     """Make a scheduler for a pipeline.
 
     Args:
         name: A key of `SCHEDULERS`.
         config: `config` of the pipeline's own scheduler, of any supported class.
-        pipeline: Kind of the pipeline, which may correct the configuration; None for a model outside pipelines.
+        pipeline: Class of the pipeline, which may correct the configuration; None for a model outside pipelines.
         image_tokens: Length of the transformer's sequence, for a flow with dynamic shift; the tables then hold for
             images of this size alone.
 
@@ -59,23 +73,23 @@ def make_scheduler(
         raise ModelError(f"unknown scheduler {name!r}. Choose one of {', '.join(SCHEDULERS)}.")
     class_name, overrides = SCHEDULERS[name]
     check_source(name, config)
-    config = {key: value for key, value in config.items() if key not in INSIDE} | dict(overrides)
-    if pipeline is not None:
-        config |= _corrections(class_name, config, pipeline)
-    check_values(class_name, config)
-    return _make(class_name, config, image_tokens)
+    used = {key: value for key, value in config.items() if key in keys_of(class_name)} | dict(overrides)
+    used |= _corrections(class_name, used, pipeline)
+    check_values(class_name, used)
+    return _make(class_name, used, image_tokens)
 
 
-def _corrections(class_name: str, config: Mapping[str, Any], pipeline: PipelineKind) -> dict[str, Any]:
+def _corrections(class_name: str, config: Mapping[str, Any], pipeline: str | None) -> dict[str, Any]:
     """List the settings that the pipeline's class changes in the scheduler that it is given.
 
-    A latent has no limits. Where neither the folder nor the class says so, as with Stable Diffusion XL, the default of
-    ddim and ddpm would clip it; that default is meant for images.
+    A latent has no limits. Where neither the folder nor the pipeline says so, as with Stable Diffusion XL, the default
+    of ddim and ddpm would clip it; that default is meant for images.
     """
     keys = keys_of(class_name)
-    changes = {key: value for key, value in pipeline.scheduler_corrections.items() if key in keys}
-    if pipeline.text and "clip_sample" in keys and "clip_sample" not in config | changes:
-        logger.info("latents are not clipped: %s clips by default, and the pipeline's folder does not say", class_name)
+    changes = {key: value for key, value in CORRECTIONS.get(str(pipeline), {}).items() if key in keys}
+    kind = PIPELINES.get(str(pipeline))
+    if kind is not None and kind.text and "clip_sample" in keys and "clip_sample" not in config | changes:
+        logger.warning("the latents are not clipped: %s does so by default, but the pipeline does not ask", class_name)
         changes["clip_sample"] = False
     return changes
 
@@ -83,8 +97,6 @@ def _corrections(class_name: str, config: Mapping[str, Any], pipeline: PipelineK
 def _make(class_name: str, config: dict[str, Any], image_tokens: int | None) -> Scheduler:
     """Let diffusers make the scheduler."""
     dynamic = class_name in CLASSES and CLASSES[class_name].family == Family.FLOW and config.get("use_dynamic_shifting")
-    if dynamic and "use_dynamic_shifting" not in keys_of(class_name):
-        raise ModelError(f"{class_name} does not know use_dynamic_shifting. Choose flow-euler or set a fixed shift.")
     if dynamic and image_tokens is None:
         raise ModelError(
             f"{class_name} has use_dynamic_shifting, which makes the noise levels depend on the size of the image. "

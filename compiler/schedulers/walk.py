@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +19,6 @@ LOG_SNR_LIMIT = 30.0
 
 NUDGE = 1e-6
 """Least difference of log-SNR between two calls. A second call at the same noise level gets this much more."""
-
-_FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 class Scheduler(Protocol):
@@ -77,16 +76,21 @@ def make_step(
     options: dict[str, Any] = {}
     if takes_noise(fresh):
         options["variance_noise"] = noise
-    elif "generator" in inspect.signature(fresh.step).parameters:
+    elif "generator" in _parameters(type(fresh)):
         options["generator"] = torch.Generator().manual_seed(seed)
     return fresh.step(prediction, timestep, sample, **options)
 
 
 def takes_noise(fresh: Any) -> bool:
     """Check whether the noise of a step is given to it; the other schedulers draw it from a generator."""
-    return str(fresh.config.get("algorithm_type")).startswith("sde-") and (
-        "variance_noise" in inspect.signature(fresh.step).parameters
-    )
+    stochastic = str(fresh.config.get("algorithm_type")).startswith("sde-")
+    return stochastic and "variance_noise" in _parameters(type(fresh))
+
+
+@cache
+def _parameters(scheduler_class: type[Any]) -> frozenset[str]:
+    """List the parameters of a step."""
+    return frozenset(inspect.signature(scheduler_class.step).parameters)
 
 
 def asks_variance(scheduler: Scheduler) -> bool:
