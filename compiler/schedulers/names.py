@@ -49,3 +49,13 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 """The schedulers by name: class in diffusers, and overrides of the pipeline's configuration."""
+
+_SAME: Mapping[str, str] = {"DDIMParallelScheduler": "ddim", "DDPMParallelScheduler": "ddpm"}
+"""Classes that sample as another one does."""
+
+
+def name_of(class_name: str) -> str | None:
+    """Find the name that samples as a class of diffusers does; None if there is none."""
+    if class_name in _SAME:
+        return _SAME[class_name]
+    return next((name for name, (own, _) in SCHEDULERS.items() if own == class_name), None)
