@@ -143,9 +143,9 @@ LIMITS: Mapping[str, tuple[Limit, ...]] = MappingProxyType(
         ),
         "variance_type": (
             Limit(
-                values=(None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"),
-                reason="is a variance without bounds",
-                advice="Supported are learned_range and those that are fixed; or choose ddim.",
+                values=(None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+                reason="gives a variance without bounds, or NaN in diffusers",
+                advice="Supported are fixed_small, fixed_small_log, fixed_large and learned_range; or choose ddim.",
                 classes=("DDPMScheduler", "DDPMParallelScheduler"),
             ),
         ),

@@ -143,8 +143,10 @@ def _extract(begun: Any, steps: int) -> SchedulerTable:
         )
     if not np.isfinite(answers.next_samples).all():
         raise ModelError(
-            f"{name} gives NaN or infinity in {steps} steps. If its schedule ends in pure noise "
-            "(rescale_betas_zero_snr), it needs prediction_type v_prediction or sample, or another scheduler."
+            f"{name} gives NaN or infinity in {steps} steps, in diffusers too. If its schedule ends in pure noise "
+            "(rescale_betas_zero_snr), it needs prediction_type v_prediction or sample. If it ends without any noise "
+            "(final_sigmas_type zero), it needs the defaults of lower_order_final, predict_x0 and solver_type. "
+            "Otherwise choose another scheduler."
         )
     table = solve(begun, answers, widest, steps)
     difference = replay(begun, table)
