@@ -161,7 +161,8 @@ class Session:
         Args:
             batch: Number of samples.
             seed: Seed of the noise; sample k of a seed is the same whatever the batch.
-            steps: Number of denoiser calls; the bundle's default when not given.
+            steps: Number of steps; the bundle's default when not given. A few schedulers, such as heun, call the
+                denoiser more than once per step.
             first_index: Index of the first sample within the seed.
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch.
             conditions: One row per sample; the bundle's conditions when not given.
@@ -192,6 +193,11 @@ class Session:
             noise = initial_noise(seed, range(first_index, first_index + batch), (channels, height, width))
         elif noise.ndim != 4 or noise.shape[1] != channels or len(noise) < 1:
             raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
+        elif self.scheduler.one_size and noise.shape[2:] != (height, width):
+            raise ShapeMismatch(
+                f"noise has shape {noise.shape}, but the dynamic shift of this scheduler belongs to {height} x {width}. "
+                "Sample at that size, or build a bundle with a fixed shift."
+            )
         indices = range(first_index, first_index + len(noise))
         if conditions is None:
             conditions = self.conditions.take(indices)

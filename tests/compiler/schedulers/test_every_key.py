@@ -131,6 +131,10 @@ WITHOUT_EFFECT_THERE = {
         ),
         "its timesteps come from the original ones",
     ),
+    **dict.fromkeys(
+        (("EDMDPMSolverMultistepScheduler", key) for key in ("euler_at_final", "lower_order_final")),
+        "its last step, from sigma_min to sigma_min, changes nothing",
+    ),
     ("TCDScheduler", "timestep_scaling"): "it has no boundary conditions",
 }
 """Keys that change nothing in one class, and why."""
