@@ -195,7 +195,7 @@ class Session:
             raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
         elif self.scheduler.one_size and noise.shape[2:] != (height, width):
             raise ShapeMismatch(
-                f"noise has shape {noise.shape}, but the dynamic shift of this scheduler belongs to {height} x {width}. "
+                f"noise has shape {noise.shape}, but this scheduler's dynamic shift belongs to {height} x {width}. "
                 "Sample at that size, or build a bundle with a fixed shift."
             )
         indices = range(first_index, first_index + len(noise))

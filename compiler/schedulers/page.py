@@ -18,14 +18,14 @@ HEADER = """\
 
 # Schedulers
 
-A session samples with the scheduler that the bundle was built for: `--scheduler NAME`. The settings of the pipeline's own
-scheduler are kept. A class or a key that unetc does not know is refused by name, before any work.
+A session samples with the scheduler that the bundle was built for: `--scheduler NAME`. The settings of the pipeline's
+own scheduler are kept. A class or a key that unetc does not know is refused by name, before any work.
 
-In a pipeline of diffusers (the drop-in), the pipeline's own scheduler runs. The bundle then needs only the noise level of
-every call.
+In a pipeline of diffusers (the drop-in), the pipeline's own scheduler runs. The bundle then needs only the noise level
+of every call.
 
-Every name is compared with diffusers over whole trajectories, to 1e-5 of the largest number of a step. So is every key of
-its configuration. The tests are in `tests/compiler/schedulers`.
+Every name is compared with diffusers over whole trajectories, to 1e-5 of the largest number of a step. So is every key
+of its configuration. The tests are in `tests/compiler/schedulers`.
 
 ## Names
 
