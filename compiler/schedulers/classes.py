@@ -214,7 +214,7 @@ class Refused:
 
     reason: str
     nearest: str
-    """Name of the scheduler that is nearest, or what else to do."""
+    """Name of the scheduler that is nearest, or the advice instead."""
 
 
 _TOKENS = Refused(reason="samples tokens, not images with noise", nearest="no scheduler of unetc")
@@ -257,9 +257,7 @@ REFUSED: Mapping[str, Refused] = MappingProxyType(
         "DDPMWuerstchenScheduler": Refused(
             reason="takes timesteps between 1 and 0 along a cosine", nearest="ddpm with squaredcos_cap_v2"
         ),
-        "UnCLIPScheduler": Refused(
-            reason="has a variance between bounds of its own for a prior of images", nearest="ddpm"
-        ),
+        "UnCLIPScheduler": Refused(reason="has other bounds of the variance, for a prior of images", nearest="ddpm"),
         "RePaintScheduler": Refused(
             reason="goes back in time and mixes the original image in", nearest="ddpm, with a pipeline of inpainting"
         ),

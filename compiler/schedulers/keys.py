@@ -1,4 +1,4 @@
-"""The allow-list: what a configuration may say, for the scheduler that takes it over."""
+"""The allow-list: keys and values that a configuration may have, for the scheduler that takes it over."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _corrections(class_name: str, config: Mapping[str, Any], pipeline: str | Non
     keys = keys_of(class_name)
     changes = {key: value for key, value in CORRECTIONS.get(str(pipeline), {}).items() if key in keys}
     kind = PIPELINES.get(str(pipeline))
-    if kind is not None and kind.text and "clip_sample" in keys and "clip_sample" not in config | changes:
+    if kind is not None and kind.text and "clip_sample" in keys and "clip_sample" not in {*config, *changes}:
         logger.warning("the latents are not clipped: %s does so by default, but the pipeline does not ask", class_name)
         changes["clip_sample"] = False
     return changes

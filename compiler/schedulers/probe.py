@@ -49,7 +49,7 @@ def probe(begun: Any, variance: float = LEAST) -> Probe:
 
     Args:
         begun: A scheduler that `begin` made; it is not changed.
-        variance: What a model that is asked for a variance always predicts.
+        variance: Constant prediction of a model that is asked for a variance.
     """
     if not takes_noise(begun):
         noise = torch.randn(_shape(begun), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -19,7 +19,7 @@ from .walk import calls_of, is_flow, log_snr, rising
 _NEGLIGIBLE = 1e-9
 """Relative size of rounding errors where the exact coefficient is zero; 60 times below float32 rounding."""
 _LONG = 4
-"""Longest history of schedulers whose coefficients are known in advance; those of order 4 need it."""
+"""Longest history of schedulers whose coefficients are known in advance; a method of order 4 needs it."""
 
 
 def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> SchedulerTable:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol
 
+import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def make_step(
     options: dict[str, Any] = {}
     if takes_noise(fresh):
         options["variance_noise"] = noise
-    elif "generator" in _parameters(type(fresh)):
+    elif "generator" in _parameters(type(fresh).__name__):
         options["generator"] = torch.Generator().manual_seed(seed)
     return fresh.step(prediction, timestep, sample, **options)
 
@@ -84,13 +85,13 @@ def make_step(
 def takes_noise(fresh: Any) -> bool:
     """Check whether the noise of a step is given to it; the other schedulers draw it from a generator."""
     stochastic = str(fresh.config.get("algorithm_type")).startswith("sde-")
-    return stochastic and "variance_noise" in _parameters(type(fresh))
+    return stochastic and "variance_noise" in _parameters(type(fresh).__name__)
 
 
 @cache
-def _parameters(scheduler_class: type[Any]) -> frozenset[str]:
+def _parameters(class_name: str) -> frozenset[str]:
     """List the parameters of a step."""
-    return frozenset(inspect.signature(scheduler_class.step).parameters)
+    return frozenset(inspect.signature(getattr(diffusers, class_name).step).parameters)
 
 
 def asks_variance(scheduler: Scheduler) -> bool:

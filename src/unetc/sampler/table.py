@@ -8,7 +8,7 @@ where x are the samples, e the model outputs and j the lag in steps. If the mode
 interpolates w between two bounds; otherwise w is zero. A `SchedulerTable` holds the coefficients of all steps for one
 step count. `SchedulerTables` holds one scheduler's tables for many step counts and packs them into one array.
 
-A row is one call of the denoiser. Some schedulers make several calls in what a pipeline counts as one step: Heun's
+A row is one call of the denoiser. Some schedulers make several calls in one step of a pipeline: Heun's
 method calls twice. Their tables have more rows than the number of steps that was asked for.
 """
 
@@ -219,7 +219,7 @@ class SchedulerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Limit of x0. None means no clipping, because JSON has no infinity."""
     counts: tuple[SchedulerCount, ...]
     trained: int = 0
-    """Number of rows after those of all counts; they hold the noise levels that the model was trained on."""
+    """Number of rows after the rows of all counts; they hold the noise levels that the model was trained on."""
     one_size: bool = False
     """Whether the tables hold for the model's own sample size alone."""
 
@@ -272,7 +272,7 @@ class SchedulerTables:
     def noise_levels(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """List timesteps, increasing, and the log-SNR at each of them.
 
-        They cover the range on which the model was trained. If that is not known, they are those of the tables.
+        They cover the range on which the model was trained. If that is not known, they are the timesteps of the tables.
         """
         if len(self.trained_timesteps):
             return self.trained_timesteps, self.trained_log_snr
