@@ -10,7 +10,8 @@ from unetc.artifacts.profile import ImageSource, Profile
 from unetc.call import EXTRA_CHANNELS
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import scheduler_for
 from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.models.images import Images
@@ -39,7 +40,7 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     """
     if options.target == "null":
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
-    table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
+    table = extract(scheduler_for(options.scheduler, model), options.steps)
     target = open_backend(options.target, threads=options.threads)
     if options.labels and model.calls.classes is None:
         raise ProfileError(f"{model.reference.name} has no classes, so it takes no labels. Omit them.")

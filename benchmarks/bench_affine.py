@@ -33,7 +33,8 @@ from unetc.compiler.graph.gated import GatedGraph, emit, gate_index, is_gate
 from unetc.compiler.graph.nodes import add_name
 from unetc.compiler.graph.weights import serialise
 from unetc.compiler.prepare import prepare
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.environment import cores
 from unetc.metrics.distances import relative_l2
 from unetc.models.find import find_model

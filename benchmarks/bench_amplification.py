@@ -23,7 +23,8 @@ from unetc.analyzer.screen import run_screen
 from unetc.analyzer.sweep import Sweep, make_bins, run_base, run_sweep
 from unetc.cli.output import progress
 from unetc.compiler.prepare import prepare
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
 

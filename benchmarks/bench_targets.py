@@ -28,7 +28,8 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.prepare import Prepared, prepare
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.conditions import UNCONDITIONAL
 from unetc.device import Array

@@ -60,7 +60,8 @@ from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.lowering import lower_graphs
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.models.find import find_model
 from unetc.models.glide import VARIANTS

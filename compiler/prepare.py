@@ -19,7 +19,8 @@ from unetc.models.model import Model
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.sampler.table import SchedulerTables
 
-from .scheduler import STEP_COUNTS, extract_all, make_scheduler
+from .schedulers.extract import STEP_COUNTS, extract_all
+from .schedulers.make import scheduler_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,4 +95,4 @@ def prepare_scheduler(
     def report(done: int, total: int) -> None:
         on_progress(Progress(stage="scheduler", done=done, total=total))
 
-    return extract_all(make_scheduler(scheduler, model.scheduler_config), scheduler, wanted, report)
+    return extract_all(scheduler_for(scheduler, model), scheduler, wanted, report)

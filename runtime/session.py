@@ -170,7 +170,8 @@ class Session:
         Args:
             batch: Number of samples.
             seed: Seed of the noise; sample k of a seed is the same whatever the batch.
-            steps: Number of denoiser calls; the bundle's default when not given.
+            steps: Number of steps; the bundle's default when not given. A few schedulers, such as heun, call the
+                denoiser more than once per step.
             first_index: Index of the first sample within the seed.
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch, height and width.
             height: Height of the images in pixels; the model's own when not given.
@@ -198,6 +199,11 @@ class Session:
                 table.log_snr[0],
             )
         noise = self._noise(batch, seed, first_index, noise, height, width)
+        if self.scheduler.one_size and noise.shape[2:] != self.sample_shape[1:]:
+            raise ShapeMismatch(
+                f"noise has shape {noise.shape}, but this scheduler's dynamic shift belongs to samples of "
+                f"{' x '.join(map(str, self.sample_shape[1:]))}. Sample at that size, or build with a fixed shift."
+            )
         indices = range(first_index, first_index + len(noise))
         conditions = self._checked(noise, self.conditions.take(indices) if conditions is None else conditions)
         start = Start(

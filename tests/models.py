@@ -28,7 +28,8 @@ from unetc.compiler.graph.denoisers.inputs import SAMPLE, TIMESTEP, Input
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
 from unetc.treatments import Treatment

@@ -16,7 +16,8 @@ from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.overflow import LIMIT, overflowing
 from unetc.compiler.prepare import Prepared
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import scheduler_for
 from unetc.conditions import Conditions
 from unetc.errors import ArtifactError
 from unetc.progress import OnProgress, Progress
@@ -57,7 +58,7 @@ def overflowing_in_model(
         return frozenset(msgspec.json.decode(read_bounded(known, MAX_JSON_BYTES), type=list[str]))
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         pass  # not searched yet
-    table = extract(make_scheduler(scheduler, model.scheduler_config), STEPS)
+    table = extract(scheduler_for(scheduler, model), STEPS)
     watching = Watching(open_backend(DEFAULT_TARGET, threads=0))
     weights = gated.weights.read_bytes()
     rollout = Rollout(

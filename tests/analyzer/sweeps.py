@@ -14,7 +14,8 @@ from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.sweep import Sweep, make_bins
 from unetc.artifacts.profile import Effect, Estimate, ModelReference
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.device import Device
 from unetc.runtime.backends.registry import open_backend
 from unetc.sampler.table import SchedulerTable

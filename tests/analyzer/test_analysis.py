@@ -322,7 +322,8 @@ from unetc.analyzer.cost import Costs
 from unetc.artifacts.profile import ModelReference
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.runtime.backends.registry import open_backend
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 
 task = json.loads(sys.argv[1])
 folder = Path(task["folder"])

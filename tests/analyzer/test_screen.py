@@ -31,7 +31,8 @@ from unetc.analyzer.screen import (
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, run_base
 from unetc.artifacts.profile import STEP, Cost, Effect, Estimate
 from unetc.backend import Array, Backend
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.progress import Progress, ignore
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.branch_cache import BranchCache

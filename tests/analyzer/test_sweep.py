@@ -40,7 +40,7 @@ from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatmen
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
 from unetc.artifacts.profile import STEP, Effect
 from unetc.backend import Array
-from unetc.compiler.scheduler import make_scheduler
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.progress import Progress, ignore
 from unetc.sampler.noise import initial_noise
 from unetc.treatments import Treatment

@@ -20,7 +20,8 @@ from unetc.artifacts import Assignment, Phase
 from unetc.call import CLASS_LABELS, EXTRA_CHANNELS, TIME_IDS, TIMESTEP_COND
 from unetc.compiler.engines import compile_full
 from unetc.compiler.prepare import prepare
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.device import Array
 from unetc.errors import ModelError, ShapeMismatch

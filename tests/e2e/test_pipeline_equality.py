@@ -20,7 +20,8 @@ from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.engines import compile_full
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.prepare import prepare
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.compiler.search.workbench import Candidate, Workbench
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend

@@ -26,7 +26,8 @@ from unetc.compiler.graph.denoisers.inputs import SAMPLE, TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.errors import ModelError
 from unetc.runtime.session import Session

@@ -21,7 +21,8 @@ from unetc.artifacts.profile import STEP, ModelReference
 from unetc.compiler.engines import compile_full
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.prepare import Prepared, prepare
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 from unetc.models.find import ModelSource, find_model, usual_sampling

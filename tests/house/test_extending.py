@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from unetc.compiler import scheduler
 from unetc.compiler.graph.denoisers import denoiser
+from unetc.compiler.schedulers import keys, make
+from unetc.compiler.schedulers import names as scheduler_names
 from unetc.runtime.backends import registry
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
@@ -24,7 +25,8 @@ def test_the_examples_run_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"__name__": "extending"}
 
     def add_scheduler() -> None:
-        monkeypatch.setattr(scheduler, "SCHEDULERS", {**scheduler.SCHEDULERS, **names["ROW"]})
+        for module in (scheduler_names, keys, make):
+            monkeypatch.setattr(module, "SCHEDULERS", {**scheduler_names.SCHEDULERS, **names["ROW"]})
 
     def add_signature() -> None:
         monkeypatch.setattr(denoiser, "_SIGNATURES", {**denoiser._SIGNATURES, "Waves": names["SIGNATURE"]})

@@ -31,7 +31,8 @@ from unetc.backend import WEIGHTS, Array
 from unetc.compiler.graph.denoisers.inputs import CONTEXT
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
-from unetc.compiler.scheduler import extract_all, make_scheduler
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import UNCONDITIONAL
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError
 from unetc.nvidia.cache import EngineCache

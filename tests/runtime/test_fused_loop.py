@@ -22,7 +22,8 @@ import unetc
 from tests.plans import plan_of
 from unetc.artifacts import Assignment, Phase
 from unetc.backend import Program
-from unetc.compiler.scheduler import extract, make_scheduler
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.device import Array
 from unetc.errors import NonFiniteError, SessionError

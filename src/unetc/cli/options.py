@@ -82,7 +82,11 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
     """How a model is sampled and measured."""
 
     scheduler: Annotated[
-        str | None, typer.Option(help="ddim, ddpm, euler or dpmsolver++ (default: ddim, for glide:base ddpm).")
+        str | None,
+        typer.Option(
+            help="ddim, ddpm, euler, dpmsolver++ or another name of docs/schedulers.md (default: ddim, for glide:base "
+            "ddpm)."
+        ),
     ] = None
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoiser calls per sample (default: 50, for GLIDE as it was published).")

@@ -7,6 +7,9 @@ One step of such a scheduler is
 where x are the samples, e the model outputs and j the lag in steps. If the model also predicts a variance, that output
 interpolates w between two bounds; otherwise w is zero. A `SchedulerTable` holds the coefficients of all steps for one
 step count. `SchedulerTables` holds one scheduler's tables for many step counts and packs them into one array.
+
+A row is one call of the denoiser. Some schedulers make several calls in one step of a pipeline: Heun's
+method calls twice. Their tables have more rows than the number of steps that was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
@@ -24,8 +27,11 @@ from numpy.typing import NDArray
 from unetc.device import HOST, Device, Tensor
 from unetc.errors import SessionError
 
-MAX_WINDOW = 8
-"""Longest history, in steps, that a table can refer to."""
+_ROUNDING = 1e-5
+"""Share of the trained range by which rounding may move a timestep out of it."""
+
+MAX_WINDOW = 13
+"""Longest history, in steps, that a table can refer to: PNDM combines the results of three Runge-Kutta steps."""
 
 _VECTORS = (
     "timesteps",
@@ -38,6 +44,8 @@ _VECTORS = (
     "variance_low",
     "variance_high",
 )
+_LEVELS = _VECTORS[:2]
+"""Columns of the levels that the model was trained on."""
 _MATRICES = ("sample_coefficients", "prediction_coefficients")
 _COLUMNS = (*_VECTORS, *(f"{name}_{lag}" for name in _MATRICES for lag in range(MAX_WINDOW)))
 
@@ -53,7 +61,10 @@ class SchedulerTable:
     timesteps: NDArray[np.float32]
     """[n], timestep passed to the model in each step."""
     log_snr: NDArray[np.float64]
-    """[n], natural log of alpha^2 / sigma^2 of the sample that enters each step; strictly increasing."""
+    """[n], natural log of alpha^2 / sigma^2 of the sample that enters each step; strictly increasing.
+
+    A second call at the same noise level is a millionth higher, so that a plan can tell the calls apart.
+    """
     input_scale: NDArray[np.float64]
     """[n], factor of the samples; the model receives input_scale * x."""
     initial_scale: float
@@ -76,6 +87,8 @@ class SchedulerTable:
     """[n], natural log of the noise variance for a model output of -1; zero in steps without a predicted variance."""
     variance_high: NDArray[np.float64]
     """[n], natural log of the noise variance for a model output of 1; zero in steps without a predicted variance."""
+    asked: int | None = None
+    """Steps as a pipeline counts them, for a scheduler that makes several calls per step; None for n."""
 
     def __post_init__(self) -> None:
         """Check everything that a damaged file could break."""
@@ -87,11 +100,17 @@ class SchedulerTable:
         _require(0 < self.initial_scale < math.inf, f"initial_scale is {self.initial_scale}, not positive and finite")
         _require(self.clip > 0, f"clip is {self.clip}, not positive")
         _require(bool(np.all(np.diff(self.log_snr) > 0)), "log_snr does not increase from step to step")
+        _require(self.count >= 1, f"{self.asked} steps were asked for, not at least 1")
 
     @property
     def steps(self) -> int:
-        """Number of steps n."""
+        """Number of steps n, each with one call of the denoiser."""
         return len(self.timesteps)
+
+    @property
+    def count(self) -> int:
+        """Number of steps that was asked for, `num_inference_steps` of a pipeline."""
+        return self.steps if self.asked is None else self.asked
 
     @property
     def window(self) -> int:
@@ -173,16 +192,23 @@ def _combine(weights: Sequence[float], arrays: Sequence[Tensor]) -> Tensor:
     return total
 
 
-class SchedulerCount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SchedulerCount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Position of the table for one step count in the packed array."""
 
     steps: int
     start: int
-    """First row; the table has `steps` rows."""
+    """First row."""
     initial_scale: float
+    calls: int | None = None
+    """Number of rows; None for `steps`."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.steps if self.calls is None else self.calls
 
 
-class SchedulerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SchedulerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Description of the packed array of a `SchedulerTables`."""
 
     name: str
@@ -192,6 +218,10 @@ class SchedulerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     clip: float | None
     """Limit of x0. None means no clipping, because JSON has no infinity."""
     counts: tuple[SchedulerCount, ...]
+    trained: int = 0
+    """Number of rows after the rows of all counts; they hold the noise levels that the model was trained on."""
+    one_size: bool = False
+    """Whether the tables hold for the model's own sample size alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -203,12 +233,21 @@ class SchedulerTables:
     """
 
     name: str
-    """Name of the scheduler, a key of `unetc.compiler.scheduler.SCHEDULERS`."""
+    """Name of the scheduler, a key of `unetc.compiler.schedulers.names.SCHEDULERS`."""
     tables: tuple[SchedulerTable, ...]
     """One table per step count, all with the same `clip`."""
+    trained_timesteps: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Timesteps that cover the range on which the model was trained, strictly increasing; empty if not known."""
+    trained_log_snr: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """log-SNR at each of them."""
+    one_size: bool = False
+    """Whether the tables hold for the model's own sample size alone: a flow's dynamic shift depends on it."""
 
     def __post_init__(self) -> None:
         """Check order and clipping."""
+        _require_shape("trained_timesteps", self.trained_timesteps, (len(self.trained_log_snr),))
+        _require_shape("trained_log_snr", self.trained_log_snr, (len(self.trained_timesteps),))
+        _require(bool(np.all(np.diff(self.trained_timesteps) > 0)), "trained_timesteps do not increase")
         _require(len(self.tables) > 0, "it has no step count")
         _require(list(self.counts) == sorted(set(self.counts)), f"the step counts {self.counts} do not increase")
         _require(len({table.clip for table in self.tables}) == 1, "the step counts differ in clip")
@@ -216,7 +255,7 @@ class SchedulerTables:
     @property
     def counts(self) -> tuple[int, ...]:
         """Step counts of the tables, increasing."""
-        return tuple(table.steps for table in self.tables)
+        return tuple(table.count for table in self.tables)
 
     def table(self, steps: int) -> SchedulerTable:
         """Look up the table for a number of steps.
@@ -230,10 +269,35 @@ class SchedulerTables:
         nearest = " or ".join(str(count) for count in self.counts[max(position - 1, 0) : position + 1])
         raise SessionError(f"there is no {self.name} table for {steps} steps. Nearest: {nearest} steps.")
 
-    def noise_levels(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """List the timesteps of all tables, increasing, and the log-SNR at each of them."""
+    def noise_levels(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """List timesteps, increasing, and the log-SNR at each of them.
+
+        They cover the range on which the model was trained. If that is not known, they are the timesteps of the tables.
+        """
+        if len(self.trained_timesteps):
+            return self.trained_timesteps, self.trained_log_snr
         timesteps, first = np.unique(np.concatenate([table.timesteps for table in self.tables]), return_index=True)
-        return timesteps, np.concatenate([table.log_snr for table in self.tables])[first]
+        return timesteps.astype(np.float64), np.concatenate([table.log_snr for table in self.tables])[first]
+
+    def log_snr_at(self, timestep: float) -> float:
+        """Look up the noise level at a timestep of any scheduler of the same model.
+
+        Timesteps between two known ones are interpolated.
+
+        Raises:
+            SessionError: If the model was not trained at this timestep; another kind of scheduler made it.
+        """
+        timesteps, levels = self.noise_levels()
+        low, high = float(timesteps[0]), float(timesteps[-1])
+        slack = _ROUNDING * (high - low)
+        if not low - slack <= timestep <= high + slack:  # NaN too
+            spacing = ", ".join(f"{value:g}" for value in self.tables[-1].timesteps[:3])
+            raise SessionError(
+                f"timestep {timestep:g} lies outside {low:g} to {high:g}, the range on which this model was trained. "
+                f"In {self.tables[-1].count} steps, {self.name} takes the timesteps {spacing} and so on. Use a "
+                "scheduler with the configuration of the model's own pipeline."
+            )
+        return float(np.interp(timestep, timesteps, levels))
 
     def to_array(self) -> tuple[SchedulerHeader, NDArray[np.float64]]:
         """Pack all tables into one array.
@@ -241,17 +305,26 @@ class SchedulerTables:
         Returns:
             The header and the array [rows, columns], one row per step of every table.
         """
-        rows = np.concatenate([_to_rows(table) for table in self.tables])
+        trained = np.zeros((len(self.trained_timesteps), len(_COLUMNS)))
+        trained[:, : len(_LEVELS)] = np.column_stack([self.trained_timesteps, self.trained_log_snr])
+        rows = np.concatenate([*(_to_rows(table) for table in self.tables), trained])
         used = np.flatnonzero(rows.any(axis=0))
-        starts = np.cumsum([0, *self.counts]).tolist()
+        starts = np.cumsum([0, *(table.steps for table in self.tables)]).tolist()
         header = SchedulerHeader(
             name=self.name,
             columns=tuple(_COLUMNS[column] for column in used),
             clip=self.tables[0].clip if math.isfinite(self.tables[0].clip) else None,
             counts=tuple(
-                SchedulerCount(steps=table.steps, start=start, initial_scale=table.initial_scale)
+                SchedulerCount(
+                    steps=table.count,
+                    start=start,
+                    initial_scale=table.initial_scale,
+                    calls=None if table.asked is None else table.steps,
+                )
                 for table, start in zip(self.tables, starts, strict=False)
             ),
+            trained=len(trained),
+            one_size=self.one_size,
         )
         return header, np.ascontiguousarray(rows[:, used])
 
@@ -273,11 +346,19 @@ class SchedulerTables:
         _require(not unknown, f"unknown columns {sorted(unknown)}")
         _require(len(set(header.columns)) == len(header.columns), "a column is named twice")
         _require(array.dtype == np.float64, f"the array is {array.dtype}, not float64")
-        _require_shape("the array", array, (sum(count.steps for count in header.counts), len(header.columns)))
+        _require(header.trained >= 0, f"{header.trained} trained levels")
+        count_rows = sum(count.rows for count in header.counts)
+        _require_shape("the array", array, (count_rows + header.trained, len(header.columns)))
         rows = np.zeros((len(array), len(_COLUMNS)))
         rows[:, [_COLUMNS.index(column) for column in header.columns]] = array
         clip = math.inf if header.clip is None else header.clip
-        return cls(name=header.name, tables=tuple(_from_rows(rows, count, clip) for count in header.counts))
+        return cls(
+            name=header.name,
+            tables=tuple(_from_rows(rows[:count_rows], count, clip) for count in header.counts),
+            trained_timesteps=rows[count_rows:, 0].copy(),
+            trained_log_snr=rows[count_rows:, 1].copy(),
+            one_size=header.one_size,
+        )
 
 
 def needed_window(sample_coefficients: NDArray[np.float64], prediction_coefficients: NDArray[np.float64]) -> int:
@@ -300,10 +381,10 @@ def _to_rows(table: SchedulerTable) -> NDArray[np.float64]:
 
 def _from_rows(rows: NDArray[np.float64], count: SchedulerCount, clip: float) -> SchedulerTable:
     _require(
-        count.steps >= 1 and 0 <= count.start <= len(rows) - count.steps,
-        f"{count.steps} steps from row {count.start} do not lie within {len(rows)} rows",
+        count.rows >= 1 and 0 <= count.start <= len(rows) - count.rows,
+        f"{count.rows} steps from row {count.start} do not lie within {len(rows)} rows",
     )
-    own = rows[count.start : count.start + count.steps]
+    own = rows[count.start : count.start + count.rows]
     vectors = dict(zip(_VECTORS, own.T, strict=False))
     sample, prediction = np.split(own[:, len(_VECTORS) :], len(_MATRICES), axis=1)
     window = needed_window(sample, prediction)
@@ -313,6 +394,7 @@ def _from_rows(rows: NDArray[np.float64], count: SchedulerCount, clip: float) ->
         clip=clip,
         sample_coefficients=sample[:, :window],
         prediction_coefficients=prediction[:, :window],
+        asked=None if count.calls is None else count.steps,
         **vectors,
     )
 

@@ -1,0 +1,158 @@
+"""Reading scheduler tables from diffusers schedulers; for compile time.
+
+`probe` makes experiments, `solve` turns the answers into coefficients, and `replay` checks the table against diffusers
+on a whole trajectory. A scheduler that the form cannot express fails this check and is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from unetc.errors import ModelError
+from unetc.sampler.table import SchedulerTable, SchedulerTables
+
+from .keys import check_values
+from .names import SCHEDULERS
+from .probe import MOST, probe
+from .replay import replay
+from .solve import solve
+from .walk import Scheduler, asks_variance, begin, calls_of, is_flow, log_snr, rising, trained_levels
+
+logger = logging.getLogger(__name__)
+
+STEP_COUNTS = (*range(1, 101), 150, 200, 250, 500, 1000)
+"""The step counts that a bundle offers, as far as the scheduler can do them."""
+
+TOLERANCE = 1e-5
+"""Largest accepted difference from diffusers anywhere on a trajectory, relative to the largest element of that step."""
+
+
+def extract_all(
+    scheduler: Scheduler,
+    name: str,
+    counts: Iterable[int] = STEP_COUNTS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SchedulerTables:
+    """Read the tables for many step counts.
+
+    Args:
+        scheduler: As made by `make_scheduler`; it is not changed.
+        name: Its key in `SCHEDULERS`.
+        counts: The step counts wanted; those that `supports` denies are left out.
+        on_progress: Called with (done, total) after each step count.
+
+    Returns:
+        The tables of all step counts that the scheduler can do.
+
+    Raises:
+        ModelError: If the scheduler cannot do any of the step counts, or cannot be expressed as a table.
+    """
+    wanted = sorted(set(counts))
+    begun = {steps: one for steps in wanted if (one := _proper(scheduler, steps)) is not None}
+    if not begun:
+        raise ModelError(f"{type(scheduler).__name__} can do none of the step counts {wanted}. Choose others.")
+    if left_out := sorted(set(wanted) - set(begun)):
+        logger.info("%s cannot do %s steps; left out", type(scheduler).__name__, left_out)
+    tables = []
+    for steps, one in begun.items():
+        tables.append(_extract(one, steps))
+        if on_progress is not None:
+            on_progress(len(tables), len(begun))
+    timesteps, levels = trained_levels(scheduler)
+    return SchedulerTables(
+        name=name,
+        tables=tuple(tables),
+        trained_timesteps=timesteps,
+        trained_log_snr=levels,
+        one_size=scheduler.config.get("mu") is not None,
+    )
+
+
+def supports(scheduler: Scheduler, steps: int) -> bool:
+    """Check whether diffusers makes a proper schedule with a number of steps.
+
+    Rounding sometimes makes it one of another length (61 steps with spacing "trailing"), one beyond the training
+    timesteps, or one with steps that do not change the noise level.
+
+    Args:
+        scheduler: Is not changed.
+        steps: Number of steps wanted.
+    """
+    return _proper(scheduler, steps) is not None
+
+
+def _proper(scheduler: Scheduler, steps: int) -> Any:
+    """Begin a trajectory, if diffusers makes a proper schedule with a number of steps; otherwise return None."""
+    trained = scheduler.config["num_train_timesteps"]
+    if not 1 <= steps <= trained:
+        return None
+    try:
+        begun = begin(scheduler, steps)
+    except (ValueError, IndexError) as error:
+        logger.debug("%s refuses %d steps: %s", type(scheduler).__name__, steps, error)
+        return None
+    last = trained if is_flow(scheduler) else trained - 1  # a flow begins at noise without any signal
+    calls = calls_of(begun, steps)
+    if len(begun.timesteps) != calls or begun.timesteps.max() > last:
+        return None
+    if not _is_continuous(begun) and begun.timesteps.min() < 0:
+        return None
+    levels = log_snr(begun)
+    return begun if np.all(np.diff(levels if calls == steps else rising(levels)) > 0) else None
+
+
+def _is_continuous(scheduler: Scheduler) -> bool:
+    """Check whether timesteps are logarithms of noise levels, which may be negative."""
+    return scheduler.config.get("timestep_type") == "continuous" or "sigma_data" in scheduler.config
+
+
+def extract(scheduler: Scheduler, steps: int) -> SchedulerTable:
+    """Read the table for one step count and check it against diffusers.
+
+    Args:
+        scheduler: As made by `make_scheduler`, or another one whose step takes a generator; it is not changed.
+        steps: Number of steps.
+
+    Returns:
+        The table; diffusers and `update` agree to `TOLERANCE` on a whole random trajectory.
+
+    Raises:
+        ModelError: If the scheduler cannot do that many steps or cannot be expressed as a table.
+    """
+    begun = _proper(scheduler, steps)
+    if begun is None:
+        raise ModelError(
+            f"{type(scheduler).__name__} makes no proper schedule of {steps} steps. Choose another number."
+        )
+    return _extract(begun, steps)
+
+
+def _extract(begun: Any, steps: int) -> SchedulerTable:
+    name = type(begun).__name__
+    check_values(name, begun.config)
+    try:
+        answers = probe(begun)
+        widest = probe(begun, MOST) if asks_variance(begun) else None
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(f"{name} cannot sample with this configuration: {error}. Change it, or choose another.") from (
+            error
+        )
+    if not np.isfinite(answers.next_samples).all():
+        raise ModelError(
+            f"{name} gives NaN or infinity in {steps} steps, in diffusers too. If its schedule ends in pure noise "
+            "(rescale_betas_zero_snr), it needs prediction_type v_prediction or sample. If it ends without any noise "
+            "(final_sigmas_type zero), it needs the defaults of lower_order_final, predict_x0 and solver_type. "
+            "Otherwise choose another scheduler."
+        )
+    table = solve(begun, answers, widest, steps)
+    difference = replay(begun, table)
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"{name} in {steps} steps is not a linear multistep update with fixed clipping: its table is off by "
+            f"{difference:.1e} of the sample, more than {TOLERANCE:.0e}. Choose one of {', '.join(SCHEDULERS)}."
+        )
+    return table

@@ -1,0 +1,180 @@
+"""One trajectory of a diffusers scheduler, called as the pipelines call it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .classes import CLASSES, Family, once
+
+LOG_SNR_LIMIT = 30.0
+"""log-SNR is clamped to -30..30, so that a schedule that ends in pure noise (zero terminal SNR) stays finite."""
+
+NUDGE = 1e-6
+"""Least difference of log-SNR between two calls. A second call at the same noise level gets this much more."""
+
+
+class Scheduler(Protocol):
+    """The used part of a diffusers scheduler."""
+
+    config: Mapping[str, Any]
+    timesteps: torch.Tensor
+
+    @property
+    def init_noise_sigma(self) -> float | torch.Tensor:
+        """Standard deviation of the noise that sampling starts from."""
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Begin a trajectory."""
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
+        """Return the next sample as `prev_sample` and, if there is one, x0 as `pred_original_sample`."""
+
+
+def begin(scheduler: Scheduler, steps: int) -> Any:
+    """Copy a scheduler and set it to the beginning of a trajectory."""
+    fresh: Any = copy.deepcopy(scheduler)
+    if (shift := fresh.config.get("mu")) is None:
+        fresh.set_timesteps(steps)
+    else:
+        fresh.set_timesteps(steps, mu=shift)
+    # Otherwise it searches for the first timestep and starts one step late where rounding made two of them equal.
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(0)
+    return fresh
+
+
+def model_input(fresh: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Return the input of the model."""
+    scaled: torch.Tensor = sample if is_flow(fresh) else fresh.scale_model_input(sample, timestep)
+    return scaled
+
+
+def make_step(
+    fresh: Any, prediction: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor, seed: int
+) -> Any:
+    """Make a step.
+
+    Args:
+        fresh: As `begin` made it.
+        prediction: Output of the model.
+        timestep: The scheduler's value.
+        sample: The current sample.
+        noise: The noise of this step, for a scheduler that takes it.
+        seed: Seed of the generator, for a scheduler that draws noise.
+
+    Returns:
+        The output of diffusers.
+    """
+    options: dict[str, Any] = {}
+    if takes_noise(fresh):
+        options["variance_noise"] = noise
+    elif "generator" in _parameters(type(fresh).__name__):
+        options["generator"] = torch.Generator().manual_seed(seed)
+    return fresh.step(prediction, timestep, sample, **options)
+
+
+def takes_noise(fresh: Any) -> bool:
+    """Check whether the noise of a step is given to it; the other schedulers draw it from a generator."""
+    stochastic = str(fresh.config.get("algorithm_type")).startswith("sde-")
+    return stochastic and "variance_noise" in _parameters(type(fresh).__name__)
+
+
+@cache
+def _parameters(class_name: str) -> frozenset[str]:
+    """List the parameters of a step."""
+    return frozenset(inspect.signature(getattr(diffusers, class_name).step).parameters)
+
+
+def asks_variance(scheduler: Scheduler) -> bool:
+    """Check whether the model must predict the variance of the noise in further channels."""
+    is_ddpm = type(scheduler).__name__ in ("DDPMScheduler", "DDPMParallelScheduler")
+    return is_ddpm and scheduler.config.get("variance_type") == "learned_range"
+
+
+def is_flow(scheduler: Scheduler) -> bool:
+    """Check whether a scheduler samples a flow."""
+    row = CLASSES.get(type(scheduler).__name__)
+    return row is not None and row.family == Family.FLOW
+
+
+def calls_of(scheduler: Scheduler, steps: int) -> int:
+    """Count the denoiser calls of a proper schedule with a number of steps."""
+    row = CLASSES.get(type(scheduler).__name__)
+    return (once if row is None else row.calls)(steps, scheduler.config)
+
+
+def log_snr(fresh: Any) -> NDArray[np.float64]:
+    """Read the log-SNR [n] of the samples that enter the calls of a scheduler that `begin` made."""
+    calls = len(fresh.timesteps)
+    if hasattr(fresh, "sigmas_interpol"):  # every second call is between two levels
+        between = fresh.sigmas_interpol[(0 if hasattr(fresh, "sigmas_down") else 1) :]
+        sigmas = fresh.sigmas[:calls].clone()
+        sigmas[1::2] = between[0:calls:2][: calls // 2]
+        levels = -2 * sigmas.double().log()
+    elif hasattr(fresh, "sigmas"):
+        levels = level_of_sigma(fresh.sigmas[:calls].double(), flow=is_flow(fresh))
+    else:
+        levels = level_of_signal(fresh.alphas_cumprod[fresh.timesteps.long()].double())
+    clamped: NDArray[np.float64] = levels.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT).numpy()
+    return clamped
+
+
+def level_of_sigma(sigmas: torch.Tensor, *, flow: bool) -> torch.Tensor:
+    """Turn noise levels into log-SNR."""
+    return 2 * ((1 - sigmas) / sigmas).log() if flow else -2 * sigmas.log()
+
+
+def level_of_signal(signal: torch.Tensor) -> torch.Tensor:
+    """Turn the cumulative product of 1 - beta into log-SNR."""
+    return signal.log() - (1 - signal).log()
+
+
+def rising(levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Make noise levels of several calls per step increase, so that a plan can tell the calls apart.
+
+    Calls at the same level move apart by `NUDGE`. A call that goes back to more noise gets the last level.
+    """
+    result = levels.copy()
+    for call in range(1, len(result)):
+        result[call] = max(result[call], result[call - 1] + NUDGE)
+    return result
+
+
+def trained_levels(scheduler: Scheduler) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """List timesteps that cover the range on which a model was trained, increasing, and the log-SNR at each of them.
+
+    Between two of them, log-SNR is linear in the timestep as nearly as matters for a plan.
+    """
+    config: Any = scheduler.config
+    fresh: Any = scheduler
+    if is_flow(scheduler):
+        trained = config["num_train_timesteps"]
+        timesteps = torch.linspace(0, trained, trained + 1, dtype=torch.float64)
+        levels = level_of_sigma(timesteps / trained, flow=True)
+    elif "sigma_data" in config and not hasattr(fresh, "alphas_cumprod"):
+        timesteps, levels = _continuous(config["sigma_min"], config["sigma_max"])
+    elif config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        own = ((1 - fresh.alphas_cumprod) / fresh.alphas_cumprod).double().sqrt()
+        low, high = config.get("sigma_min"), config.get("sigma_max")
+        timesteps, levels = _continuous(
+            own.min().item() if low is None else low, own.max().item() if high is None else high
+        )
+    else:
+        levels = level_of_signal(fresh.alphas_cumprod.double())
+        timesteps = torch.arange(len(levels), dtype=torch.float64)
+    return timesteps.numpy(), levels.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT).numpy()
+
+
+def _continuous(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cover a range of noise levels whose timesteps are a quarter of their logarithm."""
+    sigmas = torch.tensor([low, high], dtype=torch.float64)
+    return 0.25 * sigmas.log(), -2 * sigmas.log()
