@@ -235,6 +235,10 @@ class SchedulerTables:
         timesteps, first = np.unique(np.concatenate([table.timesteps for table in self.tables]), return_index=True)
         return timesteps, np.concatenate([table.log_snr for table in self.tables])[first]
 
+    def log_snr_at(self, timestep: float) -> float:
+        """Look up the noise level at a timestep."""
+        return float(np.interp(timestep, *self.noise_levels()))
+
     def to_array(self) -> tuple[SchedulerHeader, NDArray[np.float64]]:
         """Pack all tables into one array.
 
