@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Component, Effect, ModelReference, Profile
+from unetc.artifacts.profile import Component, Effect, ImageSource, ModelReference, Profile
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph
@@ -39,7 +39,7 @@ class AnalysisOptions:
     samples: int = 16
     """Trajectories per ablation."""
     bins: int = 8
-    """Number of noise levels in the damage map."""
+    """Number of noise levels in the damage map; not more than there are steps."""
     seed: int = 0
     target: str = "onnxruntime:cpu"
     threads: int = field(default_factory=cores)
@@ -56,8 +56,12 @@ class AnalysisOptions:
     """Seconds after which no further ablation is carried to the final output; the rest is screened."""
     prompts: tuple[str, ...] = ()
     """Prompts for a model that takes some; the model's list when empty."""
+    labels: tuple[int, ...] = ()
+    """Labels for a model that takes some; spread over all its classes when empty."""
+    images: str | None = None
+    """Folder of images for a model that takes some; drawn when not given."""
     guidance_scale: float | None = None
-    """Scale of classifier-free guidance, dimensionless; the pipeline's usual scale when None."""
+    """Scale of classifier-free guidance, dimensionless; 0 to 1 turn it off, None is the pipeline's usual scale."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -72,10 +76,12 @@ class AnalysisOptions:
             raise ProfileError(f"decisive must be at least 0, or None for all, got {self.decisive}.")
         if not self.time_limit_s > 0:
             raise ProfileError(f"a time limit must be above 0 seconds, got {self.time_limit_s}.")
-        if self.bins > self.steps:
-            raise ProfileError(f"cannot cut {self.steps} steps into {self.bins} bins; use fewer bins or more steps.")
-        if self.guidance_scale is not None and not 1 <= self.guidance_scale < 1000:
-            raise ProfileError(f"a guidance scale is at least 1, which turns guidance off; got {self.guidance_scale}.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < 1000:
+            raise ProfileError(
+                f"a guidance scale lies in [0, 1000), and 0 to 1 turns guidance off; got {self.guidance_scale}."
+            )
+        if self.prompts and self.labels:
+            raise ProfileError("prompts and labels are given. Give labels to a model with classes, prompts to others.")
         if not 0 <= self.seed < 2**63:
             raise ProfileError(f"a seed lies in [0, 2^63), got {self.seed}.")
 
@@ -94,6 +100,7 @@ def analyze(
     sample_shape: tuple[int, int, int],
     conditions: Conditions = UNCONDITIONAL,
     prompts: tuple[str, ...] = (),
+    images: ImageSource | None = None,
     options: AnalysisOptions,
     work: Path,
     on_progress: OnProgress = ignore,
@@ -108,6 +115,7 @@ def analyze(
         sample_shape: [channel, height, width].
         conditions: Conditions of the samples: sample k gets row k, modulo the number of rows.
         prompts: The conditions in words, and more prompts that are kept for `verify`.
+        images: Images in the conditions; None if there are none.
         options: How to analyse.
         work: Folder for partial results. A second call with the same arguments continues from them: damages are equal
             bit by bit, and times already measured are not measured again.
@@ -155,6 +163,8 @@ def analyze(
         batch=options.batch,
         sample_shape=sample_shape,
         prompts=prompts,
+        images=images,
+        notes=conditions.notes,
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
         components=gated.components,

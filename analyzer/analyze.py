@@ -6,14 +6,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.profile import ImageSource, Profile
+from unetc.call import EXTRA_CHANNELS
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
 from unetc.compiler.scheduler import extract, make_scheduler
 from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
+from unetc.models.images import Images
 from unetc.models.model import Model
-from unetc.progress import OnProgress, ignore
+from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backends.registry import open_backend
 
 from .analysis import AnalysisOptions, analyze
@@ -39,10 +41,13 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
     table = extract(make_scheduler(options.scheduler, model.scheduler_config), options.steps)
     target = open_backend(options.target, threads=options.threads)
-    prompts = options.prompts or model.prompts()
+    prompts = options.prompts or tuple(map(str, options.labels)) or model.prompts()
     scale = model.guidance_scale if options.guidance_scale is None else options.guidance_scale
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
-    conditions = model.encode(used, scale)
+    images = Images(folder=Path(options.images) if options.images else None, seed=options.seed)
+    conditions = model.encode(used, scale, images=images)
+    for note in conditions.notes:
+        on_progress(Progress(stage="conditions", done=1, total=1, note=note))
     calls = MeasuredCalls.of(model.sample_shape, options.batch, options.samples, conditions)
     prepared = prepare(model, cache, on_progress)
     finder = overflow_finder(prepared, options.scheduler, conditions, on_progress)
@@ -56,7 +61,12 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
             sample_shape=model.sample_shape,
             conditions=conditions,
             prompts=prompts,
+            images=_source(images, options.images) if EXTRA_CHANNELS in conditions.own else None,
             options=options,
             work=prepared.work,
             on_progress=on_progress,
         )
+
+
+def _source(images: Images, folder: str | None) -> ImageSource:
+    return ImageSource(folder=folder, sha256=images.sha256())

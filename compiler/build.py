@@ -102,7 +102,7 @@ def build(
         )
         curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
         plan = _at(curve, options.at)
-    notes: list[str] = []
+    notes = list(setup.profile.notes)
     seed = setup.profile.seed + 1
     fitted = _fit(workbench, options, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
     if options.quality_gate is not None and not options.quality_gate.passes(fitted.measured.damage):

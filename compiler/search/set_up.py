@@ -13,6 +13,7 @@ from unetc.compiler.prepare import Prepared, prepare, prepare_decoder, prepare_s
 from unetc.compiler.tensorrt.on_demand import Lowering, OnDemand, overflow_finder
 from unetc.conditions import Conditions
 from unetc.errors import ProfileError
+from unetc.models.images import Images
 from unetc.models.model import Model
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.backends.registry import open_backend
@@ -70,7 +71,7 @@ def set_up(
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
-    conditions = model.encode(profile.prompts, profile.guidance_scale)
+    conditions = _encode(model, profile)
     calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
     finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
     on_demand = OnDemand(calls, finder, on_progress)
@@ -94,6 +95,19 @@ def set_up(
         workbench=workbench,
         lowering=on_demand.lowering(target.reads),
     )
+
+
+def _encode(model: Model, profile: Profile) -> Conditions:
+    """Encode all prompts of a profile, with its images.
+
+    Raises:
+        ProfileError: If the images have changed since the analysis.
+    """
+    source = profile.images
+    images = Images(folder=Path(source.folder) if source and source.folder else None, seed=profile.seed)
+    if source and images.sha256() != source.sha256:
+        raise ProfileError(f"the images in {source.folder} have changed since the analysis. Analyse the model again.")
+    return model.encode(profile.prompts, profile.guidance_scale, images=images)
 
 
 def _check_profile(profile: Profile, model: Model) -> None:

@@ -124,6 +124,15 @@ class Cost(Record, frozen=True, kw_only=True):
     """Bytes of the weights that only the component needs: read by the full graph, not by the graph without it."""
 
 
+class ImageSource(Record, frozen=True, kw_only=True):
+    """The images that a model was measured on."""
+
+    folder: str | None = None
+    """Folder of the images; None for drawn images."""
+    sha256: str
+    """Hash of the files and of the seed of masks and drawn images."""
+
+
 class Profile(Artifact, frozen=True, kw_only=True):
     """Damage of every treatment of each component at each noise level, and the component's cost on the target."""
 
@@ -140,7 +149,11 @@ class Profile(Artifact, frozen=True, kw_only=True):
     sample_shape: tuple[int, int, int]
     """[channel, height, width] of one sample."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the samples; empty for an unconditional model."""
+    """Prompts of the samples, or labels of classes as numbers; empty for an unconditional model."""
+    images: ImageSource | None = None
+    """Images of the samples; None if the model takes none."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the conditions of the samples."""
     used_prompts: int = 0
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0

@@ -92,8 +92,19 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
             help="Prompts to measure on, one a line; the last quarter is kept for verify (default: the model's)."
         ),
     ] = None
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Class labels to measure on, as 0,3,7; the last quarter is kept for verify (default: spread over all)."
+        ),
+    ] = None
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images to measure on, for models that inpaint or edit (default: drawn images)."),
+    ] = None
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Scale of classifier-free guidance; 1 turns it off (default: the pipeline's).")
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance; 0 to 1 turn it off (default: the pipeline's)."),
     ] = None
 
     def steps_of(self, model: ModelSource) -> int:
@@ -114,12 +125,12 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
 
         Raises:
             ProfileError: If a number is out of range.
-            ModelError: If the prompts cannot be read.
+            ModelError: If the prompts or the labels cannot be read.
         """
         from unetc.analyzer.analysis import AnalysisOptions
         from unetc.environment import cores
         from unetc.models.find import usual_sampling
-        from unetc.models.prompts import read_prompts
+        from unetc.models.prompts import read_labels, read_prompts
 
         return AnalysisOptions(
             scheduler=self.scheduler or usual_sampling(model).scheduler,
@@ -131,6 +142,8 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
             threads=self.threads or cores(),
             batch=self.batch,
             prompts=read_prompts(self.prompts) if self.prompts else (),
+            labels=read_labels(self.labels) if self.labels else (),
+            images=str(self.images) if self.images else None,
             guidance_scale=self.guidance_scale,
             components=components,
             decisive=decisive,

@@ -113,6 +113,7 @@ def profile_facts(
         "target": profile.target,
         "full_ms": profile.full_ms.mean,
         "bins": to_builtins(profile.bins),
+        "notes": list(profile.notes),
         "measured": sum(effect.measured for effect in profile.effects),
         "estimated": sum(not effect.measured for effect in profile.effects),
         "components": [

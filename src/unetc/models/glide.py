@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .glide_checkpoint import Checkpoint
+    from .images import Images
 
 LOW_RES = "low_res.npy"
 """File next to the weights of the upsampler: one image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
@@ -172,16 +173,25 @@ class GlideModel:
         own = self.weights.with_name(PROMPTS)
         return read_prompts(own if own.is_file() else Path(__file__).parent / PROMPTS)
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+    def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
         """Turn prompts into conditions.
 
+        Args:
+            prompts: One prompt per row.
+            guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
+            images: Must not name a folder: low-resolution images lie beside the weights.
+
         Raises:
-            ModelError: If the checkpoint cannot be used, or the upsampler has too few low-resolution images.
+            ModelError: If the checkpoint cannot be used, the upsampler has too few low-resolution images, or a folder
+                of images is given.
             MissingDependency: If OpenAI's tokenizer is not installed.
         """
         import torch
 
         from .glide_text import text_transformer
+
+        if images is not None and images.folder is not None:
+            raise ModelError(f"{self.reference.name} takes no folder of images. Its images are in {LOW_RES}.")
 
         model = text_transformer(self._read().text, self.variant.text_heads)
         length = len(model.positional_embedding)
@@ -197,6 +207,7 @@ class GlideModel:
             own=conditions(prompts),
             negative=conditions([""] * len(prompts)) if guided else {},
             scale=max(1.0, guidance_scale),
+            notes=cut_prompts(prompts, length),
         )
 
     def load_decoder(self) -> None:
@@ -272,6 +283,32 @@ def enlarge(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return enlarged
 
 
+def cut_prompts(texts: Sequence[str], length: int) -> tuple[str, ...]:
+    """Describe the texts that have more tokens than the text transformer reads, with the words that are lost.
+
+    Raises:
+        MissingDependency: If the tokenizer is not installed.
+    """
+    encoder = _tokenizer()
+    found = {text: encoder.encode(text) for text in texts}
+    return tuple(
+        f"the prompt {text[:40]!r}… is cut at {length} tokens; lost: {encoder.decode(tokens[length:])!r}. Shorten it"
+        for text, tokens in found.items()
+        if len(tokens) > length
+    )
+
+
+def _tokenizer() -> Any:
+    try:
+        bpe = importlib.import_module("glide_text2im.tokenizer.bpe")
+    except ImportError as error:
+        raise MissingDependency(
+            "encoding prompts for GLIDE needs OpenAI's tokenizer: "
+            "pip install git+https://github.com/openai/glide-text2im"
+        ) from error
+    return bpe.get_encoder()
+
+
 def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Split texts into tokens with OpenAI's tokenizer.
 
@@ -287,13 +324,6 @@ def tokenize(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    try:
-        bpe = importlib.import_module("glide_text2im.tokenizer.bpe")
-    except ImportError as error:
-        raise MissingDependency(
-            "encoding prompts for GLIDE needs OpenAI's tokenizer: "
-            "pip install git+https://github.com/openai/glide-text2im"
-        ) from error
-    encoder = bpe.get_encoder()
+    encoder = _tokenizer()
     padded = [encoder.padded_tokens_and_mask(encoder.encode(text), length) for text in texts]
     return torch.tensor([tokens for tokens, _ in padded]), torch.tensor([mask for _, mask in padded])

@@ -9,6 +9,8 @@ from unetc.artifacts.profile import ModelReference
 from unetc.call import CallSignature
 from unetc.conditions import Conditions
 
+from .images import Images
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -45,10 +47,10 @@ class Model(Protocol):
         """Image pixels per sample pixel, along each side; 1 if samples are images."""
 
     def prompts(self) -> tuple[str, ...]:
-        """Read the prompts used to measure the model; empty for an unconditional model."""
+        """Read the prompts used to measure the model, or list class labels; empty for an unconditional model."""
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
-        """Turn prompts into conditions."""
+    def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
+        """Turn prompts, or labels of classes, into conditions; a model that takes images gets one per row."""
 
     def load_decoder(self) -> nn.Module | None:
         """Load the decoder from samples to images; None if samples are images."""

@@ -34,6 +34,18 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def read_labels(text: str) -> tuple[int, ...]:
+    """Read class labels, as in '0,3,7'.
+
+    Raises:
+        ModelError: If the text is not a list of whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ModelError(f"cannot read the labels {text!r}. Expected whole numbers, as in 0,3,7.") from error
+
+
 def spread_labels(classes: int) -> tuple[str, ...]:
     """Spread labels evenly over all classes, in an order that mixes small and large ones.
 

@@ -72,7 +72,7 @@ def analyze(
         decisive=effort.decisive(),
         time_limit_s=effort.time_limit or math.inf,
     )
-    summary.check_bin(ranking.bin, options.bins)
+    summary.check_bin(ranking.bin, min(options.bins, options.steps))
     with progress() as on_progress:
         profile = measure(source, options, cache=cache, on_progress=on_progress)
     profile.save(output)
