@@ -83,7 +83,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         self.register_to_config(**defaults | manifest.denoiser_config)
         self._call = inspect.signature(original.forward)
         self._conditional = original is diffusers.UNet2DConditionModel
-        self._path = bundle.path
+        self._bundle = bundle
         self._session = session
         self._full_model = full_model
         self._lock = threading.Lock()
@@ -100,6 +100,20 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         if name in buffers:
             return buffers[name]
         raise refusal(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Share the engines, and no trajectory."""
+        own = type(self)(self._bundle, self._session, full_model=self._full_model)
+        memo[id(self)] = own
+        return own.to(self.device, self.dtype).train(self.training)
+
+    def __copy__(self) -> Self:
+        """Share the engines, and no trajectory."""
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse to be pickled: an engine belongs to its process."""
+        raise refusal("pickled form")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,47 +201,54 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             if type(one).__name__ not in SAME_PROCESSORS:
                 raise refusal(f"attention processor of class {type(one).__name__}")
 
-    def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, variant: str | None = None, **options: object) -> None:
         """Copy the bundle, so that `from_pretrained` of a pipeline finds it; `unetc.diffusers` must be imported there.
 
         Args:
             save_directory: Folder to write.
+            variant: Becomes a part of the name of the bundle's folder.
             options: Options of diffusers about the weights of a UNet; a bundle's weights are copied as they are.
 
         Raises:
             ArtifactError: If the bundle has changed since it was opened, or the folder cannot be written.
         """
-        manifest, folder = Bundle.open(self._path).manifest, Path(save_directory)
-        names = [*(file.path for file in manifest.files), DIGEST, MANIFEST]
+        source = self._bundle.path
+        names = [*(file.path for file in Bundle.open(source).manifest.files), DIGEST, MANIFEST]
+        folder = Path(save_directory)
+        bundle = folder / _saved(variant)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MANIFEST).unlink(missing_ok=True)  # whatever was there is no bundle until everything is copied
+            bundle.mkdir(parents=True, exist_ok=True)
+            (bundle / MANIFEST).unlink(missing_ok=True)  # an older bundle there is none until everything is copied
             for name in names:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._path / name, folder / name)
+                (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, bundle / name)
             settings = {"_class_name": type(self).__name__, _FULL_MODEL: self._full_model}
             (folder / self.config_name).write_text(json.dumps(settings, indent=2))
         except OSError as error:
             raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another folder.") from error
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, subfolder: str | None = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, *, subfolder: str | None = None, variant: str | None = None, **options: Any
+    ) -> Self:
         """Load a bundle that a pipeline saved; the settings of the target are the bundle's own.
 
         Args:
             folder: The folder.
             subfolder: Folder within it.
+            variant: As it was saved.
             options: Options of diffusers. Only the element type has an effect: that of the interface.
+
+        Raises:
+            ArtifactError: If the folder holds no such bundle, or the bundle is damaged.
         """
         path = Path(folder) / subfolder if subfolder else Path(folder)
         try:
             settings = json.loads((path / cls.config_name).read_text())
-            full_model = bool(settings.get(_FULL_MODEL, False))
-        except FileNotFoundError:
-            full_model = False
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            full_model = bool(settings[_FULL_MODEL])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"cannot read {path / cls.config_name}: {error}. Save the pipeline again.") from error
-        loaded = cls._load(path, full_model=full_model)
+        loaded = cls._load(path / _saved(variant), full_model=full_model)
         dtype = options.get("torch_dtype") or options.get("dtype")
         return loaded.to(dtype) if isinstance(dtype, torch.dtype) else loaded
 
@@ -277,6 +298,11 @@ def load(
         MissingDependency: If the backend's library is not installed.
     """
     return BundleUNet._load(Path(path), target=target, threads=threads, memory=memory, full_model=full_model)
+
+
+def _saved(variant: str | None) -> str:
+    """Name the folder of a saved bundle; diffusers wants a dot in every name, with the variant after the first."""
+    return ".".join(["bundle", *([variant] if variant else []), "unetc"])
 
 
 def _harmless_removed(arguments: dict[str, Any]) -> dict[str, Any]:

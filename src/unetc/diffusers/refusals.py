@@ -123,10 +123,6 @@ def _acts(name: str) -> bool:
 class Refused:
     """A method or property that raises its refusal when it is looked up."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        """Remember the name."""
-        self._name = name
-
     def __init__(self, name: str) -> None:
         """Refuse a name."""
         self._name = name
@@ -135,6 +131,10 @@ class Refused:
         """Refuse."""
         if instance is None:
             return self
+        raise refusal(self._name)
+
+    def __call__(self, *values: object, **options: object) -> Any:
+        """Refuse, for methods of the class."""
         raise refusal(self._name)
 
 
