@@ -67,22 +67,31 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
 
     config_name = "config.json"
 
-    def __init__(self, bundle: Bundle, session: Session, *, full_model: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        denoiser: str,
+        config: Mapping[str, Any],
+        *,
+        full_model: bool = False,
+        bundle: Path | None = None,
+    ) -> None:
         """Wrap a session in a module.
 
         Args:
-            bundle: The bundle.
-            session: Session that runs its engines.
+            session: Session that runs the engines.
+            denoiser: Class of the original UNet in diffusers.
+            config: Its configuration.
             full_model: Whether to run the full model at every step.
+            bundle: Folder of the bundle, for `save_pretrained`.
         """
         super().__init__()
-        manifest = bundle.manifest
-        original = getattr(diffusers, manifest.model.denoiser)
+        original = getattr(diffusers, denoiser)
         parameters = inspect.signature(original.__init__).parameters
         defaults = {name: item.default for name, item in parameters.items() if item.default is not item.empty}
-        self.register_to_config(**defaults | manifest.denoiser_config)
+        self.register_to_config(**defaults | config)
         self._call = inspect.signature(original.forward)
-        self._conditional = original is diffusers.UNet2DConditionModel
+        self._denoiser = denoiser
         self._bundle = bundle
         self._session = session
         self._full_model = full_model
@@ -103,7 +112,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share the engines, and no trajectory."""
-        own = type(self)(self._bundle, self._session, full_model=self._full_model)
+        own = type(self)(self._session, self._denoiser, self.config, full_model=self._full_model, bundle=self._bundle)
         memo[id(self)] = own
         return own.to(self.device, self.dtype).train(self.training)
 
@@ -170,7 +179,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         prediction = torch.from_numpy(predicted).to(sample)
         if not as_object:
             return (prediction,)
-        kind = UNet2DConditionOutput if self._conditional else UNet2DOutput
+        kind = UNet2DOutput if self._denoiser == "UNet2DModel" else UNet2DConditionOutput
         return kind(sample=prediction)
 
     def _predict(self, call: Call, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -212,7 +221,8 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         Raises:
             ArtifactError: If the bundle has changed since it was opened, or the folder cannot be written.
         """
-        source = self._bundle.path
+        if (source := self._bundle) is None:
+            raise ArtifactError("this drop-in was not loaded from a bundle, so there is nothing to save.")
         names = [*(file.path for file in Bundle.open(source).manifest.files), DIGEST, MANIFEST]
         folder = Path(save_directory)
         bundle = folder / _saved(variant)
@@ -263,8 +273,10 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         full_model: bool = False,
     ) -> Self:
         bundle = Bundle.open(path)
-        session = Session.of(bundle, backend_for(bundle.manifest, target=target, threads=threads, memory=memory))
-        return cls(bundle, session, full_model=full_model).eval()
+        manifest = bundle.manifest
+        session = Session.of(bundle, backend_for(manifest, target=target, threads=threads, memory=memory))
+        denoiser, config = manifest.model.denoiser, manifest.denoiser_config
+        return cls(session, denoiser, config, full_model=full_model, bundle=path).eval()
 
 
 for _name in HARMLESS:

@@ -16,6 +16,7 @@ A call without proof begins a new trajectory, which reuses nothing.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ _HISTORY = 4
 """Calls of a trajectory that a multistep scheduler may combine."""
 
 _ROUNDING = {torch.float16: 1e-5, torch.bfloat16: 1e-3}
-_ROUNDING_OTHERS = 1e-8
+_ROUNDING_OTHERS = 1e-6
 """Largest unexplained share of the samples' energy that rounding leaves, by the type of the samples."""
 
 _ELEMENTS_PER_VECTOR = 4
@@ -85,8 +86,13 @@ class Call:
 class _Node:
     """Samples of a trajectory, and all predictions made for them; calls with other conditions share a node."""
 
+    timestep: float
     sample: Array
     predictions: list[Array] = field(default_factory=list)
+
+    def is_of(self, call: Call) -> bool:
+        """Check whether a call has the same samples at the same timestep."""
+        return self.timestep == call.timestep and np.array_equal(self.sample, call.sample)
 
 
 @dataclass(slots=True, eq=False)
@@ -164,12 +170,11 @@ class Trajectories:
 
         Channels after those of the samples hold a predicted variance, which no scheduler adds to the samples.
         """
-        sample = trajectory.last.sample
-        node = next(
-            (one.nodes[-1] for one in self._live if one.nodes and np.array_equal(one.nodes[-1].sample, sample)),
-            _Node(sample),
-        )
-        node.predictions.append(prediction[:, : sample.shape[1]])
+        call = trajectory.last
+        node = next((one.nodes[-1] for one in self._live if one.nodes and one.nodes[-1].is_of(call)), None)
+        if node is None:
+            node = _Node(call.timestep, call.sample)
+        node.predictions.append(prediction[:, : call.sample.shape[1]])
         if not (trajectory.nodes and trajectory.nodes[-1] is node):
             trajectory.nodes.append(node)
 
@@ -212,15 +217,17 @@ def _follows(call: Call, trajectory: Trajectory) -> bool:
     rows = len(call.sample)
     blocks = max(count for count in (1, 2, 3) if rows % count == 0 and _repeats(call.sample, count))
     distinct = rows // blocks
+    tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
     for row in range(distinct):
-        vectors = [
-            array[row + block * distinct].ravel()
+        wanted = call.sample[row].ravel()
+        samples = [node.sample[row].ravel() for node in trajectory.nodes]
+        *earlier, newest = (
+            [one[row + block * distinct].ravel() for one in node.predictions for block in range(blocks)]
             for node in trajectory.nodes
-            if len(node.sample) == rows
-            for array, count in ((node.sample, 1), *((one, blocks) for one in node.predictions))
-            for block in range(count)
-        ]
-        if not _is_combination(call.sample[row].ravel(), vectors, _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)):
+        )
+        known = [*samples, *itertools.chain(*earlier)]
+        # Without the newest prediction it is another run from the same noise, at a lower timestep.
+        if not _is_combination(wanted, [*known, *newest], tolerance) or _is_combination(wanted, known, tolerance):
             return False
     return True
 
@@ -233,10 +240,9 @@ def _repeats(sample: Array, count: int) -> bool:
 
 def _is_combination(sample: Array, vectors: list[Array], tolerance: float) -> bool:
     """Check whether a vector is a linear combination of others of its length, up to a share of its energy."""
-    fitting = [vector for vector in vectors if vector.shape == sample.shape]
-    if len(sample) < _ELEMENTS_PER_VECTOR * len(fitting):
+    if len(sample) < _ELEMENTS_PER_VECTOR * len(vectors):
         return False
-    matrix, wanted = np.stack(fitting, axis=1).astype(np.float64), sample.astype(np.float64)
+    matrix, wanted = np.stack(vectors, axis=1).astype(np.float64), sample.astype(np.float64)
     weights, *_ = np.linalg.lstsq(matrix, wanted)
     unexplained = np.square(wanted - matrix @ weights).sum()
     return bool(unexplained <= tolerance * np.square(wanted).sum())
