@@ -15,7 +15,7 @@ from unetc.device import HOST, Device, Tensor
 from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD
 
 Branches = Mapping[str, tuple[tuple[float, Tensor], ...]]
-"""By component index: timestep and branch of the last two steps that computed it, newest first."""
+"""By component index: timestep and branch of the last two timesteps at which it was computed, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class BranchCache:
         branches = dict(self._state.branches)
         for name, value in emitted.items():
             index = name.removeprefix(COMPUTED)
-            branches[index] = ((timestep, value), *branches.get(index, ())[:1])
+            earlier = [one for one in branches.get(index, ()) if one[0] != timestep]  # Heun calls twice at a timestep
+            branches[index] = ((timestep, value), *earlier[:1])
         self._state = Snapshot(self._state.position, branches)
 
     def inputs(self, timestep: float) -> dict[str, Tensor]:

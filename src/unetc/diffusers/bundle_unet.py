@@ -1,0 +1,349 @@
+"""The module that a pipeline takes for its UNet."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unetc.artifacts.manifest import DIGEST, MANIFEST
+from unetc.conditions import Conditions
+from unetc.controlnet import PREFIX
+from unetc.errors import ArtifactError, SessionError
+from unetc.runtime.backends.registry import Memory
+from unetc.runtime.bundle import Bundle
+from unetc.runtime.session import Session, backend_for
+
+from .refusals import HARMLESS, SAME_PROCESSORS, Refused, does_nothing, refusal, refused_names
+from .trajectories import Call, Place, Trajectories, hash_of
+
+_KEPT = frozenset(
+    {
+        "config",
+        "config_name",
+        "device",
+        "dtype",
+        "from_pretrained",
+        "has_compatibles",
+        "ignore_for_config",
+        "is_gradient_checkpointing",
+        "register_to_config",
+        "save_pretrained",
+        "set_attn_processor",
+        "to_json_file",
+        "to_json_string",
+    }
+)
+"""Public names of UNets that work."""
+
+_FULL_MODEL = "full_model"
+"""Key of the configuration in a saved folder."""
+
+
+class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+    """A bundle with the interface of a UNet of diffusers; it computes on the device of the bundle's target.
+
+    `dtype` and `device` follow `to`, as pipelines make their latents with them. Samples are converted on the way in and
+    out. Trajectories may take turns, also in several threads: see `unetc.diffusers.trajectories`. Calls are made one
+    after another.
+
+    The damage in the bundle's profile holds for sampling from noise over the bundle's steps. Image to image, other
+    schedulers and other numbers of steps have another damage.
+    """
+
+    config_name = "config.json"
+
+    def __init__(
+        self,
+        session: Session,
+        denoiser: str,
+        config: Mapping[str, Any],
+        *,
+        full_model: bool = False,
+        bundle: Path | None = None,
+    ) -> None:
+        """Wrap a session in a module.
+
+        Args:
+            session: Session that runs the engines.
+            denoiser: Class of the original UNet in diffusers.
+            config: Its configuration.
+            full_model: Whether to run the full model at every step.
+            bundle: Folder of the bundle, for `save_pretrained`.
+        """
+        super().__init__()
+        original = getattr(diffusers, denoiser)
+        parameters = inspect.signature(original.__init__).parameters
+        defaults = {name: item.default for name, item in parameters.items() if item.default is not item.empty}
+        self.register_to_config(**defaults | config)
+        self._call = inspect.signature(original.forward)
+        self._denoiser = denoiser
+        self._bundle = bundle
+        self._session = session
+        self._full_model = full_model
+        self._lock = threading.Lock()
+        reuses = not full_model and any(engine.reused for engine in session.plan.engines)
+        self._trajectories = Trajectories(lambda: session.rollout(full_model=full_model), reuses=reuses)
+        self.register_buffer("_interface", torch.empty(0), persistent=False)
+        if self.config.get("addition_embed_type") == "text_time":  # SDXL pipelines compare this width with their own
+            width = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def __getattr__(self, name: str) -> Any:
+        """Find buffers; refuse the layers and the private methods of a UNet by name."""
+        buffers = self.__dict__.get("_buffers", {})
+        if name in buffers:
+            return buffers[name]
+        raise refusal(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Share the engines, and no trajectory."""
+        own = type(self)(self._session, self._denoiser, self.config, full_model=self._full_model, bundle=self._bundle)
+        memo[id(self)] = own
+        return own.to(self.device, self.dtype).train(self.training)
+
+    def __copy__(self) -> Self:
+        """Share the engines, and no trajectory."""
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse to be pickled: an engine belongs to its process."""
+        raise refusal("pickled form")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type for the latents of pipelines."""
+        return self._interface.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device for the latents of pipelines."""
+        return self._interface.device
+
+    def reset(self) -> None:
+        """Begin a new trajectory at the next call."""
+        with self._lock:
+            self._trajectories.clear()
+
+    @torch.compiler.disable
+    def forward(self, *values: Any, **named: Any) -> UNet2DConditionOutput | UNet2DOutput | tuple[Tensor]:
+        """Predict as the denoiser would, up to the treatments of the plan.
+
+        Args:
+            values: Arguments of the original UNet's `forward`, in its order.
+            named: The same by name. `timestep` must be the same for all samples. Arguments without effect on the
+                prediction of this bundle must be None or empty.
+
+        Returns:
+            The prediction, [batch, channel, height, width], on the device and in the type of `sample`, in an object
+            with the attribute `sample`, or in a tuple with `return_dict=False`.
+
+        Raises:
+            SessionError: If the pipeline passes an argument that engines cannot take, or omits one that they need, if
+                a timestep is outside the bundle's range, or if a gradient is expected.
+            NonFiniteError: If the full model, which repeats every non-finite step, produces NaN or infinity itself.
+        """
+        given = self._call.bind(self, *values, **named).arguments
+        given.pop("self")
+        as_object = given.pop("return_dict", True)
+        sample, timestep = given.pop("sample"), given.pop("timestep")
+        _refuse_gradient(sample, given)
+        own, conditions = self._session.calls.of_unet_call(sample, _harmless_removed(given))
+        arrays = self._session.calls.read({name: _to_array(value) for name, value in conditions.items()})
+        array = _to_array(own)
+        arrays = self._session.calls.fill(arrays, len(array))
+        self._session.calls.check(array, arrays)
+        call = Call(
+            sample=array,
+            dtype=sample.dtype,
+            timestep=_one_of(timestep),
+            place=Place.of(timestep),
+            conditions=hash_of({name: value for name, value in arrays.items() if not name.startswith(PREFIX)}),
+        )
+        with self._lock:
+            predicted = self._predict(call, arrays)
+        prediction = torch.from_numpy(predicted).to(sample)
+        if not as_object:
+            return (prediction,)
+        kind = UNet2DOutput if self._denoiser == "UNet2DModel" else UNet2DConditionOutput
+        return kind(sample=prediction)
+
+    def _predict(self, call: Call, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Call the engine for a call's place in its trajectory."""
+        device = self._session.device
+        log_snr = self._session.scheduler.log_snr_at(call.timestep)
+        conditions = Conditions(own=arrays, controlnet=self._session.conditions.controlnet).on(device)
+        trajectory = self._trajectories.of(call)
+        try:
+            predicted = trajectory.rollout.predict(device.put(call.sample), call.timestep, log_snr, conditions)
+            prediction = device.to_array(predicted)
+        except BaseException:
+            self._trajectories.drop(trajectory)
+            raise
+        self._trajectories.add(trajectory, prediction)
+        return prediction
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Accept processors that compute the same attention in another way; they change nothing.
+
+        Args:
+            processor: A processor, or processors by layer.
+
+        Raises:
+            SessionError: If a processor computes something else.
+        """
+        for one in processor.values() if isinstance(processor, Mapping) else (processor,):
+            if type(one).__name__ not in SAME_PROCESSORS:
+                raise refusal(f"attention processor of class {type(one).__name__}")
+
+    def save_pretrained(self, save_directory: str | Path, *, variant: str | None = None, **options: object) -> None:
+        """Copy the bundle, so that `from_pretrained` of a pipeline finds it; `unetc.diffusers` must be imported there.
+
+        Args:
+            save_directory: Folder to write.
+            variant: Becomes a part of the name of the bundle's folder.
+            options: Options of diffusers about the weights of a UNet; a bundle's weights are copied as they are.
+
+        Raises:
+            ArtifactError: If the bundle has changed since it was opened, or the folder cannot be written.
+        """
+        if (source := self._bundle) is None:
+            raise ArtifactError("this drop-in was not loaded from a bundle, so there is nothing to save.")
+        names = [*(file.path for file in Bundle.open(source).manifest.files), DIGEST, MANIFEST]
+        folder = Path(save_directory)
+        bundle = folder / _saved(variant)
+        try:
+            bundle.mkdir(parents=True, exist_ok=True)
+            (bundle / MANIFEST).unlink(missing_ok=True)  # an older bundle there is none until everything is copied
+            for name in names:
+                (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, bundle / name)
+            settings = {"_class_name": type(self).__name__, _FULL_MODEL: self._full_model}
+            (folder / self.config_name).write_text(json.dumps(settings, indent=2))
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another folder.") from error
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, subfolder: str | None = None, variant: str | None = None, **options: Any
+    ) -> Self:
+        """Load a bundle that a pipeline saved; the settings of the target are the bundle's own.
+
+        Args:
+            folder: The folder.
+            subfolder: Folder within it.
+            variant: As it was saved.
+            options: Options of diffusers. Only the element type has an effect: that of the interface.
+
+        Raises:
+            ArtifactError: If the folder holds no such bundle, or the bundle is damaged.
+        """
+        path = Path(folder) / subfolder if subfolder else Path(folder)
+        try:
+            settings = json.loads((path / cls.config_name).read_text())
+            full_model = bool(settings[_FULL_MODEL])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ArtifactError(f"cannot read {path / cls.config_name}: {error}. Save the pipeline again.") from error
+        loaded = cls._load(path / _saved(variant), full_model=full_model)
+        dtype = options.get("torch_dtype") or options.get("dtype")
+        return loaded.to(dtype) if isinstance(dtype, torch.dtype) else loaded
+
+    @classmethod
+    def _load(
+        cls,
+        path: Path,
+        *,
+        target: str | None = None,
+        threads: int | None = None,
+        memory: Memory | str = Memory.FAST,
+        full_model: bool = False,
+    ) -> Self:
+        bundle = Bundle.open(path)
+        manifest = bundle.manifest
+        session = Session.of(bundle, backend_for(manifest, target=target, threads=threads, memory=memory))
+        denoiser, config = manifest.model.denoiser, manifest.denoiser_config
+        return cls(session, denoiser, config, full_model=full_model, bundle=path).eval()
+
+
+for _name in HARMLESS:
+    setattr(BundleUNet, _name, does_nothing(_name))
+for _name in {*refused_names(_KEPT), "load_state_dict"}:
+    setattr(BundleUNet, _name, Refused(_name))
+
+
+def load(
+    path: str | Path,
+    *,
+    target: str | None = None,
+    threads: int | None = None,
+    memory: Memory | str = Memory.FAST,
+    full_model: bool = False,
+) -> BundleUNet:
+    """Open a bundle as the denoiser of a pipeline.
+
+    Assign it to `pipe.unet`, or pass it to `from_pretrained(folder, unet=...)`, which then needs no original weights.
+
+    Args:
+        path: The bundle's folder.
+        target: Target to run on; by default the target of the build.
+        threads: Number of CPU threads; by default the number used for the measurements. 0 lets the backend choose.
+        memory: "fast" or "low", see `unetc.runtime.backends.registry.Memory`.
+        full_model: Whether to run the full model at every step.
+
+    Raises:
+        ArtifactError: If the bundle cannot be read or is damaged.
+        SessionError: If the target or the memory mode is unknown.
+        MissingDependency: If the backend's library is not installed.
+    """
+    return BundleUNet._load(Path(path), target=target, threads=threads, memory=memory, full_model=full_model)
+
+
+def _saved(variant: str | None) -> str:
+    """Name the folder of a saved bundle; diffusers wants a dot in every name, with the variant after the first."""
+    return ".".join(["bundle", *([variant] if variant else []), "unetc"])
+
+
+def _harmless_removed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Remove arguments whose value changes nothing: a LoRA scale of 1."""
+    attention = arguments.get("cross_attention_kwargs")
+    if isinstance(attention, Mapping) and dict(attention) == {"scale": 1.0}:
+        return {name: value for name, value in arguments.items() if name != "cross_attention_kwargs"}
+    return arguments
+
+
+def _refuse_gradient(sample: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Refuse calls whose result would silently lack a gradient."""
+    tensors = [sample, *(value for value in arguments.values() if isinstance(value, Tensor))]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise SessionError(
+            "a gradient is wanted, but none passes through engines. Call the pipeline under torch.no_grad(), or use "
+            "the pipeline's original UNet for guidance by gradients and for training."
+        )
+
+
+def _one_of(timestep: Tensor | float) -> float:
+    values = {float(value) for value in torch.as_tensor(timestep).flatten()}
+    if len(values) != 1:
+        raise SessionError(f"one call has the timesteps {sorted(values)}. Expected one timestep for all samples.")
+    return values.pop()
+
+
+def _to_array(tensor: Tensor) -> NDArray[Any]:
+    """Convert to a C-contiguous float32 or integer array; copies only if needed."""
+    tensor = tensor.detach().cpu()
+    array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+    return array

@@ -1,0 +1,149 @@
+"""Everything that can be done to a UNet of diffusers besides calling it, and why a bundle refuses most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from unetc.errors import SessionError
+
+HARMLESS = frozenset(
+    {
+        "compile_repeated_blocks",
+        "disable_freeu",
+        "disable_gradient_checkpointing",
+        "disable_lora",
+        "disable_npu_flash_attention",
+        "disable_xformers_memory_efficient_attention",
+        "disable_xla_flash_attention",
+        "enable_npu_flash_attention",
+        "enable_xformers_memory_efficient_attention",
+        "enable_xla_flash_attention",
+        "fuse_qkv_projections",
+        "reset_attention_backend",
+        "set_attention_backend",
+        "set_attention_slice",
+        "set_default_attn_processor",
+        "set_use_memory_efficient_attention_xformers",
+        "set_use_npu_flash_attention",
+        "set_use_xla_flash_attention",
+        "unfuse_qkv_projections",
+        "unload_lora",
+    }
+)
+"""Methods that choose how the same numbers are computed, or undo what a bundle never does; they do nothing."""
+
+SAME_PROCESSORS = frozenset(
+    {
+        "AttnAddedKVProcessor",
+        "AttnAddedKVProcessor2_0",
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnAddedKVProcessor",
+        "SlicedAttnProcessor",
+        "XFormersAttnAddedKVProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    }
+)
+"""Attention processors that compute the same attention in another way."""
+
+_BUILD_LORA = "build the bundle with --lora FILE"
+_ORIGINAL = "use the pipeline's original UNet"
+
+_ADVICE: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "add_adapter",
+            "enable_adapters",
+            "enable_lora",
+            "enable_lora_hotswap",
+            "fuse_lora",
+            "load_attn_procs",
+            "load_lora_adapter",
+            "set_adapter",
+            "set_adapters",
+            "_load_ip_adapter_loras",
+        ),
+        _BUILD_LORA,
+    ),
+    "enable_freeu": f"{_ORIGINAL} for FreeU",
+    "attn_processors": f"{_ORIGINAL} for perturbed attention (PAG) and other attention processors",
+    "_load_ip_adapter_weights": f"{_ORIGINAL} for an IP-Adapter",
+    "encoder_hid_proj": f"{_ORIGINAL} for an IP-Adapter",
+    "dequantize": "choose a target that ends with :fp16 or :int8 when you build the bundle",
+    "enable_layerwise_casting": "choose a target that ends with :fp16 when you build the bundle",
+    "enable_group_offload": 'load the bundle with memory="low"',
+    "push_to_hub": "upload the folder of the bundle",
+    "from_single_file": "use unetc.diffusers.load(folder)",
+    "from_config": "use unetc.diffusers.load(folder)",
+    "save_attn_procs": _BUILD_LORA,
+    "save_lora_adapter": _BUILD_LORA,
+    "load_state_dict": "build a bundle from the other weights",
+}
+
+
+class RefusedByBundle(SessionError, AttributeError):
+    """A bundle cannot do what is asked of a UNet; an `AttributeError`, so that `hasattr` is false."""
+
+
+def refusal(name: str) -> RefusedByBundle:
+    """Make the error for a method or attribute of a UNet that a bundle cannot have."""
+    return RefusedByBundle(
+        f"a bundle has no {name}: its layers are compiled into engines, so they cannot be read, changed or extended. "
+        f"Instead, {_ADVICE.get(name, _ORIGINAL)}."
+    )
+
+
+def refused_names(kept: frozenset[str]) -> frozenset[str]:
+    """List the public methods and properties of UNets in diffusers that a bundle has no use for.
+
+    Args:
+        kept: Names that work.
+    """
+    names = {name for kind in (UNet2DConditionModel, UNet2DModel, ModelMixin) for name in dir(kind)}
+    public = {name for name in names - set(dir(nn.Module)) if not name.startswith("_")}
+    return frozenset({name for name in public if _acts(name)} - kept - HARMLESS)
+
+
+def _acts(name: str) -> bool:
+    """Check whether a name of a UNet is a method or a property, not a constant of the class."""
+    for kind in (UNet2DConditionModel, UNet2DModel, ModelMixin):
+        value = getattr(kind, name, None)
+        if callable(value) or isinstance(value, property):
+            return True
+    return False
+
+
+class Refused:
+    """A method or property that raises its refusal when it is looked up."""
+
+    def __init__(self, name: str) -> None:
+        """Refuse a name."""
+        self._name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """Refuse."""
+        if instance is None:
+            return self
+        raise refusal(self._name)
+
+    def __call__(self, *values: object, **options: object) -> Any:
+        """Refuse, for methods of the class."""
+        raise refusal(self._name)
+
+
+def does_nothing(name: str) -> Callable[..., None]:
+    """Make a method that accepts anything and does nothing."""
+
+    def harmless(self: object, *values: object, **options: object) -> None:
+        pass
+
+    harmless.__name__ = name
+    harmless.__doc__ = "Do nothing: engines choose by themselves how they compute."
+    return harmless

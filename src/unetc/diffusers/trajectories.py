@@ -1,0 +1,248 @@
+"""Find the trajectory that a call continues.
+
+A cached branch may be used only by the trajectory that computed it. Pipelines do not tell their denoiser which
+trajectory a call belongs to, and several may take turns: sequential guidance, tiles, two pipelines, a run that was
+cancelled. Two things prove that a call continues an earlier one:
+
+- Its timestep lies in the memory of the earlier timestep, one element further. A scheduler makes a new tensor of
+  timesteps for every run, and pipelines pass its elements. Only one call of the run may have had the earlier element
+  and the same conditions.
+- Its samples are a linear combination of earlier samples and predictions, up to rounding. Deterministic schedulers make
+  such samples.
+
+A call without proof begins a new trajectory, which reuses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unetc.device import Array
+from unetc.runtime.rollout import Rollout
+
+logger = logging.getLogger(__name__)
+
+LIVE = 8
+"""Trajectories that may take turns; each holds the branches that its engines emitted."""
+
+_HISTORY = 4
+"""Calls of a trajectory that a multistep scheduler may combine."""
+
+_ROUNDING = {torch.float16: 1e-5, torch.bfloat16: 1e-3}
+_ROUNDING_OTHERS = 1e-6
+"""Largest unexplained share of the samples' energy that rounding leaves, by the type of the samples."""
+
+_ELEMENTS_PER_VECTOR = 4
+"""A proof needs this many times more elements than vectors to combine, or anything could be explained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Place of a timestep among all timesteps of a run."""
+
+    run: int
+    """Address of the run's timesteps."""
+    index: int
+    timesteps: Tensor
+    """Keeps their memory, so that no other run can have the same address."""
+
+    @classmethod
+    def of(cls, timestep: Tensor | float) -> Self | None:
+        """Find the place of a timestep; None if it is not an element of a larger tensor."""
+        if not isinstance(timestep, Tensor) or (timestep.numel() != 1 and any(timestep.stride())):
+            return None
+        storage = timestep.untyped_storage()
+        if storage.nbytes() < 2 * timestep.element_size():
+            return None
+        return cls(storage.data_ptr(), timestep.storage_offset(), timestep)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is known of a call before its prediction."""
+
+    sample: Array
+    """Input samples of the denoiser, [batch, channel, height, width]."""
+    dtype: torch.dtype
+    """Type of the samples in the pipeline."""
+    timestep: float
+    place: Place | None
+    conditions: bytes
+    """Hash of the conditions, without ControlNet inputs: those change from step to step."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """Samples of a trajectory, and all predictions made for them; calls with other conditions share a node."""
+
+    timestep: float
+    sample: Array
+    predictions: list[Array] = field(default_factory=list)
+
+    def is_of(self, call: Call) -> bool:
+        """Check whether a call has the same samples at the same timestep."""
+        return self.timestep == call.timestep and np.array_equal(self.sample, call.sample)
+
+
+@dataclass(slots=True, eq=False)
+class Trajectory:
+    """A rollout, and where it stands."""
+
+    rollout: Rollout
+    last: Call
+    shared: bool = False
+    """Whether another trajectory of the run has the same timesteps and conditions."""
+    nodes: deque[_Node] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+
+
+class Trajectories:
+    """The trajectories that calls may continue."""
+
+    def __init__(self, begin: Callable[[], Rollout], *, reuses: bool) -> None:
+        """Know no trajectory.
+
+        Args:
+            begin: Begins a rollout.
+            reuses: Whether rollouts reuse anything, so that a missing proof costs time.
+        """
+        self._begin = begin
+        self._reuses = reuses
+        self._live: list[Trajectory] = []
+        """Most recently continued first."""
+        self._warned = False
+
+    def clear(self) -> None:
+        """Forget all trajectories."""
+        self._live.clear()
+
+    def of(self, call: Call) -> Trajectory:
+        """Return the trajectory that a call continues, or a new one."""
+        alike = [
+            one
+            for one in self._live
+            if one.last.conditions == call.conditions and one.last.sample.shape == call.sample.shape
+        ]
+        if call.place is not None:
+            run = [one for one in alike if one.last.place is not None and one.last.place.run == call.place.run]
+            shared = any(one.shared or _place(one) == call.place.index for one in run)
+            for one in run:
+                one.shared = shared
+            before = [one for one in run if _place(one) == call.place.index - 1 and call.timestep <= one.last.timestep]
+            if not shared and len(before) == 1:
+                return self._continue(before[0], call)
+        else:
+            shared = False
+        candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
+        for one in candidates:
+            if _follows(call, one):
+                return self._continue(one, call)
+        if candidates and self._reuses and not self._warned:
+            self._warned = True
+            reason = (
+                "several calls have the same timestep and the same conditions (tiles?)"
+                if shared
+                else "its timestep is not an element of the scheduler's timesteps"
+            )
+            logger.warning(
+                "the call at timestep %g may continue more than one trajectory: %s, and noise was added to the "
+                "samples. Nothing is reused in such calls, so they save less time. The images stay right. To save "
+                "more, pass elements of scheduler.timesteps, or use one drop-in for each trajectory.",
+                call.timestep,
+                reason,
+            )
+        new = Trajectory(rollout=self._begin(), last=call, shared=shared)
+        self._live = [new, *self._live[: LIVE - 1]]
+        return new
+
+    def add(self, trajectory: Trajectory, prediction: Array) -> None:
+        """Add the prediction of a trajectory's last call, [batch, channel, height, width].
+
+        Channels after those of the samples hold a predicted variance, which no scheduler adds to the samples.
+        """
+        call = trajectory.last
+        node = next((one.nodes[-1] for one in self._live if one.nodes and one.nodes[-1].is_of(call)), None)
+        if node is None:
+            node = _Node(call.timestep, call.sample)
+        node.predictions.append(prediction[:, : call.sample.shape[1]])
+        if not (trajectory.nodes and trajectory.nodes[-1] is node):
+            trajectory.nodes.append(node)
+
+    def drop(self, trajectory: Trajectory) -> None:
+        """Forget a trajectory whose last call failed."""
+        self._live = [one for one in self._live if one is not trajectory]
+
+    def _continue(self, trajectory: Trajectory, call: Call) -> Trajectory:
+        trajectory.last = call
+        self._live.remove(trajectory)
+        self._live.insert(0, trajectory)
+        return trajectory
+
+
+def hash_of(conditions: Mapping[str, NDArray[Any]]) -> bytes:
+    """Hash the conditions of a call."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(conditions.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+def _place(trajectory: Trajectory) -> int | None:
+    return None if trajectory.last.place is None else trajectory.last.place.index
+
+
+def _of_other_runs(trajectory: Trajectory, call: Call) -> bool:
+    """Check whether the timesteps prove that a call belongs to another run."""
+    place = trajectory.last.place
+    return place is not None and call.place is not None and place.run != call.place.run
+
+
+def _follows(call: Call, trajectory: Trajectory) -> bool:
+    """Check whether samples are a linear combination of a trajectory's samples and predictions, up to rounding.
+
+    Guidance combines predictions for equal samples, so a row's vectors include the predictions of its equals.
+    """
+    if not trajectory.nodes or len(trajectory.nodes[-1].sample) != len(call.sample):
+        return False
+    rows = len(call.sample)
+    blocks = max(count for count in (1, 2, 3) if rows % count == 0 and _repeats(call.sample, count))
+    distinct = rows // blocks
+    tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
+    for row in range(distinct):
+        wanted = call.sample[row].ravel()
+        samples = [node.sample[row].ravel() for node in trajectory.nodes]
+        *earlier, newest = (
+            [one[row + block * distinct].ravel() for one in node.predictions for block in range(blocks)]
+            for node in trajectory.nodes
+        )
+        known = [*samples, *itertools.chain(*earlier)]
+        # Without the newest prediction it is another run from the same noise, at a lower timestep.
+        if not _is_combination(wanted, [*known, *newest], tolerance) or _is_combination(wanted, known, tolerance):
+            return False
+    return True
+
+
+def _repeats(sample: Array, count: int) -> bool:
+    """Check whether a batch is the same samples several times."""
+    first, *others = np.split(sample, count)
+    return all(np.array_equal(first, other) for other in others)
+
+
+def _is_combination(sample: Array, vectors: list[Array], tolerance: float) -> bool:
+    """Check whether a vector is a linear combination of others of its length, up to a share of its energy."""
+    if len(sample) < _ELEMENTS_PER_VECTOR * len(vectors):
+        return False
+    matrix, wanted = np.stack(vectors, axis=1).astype(np.float64), sample.astype(np.float64)
+    weights, *_ = np.linalg.lstsq(matrix, wanted)
+    unexplained = np.square(wanted - matrix @ weights).sum()
+    return bool(unexplained <= tolerance * np.square(wanted).sum())

@@ -1,0 +1,141 @@
+"""Drop-ins over tiny engines, and sampling runs that can take turns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import torch
+from torch import Tensor
+
+from tests.models import CONTEXT_WIDTH, Reuse, tiny_of
+from tests.plans import plan_of
+from unetc.artifacts import Phase
+from unetc.call import CallSignature
+from unetc.diffusers import BundleUNet
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.rollout import Rollout
+from unetc.runtime.session import Session
+from unetc.treatments import Treatment
+
+diffusers: Any = untyped_diffusers
+
+STEPS = 6
+SIDE = 8
+
+
+@functools.cache
+def session_of(architecture: str, folder: Path) -> Session:
+    """Load engines that alternate between computing everything and holding or forecasting two components."""
+    tiny = tiny_of(architecture, folder)
+    level = next(component for component in tiny.gated.components if component.kind == "level")
+    apart = [c for c in tiny.gated.components if c.kind == "residual" and c.name not in level.nested]
+    reuse = Reuse(tiny, {level.name: Treatment.HOLD, apart[-1].name: Treatment.FORECAST})
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    loader = backend.open_weights(tiny.gated.weights.read_bytes())
+    calls = CallSignature.of(type(tiny.denoiser).__name__, tiny.denoiser.config)
+    return Session(
+        plan=plan_of(reuse.engines, [Phase(low=-20.0, high=20.0, cycle=(0, 1))]),
+        full=loader.load(reuse.full),
+        programs=[loader.load(graph) for graph in reuse.graphs],
+        scheduler=reuse.scheduler,
+        sample_shape=(calls.channels, SIDE, SIDE),
+        steps=STEPS,
+        device=backend.device,
+        calls=calls,
+    )
+
+
+def dropin_of(architecture: str, folder: Path, *, full_model: bool = False) -> BundleUNet:
+    """Make a fresh drop-in."""
+    tiny = tiny_of(architecture, folder)
+    denoiser = tiny.denoiser
+    return BundleUNet(session_of(architecture, folder), type(denoiser).__name__, denoiser.config, full_model=full_model)
+
+
+def noise(seed: int, channels: int = 4) -> Tensor:
+    """Draw unit normal noise, [1, channel, height, width]."""
+    return torch.randn(1, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def words(seed: int) -> Tensor:
+    """Draw the encoding of a prompt, [1, token, channel]."""
+    return torch.randn(1, 5, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def begin(scheduler: str, steps: int = STEPS) -> Any:
+    """Make a scheduler of diffusers at the beginning of a run."""
+    made = getattr(diffusers, scheduler)(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    if "clip_sample" in made.config:
+        made = type(made).from_config(made.config, clip_sample=False)
+    made.set_timesteps(steps)
+    return made
+
+
+def run(
+    unet: Any,
+    sample: Tensor,
+    *prompts: Tensor,
+    scheduler: str = "DDIMScheduler",
+    start: int = 0,
+    steps: int = STEPS,
+    numbers: bool = False,
+    scale: float = 3.0,
+) -> Iterator[Tensor]:
+    """Sample; yield the samples after every step, so that runs can take turns.
+
+    Args:
+        unet: The denoiser.
+        sample: Unit normal noise, [1, channel, height, width].
+        prompts: None, one, or two for sequential guidance, the negative one first.
+        scheduler: Class of the scheduler.
+        start: Index of the first timestep, as in image to image.
+        steps: Number of steps.
+        numbers: Whether timesteps are passed as numbers, and not as elements of the scheduler's.
+        scale: Guidance scale.
+    """
+    timing, generator = begin(scheduler, steps), torch.Generator().manual_seed(7)
+    if hasattr(timing, "set_begin_index"):
+        timing.set_begin_index(start)
+    sample = sample * timing.init_noise_sigma
+    for timestep in timing.timesteps[start:]:
+        seen = timing.scale_model_input(sample, timestep)
+        given = timestep.item() if numbers else timestep
+        with torch.no_grad():
+            if prompts:
+                negative, *own = (unet(seen, given, prompt).sample for prompt in prompts)
+                predicted = negative + scale * (own[0] - negative) if own else negative
+            else:
+                predicted = unet(seen, given).sample
+        extra = {"generator": generator} if "generator" in timing.step.__code__.co_varnames else {}
+        sample = timing.step(predicted, timestep, sample, **extra).prev_sample
+        yield sample
+
+
+def last(steps: Iterator[Tensor]) -> Tensor:
+    """Finish a run."""
+    *_, sample = steps
+    return sample
+
+
+class Engines:
+    """Records the engines in the order they run."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.ran: list[int] = []
+        original = Rollout.run
+
+        def run_and_note(rollout: Rollout, *values: Any) -> Any:
+            call = original(rollout, *values)
+            self.ran.append(call.engine)
+            return call
+
+        monkeypatch.setattr(Rollout, "run", run_and_note)
+
+    def take(self) -> list[int]:
+        """Return the engines since the last time."""
+        ran, self.ran = self.ran, []
+        return ran

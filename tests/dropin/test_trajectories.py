@@ -1,0 +1,257 @@
+"""Whose trajectory is it? Calls that take turns equal the same calls of drop-ins of their own (kind B)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.dropin.runs import STEPS, Engines, begin, dropin_of, last, noise, run, words
+from unetc.diffusers import BundleUNet
+from unetc.diffusers.trajectories import LIVE, Place
+
+FREE = "cross-attention"
+"""A denoiser with prompts, for its conditions."""
+
+ALTERNATING = [0, 1] * (STEPS // 2)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    return Engines(monkeypatch)
+
+
+@pytest.fixture
+def fresh(shared: Path) -> BundleUNet:
+    return dropin_of(FREE, shared)
+
+
+def alone(shared: Path, *values: Tensor, **options: object) -> list[Tensor]:
+    """Run with a drop-in of its own."""
+    return list(run(dropin_of(FREE, shared), *values, **options))
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["elements", "numbers"])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_run_alternates_between_engines(fresh: BundleUNet, engines: Engines, scheduler: str, numbers: bool) -> None:
+    last(run(fresh, noise(0), words(0), scheduler=scheduler, numbers=numbers))
+    assert engines.take() == ALTERNATING
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["elements", "numbers"])
+def test_sequential_guidance_follows_two_trajectories(  # B1
+    shared: Path, fresh: BundleUNet, engines: Engines, numbers: bool
+) -> None:
+    """Each half of the guidance has its own branches, as in a batched call."""
+    unconditional, prompt = words(0), words(1)
+    sample = last(run(fresh, noise(0), unconditional, prompt, numbers=numbers))
+    assert engines.take() == [engine for engine in ALTERNATING for _ in range(2)]
+
+    class Batched:
+        def __init__(self) -> None:
+            self.unet = dropin_of(FREE, shared)
+
+        def __call__(self, seen: Tensor, timestep: Tensor, both: Tensor) -> object:
+            return self.unet(torch.cat([seen, seen]), timestep, both)
+
+    batched, timing, expected = Batched(), begin("DDIMScheduler"), noise(0)
+    for timestep in timing.timesteps:
+        with torch.no_grad():
+            negative, own = batched(expected, timestep, torch.cat([unconditional, prompt])).sample.chunk(2)
+        expected = timing.step(negative + 3.0 * (own - negative), timestep, expected).prev_sample
+    torch.testing.assert_close(sample, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["elements", "numbers"])
+def test_tiles_keep_their_own_branches(shared: Path, fresh: BundleUNet, engines: Engines, numbers: bool) -> None:  # B1
+    """Two tiles share the timesteps and the prompt; the samples prove which is which."""
+    timing, tiles, prompt = begin("DDIMScheduler"), [noise(0), noise(1)], words(0)
+    for timestep in timing.timesteps:
+        given = timestep.item() if numbers else timestep
+        for place, tile in enumerate(tiles):
+            with torch.no_grad():
+                predicted = fresh(tile, given, prompt).sample
+            tiles[place] = timing.step(predicted, timestep, tile).prev_sample
+    assert engines.take() == [engine for engine in ALTERNATING for _ in range(2)]
+    for seed, tile in enumerate(tiles):
+        assert_equal(tile, alone(shared, noise(seed), prompt)[-1])
+
+
+def test_tiles_with_noise_reuse_nothing_and_say_so_once(
+    shared: Path, fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    timing, tiles, prompt = begin("EulerAncestralDiscreteScheduler"), [noise(0), noise(1)], words(0)
+    full, generator = dropin_of(FREE, shared, full_model=True), torch.Generator().manual_seed(99)
+    with caplog.at_level(logging.WARNING, "unetc"):
+        for timestep in timing.timesteps:
+            for place, tile in enumerate(tiles):
+                seen = timing.scale_model_input(tile, timestep)
+                with torch.no_grad():
+                    predicted = fresh(seen, timestep, prompt).sample
+                    torch.testing.assert_close(predicted, full(seen, timestep, prompt).sample, rtol=0, atol=1e-5)
+                timing._step_index = None  # each tile makes the same step
+                tiles[place] = timing.step(predicted, timestep, tile, generator=generator).prev_sample
+    assert set(engines.take()[::2]) == {0}
+    assert [record.message for record in caplog.records if "nothing is reused" in record.message.lower()] != []
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_cancelled_run_leaves_nothing_behind(  # B2
+    shared: Path, fresh: BundleUNet, engines: Engines, done: int, same_noise: bool
+) -> None:
+    """Image to image of the same size and prompt begins at a lower timestep, perhaps with the same noise."""
+    prompt, start = words(0), done + 1
+    list(itertools.islice(run(fresh, noise(0), prompt), done))
+    engines.take()
+    image = 0.05 * noise(5) + noise(0 if same_noise else 1)
+    actual = list(run(fresh, image, prompt, start=start))
+    assert engines.take() == ALTERNATING[: STEPS - start]
+    assert_equal(actual[-1], alone(shared, image, prompt, start=start)[-1])
+
+
+def test_noise_keeps_the_saving_where_timesteps_prove_the_run(fresh: BundleUNet, engines: Engines) -> None:
+    for scheduler in ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"):
+        last(run(fresh, noise(0), words(0), scheduler=scheduler))
+        assert engines.take() == ALTERNATING, scheduler
+
+
+def test_noise_and_timesteps_as_numbers_reuse_nothing(
+    shared: Path, fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "unetc"):
+        for _ in range(2):
+            actual = last(run(fresh, noise(0), words(0), scheduler="EulerAncestralDiscreteScheduler", numbers=True))
+    assert set(engines.take()) == {0}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "scheduler.timesteps" in caplog.text
+    full = dropin_of(FREE, shared, full_model=True)
+    expected = last(run(full, noise(0), words(0), scheduler="EulerAncestralDiscreteScheduler"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_image_to_image_follows_text_to_image(shared: Path, fresh: BundleUNet) -> None:
+    prompt = words(0)
+    for start in (0, 3, 0, 1, 5):
+        assert_equal(
+            list(run(fresh, noise(2), prompt, start=start))[-1], alone(shared, noise(2), prompt, start=start)[-1]
+        )
+
+
+@pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
+def test_second_calls_of_a_step_belong_to_its_run(
+    shared: Path, fresh: BundleUNet, engines: Engines, scheduler: str
+) -> None:
+    """Heun calls twice at a timestep, KDPM2 between timesteps, PNDM twice at the second."""
+    first = last(run(fresh, noise(0), words(0), scheduler=scheduler))
+    ran = engines.take()
+    assert ran == [0, 1] * (len(ran) // 2) + [0] * (len(ran) % 2)
+    assert_equal(last(run(fresh, noise(0), words(0), scheduler=scheduler)), first)
+
+
+def test_the_batch_is_part_of_the_trajectory(fresh: BundleUNet, engines: Engines) -> None:
+    timing = begin("DDIMScheduler")
+    with torch.no_grad():
+        fresh(noise(0), timing.timesteps[0], words(0))
+        fresh(torch.cat([noise(0)] * 2), timing.timesteps[1], torch.cat([words(0)] * 2))
+    assert engines.take() == [0, 0]
+
+
+def test_another_prompt_in_the_middle_begins_anew(fresh: BundleUNet, engines: Engines) -> None:
+    timing = begin("DDIMScheduler")
+    with torch.no_grad():
+        for step, prompt in enumerate((0, 0, 1, 1)):
+            fresh(noise(0), timing.timesteps[step], words(prompt))
+    assert engines.take() == [0, 1, 0, 1]
+
+
+def test_threads_keep_their_own_branches(shared: Path, fresh: BundleUNet) -> None:
+    results: dict[int, Tensor] = {}
+
+    def sample(seed: int) -> None:
+        results[seed] = last(run(fresh, noise(seed), words(0)))
+
+    threads = [threading.Thread(target=sample, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, sample_ in results.items():
+        assert_equal(sample_, alone(shared, noise(seed), words(0))[-1])
+    assert len(results) == 4
+
+
+def test_a_copy_shares_no_trajectory(fresh: BundleUNet, engines: Engines) -> None:
+    timing = begin("DDIMScheduler")
+    with torch.no_grad():
+        fresh(noise(0), timing.timesteps[0], words(0))
+        copy.deepcopy(fresh)(noise(0), timing.timesteps[1], words(0))
+        fresh.reset()
+        fresh(noise(0), timing.timesteps[1], words(0))
+    assert engines.take() == [0, 0, 0]
+
+
+RUNS = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 3),
+        "prompts": st.sampled_from([(0,), (1,), (0, 1)]),
+        "scheduler": st.sampled_from(
+            ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"]
+        ),
+        "start": st.integers(0, STEPS - 1),
+        "numbers": st.booleans(),
+        "cancelled": st.integers(1, 2 * STEPS),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(runs=st.lists(RUNS, min_size=2, max_size=LIVE // 2), turns=st.randoms(use_true_random=False))
+def test_runs_that_take_turns_equal_runs_alone(shared: Path, runs: list[dict[str, object]], turns: object) -> None:
+    """The law of the drop-in: whatever else calls it, a trajectory's samples are those of a drop-in of its own."""
+
+    def steps_of(unet: BundleUNet, one: dict[str, object]) -> object:
+        options = {name: one[name] for name in ("scheduler", "start", "numbers")}
+        steps = run(unet, noise(one["seed"]), *map(words, one["prompts"]), **options)
+        return itertools.islice(steps, one["cancelled"])
+
+    together = dropin_of(FREE, shared)
+    running = {place: steps_of(together, one) for place, one in enumerate(runs)}
+    results: dict[int, list[Tensor]] = {place: [] for place in running}
+    while running:
+        place = turns.choice(sorted(running))
+        sample = next(running[place], None)
+        if sample is None:
+            del running[place]
+        else:
+            results[place].append(sample)
+    for place, one in enumerate(runs):
+        expected = list(steps_of(dropin_of(FREE, shared), one))
+        for actual, wanted in zip(results[place], expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_place_is_an_element_of_a_larger_tensor() -> None:
+    timesteps = torch.tensor([9.0, 5.0, 1.0])
+    places = [Place.of(timestep) for timestep in timesteps]
+    assert [place and place.index for place in places] == [0, 1, 2]
+    assert len({place.run for place in places if place}) == 1
+    expanded = Place.of(timesteps[1].expand(4))
+    assert expanded is not None
+    assert expanded.index == 1
+    assert Place.of(5.0) is None
+    assert Place.of(torch.tensor(5.0)) is None
+    assert Place.of(torch.full((4,), 5.0)) is None
