@@ -99,10 +99,10 @@ def wall_time(groups: Iterable[str], seconds: Mapping[str, float]) -> float:
 
 
 def count_slices(seconds: Mapping[str, float]) -> int:
-    """Return the smallest number of slices that take at most `LIMIT`, or as long as the longest group."""
-    limit = max([LIMIT, *seconds.values()])
+    """Return the smallest number of slices that take at most `LIMIT`, or hold one group."""
     for count in range(1, len(seconds) + 1):
-        if all(wall_time(groups, seconds) <= limit for groups in divide(seconds, seconds, count)):
+        parts = divide(seconds, seconds, count)
+        if all(wall_time(groups, seconds) <= LIMIT or len(groups) == 1 for groups in parts):
             return count
     return 1
 
