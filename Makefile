@@ -1,4 +1,6 @@
-.PHONY: install check test nightly rtx bench docs build
+.PHONY: install check test nightly nightly-slice durations bounds rtx bench docs build
+
+SLICE = auto
 
 install:
 	python -m pip install -e ".[dev]"
@@ -13,6 +15,15 @@ test:
 
 nightly:
 	python -m pytest -q -n 2 -m nightly
+
+nightly-slice:
+	python -m pytest -q -n 2 -m nightly --nightly-slice $(SLICE)
+
+durations:
+	python -m pytest -q -p no:randomly -m nightly --write-durations tests/durations.json
+
+bounds:
+	python -m tests.house.bounds
 
 rtx:
 	python -m pip install -e ".[rtx]"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+
+from tests import slices
 
 # One thread per process: -n 2 does not oversubscribe two cores, and sums are the same with and without -n. torch reads
 # this when it is first imported; pytest-xdist workers and other child processes inherit it.
@@ -25,22 +28,77 @@ REQUIRED = {"gpu": "an NVIDIA GPU", "rtx": "tensorrt_rtx"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --require-gpu, --require-rtx and --shared."""
+    """Add --require-gpu, --require-rtx, --shared, --nightly-slice and --write-durations."""
     for mark, what in REQUIRED.items():
         parser.addoption(
             f"--require-{mark}", action="store_true", help=f"fail tests that skip themselves without {what}"
         )
     parser.addoption("--shared", metavar="FOLDER", help="folder for files that tests share; existing ones are used")
+    parser.addoption("--nightly-slice", metavar="K/N", help="with -m nightly: only this slice; auto takes turns")
+    parser.addoption("--write-durations", metavar="FILE", help="with -m nightly: measure the groups that slices hold")
 
 
-def pytest_configure() -> None:
-    """Run Triton kernels in its interpreter without a GPU; Triton reads the setting when kernels are imported."""
+CHOSEN = pytest.StashKey[slices.Slice]()
+"""The slice of --nightly-slice."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the slice; run Triton kernels in its interpreter without a GPU.
+
+    Triton reads that setting when kernels are imported.
+    """
     if not finds_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
+    if text := config.getoption("nightly_slice"):
+        if config.getoption("markexpr") != "nightly":
+            raise pytest.UsageError("--nightly-slice takes only nightly tests: add -m nightly")
+        config.stash[CHOSEN] = slices.parse(text)
+    if file := config.getoption("write_durations"):
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--write-durations measures in one process: leave out -n")
+        config.pluginmanager.register(Stopwatch(Path(file)), "durations")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Name the slice that runs."""
+    return f"nightly slice: {config.stash[CHOSEN]}" if CHOSEN in config.stash else None
+
+
+class Stopwatch:
+    """Measures groups of nightly tests in CPU seconds, fixtures and child processes included.
+
+    They depend less than wall time on what else the machine does, and a test has one thread.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Start at zero; `file` is updated at the end."""
+        self.file = file
+        self.seconds: dict[str, float] = {}
+        """CPU seconds of each group."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Add the time of one test to its group."""
+        before = sum(os.times()[:4])
+        done = yield
+        group = slices.group_of(item)
+        self.seconds[group] = self.seconds.get(group, 0.0) + sum(os.times()[:4]) - before
+        return done
+
+    def pytest_sessionfinish(self) -> None:
+        """Update the groups that have run, and leave the others."""
+        slices.write_durations(self.file, self.seconds)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that are pointless with a GPU, and record architecture and aspects of tests for --junitxml."""
+    """Keep one slice, deselect tests that are pointless with a GPU, and record architecture and aspects of tests.
+
+    --junitxml writes the latter.
+    """
+    if CHOSEN in config.stash:
+        chosen = set(slices.select(items, config.stash[CHOSEN]))
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     if (pointless := [item for item in items if item.get_closest_marker("without_gpu")]) and finds_gpu():
         config.hook.pytest_deselected(items=pointless)
         items[:] = [item for item in items if item not in pointless]
@@ -48,6 +106,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         architecture, shown = (item.get_closest_marker(name) for name in ("architecture", "shows"))
         if architecture and shown:
             item.user_properties += [("architecture", architecture.args[0]), *(("shows", own) for own in shown.args)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test of tensorrt_rtx without it, before its fixtures build bundles for a minute."""
+    if item.get_closest_marker("rtx") and find_spec("tensorrt_rtx") is None:
+        pytest.skip("could not import 'tensorrt_rtx'")
 
 
 @pytest.hookimpl(wrapper=True)
