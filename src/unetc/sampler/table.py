@@ -299,10 +299,6 @@ class SchedulerTables:
             )
         return float(np.interp(timestep, timesteps, levels))
 
-    def log_snr_at(self, timestep: float) -> float:
-        """Look up the noise level at a timestep."""
-        return float(np.interp(timestep, *self.noise_levels()))
-
     def to_array(self) -> tuple[SchedulerHeader, NDArray[np.float64]]:
         """Pack all tables into one array.
 
