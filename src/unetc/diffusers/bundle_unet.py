@@ -86,11 +86,13 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             bundle: Folder of the bundle, for `save_pretrained`.
         """
         super().__init__()
+        assert session.calls is not None  # every bundle has them
+        self._calls = session.calls
         original = getattr(diffusers, denoiser)
         parameters = inspect.signature(original.__init__).parameters
         defaults = {name: item.default for name, item in parameters.items() if item.default is not item.empty}
-        self.register_to_config(**defaults | config)
-        self._call = inspect.signature(original.forward)
+        self.register_to_config(**{**defaults, **config})
+        self._arguments = inspect.signature(original.forward)
         self._denoiser = denoiser
         self._bundle = bundle
         self._session = session
@@ -113,8 +115,10 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share the engines, and no trajectory."""
         own = type(self)(self._session, self._denoiser, self.config, full_model=self._full_model, bundle=self._bundle)
+        own.to(self.device, self.dtype)
+        own.train(self.training)
         memo[id(self)] = own
-        return own.to(self.device, self.dtype).train(self.training)
+        return own
 
     def __copy__(self) -> Self:
         """Share the engines, and no trajectory."""
@@ -127,19 +131,21 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
     @property
     def dtype(self) -> torch.dtype:
         """Element type for the latents of pipelines."""
-        return self._interface.dtype
+        dtype: torch.dtype = self._interface.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Device for the latents of pipelines."""
-        return self._interface.device
+        device: torch.device = self._interface.device
+        return device
 
     def reset(self) -> None:
         """Begin a new trajectory at the next call."""
         with self._lock:
             self._trajectories.clear()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile leaves the call as it is
     def forward(self, *values: Any, **named: Any) -> UNet2DConditionOutput | UNet2DOutput | tuple[Tensor]:
         """Predict as the denoiser would, up to the treatments of the plan.
 
@@ -157,16 +163,16 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
                 a timestep is outside the bundle's range, or if a gradient is expected.
             NonFiniteError: If the full model, which repeats every non-finite step, produces NaN or infinity itself.
         """
-        given = self._call.bind(self, *values, **named).arguments
+        given = self._arguments.bind(self, *values, **named).arguments
         given.pop("self")
         as_object = given.pop("return_dict", True)
         sample, timestep = given.pop("sample"), given.pop("timestep")
         _refuse_gradient(sample, given)
-        own, conditions = self._session.calls.of_unet_call(sample, _harmless_removed(given))
-        arrays = self._session.calls.read({name: _to_array(value) for name, value in conditions.items()})
+        own, conditions = self._calls.of_unet_call(sample, _harmless_removed(given))
+        arrays = self._calls.read({name: _to_array(value) for name, value in conditions.items()})
         array = _to_array(own)
-        arrays = self._session.calls.fill(arrays, len(array))
-        self._session.calls.check(array, arrays)
+        arrays = self._calls.fill(arrays, len(array))
+        self._calls.check(array, arrays)
         call = Call(
             sample=array,
             dtype=sample.dtype,
@@ -260,7 +266,9 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             raise ArtifactError(f"cannot read {path / cls.config_name}: {error}. Save the pipeline again.") from error
         loaded = cls._load(path / _saved(variant), full_model=full_model)
         dtype = options.get("torch_dtype") or options.get("dtype")
-        return loaded.to(dtype) if isinstance(dtype, torch.dtype) else loaded
+        if isinstance(dtype, torch.dtype):
+            loaded.to(dtype)
+        return loaded
 
     @classmethod
     def _load(
@@ -276,7 +284,9 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         manifest = bundle.manifest
         session = Session.of(bundle, backend_for(manifest, target=target, threads=threads, memory=memory))
         denoiser, config = manifest.model.denoiser, manifest.denoiser_config
-        return cls(session, denoiser, config, full_model=full_model, bundle=path).eval()
+        loaded = cls(session, denoiser, config, full_model=full_model, bundle=path)
+        loaded.eval()
+        return loaded
 
 
 for _name in HARMLESS:

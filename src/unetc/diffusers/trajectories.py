@@ -65,7 +65,7 @@ class Place:
         storage = timestep.untyped_storage()
         if storage.nbytes() < 2 * timestep.element_size():
             return None
-        return cls(storage.data_ptr(), timestep.storage_offset(), timestep)
+        return cls(storage.data_ptr(), int(timestep.storage_offset()), timestep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,222 @@
+"""Everything that can be done to a UNet of diffusers works with a drop-in, or is refused by name (kind D)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.dropin.runs import dropin_of, noise, words
+from tests.pipelines import save_stable_diffusion
+from unetc.diffusers import BundleUNet
+from unetc.diffusers.bundle_unet import _KEPT
+from unetc.diffusers.refusals import HARMLESS, RefusedByBundle
+from unetc.errors import ArtifactError, SessionError, ShapeMismatch, UnetcError
+
+diffusers: Any = untyped_diffusers
+
+KINDS = diffusers.UNet2DConditionModel, diffusers.UNet2DModel
+PUBLIC = sorted(
+    {
+        name
+        for kind in KINDS
+        for name in set(dir(kind)) - set(dir(nn.Module))
+        if not name.startswith("_") and (callable(getattr(kind, name)) or isinstance(getattr(kind, name), property))
+    }
+)
+"""Every public method and property of a UNet, but for those of torch."""
+
+TORCH = {
+    "load_state_dict": lambda unet: unet.load_state_dict({}),
+}
+"""Methods of torch that would change weights without an effect."""
+
+
+@pytest.fixture
+def unet(shared: Path) -> BundleUNet:
+    return dropin_of("cross-attention", shared)
+
+
+def call(unet: BundleUNet, **changes: Any) -> Tensor:
+    given = {"sample": noise(0), "timestep": 500, "encoder_hidden_states": words(0)} | changes
+    with torch.no_grad():
+        output: Tensor = unet(**given).sample
+    return output
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_works_or_is_refused(unet: BundleUNet, name: str) -> None:  # D2
+    """A refusal names the method and what to do; `hasattr` is false then, as pipelines ask for it."""
+    if name in _KEPT:
+        assert hasattr(unet, name)
+    elif name in HARMLESS:
+        before = call(unet)
+        getattr(unet, name)()
+        unet.reset()
+        torch.testing.assert_close(call(unet), before, rtol=0, atol=0)
+    else:
+        assert not hasattr(unet, name)
+        with pytest.raises(RefusedByBundle, match=rf"a bundle has no {name}: .*Instead, "):
+            getattr(unet, name)()
+
+
+@pytest.mark.parametrize(
+    "name", ["down_blocks", "mid_block", "conv_in", "time_embedding", "encoder_hid_proj", "_load_ip_adapter_weights"]
+)
+def test_layers_are_refused_by_name(unet: BundleUNet, name: str) -> None:  # D2
+    with pytest.raises(RefusedByBundle, match=f"a bundle has no {name}"):
+        getattr(unet, name)
+
+
+@pytest.mark.parametrize("name", sorted(TORCH))
+def test_methods_of_torch_that_change_weights_are_refused(unet: BundleUNet, name: str) -> None:
+    with pytest.raises(RefusedByBundle, match=name):
+        TORCH[name](unet)
+
+
+@pytest.mark.parametrize("processor", ["AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor"])
+def test_processors_of_the_same_attention_change_nothing(unet: BundleUNet, processor: str) -> None:
+    made = getattr(diffusers.models.attention_processor, processor)()
+    before = call(unet)
+    unet.set_attn_processor(made)
+    unet.set_attn_processor({"a": made, "b": made})
+    unet.reset()
+    torch.testing.assert_close(call(unet), before, rtol=0, atol=0)
+
+
+def test_other_processors_are_refused_by_class(unet: BundleUNet) -> None:  # D2
+    made = diffusers.models.attention_processor.PAGIdentitySelfAttnProcessor2_0()
+    with pytest.raises(RefusedByBundle, match="PAGIdentitySelfAttnProcessor2_0"):
+        unet.set_attn_processor(made)
+
+
+def test_arguments_have_the_places_of_the_original(shared: Path, unet: BundleUNet) -> None:  # D4
+    original = inspect.signature(diffusers.UNet2DConditionModel.forward)
+    positional = [name for name in original.parameters if name != "self"]
+    assert positional[4] == "timestep_cond"
+    expected = call(unet)
+    unet.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(unet(noise(0), 500, words(0), None, None)[0], expected, rtol=0, atol=0)
+        (as_tuple,) = unet(noise(0), 500, words(0), return_dict=False)
+    assert as_tuple.shape == expected.shape
+    unconditional = dropin_of("attention", shared)
+    with torch.no_grad():
+        assert unconditional(noise(0, 2), torch.tensor(500), None, False)[0].shape == (1, 2, 8, 8)
+    with pytest.raises(TypeError, match="magic"):
+        unet(noise(0), 500, words(0), magic=1)
+
+
+def test_a_lora_scale_of_one_changes_nothing_and_others_are_refused(unet: BundleUNet) -> None:
+    before = call(unet)
+    unet.reset()
+    torch.testing.assert_close(call(unet, cross_attention_kwargs={"scale": 1.0}), before, rtol=0, atol=0)
+    with pytest.raises(SessionError, match="cross_attention_kwargs"):
+        call(unet, cross_attention_kwargs={"scale": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words_"),
+    [
+        ({"sample": torch.zeros(1, 9, 8, 8)}, ["9", "4, height, width"]),
+        ({"encoder_hidden_states": torch.zeros(1, 5, 7)}, ["encoder_hidden_states", "7"]),
+        ({"encoder_hidden_states": torch.zeros(3, 5, 12)}, ["encoder_hidden_states", "3"]),
+        ({"sample": torch.zeros(4, 8, 8)}, ["4, 8, 8"]),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named_with_their_shapes(  # D5
+    unet: BundleUNet, changes: dict[str, Tensor], words_: list[str]
+) -> None:
+    with pytest.raises(ShapeMismatch) as caught:
+        call(unet, **changes)
+    assert all(word in str(caught.value) for word in words_), caught.value
+
+
+@pytest.mark.parametrize("timestep", [-0.25, 1000.5, float("nan")])
+def test_timesteps_outside_the_trained_range_are_refused(unet: BundleUNet, timestep: float) -> None:  # A1
+    with pytest.raises(SessionError, match="lies outside"):
+        call(unet, timestep=timestep)
+
+
+def test_a_gradient_is_refused(unet: BundleUNet) -> None:  # D7
+    wanted = noise(0).requires_grad_()
+    with pytest.raises(SessionError, match="no_grad"):
+        unet(wanted, 500, words(0))
+    with torch.no_grad():
+        unet(wanted, 500, words(0))
+
+
+def test_type_and_device_follow_the_pipeline(unet: BundleUNet) -> None:  # D7
+    expected = call(unet)
+    unet.to(torch.float16)
+    assert unet.dtype == torch.float16
+    unet.reset()
+    half = call(unet, sample=noise(0).half(), encoder_hidden_states=words(0).half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.05)
+    assert unet.to(torch.float32).dtype == torch.float32
+    assert unet.device == torch.device("cpu")
+
+
+def test_copies_share_engines_and_pickles_are_refused(unet: BundleUNet) -> None:
+    expected = call(unet)
+    for own in (copy.deepcopy(unet), copy.copy(unet)):
+        assert own.config == unet.config
+        torch.testing.assert_close(call(own), expected, rtol=0, atol=0)
+    with pytest.raises(RefusedByBundle, match="pickle"):
+        pickle.dumps(unet)
+
+
+def test_what_was_not_loaded_from_a_bundle_cannot_be_saved(unet: BundleUNet, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nothing to save"):
+        unet.save_pretrained(tmp_path)
+
+
+def test_a_compiled_drop_in_is_the_drop_in(unet: BundleUNet) -> None:
+    expected = call(unet)
+    unet.reset()
+    compiled = torch.compile(unet)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(noise(0), 500, words(0)).sample, expected, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a pipeline and delete the weights of its UNet."""
+    folder = save_stable_diffusion(tmp_path_factory.mktemp("saved") / "pipeline")
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+    return folder
+
+
+def test_a_pipeline_opens_with_the_drop_in_alone(unet: BundleUNet, without_weights: Path) -> None:  # D3
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
+    assert pipeline.unet is unet
+    later = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=None, safety_checker=None)
+    later.unet = unet
+    assert later.unet is unet
+    image_to_image = diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+    assert image_to_image.unet is unet
+
+
+def test_what_a_pipeline_does_to_its_unet_is_refused_by_name(  # D2
+    unet: BundleUNet, without_weights: Path, tmp_path: Path
+) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
+    with pytest.raises(UnetcError, match=r"enable_freeu.*original UNet"):
+        pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    lora = {
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 16, 1, 1),
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.zeros(16, 2, 1, 1),
+    }
+    with pytest.raises(UnetcError, match=r"load_lora_adapter.*--lora"):
+        pipeline.load_lora_weights(lora)
+    for harmless in ("enable_attention_slicing", "disable_freeu", "fuse_qkv_projections", "unload_lora_weights"):
+        getattr(pipeline, harmless)()
