@@ -141,6 +141,7 @@ class Contents:
             precision=setup.lowering.precision if setup.lowering else Precision.FP32,
             threads=profile.threads,
             sample_shape=profile.sample_shape,
+            sample_sizes=setup.prepared.gated.sizes,
             denoiser_config=setup.prepared.model.denoiser_config,
             predicted_channels=setup.prepared.gated.predicted_channels,
             conditioning=self._conditioning(),

@@ -91,10 +91,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, tiny: Tiny) -> Case:
+def cases(draw: st.DrawFn, tiny: Tiny, sizes: st.SearchStrategy[int] | None = None) -> Case:
     """Draw a case with a batch of one to three assignments."""
-    # At least two positions on the lowest level: torch traces some denoisers as if there were never fewer.
-    sizes = st.integers(2, 16 // tiny.stride).map(lambda size: size * tiny.stride)
+    sizes = sizes or st.integers(1, 24 // tiny.stride).map(lambda size: size * tiny.stride)
 
     def assignment() -> Assignment:
         treatment = st.sampled_from(draw(st.sampled_from(DENSITIES)))

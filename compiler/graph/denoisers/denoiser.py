@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unetc.artifacts.sizes import SampleSizes
 from unetc.controlnet import ControlNetInput, controlnet_inputs
 from unetc.errors import ModelError
 
@@ -33,12 +34,17 @@ class Denoiser(nn.Module):
     """A denoiser with positional inputs and one tensor out, [batch, channel, height, width]."""
 
     def __init__(
-        self, model: nn.Module, inputs: tuple[Input, ...], call: Callable[[Any, dict[str, Any]], Tensor]
+        self,
+        model: nn.Module,
+        inputs: tuple[Input, ...],
+        call: Callable[[Any, dict[str, Any]], Tensor],
+        sizes: SampleSizes,
     ) -> None:
-        """Wrap a model that is called with inputs by name."""
+        """Wrap a model that is called with inputs by name and takes samples of these sizes."""
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.sizes = sizes
         self._call = call
 
     def forward(self, *values: Tensor) -> Tensor:
@@ -64,13 +70,40 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
     if name not in _SIGNATURES:
         raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
     _refuse_patches(model, name)
+    if controlnet and name != "UNet2DConditionModel":
+        raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
     signature = _SIGNATURES[name]
-    inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0))
+    *finer, coarsest = signature.multiples(model)
+    for multiple in finer:
+        denoiser = _with_examples(model, signature, multiple, controlnet=controlnet)
+        if _runs(denoiser):
+            return denoiser
+    return _with_examples(model, signature, coarsest, controlnet=controlnet)
+
+
+def _with_examples(model: nn.Module, signature: Signature, multiple: int, *, controlnet: bool) -> Denoiser:
+    """Wrap a model with examples whose sides are multiples of a number."""
+    inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0), multiple)
     if controlnet:
-        if name != "UNet2DConditionModel":
-            raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
         inputs += _controlnet_examples(model, inputs[0], generator)
-    return Denoiser(model, tuple(inputs), signature.call)
+    largest = None if signature.largest is None else signature.largest(model)
+    return Denoiser(model, tuple(inputs), signature.call, SampleSizes(multiple=multiple, largest=largest))
+
+
+def _runs(denoiser: Denoiser) -> bool:
+    """Check on shapes alone whether a denoiser takes its examples, and whether its prediction has their size.
+
+    UNets differ in this by their blocks: some enlarge to the size of a skip, others to twice the size.
+    """
+    tensors = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    values = tuple(item.example.to("meta") for item in denoiser.inputs)
+    try:
+        with torch.no_grad():
+            prediction: Tensor = torch.func.functional_call(denoiser, shapes, values)
+    except Exception:  # any model may refuse a size in any way
+        return False
+    return prediction.shape[2:] == values[0].shape[2:]
 
 
 def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:

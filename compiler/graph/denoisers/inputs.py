@@ -38,10 +38,14 @@ class Input:
 class Signature:
     """Inputs and call of a class of denoiser."""
 
-    inputs: Callable[[Any, torch.Generator], list[Input]]
-    """Lists the inputs of a denoiser; refuses unsupported configurations."""
+    multiples: Callable[[Any], tuple[int, ...]]
+    """Lists the numbers that height and width may have to be multiples of, the smallest first."""
+    inputs: Callable[[Any, torch.Generator, int], list[Input]]
+    """Lists the inputs of a denoiser, with sides that are multiples of a number; refuses unsupported configurations."""
     call: Callable[[Any, dict[str, Any]], Tensor]
     """Calls a denoiser with inputs by name; returns [batch, channel, height, width]."""
+    largest: Callable[[Any], int] | None = None
+    """Computes the largest height and width; None if there is no limit."""
 
 
 def text(name: str, width: int, generator: torch.Generator) -> Input:

@@ -28,11 +28,15 @@ from .inputs import (
 )
 
 
-def _unet_2d(model: Any, generator: torch.Generator) -> list[Input]:
-    return [*_image(model, generator), *_class_labels(model, generator)]
+def _multiples(model: Any) -> tuple[int, ...]:
+    return tuple(2**halvings for halvings in range(len(model.config.block_out_channels)))
 
 
-def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
+def _unet_2d(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
+    return [*_image(model, generator, multiple), *_class_labels(model, generator)]
+
+
+def _unet_2d_condition(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     config = model.config
     hidden = getattr(config, "encoder_hid_dim_type", None)
     if hidden not in (None, "text_proj"):
@@ -52,7 +56,7 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
         )
     widths = config.cross_attention_dim
     width = config.encoder_hid_dim if hidden else widths if isinstance(widths, int) else widths[0]
-    inputs = _image(model, generator)
+    inputs = _image(model, generator, multiple)
     inputs.append(text(CONTEXT, width, generator))
     inputs += _class_labels(model, generator)
     if added == "text_time":
@@ -62,8 +66,8 @@ def _unet_2d_condition(model: Any, generator: torch.Generator) -> list[Input]:
     return inputs
 
 
-def _super_resolution(model: Any, generator: torch.Generator) -> list[Input]:
-    both, *others = _unet_2d_condition(model, generator)
+def _super_resolution(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
+    both, *others = _unet_2d_condition(model, generator, multiple)
     assert both.native is not None
     sample, low_res = (
         replace(both, name=name, example=example, native=native)
@@ -74,13 +78,19 @@ def _super_resolution(model: Any, generator: torch.Generator) -> list[Input]:
     return [sample, *others, low_res]
 
 
-def _image(model: Any, generator: torch.Generator) -> list[Input]:
-    """Make a noisy sample whose height and width differ, and one timestep per sample."""
+def _image(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
+    """Make a noisy sample whose height and width differ, and one timestep per sample.
+
+    Each side is an odd multiple of the number at every level that is halved. A UNet of diffusers enlarges to the sizes
+    of its skips if a side is odd, and to twice the size otherwise. Only the first is right at every size.
+    """
     config = model.config
-    size = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (32,))[0]
-    stride = 2 ** (len(config.block_out_channels) - 1)
-    sample = torch.randn(BATCH, config.in_channels, size, size + stride, generator=generator)
-    native = sample[..., :size].contiguous()
+    size = config.sample_size or 32
+    native_height, native_width = (size, size) if isinstance(size, int) else size
+    stride = _multiples(model)[-1]
+    height = -(-native_height // stride) * stride + (multiple if multiple < stride else 0)
+    sample = torch.randn(BATCH, config.in_channels, height, height + stride, generator=generator)
+    native = torch.randn(BATCH, config.in_channels, native_height, native_width, generator=generator)
     return [Input(name=SAMPLE, example=sample, dynamic=(2, 3), native=native), timestep()]
 
 
@@ -115,8 +125,8 @@ def _call_unet(model: Any, named: dict[str, Any]) -> Tensor:
 
 
 UNETS: Mapping[str, Signature] = {
-    "UNet2DModel": Signature(inputs=_unet_2d, call=_call_unet),
-    "UNet2DConditionModel": Signature(inputs=_unet_2d_condition, call=_call_unet),
-    "SuperResolutionUNet": Signature(inputs=_super_resolution, call=_call_unet),
+    "UNet2DModel": Signature(multiples=_multiples, inputs=_unet_2d, call=_call_unet),
+    "UNet2DConditionModel": Signature(multiples=_multiples, inputs=_unet_2d_condition, call=_call_unet),
+    "SuperResolutionUNet": Signature(multiples=_multiples, inputs=_super_resolution, call=_call_unet),
 }
 """Supported classes of UNets by name."""

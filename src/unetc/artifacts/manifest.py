@@ -15,6 +15,7 @@ from unetc.treatments import Treatment
 from .plan import Plan
 from .profile import Damage, ModelReference
 from .record import Artifact, Record, require
+from .sizes import SampleSizes
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
@@ -141,6 +142,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
+    sample_sizes: SampleSizes = SampleSizes()
+    """Heights and widths of samples that the engines can take."""
     denoiser_config: dict[str, Any]
     """Configuration of the denoiser, as its library writes it."""
     predicted_channels: int
