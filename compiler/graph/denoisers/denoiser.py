@@ -74,36 +74,56 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
         raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
     signature = _SIGNATURES[name]
     *finer, coarsest = signature.multiples(model)
-    for multiple in finer:
-        denoiser = _with_examples(model, signature, multiple, controlnet=controlnet)
-        if _runs(denoiser):
-            return denoiser
-    return _with_examples(model, signature, coarsest, controlnet=controlnet)
-
-
-def _with_examples(model: nn.Module, signature: Signature, multiple: int, *, controlnet: bool) -> Denoiser:
-    """Wrap a model with examples whose sides are multiples of a number."""
+    runs = _SizeTrial(model, signature)
+    multiple = next((one for one in finer if runs(one)), coarsest)
+    sides = range(multiple, coarsest + 1, multiple)
+    sizes = SampleSizes(
+        multiple=multiple,
+        smallest=next((side for side in sides if runs(multiple, (side, side))), multiple),
+        largest=None if signature.largest is None else signature.largest(model),
+    )
     inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0), multiple)
     if controlnet:
         inputs += _controlnet_examples(model, inputs[0], generator)
-    largest = None if signature.largest is None else signature.largest(model)
-    return Denoiser(model, tuple(inputs), signature.call, SampleSizes(multiple=multiple, largest=largest))
+    return Denoiser(model, tuple(inputs), signature.call, sizes)
 
 
-def _runs(denoiser: Denoiser) -> bool:
-    """Check on shapes alone whether a denoiser takes its examples, and whether its prediction has their size.
+class _SizeTrial:
+    """Tries sizes on the shapes alone.
 
-    UNets differ in this by their blocks: some enlarge to the size of a skip, others to twice the size.
+    UNets differ in their sizes by their blocks: some enlarge to the size of a skip, others to twice the size, and a
+    block that halves without padding takes no side of one pixel.
     """
-    tensors = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
-    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    values = tuple(item.example.to("meta") for item in denoiser.inputs)
-    try:
-        with torch.no_grad():
-            prediction: Tensor = torch.func.functional_call(denoiser, shapes, values)
-    except Exception:  # any model may refuse a size in any way
-        return False
-    return prediction.shape[2:] == values[0].shape[2:]
+
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
+        self._model = model
+        self._signature = signature
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._shapes = {f"model.{name}": tensor.to("meta") for name, tensor in tensors.items()}
+
+    def __call__(self, multiple: int, sides: tuple[int, int] | None = None) -> bool:
+        """Check whether a denoiser takes samples of a size, and predicts samples of this size.
+
+        Args:
+            multiple: Number of which the examples' sides are multiples.
+            sides: Height and width; the examples' when None.
+        """
+        inputs = tuple(self._signature.inputs(self._model, torch.Generator().manual_seed(0), multiple))
+        own = tuple(inputs[0].example.shape[2:])
+        sides = sides or (own[0], own[1])
+
+        def empty(example: Tensor) -> Tensor:
+            shape = tuple(example.shape)
+            return example.new_empty((*shape[:2], *sides) if shape[2:] == own else shape, device="meta")
+
+        values = tuple(empty(item.example) for item in inputs)
+        denoiser = Denoiser(self._model, inputs, self._signature.call, SampleSizes())
+        try:
+            with torch.no_grad():
+                prediction: Tensor = torch.func.functional_call(denoiser, self._shapes, values)
+        except Exception:  # any model may refuse a size in any way
+            return False
+        return tuple(prediction.shape[2:]) == sides
 
 
 def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
