@@ -157,6 +157,7 @@ def analyze(
         prompts=prompts,
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
+        control=conditions.control.measured if conditions.control is not None else None,
         components=gated.components,
         bins=sweep.bins,
         full_ms=costs.full_ms,

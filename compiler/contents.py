@@ -145,6 +145,7 @@ class Contents:
             denoiser_config=setup.prepared.model.denoiser_config,
             predicted_channels=setup.prepared.gated.predicted_channels,
             conditioning=self._conditioning(),
+            control=profile.control,
             decoder=self._decoder(),
             batch=profile.batch,
             steps=steps,

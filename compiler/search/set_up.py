@@ -71,6 +71,7 @@ def set_up(
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
     conditions = model.encode(profile.prompts, profile.guidance_scale)
+    _check_control(profile, conditions)
     calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
     finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
     on_demand = OnDemand(calls, finder, on_progress)
@@ -94,6 +95,27 @@ def set_up(
         workbench=workbench,
         lowering=on_demand.lowering(target.reads),
     )
+
+
+def _check_control(profile: Profile, conditions: Conditions) -> None:
+    given = None if conditions.control is None else conditions.control.measured
+    if profile.control is None and given is not None:
+        raise ProfileError(
+            "the profile was measured without a control image, and control images are given. Analyse the model with "
+            "them, or leave them out."
+        )
+    if profile.control is None:
+        return
+    wanted = profile.control
+    same = given is not None and (given.model_sha256, given.images_sha256) == (
+        wanted.model_sha256,
+        wanted.images_sha256,
+    )
+    if not same:
+        raise ProfileError(
+            f"the profile was measured with {wanted.images} control images through the ControlNet {wanted.model}, and "
+            f"{'other ones' if given else 'none'} are given. Give the same --controlnet-model and --control-images."
+        )
 
 
 def _check_profile(profile: Profile, model: Model) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .controlnet import ControlNetInput, zeros
+from .controlnet import Control, ControlNetInput, zeros
 from .device import HOST, Device, Tensor
 from .errors import ShapeMismatch
 
@@ -42,7 +42,9 @@ class Conditions:
     scale: float = 1.0
     """Guidance scale, dimensionless; 1 without guidance."""
     controlnet: tuple[ControlNetInput, ...] = ()
-    """ControlNet inputs of the denoiser; zero unless `own` has values for them."""
+    """ControlNet inputs of the denoiser; zero unless `own` has values for them, or `control` computes them."""
+    control: Control | None = None
+    """Control images of the samples, one per row; None without."""
     device: Device = HOST
     """Device of the conditions and of the calls made with them."""
 
@@ -79,7 +81,8 @@ class Conditions:
         def pick(values: Values) -> Values:
             return {name: array[np.asarray(rows) % len(array)] for name, array in values.items()}
 
-        return replace(self, own=pick(self.own), negative=pick(self.negative))
+        control = None if self.control is None else self.control.take(rows)
+        return replace(self, own=pick(self.own), negative=pick(self.negative), control=control)
 
     def on(self, device: Device) -> Conditions:
         """Move all conditions to a device."""
@@ -109,15 +112,29 @@ class Conditions:
         if self.guided:
             inputs = {name: self.device.concatenate([tensor, tensor]) for name, tensor in inputs.items()}
         inputs["timestep"] = self.device.full((len(sample) * self.rows_per_sample,), timestep)
+        if self.control is not None:
+            inputs |= self._controlled(self.control, inputs)
         return inputs
+
+    def _controlled(self, control: Control, inputs: Values) -> dict[str, Tensor]:
+        """Compute the ControlNet inputs of a call."""
+        read = {"sample": inputs["sample"], "timestep": inputs["timestep"], **self._joined()}
+        arrays = {name: self.device.to_array(tensor) for name, tensor in read.items()}
+        return {name: self.device.put(array) for name, array in control.residuals(arrays).items()}
 
     def constant(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
         """Build the inputs that stay the same at every timestep, for a batch of samples of this size."""
-        inputs = dict(zeros(self.controlnet, batch * self.rows_per_sample, height, width, self.device))
+        inputs: dict[str, Tensor] = {}
+        if self.control is None:
+            inputs |= zeros(self.controlnet, batch * self.rows_per_sample, height, width, self.device)
+        return inputs | self._joined()
+
+    def _joined(self) -> dict[str, Tensor]:
+        """Join the negative conditions with the others, as the rows of a call need them."""
         if not self.guided:
-            return {**inputs, **self.own}
+            return dict(self.own)
         join = self.device.concatenate
-        return inputs | {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
+        return {name: join([self.negative[name], tensor]) for name, tensor in self.own.items()}
 
     def guide(self, prediction: Tensor, channels: int) -> Tensor:
         """Combine the two halves of a prediction, [2 * batch, ...].
@@ -142,6 +159,8 @@ class Conditions:
         digest = hashlib.sha256(repr(self.scale).encode())
         for name, array in sorted(self.to_arrays().items()):
             digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        if self.control is not None:
+            digest.update(repr(self.control.measured).encode())
         return digest.hexdigest()
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:

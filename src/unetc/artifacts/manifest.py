@@ -13,7 +13,7 @@ from unetc.sampler.table import SchedulerHeader
 from unetc.treatments import Treatment
 
 from .plan import Plan
-from .profile import Damage, ModelReference
+from .profile import ControlMeasured, Damage, ModelReference
 from .record import Artifact, Record, require
 from .sizes import SampleSizes
 
@@ -150,6 +150,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """Channels of a prediction: as many as in a sample, or more if the denoiser also predicts a variance."""
     conditioning: Conditioning | None = None
     """None for an unconditional model."""
+    control: ControlMeasured | None = None
+    """Control images that damage was measured with; None if all ControlNet inputs, if there are any, were zero."""
     decoder: BundleDecoder | None = None
     """None if samples are images."""
     batch: int

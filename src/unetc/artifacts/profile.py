@@ -34,6 +34,18 @@ class ModelReference(Record, frozen=True, kw_only=True):
         return " + ".join((self.name, *self.loras))
 
 
+class ControlMeasured(Record, frozen=True, kw_only=True):
+    """The ControlNet and the control images that damage was measured with."""
+
+    model: str
+    """Folder of the ControlNet, as the user typed it."""
+    model_sha256: str
+    images: int
+    """Number of images; prompt k has image k modulo this number."""
+    images_sha256: str
+    """Hash of the pixels of all images at the size of the output."""
+
+
 class Component(Record, frozen=True, kw_only=True):
     """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the scheduler."""
 
@@ -145,6 +157,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
+    control: ControlMeasured | None = None
+    """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
     full_ms: Estimate

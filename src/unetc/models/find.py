@@ -8,6 +8,7 @@ from pathlib import Path
 
 from unetc.errors import ModelError
 
+from .control_images import ControlSource
 from .glide import VARIANTS, find_glide
 from .lora import Lora
 from .model import Model
@@ -32,6 +33,8 @@ class ModelSource:
     """LoRAs to fuse into the UNet and the text encoders, in order."""
     controlnet: bool = False
     """Whether the denoiser has ControlNet inputs."""
+    control: ControlSource | None = None
+    """ControlNet and control images to measure with; the denoiser then has ControlNet inputs."""
 
     @classmethod
     def of(cls, model: ModelSource | str) -> ModelSource:
@@ -69,12 +72,13 @@ def find_model(model: ModelSource | str) -> Model:
     if name in VARIANTS:
         if source.loras:
             raise ModelError(f"{name} takes no LoRA. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
-        if source.controlnet:
+        if source.controlnet or source.control:
             raise ModelError(f"{name} takes no ControlNet. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
         return find_glide(name, None if source.weights is None else Path(source.weights))
     if source.weights is not None:
         raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)}.")
-    return open_pipeline(name, _find(name), source.loras, source.controlnet)
+    model = open_pipeline(name, _find(name), source.loras, source.controlnet or source.control is not None)
+    return model if source.control is None else model.with_control(source.control)
 
 
 def _find(name: str) -> Path:

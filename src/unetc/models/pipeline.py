@@ -17,6 +17,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
 from unetc.errors import ModelError
 
+from .control_images import ControlImages, ControlSource
 from .lora import Lora
 from .pipelines import PIPELINES, TEXT_PIPELINES
 from .prompts import PROMPTS, read_prompts
@@ -37,6 +38,8 @@ class PipelineModel:
     folder: Path
     loras: tuple[Lora, ...] = ()
     """LoRAs fused into the UNet and the text encoders, in order."""
+    control: ControlImages | None = None
+    """Control images to measure with."""
 
     @property
     def conditional(self) -> bool:
@@ -76,7 +79,20 @@ class PipelineModel:
 
             fuse_into_text_encoders(pipeline, self.loras, self.denoiser_config)
         encoded = encode_prompts(pipeline, prompts, guidance_scale=guidance_scale, size=size)
-        return replace(encoded, controlnet=controlnet_inputs(self.denoiser_config) if self.reference.controlnet else ())
+        if not self.reference.controlnet:
+            return encoded
+        control = None if self.control is None else self.control.take(range(encoded.rows or 0))
+        return replace(encoded, controlnet=controlnet_inputs(self.denoiser_config), control=control)
+
+    def with_control(self, source: ControlSource) -> PipelineModel:
+        """Return the model with control images to measure with.
+
+        Raises:
+            ModelError: If the ControlNet does not fit the model, or there are no images.
+        """
+        _, height, width = self.sample_shape
+        size = height * self.decoder_scale, width * self.decoder_scale
+        return replace(self, control=source.open(self.denoiser_config, size))
 
     @property
     def decoder_scale(self) -> int:
