@@ -22,6 +22,7 @@ import onnx_ir as ir
 from safetensors.numpy import save
 
 from unetc.artifacts.profile import Component
+from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.compiler.graph.gate import DOMAIN
@@ -111,7 +112,7 @@ def engines(case: Case) -> Iterator[tuple[str, SerialisedGraph]]:
         model=block(case, with_skip=True),
         components=(component,),
         inputs=(SAMPLE, "embedding", SKIP),
-        dynamic_size=True,
+        sizes=SampleSizes(),
         folder=HERE,
     )
     means = np.random.default_rng(1).standard_normal(case.skip, dtype=np.float32)

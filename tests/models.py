@@ -191,8 +191,10 @@ def new_denoiser(architecture: str) -> nn.Module:
     return denoiser.eval()
 
 
-def condition_well(model: nn.Module, seed: int) -> None:
+def condition_well(model: nn.Module, seed: int, *, own_eps: bool = False) -> None:
     """Initialise a model so that every part matters and no part amplifies rounding errors.
+
+    With `own_eps`, norms keep their epsilon: then no group of channels may become constant.
 
     Fresh models have layers whose output is zero. Removals may also leave a group of channels nearly constant. ONNX
     defines the variance in a GroupNormalization as E[x²] − E[x]², so only a large epsilon keeps it accurate then.
@@ -205,7 +207,7 @@ def condition_well(model: nn.Module, seed: int) -> None:
         else:
             parameter.data = 0.2 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
     for module in model.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not own_eps:
             module.eps = 0.1
 
 

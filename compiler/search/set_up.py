@@ -107,11 +107,8 @@ def _check_control(profile: Profile, conditions: Conditions) -> None:
     if profile.control is None:
         return
     wanted = profile.control
-    same = given is not None and (given.model_sha256, given.images_sha256) == (
-        wanted.model_sha256,
-        wanted.images_sha256,
-    )
-    if not same:
+    hashes = wanted.model_sha256, wanted.images_sha256
+    if given is None or (given.model_sha256, given.images_sha256) != hashes:
         raise ProfileError(
             f"the profile was measured with {wanted.images} control images through the ControlNet {wanted.model}, and "
             f"{'other ones' if given else 'none'} are given. Give the same --controlnet-model and --control-images."

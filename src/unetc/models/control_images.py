@@ -172,6 +172,7 @@ def _load(folder: Path) -> Any:
         raise ModelError(f"cannot load the ControlNet {folder}: {message}.") from error
     if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise ModelError(
-            f"cannot load the ControlNet {folder}: {strangers[0]!r} is only in its weights or only in its configuration."
+            f"cannot load the ControlNet {folder}: its weights do not fit its configuration. {strangers[0]!r} is in "
+            "only one of them."
         )
     return model.float().eval().requires_grad_(False)

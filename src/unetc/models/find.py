@@ -77,8 +77,8 @@ def find_model(model: ModelSource | str) -> Model:
         return find_glide(name, None if source.weights is None else Path(source.weights))
     if source.weights is not None:
         raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)}.")
-    model = open_pipeline(name, _find(name), source.loras, source.controlnet or source.control is not None)
-    return model if source.control is None else model.with_control(source.control)
+    opened = open_pipeline(name, _find(name), source.loras, source.controlnet or source.control is not None)
+    return opened if source.control is None else opened.with_control(source.control)
 
 
 def _find(name: str) -> Path:
