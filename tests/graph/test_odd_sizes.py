@@ -198,7 +198,7 @@ def test_the_rule_of_sizes_is_what_diffusers_can_compute(conditional: bool, down
             return False
 
     allowed = {side for side in SOME if sizes.problem(side, 16) is None}
-    assert {side for side in SOME if fits(side)} >= allowed >= {8, 12, 16}
+    assert {side for side in SOME if fits(side)} >= allowed >= {8, 12, 16}, sizes
     assert sizes.multiple == 1 or not all(fits(sizes.multiple // 2 * odd) for odd in (3, 5))
     assert sizes.smallest == sizes.multiple or not fits(sizes.smallest - sizes.multiple)
 

@@ -74,12 +74,11 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
         raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
     signature = _SIGNATURES[name]
     *finer, coarsest = signature.multiples(model)
-    runs = _SizeTrial(model, signature)
-    multiple = next((one for one in finer if runs(one)), coarsest)
-    sides = range(multiple, coarsest + 1, multiple)
+    multiple = next((one for one in finer if _SizeTrial(model, signature, one).takes_examples()), coarsest)
+    trial = _SizeTrial(model, signature, multiple)
     sizes = SampleSizes(
         multiple=multiple,
-        smallest=next((side for side in sides if runs(multiple, (side, side))), multiple),
+        smallest=next((side for side in range(multiple, 2 * coarsest + 1, multiple) if trial.takes(side)), multiple),
         largest=None if signature.largest is None else signature.largest(model),
     )
     inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0), multiple)
@@ -89,41 +88,39 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False) -> Denoiser:
 
 
 class _SizeTrial:
-    """Tries sizes on the shapes alone.
+    """Tries sizes of samples.
 
     UNets differ in their sizes by their blocks: some enlarge to the size of a skip, others to twice the size, and a
     block that halves without padding takes no side of one pixel.
     """
 
-    def __init__(self, model: nn.Module, signature: Signature) -> None:
-        self._model = model
-        self._signature = signature
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self._shapes = {f"model.{name}": tensor.to("meta") for name, tensor in tensors.items()}
+    def __init__(self, model: nn.Module, signature: Signature, multiple: int) -> None:
+        self._inputs = tuple(signature.inputs(model, torch.Generator().manual_seed(0), multiple))
+        self._denoiser = Denoiser(model, self._inputs, signature.call, SampleSizes())
 
-    def __call__(self, multiple: int, sides: tuple[int, int] | None = None) -> bool:
-        """Check whether a denoiser takes samples of a size, and predicts samples of this size.
+    def takes_examples(self) -> bool:
+        """Check on shapes alone whether a denoiser takes its examples."""
+        tensors = {**dict(self._denoiser.named_parameters()), **dict(self._denoiser.named_buffers())}
+        values = tuple(item.example.to("meta") for item in self._inputs)
+        return self._predicts({name: tensor.to("meta") for name, tensor in tensors.items()}, values)
 
-        Args:
-            multiple: Number of which the examples' sides are multiples.
-            sides: Height and width; the examples' when None.
-        """
-        inputs = tuple(self._signature.inputs(self._model, torch.Generator().manual_seed(0), multiple))
-        own = tuple(inputs[0].example.shape[2:])
-        sides = sides or (own[0], own[1])
+    def takes(self, side: int) -> bool:
+        """Check whether a denoiser takes square samples with a small side; paddings do not check their shapes alone."""
+        own = self._inputs[0].example.shape[2:]
 
-        def empty(example: Tensor) -> Tensor:
-            shape = tuple(example.shape)
-            return example.new_empty((*shape[:2], *sides) if shape[2:] == own else shape, device="meta")
+        def resize(example: Tensor) -> Tensor:
+            return example[..., :1, :1].repeat(1, 1, side, side) if example.shape[2:] == own else example
 
-        values = tuple(empty(item.example) for item in inputs)
-        denoiser = Denoiser(self._model, inputs, self._signature.call, SampleSizes())
+        return self._predicts({}, tuple(resize(item.example) for item in self._inputs))
+
+    def _predicts(self, tensors: Mapping[str, Tensor], values: tuple[Tensor, ...]) -> bool:
+        """Check whether a prediction has the height and width of its sample."""
         try:
             with torch.no_grad():
-                prediction: Tensor = torch.func.functional_call(denoiser, self._shapes, values)
+                prediction: Tensor = torch.func.functional_call(self._denoiser, dict(tensors), values)
         except Exception:  # any model may refuse a size in any way
             return False
-        return tuple(prediction.shape[2:]) == sides
+        return prediction.shape[2:] == values[0].shape[2:]
 
 
 def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:
