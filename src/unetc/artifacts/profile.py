@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from msgspec import UNSET, UnsetType
+
 from unetc.treatments import Treatment
 
 from .record import Artifact, Record, finite, require
@@ -157,8 +159,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
-    control: ControlMeasured | None = None
-    """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
+    control_images: ControlMeasured | UnsetType = UNSET
+    """Control images of the samples; not written without any, so that older profiles keep their bytes and hash."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
     full_ms: Estimate
@@ -171,6 +173,11 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Effort of measuring the damage, in sampling runs of the full model: denoiser calls per sample / steps."""
     means: tuple[bytes, ...]
     """Branch means per bin, concatenated over the components: little-endian float32, [channels of all components]."""
+
+    @property
+    def control(self) -> ControlMeasured | None:
+        """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
+        return None if isinstance(self.control_images, UnsetType) else self.control_images
 
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""
