@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-from msgspec import UNSET
 
 import unetc
 from unetc.artifacts.profile import Component, Effect, ModelReference, Profile
@@ -158,7 +157,7 @@ def analyze(
         prompts=prompts,
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
-        control_images=UNSET if conditions.control is None else conditions.control.measured,
+        control_images=msgspec.UNSET if conditions.control is None else conditions.control.measured,
         components=gated.components,
         bins=sweep.bins,
         full_ms=costs.full_ms,

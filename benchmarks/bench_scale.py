@@ -26,8 +26,8 @@ CONFIGS = HERE.parent / "tests/configs"
 MIB = 2**20
 
 
-def write_pipeline(config: dict[str, Any], folder: Path) -> int:
-    """Write a pipeline folder with random weights and return the number of parameters."""
+def write_unet(config: dict[str, Any], folder: Path) -> int:
+    """Write the folder of a UNet with random weights and return the number of parameters."""
     import diffusers as untyped_diffusers
     import onnx_ir as ir
     import torch
@@ -47,25 +47,21 @@ def write_pipeline(config: dict[str, Any], folder: Path) -> int:
 
         return ir.LazyTensor(draw, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
 
-    for part in ("unet", "scheduler", "vae"):
-        (folder / part).mkdir(parents=True)
-    write_tensors(
-        folder / "unet/diffusion_pytorch_model.safetensors", {name: lazy(name, shapes[name]) for name in shapes}
-    )
-    (folder / "unet/config.json").write_text(json.dumps(config))
-    (folder / "scheduler/scheduler_config.json").write_text("{}")
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    folder.mkdir(parents=True)
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", {name: lazy(name, shapes[name]) for name in shapes})
+    (folder / "config.json").write_text(json.dumps(config))
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def measure(folder: Path) -> dict[str, object]:
     """Load, capture and export; return seconds and peak memory of each stage, and sizes."""
+    import diffusers as untyped_diffusers
+
     from unetc.compiler.graph.capture import capture
     from unetc.compiler.graph.gated import GatedGraph
     from unetc.environment import peak_memory
-    from unetc.models.find import find_model
 
+    diffusers: Any = untyped_diffusers
     measured: dict[str, object] = {"libraries: peak MiB": peak_memory() / MIB}
     start = time.perf_counter()
 
@@ -75,7 +71,8 @@ def measure(folder: Path) -> dict[str, object]:
         measured.update({f"{stage}: s": now - start, f"{stage}: peak MiB": peak_memory() / MIB})
         start = time.perf_counter()
 
-    model = find_model(str(folder)).load_denoiser()
+    model = diffusers.UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    model.requires_grad_(False)
     note("load")
     captured = capture(model)
     note("capture")
@@ -107,7 +104,7 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             folder = Path(work) / name
-            parameters = write_pipeline(json.loads((CONFIGS / f"{name}.json").read_text()), folder)
+            parameters = write_unet(json.loads((CONFIGS / f"{name}.json").read_text()), folder)
             command = [sys.executable, __file__, "--child", str(folder)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         known[name] = {"model": name, "parameters": parameters, **json.loads(output.splitlines()[-1])}

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from safetensors.numpy import save
 
 from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
@@ -31,12 +30,13 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import serialise
 from unetc.environment import describe
 from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.tensors import save_tensors
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
 HERE = Path(__file__).parent
 SKIP = "skip"
-NO_WEIGHTS = save({})
+NO_WEIGHTS = save_tensors({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def engines(case: Case) -> Iterator[tuple[str, SerialisedGraph]]:
         model=block(case, with_skip=True),
         components=(component,),
         inputs=(SAMPLE, "embedding", SKIP),
-        sizes=SampleSizes(),
+        sizes=SampleSizes(multiple=1),
         folder=HERE,
     )
     means = np.random.default_rng(1).standard_normal(case.skip, dtype=np.float32)

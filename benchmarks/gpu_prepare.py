@@ -28,7 +28,6 @@ import checkout
 import diffusers as untyped_diffusers
 import numpy as np
 import onnx
-import safetensors.numpy
 import safetensors.torch
 import torch
 from gpu_folder import (
@@ -67,6 +66,7 @@ from unetc.models.find import find_model
 from unetc.models.glide import VARIANTS
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerTables
+from unetc.tensors import save_tensors
 from unetc.treatments import Treatment
 
 diffusers: Any = untyped_diffusers
@@ -239,10 +239,9 @@ def write(source: Source, folder: Path) -> PreparedModel:
     (folder / HEADER).write_bytes(header_of(weights))
     (folder / CONTENTS).write_bytes(contents_of(weights, source.carried))
     header, rows = source.scheduler.to_array()
-    (folder / SCHEDULER).write_bytes(safetensors.numpy.save({SCHEDULER_ROWS: rows}))
+    (folder / SCHEDULER).write_bytes(save_tensors({SCHEDULER_ROWS: rows}))
     if source.conditions.own:
-        arrays = {name: np.ascontiguousarray(array) for name, array in source.conditions.to_arrays().items()}
-        (folder / CONDITIONS).write_bytes(safetensors.numpy.save(arrays))
+        (folder / CONDITIONS).write_bytes(save_tensors(source.conditions.to_arrays()))
     model = PreparedModel(
         unetc=unetc.__version__,
         commit=checkout.commit(),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.numpy import save
-
 import unetc
 from unetc.artifacts.manifest import (
     SCHEDULER_ROWS,
@@ -24,6 +22,7 @@ from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.search.set_up import Setup
 from unetc.compiler.search.workbench import Candidate
 from unetc.precision import Precision
+from unetc.tensors import save_tensors
 from unetc.treatments import Treatment
 
 PROFILE_FILE = "profile.json"
@@ -46,10 +45,10 @@ class Contents:
         self._files: dict[str, bytes | Path] = {
             WEIGHTS: setup.prepared.gated.weights,
             PROFILE_FILE: setup.profile.to_json(),
-            SCHEDULER_FILE: save({SCHEDULER_ROWS: rows}),
+            SCHEDULER_FILE: save_tensors({SCHEDULER_ROWS: rows}),
         }
         if setup.conditions.rows:
-            self._files[CONDITIONS_FILE] = save(setup.conditions.to_arrays())
+            self._files[CONDITIONS_FILE] = save_tensors(setup.conditions.to_arrays())
         if setup.decoder is not None:
             self._files[DECODER_FILE] = setup.decoder
         self._names: dict[bytes, str] = {}

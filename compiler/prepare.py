@@ -72,16 +72,13 @@ def prepare_decoder(prepared: Prepared) -> bytes | None:
         CompileError: If it cannot be exported.
         ArtifactError: If the cache cannot be written or read.
     """
-    if (autoencoder := prepared.model.load_decoder()) is None:
+    if (decoder := prepared.model.load_decoder()) is None:
         return None
-    digest = hashlib.sha256()
-    for name, value in autoencoder.state_dict().items():
-        digest.update(name.encode() + value.numpy().tobytes())
-    path = prepared.work / f"decoder-{digest.hexdigest()[:16]}.onnx"
+    path = prepared.work / f"decoder-{decoder.sha256()[:16]}.onnx"
     try:
         with FileLock(prepared.work / "decoder.lock"):
             if not path.exists():
-                write_atomically(path, export_decoder(autoencoder))
+                write_atomically(path, export_decoder(decoder))
             return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}. Choose another folder with --cache.") from error

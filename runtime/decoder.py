@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from safetensors.numpy import save
 
 from unetc.backend import Array, Backend, SerialisedGraph
+from unetc.tensors import save_tensors
 
 from .engine_pool import tried
 
@@ -23,7 +23,7 @@ class Decoder:
             scale: Image pixels per latent pixel, along each side.
             backend: Backend that runs the graph.
         """
-        loader = backend.open_weights(save({}))
+        loader = backend.open_weights(save_tensors({}))
         self._device = backend.device
         self._program = tried(loader.load(SerialisedGraph(graph=graph, weights=frozenset())))
         self._scale = scale

@@ -84,7 +84,7 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, SampleSizes]:
     for inputs in _forms(denoiser.inputs):
         (sample,) = (item for item in inputs if item.name == SAMPLE)
         height, width = sample.example.shape[2:]
-        sizes = denoiser.sizes if sample.dynamic else SampleSizes(only=(height, width))
+        sizes = denoiser.sizes if sample.dynamic else SampleSizes(multiple=1, only=(height, width))
         values = (*(item.example for item in inputs), torch.ones(2, 3, 2), torch.zeros(7))
         shapes: list[dict[int, object]] = [dict.fromkeys((0, *item.dynamic), Dim.DYNAMIC) for item in inputs]
         try:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from torch import Tensor, nn
 from torch.export import Dim
 
 from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import CompileError
+from unetc.models.latent_decoder import LatentDecoder
 
 from .gated import OPSET, quietly
 from .size_names import name_sizes
@@ -20,24 +18,11 @@ IMAGE = "image"
 """Name of the graph's output."""
 
 
-class _Decoder(nn.Module):
-    def __init__(self, autoencoder: Any) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        config = autoencoder.config
-        self.scale = 1.0 / config.scaling_factor
-        self.shift = getattr(config, "shift_factor", None) or 0.0
-
-    def forward(self, sample: Tensor) -> Tensor:
-        image: Tensor = self.autoencoder.decode(sample * self.scale + self.shift, return_dict=False)[0]
-        return image
-
-
-def export_decoder(autoencoder: nn.Module) -> bytes:
-    """Export the decoder of a diffusers autoencoder, including its weights.
+def export_decoder(decoder: LatentDecoder) -> bytes:
+    """Export the decoder of a latent model, including its weights.
 
     Args:
-        autoencoder: An `AutoencoderKL` on the CPU.
+        decoder: A decoder on the CPU.
 
     Returns:
         An ONNX graph that maps `sample`, [batch, channel, height, width], to `image`, [batch, 3, pixel height, pixel
@@ -46,12 +31,11 @@ def export_decoder(autoencoder: nn.Module) -> bytes:
     Raises:
         CompileError: If the decoder cannot be exported.
     """
-    config: Any = autoencoder.config
-    example = torch.randn(2, config.latent_channels, 8, 12, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(2, decoder.latents.channels, 8, 12, generator=torch.Generator().manual_seed(0))
     try:
         with quietly(), torch.no_grad():
             program = torch.onnx.export(
-                _Decoder(autoencoder).eval(),
+                decoder.eval(),
                 (example,),
                 dynamo=True,
                 verbose=False,

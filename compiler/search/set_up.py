@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
 from unetc.compiler.engines import check_plan
@@ -66,12 +68,12 @@ def set_up(
     if plan is not None:
         check_plan(plan, profile)
     target = open_backend(profile.target, threads=profile.threads)
+    conditions = model.encode(profile.prompts, profile.guidance_scale)  # before the capture, which takes long
+    _check_control(profile, conditions)
     prepared = prepare(model, cache, on_progress)
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
-    conditions = model.encode(profile.prompts, profile.guidance_scale)
-    _check_control(profile, conditions)
     calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
     finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
     on_demand = OnDemand(calls, finder, on_progress)
@@ -122,4 +124,10 @@ def _check_profile(profile: Profile, model: Model) -> None:
         raise ProfileError(
             f"the profile is of {profile.model.title} ({profile.model.sha256[:12]}), not of {reference.title} "
             f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {command} -o profile.json`."
+        )
+    hashes = profile.model.text_sha256, reference.text_sha256
+    if msgspec.UNSET not in hashes and hashes[0] != hashes[1]:
+        raise ProfileError(
+            f"the profile was measured with other text encoders than {reference.title} has now. Analyse it again: "
+            f"`unetc analyze {reference.name} -o profile.json`."
         )

@@ -13,7 +13,6 @@ EXTRAS = {
         ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics", "filelock", "huggingface_hub"),
         "compile",
     ),
-    "peft": "lora",
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
 }
 """Extra by the name under which the library is imported."""

@@ -10,11 +10,10 @@ import hashlib
 from collections.abc import Container, Mapping
 from enum import StrEnum
 
-from safetensors.numpy import save
-
 from .errors import EngineBuildError
+from .tensors import save_tensors
 
-NO_WEIGHTS = hashlib.sha256(save({})).hexdigest()
+NO_WEIGHTS = hashlib.sha256(save_tensors({})).hexdigest()
 """Hash of an empty weights file."""
 
 

@@ -82,7 +82,7 @@ def gated(tmp_path: Path) -> GatedGraph:
         model=ir.serde.deserialize_model(onnx.parser.parse_model(text)),
         components=components,
         inputs=("sample", "timestep"),
-        sizes=SampleSizes(),
+        sizes=SampleSizes(multiple=1),
         folder=tmp_path,
     )
 

@@ -95,7 +95,7 @@ def gated(tmp_path: Path) -> GatedGraph:
         model=ir.serde.deserialize_model(onnx.parser.parse_model(text)),
         components=COMPONENTS,
         inputs=("sample", "timestep"),
-        sizes=SampleSizes(),
+        sizes=SampleSizes(multiple=1),
         folder=tmp_path,
     )
 

@@ -449,6 +449,9 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "unknown model": (lambda at: ("build", "nonsense"), "no model 'nonsense'"),
     "unknown Hub id": (lambda at: ("analyze", "nobody/nothing"), "cannot get 'nobody/nothing' from the Hub"),
     "folder that is no model": (lambda at: ("analyze", at.empty), "no model_index.json"),
+    "variant to analyse": (lambda at: ("analyze", at.model, "--variant", "fp8"), "in the variant 'fp8'"),
+    "variant to build": (lambda at: ("build", at.model, "--variant", "fp8"), "in the variant 'fp8'"),
+    "variant of a curve": (lambda at: ("pareto", at.model, "--variant", "fp8"), "in the variant 'fp8'"),
     "another pipeline": (lambda at: ("analyze", wrong_pipeline(at.model)), "KandinskyPipeline; supported"),
     "no checkpoint": (lambda at: ("analyze", "glide:base", "--cache", at.cache), "Pass it with --weights"),
     "LoRA for a model without prompts": (

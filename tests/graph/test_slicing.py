@@ -149,7 +149,7 @@ def make_block(
         model=model,
         components=components,
         inputs=tuple(given),
-        sizes=SampleSizes(),
+        sizes=SampleSizes(multiple=1),
         folder=Path(),
     )
     return Block(gated, given)

@@ -19,7 +19,8 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {"artifacts", "backend", "conditions", "controlnet", "device", "environment", "errors", "extras", "metrics"}
-GROUND |= {"models", "nvidia", "percent", "precision", "progress", "report", "sampler", "timing", "treatments"}
+GROUND |= {"models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
+GROUND |= {"treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
@@ -49,6 +50,7 @@ LIGHT = (
     "unetc.precision",
     "unetc.runtime",
     "unetc.sampler",
+    "unetc.tensors",
     "unetc.treatments",
 )
 

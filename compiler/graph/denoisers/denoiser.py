@@ -96,7 +96,7 @@ class _SizeTrial:
 
     def __init__(self, model: nn.Module, signature: Signature, multiple: int) -> None:
         self._inputs = tuple(signature.inputs(model, torch.Generator().manual_seed(0), multiple))
-        self._denoiser = Denoiser(model, self._inputs, signature.call, SampleSizes())
+        self._denoiser = Denoiser(model, self._inputs, signature.call, SampleSizes(multiple=1))
 
     def takes_examples(self) -> bool:
         """Check on shapes alone whether a denoiser takes its examples."""

@@ -142,7 +142,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
-    sample_sizes: SampleSizes = SampleSizes()
+    sample_sizes: SampleSizes = SampleSizes(multiple=1)
     """Heights and widths of samples that the engines can take."""
     denoiser_config: dict[str, Any]
     """Configuration of the denoiser, as its library writes it."""

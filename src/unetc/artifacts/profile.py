@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import UNSET, UnsetType
+import msgspec
 
 from unetc.treatments import Treatment
 
@@ -29,6 +29,8 @@ class ModelReference(Record, frozen=True, kw_only=True):
     """Whether the graph has ControlNet inputs; part of the hash."""
     loras: tuple[str, ...] = ()
     """LoRAs fused into the denoiser, as path and scale, in order; their contents and scales are part of the hash."""
+    text_sha256: str | msgspec.UnsetType = msgspec.UNSET
+    """Hash of the tokenizers and text encoders; absent for a model without text, and from older versions of unetc."""
 
     @property
     def title(self) -> str:
@@ -159,7 +161,7 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
-    control_images: ControlMeasured | UnsetType = UNSET
+    control_images: ControlMeasured | msgspec.UnsetType = msgspec.UNSET
     """Control images of the samples; not written without any, so that older profiles keep their bytes and hash."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
@@ -177,7 +179,7 @@ class Profile(Artifact, frozen=True, kw_only=True):
     @property
     def control(self) -> ControlMeasured | None:
         """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
-        return None if isinstance(self.control_images, UnsetType) else self.control_images
+        return None if isinstance(self.control_images, msgspec.UnsetType) else self.control_images
 
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""

@@ -8,7 +8,7 @@ from .record import Record, require
 class SampleSizes(Record, frozen=True, kw_only=True):
     """Sizes of samples that a denoiser can take, in pixels of the sample."""
 
-    multiple: int = 1
+    multiple: int
     """Height and width must be multiples of this."""
     smallest: int = 1
     """Smallest height and width."""

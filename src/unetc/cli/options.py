@@ -66,6 +66,11 @@ class ModelGroup(Group, panel="Model"):
         typer.Option(help="Folder of .png or .jpg control images to measure with; prompt k gets image k."),
     ] = None
 
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Variant of the weights to read, such as fp16 (default: the files without one)."),
+    ] = None
+
     def source(self) -> ModelSource:
         """Make the source of the model.
 
@@ -83,7 +88,14 @@ class ModelGroup(Group, panel="Model"):
             control = ControlSource(model=self.controlnet_model, images=self.control_images)
         elif self.controlnet_model is not None or self.control_images is not None:
             raise typer.BadParameter("--controlnet-model and --control-images measure together; give both or none.")
-        return ModelSource(self.model, weights=self.weights, loras=loras, controlnet=self.controlnet, control=control)
+        return ModelSource(
+            self.model,
+            weights=self.weights,
+            loras=loras,
+            controlnet=self.controlnet,
+            control=control,
+            variant=self.variant,
+        )
 
 
 class AnalysisGroup(Group, panel="Sampling and measuring"):

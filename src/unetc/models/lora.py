@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from unetc.errors import MissingDependency, ModelError
+from unetc.errors import ModelError
 
 SUFFIX = ".safetensors"
+
+_PEFT_FILE, _PEFT_CONFIGURATION = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +19,7 @@ class Lora:
 
     path: Path
     scale: float = 1.0
-    """Factor of its change to the weights; dimensionless."""
+    """Factor of its change to the weights; dimensionless. The model is unchanged at 0."""
 
     @classmethod
     def parse(cls, text: str) -> Lora:
@@ -48,29 +46,13 @@ class Lora:
         """Format the LoRA as text for `parse`."""
         return f"{self.path}:{self.scale}"
 
-    def check(self) -> None:
-        """Check the header of the file.
+    @property
+    def configuration(self) -> Path | None:
+        """File with peft's configuration, if the LoRA is one half of a folder that peft saved."""
+        beside = self.path.with_name(_PEFT_CONFIGURATION)
+        return beside if self.path.name == _PEFT_FILE and beside.is_file() else None
 
-        Raises:
-            ModelError: If the file cannot be read, or holds anything but a LoRA.
-            MissingDependency: If peft is not installed.
-        """
-        if importlib.util.find_spec("peft") is None:
-            raise MissingDependency("fusing a LoRA needs peft: pip install 'unetc[lora]'")
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                names = sorted(file.keys())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read LoRA {self.path}: {error}. Expected a {SUFFIX} file.") from error
-        if not names:
-            raise ModelError(f"{self.path} is not a LoRA: it holds no tensors.")
-        if others := [name for name in names if "lora" not in name]:
-            raise ModelError(f"{self.path} is not a LoRA: it holds {some(others)}.")
-        if magnitudes := [name for name in names if "dora_scale" in name or "lora_magnitude_vector" in name]:
-            raise ModelError(f"{self.path} is a DoRA (it holds {some(magnitudes)}); only plain LoRAs can be fused.")
-
-
-def some(names: Sequence[str]) -> str:
-    """Quote the first few names and count the rest."""
-    rest = len(names) - 3
-    return ", ".join(map(repr, names[:3])) + (f" and {rest} more" if rest > 0 else "")
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that determine the LoRA's change."""
+        return (self.path,) if self.configuration is None else (self.path, self.configuration)

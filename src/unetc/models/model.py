@@ -11,6 +11,8 @@ from unetc.conditions import Conditions
 if TYPE_CHECKING:
     from torch import nn
 
+    from .latent_decoder import LatentDecoder
+
 
 class Model(Protocol):
     """A pretrained model; its weights are loaded only on request."""
@@ -45,7 +47,7 @@ class Model(Protocol):
     def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
         """Turn prompts into conditions."""
 
-    def load_decoder(self) -> nn.Module | None:
+    def load_decoder(self) -> LatentDecoder | None:
         """Load the decoder from samples to images; None if samples are images."""
 
     def load_denoiser(self) -> nn.Module:

@@ -6,24 +6,67 @@ Nothing in a model folder is executed: unetc reads only safetensors weights, and
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unetc.artifacts.profile import ModelReference
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
-from unetc.errors import ModelError
+from unetc.errors import MissingDependency, ModelError
 
 from .control_images import ControlImages, ControlSource
+from .folder import (
+    CONFIG,
+    SCHEDULER_CONFIG,
+    TOKENIZER_FILES,
+    TRANSFORMERS,
+    Part,
+    find_weights,
+    hash_file,
+    part_file,
+    part_folder,
+    plain,
+    read_config,
+    read_json,
+    variants,
+    view,
+)
 from .lora import Lora
+from .lora_file import check_loras
+from .lora_names import PARTS
+from .model_index import MODEL_INDEX, ModelIndex, read_model_index
 from .pipelines import PIPELINES, TEXT_PIPELINES
 from .prompts import PROMPTS, read_prompts
+from .vae import Latents, read_vae
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .latent_decoder import LatentDecoder
+
+logger = logging.getLogger(__name__)
+
+_OTHER_PIPELINES: Mapping[int, tuple[str, str, str]] = {
+    5: ("a depth-to-image UNet", "StableDiffusionDepth2ImgPipeline", "a pipeline with depth"),
+    7: ("an upscaling UNet", "StableDiffusionUpscalePipeline", "StableDiffusionUpscalePipeline"),
+    8: (
+        "an InstructPix2Pix UNet",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+    ),
+    9: ("an inpainting UNet", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+}
+"""UNets with further input channels than the latents' 4, by their number: the kind, and its pipelines."""
+
+
+_LARGE_SIZES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+"""Pipelines that take a size below 64 in files before diffusers 0.9 for a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +79,12 @@ class PipelineModel:
     sample_shape: tuple[int, int, int]
     """[channel, height, width] for which the denoiser was trained; a latent shape if there is a decoder."""
     folder: Path
+    parts: Mapping[str, Part]
+    """The parts with weights: the denoiser, and for a model with text its VAE and text encoders."""
+    text_files: Mapping[str, Path] = field(default_factory=dict)
+    """The other files for encoding prompts, by their path in a pipeline folder."""
+    latents: Latents | None = None
+    """Input of the decoder; None if samples are images."""
     loras: tuple[Lora, ...] = ()
     """LoRAs fused into the UNet and the text encoders, in order."""
     control: ControlImages | None = None
@@ -73,11 +122,16 @@ class PipelineModel:
 
         _, height, width = self.sample_shape
         size = height * self.decoder_scale, width * self.decoder_scale
-        pipeline = load_text_encoders(self.folder, self.reference.pipeline)
+        encoders = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
+        with view(encoders, self.text_files) as folder:
+            try:
+                pipeline = load_text_encoders(folder, self.reference.pipeline)
+            except ModelError as error:
+                raise ModelError(str(error).replace(str(folder), str(self.folder))) from error
         if self.loras:
             from .lora_fusion import fuse_into_text_encoders
 
-            fuse_into_text_encoders(pipeline, self.loras, self.denoiser_config)
+            fuse_into_text_encoders(pipeline, self.loras)
         encoded = encode_prompts(pipeline, prompts, guidance_scale=guidance_scale, size=size)
         if not self.reference.controlnet:
             return encoded
@@ -97,22 +151,19 @@ class PipelineModel:
     @property
     def decoder_scale(self) -> int:
         """Image pixels per sample pixel, along each side; 1 if samples are images."""
-        if not self.conditional:
-            return 1
-        levels = _read_json(self.folder / "vae/config.json").get("block_out_channels", [0])
-        return int(2 ** (len(levels) - 1))
+        return 1 if self.latents is None else self.latents.pixels
 
-    def load_decoder(self) -> nn.Module | None:
+    def load_decoder(self) -> LatentDecoder | None:
         """Load the decoder from samples to images, [batch, 3, height, width] in -1 to 1; None if samples are images.
 
         Raises:
             ModelError: If the weights of the decoder do not fit its configuration.
         """
-        if not self.conditional:
+        if self.latents is None:
             return None
-        from diffusers import AutoencoderKL
+        from .latent_decoder import LatentDecoder
 
-        return self._load(AutoencoderKL, "vae")
+        return LatentDecoder(self._load("vae"), self.latents)
 
     def load_denoiser(self) -> nn.Module:
         """Load the denoiser in evaluation mode.
@@ -120,148 +171,276 @@ class PipelineModel:
         Raises:
             ModelError: If the weights of the denoiser do not fit its configuration, or a LoRA does not fit.
         """
-        import diffusers
-
-        denoiser = self._load(getattr(diffusers, self.reference.denoiser), "unet")
+        denoiser = self._load("unet")
         if self.loras:
             from .lora_fusion import fuse_into_unet
 
-            fuse_into_unet(denoiser, self.loras, self.reference.pipeline)
+            fuse_into_unet(denoiser, self.loras)
         return denoiser
 
-    def _load(self, kind: Any, part: str) -> nn.Module:
-        from diffusers.utils import logging
+    def _load(self, name: str) -> nn.Module:
+        import diffusers
+        from diffusers.utils import logging as library_logging
 
-        logging.set_verbosity_error()
-        what = f"cannot load the {part} of {self.reference.name}"
+        library_logging.set_verbosity_error()
+        part = self.parts[name]
+        what = f"cannot load the {name} of {self.reference.name}"
         model: nn.Module
-        try:
-            model, report = kind.from_pretrained(
-                self.folder / part,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-        except Exception as error:  # diffusers raises many unrelated classes
-            raise ModelError(f"{what}: {brief(error)}.") from error
+        with view([part], {}) as folder:
+            try:
+                model, report = getattr(diffusers, part.kind).from_pretrained(
+                    folder / name,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
+                )
+            except Exception as error:  # diffusers raises many unrelated classes
+                raise ModelError(f"{what}: {brief(error).replace(str(folder), str(self.folder))}.") from error
         if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
             raise ModelError(
                 f"{what}: its weights do not fit its configuration. {strangers[0]!r} is in only one of them. "
-                f"Check that {part}/config.json belongs to the weights."
+                f"Check that {name}/{CONFIG} belongs to the weights."
             )
         return model.float().eval().requires_grad_(False)
 
 
-def open_pipeline(name: str, folder: Path, loras: tuple[Lora, ...], controlnet: bool) -> PipelineModel:
-    """Open a diffusers pipeline folder and check that unetc supports it.
+def open_pipeline(
+    name: str, folder: Path, loras: tuple[Lora, ...], controlnet: bool, variant: str | None = None
+) -> PipelineModel:
+    """Open every part of a diffusers pipeline folder and check that unetc supports it.
 
     Args:
         name: Name of the model, as the user typed it.
         folder: Folder of the pipeline.
         loras: LoRAs to fuse into the UNet and the text encoders, in order.
         controlnet: Whether the denoiser gets ControlNet inputs.
+        variant: Variant of the weights to read where it exists.
 
     Raises:
-        ModelError: If a part is missing, or unetc does not support its class.
+        ModelError: If a part is missing or damaged, or unetc does not support a class or a setting.
+        MissingDependency: If a library is missing that reads a part.
     """
-    index = _read_json(folder / "model_index.json")
-    pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
-        raise ModelError(f"{name} is a {pipeline}; supported pipelines: {', '.join(PIPELINES)}.")
-    kind = PIPELINES[pipeline]
+    index = read_model_index(name, folder)
+    pipeline, kind = index.pipeline, index.kind
     if controlnet and not kind.text:
         raise ModelError(f"{name} is a {pipeline}; a ControlNet is supported with {', '.join(TEXT_PIPELINES)}.")
     if loras and not kind.text:
         raise ModelError(f"{name} is a {pipeline}; a LoRA is supported with {', '.join(TEXT_PIPELINES)}.")
-    for lora in loras:
-        lora.check()
-    entry = index.get("unet")
-    denoiser_class = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "nothing"
-    if denoiser_class != kind.denoiser:
-        raise ModelError(f"{name} has {denoiser_class} as its unet; a {pipeline} is supported with {kind.denoiser}.")
-    config = _read_json(folder / "unet/config.json")
-    weights = sorted((folder / "unet").glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"{folder / 'unet'} has no .safetensors weights. Other formats can run code and are not read.")
-    scheduler_config = _read_json(folder / "scheduler/scheduler_config.json")
-    size = config.get("sample_size")
-    if size is None:
-        raise ModelError(f"{folder / 'unet/config.json'} has no sample_size. Add it: noise of that size is drawn.")
-    try:
-        height, width = size if isinstance(size, list) else (size, size)
-        sample_shape = int(config.get("in_channels", 3)), int(height), int(width)  # 3 is the default of diffusers
-    except (TypeError, ValueError) as error:
-        raise ModelError(
-            f"{folder / 'unet/config.json'} has sample_size {size} and in_channels {config.get('in_channels')}. "
-            "Expected whole numbers."
-        ) from error
-    variance_type = str(scheduler_config.get("variance_type"))
-    channels = sample_shape[0]
-    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
-    if (predicted := config.get("out_channels", 3)) not in allowed:
-        raise ModelError(
-            f"{name} predicts {predicted} channels for samples of {channels}. Expected "
-            f"{' or '.join(map(str, allowed))}, because its scheduler has variance_type {variance_type}."
-        )
+    scheduler_config = read_config(part_file(folder, "scheduler", SCHEDULER_CONFIG))
+    latents = None
+    if kind.text:
+        vae = read_config(part_file(folder, "vae", CONFIG))
+        latents = read_vae(name, index.classes["vae"], vae, statistics=kind.two_encoders)
+    config = _effective(read_config(part_file(folder, "unet", CONFIG)), index, folder)
+    channels = _check_channels(name, pipeline, config, scheduler_config, latents)
+    _check_labels(name, config)
+    height, width = _sample_size(folder, config)
+    parts = _open_parts(name, folder, index, config, variant)
+    check_loras(loras, {part: parts[part].weights.shapes for part in PARTS if part in parts})
+    text_files = _text_files(name, folder, index)
+    _check_widths(name, config, parts)
     return PipelineModel(
         reference=ModelReference(
             name=name,
-            sha256=_hash(config, scheduler_config, weights, loras, controlnet),
+            sha256=_hash(parts["unet"], scheduler_config, loras, controlnet),
             pipeline=pipeline,
-            denoiser=denoiser_class,
+            denoiser=kind.denoiser,
             controlnet=controlnet,
             loras=tuple(map(str, loras)),
+            **({"text_sha256": _hash_text(index, parts, text_files)} if kind.text else {}),
         ),
-        denoiser_config=_plain(config),
+        denoiser_config=plain(config),
         scheduler_config=scheduler_config,
-        sample_shape=sample_shape,
+        sample_shape=(channels, height, width),
         folder=folder,
+        parts=parts,
+        text_files=text_files,
+        latents=latents,
         loras=loras,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _effective(config: dict[str, Any], index: ModelIndex, folder: Path) -> dict[str, Any]:
+    """Apply the change that a pipeline makes to the configuration of its denoiser: the size in old files.
+
+    Source:
+        `is_unet_version_less_0_9_0` in StableDiffusionPipeline of diffusers 0.42.1.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    size = config.get("sample_size")
+    if index.pipeline not in _LARGE_SIZES or version is None or (int(version[1]), int(version[2])) >= (0, 9):
+        return config
+    if not isinstance(size, int) or size >= 64:
+        return config
+    logger.warning(
+        "%s has sample_size %d and is of a release before diffusers 0.9, so that its pipeline takes 64", folder, size
+    )
+    return {**config, "sample_size": 64}
+
+
+def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the height and width of the noise that the pipeline draws."""
+    path = part_folder(folder, "unet") / CONFIG
+    if (size := config.get("sample_size")) is None:
+        raise ModelError(f"{path} has no sample_size. Add it: noise of that size is drawn.")
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}. Expected a diffusers pipeline folder.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object. Expected a diffusers pipeline folder.")
-    return value
+        height, width = map(int, size if isinstance(size, list | tuple) else (size, size))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} has sample_size {size}. Expected whole numbers: one, or height and width.") from error
+    if min(height, width) < 1:
+        raise ModelError(f"{path} has sample_size {size}. Expected whole numbers above 0.")
+    return height, width
 
 
-def _hash(
-    config: dict[str, Any],
-    scheduler: dict[str, Any],
-    weights: list[Path],
-    loras: tuple[Lora, ...],
-    controlnet: bool,
-) -> str:
+def _check_channels(
+    name: str, pipeline: str, config: Mapping[str, Any], scheduler_config: Mapping[str, Any], latents: Latents | None
+) -> int:
+    """Check the channels of the denoiser against the samples; return the channels of a sample."""
+    default = 3 if latents is None else 4  # of UNet2DModel and UNet2DConditionModel
+    taken, predicted = config.get("in_channels", default), config.get("out_channels", default)
+    if not all(isinstance(one, int) and one > 0 for one in (taken, predicted)):
+        raise ModelError(
+            f"the unet of {name} has in_channels {taken} and out_channels {predicted}. Expected whole numbers."
+        )
+    channels = taken if latents is None else latents.channels
+    if taken != channels:
+        raise ModelError(
+            f"the unet of {name} takes {taken} channels, and the latents of its vae have {channels}."
+            + _advice(pipeline, taken)
+        )
+    variance_type = str(scheduler_config.get("variance_type"))
+    allowed = (channels, 2 * channels) if variance_type.startswith("learned") else (channels,)
+    if predicted not in allowed:
+        raise ModelError(
+            f"{name} predicts {predicted} channels for samples of {channels}. Expected "
+            f"{' or '.join(map(str, allowed))}, because its scheduler has variance_type {variance_type}."
+        )
+    return int(channels)
+
+
+def _advice(pipeline: str, taken: int) -> str:
+    if taken not in _OTHER_PIPELINES:
+        return " Expected equal numbers: check that both are of the same model."
+    kind, plain_pipeline, xl_pipeline = _OTHER_PIPELINES[taken]
+    own = xl_pipeline if PIPELINES[pipeline].two_encoders else plain_pipeline
+    return f" It is {kind}: its pipeline should be {own}, but {MODEL_INDEX} says {pipeline}."
+
+
+def _check_labels(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a denoiser that takes class labels."""
+    for key in ("num_class_embeds", "class_embed_type"):
+        if config.get(key) is not None:
+            raise ModelError(
+                f"the unet of {name} takes class labels ({key} {config[key]!r}), which unetc does not give. Expected "
+                "a model without classes."
+            )
+
+
+def _check_widths(name: str, config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    """Check that the text encoders make tokens as wide as the denoiser takes them."""
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim", 1280)
+    encoders = [part for part in parts.values() if part.stem == TRANSFORMERS]
+    made = sum(
+        shape[-1]
+        for part in encoders
+        for key, shape in part.weights.shapes.items()
+        if key.endswith("token_embedding.weight")
+    )
+    taken = width if isinstance(width, list | tuple) else (width,)
+    if encoders and any(one != made for one in taken):
+        raise ModelError(
+            f"the text encoders of {name} make tokens of width {made}, and its unet takes {width}. Check that they are "
+            "of the same model."
+        )
+
+
+def _open_parts(
+    name: str, folder: Path, index: ModelIndex, config: Mapping[str, Any], variant: str | None
+) -> dict[str, Part]:
+    """Open the parts with weights, and check the headers of all files."""
+    stems = index.stems
+    if any(stem == TRANSFORMERS for stem in stems.values()) and importlib.util.find_spec("transformers") is None:
+        raise MissingDependency("encoding prompts needs transformers: pip install 'unetc[compile]'")
+    folders = {part: part_folder(folder, part) for part in stems}
+    known = {one for part, stem in stems.items() for one in variants(folders[part], stem)}
+    if variant is not None and variant not in known:
+        rest = f"It has {', '.join(sorted(known))}." if known else "Its weights exist in no variant."
+        raise ModelError(f"{name} has no weights in the variant {variant!r}. {rest}")
+    parts = {}
+    for part, stem in stems.items():
+        own = folders[part]
+        parts[part] = Part(
+            name=part,
+            kind=index.classes[part],
+            folder=own,
+            config=config if part == "unet" else read_config(part_file(folder, part, CONFIG)),
+            weights=find_weights(own, stem, variant),
+            stem=stem,
+        )
+    if variant is None and (others := {part.weights.variant for part in parts.values()} - {None}):
+        named = ", ".join(part.name for part in parts.values() if part.weights.variant)
+        logger.warning(
+            "%s: the weights of %s are read as %s, their only variant",
+            name,
+            named,
+            ", ".join(map(str, sorted(others, key=str))),
+        )
+    from .fitting import check_part
+
+    for one in parts.values():
+        check_part(name, one)
+    return parts
+
+
+def _text_files(name: str, folder: Path, index: ModelIndex) -> dict[str, Path]:
+    """List the tokenizers' files and the configurations with which prompts are encoded."""
+    tokenizers = [part for part in index.classes if part.startswith("tokenizer")]
+    if not tokenizers:
+        return {}
+    files = {
+        MODEL_INDEX: folder / MODEL_INDEX,
+        f"scheduler/{SCHEDULER_CONFIG}": part_file(folder, "scheduler", SCHEDULER_CONFIG),
+    }
+    for part in tokenizers:
+        own = part_folder(folder, part)
+        found = [file for file in TOKENIZER_FILES if (own / file).is_file()]
+        if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= {*found}:
+            raise ModelError(f"{own} has no {part} of {name}. Expected vocab.json and merges.txt, or tokenizer.json.")
+        for file in found:
+            if file.endswith(".json"):
+                read_json(own / file)
+            files[f"{part}/{file}"] = own / file
+    return files
+
+
+def _hash(unet: Part, scheduler: Mapping[str, Any], loras: tuple[Lora, ...], controlnet: bool) -> str:
     """Hash everything that determines the denoiser's output."""
     digest = hashlib.sha256()
-    for settings in (config, scheduler):
-        digest.update(json.dumps(_plain(settings), sort_keys=True).encode())
-    for path in weights:
-        digest.update(_hash_file(path))
+    for settings in (unet.config, scheduler):
+        digest.update(json.dumps(plain(settings), sort_keys=True).encode())
+    for path in unet.weights.files:
+        digest.update(hash_file(path))
     for lora in loras:
-        digest.update(f"lora {lora.scale}".encode() + _hash_file(lora.path))
+        digest.update(f"lora {lora.scale}".encode())
+        for path in lora.files:
+            digest.update(hash_file(path))
     if controlnet:
         digest.update(b"controlnet")
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}. Expected safetensors weights.") from error
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Remove the versions and paths that libraries write into configurations."""
-    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+def _hash_text(index: ModelIndex, parts: Mapping[str, Part], files: Mapping[str, Path]) -> str:
+    """Hash everything that determines how prompts are encoded."""
+    digest = hashlib.sha256()
+    for name, part in sorted(parts.items()):
+        if part.stem == TRANSFORMERS:
+            digest.update(f"{name} {part.kind} {part.sha256()}".encode())
+    for name, path in sorted(files.items()):
+        if name.startswith("tokenizer"):
+            digest.update(name.encode() + hash_file(path))
+    digest.update(json.dumps(index.settings.get("force_zeros_for_empty_prompt", True)).encode())
+    return digest.hexdigest()
 
 
 def brief(error: Exception) -> str:

@@ -20,14 +20,32 @@ class PipelineKind:
     """Whether the denoiser is conditioned on text; its samples are then latents, which a VAE decodes."""
     guidance_scale: float = 1.0
     """Default scale of classifier-free guidance in diffusers; 1 without guidance."""
+    two_encoders: bool = False
+    """Whether prompts are encoded as for SDXL: two text encoders, a pooled state, and numbers for the size."""
 
+    @property
+    def text_parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Tokenizers and text encoders by their names in model_index.json, each with the classes that it may have."""
+        if not self.text:
+            return {}
+        return {**_FIRST_ENCODER, **(_SECOND_ENCODER if self.two_encoders else {})}
+
+
+_TOKENIZERS = "CLIPTokenizer", "CLIPTokenizerFast"
+_FIRST_ENCODER: Mapping[str, tuple[str, ...]] = {"tokenizer": _TOKENIZERS, "text_encoder": ("CLIPTextModel",)}
+_SECOND_ENCODER: Mapping[str, tuple[str, ...]] = {
+    "tokenizer_2": _TOKENIZERS,
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
 
 PIPELINES: Mapping[str, PipelineKind] = MappingProxyType(
     {
         "DDPMPipeline": PipelineKind(denoiser="UNet2DModel"),
         "DDIMPipeline": PipelineKind(denoiser="UNet2DModel"),
         "StableDiffusionPipeline": PipelineKind(denoiser="UNet2DConditionModel", text=True, guidance_scale=7.5),
-        "StableDiffusionXLPipeline": PipelineKind(denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0),
+        "StableDiffusionXLPipeline": PipelineKind(
+            denoiser="UNet2DConditionModel", text=True, guidance_scale=5.0, two_encoders=True
+        ),
     }
 )
 """Supported pipelines by class name."""

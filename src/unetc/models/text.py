@@ -53,7 +53,7 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     try:
-        return getattr(diffusers, pipeline).from_pretrained(
+        loaded = getattr(diffusers, pipeline).from_pretrained(
             folder,
             unet=None,
             vae=None,
@@ -63,6 +63,10 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
         )
     except Exception as error:  # diffusers and transformers raise many unrelated classes
         raise ModelError(f"cannot load the text encoders of {folder}: {' '.join(str(error).split())[:300]}.") from error
+    for part in loaded.components.values():
+        if hasattr(part, "float"):  # weights in half precision would be computed with in half precision
+            part.float()
+    return loaded
 
 
 def _stable_diffusion(pipeline: Any, prompts: list[str], scale: float, size: tuple[int, int]) -> Conditions:
