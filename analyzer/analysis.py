@@ -167,6 +167,7 @@ def analyze(
         notes=conditions.notes or msgspec.UNSET,
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
+        control_images=msgspec.UNSET if conditions.control is None else conditions.control.measured,
         components=gated.components,
         bins=sweep.bins,
         full_ms=costs.full_ms,

@@ -21,6 +21,7 @@ import onnx
 import onnx_ir as ir
 
 from unetc.artifacts.profile import Component
+from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.compiler.graph.gate import DOMAIN
@@ -111,7 +112,7 @@ def engines(case: Case) -> Iterator[tuple[str, SerialisedGraph]]:
         model=block(case, with_skip=True),
         components=(component,),
         inputs=(SAMPLE, "embedding", SKIP),
-        dynamic_size=True,
+        sizes=SampleSizes(multiple=1),
         folder=HERE,
     )
     means = np.random.default_rng(1).standard_normal(case.skip, dtype=np.float32)

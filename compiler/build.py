@@ -12,6 +12,7 @@ from unetc.artifacts.manifest import Control, EnginePair, Manifest, Measurement
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
+from unetc.artifacts.scope import control_scope
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
 from unetc.compiler.search.controls import make_controls
@@ -102,7 +103,8 @@ def build(
         )
         curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
         plan = _at(curve, options.at)
-    notes = list(setup.profile.notes or ())
+    scope = control_scope(profile.model, profile.control)
+    notes = [*(setup.profile.notes or ()), *(() if scope is None else (scope,))]
     seed = setup.profile.seed + 1
     fitted = _fit(workbench, options, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
     if options.quality_gate is not None and not options.quality_gate.passes(fitted.measured.damage):

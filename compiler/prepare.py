@@ -22,6 +22,9 @@ from unetc.sampler.table import SchedulerTables
 from .schedulers.extract import STEP_COUNTS, extract_all
 from .schedulers.make import scheduler_for
 
+CAPTURES = 2
+"""Version of the way in which models are captured: captures and partial results of other versions are not reused."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -41,7 +44,7 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
         CompileError: If it cannot be exported.
         ArtifactError: If the cache cannot be written.
     """
-    versions = (unetc.__version__, version("torch"), version("onnxscript"), OPSET)
+    versions = (unetc.__version__, version("torch"), version("onnxscript"), OPSET, CAPTURES)
     key = hashlib.sha256(repr((model.reference.sha256, model.calls, versions)).encode()).hexdigest()[:24]
     work = cache / key
     on_progress(Progress(stage="capture", done=0, total=1))

@@ -66,7 +66,7 @@ class Bundle:
         """The calls that the engines take."""
         manifest = self.manifest
         controlnet = controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
-        return CallSignature(inputs=manifest.inputs, controlnet=controlnet)
+        return CallSignature(inputs=manifest.inputs, controlnet=controlnet, sizes=manifest.sample_sizes)
 
     @classmethod
     def open(cls, path: Path) -> Bundle:

@@ -72,7 +72,8 @@ class FusedLoopDevice(Protocol):
 
 def begin(start: Start, device: Device) -> Loop:
     """Begin a trajectory in the fastest way that a device has."""
-    fused = device.fused_loop(start) if isinstance(device, FusedLoopDevice) else None
+    varies = start.conditions.control is not None  # a ControlNet computes inputs of every call
+    fused = device.fused_loop(start) if isinstance(device, FusedLoopDevice) and not varies else None
     return PlainLoop(start, device) if fused is None else fused
 
 

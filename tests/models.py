@@ -167,19 +167,35 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """The same for transformers, with 8x8 pixels in patches of 2; see test_transformers."""
 
+LARGER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    # The levels of Stable Diffusion; see test_odd_sizes.
+    "four-levels": (
+        "UNet2DConditionModel",
+        {
+            **_CONDITIONAL,
+            "block_out_channels": (8, 8, 8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+    ),
+}
+"""The same for a denoiser that few tests need."""
+
 
 def new_denoiser(architecture: str) -> nn.Module:
     """Build a denoiser, with the same weights every time."""
     import diffusers
 
-    name, config = {**ARCHITECTURES, **TRANSFORMERS}[architecture]
+    name, config = {**ARCHITECTURES, **TRANSFORMERS, **LARGER}[architecture]
     denoiser: nn.Module = getattr(diffusers, name)(**config)
     condition_well(denoiser, seed=0)
     return denoiser.eval()
 
 
-def condition_well(model: nn.Module, seed: int) -> None:
+def condition_well(model: nn.Module, seed: int, *, own_eps: bool = False) -> None:
     """Initialise a model so that every part matters and no part amplifies rounding errors.
+
+    With `own_eps`, norms keep their epsilon: then no group of channels may become constant.
 
     Fresh models have layers whose output is zero. Removals may also leave a group of channels nearly constant. ONNX
     defines the variance in a GroupNormalization as E[x²] − E[x]², so only a large epsilon keeps it accurate then.
@@ -192,7 +208,7 @@ def condition_well(model: nn.Module, seed: int) -> None:
         else:
             parameter.data = 0.2 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
     for module in model.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not own_eps:
             module.eps = 0.1
 
 
@@ -232,7 +248,6 @@ class Tiny:
     def __init__(self, architecture: str, folder: Path) -> None:
         self.architecture = architecture
         self._folder = folder
-        self._config = {**ARCHITECTURES, **TRANSFORMERS}[architecture][1]
 
     def __repr__(self) -> str:
         return self.architecture
@@ -296,8 +311,7 @@ class Tiny:
     @property
     def stride(self) -> int:
         """Divisor of every valid height and width."""
-        levels = len(self._config.get("block_out_channels", (0, 0)))  # a transformer has patches of 2
-        return 1 << levels - 1
+        return self.gated.sizes.multiple
 
     def load(self, graph: SerialisedGraph) -> Program:
         """Load a graph in onnxruntime."""

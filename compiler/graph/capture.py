@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from unetc.artifacts.profile import Component
+from unetc.artifacts.sizes import SampleSizes
 from unetc.call import CallSignature
 from unetc.compiler.graph.denoisers.denoiser import Denoiser, denoiser_of
 from unetc.compiler.graph.denoisers.inputs import SAMPLE, Input
@@ -32,8 +33,8 @@ class Capture:
     components: tuple[Component, ...]
     inputs: tuple[str, ...]
     """Names of the denoiser's own inputs, in order."""
-    dynamic_size: bool
-    """Whether height and width may change."""
+    sizes: SampleSizes
+    """Heights and widths that the denoiser can take."""
 
     def reference(self) -> nn.Module:
         """Return the gated graph as a torch module called with (*inputs, gates, means)."""
@@ -55,7 +56,7 @@ def capture(model: nn.Module, *, controlnet: bool = False, calls: CallSignature 
     """
     denoiser = denoiser_of(model.eval().requires_grad_(False), controlnet=controlnet, calls=calls)
     names = tuple(item.name for item in denoiser.inputs)
-    program, dynamic_size = _export(denoiser)
+    program, sizes = _export(denoiser)
     graph = program.graph_module.graph
     placeholders = dict(zip((*names, GATES, MEANS), _user_placeholders(program), strict=True))
     sites = discover(graph, placeholders[SAMPLE], root="model")
@@ -74,22 +75,24 @@ def capture(model: nn.Module, *, controlnet: bool = False, calls: CallSignature 
         program=program,
         components=tuple(site.component for site in sites),
         inputs=names,
-        dynamic_size=dynamic_size,
+        sizes=sizes,
     )
 
 
-def _export(denoiser: Denoiser) -> tuple[ExportedProgram, bool]:
+def _export(denoiser: Denoiser) -> tuple[ExportedProgram, SampleSizes]:
     """Trace with dynamic batch, height and width, or with fixed sizes if the model does not allow dynamic ones."""
     gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
     errors: list[Exception] = []
     for inputs in _forms(denoiser.inputs):
-        dynamic_size = any(item.name == SAMPLE and item.dynamic for item in inputs)
+        (sample,) = (item for item in inputs if item.name == SAMPLE)
+        height, width = sample.example.shape[2:]
+        sizes = denoiser.sizes if sample.dynamic else SampleSizes(multiple=1, only=(height, width))
         values = (*(item.example for item in inputs), torch.ones(2, 3, 2), torch.zeros(7))
         shapes: list[dict[int, object]] = [dict.fromkeys((0, *item.dynamic), Dim.DYNAMIC) for item in inputs]
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                return torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),)), dynamic_size
+                return torch.export.export(denoiser, values, dynamic_shapes=((*shapes, *gates),)), sizes
         except Exception as error:  # torch.export raises many unrelated exception classes
             errors.append(error)
     reason = next(iter(str(errors[-1]).splitlines()), type(errors[-1]).__name__)

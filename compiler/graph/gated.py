@@ -23,6 +23,7 @@ import torch
 
 from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
+from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import ArtifactError, CompileError
@@ -54,7 +55,7 @@ class GatedRecord(Artifact, frozen=True, kw_only=True):
 
     components: tuple[Component, ...]
     inputs: tuple[str, ...]
-    dynamic_size: bool
+    sizes: SampleSizes
     graph_sha256: str
     weights_sha256: str
 
@@ -66,7 +67,7 @@ class GatedGraph:
     model: ir.Model
     components: tuple[Component, ...]
     inputs: tuple[str, ...]
-    dynamic_size: bool
+    sizes: SampleSizes
     folder: Path
     """Folder of the weights file that the model's initializers point into."""
 
@@ -146,7 +147,7 @@ class GatedGraph:
             record = GatedRecord(
                 components=capture.components,
                 inputs=capture.inputs,
-                dynamic_size=capture.dynamic_size,
+                sizes=capture.sizes,
                 graph_sha256=hashlib.sha256(graph).hexdigest(),
                 weights_sha256=_hash(temporary / WEIGHTS),
             )
@@ -180,7 +181,7 @@ class GatedGraph:
             model=model,
             components=record.components,
             inputs=record.inputs,
-            dynamic_size=record.dynamic_size,
+            sizes=record.sizes,
             folder=folder,
         )
 

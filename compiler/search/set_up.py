@@ -70,6 +70,7 @@ def set_up(
         check_plan(plan, profile)
     target = open_backend(profile.target, threads=profile.threads)
     conditions = _encode(model, profile)  # before the capture, which takes long
+    _check_control(profile, conditions)
     prepared = prepare(model, cache, on_progress)
     if profile.components != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
@@ -110,6 +111,24 @@ def _encode(model: Model, profile: Profile) -> Conditions:
     if source and images.sha256() != source.sha256:
         raise ProfileError(f"the images in {source.folder} have changed since the analysis. Analyse the model again.")
     return model.encode(profile.prompts, profile.guidance_scale, images=images)
+
+
+def _check_control(profile: Profile, conditions: Conditions) -> None:
+    given = None if conditions.control is None else conditions.control.measured
+    if profile.control is None and given is not None:
+        raise ProfileError(
+            "the profile was measured without a control image, and control images are given. Analyse the model with "
+            "them, or leave them out."
+        )
+    if profile.control is None:
+        return
+    wanted = profile.control
+    hashes = wanted.model_sha256, wanted.images_sha256
+    if given is None or (given.model_sha256, given.images_sha256) != hashes:
+        raise ProfileError(
+            f"the profile was measured with {wanted.images} control images through the ControlNet {wanted.model}, and "
+            f"{'other ones' if given else 'none'} are given. Give the same --controlnet-model and --control-images."
+        )
 
 
 def _check_profile(profile: Profile, model: Model) -> None:

@@ -151,15 +151,34 @@ class Workbench:
         full: list[NDArray[np.float32]] = []
         pruned: list[NDArray[np.float32]] = []
         for i in range(SAMPLING_ROUNDS):
-            sample = partial(candidate.session.sample, batch, seed=seed, first_index=i * batch, latents=True)
+            # the time of a ControlNet is no part of the denoiser's, so times are measured without one
+            timed = replace(self._conditions, control=None).take(range(i * batch, (i + 1) * batch))
+            sample = partial(
+                candidate.session.sample, batch, seed=seed, first_index=i * batch, conditions=timed, latents=True
+            )
             times = interleaved_ms(
                 [lambda s=sample: full.append(s(full_model=True)), lambda s=sample: pruned.append(s())],  # type: ignore[misc]
                 rounds=1,
                 warmup=0,
             )
             ratios.append(float(times[0, 1] / times[0, 0]))
+        if self._conditions.control is not None:
+            full, pruned = self._with_control(candidate, seed)
         damage = measure_damage(*(candidate.session.decode(np.concatenate(parts)) for parts in (full, pruned)))
         return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
+
+    def _with_control(
+        self, candidate: Candidate, seed: int
+    ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+        """Sample latents with control images, with the full model and with the plan."""
+        batch, rounds = self.profile.batch, range(SAMPLING_ROUNDS)
+
+        def sample(i: int, full_model: bool) -> NDArray[np.float32]:
+            return candidate.session.sample(
+                batch, seed=seed, first_index=i * batch, full_model=full_model, latents=True
+            )
+
+        return [sample(i, True) for i in rounds], [sample(i, False) for i in rounds]
 
     def _session(self, plan: Plan, programs: Sequence[Program]) -> Session:
         return Session(

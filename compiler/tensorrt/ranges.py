@@ -8,25 +8,15 @@ from unetc.nvidia.sizes import Range, Sizes
 
 
 def check_sides(manifest: Manifest, sizes: Sizes) -> None:
-    """Refuse sides that a UNet cannot halve at every level and double again.
+    """Refuse sides that the denoiser cannot take.
 
     Raises:
-        EngineBuildError: If the UNet cannot take a side; the message names the nearest possible ones.
+        EngineBuildError: If a smallest, usual or largest size is impossible; the message names the nearest possible
+            ones.
     """
-    levels = manifest.denoiser_config.get("block_out_channels")
-    if levels is None:
-        return  # not a UNet
-    multiple = 2 ** (len(levels) - 1)
-    if any(side % multiple for side in manifest.sample_shape[1:]):
-        return  # this UNet's graph takes other sides too
-    for name, side in (("height", sizes.height), ("width", sizes.width)):
-        if wrong := [size for size in side.corners() if size % multiple]:
-            below = wrong[0] // multiple * multiple
-            near = " or ".join(str(size) for size in (below, below + multiple) if size)
-            raise EngineBuildError(
-                f"no engine can take a {name} of {wrong[0]}: a UNet of {len(levels)} levels takes multiples of "
-                f"{multiple}. Nearest: {near}."
-            )
+    for height, width in zip(sizes.height.corners(), sizes.width.corners(), strict=True):
+        if problem := manifest.sample_sizes.problem(height, width):
+            raise EngineBuildError(problem)
 
 
 def describe_sides(manifest: Manifest, sizes: Sizes) -> str:

@@ -7,13 +7,14 @@ and `unetc.diffusers` check their calls with it before an engine runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .artifacts.call_input import SAMPLE, CallInput
+from .artifacts.sizes import SampleSizes
 from .controlnet import PREFIX, ControlNetInput, controlnet_inputs
 from .errors import ModelError, SessionError, ShapeMismatch
 
@@ -46,6 +47,8 @@ class CallSignature:
     """The sample first, then its conditions."""
     controlnet: tuple[ControlNetInput, ...] = ()
     """Inputs that a call may omit; they are zero then."""
+    sizes: SampleSizes | None = None
+    """Heights and widths that the graph takes; None if they are not known, or not limited."""
 
     @classmethod
     def of(
@@ -109,20 +112,6 @@ class CallSignature:
         """Names of all conditions that a call must have."""
         return frozenset(item.name for item in self.conditions)
 
-    def at_size(self, height: int, width: int) -> CallSignature:
-        """Fix height and width, for a graph that was captured for one size."""
-        sizes: Mapping[int | str, int] = {HEIGHT: height, WIDTH: width}
-        fixed = (
-            CallInput(
-                name=item.name,
-                axes=tuple(sizes.get(axis, axis) for axis in item.axes),
-                classes=item.classes,
-                optional=item.optional,
-            )
-            for item in self.inputs
-        )
-        return replace(self, inputs=tuple(fixed))
-
     def check(self, sample: Any, conditions: Mapping[str, Any]) -> None:
         """Refuse a call that the denoiser does not allow, before any engine runs.
 
@@ -140,6 +129,8 @@ class CallSignature:
         known: dict[str, int] = {}
         _check_shape(self.inputs[0], tuple(sample.shape), None, known)
         batch, _, height, width = sample.shape
+        if self.sizes is not None and (problem := self.sizes.problem(height, width)):
+            raise ShapeMismatch(problem)
         controlnet = {one.name: one for one in self.controlnet}
         missing = [item.describe_named() for item in map(_Named, self.conditions) if item.name not in conditions]
         if missing:

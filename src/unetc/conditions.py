@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .call import SIZE_NUMBERS, TIME_IDS
-from .controlnet import ControlNetInput, zeros
+from .controlnet import Control, ControlNetInput, zeros
 from .device import HOST, Device, Tensor
 from .errors import ShapeMismatch
 
@@ -58,7 +58,9 @@ class Conditions:
     notes: tuple[str, ...] = ()
     """Warnings for the user, such as the words of a prompt that were cut."""
     controlnet: tuple[ControlNetInput, ...] = ()
-    """ControlNet inputs of the denoiser; zero unless `own` has values for them."""
+    """ControlNet inputs of the denoiser; zero unless `own` has values for them, or `control` computes them."""
+    control: Control | None = None
+    """Control images of the samples, one per row; None without."""
     device: Device = HOST
     """Device of the conditions and of the calls made with them."""
 
@@ -99,7 +101,8 @@ class Conditions:
 
     def take(self, rows: Sequence[int]) -> Conditions:
         """Select rows by index, modulo their number; an index may occur more than once."""
-        return self._each(lambda array: array[np.asarray(rows) % len(array)])
+        control = None if self.control is None else self.control.take(rows)
+        return replace(self._each(lambda array: array[np.asarray(rows) % len(array)]), control=control)
 
     def on(self, device: Device) -> Conditions:
         """Move all conditions to a device."""
@@ -178,15 +181,29 @@ class Conditions:
             copies = self.rows_per_sample
             inputs = {name: self.device.concatenate([tensor] * copies) for name, tensor in inputs.items()}
         inputs["timestep"] = self.device.full((len(sample) * self.rows_per_sample,), timestep)
+        if self.control is not None:
+            inputs |= self._controlled(self.control, inputs)
         return inputs
+
+    def _controlled(self, control: Control, inputs: Values) -> dict[str, Tensor]:
+        """Compute the ControlNet inputs of a call."""
+        read = {"sample": inputs["sample"], "timestep": inputs["timestep"], **self._joined()}
+        arrays = {name: self.device.to_array(tensor) for name, tensor in read.items()}
+        return {name: self.device.put(array) for name, array in control.residuals(arrays).items()}
 
     def constant(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
         """Build the inputs that stay the same at every timestep, for a batch of samples of this size."""
-        inputs = dict(zeros(self.controlnet, batch * self.rows_per_sample, height, width, self.device))
+        inputs: dict[str, Tensor] = {}
+        if self.control is None:
+            inputs |= zeros(self.controlnet, batch * self.rows_per_sample, height, width, self.device)
+        return inputs | self._joined()
+
+    def _joined(self) -> dict[str, Tensor]:
+        """Join the negative conditions with the others, as the rows of a call need them."""
         if not self.guided:
-            return {**inputs, **self.own}
+            return dict(self.own)
         join = self.device.concatenate
-        return inputs | {name: join([values[name] for values in self.sets]) for name in self.own}
+        return {name: join([values[name] for values in self.sets]) for name in self.own}
 
     def guide(self, prediction: Tensor, channels: int) -> Tensor:
         """Combine the parts of a prediction, [rows_per_sample * batch, ...].
@@ -217,6 +234,8 @@ class Conditions:
         digest = hashlib.sha256(repr(scales).encode())
         for name, array in sorted(self.to_arrays().items()):
             digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        if self.control is not None:
+            digest.update(repr(self.control.measured).encode())
         return digest.hexdigest()
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:

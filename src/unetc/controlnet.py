@@ -7,11 +7,16 @@ input names follow StreamDiffusion.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .device import Device, Tensor
+from numpy.typing import NDArray
+
+from .device import Array, Device, Tensor
+
+if TYPE_CHECKING:
+    from .artifacts.profile import ControlMeasured
 
 PREFIX = "input_control_"
 """Prefix for the names of all ControlNet inputs."""
@@ -56,6 +61,20 @@ def controlnet_inputs(config: Mapping[str, Any]) -> tuple[ControlNetInput, ...]:
         ControlNetInput(name=name, channels=channels, halvings=halvings)
         for name, (channels, halvings) in zip(names, places, strict=True)
     )
+
+
+class Control(Protocol):
+    """Control images, from which a ControlNet computes the ControlNet inputs of every call."""
+
+    @property
+    def measured(self) -> ControlMeasured:
+        """The ControlNet and the images, as artifacts record them."""
+
+    def take(self, rows: Sequence[int]) -> Control:
+        """Select an image for each row by index, modulo their number."""
+
+    def residuals(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, Array]:
+        """Compute the ControlNet inputs of a call from its sample, timestep and conditions."""
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from unetc import timing
 from unetc.analyzer.cost import measure_costs
 from unetc.artifacts.profile import Component, Estimate
+from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import Array, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.gate import DOMAIN
 from unetc.compiler.graph.gated import OPSET, GatedGraph
@@ -81,7 +82,7 @@ def gated(tmp_path: Path) -> GatedGraph:
         model=ir.serde.deserialize_model(onnx.parser.parse_model(text)),
         components=components,
         inputs=("sample", "timestep"),
-        dynamic_size=True,
+        sizes=SampleSizes(multiple=1),
         folder=tmp_path,
     )
 

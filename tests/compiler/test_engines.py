@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Profile
+from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import SerialisedGraph
 from unetc.compiler.engines import compile_engines
 from unetc.compiler.graph.gate import DOMAIN
@@ -94,7 +95,7 @@ def gated(tmp_path: Path) -> GatedGraph:
         model=ir.serde.deserialize_model(onnx.parser.parse_model(text)),
         components=COMPONENTS,
         inputs=("sample", "timestep"),
-        dynamic_size=True,
+        sizes=SampleSizes(multiple=1),
         folder=tmp_path,
     )
 

@@ -100,7 +100,9 @@ def run(
     timing, generator = begin(scheduler, steps), torch.Generator().manual_seed(7)
     if hasattr(timing, "set_begin_index"):
         timing.set_begin_index(start)
-    sample = sample * timing.init_noise_sigma
+    sigmas = getattr(timing, "sigmas", None)
+    level = timing.init_noise_sigma if not start or sigmas is None else (sigmas[start] ** 2 + 1) ** 0.5
+    sample = sample * (level if timing.init_noise_sigma != 1.0 else 1.0)
     for timestep in timing.timesteps[start:]:
         seen = timing.scale_model_input(sample, timestep)
         given = timestep.item() if numbers else timestep

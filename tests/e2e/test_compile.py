@@ -272,10 +272,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> CompileOptions:
     [
         (
             {"height": "15"},
-            r"a height of 15: a UNet of 2 levels takes multiples of 2\. Nearest: 14 or 16\.",
+            r"height 15 and width 16\. Expected multiples of 2\. Nearest: height 14 or 16\.",
         ),
-        ({"height": "16,32", "width": "16,33"}, r"a width of 33: .* Nearest: 32 or 34\."),
-        ({"width": "1,16"}, r"a width of 1: .* Nearest: 2\."),
+        ({"height": "16,32", "width": "16,33"}, r"width 33\. .* Nearest: width 32 or 34\."),
+        ({"width": "1,16"}, r"width 1\. .* Nearest: width 2 or 4\."),
     ],
 )
 def test_sides_that_a_unet_cannot_halve_are_refused_before_building(

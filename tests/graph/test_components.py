@@ -451,11 +451,11 @@ def test_size_is_fixed_where_the_model_fixes_it() -> None:
         return sample + block.conv(silu(sample)) * block.places(torch.ones(1, 1)).reshape(1, 1, 8, 8)
 
     _, fixed = capture_block(compute, conv=conv(), places=nn.Linear(1, 64))
-    assert not fixed.dynamic_size
+    assert fixed.sizes.only == (8, 8)
     (predicted,) = fixed.program.graph.output_node().args[0]
     assert tuple(predicted.meta["val"].shape[2:]) == (8, 8)  # the size it was trained for
     _, free = capture_block(lambda block, sample, timestep: sample + block.conv(sample), conv=conv())
-    assert free.dynamic_size
+    assert free.sizes.only is None
 
 
 def test_capture_computes_the_model() -> None:

@@ -73,7 +73,7 @@ def test_build_and_load_give_the_same_graph(tmp_path: Path) -> None:
     loaded = GatedGraph.load(folder)
     for graph in (built, loaded):
         assert graph.components == captured.components
-        assert (graph.inputs, graph.dynamic_size) == (captured.inputs, captured.dynamic_size)
+        assert (graph.inputs, graph.sizes) == (captured.inputs, captured.sizes)
         assert (graph.folder, graph.weights) == (folder, folder / "weights.safetensors")
         assert graph.channels == 8  # four in the residual, four in the step
     assert loaded.runnable() == built.runnable()

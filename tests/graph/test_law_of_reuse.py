@@ -120,7 +120,10 @@ def test_a_sequence_of_engines_computes_what_the_gated_graph_computes(tiny: Tiny
         named = zip(tiny.names, drawn, strict=True)
         assignments.append({name: treatment for name, treatment in named if treatment is not KEEP})
     order = [0, *data.draw(st.lists(st.integers(0, len(assignments) - 1), min_size=2, max_size=5))]
-    size = (data.draw(st.integers(1, 3)), *(tiny.stride * data.draw(st.integers(2, 4)) for _ in range(2)))
+    size = (
+        data.draw(st.integers(1, 3)),
+        *(tiny.stride * data.draw(st.integers(1, 16 // tiny.stride)) for _ in range(2)),
+    )
     means = 0.5 * np.random.default_rng(0).standard_normal(tiny.gated.channels, dtype=np.float32)
     check_sequence(tiny, assignments, order, size, means)
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.models import Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import Component
+from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import Array, SerialisedGraph
 from unetc.compiler.graph.capture import GATES, MEANS
 from unetc.compiler.graph.gate import DOMAIN, gate_values, onnx_function
@@ -148,7 +149,7 @@ def make_block(
         model=model,
         components=components,
         inputs=tuple(given),
-        dynamic_size=True,
+        sizes=SampleSizes(multiple=1),
         folder=Path(),
     )
     return Block(gated, given)

@@ -185,7 +185,7 @@ def test_transformer(architecture: str, tmp_path: Path) -> None:
 
 def check_components(tiny: Tiny) -> None:
     assert list(tiny.names) == [*EXPECTED[tiny.architecture].split(), STEP]
-    assert tiny.gated.dynamic_size == (tiny.architecture not in FIXED_SIZE)
+    assert (tiny.gated.sizes.only is None) == (tiny.architecture not in FIXED_SIZE)
     for component in tiny.gated.components[:-1]:
         assert (component.axis, component.rank) == (2, 3)
         assert component.nested == NESTED.get(component.name, ())

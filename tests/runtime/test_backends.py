@@ -185,7 +185,7 @@ def runner(tiny: Tiny, target: Target) -> Runner:
 
 def sizes(tiny: Tiny) -> list[tuple[int, int, int]]:
     """List batches, heights and widths that a model takes."""
-    if tiny.gated.dynamic_size:
+    if tiny.gated.sizes.only is None:
         return [(1, 2 * tiny.stride, 2 * tiny.stride), (3, 4 * tiny.stride, 3 * tiny.stride)]
     return [(1, 8, 8), (3, 8, 8)]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unetc.artifacts.sizes import SampleSizes
 from unetc.call import CallSignature
 from unetc.controlnet import ControlNetInput, controlnet_inputs
 from unetc.errors import ModelError
@@ -36,12 +37,17 @@ class Denoiser(nn.Module):
     """A denoiser with positional inputs and one tensor out, [batch, channel, height, width]."""
 
     def __init__(
-        self, model: nn.Module, inputs: tuple[Input, ...], call: Callable[[Any, dict[str, Any]], Tensor]
+        self,
+        model: nn.Module,
+        inputs: tuple[Input, ...],
+        call: Callable[[Any, dict[str, Any]], Tensor],
+        sizes: SampleSizes,
     ) -> None:
-        """Wrap a model that is called with inputs by name."""
+        """Wrap a model that is called with inputs by name and takes samples of these sizes."""
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.sizes = sizes
         self._call = call
 
     def forward(self, *values: Tensor) -> Tensor:
@@ -68,17 +74,61 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False, calls: CallSignat
     if name not in _SIGNATURES:
         raise ModelError(f"cannot capture a denoiser of class {name}. Supported: {', '.join(_SIGNATURES)}.")
     _refuse_patches(model, name)
+    if controlnet and name != "UNet2DConditionModel":
+        raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
     signature = _SIGNATURES[name]
     if calls is not None:
         if name not in UNETS:
             raise ModelError(f"the calls of a {name} follow from its class. Expected one of: {', '.join(UNETS)}.")
         signature = replace(signature, inputs=partial(signature.inputs, calls=calls))
-    inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0))
+    *finer, coarsest = signature.multiples(model)
+    multiple = next((one for one in finer if _SizeTrial(model, signature, one).takes_examples()), coarsest)
+    trial = _SizeTrial(model, signature, multiple)
+    sizes = SampleSizes(
+        multiple=multiple,
+        smallest=next((side for side in range(multiple, 2 * coarsest + 1, multiple) if trial.takes(side)), multiple),
+        largest=None if signature.largest is None else signature.largest(model),
+    )
+    inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0), multiple)
     if controlnet:
-        if name != "UNet2DConditionModel":
-            raise ModelError(f"a {name} takes no ControlNet inputs. Expected a UNet2DConditionModel.")
         inputs += _controlnet_examples(model, inputs[0], generator)
-    return Denoiser(model, tuple(inputs), signature.call)
+    return Denoiser(model, tuple(inputs), signature.call, sizes)
+
+
+class _SizeTrial:
+    """Tries sizes of samples.
+
+    UNets differ in their sizes by their blocks: some enlarge to the size of a skip, others to twice the size, and a
+    block that halves without padding takes no side of one pixel.
+    """
+
+    def __init__(self, model: nn.Module, signature: Signature, multiple: int) -> None:
+        self._inputs = tuple(signature.inputs(model, torch.Generator().manual_seed(0), multiple))
+        self._denoiser = Denoiser(model, self._inputs, signature.call, SampleSizes(multiple=1))
+
+    def takes_examples(self) -> bool:
+        """Check on shapes alone whether a denoiser takes its examples."""
+        tensors = {**dict(self._denoiser.named_parameters()), **dict(self._denoiser.named_buffers())}
+        values = tuple(item.example.to("meta") for item in self._inputs)
+        return self._predicts({name: tensor.to("meta") for name, tensor in tensors.items()}, values)
+
+    def takes(self, side: int) -> bool:
+        """Check whether a denoiser takes square samples with a small side; paddings do not check their shapes alone."""
+        own = self._inputs[0].example.shape[2:]
+
+        def resize(example: Tensor) -> Tensor:
+            return example[..., :1, :1].repeat(1, 1, side, side) if example.shape[2:] == own else example
+
+        return self._predicts({}, tuple(resize(item.example) for item in self._inputs))
+
+    def _predicts(self, tensors: Mapping[str, Tensor], values: tuple[Tensor, ...]) -> bool:
+        """Check whether a prediction has the height and width of its sample."""
+        try:
+            with torch.no_grad():
+                prediction: Tensor = torch.func.functional_call(self._denoiser, dict(tensors), values)
+        except Exception:  # any model may refuse a size in any way
+            return False
+        return prediction.shape[2:] == values[0].shape[2:]
 
 
 def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:

@@ -37,10 +37,15 @@ class Input:
 class Signature:
     """Inputs and call of a class of denoiser."""
 
+    multiples: Callable[[Any], tuple[int, ...]]
+    """Lists the numbers that height and width may have to be multiples of, the smallest first."""
     inputs: Callable[..., list[Input]]
-    """Lists the inputs of a denoiser and refuses unsupported configurations; called with the model and a generator."""
+    """Lists the inputs of a denoiser and refuses unsupported configurations; called with the model, a generator, and a
+    number that height and width are multiples of."""
     call: Callable[[Any, dict[str, Any]], Tensor]
     """Calls a denoiser with inputs by name; returns [batch, channel, height, width]."""
+    largest: Callable[[Any], int] | None = None
+    """Computes the largest height and width; None if there is no limit."""
 
 
 def text(name: str, width: int, generator: torch.Generator) -> Input:

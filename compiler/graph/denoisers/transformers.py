@@ -29,15 +29,28 @@ _HUNYUAN_EXTENT = 64
 """Height and width, in latent pixels, that the positions of Hunyuan-DiT span at every image size."""
 
 
-def _dit(model: Any, generator: torch.Generator) -> list[Input]:
+def _patch(model: Any) -> tuple[int, ...]:
+    return (int(model.config.patch_size),)
+
+
+def _flux_patch(model: Any) -> tuple[int, ...]:
+    return (_FLUX_PACK,)
+
+
+def _sd3_largest(model: Any) -> int:
+    """Compute the largest side for which SD 3 has positions."""
+    return int(model.config.pos_embed_max_size * model.config.patch_size)
+
+
+def _dit(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     _refuse_processors(model, "AttnProcessor2_0")
     labels = torch.tensor([0, model.config.num_embeds_ada_norm])  # the last label stands for no class
     return [_square(model, generator), timestep(), Input(name=CLASS_LABELS, example=labels)]
 
 
-def _pixart(model: Any, generator: torch.Generator) -> list[Input]:
+def _pixart(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     _refuse_processors(model, "AttnProcessor2_0")
-    inputs = [*_image(model, generator), text(CONTEXT, _caption_width(model), generator)]
+    inputs = [*_image(model, generator, multiple), text(CONTEXT, _caption_width(model), generator)]
     inputs.append(Input(name=CONTEXT_MASK, example=_mask(inputs[-1]), dynamic=(1,)))
     if model.use_additional_conditions:
         inputs.append(Input(name=RESOLUTION, example=torch.tensor([[512.0, 512.0], [512.0, 768.0]])))
@@ -56,16 +69,16 @@ def _mask(tokens: Input) -> Tensor:
     return (torch.arange(count) < torch.tensor([[count], [count - 2]])).long()
 
 
-def _sd3(model: Any, generator: torch.Generator) -> list[Input]:
+def _sd3(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     _refuse_processors(model, "JointAttnProcessor2_0")
     return [
-        *_image(model, generator),
+        *_image(model, generator, multiple),
         text(CONTEXT, model.config.joint_attention_dim, generator),
         vector(POOLED_PROJECTIONS, model.config.pooled_projection_dim, generator),
     ]
 
 
-def _flux(model: Any, generator: torch.Generator) -> list[Input]:
+def _flux(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     _refuse_processors(model, "FluxAttnProcessor")
     config = model.config
     if config.patch_size != 1 or model.out_channels != config.in_channels:
@@ -74,7 +87,7 @@ def _flux(model: Any, generator: torch.Generator) -> list[Input]:
             f"channels in and {model.out_channels} out (Fill, Canny). "
             "Expected patch_size 1 and as many channels out as in."
         )
-    sample = torch.randn(BATCH, config.in_channels // _FLUX_PACK**2, 8, 12, generator=generator)
+    sample = torch.randn(BATCH, config.in_channels // _FLUX_PACK**2, 4 * multiple, 6 * multiple, generator=generator)
     inputs = [
         Input(name=SAMPLE, example=sample, dynamic=(2, 3)),
         timestep(),
@@ -86,7 +99,7 @@ def _flux(model: Any, generator: torch.Generator) -> list[Input]:
     return inputs
 
 
-def _hunyuan(model: Any, generator: torch.Generator) -> list[Input]:
+def _hunyuan(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     _refuse_processors(model, "HunyuanAttnProcessor2_0")
     config = model.config
     first, second = config.text_len, config.text_len_t5
@@ -108,13 +121,13 @@ def _hunyuan(model: Any, generator: torch.Generator) -> list[Input]:
     return inputs
 
 
-def _image(model: Any, generator: torch.Generator) -> list[Input]:
+def _image(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
     """Make a noisy sample whose height and width differ, and one timestep per sample."""
     config = model.config
-    size, stride = config.sample_size, config.patch_size
+    size = config.sample_size
     sample = torch.randn(BATCH, config.in_channels, size, size, generator=generator)
     # Smaller than the trained size, because some models crop their positional embeddings.
-    smaller = sample[:, :, : size - stride, : size - 2 * stride].contiguous()
+    smaller = sample[:, :, : size - multiple, : size - 2 * multiple].contiguous()
     return [Input(name=SAMPLE, example=smaller, dynamic=(2, 3), native=sample), timestep()]
 
 
@@ -178,10 +191,10 @@ def _predict(model: Any, hidden_states: Tensor, **named: Any) -> Tensor:
 
 
 TRANSFORMERS: Mapping[str, Signature] = {
-    "DiTTransformer2DModel": Signature(inputs=_dit, call=_call),
-    "PixArtTransformer2DModel": Signature(inputs=_pixart, call=_call_pixart),
-    "SD3Transformer2DModel": Signature(inputs=_sd3, call=_call),
-    "FluxTransformer2DModel": Signature(inputs=_flux, call=_call_flux),
-    "HunyuanDiT2DModel": Signature(inputs=_hunyuan, call=_call_hunyuan),
+    "DiTTransformer2DModel": Signature(multiples=_patch, inputs=_dit, call=_call),
+    "PixArtTransformer2DModel": Signature(multiples=_patch, inputs=_pixart, call=_call_pixart),
+    "SD3Transformer2DModel": Signature(multiples=_patch, largest=_sd3_largest, inputs=_sd3, call=_call),
+    "FluxTransformer2DModel": Signature(multiples=_flux_patch, inputs=_flux, call=_call_flux),
+    "HunyuanDiT2DModel": Signature(multiples=_patch, inputs=_hunyuan, call=_call_hunyuan),
 }
 """Supported classes of transformers by name."""

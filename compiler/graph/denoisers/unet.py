@@ -16,10 +16,14 @@ from unetc.controlnet import PREFIX
 from .inputs import BATCH, Input, Signature, text, timestep, vector
 
 
-def _unet(model: Any, generator: torch.Generator, *, calls: CallSignature | None = None) -> list[Input]:
+def _multiples(model: Any) -> tuple[int, ...]:
+    return tuple(2**halvings for halvings in range(len(model.config.block_out_channels)))
+
+
+def _unet(model: Any, generator: torch.Generator, multiple: int, *, calls: CallSignature | None = None) -> list[Input]:
     """List the inputs of a UNet: the sample, the timestep, and the conditions of its calls, in this order."""
     calls = calls or CallSignature.of(type(model).__name__, _settings(model.config))
-    both, time = _image(model, generator)
+    both, time = _image(model, generator, multiple)
     sample, *extra = _split(both, calls)
     inputs = [sample, time]
     for item in calls.conditions:
@@ -56,13 +60,19 @@ def _split(both: Input, calls: CallSignature) -> list[Input]:
     ]
 
 
-def _image(model: Any, generator: torch.Generator) -> list[Input]:
-    """Make a noisy sample whose height and width differ, and one timestep per sample."""
+def _image(model: Any, generator: torch.Generator, multiple: int) -> list[Input]:
+    """Make a noisy sample whose height and width differ, and one timestep per sample.
+
+    Each side is an odd multiple of the number at every level that is halved. A UNet of diffusers enlarges to the sizes
+    of its skips if a side is odd, and to twice the size otherwise. Only the first is right at every size.
+    """
     config = model.config
-    size = config.sample_size if isinstance(config.sample_size, int) else (config.sample_size or (32,))[0]
-    stride = 2 ** (len(config.block_out_channels) - 1)
-    sample = torch.randn(BATCH, config.in_channels, size, size + stride, generator=generator)
-    native = sample[..., :size].contiguous()
+    size = config.sample_size or 32
+    native_height, native_width = (size, size) if isinstance(size, int) else size
+    stride = _multiples(model)[-1]
+    height = -(-native_height // stride) * stride + (multiple if multiple < stride else 0)
+    sample = torch.randn(BATCH, config.in_channels, height, height + stride, generator=generator)
+    native = torch.randn(BATCH, config.in_channels, native_height, native_width, generator=generator)
     return [Input(name=SAMPLE, example=sample, dynamic=(2, 3), native=native), timestep()]
 
 
@@ -79,7 +89,7 @@ def _call_unet(model: Any, named: dict[str, Any]) -> Tensor:
 
 
 UNETS: Mapping[str, Signature] = {
-    "UNet2DModel": Signature(inputs=_unet, call=_call_unet),
-    "UNet2DConditionModel": Signature(inputs=_unet, call=_call_unet),
+    "UNet2DModel": Signature(multiples=_multiples, inputs=_unet, call=_call_unet),
+    "UNet2DConditionModel": Signature(multiples=_multiples, inputs=_unet, call=_call_unet),
 }
 """Supported classes of UNets by name."""

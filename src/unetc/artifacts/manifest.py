@@ -14,8 +14,9 @@ from unetc.treatments import Treatment
 
 from .call_input import SAMPLE, CallInput
 from .plan import Plan
-from .profile import Damage, ModelReference
+from .profile import ControlMeasured, Damage, ModelReference
 from .record import Artifact, Record, require
+from .sizes import SampleSizes
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
@@ -146,6 +147,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     threads: int
     sample_shape: tuple[int, int, int]
     """[channel, height, width] the model was trained for."""
+    sample_sizes: SampleSizes = SampleSizes(multiple=1)
+    """Heights and widths of samples that the engines can take."""
     denoiser_config: dict[str, Any]
     """Configuration of the denoiser, as its library writes it."""
     inputs: tuple[CallInput, ...]
@@ -154,6 +157,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """Channels of a prediction: as many as in a sample, or more if the denoiser also predicts a variance."""
     conditioning: Conditioning | None = None
     """None for an unconditional model."""
+    control: ControlMeasured | None = None
+    """Control images that damage was measured with; None if all ControlNet inputs, if there are any, were zero."""
     decoder: BundleDecoder | None = None
     """None if samples are images."""
     batch: int

@@ -38,6 +38,18 @@ class ModelReference(Record, frozen=True, kw_only=True):
         return " + ".join((self.name, *self.loras))
 
 
+class ControlMeasured(Record, frozen=True, kw_only=True):
+    """The ControlNet and the control images that damage was measured with."""
+
+    model: str
+    """Folder of the ControlNet, as the user typed it."""
+    model_sha256: str
+    images: int
+    """Number of images; prompt k has image k modulo this number."""
+    images_sha256: str
+    """Hash of the pixels of all images at the size of the output."""
+
+
 class Component(Record, frozen=True, kw_only=True):
     """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the scheduler."""
 
@@ -162,6 +174,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Number of prompts used, from the first: sample k had prompt k modulo this number. `verify` uses the others."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, dimensionless; 1 without guidance."""
+    control_images: ControlMeasured | msgspec.UnsetType = msgspec.UNSET
+    """Control images of the samples; not written without any, so that older profiles keep their bytes and hash."""
     components: tuple[Component, ...]
     bins: tuple[Bin, ...]
     full_ms: Estimate
@@ -174,6 +188,11 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Effort of measuring the damage, in sampling runs of the full model: denoiser calls per sample / steps."""
     means: tuple[bytes, ...]
     """Branch means per bin, concatenated over the components: little-endian float32, [channels of all components]."""
+
+    @property
+    def control(self) -> ControlMeasured | None:
+        """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
+        return None if isinstance(self.control_images, msgspec.UnsetType) else self.control_images
 
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .profile import Damage, ModelReference
+from .profile import ControlMeasured, Damage, ModelReference
 from .record import Artifact, Record
 
 
@@ -37,6 +37,8 @@ class Verification(Artifact, frozen=True, kw_only=True):
     threads: int
     environment: dict[str, str]
     budget: float
+    control: ControlMeasured | None = None
+    """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
     scheduler: str
     steps: int
     samples: int

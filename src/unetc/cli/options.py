@@ -57,6 +57,14 @@ class ModelGroup(Group, panel="Model"):
         bool,
         typer.Option("--controlnet", help="Give engines the inputs of a ControlNet, for unetc.diffusers."),
     ] = False
+    controlnet_model: Annotated[
+        Path | None,
+        typer.Option(help="Measure with this ControlNet, the folder of a ControlNetModel; needs --control-images."),
+    ] = None
+    control_images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of .png or .jpg control images to measure with; prompt k gets image k."),
+    ] = None
 
     variant: Annotated[
         str | None,
@@ -68,13 +76,25 @@ class ModelGroup(Group, panel="Model"):
 
         Raises:
             ModelError: If a LoRA is not given as a path and a scale.
+            typer.BadParameter: If only one of a ControlNet and control images is given.
         """
+        from unetc.models.control_images import ControlSource
         from unetc.models.find import ModelSource
         from unetc.models.lora import Lora
 
         loras = tuple(Lora.parse(text) for text in self.lora or ())
+        control = None
+        if self.controlnet_model is not None and self.control_images is not None:
+            control = ControlSource(model=self.controlnet_model, images=self.control_images)
+        elif self.controlnet_model is not None or self.control_images is not None:
+            raise typer.BadParameter("--controlnet-model and --control-images measure together; give both or none.")
         return ModelSource(
-            self.model, weights=self.weights, loras=loras, controlnet=self.controlnet, variant=self.variant
+            self.model,
+            weights=self.weights,
+            loras=loras,
+            controlnet=self.controlnet,
+            control=control,
+            variant=self.variant,
         )
 
 

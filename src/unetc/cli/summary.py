@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from unetc.analyzer.ranking import By, Ranked, Ranking, rank
 from unetc.artifacts.manifest import MANIFEST, Manifest
@@ -17,6 +18,7 @@ from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.record import read_bounded, to_builtins
+from unetc.artifacts.scope import control_scope, damage_scope
 from unetc.artifacts.verification import Verification
 from unetc.compiler.tensorrt.ranges import describe_sides
 from unetc.errors import ArtifactError, CorruptArtifactError, ProfileError
@@ -116,6 +118,7 @@ def profile_facts(
         "notes": list(profile.notes or ()),
         "measured": sum(effect.measured for effect in profile.effects),
         "estimated": sum(not effect.measured for effect in profile.effects),
+        "control": to_builtins(profile.control),
         "components": [
             {
                 "name": component.name,
@@ -170,6 +173,8 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
         f"{profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}; {measured} of "
         f"{len(profile.effects)} damages measured, the others estimated; cost {profile.samplings:.0f} sampling runs"
     )
+    if scope := control_scope(profile.model, profile.control):
+        about += f"; {escape(scope)}"
     figures = ["component", "treatment", "saves", "relative L2", "worth", "basis"]
     title = f"{escape(profile.model.title)}: components by {_ORDERS[by]}"
     if bin is not None:
@@ -270,6 +275,7 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         ],
         "phases": to_builtins(manifest.plan.phases),
         "notes": list(manifest.notes),
+        "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps),
         "bytes": sum(record.bytes for record in manifest.files),
     }
 
@@ -288,7 +294,8 @@ def bundle_table(manifest: Manifest) -> RenderableType:
         f"{_damage(measured.damage)}; {sum(sizes.values()) / 1e6:.1f} MB"
     )
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
-    return Group(engines, plan_table(manifest.plan))
+    scope = damage_scope(manifest.model, manifest.control, manifest.steps)
+    return Group(engines, plan_table(manifest.plan), Text(scope))
 
 
 def pareto_facts(curve: Pareto, path: Path) -> dict[str, object]:
@@ -331,6 +338,8 @@ def verification_table(result: Verification) -> Table:
         f"{result.scheduler} {result.steps} steps, "
         f"{result.target}; disk {result.disk_bytes / result.full_disk_bytes:.3f} × one model"
     )
+    if scope := control_scope(result.model, result.control):
+        title += f"; {escape(scope)}"
     return table(title, ["at equal noise", "saves", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
 
 

@@ -161,8 +161,12 @@ class Trajectories:
                 call.timestep,
                 reason,
             )
+        # The newest candidate without a place most likely ends here, and would only take the room of another one.
+        ended = [
+            one for one in candidates if one.last.place is call.place is None and one.last.timestep > call.timestep
+        ]
         new = Trajectory(rollout=self._begin(), last=call, shared=shared)
-        self._live = [new, *self._live[: LIVE - 1]]
+        self._live = [new, *(one for one in self._live if one not in ended[:1])][:LIVE]
         return new
 
     def add(self, trajectory: Trajectory, prediction: Array) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unetc.errors import ModelError
 
+from .control_images import ControlSource
 from .folder import CONFIG, DIFFUSERS, SCHEDULER_CONFIG, TRANSFORMERS
 from .glide import VARIANTS, find_glide
 from .lora import Lora
@@ -35,6 +36,8 @@ class ModelSource:
     """LoRAs to fuse into the UNet and the text encoders, in order."""
     controlnet: bool = False
     """Whether the denoiser has ControlNet inputs."""
+    control: ControlSource | None = None
+    """ControlNet and control images to measure with; the denoiser then has ControlNet inputs."""
     variant: str | None = None
     """Variant of the weights, such as "fp16"; parts without it are read as usual. None if there is no choice."""
 
@@ -73,14 +76,16 @@ def find_model(model: ModelSource | str) -> Model:
     if name in VARIANTS:
         if source.loras:
             raise ModelError(f"{name} takes no LoRA. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
-        if source.controlnet:
+        if source.controlnet or source.control:
             raise ModelError(f"{name} takes no ControlNet. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
         if source.variant is not None:
             raise ModelError(f"{name} has no variants; --variant is for diffusers folders and Hub ids.")
         return find_glide(name, None if source.weights is None else Path(source.weights))
     if source.weights is not None:
         raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)}.")
-    return open_pipeline(name, _find(name, source.variant), source.loras, source.controlnet, source.variant)
+    controlnet = source.controlnet or source.control is not None
+    opened = open_pipeline(name, _find(name, source.variant), source.loras, controlnet, source.variant)
+    return opened if source.control is None else opened.with_control(source.control)
 
 
 def _find(name: str, variant: str | None) -> Path:

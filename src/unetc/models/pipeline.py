@@ -33,6 +33,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
 from unetc.errors import MissingDependency, ModelError, ShapeMismatch
 
+from .control_images import ControlImages, ControlSource
 from .folder import (
     CONFIG,
     SCHEDULER_CONFIG,
@@ -89,6 +90,8 @@ class PipelineModel:
     """Input of the decoder; None if samples are images."""
     loras: tuple[Lora, ...] = ()
     """LoRAs fused into the UNet and the text encoders, in order."""
+    control: ControlImages | None = None
+    """Control images to measure with."""
 
     @property
     def conditional(self) -> bool:
@@ -159,7 +162,8 @@ class PipelineModel:
         for note in encoded.notes:
             logger.warning("%s.", note)
         self._check_fit(encoded)
-        return replace(encoded, controlnet=self.calls.controlnet)
+        control = None if self.control is None else self.control.take(range(encoded.rows or 0))
+        return replace(encoded, controlnet=self.calls.controlnet, control=control)
 
     def _check_fit(self, encoded: Conditions) -> None:
         """Refuse a pipeline whose encoders do not fit its denoiser, before any long work."""
@@ -169,6 +173,16 @@ class PipelineModel:
                 self.calls.check(sample, values)
         except ShapeMismatch as error:
             raise ModelError(f"the encoders of {self.reference.name} do not fit its denoiser: {error}") from error
+
+    def with_control(self, source: ControlSource) -> PipelineModel:
+        """Return the model with control images to measure with.
+
+        Raises:
+            ModelError: If the ControlNet does not fit the model, or there are no images.
+        """
+        _, height, width = self.sample_shape
+        size = height * self.decoder_scale, width * self.decoder_scale
+        return replace(self, control=source.open(self.denoiser_config, size))
 
     @property
     def decoder_scale(self) -> int:

@@ -17,6 +17,7 @@ from PIL import Image
 from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Estimate, Profile
+from unetc.artifacts.scope import damage_scope
 from unetc.artifacts.verification import Verification
 from unetc.percent import percent
 from unetc.treatments import ROWS
@@ -94,6 +95,7 @@ def render(
         controls=_control_rows(verification, better),
         better=better,
         fewer=_fewer_steps(verification),
+        scope=damage_scope(manifest.model, verification.control, manifest.steps),
         reused_seed=verification.seed in manifest.used_seeds,
         ranking=ranking,
         treatments=tuple(ROWS.items()),

@@ -1,0 +1,178 @@
+"""Control images and the ControlNet that reads them, for measuring damage as a pipeline with a ControlNet uses a model.
+
+The residuals depend on the sample and the timestep, so the ControlNet runs before every denoiser call. It runs in torch
+on the CPU, and its time is no part of any measured time.
+
+Source:
+    diffusers 0.42.1, pipelines/controlnet/pipeline_controlnet.py: the ControlNet gets the scaled sample, the same
+    conditions as the UNet, and the image in 0 to 1 at the size of the output.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetc.artifacts.profile import ControlMeasured
+from unetc.controlnet import controlnet_inputs
+from unetc.device import Array
+from unetc.errors import ModelError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+_CLASS = "ControlNetModel"
+_ADDED = ("text_embeds", "time_ids")
+_SHARED = ("cross_attention_dim", "addition_embed_type", "class_embed_type", "projection_class_embeddings_input_dim")
+"""Keys of a configuration in which a ControlNet and its UNet must agree, besides the sizes of the inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSource:
+    """A ControlNet and control images."""
+
+    model: Path
+    """Folder of a diffusers ControlNetModel."""
+    images: Path
+    """Folder of images, .png or .jpg; in the order of their names, prompt k is measured with image k."""
+
+    def open(self, denoiser_config: Mapping[str, Any], size: tuple[int, int]) -> ControlImages:
+        """Check the ControlNet against the denoiser and read the images.
+
+        Args:
+            denoiser_config: Configuration of the UNet.
+            size: Height and width of the images, in pixels.
+
+        Raises:
+            ModelError: If the ControlNet cannot be read or does not fit the UNet, or there are no images.
+        """
+        config = self._config()
+        if config.get("_class_name") != _CLASS:
+            raise ModelError(
+                f"{self.model} is a {config.get('_class_name')}; control images are measured with a {_CLASS}."
+            )
+        try:
+            fits = controlnet_inputs(config) == controlnet_inputs(denoiser_config)
+        except (KeyError, TypeError, IndexError):
+            fits = False
+        different = [key for key in _SHARED if config.get(key) != denoiser_config.get(key)]
+        if not fits or different:
+            part = different[0] if different else "block_out_channels or layers_per_block"
+            raise ModelError(
+                f"the ControlNet {self.model} does not fit the denoiser: they differ in {part}. "
+                "Expected a ControlNet that was made for this model."
+            )
+        if config.get("conditioning_channels", 3) != 3:
+            raise ModelError(
+                f"the ControlNet {self.model} reads {config['conditioning_channels']} channels. Expected 3, as in an "
+                "RGB image."
+            )
+        weights = sorted(self.model.glob("*.safetensors"))
+        if not weights:
+            raise ModelError(f"{self.model} has no .safetensors weights. Other formats can run code and are not read.")
+        images = self._read_images(size)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for path in weights:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return ControlImages(
+            folder=self.model,
+            images=images,
+            measured=ControlMeasured(
+                model=str(self.model),
+                model_sha256=digest.hexdigest(),
+                images=len(images),
+                images_sha256=hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
+            ),
+        )
+
+    def _config(self) -> dict[str, Any]:
+        path = self.model / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"cannot read {path}: {error}. Expected the folder of a diffusers {_CLASS}.") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"{path} does not hold a JSON object. Expected the folder of a diffusers {_CLASS}.")
+        return config
+
+    def _read_images(self, size: tuple[int, int]) -> tuple[Array, ...]:
+        from PIL import Image
+
+        try:
+            paths = sorted(path for path in self.images.iterdir() if path.suffix.lower() in SUFFIXES)
+        except OSError as error:
+            raise ModelError(f"cannot read {self.images}: {error.strerror}. Expected a folder of images.") from error
+        if not paths:
+            raise ModelError(f"{self.images} has no images. Expected files that end in {', '.join(SUFFIXES)}.")
+        height, width = size
+        images = []
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise ModelError(f"cannot read the image {path}: {error}. Remove or replace it.") from error
+            images.append(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(255))
+        return tuple(images)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlImages:
+    """Computes the ControlNet inputs of denoiser calls from control images."""
+
+    folder: Path
+    images: tuple[Array, ...]
+    """One image for each sample, [3, height, width] in 0 to 1."""
+    measured: ControlMeasured
+
+    def take(self, rows: Sequence[int]) -> ControlImages:
+        """Select an image for each row by index, modulo their number."""
+        return replace(self, images=tuple(self.images[row % len(self.images)] for row in rows))
+
+    def residuals(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
+        """Compute the ControlNet inputs of a call.
+
+        Args:
+            inputs: Sample, timestep and conditions of the call by input name, [row, ...]. There are as many rows as
+                images, or twice as many with guidance.
+        """
+        import torch
+
+        model = _load(self.folder)
+        given = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        sample = given.pop("sample")
+        images = np.stack(self.images)
+        condition = torch.from_numpy(np.concatenate([images] * (len(sample) // len(images))))
+        if added := {name: given.pop(name) for name in _ADDED if name in given}:
+            given["added_cond_kwargs"] = added  # type: ignore[assignment]
+        with torch.no_grad():
+            down, middle = model(sample, controlnet_cond=condition, return_dict=False, **given)
+        names = [own.name for own in controlnet_inputs(model.config)]
+        return {name: value.numpy() for name, value in zip(names, (*down, middle), strict=True)}
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path) -> Any:
+    """Load a ControlNet in float32."""
+    from diffusers import ControlNetModel
+
+    try:
+        model, report = ControlNetModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers raises many unrelated classes
+        message = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"cannot load the ControlNet {folder}: {message}.") from error
+    if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+        raise ModelError(
+            f"cannot load the ControlNet {folder}: its weights do not fit its configuration. {strangers[0]!r} is in "
+            "only one of them."
+        )
+    return model.float().eval().requires_grad_(False)
