@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from .classes import CLASSES, LIMITS, REFUSED, once
+from .classes import CLASSES, LIMITS, REFUSED
 from .names import SCHEDULERS, name_of
 
 HEADER = """\
@@ -22,7 +22,8 @@ A session samples with the scheduler that the bundle was built for: `--scheduler
 own scheduler are kept. A class or a key that unetc does not know is refused by name, before any work.
 
 In a pipeline of diffusers (the drop-in), the pipeline's own scheduler runs. The bundle then needs only the noise level
-of every call.
+of every call, so any scheduler works whose timesteps lie in the range on which the model was trained. Timesteps outside
+that range are refused. The table says what a bundle for a model with betas, such as Stable Diffusion, does.
 
 Every name is compared with diffusers over whole trajectories, to 1e-5 of the largest number of a step. So is every key
 of its configuration. The tests are in `tests/compiler/schedulers`.
@@ -46,15 +47,25 @@ of its configuration. The tests are in `tests/compiler/schedulers`.
 {limits}
 """
 
+WORKS = "works"
+REUSES_NOTHING = "works, and reuses nothing, as its timesteps rise"
+NEEDS_TORCHSDE = "not tried: needs torchsde"
+ITS_OWN_BUNDLE = "works with a bundle that was built for it"
+NO = "no"
+
 DROP_IN: Mapping[str, str] = MappingProxyType(
     {
-        "once": "works: timesteps fall, within the range that the model was trained on",
-        "several": "works: a second call at the same timestep continues the trajectory, without reuse at that call",
-        "EDMEulerScheduler": "works with a bundle that was built for EDM",
-        "EDMDPMSolverMultistepScheduler": "works with a bundle that was built for EDM",
+        **dict.fromkeys(("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"), ITS_OWN_BUNDLE),
+        **dict.fromkeys((name for name in CLASSES if name.startswith("FlowMatch")), ITS_OWN_BUNDLE),
+        **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"), REUSES_NOTHING),
+        **dict.fromkeys(("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"), NEEDS_TORCHSDE),
+        **dict.fromkeys(("CogVideoXDDIMScheduler", "IPNDMScheduler", "SASolverScheduler", "UnCLIPScheduler"), WORKS),
     }
 )
-"""Entries of the column for the drop-in: by class, or else by the number of calls per step."""
+"""Entries of the column for the drop-in that differ from `WORKS` for a supported class, and from `NO` for the others.
+
+`tests/dropin/test_schedulers.py` tries every class.
+"""
 
 
 def page() -> str:
@@ -63,9 +74,9 @@ def page() -> str:
         f"| `{name}` | `{class_name}` | {_settings(overrides)} |"
         for name, (class_name, overrides) in SCHEDULERS.items()
     )
-    classes = [f"| `{name}` | works: `{name_of(name)}` | {_drop_in(name)} |" for name in CLASSES]
+    classes = [f"| `{name}` | works: `{name_of(name)}` | {DROP_IN.get(name, WORKS)} |" for name in CLASSES]
     classes += [
-        f"| `{name}` | refused: {row.reason}. Nearest: {row.nearest} | refused, as the bundle cannot be built |"
+        f"| `{name}` | refused: {row.reason}. Nearest: {row.nearest} | {DROP_IN.get(name, NO)} |"
         for name, row in REFUSED.items()
     ]
     limits = "\n".join(
@@ -78,11 +89,6 @@ def page() -> str:
 
 def _settings(overrides: Mapping[str, object]) -> str:
     return ", ".join(f"`{key}` {value}" for key, value in overrides.items() if value is not False)
-
-
-def _drop_in(class_name: str) -> str:
-    calls = "once" if CLASSES[class_name].calls is once else "several"
-    return DROP_IN.get(class_name, DROP_IN[calls])
 
 
 def _listed(values: tuple[object, ...]) -> str:

@@ -1,0 +1,62 @@
+"""Every scheduler of diffusers with the drop-in: the pictures of the original UNet, or refused (kind A)."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers as untyped_diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dropin.runs import STEPS, Engines, dropin_of, noise, words
+from tests.models import tiny_of
+from unetc.compiler.schedulers.classes import CLASSES, REFUSED
+from unetc.compiler.schedulers.page import DROP_IN, ITS_OWN_BUNDLE, NEEDS_TORCHSDE, NO, REUSES_NOTHING, WORKS
+from unetc.errors import SessionError
+
+diffusers: Any = untyped_diffusers
+
+EXPECTED = {name: DROP_IN.get(name, WORKS if name in CLASSES else NO) for name in (*CLASSES, *REFUSED)}
+"""Entries of the column for the drop-in in docs/schedulers.md."""
+
+
+def sample(unet: Any, name: str) -> Tensor:
+    """Sample with a scheduler's defaults, as pipelines do."""
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(STEPS)
+    generator = torch.Generator().manual_seed(3)
+    current = noise(0) * scheduler.init_noise_sigma
+    random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for timestep in scheduler.timesteps:
+        seen = scheduler.scale_model_input(current, timestep) if hasattr(scheduler, "scale_model_input") else current
+        with torch.no_grad():
+            predicted = unet(seen, timestep, words(0)).sample
+        current = scheduler.step(predicted, timestep, current, **random).prev_sample
+    return current
+
+
+@pytest.mark.parametrize("name", sorted(name for name, entry in EXPECTED.items() if entry in (WORKS, REUSES_NOTHING)))
+def test_it_samples_as_with_the_original(shared: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    expected = sample(tiny_of("cross-attention", shared).denoiser, name)
+    actual = sample(dropin_of("cross-attention", shared, full_model=True), name)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    engines = Engines(monkeypatch)
+    sample(dropin_of("cross-attention", shared), name)
+    ran = engines.take()
+    alternating = [place % 2 for place in range(len(ran))]
+    assert ran == ([0] * len(ran) if EXPECTED[name] == REUSES_NOTHING else alternating)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, entry in EXPECTED.items() if entry == ITS_OWN_BUNDLE))
+def test_it_is_refused_for_a_model_of_another_kind(shared: Path, name: str) -> None:  # A1
+    with pytest.raises(SessionError, match=r"timestep -?\d.* lies outside 0 to 999"):
+        sample(dropin_of("cross-attention", shared), name)
+
+
+def test_a_class_that_needs_torchsde_was_not_tried() -> None:
+    for name in (name for name, entry in EXPECTED.items() if entry == NEEDS_TORCHSDE):
+        with pytest.raises(ImportError, match="torchsde"):
+            getattr(diffusers, name)()
