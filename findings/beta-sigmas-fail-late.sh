@@ -6,9 +6,9 @@
 #
 # Fact: beta sigmas are dense at both ends. From 32 steps on, the first two sigmas round to the same timestep, 998. The
 # first call of step looks for its place by timestep and, of two equal ones, takes the second. So the first sigma is
-# never used, every step works one place too far, and the last one runs off the end. This happens in both DPMSolver
-# schedulers, UniPC, DEIS and SASolver with the betas of Stable Diffusion. Euler keeps fractional timesteps and is
-# fine. After set_begin_index(0) all of them are fine, because they then count instead of looking.
+# never used, every step works one place too far, and the last one runs off the end. This happens with the betas of
+# Stable Diffusion in DPMSolverMultistep, DPMSolverSinglestep, UniPC, DEIS and SASolver. Euler keeps fractional
+# timesteps and is fine. After set_begin_index(0) all of them are fine, because they then count instead of looking.
 #
 # Why it matters: StableDiffusionPipeline does not call set_begin_index, StableDiffusionXLPipeline does. So a scheduler
 # works in one and fails in the other. The error comes after the work for the whole image, and only with many steps.

@@ -10,8 +10,8 @@
 # LoRA of the text encoder comes back exactly.
 #
 # Why it matters: this file is what training ends with. The loaded text encoder is neither the trained nor the plain
-# one, and nothing is raised. The only sign is a table in the log that lists the names as unexpected and as missing,
-# with the note that unexpected ones can be ignored.
+# one, and nothing is raised. The only sign is a table in the log that lists the names as unexpected and as missing.
+# The UNet is right, so the images still look like the style.
 #
 # Seen with diffusers 0.42.1, peft 0.21.2, transformers 5.23.0, torch 2.13.0:
 #   LoRA:
