@@ -12,6 +12,7 @@
 #
 # Why it matters: StableDiffusionPipeline does not call set_begin_index, StableDiffusionXLPipeline does. So a scheduler
 # works in one and fails in the other. The error comes after the work for the whole image, and only with many steps.
+# Issue 12771 of diffusers reports equal timesteps for Karras sigmas, but with a cosine schedule.
 #
 # Seen with diffusers 0.42.1, torch 2.13.0, scipy 1.17.1:
 #   DPMSolverMultistepScheduler: 30 steps fine, 50 steps IndexError at step 50, 100 steps IndexError at step 100
