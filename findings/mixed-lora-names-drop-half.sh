@@ -9,9 +9,9 @@
 # to other layers. The loaded LoRA is exactly the one without them. load_lora_weights logs nothing about it, not even
 # at the level of info, although it reports unexpected keys otherwise. Both groups alone are loaded completely.
 #
-# Why it matters: such files are published, and the rule was added for one of them (diffusers pull request 11292). One
-# layer with a name of the first kind is enough to remove hundreds with names of the second. The image then shows a
-# part of the style, as from a LoRA that was trained badly. Only counting the layers in file and UNet shows the loss.
+# Why it matters: such files are published; pull request 11292 of diffusers is about one. A single layer with a name of
+# the first kind is enough to remove hundreds with names of the second. The image then shows a part of the style, as
+# from a LoRA that was trained badly. Only counting the layers in the file and in the UNet shows the loss.
 #
 # Seen with diffusers 0.42.1, peft 0.21.2, torch 2.13.0:
 #   first layer, name of diffusers:     1 of 1 loaded, effect 0.076

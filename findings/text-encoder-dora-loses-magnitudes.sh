@@ -11,7 +11,6 @@
 #
 # Why it matters: this file is what training ends with. The loaded text encoder is neither the trained nor the plain
 # one, and nothing is raised. The only sign is a table in the log that lists the names as unexpected and as missing.
-# The UNet is right, so the images still look like the style.
 #
 # Seen with diffusers 0.42.1, peft 0.21.2, transformers 5.23.0, torch 2.13.0:
 #   LoRA:
