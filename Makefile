@@ -17,7 +17,7 @@ nightly:
 	python -m pytest -q -n 2 -m nightly
 
 nightly-slice:
-	python -m pytest -q -n 2 -m nightly --nightly-slice $(SLICE)
+	python -m pytest -q -n 2 -x -m nightly --nightly-slice $(SLICE)
 
 durations:
 	python -m pytest -q -p no:randomly -m nightly --write-durations tests/durations.json
