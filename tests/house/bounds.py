@@ -30,10 +30,10 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ENDS = {"lowest": "lowest-direct", "highest": "highest"}
 """Ends of the bounds, with the strategy of uv that resolves to them."""
 
-EXTRAS = {"full": ("cpu", "compile", "lora", "report"), "base": ("cpu",)}
+EXTRAS = {"full": ("cpu", "compile", "report"), "base": ("cpu",)}
 """Environments, with their extras."""
 
-TOOLS = ("hypothesis", "pytest", "pytest-xdist", "scikit-learn")
+TOOLS = ("hypothesis", "peft", "pytest", "pytest-xdist", "scikit-learn")
 """Packages of the extra dev that the checks need."""
 
 TORCH = "torch==2.13.0"
