@@ -471,7 +471,6 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
         lambda at: ("analyze", at.model, "--target", "cuda", "--cache", at.cache),
         "no backend for target 'cuda'",
     ),
-    "more bins than steps": (lambda at: ("analyze", at.model, "--steps", 2, "--bins", 3), "use fewer bins"),
     "budget of more than all": (lambda at: ("build", at.model, "--budget", "1.5"), "got 1.5"),
     "budget of more than all, plan": (lambda at: ("plan", at.profile, "--budget", "1.5"), "got 1.5"),
     "negative budget": (lambda at: ("demo", "--budget", "-0.1"), "got -0.1"),

@@ -40,6 +40,13 @@ TOLERANCE = 2e-5
 PROMPTS = ["a small circle", "a blue square"]
 
 
+def autoencoder_of(model: Model) -> Any:
+    """Load the whole VAE of a model."""
+    decoder = model.load_decoder()
+    assert decoder is not None
+    return decoder.autoencoder
+
+
 def session_of(model: Model, cache: Path, steps: int = STEPS) -> Session:
     """Open the full model without a build."""
     prepared = prepare(model, cache)
@@ -115,7 +122,7 @@ def test_inpainting_with_nine_channels_equals_the_pipeline(save: Save, scale: fl
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     )
     conditions = model.encode(PROMPTS, scale)
-    vae = model.load_decoder()
+    vae = autoencoder_of(model)
     assert conditions.own[EXTRA_CHANNELS].shape == (2, 5, 16, 16)
     assert conditions.guided == (scale > 1)
     assert any("drawn images" in note for note in conditions.notes)
@@ -150,7 +157,7 @@ def test_three_way_guidance_equals_the_pipeline(scale: float, image_scale: float
         negative={name: value for name, value in conditions.negative.items() if name != EXTRA_CHANNELS},
         scale=conditions.scale,
     )
-    own = edit(text, encode_for_editing(model.load_decoder(), images), image_scale)
+    own = edit(text, encode_for_editing(autoencoder_of(model), images), image_scale)
     assert_same(session_of(model, tmp_path).sample(noise=noise(), conditions=own, latents=True), expected)
 
 

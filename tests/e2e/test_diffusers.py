@@ -315,6 +315,36 @@ def test_a_controlnet_adds_to_every_engine(
     assert 1e-4 < np.linalg.norm(images - expected) / np.linalg.norm(expected) < 0.5
 
 
+@ONLY_SD
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_saved_pipeline_holds_the_bundle(
+    pipeline: Any, bundle: Path, tmp_path: Path, full: bool, variant: str | None
+) -> None:  # D7
+    with denoised_by(pipeline, unetc.diffusers.load(bundle, full_model=full)):
+        expected = images_of(pipeline)
+        pipeline.save_pretrained(tmp_path, variant=variant)
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, variant=variant, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.unet, BundleUNet)
+    np.testing.assert_allclose(images_of(loaded), expected, atol=1e-6)
+
+
+@ONLY_SD
+def test_latents_of_odd_sizes(pipeline: Any, planned: BundleUNet, full_model: BundleUNet) -> None:  # D1
+    odd = torch.randn(2, 4, 13, 19, generator=torch.Generator().manual_seed(0))
+    options = {"latents": odd, "height": 26, "width": 38}
+    pipeline.check_inputs = lambda *_, **__: None  # the pipeline itself wants multiples of 8 pixels
+    try:
+        expected = images_of(pipeline, **options)
+        with denoised_by(pipeline, full_model):
+            np.testing.assert_allclose(images_of(pipeline, **options), expected, atol=TOLERANCE)
+        with denoised_by(pipeline, planned):
+            assert images_of(pipeline, **options).shape == expected.shape
+    finally:
+        del pipeline.check_inputs
+
+
 @pytest.mark.rtx
 @pytest.mark.parametrize("folder", ["sd", "sdxl"], indirect=True)
 @pytest.mark.parametrize(("precision", "side"), [(Precision.FP32, None), (Precision.FP16, "14,22")])

@@ -75,7 +75,7 @@ TINY_BASE = {
     "num_decoder_blocks": [1, 1],
 }
 
-NAMES = {"out_channels": "images of 4 channels", "latent_channels": "latents of its vae have 8"}
+NAMES = {"out_channels": "images of 4 channels", "latent_channels": "latents of 8"}
 """Words of a refusal that name the key."""
 
 

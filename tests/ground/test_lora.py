@@ -29,6 +29,7 @@ from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ModelError
 from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
+from unetc.models.pipelines import PIPELINES
 from unetc.models.text import encode_prompts
 
 diffusers: Any = untyped_diffusers
@@ -141,7 +142,14 @@ def test_several_loras_change_prompts_too(folder: Path, path: Path) -> None:
     # two LoRAs, one of them large and subtracted, leave more rounding error than one: 5e-5 measured
     assert relative_error(actual_prediction, expected_prediction) < 20 * TOLERANCE
     assert relative_error(plain_prediction, expected_prediction) > 1000 * TOLERANCE
-    expected = encode_prompts(unfused, PROMPTS, guidance_scale=3.0, size=(32, 32))
+    expected = encode_prompts(
+        unfused,
+        PROMPTS,
+        guidance_scale=3.0,
+        size=(32, 32),
+        kind=PIPELINES["StableDiffusionPipeline"],
+        calls=model.calls,
+    )
     actual, plain = model.encode(PROMPTS, 3.0), find_model(str(folder)).encode(PROMPTS, 3.0)
     assert expected.guided
     for kind in ("own", "negative"):
@@ -162,7 +170,14 @@ def test_both_text_encoders_of_sdxl_are_changed(tmp_path: Path) -> None:
             for unet in (model.load_denoiser(), unfused.unet)
         )
     assert relative_error(prediction, expected) < TOLERANCE
-    encoded = encode_prompts(unfused, PROMPTS, guidance_scale=1.0, size=(32, 32)).own
+    encoded = encode_prompts(
+        unfused,
+        PROMPTS,
+        guidance_scale=1.0,
+        size=(32, 32),
+        kind=PIPELINES["StableDiffusionXLPipeline"],
+        calls=model.calls,
+    ).own
     own, plain = (one.encode(PROMPTS, 1.0).own for one in (model, find_model(str(folder))))
     one, other = np.split(plain[CONTEXT] - encoded[CONTEXT], 2, axis=-1)  # each encoder makes one half of the channels
     assert all(np.abs(difference).max() > 100 * TOLERANCE for difference in (one, other))

@@ -161,12 +161,11 @@ class Trajectories:
                 call.timestep,
                 reason,
             )
-        # The newest candidate without a place most likely ends here, and would only take the room of another one.
-        ended = [
-            one for one in candidates if one.last.place is call.place is None and one.last.timestep > call.timestep
-        ]
         new = Trajectory(rollout=self._begin(), last=call, shared=shared)
-        self._live = [new, *(one for one in self._live if one not in ended[:1])][:LIVE]
+        if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
+            lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
+            self._live.remove(lone[-1] if lone else self._live[-1])
+        self._live.insert(0, new)
         return new
 
     def add(self, trajectory: Trajectory, prediction: Array) -> None:
