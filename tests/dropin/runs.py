@@ -71,6 +71,8 @@ def begin(scheduler: str, steps: int = STEPS) -> Any:
     made = getattr(diffusers, scheduler)(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
     if "clip_sample" in made.config:
         made = type(made).from_config(made.config, clip_sample=False)
+    if "skip_prk_steps" in made.config:
+        made = type(made).from_config(made.config, skip_prk_steps=True)  # as in Stable Diffusion
     made.set_timesteps(steps)
     return made
 

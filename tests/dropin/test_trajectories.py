@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.dropin.runs import STEPS, Engines, begin, dropin_of, last, noise, run, words
+from tests.dropin.runs import STEPS, Engines, begin, diffusers, dropin_of, last, noise, run, words
 from unetc.diffusers import BundleUNet
 from unetc.diffusers.trajectories import LIVE, Place
 
@@ -123,10 +123,47 @@ def test_a_cancelled_run_leaves_nothing_behind(  # B2
     assert_equal(actual[-1], alone(shared, image, prompt, start=start)[-1])
 
 
-def test_noise_keeps_the_saving_where_timesteps_prove_the_run(fresh: BundleUNet, engines: Engines) -> None:
+def test_noise_costs_one_reuse_where_timesteps_prove_the_run(fresh: BundleUNet, engines: Engines) -> None:
+    """The second call computes everything, as a run is known to add noise only then."""
     for scheduler in ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"):
         last(run(fresh, noise(0), words(0), scheduler=scheduler))
-        assert engines.take() == ALTERNATING, scheduler
+        assert engines.take() == [0, *ALTERNATING[:-1]], scheduler
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "done"),
+    [
+        *itertools.product(("DDIMScheduler", "EulerDiscreteScheduler"), (1, 2, 3)),
+        ("EulerAncestralDiscreteScheduler", 1),
+    ],
+)
+def test_a_run_may_take_over_the_timesteps_of_a_cancelled_one(  # B2
+    shared: Path, fresh: BundleUNet, scheduler: str, done: int
+) -> None:
+    """A loop sets the timesteps once, cancels a run, and goes on from another image with the next element."""
+    timing, sample = begin(scheduler), noise(0)
+    with torch.no_grad():
+        for timestep in timing.timesteps[:done]:
+            predicted = fresh(timing.scale_model_input(sample, timestep), timestep, words(0)).sample
+            sample = timing.step(predicted, timestep, sample).prev_sample
+        taken = fresh(noise(9), timing.timesteps[done], words(0)).sample
+        own = dropin_of(FREE, shared)
+        assert_equal(taken, own(noise(9), timing.timesteps[done], words(0)).sample)
+
+
+def test_clipped_predictions_are_a_proof_too(shared: Path, engines: Engines) -> None:
+    """DDIM and DPM-Solver clip what they denoise, if samples are images."""
+    unet = dropin_of("attention", shared)
+    timing = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", clip_sample=True
+    )
+    timing.set_timesteps(STEPS)
+    sample = noise(0, 2)
+    for timestep in timing.timesteps:
+        with torch.no_grad():
+            predicted = unet(sample, timestep.item()).sample
+        sample = timing.step(predicted, timestep, sample).prev_sample
+    assert engines.take() == ALTERNATING
 
 
 def test_noise_and_timesteps_as_numbers_reuse_nothing(
@@ -171,10 +208,11 @@ def test_the_batch_is_part_of_the_trajectory(fresh: BundleUNet, engines: Engines
 
 
 def test_another_prompt_in_the_middle_begins_anew(fresh: BundleUNet, engines: Engines) -> None:
-    timing = begin("DDIMScheduler")
-    with torch.no_grad():
-        for step, prompt in enumerate((0, 0, 1, 1)):
-            fresh(noise(0), timing.timesteps[step], words(prompt))
+    timing, sample = begin("DDIMScheduler"), noise(0)
+    for timestep, prompt in zip(timing.timesteps, (0, 0, 1, 1), strict=False):
+        with torch.no_grad():
+            predicted = fresh(sample, timestep, words(prompt)).sample
+        sample = timing.step(predicted, timestep, sample).prev_sample
     assert engines.take() == [0, 1, 0, 1]
 
 

@@ -173,10 +173,12 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         array = _to_array(own)
         arrays = self._calls.fill(arrays, len(array))
         self._calls.check(array, arrays)
+        value = _one_of(timestep)
         call = Call(
             sample=array,
             dtype=sample.dtype,
-            timestep=_one_of(timestep),
+            timestep=value,
+            log_snr=self._session.scheduler.log_snr_at(value),
             place=Place.of(timestep),
             conditions=hash_of({name: value for name, value in arrays.items() if not name.startswith(PREFIX)}),
         )
@@ -191,11 +193,10 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
     def _predict(self, call: Call, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Call the engine for a call's place in its trajectory."""
         device = self._session.device
-        log_snr = self._session.scheduler.log_snr_at(call.timestep)
         conditions = Conditions(own=arrays, controlnet=self._session.conditions.controlnet).on(device)
         trajectory = self._trajectories.of(call)
         try:
-            predicted = trajectory.rollout.predict(device.put(call.sample), call.timestep, log_snr, conditions)
+            predicted = trajectory.rollout.predict(device.put(call.sample), call.timestep, call.log_snr, conditions)
             prediction = device.to_array(predicted)
         except BaseException:
             self._trajectories.drop(trajectory)

@@ -2,13 +2,13 @@
 
 A cached branch may be used only by the trajectory that computed it. Pipelines do not tell their denoiser which
 trajectory a call belongs to, and several may take turns: sequential guidance, tiles, two pipelines, a run that was
-cancelled. Two things prove that a call continues an earlier one:
+cancelled. A call continues an earlier one with one of two proofs:
 
-- Its timestep lies in the memory of the earlier timestep, one element further. A scheduler makes a new tensor of
-  timesteps for every run, and pipelines pass its elements. Only one call of the run may have had the earlier element
-  and the same conditions.
-- Its samples are a linear combination of earlier samples and predictions, up to rounding. Deterministic schedulers make
-  such samples.
+- Its samples are a linear combination of earlier samples and predictions, up to rounding, and not just a multiple of
+  one of them. Deterministic schedulers make such samples, also from a prediction that they clip to -1..1.
+- Noise was added, and its timestep is the next element of the tensor that holds the earlier timestep. A scheduler makes
+  a new tensor of timesteps for every run. No other call may have had the earlier element and the same conditions, and
+  an earlier step of the run must have added noise too: a loop may use one tensor for two runs.
 
 A call without proof begins a new trajectory, which reuses nothing.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,12 +37,18 @@ logger = logging.getLogger(__name__)
 LIVE = 8
 """Trajectories that may take turns; each holds the branches that its engines emitted."""
 
-_HISTORY = 4
+_HISTORY = 6
 """Calls of a trajectory that a multistep scheduler may combine."""
 
 _ROUNDING = {torch.float16: 1e-5, torch.bfloat16: 1e-3}
 _ROUNDING_OTHERS = 1e-6
 """Largest unexplained share of the samples' energy that rounding leaves, by the type of the samples."""
+
+_SAME = 16.0
+"""Unexplained share of a sample that is a multiple of another one, in squares of the type's rounding error."""
+
+_ELEMENTS = 4096
+"""Elements of a sample that a proof looks at, about."""
 
 _ELEMENTS_PER_VECTOR = 4
 """A proof needs this many times more elements than vectors to combine, or anything could be explained."""
@@ -77,6 +84,7 @@ class Call:
     dtype: torch.dtype
     """Type of the samples in the pipeline."""
     timestep: float
+    log_snr: float
     place: Place | None
     conditions: bytes
     """Hash of the conditions, without ControlNet inputs: those change from step to step."""
@@ -87,6 +95,7 @@ class _Node:
     """Samples of a trajectory, and all predictions made for them; calls with other conditions share a node."""
 
     timestep: float
+    log_snr: float
     sample: Array
     predictions: list[Array] = field(default_factory=list)
 
@@ -103,6 +112,8 @@ class Trajectory:
     last: Call
     shared: bool = False
     """Whether another trajectory of the run has the same timesteps and conditions."""
+    noisy: bool = False
+    """Whether the run has added noise to its samples."""
     nodes: deque[_Node] = field(default_factory=lambda: deque(maxlen=_HISTORY))
 
 
@@ -133,20 +144,22 @@ class Trajectories:
             for one in self._live
             if one.last.conditions == call.conditions and one.last.sample.shape == call.sample.shape
         ]
+        candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
+        for one in candidates:
+            if _follows(call, one):
+                return self._continue(one, call)
+        shared = noisy = False
         if call.place is not None:
             run = [one for one in alike if one.last.place is not None and one.last.place.run == call.place.run]
             shared = any(one.shared or _place(one) == call.place.index for one in run)
             for one in run:
                 one.shared = shared
-            before = [one for one in run if _place(one) == call.place.index - 1 and call.timestep <= one.last.timestep]
-            if not shared and len(before) == 1:
-                return self._continue(before[0], call)
-        else:
-            shared = False
-        candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
-        for one in candidates:
-            if _follows(call, one):
-                return self._continue(one, call)
+            before = [one for one in candidates if _place(one) == call.place.index - 1]
+            if len(before) == 1 and not shared:
+                if before[0].noisy:
+                    return self._continue(before[0], call)
+                noisy = len(before[0].nodes) == 1  # nothing is known of the run yet: it may be another one
+                candidates = []
         if candidates and self._reuses and not self._warned:
             self._warned = True
             reason = (
@@ -155,13 +168,13 @@ class Trajectories:
                 else "its timestep is not an element of the scheduler's timesteps"
             )
             logger.warning(
-                "the call at timestep %g may continue more than one trajectory: %s, and noise was added to the "
-                "samples. Nothing is reused in such calls, so they save less time. The images stay right. To save "
-                "more, pass elements of scheduler.timesteps, or use one drop-in for each trajectory.",
+                "the call at timestep %g may continue more than one trajectory: %s, and its samples are no "
+                "combination of earlier ones. Nothing is reused in such calls, so they save less time. The images stay "
+                "right. To save more, pass elements of scheduler.timesteps, or use one drop-in for each trajectory.",
                 call.timestep,
                 reason,
             )
-        new = Trajectory(rollout=self._begin(), last=call, shared=shared)
+        new = Trajectory(rollout=self._begin(), last=call, shared=shared, noisy=noisy)
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
             self._live.remove(lone[-1] if lone else self._live[-1])
@@ -176,7 +189,7 @@ class Trajectories:
         call = trajectory.last
         node = next((one.nodes[-1] for one in self._live if one.nodes and one.nodes[-1].is_of(call)), None)
         if node is None:
-            node = _Node(call.timestep, call.sample)
+            node = _Node(call.timestep, call.log_snr, call.sample)
         node.predictions.append(prediction[:, : call.sample.shape[1]])
         if not (trajectory.nodes and trajectory.nodes[-1] is node):
             trajectory.nodes.append(node)
@@ -222,17 +235,27 @@ def _follows(call: Call, trajectory: Trajectory) -> bool:
     distinct = rows // blocks
     tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
     for row in range(distinct):
-        wanted = call.sample[row].ravel()
-        samples = [node.sample[row].ravel() for node in trajectory.nodes]
+        samples = [node.sample[row] for node in trajectory.nodes]
         *earlier, newest = (
-            [one[row + block * distinct].ravel() for one in node.predictions for block in range(blocks)]
+            [one[row + block * distinct] for one in node.predictions for block in range(blocks)]
             for node in trajectory.nodes
         )
-        known = [*samples, *itertools.chain(*earlier)]
-        # Without the newest prediction it is another run from the same noise, at a lower timestep.
-        if not _is_combination(wanted, [*known, *newest], tolerance) or _is_combination(wanted, known, tolerance):
+        if blocks == 1:
+            newest += _clipped(samples[-1], newest[-1], trajectory.nodes[-1].log_snr)
+        wanted, vectors = call.sample[row], [*samples, *itertools.chain(*earlier), *newest]
+        # A multiple of one earlier sample is another run from the same noise, at a lower timestep.
+        again = any(_is_combination(wanted, [sample], _SAME * torch.finfo(call.dtype).eps ** 2) for sample in samples)
+        if again or not _is_combination(wanted, vectors, tolerance):
             return False
     return True
+
+
+def _clipped(sample: Array, prediction: Array, log_snr: float) -> list[Array]:
+    """Clip the denoised sample to -1..1, for a prediction of the noise, of v and of the sample."""
+    signal = 1 / (1 + math.exp(-log_snr))
+    alpha, sigma = math.sqrt(signal), math.sqrt(1 - signal)
+    denoised = (sample - sigma * prediction) / max(alpha, 1e-6), alpha * sample - sigma * prediction, prediction
+    return [np.clip(one, -1, 1) for one in denoised]
 
 
 def _repeats(sample: Array, count: int) -> bool:
@@ -242,10 +265,12 @@ def _repeats(sample: Array, count: int) -> bool:
 
 
 def _is_combination(sample: Array, vectors: list[Array], tolerance: float) -> bool:
-    """Check whether a vector is a linear combination of others of its length, up to a share of its energy."""
-    if len(sample) < _ELEMENTS_PER_VECTOR * len(vectors):
+    """Check whether an array is a linear combination of others of its shape, up to a share of its energy."""
+    stride = max(1, sample.size // _ELEMENTS)  # as good a proof as all elements, and quick on large samples
+    wanted, *columns = (array.ravel()[::stride].astype(np.float64) for array in (sample, *vectors))
+    if len(wanted) < _ELEMENTS_PER_VECTOR * len(columns):
         return False
-    matrix, wanted = np.stack(vectors, axis=1).astype(np.float64), sample.astype(np.float64)
+    matrix = np.stack(columns, axis=1)
     weights, *_ = np.linalg.lstsq(matrix, wanted)
     unexplained = np.square(wanted - matrix @ weights).sum()
     return bool(unexplained <= tolerance * np.square(wanted).sum())
