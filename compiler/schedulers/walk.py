@@ -75,6 +75,8 @@ def make_step(
         The output of diffusers.
     """
     options: dict[str, Any] = {}
+    if "eta" in _parameters(type(fresh).__name__):
+        options["eta"] = 0.0  # what pipelines pass unless they are asked for more; the default of TCD is 0.3
     if takes_noise(fresh):
         options["variance_noise"] = noise
     elif "generator" in _parameters(type(fresh).__name__):

@@ -34,9 +34,11 @@ PUBLIC = sorted(
 """Every public method and property of a UNet, but for those of torch."""
 
 TORCH = {
+    "apply": lambda unet: unet.apply(lambda module: None),
     "load_state_dict": lambda unet: unet.load_state_dict({}),
+    "state_dict": lambda unet: unet.state_dict(),
 }
-"""Methods of torch that would change weights without an effect."""
+"""Methods of torch that would change or show layers without an effect."""
 
 
 @pytest.fixture

@@ -292,7 +292,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
 
 for _name in HARMLESS:
     setattr(BundleUNet, _name, does_nothing(_name))
-for _name in {*refused_names(_KEPT), "load_state_dict"}:
+for _name in {*refused_names(_KEPT), "apply", "load_state_dict", "state_dict"}:
     setattr(BundleUNet, _name, Refused(_name))
 
 

@@ -84,7 +84,9 @@ _ADVICE: Mapping[str, str] = {
     "from_config": "use unetc.diffusers.load(folder)",
     "save_attn_procs": _BUILD_LORA,
     "save_lora_adapter": _BUILD_LORA,
+    "apply": "change the layers of the original UNet before you build the bundle",
     "load_state_dict": "build a bundle from the other weights",
+    "state_dict": "read the weights file of the bundle",
 }
 
 

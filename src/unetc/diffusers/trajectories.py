@@ -6,9 +6,9 @@ cancelled. A call continues an earlier one with one of two proofs:
 
 - Its samples are a linear combination of earlier samples and predictions, up to rounding, and not just a multiple of
   one of them. Deterministic schedulers make such samples, also from a prediction that they clip to -1..1.
-- Noise was added, and its timestep is the next element of the tensor that holds the earlier timestep. A scheduler makes
-  a new tensor of timesteps for every run. No other call may have had the earlier element and the same conditions, and
-  an earlier step of the run must have added noise too: a loop may use one tensor for two runs.
+- Its timestep is the next element of the tensor that holds the earlier timestep, no other call has had the earlier
+  element and the same conditions, and the rest that such a combination leaves has the size of the noise that a
+  stochastic scheduler adds between the two noise levels. A scheduler makes a new tensor of timesteps for every run.
 
 A call without proof begins a new trajectory, which reuses nothing.
 """
@@ -46,6 +46,12 @@ _ROUNDING_OTHERS = 1e-6
 
 _SAME = 16.0
 """Unexplained share of a sample that is a multiple of another one, in squares of the type's rounding error."""
+
+_MOST_NOISE = 0.9
+"""Unexplained share above which a sample could be any other one."""
+
+_NOISE_MARGIN = 0.15
+"""Accepted deviation of the variance of noise from that of a scheduler, relative; few elements make it vary."""
 
 _ELEMENTS = 4096
 """Elements of a sample that a proof looks at, about."""
@@ -112,8 +118,6 @@ class Trajectory:
     last: Call
     shared: bool = False
     """Whether another trajectory of the run has the same timesteps and conditions."""
-    noisy: bool = False
-    """Whether the run has added noise to its samples."""
     nodes: deque[_Node] = field(default_factory=lambda: deque(maxlen=_HISTORY))
 
 
@@ -145,36 +149,36 @@ class Trajectories:
             if one.last.conditions == call.conditions and one.last.sample.shape == call.sample.shape
         ]
         candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
-        for one in candidates:
-            if _follows(call, one):
+        rests = [_rest(call, one) for one in candidates]
+        tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
+        for one, rest in zip(candidates, rests, strict=True):
+            if rest is not None and max(rest) <= tolerance:
                 return self._continue(one, call)
-        shared = noisy = False
+        shared = False
         if call.place is not None:
             run = [one for one in alike if one.last.place is not None and one.last.place.run == call.place.run]
             shared = any(one.shared or _place(one) == call.place.index for one in run)
             for one in run:
                 one.shared = shared
-            before = [one for one in candidates if _place(one) == call.place.index - 1]
-            if len(before) == 1 and not shared:
-                if before[0].noisy:
-                    return self._continue(before[0], call)
-                noisy = len(before[0].nodes) == 1  # nothing is known of the run yet: it may be another one
-                candidates = []
+            before = [pair for pair in zip(candidates, rests, strict=True) if _place(pair[0]) == call.place.index - 1]
+            for one, rest in () if shared else before:
+                if rest is not None and _is_noise(rest, call, one):
+                    return self._continue(one, call)
         if candidates and self._reuses and not self._warned:
             self._warned = True
-            reason = (
-                "several calls have the same timestep and the same conditions (tiles?)"
-                if shared
-                else "its timestep is not an element of the scheduler's timesteps"
-            )
+            reason = "its timestep is not an element of the scheduler's timesteps"
+            if call.place is not None:
+                reason = "its samples are not what a scheduler makes of earlier ones"
+            if shared:
+                reason = "several calls have the same timestep and the same conditions (tiles?)"
             logger.warning(
-                "the call at timestep %g may continue more than one trajectory: %s, and its samples are no "
-                "combination of earlier ones. Nothing is reused in such calls, so they save less time. The images stay "
-                "right. To save more, pass elements of scheduler.timesteps, or use one drop-in for each trajectory.",
+                "nothing proves which trajectory the call at timestep %g continues: %s. Nothing is reused in such "
+                "calls, so they save less time. The images stay right. To save more, pass elements of "
+                "scheduler.timesteps, or use one drop-in for each trajectory.",
                 call.timestep,
                 reason,
             )
-        new = Trajectory(rollout=self._begin(), last=call, shared=shared, noisy=noisy)
+        new = Trajectory(rollout=self._begin(), last=call, shared=shared)
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
             self._live.remove(lone[-1] if lone else self._live[-1])
@@ -223,17 +227,19 @@ def _of_other_runs(trajectory: Trajectory, call: Call) -> bool:
     return place is not None and call.place is not None and place.run != call.place.run
 
 
-def _follows(call: Call, trajectory: Trajectory) -> bool:
-    """Check whether samples are a linear combination of a trajectory's samples and predictions, up to rounding.
+def _rest(call: Call, trajectory: Trajectory) -> list[float] | None:
+    """Compute the share of every sample's energy that a trajectory's samples and predictions leave unexplained.
 
     Guidance combines predictions for equal samples, so a row's vectors include the predictions of its equals.
+
+    Returns:
+        A share for each distinct row, 0 to 1; None if nothing can be said.
     """
     if not trajectory.nodes or len(trajectory.nodes[-1].sample) != len(call.sample):
-        return False
+        return None
     rows = len(call.sample)
     blocks = max(count for count in (1, 2, 3) if rows % count == 0 and _repeats(call.sample, count))
-    distinct = rows // blocks
-    tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
+    distinct, shares = rows // blocks, []
     for row in range(distinct):
         samples = [node.sample[row] for node in trajectory.nodes]
         *earlier, newest = (
@@ -242,12 +248,34 @@ def _follows(call: Call, trajectory: Trajectory) -> bool:
         )
         if blocks == 1:
             newest += _clipped(samples[-1], newest[-1], trajectory.nodes[-1].log_snr)
-        wanted, vectors = call.sample[row], [*samples, *itertools.chain(*earlier), *newest]
+        wanted = call.sample[row]
         # A multiple of one earlier sample is another run from the same noise, at a lower timestep.
-        again = any(_is_combination(wanted, [sample], _SAME * torch.finfo(call.dtype).eps ** 2) for sample in samples)
-        if again or not _is_combination(wanted, vectors, tolerance):
-            return False
-    return True
+        if any(_unexplained(wanted, [one]) <= _SAME * torch.finfo(call.dtype).eps ** 2 for one in samples):
+            return None
+        shares.append(_unexplained(wanted, [*samples, *itertools.chain(*earlier), *newest]))
+    return shares
+
+
+def _is_noise(rest: list[float], call: Call, trajectory: Trajectory) -> bool:
+    """Check whether the unexplained shares are those of the noise that a stochastic scheduler adds.
+
+    Ancestral steps, SDE steps and DDPM add the variance of the posterior. DDPM with a large variance adds more, and LCM
+    draws all noise anew. Where nearly everything is noise, nothing can be told.
+
+    Source:
+        Ho et al. 2020, arXiv:2006.11239, section 3.2, for both variances of DDPM.
+    """
+    before, after = trajectory.last.log_snr, call.log_snr
+    if after <= before:
+        return False
+    signal_before, signal = (1 / (1 + math.exp(-level)) for level in (before, after))
+    added = 1 - signal_before / signal
+    variances = (1 - signal) / (1 - signal_before) * added, added, 1 - signal
+    energies = [float(np.square(sample, dtype=np.float64).mean()) for sample in call.sample[: len(rest)]]
+    return all(
+        share <= _MOST_NOISE and any(abs(share * energy / variance - 1) <= _NOISE_MARGIN for variance in variances)
+        for share, energy in zip(rest, energies, strict=True)
+    )
 
 
 def _clipped(sample: Array, prediction: Array, log_snr: float) -> list[Array]:
@@ -264,13 +292,13 @@ def _repeats(sample: Array, count: int) -> bool:
     return all(np.array_equal(first, other) for other in others)
 
 
-def _is_combination(sample: Array, vectors: list[Array], tolerance: float) -> bool:
-    """Check whether an array is a linear combination of others of its shape, up to a share of its energy."""
+def _unexplained(sample: Array, vectors: list[Array]) -> float:
+    """Compute the share of an array's energy that no linear combination of others of its shape explains."""
     stride = max(1, sample.size // _ELEMENTS)  # as good a proof as all elements, and quick on large samples
     wanted, *columns = (array.ravel()[::stride].astype(np.float64) for array in (sample, *vectors))
     if len(wanted) < _ELEMENTS_PER_VECTOR * len(columns):
-        return False
+        return 1.0
     matrix = np.stack(columns, axis=1)
     weights, *_ = np.linalg.lstsq(matrix, wanted)
-    unexplained = np.square(wanted - matrix @ weights).sum()
-    return bool(unexplained <= tolerance * np.square(wanted).sum())
+    freedom = 1 - len(columns) / len(wanted)  # vectors explain a part of any noise by chance
+    return float(np.square(wanted - matrix @ weights).sum() / (np.square(wanted).sum() or 1.0) / freedom)

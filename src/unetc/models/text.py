@@ -61,7 +61,13 @@ def encode_prompts(
     guided = guidance_scale > 1 and TIMESTEP_COND not in widths
     with torch.no_grad():
         encode = _two_encoders if kind.two_encoders else _one_encoder
-        own, negative = encode(pipeline, list(prompts), guided)
+        try:
+            own, negative = encode(pipeline, list(prompts), guided)
+        except (IndexError, OverflowError) as error:
+            raise ModelError(
+                f"the tokenizer does not fit the text encoder: {error}. Check that model_max_length is in "
+                "tokenizer_config.json, and that both are of the same model."
+            ) from error
         if TIME_IDS in widths:
             scored = widths[TIME_IDS] == AESTHETIC_NUMBERS
             for values, score in ((own, AESTHETIC_SCORE), (negative, NEGATIVE_AESTHETIC_SCORE)):

@@ -44,6 +44,8 @@ def by_diffusers(scheduler: Any, steps: int, **begin: Any) -> list[NDArray[Any]]
         options: dict[str, Any] = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = torch.Generator().manual_seed(call + 10)
+        if "eta" in inspect.signature(scheduler.step).parameters:
+            options["eta"] = 0.0  # as pipelines pass it
         sample = scheduler.step(prediction, timestep, sample, **options).prev_sample
         samples.append(sample.numpy())
     return samples
