@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers as untyped_diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,20 @@ def test_inputs_that_do_not_fit_are_named_with_their_shapes(  # D5
     with pytest.raises(ShapeMismatch) as caught:
         call(unet, **changes)
     assert all(word in str(caught.value) for word in words_), caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample": torch.zeros(1, 4, 8, 8, dtype=torch.int32)}, "the sample is a tensor of torch.int32"),
+        ({"sample": np.zeros((1, 4, 8, 8), np.float32)}, "the sample is of class ndarray"),
+        ({"timestep": None}, "the timestep is of class NoneType"),
+        ({"timestep": "late"}, "the timestep is of class str"),
+    ],
+)
+def test_values_of_other_kinds_are_refused(unet: BundleUNet, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SessionError, match=message):
+        call(unet, **changes)
 
 
 @pytest.mark.parametrize("timestep", [-0.25, 1000.5, float("nan")])

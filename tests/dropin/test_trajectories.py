@@ -75,7 +75,9 @@ def test_sequential_guidance_follows_two_trajectories(  # B1
 
 
 @pytest.mark.parametrize("numbers", [False, True], ids=["elements", "numbers"])
-def test_tiles_keep_their_own_branches(shared: Path, fresh: BundleUNet, engines: Engines, numbers: bool) -> None:  # B1
+def test_tiles_keep_their_own_branches(  # B1
+    shared: Path, fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture, numbers: bool
+) -> None:
     """Two tiles share the timesteps and the prompt; the samples prove which is which."""
     timing, tiles, prompt = begin("DDIMScheduler"), [noise(0), noise(1)], words(0)
     for timestep in timing.timesteps:
@@ -87,6 +89,7 @@ def test_tiles_keep_their_own_branches(shared: Path, fresh: BundleUNet, engines:
     assert engines.take() == [engine for engine in ALTERNATING for _ in range(2)]
     for seed, tile in enumerate(tiles):
         assert_equal(tile, alone(shared, noise(seed), prompt)[-1])
+    assert not caplog.records
 
 
 def test_tiles_with_noise_reuse_nothing_and_say_so_once(
@@ -179,6 +182,19 @@ def test_clipped_predictions_are_a_proof_too(shared: Path, engines: Engines) -> 
             predicted = unet(sample, timestep.item()).sample
         sample = timing.step(predicted, timestep, sample).prev_sample
     assert engines.take() == ALTERNATING
+
+
+def test_too_many_trajectories_are_said_once(
+    fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    timing, samples = begin("DDIMScheduler"), [noise(0)] * (LIVE + 1)
+    with caplog.at_level(logging.WARNING, "unetc"), torch.no_grad():
+        for timestep in timing.timesteps:
+            for prompt, sample in enumerate(samples):
+                predicted = fresh(sample, timestep, words(prompt)).sample
+                samples[prompt] = timing.step(predicted, timestep, sample).prev_sample
+    assert set(engines.take()) == {0}
+    assert [f"more than {LIVE} trajectories" in record.message for record in caplog.records] == [True]
 
 
 def test_noise_and_timesteps_as_numbers_reuse_nothing(

@@ -20,6 +20,8 @@ from unetc.compiler.search.repair import RepairOptions
 from unetc.models.find import find_model
 from unetc.runtime.session import Session, load
 
+pytestmark = pytest.mark.nightly
+
 diffusers: Any = untyped_diffusers
 
 STEPS = 4

@@ -167,6 +167,8 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         given.pop("self")
         as_object = given.pop("return_dict", True)
         sample, timestep = given.pop("sample"), given.pop("timestep")
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            raise SessionError(f"the sample is {_kind(sample)}. Expected a torch tensor of real numbers.")
         _refuse_gradient(sample, given)
         own, conditions = self._calls.of_unet_call(sample, _harmless_removed(given))
         arrays = self._calls.read({name: _to_array(value) for name, value in conditions.items()})
@@ -347,10 +349,17 @@ def _refuse_gradient(sample: Tensor, arguments: Mapping[str, Any]) -> None:
 
 
 def _one_of(timestep: Tensor | float) -> float:
-    values = {float(value) for value in torch.as_tensor(timestep).flatten()}
+    try:
+        values = {float(value) for value in torch.as_tensor(timestep).flatten()}
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SessionError(f"the timestep is {_kind(timestep)}. Expected a number, or a tensor of numbers.") from error
     if len(values) != 1:
         raise SessionError(f"one call has the timesteps {sorted(values)}. Expected one timestep for all samples.")
     return values.pop()
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of class {type(value).__name__}"
 
 
 def _to_array(tensor: Tensor) -> NDArray[Any]:

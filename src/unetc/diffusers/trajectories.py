@@ -164,24 +164,20 @@ class Trajectories:
             for one, rest in () if shared else before:
                 if rest is not None and _is_noise(rest, call, one):
                     return self._continue(one, call)
-        if candidates and self._reuses and not self._warned:
-            self._warned = True
+        if self._reuses and any(call.timestep < one.last.timestep for one in candidates):
             reason = "its timestep is not an element of the scheduler's timesteps"
             if call.place is not None:
                 reason = "its samples are not what a scheduler makes of earlier ones"
             if shared:
                 reason = "several calls have the same timestep and the same conditions (tiles?)"
-            logger.warning(
-                "nothing proves which trajectory the call at timestep %g continues: %s. Nothing is reused in such "
-                "calls, so they save less time. The images stay right. To save more, pass elements of "
-                "scheduler.timesteps, or use one drop-in for each trajectory.",
-                call.timestep,
-                reason,
-            )
+            self._warn(f"nothing proves which trajectory the call at timestep {call.timestep:g} continues: {reason}")
         new = Trajectory(rollout=self._begin(), last=call, shared=shared)
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
-            self._live.remove(lone[-1] if lone else self._live[-1])
+            ended = lone[-1] if lone else self._live[-1]
+            self._live.remove(ended)
+            if self._reuses and _same_run(ended, call):
+                self._warn(f"more than {LIVE} trajectories take turns, so the oldest lose their branches")
         self._live.insert(0, new)
         return new
 
@@ -202,6 +198,16 @@ class Trajectories:
         """Forget a trajectory whose last call failed."""
         self._live = [one for one in self._live if one is not trajectory]
 
+    def _warn(self, problem: str) -> None:
+        """Warn once that time is lost."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s. Nothing is reused in such calls, so they save less time. The images stay right. To save more, "
+                "pass elements of scheduler.timesteps, or use one drop-in for each trajectory.",
+                problem,
+            )
+
     def _continue(self, trajectory: Trajectory, call: Call) -> Trajectory:
         trajectory.last = call
         self._live.remove(trajectory)
@@ -219,6 +225,11 @@ def hash_of(conditions: Mapping[str, NDArray[Any]]) -> bytes:
 
 def _place(trajectory: Trajectory) -> int | None:
     return None if trajectory.last.place is None else trajectory.last.place.index
+
+
+def _same_run(trajectory: Trajectory, call: Call) -> bool:
+    place = trajectory.last.place
+    return place is not None and call.place is not None and place.run == call.place.run
 
 
 def _of_other_runs(trajectory: Trajectory, call: Call) -> bool:
