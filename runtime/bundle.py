@@ -17,7 +17,7 @@ from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
 from unetc.call import CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.controlnet import controlnet_inputs
+from unetc.controlnet import ControlNetInput, controlnet_inputs
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerTables
@@ -65,8 +65,9 @@ class Bundle:
     def calls(self) -> CallSignature:
         """The calls that the engines take."""
         manifest = self.manifest
-        controlnet = controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
-        return CallSignature(inputs=manifest.inputs, controlnet=controlnet, sizes=manifest.sample_sizes)
+        return CallSignature(
+            inputs=manifest.inputs, controlnet=_controlnet_inputs(manifest), sizes=manifest.sample_sizes
+        )
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -119,10 +120,14 @@ def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions
     return Conditions.from_arrays(
         arrays,
         scale,
-        controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else (),
+        _controlnet_inputs(manifest),
         middle_scale=manifest.conditioning.image_guidance_scale,
         size=manifest.conditioning.size,
     )
+
+
+def _controlnet_inputs(manifest: Manifest) -> tuple[ControlNetInput, ...]:
+    return controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
 
 
 def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:

@@ -34,7 +34,7 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
     Raises:
         ModelError: If a step looks further back than a table can.
     """
-    calls = len(answers.input_scale)
+    calls, several = len(answers.input_scale), calls_of(begun, steps) != steps
     noise = answers.noise_coefficient
     sample_weights = _clean(answers.next_samples[:, :calls] / SMALL, noise[:, None])
     prediction_weights = _clean(answers.next_samples[:, calls:-2] / SMALL, noise[:, None])
@@ -43,7 +43,7 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
 
     samples, predictions = _by_lag(sample_weights), _by_lag(prediction_weights)
     window = needed_window(samples, predictions)
-    if window > _LONG and not noise.any() and calls_of(begun, steps) == steps:
+    if window > _LONG and not noise.any() and not several:
         # an inner state depends on the whole past, but may follow from few samples
         samples, predictions = recurrence(begun)
         window = needed_window(samples, predictions)
@@ -54,7 +54,6 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
     samples[:, 0] = _clean(samples[:, 0] - path.weight * path.sample, samples[:, 0])
     predictions[:, 0] = _clean(predictions[:, 0] - path.weight * path.prediction, predictions[:, 0])
     weight, low, high = _variance(noise, None if widest is None else widest.noise_coefficient)
-    several = calls_of(begun, steps) != steps
     levels = log_snr(begun)
     return SchedulerTable(
         asked=steps if several else None,

@@ -132,7 +132,7 @@ class CallSignature:
         if self.sizes is not None and (problem := self.sizes.problem(height, width)):
             raise ShapeMismatch(problem)
         controlnet = {one.name: one for one in self.controlnet}
-        missing = [item.describe_named() for item in map(_Named, self.conditions) if item.name not in conditions]
+        missing = [f"{item.name} {item.describe()}" for item in self.conditions if item.name not in conditions]
         if missing:
             raise ShapeMismatch(
                 f"the model needs {' and '.join(missing)}, but the call has "
@@ -243,20 +243,6 @@ class CallSignature:
         if name.startswith(PREFIX):
             return f"the model has no input {name}. Build the bundle with --controlnet, for this ControlNet."
         return f"the model has no input {name}; it takes {takes}. Omit {name}, or use the model that it belongs to."
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """An input as error messages show it."""
-
-    item: CallInput
-
-    @property
-    def name(self) -> str:
-        return self.item.name
-
-    def describe_named(self) -> str:
-        return f"{self.item.name} {self.item.describe()}"
 
 
 def _check_shape(item: CallInput, shape: tuple[int, ...], batch: int | None, known: dict[str, int]) -> None:

@@ -120,15 +120,11 @@ class Conditions:
         if self.size is None or self.size == (height, width):
             return self
 
-        def adapt(values: Values) -> Values:
-            times = np.array(values[TIME_IDS])
+        def follow(times: NDArray[Any]) -> None:
             for columns in (_OWN_SIZE, _TARGET_SIZE) if times.shape[1] == SIZE_NUMBERS else (_OWN_SIZE,):
                 times[:, columns] = height, width
-            return {**values, TIME_IDS: times}
 
-        sides = {"own": self.own, "negative": self.negative, "middle": self.middle}
-        adapted: dict[str, Any] = {name: adapt(values) for name, values in sides.items() if TIME_IDS in values}
-        return replace(self, size=(height, width), **adapted)
+        return replace(self._with_times(follow), size=(height, width))
 
     def with_sizes(
         self, original: tuple[int, int], crop: tuple[int, int] = (0, 0), target: tuple[int, int] | None = None
@@ -141,16 +137,23 @@ class Conditions:
             target: Target height and width in pixels; the original ones when not given. SDXL's refiner has none.
         """
 
-        def changed(values: Values) -> Values:
-            times = np.array(values[TIME_IDS])
+        def choose(times: NDArray[Any]) -> None:
             times[:, :4] = *original, *crop
             if times.shape[1] == SIZE_NUMBERS:
                 times[:, _TARGET_SIZE] = target or original
+
+        return replace(self._with_times(choose), size=None)
+
+    def _with_times(self, change: Callable[[NDArray[Any]], None]) -> Conditions:
+        """Change a copy of SDXL's `time_ids` in all kinds of conditions that have them."""
+
+        def changed(values: Values) -> Values:
+            if TIME_IDS not in values:
+                return values
+            change(times := np.array(values[TIME_IDS]))
             return {**values, TIME_IDS: times}
 
-        sides = {"own": self.own, "negative": self.negative, "middle": self.middle}
-        new: dict[str, Any] = {name: changed(values) for name, values in sides.items() if TIME_IDS in values}
-        return replace(self, size=None, **new)
+        return replace(self, own=changed(self.own), negative=changed(self.negative), middle=changed(self.middle))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         """Change every value."""

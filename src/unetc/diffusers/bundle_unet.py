@@ -29,7 +29,7 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, backend_for
 
 from .refusals import HARMLESS, SAME_PROCESSORS, Refused, does_nothing, refusal, refused_names
-from .trajectories import Call, Place, Trajectories, hash_of
+from .trajectories import Call, Place, Trajectories
 
 _KEPT = frozenset(
     {
@@ -176,13 +176,14 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         arrays = self._calls.fill(arrays, len(array))
         self._calls.check(array, arrays)
         value = _one_of(timestep)
+        constant = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
         call = Call(
             sample=array,
             dtype=sample.dtype,
             timestep=value,
             log_snr=self._session.scheduler.log_snr_at(value),
             place=Place.of(timestep),
-            conditions=hash_of({name: value for name, value in arrays.items() if not name.startswith(PREFIX)}),
+            conditions=Conditions(own=constant).sha256(),
         )
         with self._lock:
             predicted = self._predict(call, arrays)

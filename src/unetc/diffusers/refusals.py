@@ -10,6 +10,8 @@ from torch import nn
 
 from unetc.errors import SessionError
 
+_KINDS = UNet2DConditionModel, UNet2DModel, ModelMixin
+
 HARMLESS = frozenset(
     {
         "compile_repeated_blocks",
@@ -108,18 +110,14 @@ def refused_names(kept: frozenset[str]) -> frozenset[str]:
     Args:
         kept: Names that work.
     """
-    names = {name for kind in (UNet2DConditionModel, UNet2DModel, ModelMixin) for name in dir(kind)}
-    public = {name for name in names - set(dir(nn.Module)) if not name.startswith("_")}
-    return frozenset({name for name in public if _acts(name)} - kept - HARMLESS)
+    names = {name for kind in _KINDS for name in dir(kind)} - set(dir(nn.Module)) - kept - HARMLESS
+    return frozenset(name for name in names if not name.startswith("_") and _acts(name))
 
 
 def _acts(name: str) -> bool:
     """Check whether a name of a UNet is a method or a property, not a constant of the class."""
-    for kind in (UNet2DConditionModel, UNet2DModel, ModelMixin):
-        value = getattr(kind, name, None)
-        if callable(value) or isinstance(value, property):
-            return True
-    return False
+    values = [getattr(kind, name, None) for kind in _KINDS]
+    return any(callable(value) or isinstance(value, property) for value in values)
 
 
 class Refused:

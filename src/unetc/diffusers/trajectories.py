@@ -15,18 +15,16 @@ A call without proof begins a new trajectory, which reuses nothing.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unetc.device import Array
@@ -92,7 +90,7 @@ class Call:
     timestep: float
     log_snr: float
     place: Place | None
-    conditions: bytes
+    conditions: str
     """Hash of the conditions, without ControlNet inputs: those change from step to step."""
 
 
@@ -149,14 +147,14 @@ class Trajectories:
             if one.last.conditions == call.conditions and one.last.sample.shape == call.sample.shape
         ]
         candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
-        rests = [_rest(call, one) for one in candidates]
-        tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
-        for one, rest in zip(candidates, rests, strict=True):
+        tolerance, rests = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS), []
+        for one in candidates:
+            rests.append(rest := _rest(call, one))
             if rest is not None and max(rest) <= tolerance:
                 return self._continue(one, call)
         shared = False
         if call.place is not None:
-            run = [one for one in alike if one.last.place is not None and one.last.place.run == call.place.run]
+            run = [one for one in alike if _same_run(one, call)]
             shared = any(one.shared or _place(one) == call.place.index for one in run)
             for one in run:
                 one.shared = shared
@@ -213,14 +211,6 @@ class Trajectories:
         self._live.remove(trajectory)
         self._live.insert(0, trajectory)
         return trajectory
-
-
-def hash_of(conditions: Mapping[str, NDArray[Any]]) -> bytes:
-    """Hash the conditions of a call."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(conditions.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.digest()
 
 
 def _place(trajectory: Trajectory) -> int | None:
