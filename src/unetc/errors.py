@@ -65,3 +65,8 @@ class ShapeMismatch(SessionError, ValueError):
 
 class MissingDependency(UnetcError, ImportError):
     """An optional library is not installed; the message names the extra that installs it."""
+
+
+def brief(error: Exception) -> str:
+    """Shorten the message of a library to one line of at most 300 characters."""
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

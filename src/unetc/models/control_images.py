@@ -26,6 +26,10 @@ from unetc.controlnet import controlnet_inputs
 from unetc.device import Array
 from unetc.errors import ModelError
 
+from .folder import CONFIG, hash_file, read_json
+from .images import image_files
+from .loading import load_model
+
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _CLASS = "ControlNetModel"
 _ADDED = ("text_embeds", "time_ids")
@@ -52,7 +56,7 @@ class ControlSource:
         Raises:
             ModelError: If the ControlNet cannot be read or does not fit the UNet, or there are no images.
         """
-        config = self._config()
+        config = read_json(self.model / CONFIG, f"the folder of a diffusers {_CLASS}")
         if config.get("_class_name") != _CLASS:
             raise ModelError(
                 f"{self.model} is a {config.get('_class_name')}; control images are measured with a {_CLASS}."
@@ -79,8 +83,7 @@ class ControlSource:
         images = self._read_images(size)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for path in weights:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(hash_file(path))
         return ControlImages(
             folder=self.model,
             images=images,
@@ -92,28 +95,12 @@ class ControlSource:
             ),
         )
 
-    def _config(self) -> dict[str, Any]:
-        path = self.model / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"cannot read {path}: {error}. Expected the folder of a diffusers {_CLASS}.") from error
-        if not isinstance(config, dict):
-            raise ModelError(f"{path} does not hold a JSON object. Expected the folder of a diffusers {_CLASS}.")
-        return config
-
     def _read_images(self, size: tuple[int, int]) -> tuple[Array, ...]:
         from PIL import Image
 
-        try:
-            paths = sorted(path for path in self.images.iterdir() if path.suffix.lower() in SUFFIXES)
-        except OSError as error:
-            raise ModelError(f"cannot read {self.images}: {error.strerror}. Expected a folder of images.") from error
-        if not paths:
-            raise ModelError(f"{self.images} has no images. Expected files that end in {', '.join(SUFFIXES)}.")
         height, width = size
         images = []
-        for path in paths:
+        for path in image_files(self.images, SUFFIXES):
             try:
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
@@ -160,19 +147,4 @@ class ControlImages:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path) -> Any:
-    """Load a ControlNet in float32."""
-    from diffusers import ControlNetModel
-
-    try:
-        model, report = ControlNetModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except Exception as error:  # diffusers raises many unrelated classes
-        message = " ".join(str(error).split())[:300].rstrip(".")
-        raise ModelError(f"cannot load the ControlNet {folder}: {message}.") from error
-    if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-        raise ModelError(
-            f"cannot load the ControlNet {folder}: its weights do not fit its configuration. {strangers[0]!r} is in "
-            "only one of them."
-        )
-    return model.float().eval().requires_grad_(False)
+    return load_model(_CLASS, folder, f"cannot load the ControlNet {folder}", config=f"{folder / CONFIG}")

@@ -7,7 +7,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from unetc.errors import ModelError
+from unetc.errors import ModelError, brief
 
 from .control_images import ControlSource
 from .folder import CONFIG, DIFFUSERS, SCHEDULER_CONFIG, TRANSFORMERS
@@ -15,7 +15,7 @@ from .glide import VARIANTS, find_glide
 from .lora import Lora
 from .model import Model
 from .model_index import MODEL_INDEX, read_model_index
-from .pipeline import brief, open_pipeline
+from .pipeline import open_pipeline
 from .pipelines import TEXT_PIPELINES
 from .prompts import PROMPTS
 

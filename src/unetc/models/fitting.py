@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from unetc.errors import ModelError
+from unetc.errors import ModelError, brief
 
 from .folder import CONFIG, DIFFUSERS, Part
 
@@ -94,5 +94,6 @@ def _made(name: str, part: Part, make: Any) -> Any:
     try:
         return make()
     except Exception as error:  # diffusers and transformers raise many unrelated classes
-        reason = (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
-        raise ModelError(f"cannot load the {part.name} of {name}: {reason}. Check {part.name}/{CONFIG}.") from error
+        raise ModelError(
+            f"cannot load the {part.name} of {name}: {brief(error)}. Check {part.name}/{CONFIG}."
+        ) from error

@@ -95,8 +95,12 @@ class Part:
         return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, expected: str = "a diffusers pipeline folder") -> dict[str, Any]:
     """Read a JSON object of a pipeline folder.
+
+    Args:
+        path: The file.
+        expected: Kind of folder that the file belongs to, for messages.
 
     Raises:
         ModelError: If the file cannot be read, or holds anything but an object.
@@ -104,9 +108,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}. Expected a diffusers pipeline folder.") from error
+        raise ModelError(f"cannot read {path}: {error}. Expected {expected}.") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object. Expected a diffusers pipeline folder.")
+        raise ModelError(f"{path} does not hold a JSON object. Expected {expected}.")
     return value
 
 

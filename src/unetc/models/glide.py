@@ -26,6 +26,8 @@ from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 
+from .prompts import cut_note
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -298,7 +300,7 @@ def cut_prompts(texts: Sequence[str], length: int) -> tuple[str, ...]:
     encoder = _tokenizer()
     found = {text: encoder.encode(text) for text in texts}
     return tuple(
-        f"the prompt {text[:40]!r}… is cut at {length} tokens; lost: {encoder.decode(tokens[length:])!r}. Shorten it"
+        cut_note(text, length, encoder.decode(tokens[length:]))
         for text, tokens in found.items()
         if len(tokens) > length
     )

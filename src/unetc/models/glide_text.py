@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unetc.errors import ModelError
+from unetc.errors import ModelError, brief
 
 PARTS = ("token_embedding", "positional_embedding", "padding_embedding", "transformer", "final_ln", "transformer_proj")
 """First parts of the transformer's weight names."""
@@ -105,6 +105,5 @@ def text_transformer(weights: Mapping[str, Tensor], heads: int) -> TextTransform
         )
         model.load_state_dict(dict(weights))
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the checkpoint has no text transformer of GLIDE: {reason}.") from error
+        raise ModelError(f"the checkpoint has no text transformer of GLIDE: {brief(error)}.") from error
     return model.float().eval().requires_grad_(False)

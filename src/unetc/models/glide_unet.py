@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from unetc.errors import ModelError
+from unetc.errors import ModelError, brief
 
 
 def load_unet(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
@@ -28,5 +28,5 @@ def load_unet(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Mo
     try:
         unet.load_state_dict(dict(weights))
     except RuntimeError as error:
-        raise ModelError(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}.") from error
+        raise ModelError(f"the checkpoint does not fit: {brief(error)}.") from error
     return unet.float().eval().requires_grad_(False)

@@ -73,13 +73,22 @@ class Images:
 
     def _files(self) -> list[Path]:
         assert self.folder is not None
-        try:
-            files = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        except OSError as error:
-            raise ModelError(f"cannot read {self.folder}: {error.strerror}. Expected a folder of images.") from error
-        if not files:
-            raise ModelError(f"{self.folder} has no images. Expected files that end with {', '.join(SUFFIXES)}.")
-        return files
+        return image_files(self.folder)
+
+
+def image_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """List the images in a folder, sorted by name.
+
+    Raises:
+        ModelError: If the folder cannot be read, or has no images.
+    """
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}. Expected a folder of images.") from error
+    if not files:
+        raise ModelError(f"{folder} has no images. Expected files that end with {', '.join(suffixes)}.")
+    return files
 
 
 def draw_image(seed: int, index: int, height: int, width: int) -> NDArray[np.float32]:

@@ -51,6 +51,7 @@ from .folder import (
     view,
 )
 from .images import Images
+from .loading import load_model
 from .lora import Lora
 from .lora_file import check_loras
 from .lora_names import PARTS
@@ -136,8 +137,7 @@ class PipelineModel:
             return UNCONDITIONAL
         from .text import encode_prompts, load_text_encoders
 
-        _, height, width = self.sample_shape
-        size = height * self.decoder_scale, width * self.decoder_scale
+        size = self.image_size
         parts = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
         with view(parts, self.text_files) as folder:
             try:
@@ -180,14 +180,18 @@ class PipelineModel:
         Raises:
             ModelError: If the ControlNet does not fit the model, or there are no images.
         """
-        _, height, width = self.sample_shape
-        size = height * self.decoder_scale, width * self.decoder_scale
-        return replace(self, control=source.open(self.denoiser_config, size))
+        return replace(self, control=source.open(self.denoiser_config, self.image_size))
 
     @property
     def decoder_scale(self) -> int:
         """Image pixels per sample pixel, along each side; 1 if samples are images."""
         return 1 if self.latents is None else self.latents.pixels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels, for samples of the trained shape."""
+        _, height, width = self.sample_shape
+        return height * self.decoder_scale, width * self.decoder_scale
 
     def load_decoder(self) -> LatentDecoder | None:
         """Load the decoder from samples to images, [batch, 3, height, width] in -1 to 1; None if samples are images.
@@ -215,30 +219,15 @@ class PipelineModel:
         return denoiser
 
     def _load(self, name: str) -> nn.Module:
-        import diffusers
-        from diffusers.utils import logging as library_logging
-
-        library_logging.set_verbosity_error()
         part = self.parts[name]
-        what = f"cannot load the {name} of {self.reference.name}"
-        model: nn.Module
         with view([part], {}) as folder:
-            try:
-                model, report = getattr(diffusers, part.kind).from_pretrained(
-                    folder / name,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    low_cpu_mem_usage=False,
-                    output_loading_info=True,
-                )
-            except Exception as error:  # diffusers raises many unrelated classes
-                raise ModelError(f"{what}: {brief(error).replace(str(folder), str(self.folder))}.") from error
-        if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-            raise ModelError(
-                f"{what}: its weights do not fit its configuration. {strangers[0]!r} is in only one of them. "
-                f"Check that {name}/{CONFIG} belongs to the weights."
+            return load_model(
+                part.kind,
+                folder / name,
+                f"cannot load the {name} of {self.reference.name}",
+                config=f"{name}/{CONFIG}",
+                shown=self.folder,
             )
-        return model.float().eval().requires_grad_(False)
 
 
 def open_pipeline(
@@ -457,8 +446,3 @@ def _hash_text(index: ModelIndex, parts: Mapping[str, Part], files: Mapping[str,
             digest.update(name.encode() + hash_file(path))
     digest.update(json.dumps(index.settings.get("force_zeros_for_empty_prompt", True)).encode())
     return digest.hexdigest()
-
-
-def brief(error: Exception) -> str:
-    """Shorten the message of a library to one line of at most 300 characters."""
-    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

@@ -34,6 +34,17 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def cut_note(prompt: str, tokens: int, lost: str) -> str:
+    """Describe a prompt that is longer than a text encoder reads.
+
+    Args:
+        prompt: The prompt.
+        tokens: Number of tokens that are read.
+        lost: The words that are not read.
+    """
+    return f"the prompt {prompt[:40]!r}… is cut at {tokens} tokens; lost: {lost!r}. Shorten it"
+
+
 def read_labels(text: str) -> tuple[int, ...]:
     """Read class labels, as in '0,3,7'.
 

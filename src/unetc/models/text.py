@@ -11,9 +11,10 @@ import numpy as np
 
 from unetc.call import AESTHETIC_NUMBERS, CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions
-from unetc.errors import MissingDependency, ModelError
+from unetc.errors import MissingDependency, ModelError, brief
 
 from .pipelines import PIPELINES, PipelineKind
+from .prompts import cut_note
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """Default scores in diffusers, for a pipeline whose size numbers end with one."""
@@ -119,7 +120,7 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
             folder, use_safetensors=True, local_files_only=True, **dict.fromkeys(others), **_QUIET[kind.__name__]
         )
     except Exception as error:  # diffusers and transformers raise many unrelated classes
-        raise ModelError(f"cannot load the text encoders of {folder}: {' '.join(str(error).split())[:300]}.") from error
+        raise ModelError(f"cannot load the text encoders of {folder}: {brief(error)}.") from error
     for part in loaded.components.values():
         if hasattr(part, "float"):  # weights in half precision would be computed with in half precision
             part.float()
@@ -150,5 +151,5 @@ def _cut_prompts(pipeline: Any, prompts: Sequence[str]) -> tuple[str, ...]:
             tokens = tokenizer(prompt, truncation=False).input_ids
             if len(tokens) > most:
                 lost = " ".join(tokenizer.decode(tokens[most - 1 : -1], skip_special_tokens=True).split())
-                notes[f"the prompt {prompt[:40]!r}… is cut at {most} tokens; lost: {lost!r}. Shorten it"] = None
+                notes[cut_note(prompt, most, lost)] = None
     return tuple(notes)
