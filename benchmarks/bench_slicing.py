@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import SerialisedGraph
-from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.compiler.graph.gate import DOMAIN
 from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.compiler.graph.specialise import specialise

@@ -49,13 +49,14 @@ from gpu_folder import (
 from torch import nn
 
 import unetc
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.manifest import SCHEDULER_ROWS, FileRecord
 from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import Component, ModelReference
 from unetc.backend import WEIGHTS
+from unetc.call import CONTEXT, TIMESTEP
 from unetc.compiler.graph.capture import capture
 from unetc.compiler.graph.denoisers.denoiser import denoiser_of
-from unetc.compiler.graph.denoisers.inputs import CONTEXT, SAMPLE, TIMESTEP
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.lowering import lower_graphs
 from unetc.compiler.graph.specialise import specialise

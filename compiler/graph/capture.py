@@ -11,11 +11,12 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
 from unetc.call import CallSignature
 from unetc.compiler.graph.denoisers.denoiser import Denoiser, denoiser_of
-from unetc.compiler.graph.denoisers.inputs import SAMPLE, Input
+from unetc.compiler.graph.denoisers.inputs import Input
 from unetc.errors import ModelError
 
 from .components import Site, discover

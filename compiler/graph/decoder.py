@@ -7,7 +7,7 @@ import onnx_ir.passes.common as common
 import torch
 from torch.export import Dim
 
-from unetc.compiler.graph.denoisers.inputs import SAMPLE
+from unetc.artifacts.call_input import SAMPLE
 from unetc.errors import CompileError
 from unetc.models.latent_decoder import LatentDecoder
 

@@ -21,11 +21,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import WEIGHTS, SerialisedGraph
-from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import ArtifactError, CompileError
 from unetc.treatments import COMPUTED, HELD
 

@@ -17,9 +17,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.backend import SerialisedGraph
-from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 

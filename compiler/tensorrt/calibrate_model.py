@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.record import MAX_JSON_BYTES, read_bounded, write_atomically
 from unetc.compiler.engines import compile_full
 from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.denoisers.inputs import SAMPLE
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.overflow import LIMIT, overflowing

@@ -16,9 +16,10 @@ import torch
 
 from tests.models import Tiny, relative_error, tiny_of
 from tests.plans import plan_of
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.plan import Phase, Plan
 from unetc.backend import Array
-from unetc.compiler.graph.denoisers.inputs import CONTEXT, SAMPLE, TIMESTEP
+from unetc.call import CONTEXT, TIMESTEP
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.runtime.branch_cache import BranchCache

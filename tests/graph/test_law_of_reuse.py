@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array, Program, SerialisedGraph
+from unetc.call import TIMESTEP
 from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.denoisers.inputs import TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise

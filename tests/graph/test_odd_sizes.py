@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tests import models
 from tests.graph import test_law, test_law_of_reuse
 from tests.models import CONTEXT_WIDTH, Tiny, condition_well, relative_error, tiny_of
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.sizes import SampleSizes
+from unetc.call import CONTEXT, TIMESTEP
 from unetc.compiler.graph.denoisers.denoiser import denoiser_of
-from unetc.compiler.graph.denoisers.inputs import CONTEXT, SAMPLE, TIMESTEP
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.tensorrt.shapes import resolve
 from unetc.controlnet import controlnet_inputs

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from tests.models import condition_well, relative_error
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
+from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
-from unetc.compiler.graph.denoisers.inputs import CONTEXT, POOLED, SAMPLE, TIME_IDS, TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise

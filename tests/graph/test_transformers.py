@@ -19,10 +19,11 @@ from torch import Tensor
 from tests.models import TRANSFORMERS, Tiny, new_denoiser, relative_error
 from tests.plans import plan_of
 from unetc.artifacts import Phase
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
+from unetc.call import TIMESTEP
 from unetc.compiler.graph.capture import GATES, MEANS, capture
-from unetc.compiler.graph.denoisers.inputs import SAMPLE, TIMESTEP
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions

@@ -24,8 +24,10 @@ from tests.loras import (
 )
 from tests.models import relative_error
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
+from unetc.call import CallSignature
 from unetc.compiler.graph.capture import capture
 from unetc.compiler.graph.gate import gate_values
+from unetc.conditions import Conditions
 from unetc.errors import ModelError
 from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
@@ -47,6 +49,12 @@ TEXT_LAYER = "encoder.layers.0.self_attn.q_proj"
 """A layer of the tiny text encoder, [16, 16]."""
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 PROMPTS = ["a red square", "a blue circle"]
+
+
+def encoded_by(pipeline: Any, calls: CallSignature, scale: float) -> Conditions:
+    """Encode the prompts with the text encoders of a pipeline, for images of 32x32 pixels."""
+    kind = PIPELINES[type(pipeline).__name__]
+    return encode_prompts(pipeline, PROMPTS, guidance_scale=scale, size=(32, 32), kind=kind, calls=calls)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +150,7 @@ def test_several_loras_change_prompts_too(folder: Path, path: Path) -> None:
     # two LoRAs, one of them large and subtracted, leave more rounding error than one: 5e-5 measured
     assert relative_error(actual_prediction, expected_prediction) < 20 * TOLERANCE
     assert relative_error(plain_prediction, expected_prediction) > 1000 * TOLERANCE
-    expected = encode_prompts(
-        unfused,
-        PROMPTS,
-        guidance_scale=3.0,
-        size=(32, 32),
-        kind=PIPELINES["StableDiffusionPipeline"],
-        calls=model.calls,
-    )
+    expected = encoded_by(unfused, model.calls, 3.0)
     actual, plain = model.encode(PROMPTS, 3.0), find_model(str(folder)).encode(PROMPTS, 3.0)
     assert expected.guided
     for kind in ("own", "negative"):
@@ -170,14 +171,7 @@ def test_both_text_encoders_of_sdxl_are_changed(tmp_path: Path) -> None:
             for unet in (model.load_denoiser(), unfused.unet)
         )
     assert relative_error(prediction, expected) < TOLERANCE
-    encoded = encode_prompts(
-        unfused,
-        PROMPTS,
-        guidance_scale=1.0,
-        size=(32, 32),
-        kind=PIPELINES["StableDiffusionXLPipeline"],
-        calls=model.calls,
-    ).own
+    encoded = encoded_by(unfused, model.calls, 1.0).own
     own, plain = (one.encode(PROMPTS, 1.0).own for one in (model, find_model(str(folder))))
     one, other = np.split(plain[CONTEXT] - encoded[CONTEXT], 2, axis=-1)  # each encoder makes one half of the channels
     assert all(np.abs(difference).max() > 100 * TOLERANCE for difference in (one, other))

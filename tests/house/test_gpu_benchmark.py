@@ -28,7 +28,7 @@ from tests.models import CONTEXT_WIDTH, Tiny, relative_error, tiny_of
 from tests.nvidia.test_tensorrt_backend import backend_of
 from unetc.artifacts.profile import ModelReference
 from unetc.backend import WEIGHTS, Array
-from unetc.compiler.graph.denoisers.inputs import CONTEXT
+from unetc.call import CONTEXT
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.schedulers.extract import extract_all

@@ -11,7 +11,7 @@ import pytest
 from tests.graph.test_real_sizes import CONTEXT_WIDTH, captured
 from unetc.artifacts.profile import STEP
 from unetc.backend import WEIGHTS
-from unetc.compiler.graph.denoisers.inputs import CONTEXT
+from unetc.call import CONTEXT
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.lowering import lower_graphs
 from unetc.compiler.graph.specialise import specialise

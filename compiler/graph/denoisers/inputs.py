@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unetc.artifacts.call_input import SAMPLE
-from unetc.call import CLASS_LABELS, CONTEXT, POOLED, TIME_IDS, TIMESTEP
+from unetc.call import TIMESTEP
 
 BATCH = 2
 TOKENS = 5
@@ -61,20 +60,3 @@ def vector(name: str, width: int, generator: torch.Generator) -> Input:
 def timestep() -> Input:
     """Make the input with one timestep per sample."""
     return Input(name=TIMESTEP, example=torch.tensor([10.0, 500.0]))
-
-
-__all__ = [
-    "BATCH",
-    "CLASS_LABELS",
-    "CONTEXT",
-    "POOLED",
-    "SAMPLE",
-    "TIMESTEP",
-    "TIME_IDS",
-    "TOKENS",
-    "Input",
-    "Signature",
-    "text",
-    "timestep",
-    "vector",
-]

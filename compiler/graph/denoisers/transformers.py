@@ -13,9 +13,11 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor
 
+from unetc.artifacts.call_input import SAMPLE
+from unetc.call import CLASS_LABELS, CONTEXT, TIMESTEP
 from unetc.errors import ModelError
 
-from .inputs import BATCH, CLASS_LABELS, CONTEXT, SAMPLE, TIMESTEP, Input, Signature, text, timestep, vector
+from .inputs import BATCH, Input, Signature, text, timestep, vector
 
 POOLED_PROJECTIONS, GUIDANCE = "pooled_projections", "guidance"
 CONTEXT_MASK, RESOLUTION, ASPECT_RATIO = "encoder_attention_mask", "resolution", "aspect_ratio"
