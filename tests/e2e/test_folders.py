@@ -12,11 +12,7 @@ import torch
 
 from tests.ground.test_models import edit
 from tests.pipelines import save_stable_diffusion_xl
-from unetc.analyzer.analysis import AnalysisOptions
-from unetc.analyzer.analyze import analyze_model
-from unetc.compiler.build import BuildOptions, build
-from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.search.repair import RepairOptions
+from tests.quick_build import build_quickly
 from unetc.models.find import find_model
 from unetc.runtime.session import Session, load
 
@@ -45,27 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(folder: Path) -> Session:
-    analysis = AnalysisOptions(
-        steps=STEPS,
-        samples=4,
-        bins=2,
-        batch=2,
-        rounds=2,
-        threads=1,
-        decisive=1,
-        guidance_scale=SCALE,
-        components=("*.attentions.*",),  # enough for a plan, and faster to time and screen than all
-    )
-    options = BuildOptions(
-        plan=PlanOptions(budget=0.1), steps=STEPS, repair=RepairOptions(evaluations=0), controls=False
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (STEPS,))  # the other tables are not used
-        model, cache = find_model(str(folder)), folder.parent / "cache"
-        profile = analyze_model(model, analysis, cache=cache)
-        assert profile.sample_shape == SHAPE
-        build(model, profile, folder.parent / "bundle", options, cache=cache)
-    return load(folder.parent / "bundle", threads=1)
+    bundle = folder.parent / "bundle"
+    profile = build_quickly(folder, bundle, steps=STEPS, scale=SCALE, decisive=1, budget=0.1)
+    assert profile.sample_shape == SHAPE
+    return load(bundle, threads=1)
 
 
 def test_images_equal_the_pipelines(folder: Path, session: Session) -> None:  # A2, C2

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 from tests.pipelines import save_stable_diffusion
-from unetc.analyzer.analysis import AnalysisOptions
-from unetc.analyzer.analyze import analyze_model
+from tests.quick_build import build_quickly
 from unetc.analyzer.verify import VerifyOptions, verify
-from unetc.compiler.build import BuildOptions, build
-from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.search.repair import RepairOptions
 from unetc.conditions import Conditions
 from unetc.errors import CorruptArtifactError, ModelError, ShapeMismatch
 from unetc.models.find import find_model
@@ -40,27 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
     path = folder.parent / "bundle"
-    analysis = AnalysisOptions(
-        steps=STEPS,
-        samples=4,
-        bins=2,
-        batch=2,
-        rounds=2,
-        threads=1,
-        decisive=2,
-        guidance_scale=SCALE,
-        components=("*.attentions.*",),  # enough for a plan, and faster to time and screen than all
-    )
-    options = BuildOptions(
-        plan=PlanOptions(budget=0.2),
-        steps=STEPS,
-        repair=RepairOptions(evaluations=0),
-        controls=False,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (STEPS,))  # the other tables are not used
-        model, cache = find_model(str(folder)), folder.parent / "cache"
-        build(model, analyze_model(model, analysis, cache=cache), path, options, cache=cache)
+    build_quickly(folder, path, steps=STEPS, scale=SCALE, decisive=2, budget=0.2)
     return path
 
 
