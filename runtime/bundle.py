@@ -38,6 +38,8 @@ class Bundle:
     scheduler: SchedulerTables
     conditions: Conditions
     """Conditions for the prompts in the manifest; `UNCONDITIONAL` without prompts."""
+    tokenizers: dict[str, bytes]
+    """Tokenizers by their path in the bundle, in the JSON of the library `tokenizers`."""
     profile: bytes
     """JSON of the profile that the plan was made from."""
 
@@ -109,6 +111,9 @@ class Bundle:
             tensors=tensors,
             scheduler=scheduler,
             conditions=conditions,
+            tokenizers={
+                one.tokenizer: contents[one.tokenizer] for one in (manifest.text.encoders if manifest.text else ())
+            },
             profile=contents[manifest.profile],
         )
 

@@ -14,7 +14,7 @@ from unetc.sampler.table import MAX_WINDOW, SchedulerTable, needed_window
 
 from .probe import LARGE, SMALL, Probe
 from .recurrence import recurrence
-from .walk import calls_of, is_flow, log_snr, rising
+from .walk import calls_of, is_flow, log_snr, rising, signal
 
 _NEGLIGIBLE = 1e-9
 """Relative size of rounding errors where the exact coefficient is zero; 60 times below float32 rounding."""
@@ -55,10 +55,12 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
     predictions[:, 0] = _clean(predictions[:, 0] - path.weight * path.prediction, predictions[:, 0])
     weight, low, high = _variance(noise, None if widest is None else widest.noise_coefficient)
     levels = log_snr(begun)
+    levels = rising(levels) if several else levels
     return SchedulerTable(
         asked=steps if several else None,
         timesteps=begun.timesteps.numpy().astype(np.float32),
-        log_snr=rising(levels) if several else levels,
+        log_snr=levels,
+        signal=signal(begun, levels),
         input_scale=answers.input_scale,
         initial_scale=1.0 if is_flow(begun) else float(begun.init_noise_sigma),
         denoised_sample=path.sample,

@@ -130,6 +130,41 @@ def log_snr(fresh: Any) -> NDArray[np.float64]:
     return clamped
 
 
+def signal(fresh: Any, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the factor [n] of the image in the samples at noise levels.
+
+    Args:
+        fresh: A scheduler that `begin` made; it is not changed.
+        levels: log-SNR of the samples, [n].
+    """
+    if is_flow(fresh):
+        return 1 / (1 + np.exp(-levels / 2))  # the factors of image and noise add up to 1
+    image, noise = noisy_image(fresh, 0)
+    if abs(image - 1) <= abs(np.hypot(image, noise) - 1):
+        return np.ones_like(levels)  # noise is added to the image itself
+    return np.sqrt(1 / (1 + np.exp(-levels)))  # the squares of both factors add up to 1
+
+
+def noisy_image(begun: Any, call: int) -> tuple[float, float]:
+    """Ask a scheduler for the factors of image and noise in the sample that enters a call.
+
+    Args:
+        begun: A scheduler that `begin` made; it is not changed.
+        call: Index of the call.
+    """
+    fresh = copy.deepcopy(begun)
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(call)
+    pair = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
+    times = fresh.timesteps[call].repeat(2)
+    if hasattr(fresh, "scale_noise"):
+        mixed = fresh.scale_noise(pair, times, pair.flip(0))
+    else:
+        mixed = fresh.add_noise(pair, pair.flip(0), times)
+    image, noise = mixed.flatten().tolist()
+    return image, noise
+
+
 def level_of_sigma(sigmas: torch.Tensor, *, flow: bool) -> torch.Tensor:
     """Turn noise levels into log-SNR."""
     return 2 * ((1 - sigmas) / sigmas).log() if flow else -2 * sigmas.log()

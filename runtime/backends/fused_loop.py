@@ -74,15 +74,15 @@ class FusedLoop:
         """Recorded when the result has arrived, so that `is_finite` does not wait for an engine called since then."""
         self._kernel = make_step[triton.cdiv(math.prod(shape), BLOCK), batch]
         self._settings = settings(start)
-        self._made = 0
+        self._made = start.first
         self._timesteps = arena["timesteps"][:, :rows]
         self._timesteps.copy_(device.put(table.timesteps)[:, None])
         self._coefficients = device.put(coefficients(table))
         self._keys = device.put(np.array([start.seed, *start.indices], np.uint64).view(np.int64))
         self._constant = start.conditions.on(device).constant(batch, *shape[1:])
-        first = Trajectory.start(table, start.noise, device)
-        self._samples[0] = first.sample
-        self._seen[0].view(-1, batch, *shape)[:] = first.seen(table, 0)
+        begun = Trajectory.start(table, start.noise, device, image=start.image, first=start.first)
+        self._samples[start.first % len(self._samples)] = begun.sample
+        self._seen[start.first % 2].view(-1, batch, *shape)[:] = begun.seen(table, start.first)
 
     @property
     def form(self) -> tuple[object, ...]:

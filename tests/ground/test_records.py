@@ -609,7 +609,7 @@ def test_a_plan_emits_nothing_by_default() -> None:
 
 
 def test_the_version_of_the_layout_is_saved() -> None:
-    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 5), (curve(), 3)):
+    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 6), (curve(), 3)):
         assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
 
 

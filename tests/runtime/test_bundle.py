@@ -266,24 +266,24 @@ def test_another_schema_is_named_as_such(bundle: Path, schema: int, no_parser: p
     assert f"schema {schema}" in refusal(bundle, SchemaVersionError)
 
 
-NESTED = b'{"schema": 5, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+NESTED = b'{"schema": 6, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
 MALFORMED = {
     "empty": b"",
     "not JSON": b"\x80\x04]",
     "null": b"null",
     "a list": b"[1]",
-    "half": b'{"schema": 5, "unetc": "',
+    "half": b'{"schema": 6, "unetc": "',
     "no schema": b"{}",
     "schema as text": b'{"schema": "5"}',
-    "no fields": b'{"schema": 5}',
+    "no fields": b'{"schema": 6}',
     "byte order mark": b"\xef\xbb\xbf{}",
-    "invalid UTF-8": b'{"schema": 5, "unetc": "\xff\xfe"}',
-    "lone surrogate": rb'{"schema": 5, "unetc": "\ud800"}',
+    "invalid UTF-8": b'{"schema": 6, "unetc": "\xff\xfe"}',
+    "lone surrogate": rb'{"schema": 6, "unetc": "\ud800"}',
     "deep lists": b"[" * 10**6,
     "deep objects": b'{"a":' * 10**6,
     "deep in a field": NESTED,
     "deep in an unknown field": NESTED.replace(b"notes", b"other"),
-    "deep before the schema": NESTED[:-1].replace(b'"schema": 5, ', b"") + b', "schema": 5}',
+    "deep before the schema": NESTED[:-1].replace(b'"schema": 6, ', b"") + b', "schema": 6}',
     "a long number": b'{"schema": ' + b"9" * 10**6 + b"}",
 }
 

@@ -156,6 +156,7 @@ def test_any_table_is_fused_as_it_is_computed(data: st.DataObject) -> None:
     table = SchedulerTable(
         timesteps=np.linspace(900, 100, steps, dtype=np.float32),
         log_snr=np.linspace(-5, 5, steps),
+        signal=np.ones(steps),
         input_scale=vector(st.floats(0.5, 2)),
         initial_scale=1.5,
         denoised_sample=vector(),
@@ -178,6 +179,7 @@ def test_noise_of_the_kernel_is_that_of_the_process() -> None:
     table = SchedulerTable(
         timesteps=np.array([2.0, 1.0], np.float32),
         log_snr=np.array([0.0, 1.0]),
+        signal=one,
         input_scale=one,
         initial_scale=1.0,
         denoised_sample=0 * one,

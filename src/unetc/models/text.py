@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from unetc.call import AESTHETIC_NUMBERS, CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
+from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError, brief
 
 from .pipelines import PIPELINES, PipelineKind
-from .prompts import cut_note
-
-AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""Default scores in diffusers, for a pipeline whose size numbers end with one."""
+from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
 
 _ENCODING_PIPELINES: Mapping[bool, str] = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}
 """Pipeline that encodes prompts, by whether there are two text encoders; those for images encode in the same way."""
@@ -70,9 +67,10 @@ def encode_prompts(
                 "tokenizer_config.json, and that both are of the same model."
             ) from error
         if TIME_IDS in widths:
-            scored = widths[TIME_IDS] == AESTHETIC_NUMBERS
+            count = widths[TIME_IDS]
+            assert isinstance(count, int)
             for values, score in ((own, AESTHETIC_SCORE), (negative, NEGATIVE_AESTHETIC_SCORE)):
-                numbers = [*size, 0.0, 0.0, *((score,) if scored else size)]  # original size, crop, target or score
+                numbers = size_numbers(size, count, score)
                 values[TIME_IDS] = torch.tensor([numbers]).repeat(len(prompts), 1)
         if TIMESTEP_COND in widths:
             scales = torch.tensor(guidance_scale - 1).repeat(len(prompts))

@@ -36,6 +36,7 @@ MAX_WINDOW = 13
 _VECTORS = (
     "timesteps",
     "log_snr",
+    "signal",
     "input_scale",
     "denoised_sample",
     "denoised_prediction",
@@ -65,6 +66,8 @@ class SchedulerTable:
 
     A second call at the same noise level is a millionth higher, so that a plan can tell the calls apart.
     """
+    signal: NDArray[np.float64]
+    """[n], factor of the image in the sample that enters each step, which is signal * image + noise_of(step) * noise."""
     input_scale: NDArray[np.float64]
     """[n], factor of the samples; the model receives input_scale * x."""
     initial_scale: float
@@ -100,6 +103,7 @@ class SchedulerTable:
         _require(0 < self.initial_scale < math.inf, f"initial_scale is {self.initial_scale}, not positive and finite")
         _require(self.clip > 0, f"clip is {self.clip}, not positive")
         _require(bool(np.all(np.diff(self.log_snr) > 0)), "log_snr does not increase from step to step")
+        _require(bool(np.all(self.signal >= 0)), "signal is negative")
         _require(self.count >= 1, f"{self.asked} steps were asked for, not at least 1")
 
     @property
@@ -116,6 +120,38 @@ class SchedulerTable:
     def window(self) -> int:
         """Number of samples and model outputs, including the current ones, that a step may refer to."""
         return int(self.sample_coefficients.shape[-1])
+
+    def noise_of(self, step: int) -> float:
+        """Compute the factor of unit normal noise in the sample that enters a step."""
+        return self.signal.item(step) * math.exp(-self.log_snr.item(step) / 2)
+
+    def first_step(self, strength: float) -> int:
+        """Find the row at which sampling from an image begins.
+
+        Args:
+            strength: Share of the steps that are made, in (0, 1].
+
+        Raises:
+            SessionError: If no step is made, or the first ones need results of the steps that are left out.
+
+        Source:
+            `get_timesteps` in diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_img2img.py.
+        """
+        if not 0 < strength <= 1:
+            raise SessionError(f"strength is {strength:g}. Expected a number above 0 and up to 1.")
+        made = min(int(self.count * strength), self.count)
+        if made < 1:
+            raise SessionError(
+                f"strength {strength:g} makes none of {self.count} steps. Expected at least {1 / self.count:.2g}."
+            )
+        first = (self.count - made) * (2 if self.steps == 2 * self.count - 1 else 1)
+        lags = np.arange(self.window) > np.arange(self.steps - first)[:, None]
+        if any(weights[first:][lags].any() for weights in (self.sample_coefficients, self.prediction_coefficients)):
+            raise SessionError(
+                "a step of this scheduler needs the results of earlier steps, so it cannot begin at an image. Build with "
+                "a scheduler whose steps need none, such as ddim, euler, euler-ancestral or heun, or use strength 1."
+            )
+        return first
 
     def asks_variance(self, step: int) -> bool:
         """Check whether the model predicts the variance of a step's noise."""
