@@ -190,8 +190,8 @@ class Session:
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch, height and width.
             height: Height of the images in pixels; the model's own when not given.
             width: Width of the images in pixels; the model's own when not given.
-            image: Samples to start from, as `encode` makes them of images, [batch, channel, height, width]; they get the
-                noise of the step at which sampling begins. Replaces batch, height and width.
+            image: Samples to start from, as `encode` makes them of images, [batch, channel, height, width]; noise is
+                added to them. Replaces batch, height and width.
             strength: Share of the steps that are made when starting from an image, in (0, 1]; as in diffusers, 1 makes
                 all steps.
             conditions: One row per sample; the bundle's conditions when not given. SDXL's size numbers follow the size
@@ -204,8 +204,8 @@ class Session:
             Samples [batch, channel, height, width], float32, in the range the model was trained on (mostly -1 to 1).
 
         Raises:
-            SessionError: If the bundle has no scheduler table for this number of steps, or its scheduler cannot begin at
-                the strength.
+            SessionError: If the bundle has no scheduler table for this number of steps, or its scheduler cannot start
+                from an image at this strength.
             ShapeMismatch: If the noise or the image does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.backend import Array, Backend, EngineBackend, SerialisedGraph
@@ -15,7 +16,6 @@ from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
 from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
-from unetc.tensors import save_tensors
 
 from .backends.registry import DEFAULT_TARGET, open_backend
 from .bundle import Bundle
@@ -23,6 +23,9 @@ from .engine_pool import LoadedLater
 
 TOKENS = "input_ids"
 """Name of the graphs' input, [1, length] int64."""
+
+_END_OF_WORD = "</w>"
+"""Ends the tokens of CLIP that end a word."""
 
 _KEPT = 256
 """Number of prompts whose states are kept."""
@@ -34,7 +37,7 @@ class TextEncoder:
     def __init__(
         self,
         text: BundleText,
-        encoders: Sequence[_Encoder],
+        encoders: Sequence[OneEncoder],
         *,
         calls: CallSignature,
         size: tuple[int, int],
@@ -78,7 +81,13 @@ class TextEncoder:
         return cls(
             manifest.text,
             [
-                _Encoder(one, bundle.graphs[one.graph], bundle.tokenizers[one.tokenizer], backend, threads)
+                OneEncoder(
+                    one,
+                    bundle.graphs[one.graph],
+                    bundle.text[one.weights],
+                    bundle.text[one.tokenizer],
+                    on_the_cpu(threads) if isinstance(backend, EngineBackend) else backend,
+                )
                 for one in manifest.text.encoders
             ],
             calls=bundle.calls,
@@ -97,7 +106,7 @@ class TextEncoder:
     ) -> Conditions:
         """Encode prompts as the model's pipeline does.
 
-        A denoiser that reads the guidance scale itself gets it as `timestep_cond`, and there are no negative conditions.
+        A denoiser that reads the guidance scale itself gets it as `timestep_cond`; there are no negative conditions.
 
         Args:
             prompts: One prompt per row.
@@ -172,22 +181,30 @@ class TextEncoder:
         return np.pad(values, (0, padding)).astype(np.float32)[None]
 
 
-class _Encoder:
+class OneEncoder:
     """One text encoder with its tokenizer."""
 
     def __init__(
-        self, facts: BundleTextEncoder, graph: bytes, tokenizer: bytes, backend: Backend, threads: int
+        self, facts: BundleTextEncoder, graph: bytes, weights: bytes, tokenizer: bytes, backend: Backend
     ) -> None:
+        """Keep the files; they are read when they are first needed.
+
+        Args:
+            facts: The part of the manifest about the encoder.
+            graph: Its ONNX graph.
+            weights: Its weights file.
+            tokenizer: Its tokenizer, in the JSON of the library `tokenizers`.
+            backend: Backend that runs the graph.
+        """
         self._facts = facts
         self._json = tokenizer
         self._tokenizer: Any = None
         self._lock = Lock()
         self._kept: OrderedDict[str, tuple[Array, Array | None]] = OrderedDict()
-        serialised = SerialisedGraph(graph=graph, weights=frozenset())
-        if isinstance(backend, EngineBackend):
-            backend = _on_the_cpu(threads)
         self._device = backend.device
-        self._program = LoadedLater(lambda: backend.open_weights(save_tensors({})).load(serialised))
+        self._program = LoadedLater(
+            lambda: backend.open_weights(weights).load(SerialisedGraph(graph=graph, weights=frozenset(load(weights))))
+        )
 
     def states(self, prompt: str) -> tuple[Array, Array | None]:
         """Compute the state of every token, [1, length, width], and of the whole prompt, [1, pooled] or None."""
@@ -220,7 +237,8 @@ class _Encoder:
             tokens = self._tokens(prompt)
             if len(tokens) > self._facts.length:
                 lost = self._read().decode(tokens[self._facts.length - 1 : -1], skip_special_tokens=True)
-                notes.append(cut_note(prompt, self._facts.length, " ".join(lost.split())))
+                words = lost.replace(_END_OF_WORD, " ").split()
+                notes.append(cut_note(prompt, self._facts.length, " ".join(words)))
         return notes
 
     def _tokens(self, prompt: str) -> list[int]:
@@ -258,7 +276,7 @@ def no_text(bundle: Bundle) -> str:
     )
 
 
-def _on_the_cpu(threads: int) -> Backend:
+def on_the_cpu(threads: int) -> Backend:
     """Open a backend that runs graphs as they are."""
     try:
         return open_backend(DEFAULT_TARGET, threads=threads)

@@ -144,10 +144,12 @@ class BundleEncoder(Record, frozen=True, kw_only=True):
 
 
 class BundleTextEncoder(Record, frozen=True, kw_only=True):
-    """Graph of a text encoder, with its tokenizer."""
+    """Graph of a text encoder, with its weights and its tokenizer."""
 
     graph: str
-    """Path of the ONNX graph, which contains its weights."""
+    """Path of the ONNX graph."""
+    weights: str
+    """Path of the weights file, which the graph reads as a whole."""
     tokenizer: str
     """Path of the tokenizer, in the JSON of the library `tokenizers`."""
     length: int
@@ -248,7 +250,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         if self.conditioning is not None:
             named.add(self.conditioning.file)
         if self.text is not None:
-            named |= {one.tokenizer for one in self.text.encoders}
+            named |= {path for one in self.text.encoders for path in (one.weights, one.tokenizer)}
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
         require(bool(self.inputs) and self.inputs[0].name == SAMPLE, f"the first input must be {SAMPLE}")
         require(self.inputs[0].axes[0] == self.sample_shape[0], "inputs and sample_shape must have the same channels")

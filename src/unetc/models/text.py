@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,31 @@ _QUIET: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
 """Settings that keep a pipeline from asking for parts that encoding does not need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders:
+    """The loaded text encoders of a model, with LoRAs fused."""
+
+    pipeline: Any
+    """From `load_text_encoders`."""
+    kind: PipelineKind
+    """The pipeline of the model."""
+    calls: CallSignature
+    """The calls of the denoiser."""
+    size: tuple[int, int]
+    """Height and width of the images in pixels."""
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        """Encode prompts for images of the model's own size; see `encode_prompts`."""
+        return encode_prompts(
+            self.pipeline,
+            prompts,
+            guidance_scale=guidance_scale,
+            size=self.size,
+            kind=self.kind,
+            calls=self.calls,
+        )
 
 
 def encode_prompts(

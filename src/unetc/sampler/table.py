@@ -67,7 +67,7 @@ class SchedulerTable:
     A second call at the same noise level is a millionth higher, so that a plan can tell the calls apart.
     """
     signal: NDArray[np.float64]
-    """[n], factor of the image in the sample that enters each step, which is signal * image + noise_of(step) * noise."""
+    """[n], factor of the image in the sample that enters each step: signal * image + noise_of(step) * noise."""
     input_scale: NDArray[np.float64]
     """[n], factor of the samples; the model receives input_scale * x."""
     initial_scale: float
@@ -148,8 +148,8 @@ class SchedulerTable:
         lags = np.arange(self.window) > np.arange(self.steps - first)[:, None]
         if any(weights[first:][lags].any() for weights in (self.sample_coefficients, self.prediction_coefficients)):
             raise SessionError(
-                "a step of this scheduler needs the results of earlier steps, so it cannot begin at an image. Build with "
-                "a scheduler whose steps need none, such as ddim, euler, euler-ancestral or heun, or use strength 1."
+                "a step of this scheduler needs the results of earlier steps, so it cannot start from an image. Build "
+                "with a scheduler whose steps need none, such as ddim, euler or heun, or use strength 1."
             )
         return first
 
