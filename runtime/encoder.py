@@ -8,12 +8,11 @@ from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.errors import ShapeMismatch
 from unetc.tensors import save_tensors
 
+from .decoder import IMAGE_CHANNELS
 from .engine_pool import LoadedLater
 
 IMAGE = "image"
 """Name of the graph's input."""
-
-_CHANNELS = 3
 
 
 class Encoder:
@@ -46,10 +45,10 @@ class Encoder:
         Raises:
             ShapeMismatch: If the images have other channels, or sides that are not multiples of the scale.
         """
-        if images.ndim != 4 or images.shape[1] != _CHANNELS or any(side % self.scale for side in images.shape[2:]):
+        if images.ndim != 4 or images.shape[1] != IMAGE_CHANNELS or any(side % self.scale for side in images.shape[2:]):
             raise ShapeMismatch(
-                f"images have shape {images.shape}. Expected [batch, {_CHANNELS}, height, width], with sides that are "
-                f"multiples of {self.scale}."
+                f"images have shape {images.shape}. Expected [batch, {IMAGE_CHANNELS}, height, width], with sides that "
+                f"are multiples of {self.scale}."
             )
         batch, _, height, width = images.shape
         latents = np.empty((batch, self._channels, height // self.scale, width // self.scale), dtype=np.float32)

@@ -27,7 +27,7 @@ from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
 from .bundle import Bundle
-from .decoder import Decoder
+from .decoder import IMAGE_CHANNELS, Decoder
 from .encoder import Encoder
 from .engine_pool import EnginePool, LoadedLater, tried
 from .loop import Loop, Start, begin
@@ -147,6 +147,14 @@ class Session:
             device=backend.device,
             calls=bundle.calls,
         )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[channel, height, width] of one image of the model's own size."""
+        channels, height, width = self.sample_shape
+        if self._decoder is None:
+            return channels, height, width
+        return IMAGE_CHANNELS, height * self._decoder.scale, width * self._decoder.scale
 
     @property
     def device(self) -> Device:
