@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,8 @@ from unetc.errors import ArtifactError, CompileError
 from unetc.models.model import Model
 from unetc.models.text import TextEncoders
 from unetc.models.text_graphs import guidance_frequencies, text_parts, zero_negative
-from unetc.runtime.text import OneEncoder, TextEncoder, on_the_cpu
+from unetc.runtime.backends.registry import DEFAULT_TARGET, open_backend
+from unetc.runtime.text import OneEncoder, TextEncoder
 
 from .prepare import Prepared
 
@@ -129,7 +131,7 @@ def check_text(text: BundleText, files: Mapping[str, bytes], loaded: TextEncoder
     Raises:
         CompileError: If prompts are split into other tokens, or the difference exceeds `TOLERANCE`.
     """
-    backend = on_the_cpu(0)
+    backend = open_backend(DEFAULT_TARGET if find_spec("onnxruntime") else "torch:cpu", threads=0)
     encoders = [
         OneEncoder(one, files[one.graph], files[one.weights], files[one.tokenizer], backend) for one in text.encoders
     ]

@@ -22,7 +22,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.precision import Precision
-from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.runtime.backends.registry import Memory, open_backend, takes_graphs
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
@@ -125,6 +125,7 @@ class Session:
         engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
         decoder, encoder = manifest.decoder, manifest.encoder
         channels = manifest.sample_shape[0]
+        around = takes_graphs(backend, threads=manifest.threads) if encoder or manifest.text else backend
         loader = backend.open_weights(bundle.weights)
         low = backend if isinstance(backend, TargetBackend) else None
         reads = low.reads if low else Precision.FP32
@@ -142,8 +143,8 @@ class Session:
             predicted_channels=manifest.predicted_channels,
             conditions=bundle.conditions,
             decoder=Decoder(bundle.graphs[decoder.graph], decoder.scale, backend) if decoder else None,
-            encoder=Encoder(bundle.graphs[encoder.graph], encoder.scale, channels, backend) if encoder else None,
-            text=TextEncoder.open(bundle, backend, threads=manifest.threads) if manifest.text else None,
+            encoder=Encoder(bundle.graphs[encoder.graph], encoder.scale, channels, around) if encoder else None,
+            text=TextEncoder.open(bundle, around, threads=manifest.threads) if manifest.text else None,
             device=backend.device,
             calls=bundle.calls,
         )

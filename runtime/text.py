@@ -11,13 +11,13 @@ import numpy as np
 from safetensors.numpy import load
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
-from unetc.backend import Array, Backend, EngineBackend, SerialisedGraph
+from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
 from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
 
-from .backends.registry import DEFAULT_TARGET, open_backend
+from .backends.registry import takes_graphs
 from .bundle import Bundle
 from .engine_pool import LoadedLater
 
@@ -65,9 +65,8 @@ class TextEncoder:
 
         Args:
             bundle: A bundle whose manifest has a `text`.
-            backend: Backend that runs them. In place of a backend whose engines are built in advance, the encoders run
-                on the CPU: with onnxruntime if it is installed, or else with torch.
-            threads: Number of CPU threads in that case; 0 lets the backend choose.
+            backend: Backend that runs them; `takes_graphs` replaces a backend whose engines are built in advance.
+            threads: Number of CPU threads of the other backend; 0 lets it choose.
 
         Raises:
             SessionError: If the bundle has no text encoders.
@@ -75,6 +74,7 @@ class TextEncoder:
         manifest = bundle.manifest
         if manifest.text is None:
             raise SessionError(no_text(bundle))
+        backend = takes_graphs(backend, threads=threads)
         usual = manifest.conditioning
         _, height, width = manifest.sample_shape
         scale = 1 if manifest.decoder is None else manifest.decoder.scale
@@ -86,7 +86,7 @@ class TextEncoder:
                     bundle.graphs[one.graph],
                     bundle.text[one.weights],
                     bundle.text[one.tokenizer],
-                    on_the_cpu(threads) if isinstance(backend, EngineBackend) else backend,
+                    backend,
                 )
                 for one in manifest.text.encoders
             ],
@@ -218,31 +218,36 @@ class OneEncoder:
 
     def _computed(self, prompt: str) -> tuple[Array, Array | None]:
         facts, device = self._facts, self._device
-        tokens = self._tokens(prompt)
-        if len(tokens) > facts.length:
-            tokens = [*tokens[: facts.length - 1], tokens[-1]]
-        tokens += [facts.padding] * (facts.length - len(tokens))
+        tokens = self.tokens(prompt)
         with device.stream():
             states = device.empty((1, facts.length, facts.width))
             further = self._program({TOKENS: device.put(np.array([tokens], np.int64))}, states)
-            pooled = None
-            if facts.pooled is not None:
-                (pooled,) = (device.to_array(value) for value in further.values())
-            return device.to_array(states), pooled
+            if facts.pooled is None:
+                return device.to_array(states), None
+            pooled = next(map(device.to_array, further.values()), None)
+            nothing = np.zeros((1, facts.pooled), np.float32)  # from a backend that computes nothing
+            return device.to_array(states), nothing if pooled is None else pooled
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Split a prompt into exactly the tokens that the encoder reads: cut or padded to its length."""
+        tokens, length = self._split(prompt), self._facts.length
+        if len(tokens) > length:
+            tokens = [*tokens[: length - 1], tokens[-1]]
+        return [*tokens, *[self._facts.padding] * (length - len(tokens))]
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
         """Describe the prompts that have more tokens than the encoder reads."""
         notes = []
         for prompt in dict.fromkeys(prompts):
-            tokens = self._tokens(prompt)
+            tokens = self._split(prompt)
             if len(tokens) > self._facts.length:
                 lost = self._read().decode(tokens[self._facts.length - 1 : -1], skip_special_tokens=True)
                 words = lost.replace(_END_OF_WORD, " ").split()
                 notes.append(cut_note(prompt, self._facts.length, " ".join(words)))
         return notes
 
-    def _tokens(self, prompt: str) -> list[int]:
-        """Split a prompt into tokens, with those for begin and end."""
+    def _split(self, prompt: str) -> list[int]:
+        """Split a prompt into tokens, with begin and end."""
         tokens: list[int] = self._read().encode(prompt).ids
         return tokens
 
@@ -274,11 +279,3 @@ def no_text(bundle: Bundle) -> str:
         f"{bundle.path} has no text encoders, so it takes only the prompts that it was built with: {known} and so on. "
         "Build it with --text."
     )
-
-
-def on_the_cpu(threads: int) -> Backend:
-    """Open a backend that runs graphs as they are."""
-    try:
-        return open_backend(DEFAULT_TARGET, threads=threads)
-    except MissingDependency:
-        return open_backend("torch:cpu", threads=threads)
