@@ -260,7 +260,7 @@ def test_a_file_that_is_not_listed_is_not_read(bundle: Path) -> None:
         unetc.load(bundle)
 
 
-@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 6, -1, 10**12])
+@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 5, 7, -1, 10**12])
 def test_another_schema_is_named_as_such(bundle: Path, schema: int, no_parser: pytest.MonkeyPatch) -> None:
     edit(bundle, lambda manifest: manifest.update(schema=schema, a_field_of_that_schema=1))
     assert f"schema {schema}" in refusal(bundle, SchemaVersionError)
@@ -274,7 +274,7 @@ MALFORMED = {
     "a list": b"[1]",
     "half": b'{"schema": 6, "unetc": "',
     "no schema": b"{}",
-    "schema as text": b'{"schema": "5"}',
+    "schema as text": b'{"schema": "6"}',
     "no fields": b'{"schema": 6}',
     "byte order mark": b"\xef\xbb\xbf{}",
     "invalid UTF-8": b'{"schema": 6, "unetc": "\xff\xfe"}',
