@@ -38,6 +38,11 @@ class Start:
         """Rows of a call: twice the batch with guidance."""
         return len(self.noise) * self.conditions.rows_per_sample
 
+    @property
+    def calls(self) -> int:
+        """Number of calls of an engine."""
+        return self.table.steps - self.first
+
 
 class Loop(Protocol):
     """A trajectory on a device; the session calls engines between its steps."""

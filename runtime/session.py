@@ -241,6 +241,8 @@ class Session:
             noise=noise,
             height=height,
             width=width,
+            image=image,
+            strength=strength,
             conditions=conditions,
         )
         with self._device.stream():
@@ -257,6 +259,8 @@ class Session:
         noise: Array | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Array | None = None,
+        strength: float = 1.0,
         conditions: Conditions | None = None,
     ) -> Start:
         """Check the arguments of `sample` and draw the noise; see there."""

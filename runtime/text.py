@@ -170,12 +170,12 @@ class TextEncoder:
             values[POOLED] = np.concatenate([pooled for row in states for _, pooled in row if pooled is not None])
         if TIME_IDS in self._widths:
             numbers = size_numbers(size, self._widths[TIME_IDS], score)
-            values[TIME_IDS] = np.tile(np.float32(numbers), (len(prompts), 1))
+            values[TIME_IDS] = np.tile(np.array(numbers, np.float32), (len(prompts), 1))
         return values
 
     def _embedded(self, scale: float) -> Array:
         """Embed the guidance scale, [1, width], as `get_guidance_scale_embedding` of diffusers does."""
-        angles = np.float32(scale - 1) * np.float32(1000) * np.float32(self._text.frequencies)
+        angles = np.float32(scale - 1) * np.float32(1000) * np.array(self._text.frequencies, np.float32)
         values = np.concatenate([np.sin(angles, dtype=np.float64), np.cos(angles, dtype=np.float64)])
         padding = self._widths[TIMESTEP_COND] - len(values)
         return np.pad(values, (0, padding)).astype(np.float32)[None]

@@ -56,8 +56,6 @@ def sample(
     import time
     from functools import partial
 
-    import numpy as np
-
     from unetc.artifacts.record import check_writable, write_atomically
     from unetc.errors import SessionError
     from unetc.models.images import read_image
@@ -87,7 +85,7 @@ def sample(
         draw: Draw = sampling
         if image is not None:
             channels, height, width = session.image_shape
-            pixels = np.float32(read_image(image, height, width, channels=channels)[None])
+            pixels = read_image(image, height, width, channels=channels)[None]
             draw = with_image(sampling, session.encode(pixels), strength)
         if labels is not None:
             draw = with_labels(draw, opened.calls, labels)
