@@ -19,6 +19,8 @@ from PIL import Image
 from tests.quick_build import build_quickly
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.models.find import find_model
+from unetc.runtime.batching.batcher import Batcher
+from unetc.runtime.batching.request import FULL, SampleRequest
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, load
 
@@ -129,6 +131,27 @@ def test_wrong_images_are_refused(session: Session) -> None:
         session.sample(strength=0.5)
     with pytest.raises(SessionError, match=r"ddim: strength 0\.01 makes none of 10 steps"):
         session.sample(image=image, strength=0.01)
+
+
+def test_the_batcher_starts_from_images(session: Session) -> None:
+    image = np.repeat(session.encode(picture()), 2, axis=0)
+    batcher = Batcher({"plan": session})
+    try:
+        requests = [
+            SampleRequest(level=level, seed=seed, count=2, image=image, strength=strength)
+            for level, seed, strength in ((FULL, 1, 0.5), ("plan", 2, 0.9), (FULL, 3, 0.1))
+        ]
+        results = [ticket.future.result(60) for ticket in [batcher.submit(request) for request in requests]]
+        with pytest.raises(ShapeMismatch, match="for 3 images, and starts from 2"):
+            batcher.submit(SampleRequest(count=3, image=image))
+    finally:
+        batcher.close()
+    for request, result in zip(requests, results, strict=True):
+        expected = session.sample(
+            image=image, strength=request.strength, seed=request.seed, full_model=request.level == FULL
+        )
+        np.testing.assert_allclose(result.images, expected, atol=1e-4)
+    assert [result.steps for result in results] == [5, 9, 1]
 
 
 WITHOUT_TORCH = """
