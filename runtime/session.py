@@ -270,6 +270,7 @@ class Session:
         first = 0 if image is None else self.first_step(table, strength)
         if image is not None:
             batch, height, width = self._of_image(image, noise, height, width)
+            table = table.starting_at(first)
         elif table.log_snr[0] > 0:  # one step of many schedulers: findings/one-step-starts-without-noise.sh
             logger.warning(
                 "sampling in %d step(s) begins at log-SNR %.1f, where images are nearly finished, so pure noise "

@@ -22,7 +22,9 @@ _LONG = 4
 """Longest history of schedulers whose coefficients are known in advance; a method of order 4 needs it."""
 
 
-def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> SchedulerTable:
+def solve(
+    begun: Any, answers: Probe, widest: Probe | None, steps: int, *, first: Probe | None = None
+) -> SchedulerTable:
     """Turn the answers of a scheduler into coefficients.
 
     Args:
@@ -30,6 +32,8 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
         answers: Its answers, to the lowest variance where it asks for one.
         widest: Its answers to the highest variance, where it asks for one.
         steps: Number of steps that it was set to.
+        first: Answers of the same scheduler at first order, which its first step has; None if its first step has no
+            simpler form.
 
     Raises:
         ModelError: If a step looks further back than a table can.
@@ -55,6 +59,10 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
     predictions[:, 0] = _clean(predictions[:, 0] - path.weight * path.prediction, predictions[:, 0])
     weight, low, high = _variance(noise, None if widest is None else widest.noise_coefficient)
     levels = log_snr(begun)
+    start_sample, start_prediction = np.zeros(calls), np.zeros(calls)
+    if first is not None and window == 2:
+        start_sample = _clean(first.next_samples[:, :calls].diagonal() / SMALL, np.ones(calls))
+        start_prediction = _clean(first.next_samples[:, calls:-2].diagonal() / SMALL, np.ones(calls))
     levels = rising(levels) if several else levels
     return SchedulerTable(
         asked=steps if several else None,
@@ -72,6 +80,8 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
         noise_coefficient=_clean(weight, np.ones(calls)),
         variance_low=low,
         variance_high=high,
+        start_sample=start_sample,
+        start_prediction=start_prediction,
     )
 
 

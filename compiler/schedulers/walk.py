@@ -52,6 +52,23 @@ def begin(scheduler: Scheduler, steps: int) -> Any:
     return fresh
 
 
+def at_first_order(begun: Any, steps: int) -> Any:
+    """Begin the same trajectory with a multistep method of order 1; None for a scheduler without such an order.
+
+    A multistep method makes its first step at order 1, wherever it begins.
+
+    Args:
+        begun: A scheduler that `begin` made; it is not changed.
+        steps: Number of steps that it was set to.
+    """
+    if (
+        begun.config.get("solver_order") != 2
+        or "solver_order" not in inspect.signature(type(begun).__init__).parameters
+    ):
+        return None
+    return begin(type(begun).from_config(begun.config, solver_order=1), steps)
+
+
 def model_input(fresh: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """Return the input of the model."""
     scaled: torch.Tensor = sample if is_flow(fresh) else fresh.scale_model_input(sample, timestep)

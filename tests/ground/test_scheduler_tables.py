@@ -356,6 +356,8 @@ HEADER, ARRAY = SchedulerTables(
             noise_coefficient=np.ones(steps),
             variance_low=np.zeros(steps),
             variance_high=np.zeros(steps),
+            start_sample=np.zeros(steps),
+            start_prediction=np.zeros(steps),
         )
         for steps in (2, 3)
     ),

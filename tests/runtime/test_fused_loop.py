@@ -28,7 +28,7 @@ from unetc.conditions import Conditions
 from unetc.device import Array
 from unetc.errors import NonFiniteError, SessionError
 from unetc.runtime.backends import fused_loop
-from unetc.runtime.backends.fused_loop import FusedLoop, can_fuse
+from unetc.runtime.backends.fused_loop import FusedLoop, agrees, can_fuse
 from unetc.runtime.backends.torch_device import TorchDevice
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.loop import Loop, PlainLoop, Start, begin
@@ -106,10 +106,10 @@ def denoise(inputs: Any, prediction: torch.Tensor) -> None:
     prediction.copy_(once.repeat(1, prediction.shape[1] // once.shape[1], 1, 1))
 
 
-def run(loop: Loop, steps: int) -> list[Array]:
-    """Make all steps; return the sample input of every engine call, and the last samples."""
+def run(loop: Loop, steps: int, first: int = 0) -> list[Array]:
+    """Make all steps from the first; return the sample input of every engine call, and the last samples."""
     seen = []
-    for step in range(steps):
+    for step in range(first, steps):
         inputs, prediction = loop.call(step)
         seen.append(DEVICE.to_array(inputs["sample"]))
         denoise(inputs, prediction)
@@ -137,6 +137,21 @@ def check_alike(start: Start, rounding: float = ROUNDING) -> None:
 def test_a_fused_trajectory_is_the_plain_one(name: str, changes: dict[str, Any], guided: bool) -> None:
     table = extract(make_scheduler(name, CONFIG | changes), STEPS)
     check_alike(start_of(table, guided=guided, learned=bool(changes)))
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler-ancestral", "dpmsolver++"])
+def test_a_fused_trajectory_from_an_image_is_the_plain_one(name: str, first: int) -> None:
+    table = extract(make_scheduler(name, CONFIG), STEPS)
+    start = start_of(table, guided=True)
+    start = replace(
+        start, table=table.starting_at(first), image=initial_noise(7, range(len(start.noise)), SHAPE), first=first
+    )
+    fused, plain = begin(start, DEVICE), PlainLoop(start, DEVICE)
+    assert isinstance(fused, FusedLoop)
+    assert agrees(FusedLoop(start, DEVICE, PLACE), PlainLoop(start, DEVICE))
+    for got, expected in zip(run(fused, STEPS, first), run(plain, STEPS, first), strict=True):
+        assert np.abs(got - expected).max() <= ROUNDING * max(1.0, np.abs(expected).max())
 
 
 @settings(max_examples=30)  # the interpreter takes a tenth of a second for a step
@@ -168,6 +183,8 @@ def test_any_table_is_fused_as_it_is_computed(data: st.DataObject) -> None:
         noise_coefficient=vector(),
         variance_low=vector(),
         variance_high=vector(),
+        start_sample=np.zeros(steps),
+        start_prediction=np.zeros(steps),
     )
     learned = bool(table.variance_low.any() or table.variance_high.any()) or data.draw(st.booleans(), label="learned")
     batch = data.draw(st.integers(1, 2), label="batch")
@@ -191,6 +208,8 @@ def test_noise_of_the_kernel_is_that_of_the_process() -> None:
         noise_coefficient=one,
         variance_low=0 * one,
         variance_high=0 * one,
+        start_sample=0 * one,
+        start_prediction=0 * one,
     )
     start = start_of(table)
     loop = FusedLoop(start, DEVICE, PLACE)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import msgspec
@@ -44,6 +44,8 @@ _VECTORS = (
     "noise_coefficient",
     "variance_low",
     "variance_high",
+    "start_sample",
+    "start_prediction",
 )
 _LEVELS = _VECTORS[:2]
 """Columns of the levels that the model was trained on."""
@@ -90,6 +92,10 @@ class SchedulerTable:
     """[n], natural log of the noise variance for a model output of -1; zero in steps without a predicted variance."""
     variance_high: NDArray[np.float64]
     """[n], natural log of the noise variance for a model output of 1; zero in steps without a predicted variance."""
+    start_sample: NDArray[np.float64]
+    """[n], weight of the sample in a first step that needs history otherwise; zero if that step cannot be the first."""
+    start_prediction: NDArray[np.float64]
+    """[n], weight of the model output in such a step."""
     asked: int | None = None
     """Steps as a pipeline counts them, for a scheduler that makes several calls per step; None for n."""
 
@@ -145,13 +151,31 @@ class SchedulerTable:
                 f"strength {strength:g} makes none of {self.count} steps. Expected at least {1 / self.count:.2g}."
             )
         first = (self.count - made) * (2 if self.steps == 2 * self.count - 1 else 1)
-        lags = np.arange(self.window) > np.arange(self.steps - first)[:, None]
-        if any(weights[first:][lags].any() for weights in (self.sample_coefficients, self.prediction_coefficients)):
+        if self.starting_at(first)._reads_before(first):
             raise SessionError(
                 "a step of this scheduler needs the results of earlier steps, so it cannot start from an image. Build "
-                "with a scheduler whose steps need none, such as ddim, euler or heun, or use strength 1."
+                "with a scheduler whose steps need none, such as ddim, euler, dpmsolver++ or heun, or use strength 1."
             )
         return first
+
+    def starting_at(self, first: int) -> SchedulerTable:
+        """Return the table of a trajectory that begins at a row, where the scheduler has no history yet.
+
+        Args:
+            first: The row, as `first_step` finds it.
+        """
+        if not self._reads_before(first) or not (self.start_sample[first] or self.start_prediction[first]):
+            return self
+        changes = {}
+        for name, weight in zip(_MATRICES, (self.start_sample[first], self.start_prediction[first]), strict=True):
+            changes[name] = getattr(self, name).copy()
+            changes[name][first] = weight * (np.arange(self.window) == 0)
+        return replace(self, **changes)
+
+    def _reads_before(self, first: int) -> bool:
+        """Check whether a row from the first one on refers to a row before it."""
+        lags = np.arange(self.window) > np.arange(self.steps - first)[:, None]
+        return any(bool(getattr(self, name)[first:][lags].any()) for name in _MATRICES)
 
     def asks_variance(self, step: int) -> bool:
         """Check whether the model predicts the variance of a step's noise."""
