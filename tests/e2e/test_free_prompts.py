@@ -16,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.command import run
 from tests.quick_build import build_quickly
+from tests.runtime.test_bundle import edit
 from unetc.errors import SessionError, ShapeMismatch
 from unetc.models.find import find_model
 from unetc.runtime.batching.batcher import Batcher
@@ -41,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
     path = folder.parent / "bundle"
-    build_quickly(folder, path, steps=STEPS, scale=SCALE, decisive=1, budget=0.2)
+    build_quickly(folder, path, steps=STEPS, scale=SCALE, decisive=1, budget=0.2, text=True)
     return path
 
 
@@ -200,3 +202,13 @@ def test_the_files_are_part_of_the_bundle(bundle: Path) -> None:
     (encoder,) = manifest.text.encoders
     listed = {one.path for one in manifest.files}
     assert {encoder.graph, encoder.weights, encoder.tokenizer, manifest.encoder.graph} <= listed
+
+
+def test_a_bundle_without_text_encoders_names_its_prompts(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    edit(copy, lambda manifest: manifest.update(text=None))
+    assert load(copy, threads=1).text is None
+    refused = run("sample", copy, "--prompt", PROMPT, "-o", tmp_path / "samples.png")
+    assert refused.code == 1
+    assert "has no text encoders, so it takes only the prompts that it was built with: '" in refused.err
+    assert "Build it with --text" in refused.err
