@@ -187,14 +187,15 @@ def _fit_ladder(
     emits: frozenset[str] = frozenset()
     noted: list[str] = []
     for budget in reversed(options.budgets):
-        of = f"{level_name(budget)}: " if options.ladder else ""
-        own: list[str] = []
-        asked, report = replace(options.plan, budget=budget), _labelled(on_progress, of)
+        name, own = level_name(budget), list[str]()
+        asked, report = replace(options.plan, budget=budget), on_progress
+        if options.ladder:
+            report = _labelled(on_progress, name)
         fitted = _fit(workbench, options, asked, own, seed, report, emits)
         _check_gate(workbench, options, asked, fitted, seed, report)
         levels.insert(0, fitted)
         emits |= {*fitted.candidate.plan.engines[FULL_ENGINE].emits}
-        noted = [*(f"{of}{note}" for note in own), *noted]
+        noted = [*(f"{name}: {note}" if options.ladder else note for note in own), *noted]
     notes.extend(noted)
     return _share(workbench, options, levels, notes, seed, on_progress)
 
@@ -234,9 +235,9 @@ def _share(
     return shared
 
 
-def _labelled(on_progress: OnProgress, label: str) -> OnProgress:
-    """Put the name of a quality level in front of every stage."""
-    return lambda progress: on_progress(replace(progress, stage=f"{label}{progress.stage}"))
+def _labelled(on_progress: OnProgress, name: str) -> OnProgress:
+    """Add the name of a quality level to every stage."""
+    return lambda progress: on_progress(replace(progress, stage=f"{progress.stage} ({name})"))
 
 
 def _fit(
@@ -314,7 +315,7 @@ def _check_gate(
     """
     gate = options.quality_gate
     if gate is not None and not gate.passes(fitted.measured.damage):
-        raise _quality_gate_failed(workbench, asked, gate, fitted, seed, on_progress)
+        raise _quality_gate_failed(workbench, asked, gate, fitted, seed, on_progress, ladder=bool(options.ladder))
 
 
 def _quality_gate_failed(
@@ -324,6 +325,8 @@ def _quality_gate_failed(
     failed: _Fitted,
     seed: int,
     on_progress: OnProgress,
+    *,
+    ladder: bool = False,
 ) -> QualityGateError:
     """Search by halving for the largest budget that passes, and name it in the error."""
     low, high = 0.0, options.budget
@@ -343,8 +346,9 @@ def _quality_gate_failed(
         )
     )
     advice = f"The largest budget that passes is about {low:.3f}" if low else f"No budget above {high:.3f} passes"
+    level = f"quality level {level_name(options.budget)}: " if ladder else ""
     return QualityGateError(
-        f"the quality gate {quality_gate} fails at budget {options.budget:g}, which saves "
+        f"{level}the quality gate {quality_gate} fails at budget {options.budget:g}, which saves "
         f"{percent(options.budget)}: measured {quality_gate.metric} is "
         f"{quality_gate.value(failed.measured.damage):.4g}. {advice} (searched to ±{(high - low):.3f}). "
         "Nothing was written."
@@ -382,7 +386,7 @@ def _write(
 
 
 def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:
-    """Add the engines of a quality level; those of other levels than the default are in a folder of their own."""
+    """Add the engines of a quality level; every level but the default one has a folder."""
     name = level_name(fitted.candidate.plan.budget)
     prefix = "engines/" if default else f"engines/{name.removesuffix('%')}/"
     return Level(

@@ -291,9 +291,10 @@ def test_an_artifact_survives_json_to_the_bit(kind: str, data: st.DataObject) ->
 def test_unknown_and_missing_fields_are_refused_at_any_depth(kind: str, data: st.DataObject) -> None:
     artifact = data.draw(ARTIFACTS[kind])
     free = {"treatments", "environment", "controls", "denoiser_config"}  # dictionaries with arbitrary keys
-    # these fields have defaults: an engine that emits nothing, and a model without prompts, ControlNet and decoder
+    # these fields have defaults: an engine that emits nothing or is not timed by batch, and a model without prompts,
+    # ControlNet and decoder
     optional = {"emits", "controlnet", "prompts", "used_prompts", "guidance_scale", "conditioning", "decoder"}
-    optional |= {"control", "control_images", "sample_sizes", "smallest", "largest", "only"}
+    optional |= {"batch_ms", "control", "control_images", "sample_sizes", "smallest", "largest", "only"}
     records = [node for node, under in objects(json.loads(artifact.to_json())) if under not in free]
     chosen = data.draw(st.integers(0, len(records) - 1))
     required = sorted(records[chosen].keys() - (optional if "file" not in records[chosen] else set()))
