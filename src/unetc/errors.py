@@ -63,6 +63,28 @@ class ShapeMismatch(SessionError, ValueError):
     """An array does not have the expected shape."""
 
 
+class QueueFull(SessionError):
+    """A request cannot be accepted now."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        """Refuse a request.
+
+        Args:
+            message: The reason.
+            seconds: Estimated time until there is room.
+        """
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class DeadlineExceeded(SessionError):
+    """A request was not finished within its time limit."""
+
+
+class BatcherStopped(SessionError):
+    """The thread that runs the engines has ended."""
+
+
 class MissingDependency(UnetcError, ImportError):
     """An optional library is not installed; the message names the extra that installs it."""
 
