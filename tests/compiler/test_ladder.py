@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -26,7 +27,10 @@ from unetc.device import Device
 from unetc.errors import PlanError, QualityGateError, SessionError
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.batching.levels import open_levels
+from unetc.runtime.batching.batcher import Batcher
+from unetc.runtime.batching.levels import largest_calls, open_levels
+from unetc.runtime.batching.limits import CallRecord
+from unetc.runtime.batching.request import SampleRequest
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 from unetc.treatments import Treatment
@@ -203,15 +207,50 @@ def test_sessions_of_all_levels_share_their_programs(built: Built) -> None:
     sessions = open_levels(built.bundle, counting)
     assert list(sessions) == ["full", "20%", "40%", "60%"]
     assert len(counting.loads) == len({*counting.loads}) == 6
-    programs = {name: session._programs for name, session in sessions.items()}
+    programs = {name: session.programs for name, session in sessions.items()}
     assert programs["20%"][0] is programs["40%"][0] is programs["60%"][0]
     assert programs["20%"][1] is programs["40%"][1]
-    assert {id(session._full) for session in sessions.values()} == {id(programs["full"][0])}
+    assert {id(session.full) for session in sessions.values()} == {id(programs["full"][0])}
     for name, session in sessions.items():
         np.testing.assert_array_equal(
             session.sample(2, seed=2), Session.of(built.bundle, Counting(), level=name).sample(2, seed=2)
         )
     assert len(counting.loads) == 6
+
+
+def test_requests_of_different_levels_share_calls(built: Built) -> None:
+    sessions, calls = open_levels(built.bundle, open_backend("onnxruntime:cpu", threads=1)), list[CallRecord]()
+    largest = largest_calls(built.bundle, sessions)
+    assert {*largest} == {program for session in sessions.values() for program in session.programs}
+    batcher = Batcher(sessions, on_call=calls.append)
+    try:
+        tickets = {name: batcher.submit(SampleRequest(level=name, seed=4, count=2)) for name in sessions}
+        for name, ticket in tickets.items():
+            images = ticket.future.result(60).images
+            np.testing.assert_allclose(images, sessions[name].sample(2, seed=4), atol=1e-4)
+    finally:
+        batcher.close()
+    assert max(call.rollouts for call in calls) > 2
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        (((1, 5.0),), 1),
+        (((1, 5.0), (2, 10.0), (4, 20.0)), 1),
+        (((1, 5.0), (2, 6.0), (4, 12.0)), 2),
+        (((1, 5.0), (2, 6.0), (4, 11.5)), 2),
+        (((1, 5.0), (2, 6.0), (4, 11.0)), 4),
+        (((1, 5.0), (2, 6.0), (4, 7.0), (8, 20.0)), 4),
+    ],
+)
+def test_the_largest_call_is_the_smallest_one_that_saves_nearly_all(
+    built: Built, times: tuple[tuple[int, float], ...], best: int
+) -> None:
+    full = msgspec.structs.replace(built.bundle.manifest.full, batch_ms=times)
+    bundle = replace(built.bundle, manifest=msgspec.structs.replace(built.bundle.manifest, full=full))
+    session = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1), level="full")
+    assert largest_calls(bundle, {"full": session}) == {session.full: best}
 
 
 def test_every_engine_has_its_time_at_every_batch(built: Built) -> None:
