@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import unetc
+import unetc.diffusers
 from tests.command import run
 from unetc.artifacts import Phase, Plan, Profile
 from unetc.artifacts.plan import Prediction
@@ -353,6 +354,16 @@ def test_commands_take_a_level(built: Built, tmp_path: Path) -> None:
     assert verified["budget"] == 0.6
     assert list(verified["controls"]) == ["fewer_steps"]
     assert "Expected one of: 20%, 40%, 60%" in run("verify", built.path, "--level", "full").error
+
+
+def test_a_drop_in_keeps_its_level_when_it_is_saved(built: Built, tmp_path: Path) -> None:
+    unet = unetc.diffusers.load(built.path, level="60%")
+    assert unet._session.plan.budget == 0.6
+    unet.save_pretrained(tmp_path)
+    again = type(unet).from_pretrained(tmp_path)
+    assert again._session.plan == unet._session.plan != unetc.diffusers.load(built.path)._session.plan
+    with pytest.raises(SessionError, match="unknown quality level"):
+        unetc.diffusers.load(built.path, level="1%")
 
 
 def test_the_ladder_is_shown(built: Built) -> None:
