@@ -102,7 +102,8 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
 
     def __new__(cls, session: Session, denoiser: str, *values: object, **options: object) -> Self:
         """Make an instance of the original UNet's class too."""
-        return super().__new__(_KINDS[denoiser])
+        made: Self = super().__new__(_KINDS[denoiser])
+        return made
 
     def __init__(
         self,
@@ -350,7 +351,11 @@ def _kind_of(original: Any) -> type[BundleUNet]:
     """Make the class of drop-ins for a class of UNets; saved pipelines know all of them as `BundleUNet`."""
     methods = {name for name in set(dir(original)) - set(dir(BundleUNet)) if callable(getattr(original, name))}
     body = {"original": original, "__module__": __name__, "__doc__": BundleUNet.__doc__}
-    return _Kind(BundleUNet.__name__, (BundleUNet, original), {**{name: Refused(name) for name in methods}, **body})
+    kind: Any = _Kind(
+        BundleUNet.__name__, (BundleUNet, original), {**{name: Refused(name) for name in methods}, **body}
+    )
+    made: type[BundleUNet] = kind
+    return made
 
 
 _KINDS = {original.__name__: _kind_of(original) for original in (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)}

@@ -117,8 +117,11 @@ def _errors(wanted: _Floats, vectors: Sequence[_Floats], fitted: NDArray[np.bool
     """Compute the energy that a combination leaves of every pixel, with the weights that fit some pixels best."""
     matrix = np.stack([one[fitted].ravel() for one in vectors], axis=1)
     weights, *_ = np.linalg.lstsq(matrix, wanted[fitted].ravel())
-    rest = wanted - sum(weight * one for weight, one in zip(weights, vectors, strict=True))
-    return np.square(rest).sum(1)
+    rest = wanted.copy()
+    for weight, one in zip(weights, vectors, strict=True):
+        rest -= weight * one
+    errors: _Floats = np.square(rest).sum(1)
+    return errors
 
 
 def _unexplained(wanted: _Floats, vectors: Sequence[_Floats]) -> float:

@@ -99,7 +99,7 @@ def _all_of(element: Tensor) -> Tensor:
     """Return the whole tensor that holds an element."""
     storage = element.untyped_storage()
     count = storage.nbytes() // element.element_size()
-    return torch.empty(0, dtype=element.dtype, device=element.device).set_(storage, 0, (count,))
+    return element.as_strided((count,), (1,), 0)
 
 
 @dataclass(frozen=True, slots=True)

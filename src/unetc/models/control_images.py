@@ -76,14 +76,14 @@ class ControlSource:
                 f"the ControlNet {self.model} reads {config['conditioning_channels']} channels. Expected 3, as in an "
                 "RGB image."
             )
-        part = _part(self.model, config)
+        own = _part(self.model, config)
         images = self._read_images(size)
         return ControlImages(
             folder=self.model,
             images=images,
             measured=ControlMeasured(
                 model=str(self.model),
-                model_sha256=part.sha256(),
+                model_sha256=own.sha256(),
                 images=len(images),
                 images_sha256=hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
             ),
