@@ -326,9 +326,10 @@ def inpaint(
     start: int = 0,
     mask: Tensor = MASK,
     batched: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
     """Sample as pipelines of diffusers inpaint with a UNet of 4 channels: paste the noised original at every step."""
-    timing, fixed = begin(scheduler), noise(77)
+    timing, fixed, image = begin(scheduler), noise(77).to(dtype), image.to(dtype)
     timing.set_begin_index(start) if hasattr(timing, "set_begin_index") else None
     timesteps = timing.timesteps[start:]
     sample = timing.add_noise(image, fixed, timesteps[:1]) if start else fixed * timing.init_noise_sigma
@@ -344,7 +345,7 @@ def inpaint(
         original = image
         if place + 1 < len(timesteps):
             original = timing.add_noise(image, fixed, timesteps[place + 1 : place + 2])
-        sample = (1 - mask) * original + mask * sample
+        sample = ((1 - mask) * original + mask * sample).to(dtype)
         yield sample
 
 
@@ -368,6 +369,19 @@ def test_inpainting_keeps_its_saving_but_for_one_step(
     assert engines.take() == [engine for engine in [0, *ALTERNATING][: STEPS - start] for _ in range(calls)]
     assert not caplog.records
     assert_equal(last(inpaint(fresh, 0.5 * noise(5), *prompts, **options)), sample)
+
+
+def test_inpainting_in_half_precision_keeps_its_saving(fresh: BundleUNet, engines: Engines) -> None:
+    last(inpaint(fresh, 0.5 * noise(5), words(0), words(1), batched=True, dtype=torch.float16))
+    assert engines.take() == [0, *ALTERNATING][:STEPS]
+
+
+def test_inpainting_in_bfloat16_loses_savings_and_says_so_once(
+    fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    last(inpaint(fresh, 0.5 * noise(5), words(0), words(1), batched=True, dtype=torch.bfloat16))
+    assert engines.take()[:2] == [0, 0]
+    assert len(caplog.records) == 1
 
 
 def test_inpainting_follows_a_mask_that_changes(fresh: BundleUNet, engines: Engines) -> None:

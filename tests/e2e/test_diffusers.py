@@ -277,6 +277,43 @@ def test_image_to_image_starts_in_the_middle(
     assert np.isfinite(images).all()
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_inpainting_keeps_its_saving_but_for_one_step(
+    pipeline: Any,
+    planned: BundleUNet,
+    full_model: BundleUNet,
+    engines: list[int],
+    strength: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The pipeline pastes the noised original into the samples after every step."""
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[..., 8:24, 4:] = 1
+    converted = diffusers.AutoPipelineForInpainting.from_pipe(pipeline)
+    converted.set_progress_bar_config(disable=True)
+
+    def run() -> Array:
+        generator = torch.Generator().manual_seed(1)
+        return images_of(
+            converted, image=image, mask_image=mask, strength=strength, generator=generator, num_inference_steps=10
+        )
+
+    expected = run()
+    with denoised_by(converted, full_model):
+        np.testing.assert_allclose(run(), expected, atol=TOLERANCE)
+    engines.clear()
+    with denoised_by(converted, planned):
+        first = run()
+        ran = tuple(engines)
+        engines.clear()
+        np.testing.assert_array_equal(run(), first)
+    assert tuple(engines) == ran
+    assert ran[0] == ran[1] == 0
+    assert ran.count(1) >= len(ran) // 2 - 3
+    assert not [record for record in caplog.records if record.name.startswith("unetc")]
+
+
 @ONLY_SD
 def test_a_trajectory_ends_where_another_begins(pipeline: Any, planned: BundleUNet, engines: list[int]) -> None:
     """Every trajectory begins with engine 0, whatever was held."""

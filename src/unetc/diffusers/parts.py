@@ -32,6 +32,9 @@ _TRIES = 4
 _NEAR = 1e-3
 """Unexplained energy of a pixel near to the weights of one block, relative to the mean energy of pixels."""
 
+_COARSEST = 1e-5
+"""Largest rounding error with which parts can be told; in bfloat16, smooth parts of any image explain each other."""
+
 _MARGIN = 10.0
 """A part counts as unexplained from this multiple of the rounding error."""
 
@@ -57,10 +60,14 @@ def prove(sample: Array, samples: Sequence[Array], predictions: Sequence[Array],
         predictions: Their predictions.
         tolerance: Largest unexplained share of the energy that rounding leaves.
     """
+    if tolerance > _COARSEST:
+        return Proof.NONE
     wanted, vectors = _pixels(sample), [_pixels(one) for one in (*samples, *predictions)]
     own = vectors[: len(samples)]
     best = Proof.NONE
     for inside in _parts(wanted, vectors, sample.shape, tolerance):
+        if _unexplained(wanted[inside], [one[inside] for one in vectors]) > tolerance:
+            continue
         if _unexplained(wanted[inside], [one[inside] for one in own]) <= _MARGIN * tolerance:
             continue  # no prediction is in it
         best = Proof.PART
