@@ -26,7 +26,10 @@ _EQUATIONS = 2
 _ELEMENTS = 4
 """A part has this many times more elements than vectors."""
 
-_TRIES = 4
+_SEEN = 0.5
+"""Share of a block's pixels from which it belongs to a part that was looked at before."""
+
+_TRIES = 8
 """Most parts of the image that are looked at, each with other weights."""
 
 _NEAR = 1e-3
@@ -104,7 +107,7 @@ def _parts(
     energy, seen = float(np.square(wanted).sum(1).mean()), np.zeros(len(wanted), bool)
     tries = 0
     for block in np.flatnonzero(shares <= tolerance):
-        if seen[places[block]].all():
+        if seen[places[block]].mean() > _SEEN:  # a few other pixels may fit by chance
             continue
         inside = np.zeros(len(wanted), bool)
         inside[places[block]] = True

@@ -217,10 +217,13 @@ class Trajectories:
         Channels after those of the samples hold a predicted variance, which no scheduler adds to the samples.
         """
         call = trajectory.last
-        node = next((one.nodes[-1] for one in self._live if one.nodes and one.nodes[-1].is_of(call)), None)
+        own = (one for one in self._live if one.nodes and (call.place is None or _same_run(one, call)))
+        node = next((one.nodes[-1] for one in own if one.nodes[-1].is_of(call)), None)
         if node is None:
             node = _Node(call.timestep, call.log_snr, call.sample)
-        node.predictions.append(prediction[:, : call.sample.shape[1]])
+        predicted = prediction[:, : call.sample.shape[1]]
+        if not any(np.array_equal(one, predicted) for one in node.predictions):  # from an equal run before
+            node.predictions.append(predicted)
         if not (trajectory.nodes and trajectory.nodes[-1] is node):
             trajectory.nodes.append(node)
 
