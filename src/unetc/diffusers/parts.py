@@ -35,6 +35,9 @@ _TRIES = 8
 _NEAR = 1e-3
 """Unexplained energy of a pixel near to the weights of one block, relative to the mean energy of pixels."""
 
+_LEAST = 1e-5
+"""Smallest singular value that the weights of one block use, relative; smaller ones would fit its rounding."""
+
 _COARSEST = 1e-5
 """Largest rounding error with which parts can be told; in bfloat16, smooth parts of any image explain each other."""
 
@@ -111,8 +114,8 @@ def _parts(
             continue
         inside = np.zeros(len(wanted), bool)
         inside[places[block]] = True
-        for near in (_NEAR, _MARGIN * tolerance):  # the weights of one block are not exact
-            inside = _errors(wanted, vectors, inside) <= near * energy
+        for near, least in ((_NEAR, _LEAST), (_NEAR, None), (_MARGIN * tolerance, None)):  # of one block: not exact
+            inside = _errors(wanted, vectors, inside, least) <= near * energy
             if inside.sum() * channels < _ELEMENTS * len(vectors):
                 break
         else:
@@ -123,10 +126,17 @@ def _parts(
             return
 
 
-def _errors(wanted: _Floats, vectors: Sequence[_Floats], fitted: NDArray[np.bool_]) -> _Floats:
-    """Compute the energy that a combination leaves of every pixel, with the weights that fit some pixels best."""
+def _errors(wanted: _Floats, vectors: Sequence[_Floats], fitted: NDArray[np.bool_], least: float | None) -> _Floats:
+    """Compute the energy that a combination leaves of every pixel, with the weights that fit some pixels best.
+
+    Args:
+        wanted: The sample, [pixel, channel].
+        vectors: The vectors to combine.
+        fitted: The pixels.
+        least: Smallest singular value that is used, relative; None for all.
+    """
     matrix = np.stack([one[fitted].ravel() for one in vectors], axis=1)
-    weights, *_ = np.linalg.lstsq(matrix, wanted[fitted].ravel())
+    weights, *_ = np.linalg.lstsq(matrix, wanted[fitted].ravel(), rcond=least)
     rest = wanted.copy()
     for weight, one in zip(weights, vectors, strict=True):
         rest -= weight * one
