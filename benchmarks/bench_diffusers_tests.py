@@ -6,7 +6,8 @@
 Runs nine files of tests twice, with the original UNets and with drop-ins that run the full model. A test counts if it
 passes with the original. With a drop-in it then passes, is refused by one of unetc's errors, or fails in another way.
 Tests that download models fail in both runs without a network and do not count. The tests need the package
-`parameterized` and `requests-mock`. Writes `results/diffusers_tests.json`.
+`parameterized` and `requests-mock`. With HF_HUB_OFFLINE=1, a tiny tokenizer stands in for those on the Hub. `--file`
+runs some files alone, for a trial. Writes `results/diffusers_tests.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -41,7 +42,7 @@ FAST = "not Slow and not Integration and not IPAdapter and not Memory and not De
 REFUSED = re.compile(r"RefusedByBundle|unetc\.errors\.")
 
 
-def run(checkout: Path, cache: Path, *, original: bool) -> dict[str, str]:
+def run(checkout: Path, cache: Path, files: Sequence[str], *, original: bool) -> dict[str, str]:
     """Run the tests; return passed, refused or failed by test, with the last line of the error of a failed one."""
     report = cache / f"{'original' if original else 'dropin'}.xml"
     environment = os.environ | {
@@ -50,7 +51,7 @@ def run(checkout: Path, cache: Path, *, original: bool) -> dict[str, str]:
         "UNETC_SUITE_ORIGINAL": str(int(original)),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "diffusers_suite", "-k", FAST]
-    command += [*(f"tests/pipelines/{file}" for file in FILES), f"--junitxml={report}", "-o", "addopts="]
+    command += [*(f"tests/pipelines/{file}" for file in files), f"--junitxml={report}", "-o", "addopts="]
     subprocess.run(command, cwd=checkout, env=environment, check=False)
     results = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -81,9 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="Folder of a checkout of diffusers.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
+    parser.add_argument("--file", action="append", help=f"Run this file alone; one of {', '.join(FILES)}.")
     options = parser.parse_args()
+    files = options.file or FILES
     with tempfile.TemporaryDirectory() as folder:
-        results = [run(options.checkout.resolve(), Path(folder), original=original) for original in (True, False)]
+        results = [run(options.checkout.resolve(), Path(folder), files, original=one) for one in (True, False)]
     write(options.results, "diffusers_tests", {"figures": summarise(*results)})
 
 

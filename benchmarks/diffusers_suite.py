@@ -44,6 +44,8 @@ ORIGINAL = "UNETC_SUITE_ORIGINAL"
 """Environment variable that is 1 in the run with the original UNets."""
 
 _TOKENS = 77
+_WORDS = "a painting of squirrel eating burger photo face fantasy turtle french fries"
+"""Words of the prompts in these tests; as in the Hub's tokenizer, they are single tokens."""
 _POOLED = 32
 """Width of the pooled text in these tests; it tells how many size numbers a UNet of SDXL takes."""
 
@@ -154,7 +156,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     def from_pretrained(kind: type[Any], /, name: object, *values: object, **options: object) -> Any:
         if str(name).startswith("hf-internal-testing/"):
-            return write_tokenizer((), _TOKENS, Path(os.environ[CACHE]) / "tokenizer")
+            return write_tokenizer(_WORDS.split(), _TOKENS, Path(os.environ[CACHE]) / "tokenizer")
         return original(kind, name, *values, **options)
 
     transformers.CLIPTokenizer.from_pretrained = classmethod(from_pretrained)

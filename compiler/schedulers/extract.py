@@ -52,6 +52,7 @@ def extract_all(
     Raises:
         ModelError: If the scheduler cannot do any of the step counts, or cannot be expressed as a table.
     """
+    check_values(type(scheduler).__name__, scheduler.config)
     wanted = sorted(set(counts))
     begun = {steps: one for steps in wanted if (one := _proper(scheduler, steps)) is not None}
     if not begun:

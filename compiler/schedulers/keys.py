@@ -115,8 +115,18 @@ def check_values(class_name: str, config: Mapping[str, Any]) -> None:
                 continue
             if config[key] not in limit.values:
                 raise ModelError(f"{class_name} has {key} {config[key]!r}, which {limit.reason}. {limit.advice}")
+    if "trained_betas" in keys and (betas := config.get("trained_betas")) is not None:
+        _check_betas(class_name, len(betas), {**_defaults(class_name), **config}["num_train_timesteps"])
     kind = config.get("prediction_type", "epsilon")
     if "prediction_type" in keys and kind not in PREDICTIONS:
         raise ModelError(
             f"{class_name} has prediction_type {kind!r}. Supported are {', '.join(PREDICTIONS)}, without flow."
+        )
+
+
+def _check_betas(class_name: str, count: int, trained: int) -> None:
+    if count < trained:
+        raise ModelError(
+            f"{class_name} has {count} trained_betas and num_train_timesteps {trained}. Expected a beta for every "
+            "timestep: correct one of the two in the scheduler's configuration."
         )

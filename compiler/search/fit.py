@@ -56,7 +56,13 @@ def fit_plan(
     middle = aim = middle_of(options.budget)
     for attempt in range(ATTEMPTS):
         asked = replace(options, budget=min(aim, 0.99))
-        candidate = workbench.compile(emitting(make_plan(workbench.profile, asked, correction=correction), emits))
+        try:
+            plan = make_plan(workbench.profile, asked, correction=correction)
+        except PlanError:
+            if attempt == 0:
+                raise
+            break  # measured savings fell short by so much that no plan aims high enough
+        candidate = workbench.compile(emitting(plan, emits))
         saving = candidate.saving
         most = max(most, saving)
         candidate = replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=options.budget))

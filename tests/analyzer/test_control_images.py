@@ -209,6 +209,37 @@ def test_controlnets_and_images_that_cannot_be_used_are_refused_by_name(folders:
         find_model(replace(folders.source, name="digits"))
 
 
+def test_a_controlnet_is_read_as_diffusers_reads_it(folders: Folders, tmp_path: Path) -> None:
+    """A variant alone is read; files that no ControlNet is read from change no hash."""
+    model = find_model(folders.source)
+    folder = tmp_path / "controlnet"
+    shutil.copytree(folders.control.model, folder)
+    (weights,) = folder.glob("*.safetensors")
+    shutil.copy(weights, folder / "other.safetensors")
+    weights.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    other = find_model(replace(folders.source, control=replace(folders.control, model=folder)))
+    assert model.control is not None
+    assert other.control is not None
+    assert other.control.measured.model_sha256 == model.control.measured.model_sha256
+    sample = np.random.default_rng(0).standard_normal((1, *model.sample_shape), dtype=np.float32)
+    inputs = {"sample": sample, "timestep": np.array([500]), **model.encode(("a",), 1.0).own}
+    expected, actual = (one.control.take([0]).residuals(inputs) for one in (model, other))
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value)
+
+
+def test_control_images_are_turned_as_their_orientation_says(folders: Folders, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    model = find_model(replace(folders.source, control=replace(folders.control, images=tmp_path)))
+    assert model.control is not None
+    (image,) = model.control.images
+    np.testing.assert_array_equal(np.round(image * 255), np.rot90(pixels, -1).transpose(2, 0, 1))
+
+
 # D6
 def test_the_scope_of_a_damage_names_its_start(profiles: tuple[Profile, Profile]) -> None:
     controlled, zeros = profiles

@@ -18,7 +18,7 @@ from tests.dropin.runs import dropin_of, noise, words
 from tests.pipelines import save_stable_diffusion
 from unetc.diffusers import BundleUNet
 from unetc.diffusers.bundle_unet import _KEPT
-from unetc.diffusers.refusals import HARMLESS, RefusedByBundle
+from unetc.diffusers.refusals import HARMLESS, LISTS_OF_LAYERS, RefusedByBundle
 from unetc.errors import ArtifactError, SessionError, ShapeMismatch, UnetcError
 
 diffusers: Any = untyped_diffusers
@@ -35,11 +35,16 @@ PUBLIC = sorted(
 """Every public method and property of a UNet, but for those of torch."""
 
 TORCH = {
+    "add_module": lambda unet: unet.add_module("conv_in", nn.Identity()),
+    "register_module": lambda unet: unet.register_module("conv_in", nn.Identity()),
+    "register_parameter": lambda unet: unet.register_parameter("bias", nn.Parameter(torch.zeros(1))),
+    "conv_in": lambda unet: setattr(unet, "conv_in", nn.Identity()),
+    "scale": lambda unet: setattr(unet, "scale", nn.Parameter(torch.zeros(1))),
     "apply": lambda unet: unet.apply(lambda module: None),
     "load_state_dict": lambda unet: unet.load_state_dict({}),
     "state_dict": lambda unet: unet.state_dict(),
 }
-"""Methods of torch that would change or show layers without an effect."""
+"""Ways of torch to change or show layers; they would have no effect."""
 
 
 @pytest.fixture
@@ -211,6 +216,71 @@ def without_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (folder / "unet").glob("*.safetensors"):
         path.unlink()
     return folder
+
+
+@pytest.mark.parametrize("architecture", ["attention", "cross-attention"])
+def test_a_drop_in_is_an_instance_of_the_original_class(shared: Path, architecture: str) -> None:
+    unet = dropin_of(architecture, shared)
+    own = {"attention": diffusers.UNet2DModel, "cross-attention": diffusers.UNet2DConditionModel}[architecture]
+    other = next(kind for kind in KINDS if kind is not own)
+    assert isinstance(unet, own)
+    assert isinstance(unet, BundleUNet)
+    assert not isinstance(unet, other)
+    assert type(unet).__name__ == "BundleUNet"
+    assert type(unet) in (own,)  # from_pipe asks so
+    assert type(unet) not in (other,)
+    assert BundleUNet not in (own, other)
+    assert {type(unet): "drop-in", own: "original"}[own] == "original"
+    assert isinstance(copy.deepcopy(unet), own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_private_methods_of_unets_are_refused(shared: Path, kind: Any) -> None:
+    """Their own layers are not there, so none of their methods can work."""
+    unet = dropin_of("attention" if kind is diffusers.UNet2DModel else "cross-attention", shared)
+    for name, value in vars(kind).items():
+        if callable(value) and not name.startswith("__") and name not in _KEPT | HARMLESS | {"forward"}:
+            with pytest.raises(RefusedByBundle, match=f"a bundle has no {name}"):
+                getattr(unet, name)()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_hooks_on_the_drop_in_itself_work(unet: BundleUNet, copied: bool) -> None:
+    seen: list[object] = []
+    unet.register_forward_pre_hook(lambda module, given, named: seen.append(named["timestep"]), with_kwargs=True)
+    unet.register_forward_hook(lambda module, given, output: type(output)(sample=output.sample + 1))
+    expected = call(copy.deepcopy(unet)) if copied else call(unet)
+    assert seen == [500]
+    for hooks in (unet._forward_hooks, unet._forward_pre_hooks):
+        hooks.clear()
+    unet.reset()
+    torch.testing.assert_close(call(unet) + 1, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(LISTS_OF_LAYERS))
+def test_listing_layers_is_answered_with_a_warning_once(
+    unet: BundleUNet, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    for _ in range(2):
+        for listed in getattr(unet, name)():
+            assert listed is unet or listed == ("", unet)
+    assert [f"{name}() of a bundle lists no layers" in record.message for record in caplog.records] == [True]
+
+
+def test_libraries_that_list_layers_are_not_warned(
+    unet: BundleUNet, without_weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
+    caplog.clear()
+    pipeline.to("cpu", torch.float32)
+    unet.eval().requires_grad_(False)
+    assert not [record for record in caplog.records if record.name.startswith("unetc")]
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_from_pipe_takes_the_drop_in_over(unet: BundleUNet, without_weights: Path, kind: str) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
+    assert getattr(diffusers, kind).from_pipe(pipeline).unet is unet
 
 
 def test_a_pipeline_opens_with_the_drop_in_alone(unet: BundleUNet, without_weights: Path) -> None:  # D3

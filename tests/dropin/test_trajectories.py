@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.dropin.runs import STEPS, Engines, begin, diffusers, dropin_of, last, noise, run, words
+from tests.dropin.runs import SIDE, STEPS, Engines, begin, diffusers, dropin_of, last, noise, run, words
 from unetc.diffusers import BundleUNet
 from unetc.diffusers.trajectories import LIVE, Place
 
@@ -311,6 +312,182 @@ def test_runs_that_take_turns_equal_runs_alone(shared: Path, runs: list[dict[str
         expected = list(steps_of(dropin_of(FREE, shared), one))
         for actual, wanted in zip(results[place], expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+
+
+MASK = torch.zeros(1, 1, SIDE, SIDE)
+MASK[..., :5, 3:] = 1
+
+
+def inpaint(
+    unet: BundleUNet,
+    image: Tensor,
+    *prompts: Tensor,
+    scheduler: str = "DDIMScheduler",
+    start: int = 0,
+    mask: Tensor = MASK,
+    batched: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Tensor]:
+    """Sample as pipelines of diffusers inpaint with a UNet of 4 channels: paste the noised original at every step."""
+    timing, fixed, image = begin(scheduler), noise(77).to(dtype), image.to(dtype)
+    timing.set_begin_index(start) if hasattr(timing, "set_begin_index") else None
+    timesteps = timing.timesteps[start:]
+    sample = timing.add_noise(image, fixed, timesteps[:1]) if start else fixed * timing.init_noise_sigma
+    for place, timestep in enumerate(timesteps):
+        seen = timing.scale_model_input(sample, timestep)
+        with torch.no_grad():
+            if batched:
+                predictions = unet(torch.cat([seen] * len(prompts)), timestep, torch.cat(prompts)).sample.chunk(2)
+            else:
+                predictions = [unet(seen, timestep, prompt).sample for prompt in prompts]
+        predicted = predictions[0] + 3.0 * (predictions[-1] - predictions[0])
+        sample = timing.step(predicted, timestep, sample).prev_sample
+        original = image
+        if place + 1 < len(timesteps):
+            original = timing.add_noise(image, fixed, timesteps[place + 1 : place + 2])
+        sample = ((1 - mask) * original + mask * sample).to(dtype)
+        yield sample
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("guidance", ["none", "batched", "sequential"])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_inpainting_keeps_its_saving_but_for_one_step(
+    shared: Path,
+    fresh: BundleUNet,
+    engines: Engines,
+    caplog: pytest.LogCaptureFixture,
+    scheduler: str,
+    guidance: str,
+    start: int,
+) -> None:
+    """Nothing explains the first paste; all later ones are explained by two earlier samples."""
+    prompts = (words(0),) if guidance == "none" else (words(0), words(1))
+    options = {"scheduler": scheduler, "batched": guidance == "batched", "start": start}
+    sample = last(inpaint(fresh, 0.5 * noise(5), *prompts, **options))
+    calls = 2 if guidance == "sequential" else 1
+    assert engines.take() == [engine for engine in [0, *ALTERNATING][: STEPS - start] for _ in range(calls)]
+    assert not caplog.records
+    assert_equal(last(inpaint(fresh, 0.5 * noise(5), *prompts, **options)), sample)
+
+
+def test_inpainting_in_half_precision_keeps_its_saving(fresh: BundleUNet, engines: Engines) -> None:
+    last(inpaint(fresh, 0.5 * noise(5), words(0), words(1), batched=True, dtype=torch.float16))
+    assert engines.take() == [0, *ALTERNATING][:STEPS]
+
+
+def test_inpainting_in_bfloat16_loses_savings_and_says_so_once(
+    fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    last(inpaint(fresh, 0.5 * noise(5), words(0), words(1), batched=True, dtype=torch.bfloat16))
+    assert engines.take()[:2] == [0, 0]
+    assert len(caplog.records) == 1
+
+
+def test_inpainting_follows_a_mask_that_changes(fresh: BundleUNet, engines: Engines) -> None:
+    """Differential diffusion has another mask at every step."""
+    timing, fixed, image = begin("DDIMScheduler"), noise(77), 0.5 * noise(5)
+    sample = fixed
+    for place, timestep in enumerate(timing.timesteps):
+        with torch.no_grad():
+            predicted = fresh(sample, timestep, words(0)).sample
+        sample = timing.step(predicted, timestep, sample).prev_sample
+        if place + 1 < STEPS:
+            mask = torch.zeros(1, 1, SIDE, SIDE)
+            mask[..., : 3 + place, :] = 1
+            original = timing.add_noise(image, fixed, timing.timesteps[place + 1 : place + 2])
+            sample = (1 - mask) * original + mask * sample
+    ran = engines.take()
+    assert ran[:2] == [0, 0]
+    assert 1 in ran
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 4])
+def test_a_cancelled_inpainting_leaves_nothing_behind(shared: Path, fresh: BundleUNet, done: int) -> None:
+    prompt, image = words(0), 0.5 * noise(5)
+    for other, mask in ((image, 1 - MASK), (0.5 * noise(6), MASK), (image, MASK)):
+        list(itertools.islice(inpaint(fresh, image, prompt), done))
+        for start in (done, done + 1):
+            actual = list(inpaint(fresh, other, prompt, start=start, mask=mask))
+            expected = list(inpaint(dropin_of(FREE, shared), other, prompt, start=start, mask=mask))
+            for one, wanted in zip(actual, expected, strict=True):
+                torch.testing.assert_close(one, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", range(1, SIDE))
+def test_a_collage_of_two_trajectories_continues_neither(
+    fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture, width: int
+) -> None:
+    timing, samples = begin("DDIMScheduler"), [noise(0), noise(1)]
+    for timestep in timing.timesteps[:3]:
+        for place, sample in enumerate(samples):
+            with torch.no_grad():
+                predicted = fresh(sample, timestep, words(0)).sample
+            samples[place] = timing.step(predicted, timestep, sample).prev_sample
+    engines.take()
+    left, right = samples
+    with torch.no_grad():
+        fresh(torch.cat([left[..., :width], right[..., width:]], dim=-1), timing.timesteps[3], words(0))
+    assert engines.take() == [0]
+
+
+def test_embeddings_that_change_every_step_are_said_once(
+    shared: Path, fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Branches of other embeddings are not used."""
+    full, timing, sample = dropin_of(FREE, shared, full_model=True), begin("DDIMScheduler"), noise(0)
+    for place, timestep in enumerate(timing.timesteps):
+        prompt = words(0) + 0.01 * place
+        with torch.no_grad():
+            predicted = fresh(sample, timestep, prompt).sample
+            torch.testing.assert_close(predicted, full(sample, timestep, prompt).sample, rtol=0, atol=1e-5)
+        sample = timing.step(predicted, timestep, sample).prev_sample
+    assert set(engines.take()[::2]) == {0}
+    assert ["conditions differ from those of the last step" in record.message for record in caplog.records] == [True]
+
+
+def test_a_prompt_that_changes_once_is_not_said(fresh: BundleUNet, caplog: pytest.LogCaptureFixture) -> None:
+    for change in range(1, STEPS):
+        timing, sample = begin("DDIMScheduler"), noise(change)
+        for place, timestep in enumerate(timing.timesteps):
+            with torch.no_grad():
+                predicted = fresh(sample, timestep, words(int(place >= change))).sample
+            sample = timing.step(predicted, timestep, sample).prev_sample
+    assert not caplog.records
+
+
+FRESH_TENSORS = {
+    "copies of all timesteps": lambda every, place: every.clone()[place],
+    "another type": lambda every, place: every.float()[place],
+    "one timestep for each of a batch": lambda every, place: torch.stack([every[place]] * 3)[1],
+    "the batch as a whole": lambda every, place: every[place].repeat(2),
+}
+
+
+@pytest.mark.parametrize("kind", FRESH_TENSORS)
+def test_fresh_tensors_of_timesteps_keep_the_saving(
+    fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    timing, sample = begin("DDIMScheduler"), noise(0)
+    for place, timestep in enumerate(timing.timesteps):
+        with torch.no_grad():
+            predicted = fresh(sample, FRESH_TENSORS[kind](timing.timesteps, place), words(0)).sample
+        sample = timing.step(predicted, timestep, sample).prev_sample
+    assert engines.take() == ALTERNATING
+    assert not caplog.records
+
+
+def test_other_tensors_at_every_step_are_said_once(
+    fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Small tensors with other elements could be the timesteps of other runs."""
+    timing, sample = begin("DDIMScheduler"), noise(0)
+    for timestep in timing.timesteps:
+        with torch.no_grad():
+            predicted = fresh(sample, torch.stack([timestep, timestep - 1])[0], words(0)).sample
+        sample = timing.step(predicted, timestep, sample).prev_sample
+    assert set(engines.take()) == {0}
+    assert ["in another tensor than the last one" in record.message for record in caplog.records] == [True]
 
 
 def test_a_place_is_an_element_of_a_larger_tensor() -> None:

@@ -376,6 +376,21 @@ def test_every_header_is_read_at_once(folder: Path, part: str) -> None:  # C3
     assert str(path) in refusal(lambda: open_model(folder))
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{part}/{stem}.safetensors" for part, stem in PARTS.items()), "unet/config.json", "tokenizer/tokenizer.json"],
+)
+def test_pointers_of_git_lfs_are_refused_by_name(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    (folder / name).with_name("zeta.bin").write_bytes(POINTER)
+    message = refusal(lambda: open_model(folder))
+    assert f"{folder / name} is a pointer of git-lfs (zeta.bin too)" in message
+    assert "git lfs pull" in message
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_of_every_part_fit_its_configuration(folder: Path, part: str) -> None:  # C3
     path = folder / part / f"{PARTS[part]}.safetensors"

@@ -94,6 +94,12 @@ def test_a_truncated_file_is_refused(share: float, folder: Path, tmp_path: Path)
     assert "cannot read LoRA" in refusal(lambda: find(folder, path), path)
 
 
+def test_a_pointer_of_git_lfs_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refusal(lambda: find(folder, path), path)
+
+
 METHODS = {
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
     "LoKr": ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"),

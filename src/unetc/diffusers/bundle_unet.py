@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import shutil
@@ -18,7 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST
 from unetc.conditions import Conditions
@@ -28,7 +29,17 @@ from unetc.runtime.backends.registry import Memory
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, backend_for
 
-from .refusals import HARMLESS, SAME_PROCESSORS, Refused, does_nothing, refusal, refused_names
+from .refusals import (
+    CHANGE_LAYERS,
+    HARMLESS,
+    LISTS_OF_LAYERS,
+    SAME_PROCESSORS,
+    Refused,
+    does_nothing,
+    refusal,
+    refused_names,
+    warns_of_no_layers,
+)
 from .trajectories import Call, Place, Trajectories
 
 _KEPT = frozenset(
@@ -50,22 +61,49 @@ _KEPT = frozenset(
 )
 """Public names of UNets that work."""
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Where torch keeps the hooks around the call of a module."""
+
 _FULL_MODEL, _LEVEL = "full_model", "level"
 """Keys of the configuration in a saved folder."""
 
 
-class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+class _Kind(type):
+    """Makes a class of drop-ins equal to the UNet's class, because `from_pipe` of diffusers compares them."""
+
+    original: type | None = None
+    """The UNet's class in diffusers."""
+
+    def __eq__(cls, other: object) -> bool:
+        """Compare with a class."""
+        return cls is other or (cls.original is not None and cls.original is other)
+
+    __hash__ = type.__hash__
+
+
+class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc]  # diffusers has no types
     """A bundle with the interface of a UNet of diffusers; it computes on the device of the bundle's target.
 
     `dtype` and `device` follow `to`, as pipelines make their latents with them. Samples are converted on the way in and
     out. Trajectories may take turns, also in several threads: see `unetc.diffusers.trajectories`. Calls are made one
-    after another.
+    after another. An instance is one of the original UNet's class too, without its layers.
 
     The damage in the bundle's profile holds for sampling from noise over the bundle's steps. Image to image, other
     schedulers and other numbers of steps have another damage.
     """
 
     config_name = "config.json"
+
+    def __new__(cls, session: Session, denoiser: str, *values: object, **options: object) -> Self:
+        """Make an instance of the original UNet's class too."""
+        made: Self = super().__new__(_KINDS[denoiser])
+        return made
 
     def __init__(
         self,
@@ -87,7 +125,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             level: Quality level of the session, for `save_pretrained`; None for the default level.
             bundle: Folder of the bundle, for `save_pretrained`.
         """
-        super().__init__()
+        ModelMixin.__init__(self)  # and not the UNet's, which would make its layers
         assert session.calls is not None  # every bundle has them
         self._calls = session.calls
         original = getattr(diffusers, denoiser)
@@ -115,6 +153,12 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             return buffers[name]
         raise refusal(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; refuse layers, which no engine would run."""
+        if isinstance(value, nn.Module | nn.Parameter):
+            raise refusal(name)
+        super().__setattr__(name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share the engines, and no trajectory."""
         own = type(self)(
@@ -127,6 +171,8 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         )
         own.to(self.device, self.dtype)
         own.train(self.training)
+        for name in _HOOKS:
+            setattr(own, name, copy.copy(getattr(self, name)))
         memo[id(self)] = own
         return own
 
@@ -305,10 +351,26 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         return loaded
 
 
+for _name in LISTS_OF_LAYERS:
+    setattr(BundleUNet, _name, warns_of_no_layers(_name))
 for _name in HARMLESS:
     setattr(BundleUNet, _name, does_nothing(_name))
-for _name in {*refused_names(_KEPT), "apply", "load_state_dict", "state_dict"}:
+for _name in {*refused_names(_KEPT), *CHANGE_LAYERS}:
     setattr(BundleUNet, _name, Refused(_name))
+
+
+def _kind_of(original: Any) -> type[BundleUNet]:
+    """Make the class of drop-ins for a class of UNets; saved pipelines know all of them as `BundleUNet`."""
+    methods = {name for name in set(dir(original)) - set(dir(BundleUNet)) if callable(getattr(original, name))}
+    body = {"original": original, "__module__": __name__, "__doc__": BundleUNet.__doc__}
+    kind: Any = _Kind(
+        BundleUNet.__name__, (BundleUNet, original), {**{name: Refused(name) for name in methods}, **body}
+    )
+    made: type[BundleUNet] = kind
+    return made
+
+
+_KINDS = {original.__name__: _kind_of(original) for original in (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)}
 
 
 def load(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +12,8 @@ from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from unetc.errors import SessionError
+
+logger = logging.getLogger(__name__)
 
 _KINDS = UNet2DConditionModel, UNet2DModel, ModelMixin
 
@@ -55,6 +60,18 @@ SAME_PROCESSORS = frozenset(
 )
 """Attention processors that compute the same attention in another way."""
 
+CHANGE_LAYERS = frozenset(
+    {"add_module", "apply", "load_state_dict", "register_module", "register_parameter", "state_dict"}
+)
+"""Methods of torch that would change or show layers without an effect."""
+
+LISTS_OF_LAYERS = frozenset(
+    {"children", "modules", "named_children", "named_modules", "named_parameters", "parameters"}
+)
+"""Methods of torch that list layers and weights; libraries call them for every module."""
+
+_LIBRARIES = frozenset({"accelerate", "diffusers", "peft", "torch", "transformers"})
+
 _BUILD_LORA = "build the bundle with --lora FILE"
 _ORIGINAL = "use the pipeline's original UNet"
 
@@ -86,7 +103,10 @@ _ADVICE: Mapping[str, str] = {
     "from_config": "use unetc.diffusers.load(folder)",
     "save_attn_procs": _BUILD_LORA,
     "save_lora_adapter": _BUILD_LORA,
-    "apply": "change the layers of the original UNet before you build the bundle",
+    **dict.fromkeys(
+        ("add_module", "apply", "register_module", "register_parameter"),
+        "change the layers of the original UNet before you build the bundle",
+    ),
     "load_state_dict": "build a bundle from the other weights",
     "state_dict": "read the weights file of the bundle",
 }
@@ -147,3 +167,27 @@ def does_nothing(name: str) -> Callable[..., None]:
     harmless.__name__ = name
     harmless.__doc__ = "Do nothing: engines choose by themselves how they compute."
     return harmless
+
+
+def warns_of_no_layers(name: str) -> Callable[..., Any]:
+    """Make a method that lists the layers, none, and warns once per drop-in if a user's code asks.
+
+    Loops over layers, such as those that make a model's padding circular, would end without an effect and without an
+    error.
+    """
+    original = getattr(ModelMixin, name)
+
+    @functools.wraps(original)
+    def listing(self: Any, *values: object, **options: object) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if caller not in _LIBRARIES and not self.__dict__.get("_warned_of_no_layers"):
+            self.__dict__["_warned_of_no_layers"] = True
+            logger.warning(
+                "%s() of a bundle lists no layers and no weights: they are compiled into engines. Code that changes "
+                "layers, such as their padding, or adds hooks to them has no effect. Change the original UNet before "
+                "you build the bundle. Hooks on the drop-in itself work.",
+                name,
+            )
+        return original(self, *values, **options)
+
+    return listing

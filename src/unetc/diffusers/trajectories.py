@@ -2,7 +2,7 @@
 
 A cached branch may be used only by the trajectory that computed it. Pipelines do not tell their denoiser which
 trajectory a call belongs to, and several may take turns: sequential guidance, tiles, two pipelines, a run that was
-cancelled. A call continues an earlier one with one of two proofs:
+cancelled. A call continues an earlier one with one of three proofs:
 
 - Its samples are a linear combination of earlier samples and predictions, up to rounding, and not just a multiple of
   one of them. Deterministic schedulers make such samples, also from a prediction that they clip to -1..1.
@@ -10,16 +10,18 @@ cancelled. A call continues an earlier one with one of two proofs:
   element and the same conditions, and the rest that such a combination leaves has the size of the noise that a
   stochastic scheduler adds between the two noise levels. A scheduler makes a new tensor of timesteps for every run.
 
+- In a part of the image its samples are such a combination, and in the rest a combination of earlier samples alone, as
+  in inpainting. See `parts`.
+
 A call without proof begins a new trajectory, which reuses nothing.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from unetc.device import Array
 from unetc.runtime.rollout import Rollout
+
+from .parts import Proof, prove
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,26 @@ class Place:
         storage = timestep.untyped_storage()
         if storage.nbytes() < 2 * timestep.element_size():
             return None
+        if _all_of(timestep).eq(timestep.flatten()[0]).all():  # one timestep several times, for a batch
+            return None
         return cls(storage.data_ptr(), int(timestep.storage_offset()), timestep)
+
+    def may_follow(self, other: Place) -> bool:
+        """Check whether a place may be the next after another one, or the same.
+
+        Loops may make a new copy of all timesteps for every step.
+        """
+        if self.run == other.run:
+            return True
+        own, others = _all_of(self.timesteps), _all_of(other.timesteps)
+        return self.index - other.index in (0, 1) and own.device == others.device and torch.equal(own, others)
+
+
+def _all_of(element: Tensor) -> Tensor:
+    """Return the whole tensor that holds an element."""
+    storage = element.untyped_storage()
+    count = storage.nbytes() // element.element_size()
+    return element.as_strided((count,), (1,), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +139,8 @@ class Trajectory:
     last: Call
     shared: bool = False
     """Whether another trajectory of the run has the same timesteps and conditions."""
+    cut_off: str = ""
+    """Why it does not continue the trajectory that its first samples come from; empty if nothing shows that."""
     nodes: deque[_Node] = field(default_factory=lambda: deque(maxlen=_HISTORY))
 
 
@@ -158,18 +183,25 @@ class Trajectories:
             shared = any(one.shared or _place(one) == call.place.index for one in run)
             for one in run:
                 one.shared = shared
-            before = [pair for pair in zip(candidates, rests, strict=True) if _place(pair[0]) == call.place.index - 1]
+            before = [
+                (one, rest)
+                for one, rest in zip(candidates, rests, strict=True)
+                if _same_run(one, call) and _place(one) == call.place.index - 1
+            ]
             for one, rest in () if shared else before:
                 if rest is not None and _is_noise(rest, call, one):
                     return self._continue(one, call)
-        if self._reuses and any(call.timestep < one.last.timestep for one in candidates):
-            reason = "its timestep is not an element of the scheduler's timesteps"
-            if call.place is not None:
-                reason = "its samples are not what a scheduler makes of earlier ones"
-            if shared:
-                reason = "several calls have the same timestep and the same conditions (tiles?)"
-            self._warn(f"nothing proves which trajectory the call at timestep {call.timestep:g} continues: {reason}")
         new = Trajectory(rollout=self._begin(), last=call, shared=shared)
+        if self._reuses:
+            for one, rest in zip(candidates, rests, strict=True):
+                if rest is None or call.timestep >= one.last.timestep or not _same_run(one, call):
+                    continue
+                if (proof := _in_parts(call, one, tolerance)) is Proof.WHOLE:
+                    return self._continue(one, call)
+                if proof is Proof.PART and not new.nodes:
+                    new.nodes.extend(one.nodes)  # the next call may be explained as a whole
+                    new.cut_off = "a part of its samples is not what a scheduler makes of earlier ones"
+            self._explain(call, new, candidates, rests)
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
             ended = lone[-1] if lone else self._live[-1]
@@ -185,10 +217,13 @@ class Trajectories:
         Channels after those of the samples hold a predicted variance, which no scheduler adds to the samples.
         """
         call = trajectory.last
-        node = next((one.nodes[-1] for one in self._live if one.nodes and one.nodes[-1].is_of(call)), None)
+        own = (one for one in self._live if one.nodes and (call.place is None or _same_run(one, call)))
+        node = next((one.nodes[-1] for one in own if one.nodes[-1].is_of(call)), None)
         if node is None:
             node = _Node(call.timestep, call.log_snr, call.sample)
-        node.predictions.append(prediction[:, : call.sample.shape[1]])
+        predicted = prediction[:, : call.sample.shape[1]]
+        if not any(np.array_equal(one, predicted) for one in node.predictions):  # from an equal run before
+            node.predictions.append(predicted)
         if not (trajectory.nodes and trajectory.nodes[-1] is node):
             trajectory.nodes.append(node)
 
@@ -196,14 +231,64 @@ class Trajectories:
         """Forget a trajectory whose last call failed."""
         self._live = [one for one in self._live if one is not trajectory]
 
-    def _warn(self, problem: str) -> None:
+    def _explain(
+        self, call: Call, new: Trajectory, candidates: list[Trajectory], rests: list[list[float] | None]
+    ) -> None:
+        """Warn that a call begins a new trajectory, if it seems to continue an earlier one.
+
+        A prompt may change once, and inpainting pastes once before anything explains it. So these are said only if the
+        earlier call was cut off too.
+        """
+        if self._warned:
+            return
+        earlier = [one for one in candidates if call.timestep < one.last.timestep]
+        said = f"nothing proves which trajectory the call at timestep {call.timestep:g} continues: "
+        if new.cut_off:
+            if any(one.cut_off == new.cut_off and len(one.nodes) > 1 for one in earlier):
+                self._warn(said + new.cut_off)
+        elif earlier:
+            reason = "its timestep is not an element of the scheduler's timesteps"
+            if call.place is not None:
+                reason = "its samples are not what a scheduler makes of earlier ones"
+                if any(rest is not None and max(rest) > _MOST_NOISE for rest in rests):
+                    reason = "nearly all of its samples is new noise, or they belong to another image"
+            if new.shared:
+                reason = "several calls have the same timestep and the same conditions (tiles?)"
+            self._warn(said + reason)
+        else:
+            self._explain_cut(call, new)
+
+    def _explain_cut(self, call: Call, new: Trajectory) -> None:
+        """Find the trajectory that a call would continue with other conditions, or with another tensor of timesteps."""
+        tolerance = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS)
+        for one in self._live:
+            if one.last.sample.shape != call.sample.shape or call.timestep >= one.last.timestep:
+                continue
+            rest = _rest(call, one)
+            if rest is None or max(rest) > tolerance:
+                continue
+            if one.last.conditions != call.conditions:
+                new.cut_off = "the conditions differ from those of the last step"
+                advice = "keep the embeddings of a run as they are"
+            else:
+                new.cut_off = "its timestep is in another tensor than the last one"
+                advice = "pass elements of scheduler.timesteps"
+            if one.cut_off == new.cut_off:
+                self._warn(f"the call at timestep {call.timestep:g} begins a new trajectory: {new.cut_off}", advice)
+            return
+
+    def _warn(
+        self,
+        problem: str,
+        advice: str = "pass elements of scheduler.timesteps, or use one drop-in for each trajectory",
+    ) -> None:
         """Warn once that time is lost."""
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s. Nothing is reused in such calls, so they save less time. The images stay right. To save more, "
-                "pass elements of scheduler.timesteps, or use one drop-in for each trajectory.",
+                "%s. Nothing is reused in such calls, so they save less time. The images stay right. To save more, %s.",
                 problem,
+                advice,
             )
 
     def _continue(self, trajectory: Trajectory, call: Call) -> Trajectory:
@@ -225,7 +310,7 @@ def _same_run(trajectory: Trajectory, call: Call) -> bool:
 def _of_other_runs(trajectory: Trajectory, call: Call) -> bool:
     """Check whether the timesteps prove that a call belongs to another run."""
     place = trajectory.last.place
-    return place is not None and call.place is not None and place.run != call.place.run
+    return place is not None and call.place is not None and not call.place.may_follow(place)
 
 
 def _rest(call: Call, trajectory: Trajectory) -> list[float] | None:
@@ -238,23 +323,37 @@ def _rest(call: Call, trajectory: Trajectory) -> list[float] | None:
     """
     if not trajectory.nodes or len(trajectory.nodes[-1].sample) != len(call.sample):
         return None
-    rows = len(call.sample)
-    blocks = max(count for count in (1, 2, 3) if rows % count == 0 and _repeats(call.sample, count))
-    distinct, shares = rows // blocks, []
-    for row in range(distinct):
-        samples = [node.sample[row] for node in trajectory.nodes]
-        *earlier, newest = (
-            [one[row + block * distinct] for one in node.predictions for block in range(blocks)]
-            for node in trajectory.nodes
-        )
-        if blocks == 1:
-            newest += _clipped(samples[-1], newest[-1], trajectory.nodes[-1].log_snr)
-        wanted = call.sample[row]
+    shares = []
+    for wanted, samples, predictions in _rows(call, trajectory):
         # A multiple of one earlier sample is another run from the same noise, at a lower timestep.
         if any(_unexplained(wanted, [one]) <= _SAME * torch.finfo(call.dtype).eps ** 2 for one in samples):
             return None
-        shares.append(_unexplained(wanted, [*samples, *itertools.chain(*earlier), *newest]))
+        shares.append(_unexplained(wanted, [*samples, *predictions]))
     return shares
+
+
+def _rows(call: Call, trajectory: Trajectory) -> Iterator[tuple[Array, list[Array], list[Array]]]:
+    """List the distinct rows of a call, each with the samples and the predictions that a scheduler may combine."""
+    rows = len(call.sample)
+    blocks = max(count for count in (1, 2, 3) if rows % count == 0 and _repeats(call.sample, count))
+    distinct = rows // blocks
+    for row in range(distinct):
+        samples = [node.sample[row] for node in trajectory.nodes]
+        predictions = [
+            one[row + block * distinct]
+            for node in trajectory.nodes
+            for one in node.predictions
+            for block in range(blocks)
+        ]
+        if blocks == 1:
+            predictions += _clipped(samples[-1], predictions[-1], trajectory.nodes[-1].log_snr)
+        yield call.sample[row], samples, predictions
+
+
+def _in_parts(call: Call, trajectory: Trajectory, tolerance: float) -> Proof:
+    """Look for proofs in parts of every distinct row; the weakest counts."""
+    proofs = {prove(*row, tolerance) for row in _rows(call, trajectory)}
+    return next(proof for proof in (Proof.NONE, Proof.PART, Proof.WHOLE) if proof in proofs)
 
 
 def _is_noise(rest: list[float], call: Call, trajectory: Trajectory) -> bool:

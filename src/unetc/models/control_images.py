@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from unetc.controlnet import controlnet_inputs
 from unetc.device import Array
 from unetc.errors import ModelError
 
-from .folder import CONFIG, hash_file, read_json
+from .folder import CONFIG, DIFFUSERS, Part, find_weights, read_json, view
 from .images import image_files
 from .loading import load_model
 
@@ -77,34 +76,30 @@ class ControlSource:
                 f"the ControlNet {self.model} reads {config['conditioning_channels']} channels. Expected 3, as in an "
                 "RGB image."
             )
-        weights = sorted(self.model.glob("*.safetensors"))
-        if not weights:
-            raise ModelError(f"{self.model} has no .safetensors weights. Other formats can run code and are not read.")
+        own = _part(self.model, config)
         images = self._read_images(size)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for path in weights:
-            digest.update(hash_file(path))
         return ControlImages(
             folder=self.model,
             images=images,
             measured=ControlMeasured(
                 model=str(self.model),
-                model_sha256=digest.hexdigest(),
+                model_sha256=own.sha256(),
                 images=len(images),
                 images_sha256=hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
             ),
         )
 
     def _read_images(self, size: tuple[int, int]) -> tuple[Array, ...]:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         height, width = size
         images = []
         for path in image_files(self.images, SUFFIXES):
             try:
                 with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                    upright = ImageOps.exif_transpose(image).convert("RGB")
+                    pixels = np.asarray(upright.resize((width, height), Image.Resampling.LANCZOS))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ModelError(f"cannot read the image {path}: {error}. Remove or replace it.") from error
             images.append(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(255))
         return tuple(images)
@@ -115,6 +110,7 @@ class ControlImages:
     """Computes the ControlNet inputs of denoiser calls from control images."""
 
     folder: Path
+    """Folder of the ControlNet."""
     images: tuple[Array, ...]
     """One image for each sample, [3, height, width] in 0 to 1."""
     measured: ControlMeasured
@@ -145,6 +141,24 @@ class ControlImages:
         return {name: value.numpy() for name, value in zip(names, (*down, middle), strict=True)}
 
 
+def _part(folder: Path, config: Mapping[str, Any]) -> Part:
+    """Find the files of a ControlNet.
+
+    Raises:
+        ModelError: If the weights are missing or damaged.
+    """
+    weights = find_weights(folder, DIFFUSERS)
+    return Part(name="controlnet", kind=_CLASS, folder=folder, config=config, weights=weights, stem=DIFFUSERS)
+
+
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path) -> Any:
-    return load_model(_CLASS, folder, f"cannot load the ControlNet {folder}", config=f"{folder / CONFIG}")
+    part = _part(folder, read_json(folder / CONFIG))
+    with view([part], {}) as root:
+        return load_model(
+            part.kind,
+            root / part.name,
+            f"cannot load the ControlNet {folder}",
+            config=f"{folder / CONFIG}",
+            shown=folder,
+        )

@@ -50,6 +50,8 @@ UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
 _CONVERT = (
     "if you trust them, convert them with diffusers' from_pretrained(..., use_safetensors=False) and save_pretrained."
 )
+_POINTER = b"version https://git-lfs"
+"""First bytes of the file that git-lfs leaves in the place of one that was not downloaded."""
 _SHARD = re.compile(r"[\w.\-]+\.safetensors")
 _SHARD_NUMBER = r"-\d{5}-of-\d{5}"
 
@@ -105,6 +107,7 @@ def read_json(path: Path, expected: str = "a diffusers pipeline folder") -> dict
     Raises:
         ModelError: If the file cannot be read, or holds anything but an object.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -130,12 +133,37 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that git-lfs has not downloaded; a file that cannot be read is left to its reader.
+
+    Raises:
+        ModelError: If it is such a file. The message names all of its folder.
+    """
+    if not _is_pointer(path):
+        return
+    names = [file.name for file in sorted(path.parent.iterdir()) if file != path and _is_pointer(file)]
+    others = f" ({', '.join(names[:3])} too)" if names else ""
+    raise ModelError(
+        f"{path} is a pointer of git-lfs{others}: the file itself was not downloaded. Run git lfs pull in its "
+        "repository, or download the file again."
+    )
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
 def hash_file(path: Path) -> bytes:
     """Hash a file.
 
     Raises:
         ModelError: If it cannot be read.
     """
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
@@ -319,6 +347,7 @@ def _shards(index: Path, variant: str | None) -> Weights:
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of a file's tensors; a truncated file is refused."""
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a dict

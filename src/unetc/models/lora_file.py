@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from unetc.errors import ModelError
 
+from .folder import refuse_pointer
 from .lora import SUFFIX, Lora
 from .lora_names import PARTS, TEXT_ENCODERS, Role, TensorName, foreign_method, is_embedding, spellings, take_apart
 
@@ -401,6 +402,7 @@ def opened(lora: Lora, framework: str) -> Iterator[Any]:
     Raises:
         ModelError: If the file cannot be read.
     """
+    refuse_pointer(lora.path)
     try:
         with safe_open(lora.path, framework=framework) as file:
             yield file

@@ -20,6 +20,9 @@ MOST_LABELS = 64
 PROMPTS = "prompts.txt"
 """Name of the file of prompts, one per line; the file next to this module serves models that have no such file."""
 
+_MOST_LOST = 120
+"""Most characters of the lost words that a note shows."""
+
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Read one prompt per line; empty lines are skipped.
@@ -45,7 +48,12 @@ def cut_note(prompt: str, tokens: int, lost: str) -> str:
         tokens: Number of tokens that are read.
         lost: The words that are not read.
     """
-    return f"the prompt {prompt[:40]!r}… is cut at {tokens} tokens; lost: {lost!r}. Shorten it"
+    end = ""
+    if len(lost) > _MOST_LOST:
+        shown = lost[:_MOST_LOST].rpartition(" ")[0] or lost[:_MOST_LOST]
+        end = f"… and {len(lost) - len(shown)} more characters"
+        lost = shown
+    return f"the prompt {prompt[:40]!r}… is cut at {tokens} tokens; lost: {lost!r}{end}. Shorten it"
 
 
 def size_numbers(size: tuple[int, int], count: int, score: float) -> tuple[float, ...]:

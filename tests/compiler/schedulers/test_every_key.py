@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from unetc.compiler.schedulers.classes import CLASSES
-from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.extract import extract, extract_all
 from unetc.compiler.schedulers.make import make_scheduler
 from unetc.compiler.schedulers.names import SCHEDULERS, name_of
 from unetc.errors import ModelError
@@ -194,3 +194,14 @@ def changes_as_diffusers_does(class_name: str, key: str, value: Any, needed: dic
     assert difference(by_table(table, kind), expected) < TOLERANCE
     without = default_trajectory(class_name, tuple(needed.items()))
     return len(without) != len(expected) or difference(without, expected) > TOLERANCE
+
+
+@pytest.mark.parametrize("class_name", [name for name, row in CLASSES.items() if "trained_betas" in row.keys])
+def test_too_few_betas_are_refused(class_name: str) -> None:
+    config = {**configuration(class_name), "trained_betas": [0.01] * 10}
+    name = name_of(class_name)
+    assert name is not None
+    with pytest.raises(ModelError, match=r"Scheduler has 10 trained_betas and num_train_timesteps 1000"):
+        make_scheduler(name, config)
+    with pytest.raises(ModelError, match="10 trained_betas"):
+        extract_all(own(class_name, config), name, (STEPS,))
