@@ -18,15 +18,20 @@ from .image_request import ImageAnswer, ImageRequest, Level
 
 
 class Running:
-    """An accepted request. Its methods are for the thread of the event loop."""
+    """An accepted request. Its methods are for the thread of the event loop, unless they say otherwise."""
 
-    def __init__(self, model: str, request: ImageRequest, level: Level, *, degraded: bool) -> None:
-        """Begin without tickets; `Service.submit` adds them."""
+    def __init__(self, model: str, request: ImageRequest, level: Level) -> None:
+        """Begin without tickets; `Service.submit` adds them.
+
+        Args:
+            model: Name of the model.
+            request: The request.
+            level: The level that the request asks for; `level` may be changed until the first ticket is added.
+        """
         self.model = model
-        """Name of the model."""
         self.request = request
+        self.asked = level
         self.level = level
-        self.degraded = degraded
         self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
         self._answer: asyncio.Future[ImageAnswer] = self._loop.create_future()
@@ -58,11 +63,11 @@ class Running:
 
     def give_up(self, error: UnetcError) -> None:
         """Give up with another reason."""
-        for ticket in self._tickets:
-            ticket.cancel()
         if not self._answer.done():
             self._answer.set_exception(error)
             self._notify()
+        for ticket in tuple(self._tickets):
+            ticket.cancel()
 
     @property
     def position(self) -> int | None:
@@ -117,9 +122,16 @@ class Running:
         if not change.done():
             change.set_result(None)
 
+    @property
+    def degraded(self) -> bool:
+        """Whether it is served below the level that it asks for."""
+        return self.level is not self.asked
+
     def add(self, ticket: Ticket) -> None:
-        """Add a part of the request."""
+        """Add a part of the request; may be called from any thread."""
         self._tickets.append(ticket)
+        if self._answer.done():  # it was given up meanwhile
+            ticket.cancel()
 
     def follow(self) -> None:
         """Finish when all parts have; call it once all parts are added."""

@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, ShapeMismatch
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest
@@ -168,24 +168,31 @@ class Service:
     async def _submitted(self, request: ImageRequest, *, watch: bool) -> Running:
         self.check_ready()
         served = self.find(request.model, field=request.names.get("model", "model"))
-        parts = await self.in_thread(self._parts, served, request)
-        self.check_ready()
-        level, degraded = self._admit(served, request, parts)
-        running = Running(served.name, request, served.levels[level], degraded=degraded)
+        running = Running(served.name, request, self._asked(served, request))
         try:
-            for part in parts:
-                running.add(
-                    served.batcher.submit(_at(part, level), on_step=running.on_step if watch else None),
-                )
-        except BaseException as error:
+            await self.in_thread(self._accept, served, running, watch)
+        except BaseException:
             running.cancel()
-            if isinstance(error, BatcherStopped):
-                raise NotReady("the engines have stopped. Send the request to another server.") from error
-            if isinstance(error, ShapeMismatch) or type(error) is SessionError:
-                raise RequestError(str(error)) from error
             raise
         running.follow()
         return running
+
+    def _accept(self, served: Served, running: Running, watch: bool) -> None:
+        """Encode prompts, choose a level and submit all parts; takes a while, so it runs on a thread."""
+        request = running.request
+        parts = self._parts(served, request)
+        self.check_ready()
+        try:
+            running.level = self._admit(served, running, parts)
+            for part in parts:
+                on_step = running.on_step if watch else None
+                running.add(served.batcher.submit(_at(part, running.level), on_step=on_step))
+        except BatcherStopped as error:
+            raise NotReady("the engines have stopped. Send the request to another server.") from error
+        except SessionError as error:
+            if isinstance(error, QueueFull):
+                raise
+            raise RequestError(str(error)) from error  # checked by the session, before anything was queued
 
     def _ended(self, running: Running, done: asyncio.Future[ImageAnswer]) -> None:
         """Forget a request that has ended, and count it."""
@@ -334,15 +341,17 @@ class Service:
             raise request.problem("height", f"{{}}: {problem}")
         return height, width
 
-    def _admit(self, served: Served, request: ImageRequest, parts: list[SampleRequest]) -> tuple[str, bool]:
-        """Choose a level, and whether that is a step down; refuse what could not be finished in time."""
-        start, floor = self._range(served, request)
+    def _admit(self, served: Served, running: Running, parts: list[SampleRequest]) -> Level:
+        """Choose the level that serves a request.
+
+        Raises:
+            QueueFull: If no level that may serve it would be in time.
+        """
+        request, asked = running.request, running.asked.name
         deadline = min(request.seconds or math.inf, self.settings.deadline)
         whole = parts[0] if len(parts) == 1 else _together(parts)
-        estimates = {
-            level: served.batcher.estimate(_at(whole, level))
-            for level in steps_down(tuple(served.levels), start, floor)
-        }
+        allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
+        estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
         target = math.inf if self.settings.target_p95 is None else self.settings.target_p95
         choice = choose_level(estimates, target=target, deadline=deadline)
         if not choice.in_time:
@@ -351,25 +360,29 @@ class Service:
                 "later, or allow more time.",
                 choice.seconds - deadline,
             )
-        return choice.level, choice.level != start
+        return served.levels[choice.level]
 
-    def _range(self, served: Served, request: ImageRequest) -> tuple[str, str | None]:
-        """Return the level that a request asks for, and the fastest one that may serve it; None forbids others."""
+    def _asked(self, served: Served, request: ImageRequest) -> Level:
+        """Return the level that a request asks for."""
+        return served.levels[FULL] if request.quality == AUTO else _level(served, request, "quality", request.quality)
 
-        def read(name: str, text: str) -> str:
-            try:
-                return find_level(tuple(served.levels), text)
-            except SessionError as error:
-                raise request.problem(name, f"{{}}: {error}") from error
-
-        start = FULL if request.quality == AUTO else read("quality", request.quality)
-        least = None if request.least_quality is None else read("least_quality", request.least_quality)
+    def _floor(self, served: Served, request: ImageRequest) -> str | None:
+        """Return the fastest level that may serve a request, which the bundle need not have; None forbids others."""
+        least = request.least_quality and _level(served, request, "least_quality", request.least_quality).name
         may = request.degrade
         if may is None:
             may = request.quality == AUTO or least is not None
         if not may or self.settings.degrade_to is None:
-            return start, None
-        return start, _slower(self.settings.degrade_to, least)
+            return None
+        return _slower(self.settings.degrade_to, least)
+
+
+def _level(served: Served, request: ImageRequest, field: str, text: str) -> Level:
+    """Look up a level that a field of a request names."""
+    try:
+        return served.levels[find_level(tuple(served.levels), text)]
+    except SessionError as error:
+        raise request.problem(field, f"{{}}: {error}") from error
 
 
 def _slower(one: str, other: str | None) -> str:
@@ -377,8 +390,8 @@ def _slower(one: str, other: str | None) -> str:
     return one if other is None else min(one, other, key=saving_of)
 
 
-def _at(request: SampleRequest, level: str) -> SampleRequest:
-    return replace(request, level=level)
+def _at(request: SampleRequest, level: Level) -> SampleRequest:
+    return replace(request, level=level.name)
 
 
 def _together(parts: list[SampleRequest]) -> SampleRequest:
