@@ -325,9 +325,11 @@ class Service:
         return self._check_size(served, request)
 
     def _check_size(self, served: Served, request: ImageRequest) -> tuple[int, int]:
+        usual = served.size
+        if isinstance(request.image, np.ndarray) and request.image.ndim == 4:  # samples have a size already
+            usual = request.image.shape[2] * served.scale, request.image.shape[3] * served.scale
         height, width = (
-            own if given is None else given
-            for own, given in zip(served.size, (request.height, request.width), strict=True)
+            own if given is None else given for own, given in zip(usual, (request.height, request.width), strict=True)
         )
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % served.scale:
