@@ -12,18 +12,18 @@ _CLOSE = 1.05
 """A batch is useful as long as a smaller one takes more than this multiple of its time per sample."""
 
 
-def useful_batch(batch_ms: Mapping[int, float]) -> int | None:
+def useful_batch(batch_ms: Sequence[tuple[int, float]]) -> int | None:
     """Choose the smallest batch whose time per sample is close to the least; None without measurements.
 
     Larger calls would make no more images per second, and let others wait for longer.
 
     Args:
-        batch_ms: Milliseconds of a call by its number of samples.
+        batch_ms: Numbers of samples with the milliseconds of a call.
     """
     if not batch_ms:
         return None
-    least = min(ms / batch for batch, ms in batch_ms.items())
-    return min(batch for batch, ms in batch_ms.items() if ms / batch <= _CLOSE * least)
+    least = min(ms / batch for batch, ms in batch_ms)
+    return min(batch for batch, ms in batch_ms if ms / batch <= _CLOSE * least)
 
 
 def largest_calls(manifest: Manifest, sessions: Mapping[str, Session]) -> dict[Program, int]:
@@ -33,7 +33,7 @@ def largest_calls(manifest: Manifest, sessions: Mapping[str, Session]) -> dict[P
         manifest: The manifest of the sessions' bundle.
         sessions: One session per quality level.
     """
-    times: list[tuple[Program, Mapping[int, float]]] = [(sessions[FULL].full, manifest.full.batch_ms)]
+    times: list[tuple[Program, Sequence[tuple[int, float]]]] = [(sessions[FULL].full, manifest.full.batch_ms)]
     for level in manifest.levels:
         programs: Sequence[Program] = sessions[level.name].programs
         times += [(program, one.batch_ms) for program, one in zip(programs, level.engines, strict=True)]
