@@ -81,8 +81,7 @@ class Served:
         Raises:
             UnetcError: If an engine cannot be loaded, or fails.
         """
-        from unetc.runtime.batching.largest import largest_calls
-        from unetc.runtime.batching.levels import open_levels
+        from unetc.runtime.batching.levels import largest_calls, open_levels
 
         manifest = self.bundle.manifest
         backend = backend_for(manifest, target=settings.target, threads=settings.threads, memory=settings.memory)
@@ -92,7 +91,7 @@ class Served:
         batcher = Batcher(
             self.sessions,
             limits=BatchLimits(queue=settings.queue),
-            largest=largest_calls(manifest, self.sessions),
+            largest=largest_calls(self.bundle, self.sessions),
             on_call=lambda call: metrics.call(self.name, call),
         )
         self._batcher = batcher
