@@ -9,18 +9,21 @@ import unetc
 from unetc.artifacts.manifest import (
     SCHEDULER_ROWS,
     BundleDecoder,
+    BundleEncoder,
     BundleEngine,
+    BundleText,
     Conditioning,
     Control,
     EnginePair,
     FileRecord,
+    Level,
     LoweredGraph,
     Manifest,
-    Measurement,
 )
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.search.set_up import Setup
 from unetc.compiler.search.workbench import Candidate
+from unetc.compiler.text import PreparedText
 from unetc.precision import Precision
 from unetc.tensors import save_tensors
 from unetc.treatments import Treatment
@@ -29,18 +32,21 @@ PROFILE_FILE = "profile.json"
 SCHEDULER_FILE = "scheduler.safetensors"
 CONDITIONS_FILE = "conditions.safetensors"
 DECODER_FILE = "decoder.onnx"
+ENCODER_FILE = "encoder.onnx"
 
 
 class Contents:
     """Collects the files of a bundle; equal graphs share a file."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, batch_ms: Mapping[bytes, tuple[tuple[int, float], ...]]) -> None:
         """Start with the files that every plan of a profile needs.
 
         Args:
             setup: The model, its profile and its target.
+            batch_ms: Numbers of samples with the median milliseconds of a call, for graphs that were timed like that.
         """
         self._setup = setup
+        self._batch_ms = batch_ms
         self._scheduler, rows = setup.scheduler.to_array()
         self._files: dict[str, bytes | Path] = {
             WEIGHTS: setup.prepared.gated.weights,
@@ -51,6 +57,8 @@ class Contents:
             self._files[CONDITIONS_FILE] = save_tensors(setup.conditions.to_arrays())
         if setup.decoder is not None:
             self._files[DECODER_FILE] = setup.decoder
+        self._encodes_images = False
+        self._text: BundleText | None = None
         self._names: dict[bytes, str] = {}
         self._lowered: dict[str, LoweredGraph | None] = {}
 
@@ -58,6 +66,16 @@ class Contents:
     def files(self) -> Mapping[str, bytes | Path]:
         """All files so far by their path in the bundle, as bytes or as a file to copy."""
         return self._files
+
+    def add_encoder(self, graph: bytes) -> None:
+        """Add the graph from images to samples."""
+        self._files[ENCODER_FILE] = graph
+        self._encodes_images = True
+
+    def add_text(self, prepared: PreparedText) -> None:
+        """Add text encoders."""
+        self._files.update(prepared.files)
+        self._text = prepared.text
 
     def add_full(self, step_ms: float) -> BundleEngine:
         """Add the full model.
@@ -90,6 +108,7 @@ class Contents:
             lowered=self._lowered[path],
             treatments=treatments,
             step_ms=step_ms,
+            batch_ms=self._batch_ms.get(graph.graph, ()),
         )
 
     def _lower(self, path: str, graph: SerialisedGraph) -> LoweredGraph | None:
@@ -108,11 +127,8 @@ class Contents:
         *,
         steps: int,
         full: BundleEngine,
-        candidate: Candidate,
-        engines: tuple[BundleEngine, ...],
+        levels: tuple[Level, ...],
         controls: tuple[Control, ...],
-        measured: Measurement,
-        evaluated: tuple[Measurement, ...],
         pairs: tuple[EnginePair, ...],
         used_seeds: tuple[int, ...],
         notes: tuple[str, ...],
@@ -123,12 +139,9 @@ class Contents:
             files: Records of all files, as written.
             steps: Default number of steps.
             full: The full model.
-            candidate: The plan.
-            engines: Engines of the plan.
+            levels: The quality levels, the default first.
             controls: Control plans with their engines.
-            measured: Joint measurement of the plan.
-            evaluated: Measurements of all schedules on the way to the plan.
-            pairs: How damages of the plan's engines add up.
+            pairs: How damages of the default level's engines add up.
             used_seeds: Seeds that analysis and build have used.
             notes: Steps of the build, in words.
         """
@@ -147,6 +160,8 @@ class Contents:
             conditioning=self._conditioning(),
             control=profile.control,
             decoder=self._decoder(),
+            encoder=self._encoder(),
+            text=self._text,
             batch=profile.batch,
             steps=steps,
             weights=WEIGHTS,
@@ -154,11 +169,8 @@ class Contents:
             scheduler=self._scheduler,
             scheduler_file=SCHEDULER_FILE,
             full=full,
-            plan=candidate.plan,
-            engines=engines,
+            levels=levels,
             controls=controls,
-            measured=measured,
-            evaluated=evaluated,
             pairs=pairs,
             used_seeds=used_seeds,
             notes=notes,
@@ -182,3 +194,8 @@ class Contents:
         if self._setup.decoder is None:
             return None
         return BundleDecoder(graph=DECODER_FILE, scale=self._setup.prepared.model.decoder_scale)
+
+    def _encoder(self) -> BundleEncoder | None:
+        if not self._encodes_images:
+            return None
+        return BundleEncoder(graph=ENCODER_FILE, scale=self._setup.prepared.model.decoder_scale)

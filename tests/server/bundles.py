@@ -25,6 +25,13 @@ def build_prompted_bundle(folder: Path) -> None:
     build_quickly(pipeline, folder / "bundle", steps=PROMPTED_STEPS, scale=3.0, decisive=1, budget=0.1)
 
 
+def build_free_bundle(folder: Path) -> None:
+    """Build a bundle of the same kind, with text encoders and an encoder of images, into `folder`/bundle."""
+    folder.mkdir(parents=True)
+    pipeline = save_stable_diffusion(folder / "model")
+    build_quickly(pipeline, folder / "bundle", steps=PROMPTED_STEPS, scale=3.0, decisive=1, budget=0.1, text=True)
+
+
 def build_class_bundle(folder: Path) -> None:
     """Build a bundle of a tiny model with ten classes into `folder`/bundle; its only level is the full model again."""
     folder.mkdir(parents=True)

@@ -1,16 +1,19 @@
-"""Prompts and labels of requests, as conditions."""
+"""Prompts, labels and images of requests, as conditions and starts."""
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import unetc
 from tests.conftest import once
-from tests.server.bundles import build_class_bundle
+from tests.server.bundles import build_class_bundle, build_free_bundle
 from tests.server.local import in_loop, local
 from tests.server.test_openai import pixels
 from unetc.call import CLASS_LABELS
@@ -111,3 +114,33 @@ def test_the_scale_of_encoded_prompts_can_be_changed(prompted_bundle: Path) -> N
         without = read(prompted_bundle, prompt=prompt, guidance_scale=0.0)
         assert without is not None
         assert without.rows_per_sample == 1
+
+
+@in_loop
+async def test_with_encoders_any_prompt_and_any_image_are_taken(shared: Path) -> None:
+    bundle = once(shared / "free-server", build_free_bundle) / "bundle"
+    session = unetc.load(bundle)
+    assert session.text is not None
+    async with local(bundle) as (client, _):
+
+        async def made(**body: Any) -> tuple[list[Any], dict[str, Any]]:
+            answer = (await client.post("/v1/images/generations", json={"seed": 3, **body})).json()
+            return [pixels(image["b64_json"]) for image in answer["data"]], answer["unetc"]
+
+        asked = {"prompt": "a cat", "negative_prompt": "dogs", "guidance_scale": 4.0}
+        shown, _ = await made(**asked, n=2)
+        conditions = session.text.encode(["a cat"] * 2, negative=["dogs"], guidance_scale=4.0)
+        expected = to_pixels(session.sample(2, seed=3, conditions=conditions, full_model=True))
+        assert np.abs(np.stack(shown) - expected).max() <= 1
+
+        file = io.BytesIO()
+        Image.fromarray(expected[0]).save(file, "PNG")
+        (changed,), facts = await made(**asked, image=base64.b64encode(file.getvalue()).decode(), strength=0.5)
+        samples = session.encode((expected[:1].astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2))
+        row = conditions.take([0])
+        start = session.sample(seed=3, image=samples, strength=0.5, conditions=row, full_model=True)
+        assert np.abs(changed - to_pixels(start)[0]).max() <= 1
+        assert facts["steps"] == 2, "half of the steps"
+
+        _, facts = await made(prompt="word " * 100)
+        assert "is cut at" in facts["notes"][0]
