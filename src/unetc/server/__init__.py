@@ -1,0 +1,1 @@
+"""The server: bundles behind the APIs that people already call. Needs the extra `serve`."""

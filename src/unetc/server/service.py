@@ -1,0 +1,425 @@
+"""The service behind all doors: admission, choice of a level, and submission to the batcher.
+
+A door turns the body of its API into an `ImageRequest`, awaits `Service.submit`, and gets a `Running`:
+
+    running = await service.submit(ImageRequest(prompt="a three", count=2))
+    answer = await running.result()      # an ImageAnswer; cancelling the task cancels the request
+
+Every problem is an error of `unetc.server.errors`, or a `UnetcError` that `problem_of` maps to a status. The engines
+run on the thread of the batcher. asyncio never waits for it: blocking work goes through `Service.in_thread`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from unetc.device import Array
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError
+from unetc.progress import OnProgress, ignore
+from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
+from unetc.runtime.batching.request import FULL, SampleRequest
+from unetc.runtime.bundle import Bundle
+
+from .errors import NotReady, RequestCancelled, RequestError, UnknownModel
+from .image_request import ImageAnswer, ImageRequest, Level
+from .images import Format, encode
+from .metrics import Metrics, Outcome
+from .prompts import Wanted
+from .running import Running
+from .served import Served
+from .settings import ServerSettings
+
+__all__ = ["ImageAnswer", "ImageRequest", "Level", "Running", "Served", "Service", "State"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""Names of served models, which stand in addresses."""
+_LARGEST_SEED = 2**63 - 1
+_DRAWN_SEEDS = 2**32
+"""Seeds that are drawn for requests without one: short enough to type."""
+_LARGEST_SCALE = 100.0
+_FEW_VALUES = 2**14
+"""Most values of noise that are drawn on the event loop, in less than a millisecond."""
+_STRENGTH = 0.8
+"""Share of the steps that change an image, where the request does not say."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class State(Enum):
+    """Where a service is between its start and its end."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Service:
+    """All served models."""
+
+    def __init__(self, settings: ServerSettings, models: Mapping[str, Served]) -> None:
+        """Keep verified bundles; `open` makes them."""
+        self.settings = settings
+        self.models = dict(models)
+        self.state = State.LOADING
+        self.failure: BaseException | None = None
+        """Why the service failed."""
+        self.metrics = Metrics()
+        self.metrics.show_ready(lambda: self.state is State.READY)
+        self.running: set[Running] = set()
+        """Accepted requests that are not finished."""
+        self.unfetched: Callable[[], int] = lambda: 0
+        """Counts the jobs whose results wait for their clients; the jobs API replaces it."""
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="unetc-door")
+
+    @classmethod
+    def open(cls, settings: ServerSettings) -> Service:
+        """Verify the bundles, and name the models.
+
+        Raises:
+            ArtifactError: If a bundle cannot be read or is damaged.
+            SessionError: If two models have one name, or a name cannot stand in an address.
+        """
+        models: dict[str, Served] = {}
+        for source in settings.bundles:
+            bundle = Bundle.open(source.path)
+            name = source.name or _short(bundle.manifest.model.name)
+            if not _NAME.fullmatch(name):
+                raise SessionError(f"{name!r} cannot name a model. Use letters, digits, dots, hyphens and underscores.")
+            if name in models:
+                raise SessionError(f"two bundles are called {name}. Name them, as in {name}-2={source.path}.")
+            models[name] = Served(name, bundle)
+        return cls(settings, models)
+
+    def load(self, on_progress: OnProgress = ignore) -> None:
+        """Load all engines, start their threads and make a call of each; the service is ready then.
+
+        Raises:
+            UnetcError: If an engine cannot be loaded, or fails.
+        """
+        for served in self.models.values():
+            served.load(self.settings, self.metrics, on_progress)
+        if self.state is State.LOADING:
+            self.state = State.READY
+
+    def find(self, name: str | None, *, field: str = "model") -> Served:
+        """Look up a model; without a name, the only one.
+
+        Raises:
+            UnknownModel: If it is not served.
+            RequestError: If there are several models and no name.
+        """
+        if name is None:
+            if len(self.models) > 1:
+                raise RequestError(f"several models are served. Set {field} to one of {', '.join(self.models)}.", field)
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise UnknownModel(f"there is no model {name[:100]!r}. Expected one of: {', '.join(self.models)}.")
+        return self.models[name]
+
+    def check_ready(self) -> None:
+        """Refuse requests before all engines are loaded, and while the server ends.
+
+        Raises:
+            NotReady: If it takes no requests now.
+        """
+        if self.state is State.LOADING:
+            raise NotReady("the engines are being loaded. Try again in a few seconds.")
+        if self.state is not State.READY:
+            raise NotReady("the server is about to end and takes no more requests. Send them to another one.")
+
+    async def submit(self, request: ImageRequest, *, watch: bool = False) -> Running:
+        """Check, admit and submit a request.
+
+        Args:
+            request: The images to make.
+            watch: Whether `Running.states` is to be read.
+
+        Raises:
+            RequestError: If a field is wrong.
+            UnknownModel: If the model is not served.
+            NotReady: If the server takes no requests now.
+            QueueFull: If the queue is full, or the request could not be finished in time.
+        """
+        try:
+            running = await self._submitted(request, watch=watch)
+        except (RequestError, UnknownModel):
+            self.metrics.ended(self._known(request.model), Outcome.INVALID)
+            raise
+        except (QueueFull, NotReady):
+            self.metrics.ended(self._known(request.model), Outcome.REFUSED)
+            raise
+        self.running.add(running)
+        running.when_done(lambda answer: self._ended(running, answer))
+        return running
+
+    def _known(self, model: str | None) -> str:
+        """Return a model's name as a label of metrics, which no client can make up."""
+        return model if model in self.models else "-"
+
+    async def _submitted(self, request: ImageRequest, *, watch: bool) -> Running:
+        self.check_ready()
+        served = self.find(request.model, field=request.names.get("model", "model"))
+        running = Running(served.name, request, self._asked(served, request))
+        try:
+            if self._is_brief(served, request):
+                self._accept(served, running, watch)
+            else:
+                await self.in_thread(self._accept, served, running, watch)
+        except BaseException:
+            running.cancel()
+            raise
+        running.follow()
+        return running
+
+    def _is_brief(self, served: Served, request: ImageRequest) -> bool:
+        """Check whether a request is accepted sooner than a thread is woken up: few numbers, and nothing to encode."""
+        values = request.total * math.prod(served.bundle.manifest.sample_shape)
+        own_size = request.height is None and request.width is None
+        return own_size and request.image is None and not served.prompts.free and 0 < values <= _FEW_VALUES
+
+    def _accept(self, served: Served, running: Running, watch: bool) -> None:
+        """Encode prompts, choose a level and submit all parts; mostly on a thread, as it may take a while."""
+        request = running.request
+        parts = self._parts(served, request)
+        self.check_ready()
+        try:
+            running.level = self._admit(served, running, parts)
+            for part in parts:
+                on_step = running.on_step if watch else None
+                running.add(served.batcher.submit(_at(part, running.level), on_step=on_step))
+        except BatcherStopped as error:
+            raise NotReady("the engines have stopped. Send the request to another server.") from error
+        except SessionError as error:
+            if isinstance(error, QueueFull):
+                raise
+            raise RequestError(str(error)) from error  # checked by the session, before anything was queued
+
+    def _ended(self, running: Running, done: asyncio.Future[ImageAnswer]) -> None:
+        """Forget a request that has ended, and count it."""
+        self.running.discard(running)
+        model = running.model
+        match done.exception():
+            case None:
+                answer = done.result()
+                self.metrics.finished(
+                    model,
+                    level=answer.level.name,
+                    images=len(answer.images),
+                    degraded=answer.degraded,
+                    non_finite_steps=answer.non_finite_steps,
+                    waited=answer.waited,
+                    took=answer.took,
+                )
+            case RequestCancelled():
+                self.metrics.ended(model, Outcome.CANCELLED)
+            case DeadlineExceeded():
+                self.metrics.ended(model, Outcome.DEADLINE)
+            case _:
+                self.metrics.ended(model, Outcome.FAILED)
+
+    async def sample(self, request: ImageRequest) -> ImageAnswer:
+        """Submit a request and wait for its images; raises as `submit` and `Running.result` do."""
+        return await (await self.submit(request)).result()
+
+    async def encode(self, images: Array, form: Format = Format.PNG, *, quality: int | None = None) -> list[bytes]:
+        """Encode images as `images.encode` does: on a thread, unless they are so small that waking it takes longer."""
+        if images.size <= _FEW_VALUES:
+            return encode(images, form, quality=quality)
+        return await self.in_thread(encode, images, form, quality=quality)
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run blocking work, such as encoding images, on a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    def drain(self) -> None:
+        """Take no more requests; accepted ones go on."""
+        if self.state is not State.FAILED:
+            self.state = State.DRAINING
+
+    def fail(self, error: BaseException) -> None:
+        """Take no more requests, as the engines cannot go on."""
+        self.failure = self.failure or error
+        self.state = State.FAILED
+
+    def crashed(self) -> BaseException | None:
+        """Return the error that ended the thread of a batcher; None if all of them run."""
+        for served in self.models.values():
+            if served.loaded and (error := served.batcher.crashed) is not None:
+                return error
+        return None
+
+    def close(self) -> None:
+        """End the threads; requests that still run fail."""
+        for served in self.models.values():
+            if served.loaded:
+                served.batcher.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _parts(self, served: Served, request: ImageRequest) -> list[SampleRequest]:
+        """Turn a request into requests to the batcher, one per seed; may take a while."""
+        height, width = self._check(served, request)
+        wanted = Wanted(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            label=request.label,
+            guidance_scale=request.guidance_scale,
+            count=request.total,
+            first_index=request.first_index,
+            size=(height, width),
+        )
+        try:
+            conditions = served.prompts.read(wanted)
+        except RequestError as error:
+            raise RequestError(str(error), request.names.get(error.field or "", error.field)) from error
+        start = served.to_samples(request, height, width, self.settings.pixels)
+        seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed
+        own = (height, width) == served.size
+        common: dict[str, Any] = {
+            "steps": request.steps,
+            "height": None if own else height,
+            "width": None if own else width,
+            "strength": 1.0 if start is None else (_STRENGTH if request.strength is None else request.strength),
+            "seconds": min(request.seconds or math.inf, self.settings.deadline),
+        }
+        if not request.seeds:
+            image = None if start is None else np.broadcast_to(start, (request.count, *start.shape[1:]))
+            part = SampleRequest(
+                seed=seed,
+                count=request.count,
+                first_index=request.first_index,
+                conditions=conditions,
+                image=image,
+                **common,
+            )
+            return [part]
+        return [
+            SampleRequest(
+                seed=one,
+                conditions=None if conditions is None else conditions.take([k]),
+                image=None if start is None else start[k % len(start) :][:1],
+                **common,
+            )
+            for k, one in enumerate(request.seeds)
+        ]
+
+    def _check(self, served: Served, request: ImageRequest) -> tuple[int, int]:
+        """Refuse wrong fields, and return height and width in pixels."""
+        limits = self.settings
+        if not 1 <= request.total <= limits.images:
+            raise request.problem("count", f"{{}} is {request.total}. Expected 1 to {limits.images} images.")
+        for seed in (*request.seeds, request.seed or 0, request.first_index):
+            if not 0 <= seed <= _LARGEST_SEED:
+                raise request.problem("seed", f"{{}} is {seed}. Expected a whole number from 0 to {_LARGEST_SEED}.")
+        if request.steps is not None and request.steps not in served.steps:
+            listed = ", ".join(map(str, served.steps))
+            raise request.problem("steps", f"{{}} is {request.steps}. This model has tables for {listed} steps.")
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+            if text is not None and len(text) > limits.prompt_characters:
+                raise request.problem(
+                    name, f"{{}} has {len(text)} characters. Expected at most {limits.prompt_characters}."
+                )
+        scale = request.guidance_scale
+        if scale is not None and not 0 <= scale <= _LARGEST_SCALE:
+            raise request.problem("guidance_scale", f"{{}} is {scale}. Expected 0 to {_LARGEST_SCALE:g}.")
+        if request.strength is not None and request.image is None:
+            raise request.problem("strength", "{} needs an image to start from.")
+        if request.strength is not None and not 0 < request.strength <= 1:
+            raise request.problem("strength", f"{{}} is {request.strength}. Expected above 0, at most 1.")
+        if request.seconds is not None and not request.seconds > 0:
+            raise request.problem("seconds", f"{{}} is {request.seconds}. Expected a positive number.")
+        return self._check_size(served, request)
+
+    def _check_size(self, served: Served, request: ImageRequest) -> tuple[int, int]:
+        usual = served.size
+        if isinstance(request.image, np.ndarray) and request.image.ndim == 4:  # samples have a size already
+            usual = request.image.shape[2] * served.scale, request.image.shape[3] * served.scale
+        height, width = (
+            own if given is None else given for own, given in zip(usual, (request.height, request.width), strict=True)
+        )
+        for name, side in (("height", height), ("width", width)):
+            if side < 1 or side % served.scale:
+                raise request.problem(name, f"{{}} of {side} is not a positive multiple of {served.scale}.")
+        if height * width > self.settings.pixels:
+            raise request.problem(
+                "height", f"{{}}: images of {width} x {height} exceed the limit of {self.settings.pixels} pixels."
+            )
+        sizes = served.bundle.manifest.sample_sizes
+        if problem := sizes.problem(height // served.scale, width // served.scale):
+            raise request.problem("height", f"{{}}: {problem}")
+        return height, width
+
+    def _admit(self, served: Served, running: Running, parts: list[SampleRequest]) -> Level:
+        """Choose the level that serves a request.
+
+        Raises:
+            QueueFull: If no level that may serve it would be in time.
+        """
+        request, asked = running.request, running.asked.name
+        deadline = min(request.seconds or math.inf, self.settings.deadline)
+        whole = parts[0] if len(parts) == 1 else _together(parts)
+        allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
+        estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
+        target = math.inf if self.settings.target_p95 is None else self.settings.target_p95
+        choice = choose_level(estimates, target=target, deadline=deadline)
+        if not choice.in_time:
+            raise QueueFull(
+                f"the request would take about {choice.seconds:.1f} s, above its limit of {deadline:g} s. Try again "
+                "later, or allow more time.",
+                choice.seconds - deadline,
+            )
+        return served.levels[choice.level]
+
+    def _asked(self, served: Served, request: ImageRequest) -> Level:
+        """Return the level that a request asks for."""
+        return served.levels[FULL] if request.quality == AUTO else _level(served, request, "quality", request.quality)
+
+    def _floor(self, served: Served, request: ImageRequest) -> str | None:
+        """Return the fastest level that may serve a request, which the bundle need not have; None forbids others."""
+        least = request.least_quality and _level(served, request, "least_quality", request.least_quality).name
+        may = request.degrade
+        if may is None:
+            may = request.quality == AUTO or least is not None
+        if not may or self.settings.degrade_to is None:
+            return None
+        return _slower(self.settings.degrade_to, least)
+
+
+def _level(served: Served, request: ImageRequest, field: str, text: str) -> Level:
+    """Look up a level that a field of a request names."""
+    try:
+        return served.levels[find_level(tuple(served.levels), text)]
+    except SessionError as error:
+        raise request.problem(field, f"{{}}: {error}") from error
+
+
+def _slower(one: str, other: str | None) -> str:
+    """Return the level that saves less."""
+    return one if other is None else min(one, other, key=saving_of)
+
+
+def _at(request: SampleRequest, level: Level) -> SampleRequest:
+    return replace(request, level=level.name)
+
+
+def _together(parts: list[SampleRequest]) -> SampleRequest:
+    """Return a request as large as all parts, to estimate them."""
+    return replace(parts[0], count=len(parts), conditions=None, image=None)
+
+
+def _short(name: str) -> str:
+    """Shorten a model's name, which may be a path or a Hub id, so that answers reveal no folders."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(name).name).strip("-._") or "model"
