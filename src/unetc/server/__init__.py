@@ -1,0 +1,1 @@
+"""The server: HTTP APIs in front of the batcher, one module per API."""
