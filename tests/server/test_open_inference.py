@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_an_answer_can_be_read_as_a_request(data: st.DataObject, datatype: str, 
     body, length = write_infer(request, "model", {"x": array, "y": array[..., :1]}, {"seed": 3})
     assert (length is not None) == binary
     answer = json.loads(body[:length])
-    assert answer["id"] == "7" and answer["parameters"] == {"seed": 3}
+    assert (answer["id"], answer["parameters"]) == ("7", {"seed": 3})
     again = json.dumps({"inputs": answer["outputs"]}).encode()
     read = read_infer(again + body[length:] if binary else again, str(len(again)) if binary else None)
     for name, expected in (("x", array), ("y", array[..., :1])):
@@ -128,7 +129,13 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         outputs=[{"name": "o", "parameters": {"binary_data": 1}}],
         parameters={"binary_data_output": "yes"},
     )
-    assert set(problems_of(body)) == {"a", "b", "id", "outputs[0].parameters.binary_data", "parameters.binary_data_output"}
+    assert set(problems_of(body)) == {
+        "a",
+        "b",
+        "id",
+        "outputs[0].parameters.binary_data",
+        "parameters.binary_data_output",
+    }
 
 
 @pytest.mark.parametrize(
@@ -155,7 +162,5 @@ def test_a_body_that_is_no_request_is_refused(body: bytes, header: str | None, n
 @given(body=st.binary(max_size=200), header=st.none() | st.integers(-1, 300).map(str))
 def test_random_bodies_are_refused_without_a_crash(body: bytes, header: str | None) -> None:
     """Random bytes raise nothing but a `BodyError`."""
-    try:
+    with suppress(BodyError):
         read_infer(b'{"inputs": [{"name": "a", "shape": [1]}]}'[: len(body)] + body, header)
-    except BodyError as error:
-        assert error.problems

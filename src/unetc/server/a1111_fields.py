@@ -182,9 +182,8 @@ class _Reader:
     def images(self) -> tuple[str, ...]:
         """Read the images to start from."""
         value = self._body.get("init_images")
-        if isinstance(value, Sequence) and value and not isinstance(value, str):
-            if all(isinstance(one, str) for one in value):
-                return tuple(value)
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            return tuple(value)
         self._problems["init_images"] = "expected a list of at least one image, each as a base64 string"
         return ()
 

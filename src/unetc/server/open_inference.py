@@ -203,26 +203,30 @@ def _inputs(listed: Any, rest: memoryview, problems: dict[str, str]) -> dict[str
             problems[name] = "is given twice"
             continue
         try:
-            parameters = item.get("parameters", {})
-            size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-            if size is not None:
-                if type(size) is not int or not 0 <= size <= len(rest) - offset:
-                    raise ValueError(
-                        f"expected a binary_data_size from 0 to the {len(rest) - offset} bytes that are left, "
-                        f"got {_short(size)}"
-                    )
-                data = rest[offset : offset + size]
-                offset += size
-                found[name] = _from_bytes(item, data)
-            else:
-                if isinstance(parameters, dict) and "shared_memory_region" in parameters:
-                    raise ValueError("shared memory is not supported; send the data in the body")
-                found[name] = _from_json(item)
+            data = _bytes_of(item, rest[offset:])
+            offset += 0 if data is None else len(data)
+            found[name] = _from_json(item) if data is None else _from_bytes(item, data)
         except ValueError as error:
             problems[name] = str(error)
     if not problems and offset != len(rest):
         problems["body"] = f"{len(rest) - offset} bytes after the JSON belong to no tensor; check binary_data_size"
     return found
+
+
+def _bytes_of(item: Mapping[str, Any], rest: memoryview) -> memoryview | None:
+    """Return the bytes of a binary tensor; None if its data is in the JSON."""
+    parameters = item.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise ValueError(f"expected an object as parameters, got {_short(parameters)}")  # noqa: TRY004
+    if "shared_memory_region" in parameters:
+        raise ValueError("shared memory is not supported; send the data in the body")
+    if (size := parameters.get("binary_data_size")) is None:
+        return None
+    if type(size) is not int or not 0 <= size <= len(rest):
+        raise ValueError(
+            f"expected a binary_data_size from 0 to the {len(rest)} bytes that are left, got {_short(size)}"
+        )
+    return rest[:size]
 
 
 def _described(item: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
@@ -278,7 +282,7 @@ def _elements(data: memoryview, count: int) -> Iterable[bytes]:
 def _from_json(item: Mapping[str, Any]) -> TensorInput:
     datatype, shape = _described(item)
     if not isinstance(item.get("data"), list):
-        raise ValueError("expected a list as data, or a binary_data_size")
+        raise ValueError("expected a list as data, or a binary_data_size")  # noqa: TRY004
     flat = list(_flat(item["data"], 0))
     if len(flat) != math.prod(shape):
         raise ValueError(f"has {len(flat)} elements; expected {math.prod(shape)} for shape {list(shape)}")
