@@ -63,6 +63,19 @@ class ShapeMismatch(SessionError, ValueError):
     """An array does not have the expected shape."""
 
 
+class QueueFull(SessionError):
+    """A request was refused because too many wait already, or because it could not be finished in time."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        """Keep the estimate of the wait in seconds."""
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class DeadlineExceeded(SessionError):
+    """A request was not finished within its time limit."""
+
+
 class MissingDependency(UnetcError, ImportError):
     """An optional library is not installed; the message names the extra that installs it."""
 

@@ -14,6 +14,7 @@ EXTRAS = {
         "compile",
     ),
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
 }
 """Extra by the name under which the library is imported."""
 

@@ -21,7 +21,7 @@ STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {"artifacts", "backend", "call", "conditions", "controlnet", "device", "environment", "errors", "extras"}
 GROUND |= {"metrics", "models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
 GROUND |= {"treatments"}
-FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers"}
+FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers", "server"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
 

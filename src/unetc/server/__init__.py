@@ -1,1 +1,1 @@
-"""The server: HTTP APIs in front of the batcher, one module per API."""
+"""The server: bundles behind the APIs that people already call. Needs the extra `serve`."""

@@ -1,0 +1,41 @@
+"""Health of the server: whether it lives, and whether it takes requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse
+
+from .door import Door
+from .errors import Problem
+from .service import Service, State
+
+
+def make_router(service: Service) -> APIRouter:
+    """Make the routes of `/health`."""
+    router = APIRouter(prefix="/health", tags=["health"])
+
+    @router.get("/live")
+    async def live() -> JSONResponse:
+        """Check whether the process can go on; a supervisor restarts it if not."""
+        failed = service.state is State.FAILED
+        return JSONResponse({"status": service.state.value}, 503 if failed else 200)
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """Check whether every engine has made a warm-up call, and requests are taken."""
+        answers = {name: served.loaded for name, served in service.models.items()}
+        status = 200 if service.state is State.READY else 503
+        return JSONResponse({"status": service.state.value, "models": answers}, status)
+
+    return router
+
+
+def error_body(problem: Problem) -> dict[str, Any]:
+    """Write an error."""
+    return {"error": {"code": problem.code, "message": problem.message}}
+
+
+DOOR = Door(prefixes=("/",), router=make_router, error=error_body, open=("/health/live", "/health/ready"))
+"""Also the form of errors for paths of no door."""

@@ -1,0 +1,157 @@
+"""Prompts and class labels of requests, as conditions of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from unetc.conditions import Conditions
+from unetc.errors import ModelError
+from unetc.models.prompts import encode_labels
+from unetc.runtime.bundle import Bundle
+
+from .errors import RequestError
+
+_SHOWN = 20
+"""Prompts of a bundle that a message lists."""
+
+
+class Encoder(Protocol):
+    """Encodes free prompts; implemented by `unetc.runtime.text`."""
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: Sequence[str] | None,
+        guidance_scale: float,
+        size: tuple[int, int],
+    ) -> Conditions:
+        """Encode one prompt per row; `size` is height and width of the images in pixels."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a request says about the contents of its images."""
+
+    prompt: str | None
+    negative_prompt: str | None
+    label: int | None
+    guidance_scale: float | None
+    count: int
+    """Rows to make."""
+    first_index: int
+    """Index of the first image, which selects the bundle's own conditions where the request names none."""
+    size: tuple[int, int]
+    """Height and width of the images in pixels."""
+
+
+class PromptReader:
+    """Turns prompts and labels into conditions, as far as a bundle can."""
+
+    def __init__(self, bundle: Bundle, encoder: Encoder | None) -> None:
+        """Read the prompts of a bundle.
+
+        Args:
+            bundle: The bundle.
+            encoder: Encodes free prompts; None to take only the bundle's own.
+        """
+        self._own = bundle.conditions
+        self._classes = bundle.calls.classes
+        conditioning = bundle.manifest.conditioning
+        self.prompts = () if conditioning is None or self._classes is not None else conditioning.prompts
+        """The bundle's own prompts; empty for a model without prompts."""
+        self.guidance_scale = 1.0 if conditioning is None else conditioning.guidance_scale
+        """Guidance scale of requests that name none."""
+        self._encoder = encoder
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of a class-conditional model; None for others."""
+        return self._classes
+
+    @property
+    def free(self) -> bool:
+        """Whether any prompt can be encoded."""
+        return self._encoder is not None
+
+    def read(self, wanted: Wanted) -> Conditions | None:
+        """Make one row of conditions per image; None stands for the bundle's own. Encoding may take a while.
+
+        Raises:
+            RequestError: If the bundle cannot take the prompt, the label or the scale.
+        """
+        if self._classes is not None:
+            return self._labelled(wanted, self._classes)
+        if wanted.label is not None:
+            raise RequestError("this model has no classes. Omit label.", "label")
+        if not self.prompts and self._encoder is None:
+            return self._without_prompts(wanted)
+        if wanted.prompt is None and not wanted.negative_prompt:
+            rows = self._own.take(range(wanted.first_index, wanted.first_index + wanted.count))
+            return None if wanted.guidance_scale is None else self._scaled(rows, wanted.guidance_scale)
+        if self._encoder is not None:
+            return self._encoded(self._encoder, wanted)
+        if wanted.negative_prompt:
+            raise RequestError(
+                "this bundle has no text encoder, so negative prompts cannot be encoded. Omit negative_prompt.",
+                "negative_prompt",
+            )
+        rows = self._own.take([self._index(wanted.prompt)] * wanted.count)
+        return rows if wanted.guidance_scale is None else self._scaled(rows, wanted.guidance_scale)
+
+    def _labelled(self, wanted: Wanted, classes: int) -> Conditions | None:
+        """Take a label, also where a client writes it as the prompt."""
+        label = wanted.label
+        if wanted.prompt:
+            if label is not None or not wanted.prompt.strip().isdecimal():
+                raise RequestError(f"this model takes a label from 0 to {classes - 1} and no other prompt.", "prompt")
+            label = int(wanted.prompt)
+        self._refuse_guidance(wanted)
+        if label is None:
+            return None
+        try:
+            return encode_labels("the model", [str(label)] * wanted.count, classes)
+        except ModelError:
+            raise RequestError(f"label {label} is not one of 0 to {classes - 1}.", "label") from None
+
+    def _without_prompts(self, wanted: Wanted) -> None:
+        if wanted.prompt:
+            raise RequestError("this model takes no prompts. Send an empty prompt, or none.", "prompt")
+        self._refuse_guidance(wanted)
+
+    @staticmethod
+    def _refuse_guidance(wanted: Wanted) -> None:
+        if wanted.negative_prompt:
+            raise RequestError("this model takes no prompts. Omit negative_prompt.", "negative_prompt")
+        if wanted.guidance_scale is not None:
+            raise RequestError("this model has no guidance. Omit guidance_scale.", "guidance_scale")
+
+    def _encoded(self, encoder: Encoder, wanted: Wanted) -> Conditions:
+        scale = self.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+        negative = None if wanted.negative_prompt is None else [wanted.negative_prompt]
+        row = encoder.encode([wanted.prompt or ""], negative=negative, guidance_scale=scale, size=wanted.size)
+        return row.take([0] * wanted.count)
+
+    def _index(self, prompt: str | None) -> int:
+        """Find a prompt of the bundle by its text, or by #index."""
+        text = (prompt or "").strip()
+        if text in self.prompts:
+            return self.prompts.index(text)
+        if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < len(self.prompts):
+            return int(text[1:])
+        listed = ", ".join(map(repr, self.prompts[:_SHOWN])) + (", ..." if len(self.prompts) > _SHOWN else "")
+        raise RequestError(f"this bundle has no text encoder. The prompt must be one of {listed}.", "prompt")
+
+    def _scaled(self, rows: Conditions, scale: float) -> Conditions:
+        """Change the scale of encoded prompts."""
+        if scale <= 1 and not rows.middle:
+            return replace(rows, negative={}, scale=1.0)
+        if not rows.guided:
+            raise RequestError(
+                "the prompts of this bundle were encoded without guidance. Omit guidance_scale, or send 1.",
+                "guidance_scale",
+            )
+        return replace(rows, scale=scale)
