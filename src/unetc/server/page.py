@@ -1,0 +1,110 @@
+"""The page at `/`: one file without outside resources, and the facts about the models that it shows."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import HTMLResponse, Response
+
+from unetc.percent import percent
+from unetc.runtime.batching.request import FULL, SampleRequest
+
+from .door import Door
+from .health import error_body
+from .service import Level, Served, Service
+
+
+def make_router(service: Service) -> APIRouter:
+    """Make the routes of the page."""
+    router = APIRouter(tags=["page"])
+
+    @router.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        """Show the page."""
+        html, policy = _page()
+        headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
+        return HTMLResponse(html, headers=headers)
+
+    @router.get("/page/models")
+    async def models() -> dict[str, Any]:
+        """Describe the models for the page."""
+        service.check_ready()
+        return {"models": [_describe(served) for served in service.models.values()]}
+
+    return router
+
+
+DOOR = Door(prefixes=("/page",), router=make_router, error=error_body, open=("/",))
+
+
+@cache
+def _page() -> tuple[str, str]:
+    """Read the page, and make the policy that allows exactly its script and its style sheet."""
+    html = files(__package__).joinpath("page.html").read_text("utf-8")
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in found)
+
+    policy = {
+        "default-src": "'none'",
+        "script-src": hashes("script"),
+        "style-src": hashes("style"),
+        "img-src": "blob: data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return html, "; ".join(f"{name} {value}" for name, value in policy.items())
+
+
+def _describe(served: Served) -> dict[str, Any]:
+    """Describe a model: what it takes, and its quality levels."""
+    prompts = served.prompts
+    choices = list(prompts.prompts)
+    if prompts.free:
+        kind, choices = "free", []
+    elif prompts.classes is not None:
+        kind, choices = "labels", [str(label) for label in range(prompts.classes)]
+    else:
+        kind = "list" if choices else "none"
+    return {
+        "name": served.name,
+        "prompts": kind,
+        "choices": choices,
+        "guided": kind in ("free", "list") and prompts.guidance_scale > 1,
+        "guidance_scale": prompts.guidance_scale,
+        "steps": served.bundle.manifest.steps,
+        "step_counts": list(served.steps),
+        "levels": [_level(served, level) for level in served.levels.values()],
+    }
+
+
+def _level(served: Served, level: Level) -> dict[str, Any]:
+    """Describe a quality level: its time here, its measured damage, and its phases from noise to image."""
+    if level.name == FULL:
+        title, words = "Full model", "Every step as the model was trained: the reference."
+    else:
+        title = f"Saves {percent(1 - level.time_ratio)}"
+        near = "" if level.psnr is None else f", PSNR {level.psnr:.0f} dB"
+        words = f"Differs from the full model by {level.relative_l2:.2g} (relative L2){near}."
+    phases = [] if level.name == FULL else served.sessions[level.name].plan.phases
+    return {
+        "name": level.name,
+        "title": title,
+        "describes": words,
+        "seconds": served.batcher.estimate(SampleRequest(level=level.name)),
+        "phases": [f"Phase {k + 1}" for k in range(len(phases))],
+    }
