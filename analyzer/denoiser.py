@@ -93,7 +93,7 @@ class GatedDenoiser:
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        inputs = cache.inputs(timestep)
+        inputs = cache.inputs(timestep, rows=1)
         for index, treatment in treatments.items():
             recall = treatment.row.recall
             assert recall is not None

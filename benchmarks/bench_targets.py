@@ -71,7 +71,7 @@ class Target:
             graph = specialise(gated, engine.treatments, np.zeros(gated.channels, dtype=np.float32), engine.emits)
             self._programs.append(Timed(loader.load(graph), self._clock))
             branches.store(self._programs[-1](self._inputs, self._output), 550.0)
-            self._inputs |= branches.inputs(500.0)
+            self._inputs |= branches.inputs(500.0, rows=batch)
             if len(self._programs) == 1:
                 self.load_s = time.perf_counter() - start
         self._session = Session(

@@ -136,4 +136,4 @@ class Batch:
         branches, refresh = BranchCache(device=self._loaded.device), self._loaded.program(REFRESH)
         for timestep in TIMESTEPS[:-1]:
             branches.store(refresh(self._conditions.widen(self._sample, timestep), self.output), timestep)
-        return self._inputs | branches.inputs(TIMESTEPS[-1])
+        return self._inputs | branches.inputs(TIMESTEPS[-1], rows=self.rows)

@@ -43,8 +43,8 @@ class BranchCache:
         self._plan = plan
         self._device = device
         self._state = Snapshot()
-        self._factors: dict[float, Tensor] = {}
-        """Extrapolation factors on the device; steps of one distance share a factor."""
+        self._factors: dict[tuple[float, int], Tensor] = {}
+        """Extrapolation factors on the device, by value and rows; steps of one distance share a factor."""
 
     @property
     def phase(self) -> int | None:
@@ -68,18 +68,23 @@ class BranchCache:
             branches[index] = ((timestep, value), *earlier[:1])
         self._state = Snapshot(self._state.position, branches)
 
-    def inputs(self, timestep: float) -> dict[str, Tensor]:
+    def inputs(self, timestep: float, rows: int) -> dict[str, Tensor]:
         """Make the inputs of engines that reuse branches at a step.
 
         A component that was computed only once is held: its extrapolation factor is 0.
+
+        Args:
+            timestep: The scheduler's value.
+            rows: Rows of the call, each with its factor; 1 for a factor that is broadcast.
         """
         inputs: dict[str, Tensor] = {}
         for index, history in self._state.branches.items():
             (last, held), (before, earlier) = history[0], history[-1]
             factor = (timestep - last) / (last - before) if last != before else 0.0
-            if factor not in self._factors:
-                self._factors[factor] = self._device.full((1,), factor)
-            inputs |= {HELD + index: held, EARLIER + index: earlier, EXTRAPOLATION + index: self._factors[factor]}
+            key = factor, rows
+            if key not in self._factors:
+                self._factors[key] = self._device.full((rows,), factor)
+            inputs |= {HELD + index: held, EARLIER + index: earlier, EXTRAPOLATION + index: self._factors[key]}
         return inputs
 
     def snapshot(self) -> Snapshot:

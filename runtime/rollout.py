@@ -120,7 +120,8 @@ class Rollout:
         if self._pool is not None:
             self._pool.enter(self, self._cache.phase)
         program = self._programs[engine]
-        self._cache.store(program({**inputs, **self._cache.inputs(timestep)}, prediction), timestep)
+        reused = self._cache.inputs(timestep, rows=len(prediction))
+        self._cache.store(program({**inputs, **reused}, prediction), timestep)
         return EngineCall(engine, timestep, program, self._cache.snapshot().emptied())
 
     def run_again(self, failed: EngineCall, inputs: Mapping[str, Tensor], prediction: Tensor) -> EngineCall:

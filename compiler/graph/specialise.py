@@ -26,7 +26,7 @@ from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 from .capture import GATES, MEANS, OUTPUT
 from .gate import DOMAIN
 from .gated import GatedGraph, emit, gate_index, is_gate
-from .nodes import Expression, add_initializer, add_integers, add_name, add_node
+from .nodes import Expression, add_initializer, add_integers, add_name, add_node, add_reshape
 from .slicing import slice_constants
 from .weights import serialise
 
@@ -106,9 +106,12 @@ def _recall(graph: ir.Graph, branch: ir.Value, component: Component, recall: Rec
 
     @functools.cache
     def take(prefix: str) -> Expression:
-        shape = ir.Shape([1]) if prefix == EXTRAPOLATION else branch.shape
-        value = ir.val(f"{prefix}{component.index}", type=branch.type, shape=shape)
+        assert branch.shape is not None
+        shape = branch.shape[:1] if prefix == EXTRAPOLATION else branch.shape
+        value = ir.val(f"{prefix}{component.index}", type=branch.type, shape=ir.Shape(shape))
         graph.inputs.append(value)
+        if prefix == EXTRAPOLATION:  # one factor per row, for every position of the row
+            value = add_reshape(graph, value, -1, *[1] * (component.rank - 1))
         return Expression(graph, value)
 
     value: ir.Value = recall(take).value

@@ -213,7 +213,7 @@ class Workbench:
         output = device.empty((len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:]))
         cache = BranchCache(device=device)
         cache.store(programs[FULL_ENGINE](inputs, output), 550.0)
-        inputs |= cache.inputs(500.0)
+        inputs |= cache.inputs(500.0, rows=len(output))
         distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
         calls = [partial(program, inputs, output) for program in distinct]
         times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize, seconds=ENGINE_SECONDS)

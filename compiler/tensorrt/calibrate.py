@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from unetc.backend import Backend, Loader, Program, SerialisedGraph
+from unetc.call import TIMESTEP
 from unetc.compiler.graph.overflow import overflowing
 from unetc.device import Tensor
 from unetc.progress import OnProgress, Progress
@@ -67,7 +68,7 @@ def _with_held(probes: Mapping[float, Probe], emitted: Sequence[Probe]) -> dict[
     cache.store(emitted[0], first)
     extended: dict[float, Probe] = {}
     for (timestep, probe), own in zip(probes.items(), emitted, strict=True):
-        extended[timestep] = {**probe, **cache.inputs(timestep)}
+        extended[timestep] = {**probe, **cache.inputs(timestep, rows=len(probe[TIMESTEP]))}
         cache.store(own, timestep)
     return extended
 

@@ -97,5 +97,5 @@ class Ticket:
         return self._position()
 
     def preview(self) -> Array | None:
-        """Copy the samples as they are now, [count, channel, height, width], not decoded; None before the first step."""
+        """Copy the samples as they are now, [count, channel, height, width], not decoded; None at first."""
         return self._preview()

@@ -19,7 +19,10 @@ HELD = "held."
 EARLIER = "earlier."
 """Prefix of an engine's inputs: the branch from the computing step before the last one."""
 EXTRAPOLATION = "extrapolation."
-"""Prefix of an engine's inputs, [1]: the extrapolation factor, in distances between `EARLIER` and `HELD`."""
+"""Prefix of an engine's inputs, [row]: the extrapolation factor, in distances between `EARLIER` and `HELD`.
+
+It differs from row to row where rollouts at different steps share a call.
+"""
 
 
 class Treatment(StrEnum):

@@ -207,7 +207,7 @@ def test_an_engine_computes_with_what_another_has_emitted(gated: GatedGraph) -> 
     for sample, at in ((one, 30.0), (3 * one, 20.0)):  # the first branch is -1, then -3
         branches.store(full({"sample": sample, "timestep": timestep}, output), at)
         assert not output.any()
-    inputs = {"sample": 7 * one, "timestep": timestep, **branches.inputs(15.0)}
+    inputs = {"sample": 7 * one, "timestep": timestep, **branches.inputs(15.0, rows=1)}
     holding(inputs, output)
     np.testing.assert_array_equal(output, (7 - 3) * one)
     forecasting(inputs, output)

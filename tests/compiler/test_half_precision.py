@@ -84,7 +84,7 @@ def test_engines_in_turns_compute_nearly_what_the_gated_graph_computes(
         expected = reference.step(reuse.engines[engine].treatments, inputs, timestep)
         output = device.empty(expected.shape)
         given = {name: device.put(value) for name, value in inputs.items()}
-        branches.store(programs[engine]({**given, **branches.inputs(timestep)}, output), timestep)
+        branches.store(programs[engine]({**given, **branches.inputs(timestep, rows=len(output))}, output), timestep)
         assert 0 < relative_error(device.to_array(output), expected) < AGREES[precision], f"step {step}"
 
 

@@ -72,7 +72,9 @@ def sample_by_plan(tiny: Tiny, plan: Plan) -> Array:
 
     def predict(step: int, inputs: Mapping[str, Array]) -> Array:
         timestep = float(inputs[TIMESTEP][0])
-        output, emitted = tiny.run_on_device(engines[schedule[step]], {**inputs, **branches.inputs(timestep)})
+        output, emitted = tiny.run_on_device(
+            engines[schedule[step]], {**inputs, **branches.inputs(timestep, rows=len(inputs[TIMESTEP]))}
+        )
         branches.store(emitted, timestep)
         return output
 

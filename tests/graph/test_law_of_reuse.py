@@ -141,7 +141,9 @@ def check_sequence(
     for step, engine in enumerate(order):
         inputs, timestep = inputs_at(tiny, step, size)
         expected = reference.step(assignments[engine], inputs, timestep)
-        output, emitted = tiny.run_on_device(engines[engine], {**inputs, **branches.inputs(timestep)})
+        output, emitted = tiny.run_on_device(
+            engines[engine], {**inputs, **branches.inputs(timestep, rows=len(inputs["timestep"]))}
+        )
         branches.store(emitted, timestep)
         assert np.isfinite(output).all()
         assert relative_error(output, expected) < ENGINES_AGREE, f"step {step}: {assignments[engine]}"
@@ -192,6 +194,24 @@ def test_holding_right_after_a_refresh_at_the_same_input_changes_nothing(tiny: T
         }
         output, _ = tiny.run_emitting(forecast, {**inputs, **ahead})
         assert relative_error(output, full) < 1e-5
+
+
+def test_rows_at_different_steps_share_a_call(tiny: Tiny) -> None:
+    means, rng = np.zeros(tiny.gated.channels, np.float32), np.random.default_rng(0)
+    forecasts = [dict.fromkeys(tiny.names, FORECAST), *({name: FORECAST} for name in tiny.names if name != STEP)]
+    inputs, _ = inputs_at(tiny, 0, (3, 2 * tiny.stride, 2 * tiny.stride))
+    _, emitted = tiny.run_emitting(load(tiny, specialise(tiny.gated, {}, means, tiny.names)), inputs)
+    inputs[TIMESTEP] = np.array([900, 500, 20], np.float32)
+    for key in (name.removeprefix(COMPUTED) for name in emitted):
+        held = emitted[COMPUTED + key]
+        inputs |= {HELD + key: held, EARLIER + key: held * np.float32(rng.uniform(0.5, 1.5))}
+        inputs[EXTRAPOLATION + key] = np.array([0, 0.5, 2], np.float32)
+    for treatments in forecasts[:4]:
+        program = load(tiny, specialise(tiny.gated, treatments, means))
+        together = tiny.run(program, inputs)
+        for row in range(3):
+            alone = tiny.run(program, {name: value[row : row + 1] for name, value in inputs.items()})
+            assert relative_error(together[row : row + 1], alone) < ENGINES_AGREE
 
 
 def test_an_engine_cannot_emit_what_it_does_not_compute(tiny: Tiny) -> None:

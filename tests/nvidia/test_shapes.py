@@ -14,7 +14,7 @@ SIGNATURE = {
     "timestep": ("s48",),
     "encoder_hidden_states": ("s48", "s7", 12),
     "held.3": ("s48", 8, "((s43 - 1)//2) + 1", "2*((s39 - 1)//4) + 2"),
-    "extrapolation.3": (1,),
+    "extrapolation.3": ("s48",),
 }
 ROWS = {"encoder_hidden_states": (6, 12), "not_an_input": (3,)}
 
@@ -49,7 +49,7 @@ def test_every_input_follows_the_sample() -> None:
         "timestep": ((1,), (2,), (8,)),
         "encoder_hidden_states": ((1, 6, 12), (2, 6, 12), (8, 6, 12)),
         "held.3": ((1, 8, 8, 8), (2, 8, 16, 8), (8, 8, 16, 8)),
-        "extrapolation.3": ((1,), (1,), (1,)),
+        "extrapolation.3": ((1,), (2,), (8,)),
     }
 
 

@@ -229,7 +229,9 @@ def test_engines_in_turns_compute_what_the_gated_graph_computes(runner: Runner) 
     for step, engine in enumerate((0, 1, 2, 0, 3, 1, 3, 2)):
         inputs, timestep = inputs_at(tiny, step, sizes(tiny)[1])
         expected = reference.step(assignments[engine], inputs, timestep)
-        output, emitted = runner.run(engines[engine], {**inputs, **branches.inputs(timestep)})
+        output, emitted = runner.run(
+            engines[engine], {**inputs, **branches.inputs(timestep, rows=len(inputs["timestep"]))}
+        )
         branches.store(emitted, timestep)
         assert relative_error(output, expected) < 2 * runner.agrees, f"step {step}"
 

@@ -29,7 +29,8 @@ def step(cache: BranchCache, index: int) -> tuple[int, dict[str, object]]:
     """Make one step; each engine emits the plan's components, and a branch is the number of its step."""
     engine = cache.next_engine(LEVELS[index])
     inputs = {
-        name: value.item() if isinstance(value, np.ndarray) else value for name, value in cache.inputs(-index).items()
+        name: value.item() if isinstance(value, np.ndarray) else value
+        for name, value in cache.inputs(-index, rows=1).items()
     }
     names = PLAN.engines[engine].emits
     cache.store({COMPUTED + str("ab".index(name)): index for name in names}, -index)
@@ -54,7 +55,11 @@ def test_no_engine_runs_before_the_branches_that_it_reuses() -> None:
 def test_a_branch_that_was_computed_once_is_held() -> None:
     cache = BranchCache()
     cache.store({COMPUTED + "0": "branch"}, 900.0)
-    assert cache.inputs(700.0) == {HELD + "0": "branch", EARLIER + "0": "branch", EXTRAPOLATION + "0": np.zeros(1)}
+    assert cache.inputs(700.0, rows=1) == {
+        HELD + "0": "branch",
+        EARLIER + "0": "branch",
+        EXTRAPOLATION + "0": np.zeros(1),
+    }
 
 
 @given(made=st.integers(0, 5), undone=st.integers(1, 3))
@@ -76,6 +81,6 @@ def test_an_emptied_snapshot_lets_no_engine_reuse(made: int) -> None:
     phase = cache.phase
     cache.restore(cache.snapshot().emptied())
     assert cache.phase == phase
-    assert cache.inputs(-made) == {}
+    assert cache.inputs(-made, rows=1) == {}
     engine, _ = step(cache, made)
     assert not PLAN.engines[engine].reused

@@ -394,7 +394,11 @@ class Poison:
                 branches = BranchCache()
             timestep = self.table.timesteps.item(i)
             prediction = np.empty_like(sample)
-            inputs = {"sample": sample, "timestep": np.full(2, timestep, np.float32), **branches.inputs(timestep)}
+            inputs = {
+                "sample": sample,
+                "timestep": np.full(2, timestep, np.float32),
+                **branches.inputs(timestep, rows=2),
+            }
             branches.store(program(inputs, prediction), timestep)
             sample = update(self.table, i, [sample], [prediction])
         return sample

@@ -13,12 +13,15 @@ Handlers raise; the app turns errors into the form of the door whose prefix begi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from .errors import ClientGone, Problem
 from .service import ImageAnswer, Running, Service
@@ -41,8 +44,7 @@ class Door:
 async def answer_unless_gone(request: Request, running: Running) -> ImageAnswer:
     """Wait for the images of a request, and cancel it when its client goes away.
 
-    For answers in one piece, after the body has been read. Streams need no such watch: their generators cancel in a
-    `finally`, where `Running.cancel` needs no await.
+    For answers in one piece, after the body has been read; streams are `EventStream`s.
 
     Raises:
         ClientGone: If the client has gone.
@@ -66,3 +68,28 @@ async def _gone(request: Request) -> None:
     """Return when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events; whatever ends it calls `on_end`.
+
+    Clean-up rests on no `finally` of the generator: Starlette cancels an `await` there, and a generator that was never
+    started has no `finally`.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], object]) -> None:
+        """Stream events; `on_end` must not block, and may find its work done."""
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+def event(name: str, data: Mapping[str, object]) -> bytes:
+    """Write a server-sent event with JSON data."""
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()

@@ -1,11 +1,12 @@
-"""Health of the server: whether it lives, and whether it takes requests."""
+"""Health of the server: whether it lives, whether it takes requests, and its metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
 
 from .door import Door
 from .errors import Problem
@@ -13,21 +14,26 @@ from .service import Service, State
 
 
 def make_router(service: Service) -> APIRouter:
-    """Make the routes of `/health`."""
-    router = APIRouter(prefix="/health", tags=["health"])
+    """Make the routes of `/health` and `/metrics`."""
+    router = APIRouter(tags=["health"])
 
-    @router.get("/live")
+    @router.get("/health/live")
     async def live() -> JSONResponse:
         """Check whether the process can go on; a supervisor restarts it if not."""
         failed = service.state is State.FAILED
         return JSONResponse({"status": service.state.value}, 503 if failed else 200)
 
-    @router.get("/ready")
+    @router.get("/health/ready")
     async def ready() -> JSONResponse:
         """Check whether every engine has made a warm-up call, and requests are taken."""
         answers = {name: served.loaded for name, served in service.models.items()}
         status = 200 if service.state is State.READY else 503
         return JSONResponse({"status": service.state.value, "models": answers}, status)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Write the metrics for Prometheus."""
+        return Response(service.metrics.to_text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from unetc.artifacts.profile import Damage
 from unetc.device import Array
-from unetc.errors import QueueFull, SessionError, ShapeMismatch
+from unetc.errors import DeadlineExceeded, QueueFull, SessionError, ShapeMismatch
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest, SampleResult, Ticket
@@ -40,13 +40,12 @@ from unetc.runtime.session import Session, backend_for
 
 from . import images as pictures
 from .errors import NotReady, RequestCancelled, RequestError, UnknownModel
+from .metrics import Metrics, Outcome
 from .prompts import PromptReader, Wanted
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from unetc.runtime.batching.batcher import Batcher
-
-    from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -434,7 +433,8 @@ class Service:
         self.state = State.LOADING
         self.failure: BaseException | None = None
         """Why the service failed."""
-        self.metrics: Metrics | None = None
+        self.metrics = Metrics()
+        self.metrics.show_ready(lambda: self.state is State.READY)
         self.running: set[Running] = set()
         """Accepted requests that are not finished."""
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="unetc-door")
@@ -466,9 +466,8 @@ class Service:
         """
         for served in self.models.values():
             served.load(self.settings, on_progress)
-            if self.metrics is not None:
-                self.metrics.observe(served)
             served.warm_up(on_progress)
+            self._observe(served)
         if self.state is State.LOADING:
             self.state = State.READY
 
@@ -511,6 +510,23 @@ class Service:
             NotReady: If the server takes no requests now.
             QueueFull: If the queue is full, or the request could not be finished in time.
         """
+        try:
+            running = await self._submitted(request, watch=watch)
+        except (RequestError, UnknownModel):
+            self.metrics.ended(self._known(request.model), Outcome.INVALID)
+            raise
+        except (QueueFull, NotReady):
+            self.metrics.ended(self._known(request.model), Outcome.REFUSED)
+            raise
+        self.running.add(running)
+        running.when_done(lambda answer: self._ended(running, answer))
+        return running
+
+    def _known(self, model: str | None) -> str:
+        """Return a model's name as a label of metrics, which no client can make up."""
+        return model if model in self.models else "-"
+
+    async def _submitted(self, request: ImageRequest, *, watch: bool) -> Running:
         self.check_ready()
         served = self.find(request.model, field=request.names.get("model", "model"))
         parts = await self.in_thread(self._parts, served, request)
@@ -528,11 +544,36 @@ class Service:
                 raise RequestError(str(error)) from error
             raise
         running.follow()
-        self.running.add(running)
-        running.when_done(lambda _: self.running.discard(running))
-        if self.metrics is not None:
-            self.metrics.accepted(running)
         return running
+
+    def _ended(self, running: Running, done: asyncio.Future[ImageAnswer]) -> None:
+        """Forget a request that has ended, and count it."""
+        self.running.discard(running)
+        model = running.served.name
+        match done.exception():
+            case None:
+                answer = done.result()
+                self.metrics.finished(
+                    model,
+                    level=answer.level.name,
+                    images=len(answer.images),
+                    degraded=answer.degraded,
+                    non_finite_steps=answer.non_finite_steps,
+                    waited=answer.waited,
+                    took=answer.took,
+                )
+            case RequestCancelled():
+                self.metrics.ended(model, Outcome.CANCELLED)
+            case DeadlineExceeded():
+                self.metrics.ended(model, Outcome.DEADLINE)
+            case _:
+                self.metrics.ended(model, Outcome.FAILED)
+
+    def _observe(self, served: Served) -> None:
+        """Count the engine calls of a model, and show its load."""
+        batcher, metrics = served.batcher, self.metrics
+        batcher.on_call = lambda call: metrics.call(served.name, call)
+        metrics.show_load(served.name, lambda: batcher.load().queued, lambda: batcher.load().running)
 
     async def sample(self, request: ImageRequest) -> ImageAnswer:
         """Submit a request and wait for its images; raises as `submit` and `Running.result` do."""

@@ -1,0 +1,243 @@
+"""Jobs: requests whose clients come back for the images. A job outlives the connection that made it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from unetc.errors import QueueFull, UnetcError
+
+from .bodies import ImageBody
+from .door import Door, EventStream, event
+from .errors import Problem, RequestCancelled, RequestError, UnknownJob, problem_of
+from .images import Format, encode
+from .openai import error_body
+from .service import ImageAnswer, Running, Service
+
+_POSITION_EVERY_S = 0.5
+"""Seconds between two looks at the position of a job that waits."""
+
+
+class JobState(StrEnum):
+    """Where a job is."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """A request and, once it is finished, its images."""
+
+    running: Running
+    body: ImageBody
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Hard to guess: it is all that a client needs to read the job."""
+    created: float = field(default_factory=time.time)
+    finished: float | None = None
+    answer: ImageAnswer | None = None
+    files: tuple[bytes, ...] = ()
+    """The images, encoded."""
+    problem: Problem | None = None
+    fetched: bool = False
+    """Whether a client has seen that it is finished."""
+
+    @property
+    def state(self) -> JobState:
+        """Where the job is now."""
+        if self.answer is not None:
+            return JobState.SUCCEEDED
+        if self.problem is not None:
+            return JobState.CANCELLED if self.problem.code == "cancelled" else JobState.FAILED
+        return JobState.QUEUED if self.running.position else JobState.RUNNING
+
+    def progress(self) -> dict[str, object]:
+        """Describe how far it is."""
+        steps = self.running.progress
+        return {
+            "state": self.state.value,
+            "position": self.running.position if self.finished is None else None,
+            "step": 0 if steps is None else steps.done,
+            "steps": None if steps is None else steps.steps,
+            "phase": None if steps is None else steps.phase,
+            "engine": None if steps is None else steps.engine,
+        }
+
+    def to_builtins(self) -> dict[str, object]:
+        """Describe the job; images are at the addresses in the result."""
+        result = None
+        if self.answer is not None:
+            files = [f"/v1/jobs/{self.id}/images/{k}" for k in range(len(self.files))]
+            result = {"images": files, "output_format": self.body.form.value, **self.answer.to_builtins()}
+        return {
+            "id": self.id,
+            "object": "job",
+            "model": self.running.served.name,
+            "level": self.running.level.name,
+            "created": self.created,
+            "finished": self.finished,
+            **self.progress(),
+            "result": result,
+            "error": None if self.problem is None else error_body(self.problem)["error"],
+        }
+
+
+class Jobs:
+    """All jobs that are kept: unfinished ones, and finished ones for some minutes. For the thread of the event loop."""
+
+    def __init__(self, service: Service) -> None:
+        """Begin without jobs."""
+        self._service = service
+        self._jobs: dict[str, Job] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def add(self, body: ImageBody) -> Job:
+        """Submit a job.
+
+        Raises:
+            QueueFull: If too many jobs are unfinished.
+            UnetcError: If the request cannot be submitted.
+        """
+        self._forget()
+        if len(self._jobs) >= self._service.settings.jobs:
+            oldest = next((job for job in self._jobs.values() if job.finished is not None), None)
+            if oldest is None:
+                raise QueueFull(f"{len(self._jobs)} jobs are unfinished. Try again later.", 1.0)
+            del self._jobs[oldest.id]
+        job = Job(running=await self._service.submit(body.to_request(), watch=True), body=body)
+        self._jobs[job.id] = job
+        task = asyncio.create_task(self._finish(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return job
+
+    def find(self, name: str) -> Job:
+        """Look up a job.
+
+        Raises:
+            UnknownJob: If there is none, or it is no longer kept.
+        """
+        self._forget()
+        if name not in self._jobs:
+            raise UnknownJob(f"there is no job {name[:64]!r}. Finished jobs are kept for some minutes.")
+        return self._jobs[name]
+
+    def remove(self, job: Job) -> None:
+        """Cancel a job, or forget a finished one."""
+        if job.finished is None:
+            job.running.cancel()
+            job.problem = problem_of(RequestCancelled("the job was cancelled."))
+            job.finished = time.time()
+        else:
+            self._jobs.pop(job.id, None)
+        job.fetched = True
+
+    def unfetched(self) -> int:
+        """Count the finished jobs that no client has seen."""
+        return sum(job.finished is not None and not job.fetched for job in self._jobs.values())
+
+    async def _finish(self, job: Job) -> None:
+        """Wait for a job and keep its images."""
+        try:
+            answer = await job.running.result()
+            files = await self._service.in_thread(
+                encode, answer.images, job.body.form, quality=job.body.output_compression
+            )
+        except UnetcError as error:
+            job.problem = job.problem or problem_of(error)
+        else:
+            job.answer, job.files = answer, tuple(files)
+        job.finished = time.time()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop finished jobs that are too old, and the oldest while their images take too much memory."""
+        limits, now = self._service.settings, time.time()
+        finished = [job for job in self._jobs.values() if job.finished is not None]
+        size = sum(len(file) for job in finished for file in job.files)
+        for job in finished:
+            if now - (job.finished or now) > limits.job_seconds or (size > limits.job_bytes and job is not finished[-1]):
+                size -= sum(map(len, job.files))
+                del self._jobs[job.id]
+
+
+def make_router(service: Service) -> APIRouter:
+    """Make the routes of `/v1/jobs`."""
+    router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+    jobs = Jobs(service)
+    service.unfetched = jobs.unfetched
+
+    @router.post("")
+    async def submit(body: ImageBody) -> Response:
+        """Submit a job; its address is in `Location`."""
+        job = await jobs.add(body)
+        return JSONResponse(job.to_builtins(), 202, headers={"Location": f"/v1/jobs/{job.id}"})
+
+    @router.get("/{name}")
+    async def state(name: str) -> Response:
+        """Describe a job: its state, its position in the queue, its progress and its result."""
+        job = jobs.find(name)
+        job.fetched = job.fetched or (job.finished is not None and not job.files)
+        return JSONResponse(job.to_builtins())
+
+    @router.delete("/{name}")
+    async def cancel(name: str) -> Response:
+        """Cancel a job, or forget a finished one."""
+        job = jobs.find(name)
+        jobs.remove(job)
+        return JSONResponse(job.to_builtins())
+
+    @router.get("/{name}/preview")
+    async def preview(name: str) -> Response:
+        """Show the first image as it is now."""
+        job = jobs.find(name)
+        if job.answer is not None:
+            samples = job.answer.images
+        elif (found := await service.in_thread(job.running.preview)) is not None:
+            samples = found
+        else:
+            raise UnknownJob(f"job {job.id} has no preview before its first step, or after a failure.")
+        (file,) = await service.in_thread(encode, samples[:1], Format.PNG)
+        return Response(file, media_type=Format.PNG.media_type, headers={"Cache-Control": "no-store"})
+
+    @router.get("/{name}/images/{index}")
+    async def image(name: str, index: int) -> Response:
+        """Send an image of a finished job."""
+        job = jobs.find(name)
+        if not 0 <= index < len(job.files):
+            raise RequestError(f"job {job.id} has {len(job.files)} images. Expected an index below that.", "index")
+        job.fetched = job.fetched or index == len(job.files) - 1
+        return Response(job.files[index], media_type=job.body.form.media_type)
+
+    @router.get("/{name}/events")
+    async def events(name: str) -> Response:
+        """Follow a job: `progress` when its position or its step changes, then `done`."""
+        return EventStream(_events(jobs.find(name)), lambda: None)
+
+    return router
+
+
+async def _events(job: Job) -> AsyncIterator[bytes]:
+    last: dict[str, object] = {}
+    changes = job.running.changes()
+    while job.finished is None:
+        now = job.progress()
+        if now != last:
+            last = now
+            yield event("progress", now)
+        await changes.wait(_POSITION_EVERY_S)
+    yield event("done", job.to_builtins())
+
+
+DOOR = Door(prefixes=("/v1/jobs",), router=make_router, error=error_body)
