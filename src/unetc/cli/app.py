@@ -18,6 +18,7 @@ from .commands.pareto import pareto
 from .commands.plan import plan
 from .commands.report import report
 from .commands.sample import sample
+from .commands.serve import serve
 from .commands.verify import verify
 from .groups import spliced
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (analyze, plan, build, pareto, sample, compile_, verify, report, inspect, doctor, demo):
+for command in (analyze, plan, build, pareto, sample, serve, compile_, verify, report, inspect, doctor, demo):
     app.command(command.__name__.rstrip("_"))(spliced(command))
 
 

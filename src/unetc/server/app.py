@@ -21,7 +21,7 @@ import unetc
 from unetc.errors import UnetcError
 from unetc.progress import OnProgress, ignore
 
-from . import a1111, health, kserve, page
+from . import a1111, health, jobs, kserve, openai, page
 from .door import Door
 from .errors import Problem, Unauthorized, problem_of
 from .service import Service
@@ -29,7 +29,7 @@ from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-DOORS: tuple[Door, ...] = (health.DOOR, kserve.DOOR, a1111.DOOR, page.DOOR)
+DOORS: tuple[Door, ...] = (health.DOOR, openai.DOOR, jobs.DOOR, kserve.DOOR, a1111.DOOR, page.DOOR)
 """Every API that is served."""
 
 REQUEST_ID = "X-Request-Id"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
@@ -21,6 +22,8 @@ from .errors import Problem, RequestCancelled, RequestError, UnknownJob, problem
 from .images import Format, encode
 from .openai import error_body
 from .service import ImageAnswer, Running, Service
+
+logger = logging.getLogger(__name__)
 
 _POSITION_EVERY_S = 0.5
 """Seconds between two looks at the position of a job that waits."""
@@ -50,6 +53,8 @@ class Job:
     files: tuple[bytes, ...] = ()
     """The images, encoded."""
     problem: Problem | None = None
+    task: asyncio.Task[None] | None = None
+    """Waits for the images."""
     fetched: bool = False
     """Whether a client has seen that it is finished."""
 
@@ -61,6 +66,11 @@ class Job:
         if self.problem is not None:
             return JobState.CANCELLED if self.problem.code == "cancelled" else JobState.FAILED
         return JobState.QUEUED if self.running.position else JobState.RUNNING
+
+    @property
+    def size(self) -> int:
+        """Bytes of its images."""
+        return sum(map(len, self.files)) + (0 if self.answer is None else self.answer.images.nbytes)
 
     def progress(self) -> dict[str, object]:
         """Describe how far it is."""
@@ -100,7 +110,6 @@ class Jobs:
         """Begin without jobs."""
         self._service = service
         self._jobs: dict[str, Job] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def add(self, body: ImageBody) -> Job:
         """Submit a job.
@@ -117,9 +126,7 @@ class Jobs:
             del self._jobs[oldest.id]
         job = Job(running=await self._service.submit(body.to_request(), watch=True), body=body)
         self._jobs[job.id] = job
-        task = asyncio.create_task(self._finish(job))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        job.task = asyncio.create_task(self._finish(job))
         return job
 
     def find(self, name: str) -> Job:
@@ -144,8 +151,9 @@ class Jobs:
         job.fetched = True
 
     def unfetched(self) -> int:
-        """Count the finished jobs that no client has seen."""
-        return sum(job.finished is not None and not job.fetched for job in self._jobs.values())
+        """Count the jobs whose clients can be expected to come for the images, when the server is about to end."""
+        lately = time.time() - self._service.settings.drain
+        return sum(not job.fetched and (job.finished or math.inf) > lately for job in self._jobs.values())
 
     async def _finish(self, job: Job) -> None:
         """Wait for a job and keep its images."""
@@ -154,8 +162,10 @@ class Jobs:
             files = await self._service.in_thread(
                 encode, answer.images, job.body.form, quality=job.body.output_compression
             )
-        except UnetcError as error:
+        except Exception as error:
             job.problem = job.problem or problem_of(error)
+            if not isinstance(error, UnetcError):
+                logger.exception("job %s failed", job.id)
         else:
             job.answer, job.files = answer, tuple(files)
         job.finished = time.time()
@@ -165,10 +175,11 @@ class Jobs:
         """Drop finished jobs that are too old, and the oldest while their images take too much memory."""
         limits, now = self._service.settings, time.time()
         finished = [job for job in self._jobs.values() if job.finished is not None]
-        size = sum(len(file) for job in finished for file in job.files)
+        size = sum(job.size for job in finished)
         for job in finished:
-            if now - (job.finished or now) > limits.job_seconds or (size > limits.job_bytes and job is not finished[-1]):
-                size -= sum(map(len, job.files))
+            old = now - (job.finished or now) > limits.job_seconds
+            if old or (size > limits.job_bytes and job is not finished[-1]):
+                size -= job.size
                 del self._jobs[job.id]
 
 
@@ -230,13 +241,13 @@ def make_router(service: Service) -> APIRouter:
 
 async def _events(job: Job) -> AsyncIterator[bytes]:
     last: dict[str, object] = {}
-    changes = job.running.changes()
     while job.finished is None:
+        waited: set[asyncio.Future[None]] = {job.running.change} | ({job.task} if job.task else set())
         now = job.progress()
         if now != last:
             last = now
             yield event("progress", now)
-        await changes.wait(_POSITION_EVERY_S)
+        await asyncio.wait(waited, timeout=_POSITION_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
     yield event("done", job.to_builtins())
 
 

@@ -77,9 +77,7 @@ def make_router(service: Service) -> APIRouter:
         if body.stream:
             return EventStream(_events(service, running, body, partial), running.cancel)
         answer = await answer_unless_gone(request, running)
-        files = await service.in_thread(
-            encode_base64, answer.images, body.form, quality=body.output_compression
-        )
+        files = await service.in_thread(encode_base64, answer.images, body.form, quality=body.output_compression)
         return JSONResponse(
             {
                 **_common(answer.level.name, answer.images.shape, body),
@@ -95,9 +93,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-async def _events(
-    service: Service, running: Running, body: GenerationBody, partial: int
-) -> AsyncIterator[bytes]:
+async def _events(service: Service, running: Running, body: GenerationBody, partial: int) -> AsyncIterator[bytes]:
     """Send previews at even distances, then one event per image."""
     try:
         if partial:
@@ -111,9 +107,7 @@ async def _events(
         yield event("error", error_body(problem_of(error)))
 
 
-async def _previews(
-    service: Service, running: Running, body: GenerationBody, partial: int
-) -> AsyncIterator[bytes]:
+async def _previews(service: Service, running: Running, body: GenerationBody, partial: int) -> AsyncIterator[bytes]:
     sent = 0
     async for progress in running.states():
         if progress is None or running.done or sent >= partial:

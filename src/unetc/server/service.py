@@ -30,7 +30,7 @@ import numpy as np
 
 from unetc.artifacts.profile import Damage
 from unetc.device import Array
-from unetc.errors import DeadlineExceeded, QueueFull, SessionError, ShapeMismatch
+from unetc.errors import DeadlineExceeded, QueueFull, SessionError, ShapeMismatch, UnetcError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest, SampleResult, Ticket
@@ -215,10 +215,14 @@ class Running:
 
     def cancel(self) -> None:
         """Give up: its places in the batch are free within one step. Does nothing to a finished request."""
+        self.give_up(RequestCancelled("the request was cancelled."))
+
+    def give_up(self, error: UnetcError) -> None:
+        """Give up with another reason."""
         for ticket in self._tickets:
             ticket.cancel()
         if not self._answer.done():
-            self._answer.set_exception(RequestCancelled("the request was cancelled."))
+            self._answer.set_exception(error)
             self._notify()
 
     @property
@@ -242,6 +246,11 @@ class Running:
         found = [one for one in previews if one is not None]
         return np.concatenate(found) if found and len(found) == len(previews) else None
 
+    @property
+    def change(self) -> asyncio.Future[None]:
+        """Future of the next step or the end; take it before reading the state, and do not cancel it."""
+        return self._change
+
     async def states(self) -> AsyncIterator[Steps | None]:
         """Yield the progress now and after steps, until the request is finished.
 
@@ -252,7 +261,7 @@ class Running:
             yield self.progress
             if self.done:
                 return
-            await asyncio.shield(change)
+            await asyncio.wait({change})  # unlike `await change`, leaves it to other readers when this one is cancelled
 
     def on_step(self, _: Steps) -> None:
         """Wake readers up; called on the thread of the engines."""
@@ -284,7 +293,7 @@ class Running:
         if failed is not None:
             error = None if failed.cancelled() else failed.exception()
             self._answer.set_exception(error or RequestCancelled("the request was cancelled."))
-            self.cancel()
+            self.cancel()  # the other parts
             self._notify()
         elif all(one.done() for one in futures):
             self._answer.set_result(self._answered([one.result() for one in futures]))
@@ -437,6 +446,8 @@ class Service:
         self.metrics.show_ready(lambda: self.state is State.READY)
         self.running: set[Running] = set()
         """Accepted requests that are not finished."""
+        self.unfetched: Callable[[], int] = lambda: 0
+        """Counts the jobs whose results wait for their clients; the jobs API replaces it."""
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="unetc-door")
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Self
 
 from unetc.artifacts.record import read_bounded
 from unetc.errors import SessionError
+from unetc.runtime.batching.ladder import saving_of
 
 _KEY_FILE_BYTES = 2**20
 """Largest file of API keys."""
@@ -123,5 +124,7 @@ class ServerSettings:
         """
         if not self.bundles:
             raise SessionError("there is nothing to serve. Name the folder of a bundle.")
+        if self.degrade_to is not None:
+            saving_of(self.degrade_to)
         if self.target_p95 is not None and self.degrade_to is None:
             raise SessionError("--target-p95 is the time to keep by stepping down; add --degrade-to, such as 55%.")

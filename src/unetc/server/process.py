@@ -1,0 +1,121 @@
+"""The process of the server: its socket, its signals, and the way it ends."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from unetc.errors import SessionError, brief
+
+from .errors import NotReady
+from .service import Service, State
+
+_BACKLOG = 2048
+"""Connections that wait to be accepted."""
+_LAST_ANSWERS_S = 5
+"""Seconds for answers that are being sent when the server ends."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address, so that a taken one is known before engines are loaded.
+
+    Raises:
+        SessionError: If the address is taken, or is not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(_BACKLOG)
+        except BaseException:
+            listening.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
+        raise SessionError(
+            f"cannot listen on {host}, port {port}: {reason}. Choose another --port or --host; port 0 stands for a free "
+            "one."
+        ) from error
+    return listening
+
+
+def address_of(listening: socket.socket) -> str:
+    """Return the address of a listening socket, as http://127.0.0.1:8000."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(app: FastAPI, listening: socket.socket, on_ready: Callable[[], object]) -> None:
+    """Serve until a signal ends the process.
+
+    After SIGTERM or SIGINT, the server is not ready, finishes accepted requests and ends, after some time in any case.
+    A second signal ends it at once.
+
+    Args:
+        app: The application.
+        listening: The socket to take connections from.
+        on_ready: Called once all engines have made a call.
+
+    Raises:
+        SessionError: If engines cannot be loaded, or their thread crashes.
+    """
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        lifespan="on",
+    )
+    _Server(config, service, on_ready).run(sockets=[listening])
+    if (failure := service.failure) is not None:
+        if isinstance(failure, SessionError):
+            raise failure
+        raise SessionError(f"the server cannot go on: {brief(Exception(failure))}.") from failure
+
+
+class _Server(uvicorn.Server):
+    """Ends when accepted requests are finished, and when the service fails."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_ready = on_ready
+        self._announced = False
+        self._ends: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second signal ends the server at once."""
+        if self._ends is not None:
+            self._ends = time.monotonic()
+            return
+        self._service.drain()
+        self._ends = time.monotonic() + self._service.settings.drain
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second whether to end."""
+        if not self._announced and self._service.state is State.READY:
+            self._announced = True
+            self._on_ready()
+        return await super().on_tick(counter) or self._over()
+
+    def _over(self) -> bool:
+        """Check whether nothing is left to do, or there is no time for it."""
+        service = self._service
+        if service.failure is not None:
+            return True
+        if self._ends is None:
+            return False
+        if time.monotonic() >= self._ends:
+            for running in tuple(service.running):
+                running.give_up(NotReady("the server ended before the images were finished. Send the request again."))
+            return True
+        return not service.running and service.unfetched() == 0
