@@ -124,7 +124,7 @@ def make_router(service: Service) -> APIRouter:
         return await make(request, with_image=True)
 
     @router.get("/progress")
-    async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002
+    async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
         """Report on the oldest request of the client."""
         mine = tasks.of(request)
         if not mine:

@@ -139,9 +139,7 @@ def error_body(problem: Problem) -> dict[str, Any]:
     return {"error": problem.message}
 
 
-DOOR = Door(
-    prefixes=("/v2",), router=make_router, error=error_body, open=("/v2/health/live", "/v2/health/ready")
-)
+DOOR = Door(prefixes=("/v2",), router=make_router, error=error_body, open=("/v2/health/live", "/v2/health/ready"))
 
 
 def _find(service: Service, model: str, version: str) -> tuple[Served, bool]:
