@@ -116,13 +116,34 @@ class Rollout:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
         """
+        call = self.choose(timestep, log_snr)
+        self.store(call, call.program({**inputs, **self.reused(call, len(prediction))}, prediction))
+        return call
+
+    def choose(self, timestep: float, log_snr: float) -> EngineCall:
+        """Choose the engine of the next step; the caller runs it and stores the branches that it emits.
+
+        Args:
+            timestep: The scheduler's value.
+            log_snr: The noise level there, not below the last call's.
+        """
         engine = self._cache.next_engine(log_snr)
         if self._pool is not None:
             self._pool.enter(self, self._cache.phase)
-        program = self._programs[engine]
-        reused = self._cache.inputs(timestep, rows=len(prediction))
-        self._cache.store(program({**inputs, **reused}, prediction), timestep)
-        return EngineCall(engine, timestep, program, self._cache.snapshot().emptied())
+        return EngineCall(engine, timestep, self._programs[engine], self._cache.snapshot().emptied())
+
+    def reused(self, call: EngineCall, rows: int) -> dict[str, Tensor]:
+        """Make the inputs of a call that come from cached branches, for a number of rows."""
+        return self._cache.inputs(call.timestep, rows)
+
+    def store(self, call: EngineCall, emitted: Mapping[str, Tensor]) -> None:
+        """Store the branches that a call has emitted."""
+        self._cache.store(emitted, call.timestep)
+
+    @property
+    def phase(self) -> int | None:
+        """Phase of the last chosen step; None without a plan."""
+        return self._cache.phase
 
     def run_again(self, failed: EngineCall, inputs: Mapping[str, Tensor], prediction: Tensor) -> EngineCall:
         """Repeat a non-finite step with the full model in float32.

@@ -142,6 +142,21 @@ class Session:
         return self._device
 
     @property
+    def programs(self) -> tuple[Program, ...]:
+        """One loaded engine per engine of the plan."""
+        return self._programs
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of the denoiser's prediction."""
+        return self._predicted_channels
+
+    @property
+    def full(self) -> Program:
+        """The full model."""
+        return self._full
+
+    @property
     def non_finite_steps(self) -> int:
         """Number of steps so far that the full model repeated because an engine produced NaN or infinity."""
         return self._non_finite_steps.count
@@ -190,6 +205,33 @@ class Session:
             ShapeMismatch: If the noise does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """
+        start = self.start(
+            batch,
+            seed=seed,
+            steps=steps,
+            first_index=first_index,
+            noise=noise,
+            height=height,
+            width=width,
+            conditions=conditions,
+        )
+        with self._device.stream():
+            sampled = self._denoise(start, self.rollout(full_model=full_model), on_step)
+        return sampled if latents else self.decode(sampled)
+
+    def start(
+        self,
+        batch: int = 1,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        first_index: int = 0,
+        noise: Array | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        conditions: Conditions | None = None,
+    ) -> Start:
+        """Check the arguments of `sample` and draw the noise; see there."""
         table = self.scheduler.table(self.steps if steps is None else steps)
         if table.log_snr[0] > 0:  # one step of many schedulers: findings/one-step-starts-without-noise.sh
             logger.warning(
@@ -206,7 +248,7 @@ class Session:
             )
         indices = range(first_index, first_index + len(noise))
         conditions = self._checked(noise, self.conditions.take(indices) if conditions is None else conditions)
-        start = Start(
+        return Start(
             table=table,
             noise=noise,
             conditions=replace(conditions, controlnet=self.conditions.controlnet),
@@ -214,9 +256,6 @@ class Session:
             indices=indices,
             predicted_channels=self._predicted_channels,
         )
-        with self._device.stream():
-            sampled = self._denoise(start, self.rollout(full_model=full_model), on_step)
-        return sampled if latents else self.decode(sampled)
 
     def _noise(
         self, batch: int, seed: int, first: int, noise: Array | None, height: int | None, width: int | None

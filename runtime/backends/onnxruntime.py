@@ -174,8 +174,17 @@ class OnnxRuntimeHost(Host):
 
     def to_array(self, tensor: Any) -> Array:
         """Copy an array or an OrtValue."""
-        array: Array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
-        return array.copy()
+        return _array_of(tensor).copy()
+
+    def rows(self, tensor: Any, start: int, stop: int) -> Array:
+        """Take rows of an array or an OrtValue, as a view."""
+        return _array_of(tensor)[start:stop]
+
+
+def _array_of(tensor: Any) -> Array:
+    """Return an array, or the memory of an OrtValue as one."""
+    array: Array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+    return array
 
 
 class OnnxRuntimeBackend(InPrecision):

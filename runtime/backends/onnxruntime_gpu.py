@@ -106,6 +106,11 @@ class OnnxRuntimeDevice(TorchDevice):
         array: Array = tensor.numpy()
         return array
 
+    def rows(self, tensor: Any, start: int, stop: int) -> Tensor:
+        """Take rows of a tensor or an OrtValue, as a view."""
+        own = tensor if isinstance(tensor, Tensor) else torch.utils.dlpack.from_dlpack(tensor)
+        return super().rows(own, start, stop)
+
 
 def check_placement(session: Any, wanted: str) -> None:
     """Refuse a session that does not run on the requested provider.

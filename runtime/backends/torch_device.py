@@ -80,6 +80,15 @@ class TorchDevice:
         """Join tensors along the batch."""
         return torch.cat(list(tensors))
 
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Take rows of a tensor, as a view."""
+        return tensor[start:stop]
+
+    @property
+    def captures_shapes(self) -> bool:
+        """Whether programs prepare for every shape that they meet, as CUDA graphs do."""
+        return self._device.type == "cuda"
+
     def exp(self, tensor: Tensor) -> Tensor:
         """Compute the exponential of every element."""
         return torch.exp(tensor)

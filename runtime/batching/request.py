@@ -86,16 +86,19 @@ class Ticket:
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set to give up; the place in the batch is free after the step that is running."""
     _position: Callable[[], int | None] = lambda: None
-    _preview: Callable[[], Array | None] = lambda: None
+    _preview: Callable[[], Future[Array | None]] = Future
+    _wake: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
-        """Give up the request."""
+        """Give up the request; the future is cancelled, unless it is done."""
         self.cancelled.set()
+        self.future.cancel()
+        self._wake()
 
     def position(self) -> int | None:
         """Count the requests that are served before this one; 0 while it runs, None when it is finished."""
         return self._position()
 
-    def preview(self) -> Array | None:
-        """Copy the samples as they are now, [count, channel, height, width], not decoded; None at first."""
+    def preview(self) -> Future[Array | None]:
+        """Decode the samples as they are now, [count, channel, height, width]; None until all images have begun."""
         return self._preview()

@@ -47,6 +47,15 @@ class Device(Protocol):
         """Join tensors along the batch."""
         ...
 
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Take rows of a tensor, or of an output of a program on this device; they may share its memory."""
+        ...
+
+    @property
+    def captures_shapes(self) -> bool:
+        """Whether programs prepare for every shape that they meet, so that few shapes are better than many."""
+        ...
+
     def exp(self, tensor: Tensor) -> Tensor:
         """Compute the exponential of every element."""
         ...
@@ -86,6 +95,15 @@ class Host:
     def concatenate(self, tensors: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """Join arrays along the batch."""
         return np.concatenate(tensors)
+
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
+        """Take rows of an array, as a view."""
+        return tensor[start:stop]
+
+    @property
+    def captures_shapes(self) -> bool:
+        """Whether programs prepare for every shape that they meet: here they do not."""
+        return False
 
     def exp(self, tensor: NDArray[Any]) -> NDArray[Any]:
         """Compute the exponential of every element."""

@@ -64,16 +64,25 @@ class ShapeMismatch(SessionError, ValueError):
 
 
 class QueueFull(SessionError):
-    """A request was refused because too many wait already, or because it could not be finished in time."""
+    """A request cannot be accepted now."""
 
     def __init__(self, message: str, seconds: float) -> None:
-        """Keep the estimate of the wait in seconds."""
+        """Refuse a request.
+
+        Args:
+            message: The reason.
+            seconds: Estimated time until there is room.
+        """
         super().__init__(message)
         self.seconds = seconds
 
 
 class DeadlineExceeded(SessionError):
     """A request was not finished within its time limit."""
+
+
+class BatcherStopped(SessionError):
+    """The thread that runs the engines has ended."""
 
 
 class MissingDependency(UnetcError, ImportError):

@@ -35,6 +35,7 @@ def test_every_command_and_option_is_there_with_its_default() -> None:
             "build",
             "pareto",
             "sample",
+            "serve",
             "compile",
             "verify",
             "report",

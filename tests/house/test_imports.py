@@ -25,6 +25,7 @@ BASE = [
 EXTRAS = {
     "cuda",
     "diffusers",
+    "fastapi",
     "filelock",
     "huggingface_hub",
     "jinja2",
@@ -34,12 +35,16 @@ EXTRAS = {
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
+    "prometheus_client",
+    "pydantic",
     "scipy",
     "sklearn",
+    "starlette",
     "tensorrt",
     "tensorrt_rtx",
     "torch",
     "torchmetrics",
+    "uvicorn",
 }
 
 BLOCK = f"""

@@ -24,6 +24,7 @@ from unetc.progress import OnProgress, ignore
 from . import a1111, health, jobs, kserve, openai, page
 from .door import Door
 from .errors import Problem, Unauthorized, problem_of
+from .metrics import Outcome
 from .service import Service
 from .settings import ServerSettings
 
@@ -77,6 +78,8 @@ def make_app(
         app.include_router(door.router(service))
 
     async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            service.metrics.ended("-", Outcome.INVALID)
         return answer_of(problem_of(error), doors, request.url.path)
 
     for kind in (UnetcError, RequestValidationError, HTTPException, Exception):

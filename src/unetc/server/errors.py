@@ -7,8 +7,9 @@ door (wrong key, large body, unknown path), `unetc.server.app` picks the form by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -131,19 +132,29 @@ def seconds_to_wait(seconds: float) -> int:
     return min(max(_LEAST_WAIT, math.ceil(seconds)), _LONGEST_WAIT)
 
 
-def _of_fields(errors: Sequence[dict[str, object]]) -> Problem:
-    """Name every wrong field of a body."""
-    named = [(_name(error.get("loc")), str(error.get("msg"))) for error in errors]
-    message = "; ".join(f"{name}: {_lower(text)}" if name else _lower(text) for name, text in named)
-    return Problem(status=400, code="invalid_value", message=f"{message}.", field=named[0][0] or None)
+def _of_fields(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """Name every wrong field of a body, once."""
+    wrong: dict[str, str] = {}
+    for error in errors:
+        name, text = _name(error["loc"]), _reason(error)
+        wrong[name] = f"{wrong[name]}, or {text}" if name in wrong else text
+    message = "; ".join(f"{name}: {text}" if name else text for name, text in wrong.items())
+    return Problem(status=400, code="invalid_value", message=f"{message}.", field=next(iter(wrong)) or None)
 
 
-def _name(location: object) -> str:
-    """Join the place of a field, without the words that say that it is in the body."""
-    parts = [str(part) for part in location] if isinstance(location, tuple | list) else []
-    return ".".join(part for part in parts[1:] if part != "__root__") if parts else ""
+def _name(location: Sequence[str | int]) -> str:
+    """Name a field by its place, without the word `body`, and without the kinds of values that a field may have."""
+    named = [str(part) for part in location[1:] if isinstance(part, int) or str(part).isidentifier()]
+    return ".".join(named)
 
 
-def _lower(text: str) -> str:
-    text = text.removeprefix("Value error, ")
+def _reason(error: Mapping[str, Any]) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return "there is no such field"
+        case "missing":
+            return "it is missing"
+        case "json_invalid" | "model_attributes_type" | "dict_type":
+            return "the body must be a JSON object, with the header Content-Type: application/json"
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return text[:1].lower() + text[1:]

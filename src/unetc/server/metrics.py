@@ -46,12 +46,12 @@ class Call(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows of the call, padding included."""
+        """Rows that rollouts need; with guidance, several per image."""
         ...
 
     @property
     def padding(self) -> int:
-        """Rows that were computed for no rollout."""
+        """Further rows, which only fill the call."""
         ...
 
     @property
@@ -97,8 +97,8 @@ class Metrics:
             "batch",
             buckets=_STEP_SECONDS,
         )
-        self._queued = Gauge("unetc_queued_requests", "Requests that wait.", model, registry=registry)
-        self._running = Gauge("unetc_running_requests", "Requests that run.", model, registry=registry)
+        self._queued = Gauge("unetc_queued_images", "Images that wait.", model, registry=registry)
+        self._running = Gauge("unetc_running_images", "Images on their way.", model, registry=registry)
         self._ready = Gauge("unetc_ready", "1 if requests are taken, otherwise 0.", registry=registry)
 
     def show_ready(self, ready: Callable[[], bool]) -> None:
@@ -114,7 +114,7 @@ class Metrics:
         """Count an engine call."""
         phase = FULL_MODEL if call.phase is None else str(call.phase)
         self._step_seconds.labels(model, phase, str(call.rollouts)).observe(call.seconds)
-        self._rows.labels(model).inc(call.rows - call.padding)
+        self._rows.labels(model).inc(call.rows)
         self._padding.labels(model).inc(call.padding)
         self._switches.labels(model).inc(int(call.switched))
 

@@ -40,8 +40,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
         raise SessionError(
-            f"cannot listen on {host}, port {port}: {reason}. Choose another --port or --host; port 0 stands for a free "
-            "one."
+            f"cannot listen on {host}, port {port}: {reason}. Choose another --port or --host; port 0 stands for a "
+            "free one."
         ) from error
     return listening
 

@@ -24,11 +24,12 @@ class Encoder(Protocol):
         self,
         prompts: Sequence[str],
         *,
-        negative: Sequence[str] | None,
-        guidance_scale: float,
-        size: tuple[int, int],
+        negative: Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Conditions:
-        """Encode one prompt per row; `size` is height and width of the images in pixels."""
+        """Encode one prompt per row, for images of a size in pixels."""
         ...
 
 
@@ -130,9 +131,14 @@ class PromptReader:
             raise RequestError("this model has no guidance. Omit guidance_scale.", "guidance_scale")
 
     def _encoded(self, encoder: Encoder, wanted: Wanted) -> Conditions:
-        scale = self.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-        negative = None if wanted.negative_prompt is None else [wanted.negative_prompt]
-        row = encoder.encode([wanted.prompt or ""], negative=negative, guidance_scale=scale, size=wanted.size)
+        height, width = wanted.size
+        row = encoder.encode(
+            [wanted.prompt or ""],
+            negative=[wanted.negative_prompt] if wanted.negative_prompt else None,
+            guidance_scale=wanted.guidance_scale,
+            height=height,
+            width=width,
+        )
         return row.take([0] * wanted.count)
 
     def _index(self, prompt: str | None) -> int:

@@ -30,7 +30,7 @@ import numpy as np
 
 from unetc.artifacts.profile import Damage
 from unetc.device import Array
-from unetc.errors import DeadlineExceeded, QueueFull, SessionError, ShapeMismatch, UnetcError
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, ShapeMismatch, UnetcError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest, SampleResult, Ticket
@@ -162,6 +162,8 @@ class ImageAnswer:
     """Seconds between submission and the first step."""
     took: float
     """Seconds between submission and the last image."""
+    notes: tuple[str, ...] = ()
+    """Warnings for the user, such as the words of a prompt that were cut."""
 
     def to_builtins(self) -> dict[str, object]:
         """Describe how the images were made, for answers of APIs; without the images."""
@@ -175,6 +177,7 @@ class ImageAnswer:
             "non_finite_steps": self.non_finite_steps,
             "queue_seconds": self.waited,
             "seconds": self.took,
+            "notes": list(self.notes),
         }
 
 
@@ -238,11 +241,14 @@ class Running:
         return min((one for one in reports if one), key=lambda one: one.done) if all(reports) and reports else None
 
     def preview(self) -> Array | None:
-        """Copy the samples as they are now, [image, channel, height, width], noisy and not decoded; None before that.
+        """Decode the samples as they are now, [image, channel, height, width]; None before all have begun, and after.
 
-        It may wait for the running step, so call it through `Service.in_thread`.
+        It waits for the step that is running, so call it through `Service.in_thread`.
         """
-        previews = [ticket.preview() for ticket in self._tickets]
+        try:
+            previews = [preview.result() for preview in [ticket.preview() for ticket in self._tickets]]
+        except BatcherStopped:
+            return None
         found = [one for one in previews if one is not None]
         return np.concatenate(found) if found and len(found) == len(previews) else None
 
@@ -316,7 +322,13 @@ class Running:
             non_finite_steps=sum(result.non_finite_steps for result in results),
             waited=max(result.waited for result in results),
             took=max(result.took for result in results),
+            notes=self._notes(),
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        """List the warnings about prompts, each once."""
+        conditions = [ticket.request.conditions for ticket in self._tickets]
+        return tuple(dict.fromkeys(note for one in conditions if one is not None for note in one.notes))
 
     def when_done(self, call: Callable[[asyncio.Future[ImageAnswer]], object]) -> None:
         """Call a function on the event loop when the request is finished; it gets the future of the answer."""
@@ -337,6 +349,9 @@ class Served:
         self.name = name
         self.bundle = bundle
         self.levels: dict[str, Level] = {FULL: Level(name=FULL, time_ratio=1.0, damage=None)}
+        for level in bundle.manifest.levels:
+            measured = level.measured
+            self.levels[level.name] = Level(name=level.name, time_ratio=measured.time_ratio, damage=measured.damage)
         """By name, the full model first."""
         self.sessions: Mapping[str, Session] = {}
         """One per level, over shared engines; empty until they are loaded. The batcher drives their device."""
@@ -376,35 +391,29 @@ class Served:
         _, height, width = self.bundle.manifest.sample_shape
         return height * self.scale, width * self.scale
 
-    def load(self, settings: ServerSettings, on_progress: OnProgress = ignore) -> None:
-        """Load the engines and start their thread.
+    def load(self, settings: ServerSettings, metrics: Metrics, on_progress: OnProgress = ignore) -> None:
+        """Load the engines, start their thread and make a call of each.
 
         Raises:
-            UnetcError: If they cannot be loaded.
+            UnetcError: If an engine cannot be loaded, or fails.
         """
-        from unetc.runtime.batching.batcher import Batcher, BatchLimits, open_levels
+        from unetc.runtime.batching.batcher import Batcher, BatchLimits
+        from unetc.runtime.batching.levels import open_levels
 
         manifest = self.bundle.manifest
         backend = backend_for(manifest, target=settings.target, threads=settings.threads, memory=settings.memory)
-        on_progress(Progress(stage=f"loading {self.name}", done=0, total=1))
+        on_progress(Progress(stage=f"loading {self.name}", done=0, total=2))
         self.sessions = open_levels(self.bundle, backend)
-        self._batcher = Batcher(self.sessions, limits=BatchLimits(queue=settings.queue))
-        on_progress(Progress(stage=f"loading {self.name}", done=1, total=1))
-
-    def warm_up(self, on_progress: OnProgress = ignore) -> None:
-        """Make at least one call of every engine that samples with the default number of steps use.
-
-        Raises:
-            UnetcError: If an engine fails.
-        """
-        stage = f"warming up {self.name}"
-        for done, (level, session) in enumerate(self.sessions.items()):
-            on_progress(Progress(stage=stage, done=done, total=len(self.sessions)))
-            needed = set(session.schedule(session.steps)) if level != FULL else {0}
-            counts = [c for c in self.steps if level == FULL or needed <= set(session.schedule(c))]
-            request = SampleRequest(level=level, steps=min(counts, default=session.steps))
-            self.batcher.submit(request).future.result()
-        on_progress(Progress(stage=stage, done=len(self.sessions), total=len(self.sessions)))
+        batcher = Batcher(
+            self.sessions,
+            limits=BatchLimits(queue=settings.queue),
+            on_call=lambda call: metrics.call(self.name, call),
+        )
+        self._batcher = batcher
+        on_progress(Progress(stage=f"loading {self.name}", done=1, total=2))
+        batcher.warm_up().result()
+        metrics.show_load(self.name, lambda: batcher.load().waiting, lambda: batcher.load().running)
+        on_progress(Progress(stage=f"loading {self.name}", done=2, total=2))
 
     def to_samples(self, request: ImageRequest, height: int, width: int, most_pixels: int) -> Array | None:
         """Turn the image of a request into samples to start from, [1, channel, height, width].
@@ -476,9 +485,7 @@ class Service:
             UnetcError: If an engine cannot be loaded, or fails.
         """
         for served in self.models.values():
-            served.load(self.settings, on_progress)
-            served.warm_up(on_progress)
-            self._observe(served)
+            served.load(self.settings, self.metrics, on_progress)
         if self.state is State.LOADING:
             self.state = State.READY
 
@@ -551,6 +558,8 @@ class Service:
                 )
         except BaseException as error:
             running.cancel()
+            if isinstance(error, BatcherStopped):
+                raise NotReady("the engines have stopped. Send the request to another server.") from error
             if isinstance(error, ShapeMismatch) or type(error) is SessionError:
                 raise RequestError(str(error)) from error
             raise
@@ -580,12 +589,6 @@ class Service:
             case _:
                 self.metrics.ended(model, Outcome.FAILED)
 
-    def _observe(self, served: Served) -> None:
-        """Count the engine calls of a model, and show its load."""
-        batcher, metrics = served.batcher, self.metrics
-        batcher.on_call = lambda call: metrics.call(served.name, call)
-        metrics.show_load(served.name, lambda: batcher.load().queued, lambda: batcher.load().running)
-
     async def sample(self, request: ImageRequest) -> ImageAnswer:
         """Submit a request and wait for its images; raises as `submit` and `Running.result` do."""
         return await (await self.submit(request)).result()
@@ -608,7 +611,7 @@ class Service:
     def crashed(self) -> BaseException | None:
         """Return the error that ended the thread of a batcher; None if all of them run."""
         for served in self.models.values():
-            if served.loaded and (error := _crash(served.batcher)) is not None:
+            if served.loaded and (error := served.batcher.crashed) is not None:
                 return error
         return None
 
@@ -760,12 +763,6 @@ def _at(request: SampleRequest, level: str) -> SampleRequest:
 def _together(parts: list[SampleRequest]) -> SampleRequest:
     """Return a request as large as all parts, to estimate them."""
     return replace(parts[0], count=len(parts), conditions=None, image=None)
-
-
-def _crash(batcher: Batcher) -> BaseException | None:
-    """Return the error that ended a batcher's thread."""
-    crash = getattr(batcher, "crashed", None)
-    return crash if isinstance(crash, BaseException) else None
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,624 @@
+"""The batcher: one thread drives the engines, and rollouts of many requests share its calls.
+
+In each turn, the members that wait for the same engine, and have rows of the same shapes, make one call together,
+whatever their step, plan, number of steps, guidance scale or seed. Each then advances by its own row of its scheduler
+table. Requests join and leave between any two calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from unetc.backend import Program
+from unetc.controlnet import zeros
+from unetc.device import Array, Tensor
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, UnetcError
+from unetc.runtime.loop import Start
+from unetc.runtime.rollout import FULL_ENGINE
+from unetc.runtime.session import Session
+
+from .member import Joined, Member, Rows
+from .pace import Pace
+from .request import FULL, Progress, SampleRequest, SampleResult, Ticket
+from .turns import Waiting, choose
+from .warm_up import warm_up
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """How much a batcher does at once."""
+
+    rows: int = 8
+    """Most rows of a call, for engines that no measurement limits."""
+    seats: int = 16
+    """Most images that are on their way at once; the others wait, so that those on their way are soon finished."""
+    queue: int = 256
+    """Most images that wait."""
+    captured: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Rows of calls on a device that prepares for every shape; others are rounded up to these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRecord:
+    """One engine call, for metrics."""
+
+    level: str
+    """Quality level of its first member."""
+    engine: int
+    """Engine in that level's plan; 0 for the full model."""
+    phase: int | None
+    """Phase of that member; None for the full model."""
+    rows: int
+    padding: int
+    """Further rows, which only fill the call."""
+    rollouts: int
+    seconds: float
+    switched: bool
+    """Whether the call before ran another engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy a batcher is."""
+
+    waiting: int
+    """Images that have no seat yet."""
+    running: int
+    """Images on their way."""
+    seconds: float
+    """Estimated time until all of them are finished."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Order:
+    """A request on the engine thread's side."""
+
+    ticket: Ticket
+    session: Session
+    starts: list[Start]
+    """Starts of images without a seat, the next one last."""
+    calls: int
+    """Calls per image."""
+    rows: int
+    """Rows per image and call."""
+    submitted: float
+    deadline: float
+    on_step: Callable[[Progress], None] | None
+    members: list[Member] = field(default_factory=list)
+    """Images with a seat or finished, in the order of their index."""
+    began: float | None = None
+
+    @property
+    def running(self) -> int:
+        """Number of images on their way."""
+        return sum(1 for member in self.members if not member.finished)
+
+    @property
+    def left(self) -> int:
+        """Number of rows to compute, over all steps."""
+        steps = sum(member.steps - member.step for member in self.members) + self.calls * len(self.starts)
+        return steps * self.rows
+
+
+class Batcher:
+    """Samples for many requests at once. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        *,
+        limits: BatchLimits | None = None,
+        largest: Mapping[Program, int] | None = None,
+        on_call: Callable[[CallRecord], None] | None = None,
+        on_crash: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """Start the engine thread.
+
+        Args:
+            sessions: One session per quality level; sessions that share programs share calls. Without a session for
+                the level `FULL`, the first one makes its samples, with its full model.
+            limits: How much to do at once.
+            largest: Most rows of a call by program, where that is known.
+            on_call: Called on the engine thread after every call.
+            on_crash: Called on the engine thread when it ends by an error that is nobody's request.
+        """
+        first = next(iter(sessions.values()))
+        self._sessions = {FULL: first, **sessions}
+        self._limits = limits or BatchLimits()
+        self._largest = dict(largest or {})
+        self._on_call = on_call
+        self._on_crash = on_crash
+        self._device = first.device
+        self._stand_ins = _stand_ins(self._sessions.values())
+        self._pace = Pace()
+        self._changed = threading.Condition()
+        self._orders: list[_Order] = []
+        """Accepted requests, in the order of their arrival."""
+        self._errands: list[Callable[[], None]] = []
+        """Further work for the engine thread."""
+        self._accepting = True
+        self._stopping = False
+        self.crashed: BaseException | None = None
+        """The error that ended the engine thread; None while it runs."""
+        self._turn = 0
+        self._last_turn: dict[Member, int] = {}
+        self._last_program: Program | None = None
+        self._complained: set[Program] = set()
+        """Programs that failed for several members; it is logged once."""
+        self._thread = threading.Thread(target=self._run, name="unetc-engines", daemon=True)
+        self._thread.start()
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the quality levels, `FULL` first."""
+        return tuple(self._sessions)
+
+    def session(self, level: str) -> Session:
+        """Return the session of a quality level.
+
+        Raises:
+            SessionError: If there is no such level.
+        """
+        if level not in self._sessions:
+            raise SessionError(f"there is no quality level {level!r}. Expected one of: {', '.join(self.levels)}.")
+        return self._sessions[level]
+
+    def submit(self, request: SampleRequest, on_step: Callable[[Progress], None] | None = None) -> Ticket:
+        """Accept a request, or refuse it at once.
+
+        Args:
+            request: The request.
+            on_step: Called on the engine thread after every step of the request's slowest image.
+
+        Raises:
+            ShapeMismatch: If the size or the conditions do not fit the model.
+            SessionError: If there is no such level, or no scheduler table for the number of steps.
+            QueueFull: If too many images wait, or the request would not be finished in time.
+            BatcherStopped: If the batcher accepts no more requests.
+        """
+        session = self.session(request.level)
+        start = session.start(
+            request.count,
+            seed=request.seed,
+            steps=request.steps,
+            first_index=request.first_index,
+            height=request.height,
+            width=request.width,
+            conditions=request.conditions,
+        )
+        now = time.monotonic()
+        ticket = Ticket(request=request)
+        order = _Order(
+            ticket=ticket,
+            session=session,
+            starts=_single(start)[::-1],
+            calls=start.table.steps,
+            rows=start.conditions.rows_per_sample,
+            submitted=now,
+            deadline=math.inf if request.seconds is None else now + request.seconds,
+            on_step=on_step,
+        )
+        ticket._position = lambda: self._position(order)
+        ticket._preview = lambda: self._preview(order)
+        ticket._wake = self._wake
+        with self._changed:
+            self._admit(order)
+            self._orders.append(order)
+            self._changed.notify_all()
+        return ticket
+
+    def estimate(self, request: SampleRequest) -> float:
+        """Estimate the seconds until a request would be finished if it were submitted now.
+
+        Raises:
+            SessionError: If there is no such level, or no scheduler table for the number of steps.
+        """
+        session = self.session(request.level)
+        calls = session.scheduler.table(session.steps if request.steps is None else request.steps).steps
+        conditions = request.conditions or session.conditions
+        with self._changed:
+            return self._estimate(request.level, calls, conditions.rows_per_sample, request.count)
+
+    def load(self) -> Load:
+        """Return how busy the batcher is."""
+        with self._changed:
+            waiting = sum(len(order.starts) for order in self._orders)
+            running = sum(order.running for order in self._orders)
+            return Load(waiting=waiting, running=running, seconds=self._backlog())
+
+    def call(self, inputs: Mapping[str, Array]) -> Future[Array]:
+        """Run the full model once.
+
+        Args:
+            inputs: Inputs of the denoiser by name, with the timestep, one row per sample; `Session.calls` knows which.
+
+        Returns:
+            The prediction, [row, channel, height, width].
+        """
+        session = self._sessions[FULL]
+
+        def run() -> Array:
+            tensors = {name: self._device.put(np.ascontiguousarray(value)) for name, value in inputs.items()}
+            rows, _, height, width = inputs["sample"].shape
+            tensors = {**zeros(session.conditions.controlnet, rows, height, width, self._device), **tensors}
+            prediction = self._device.empty((rows, session.predicted_channels, height, width))
+            session.full(tensors, prediction)
+            return self._device.to_array(prediction)
+
+        return self._errand(run)
+
+    def warm_up(self) -> Future[None]:
+        """Call every engine once, so that the first request need not wait for what engines prepare in a first call."""
+        sizes = self._limits.captured if self._device.captures_shapes else (1,)
+
+        def call() -> None:
+            for level, session in self._sessions.items():
+                for rows in (rows for rows in sizes if rows <= self._limits.rows):
+                    self._pace.add([level], rows, warm_up(session, rows))
+
+        return self._errand(call)
+
+    def drain(self, seconds: float) -> bool:
+        """Accept no more requests, and wait for those that were accepted.
+
+        Args:
+            seconds: Longest time to wait.
+
+        Returns:
+            Whether all of them are finished.
+        """
+        with self._changed:
+            self._accepting = False
+            return self._changed.wait_for(lambda: not self._orders or self.crashed is not None, seconds)
+
+    def close(self) -> None:
+        """Give up all requests and end the engine thread."""
+        with self._changed:
+            self._accepting = False
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _admit(self, order: _Order) -> None:
+        """Refuse an order that cannot be finished in time, or for which there is no room."""
+        if not self._accepting or self.crashed is not None:
+            raise BatcherStopped("the server is shutting down and accepts no requests. Ask another one, or later.")
+        waiting = sum(len(one.starts) for one in self._orders) + len(order.starts)
+        if waiting > self._limits.queue:
+            raise QueueFull(
+                f"{waiting} images would wait, but the queue holds {self._limits.queue}. Try again later.",
+                self._backlog() * 0.5,
+            )
+        request = order.ticket.request
+        if request.seconds is not None:
+            needed = self._estimate(request.level, order.calls, order.rows, request.count)
+            if needed > request.seconds:
+                raise QueueFull(
+                    f"the request would be finished in about {needed:.1f} s, but its time limit is "
+                    f"{request.seconds:g} s. Try again later, or ask for fewer steps.",
+                    needed - request.seconds,
+                )
+
+    def _backlog(self) -> float:
+        """Estimate the seconds until everything that was accepted is finished."""
+        return sum(order.left * self._pace.per_row(order.ticket.request.level) for order in self._orders)
+
+    def _estimate(self, level: str, calls: int, rows: int, count: int) -> float:
+        shared = self._backlog() + calls * rows * count * self._pace.per_row(level)
+        return max(shared, calls * self._pace.per_call(level))
+
+    def _position(self, order: _Order) -> int | None:
+        with self._changed:
+            if order not in self._orders:
+                return None
+            if order.members:
+                return 0
+            before = self._orders[: self._orders.index(order)]
+            return 1 + sum(1 for one in before if one.starts)
+
+    def _preview(self, order: _Order) -> Future[Array | None]:
+        def copy() -> Array | None:
+            if not order.members or order.starts:
+                return None
+            return self._decode(order)
+
+        return self._errand(copy)
+
+    def _decode(self, order: _Order) -> Array:
+        """Decode the current samples of a request."""
+        samples = [self._device.to_array(member.sample) for member in order.members]
+        return order.session.decode(np.concatenate(samples))
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _errand(self, work: Callable[[], Result]) -> Future[Result]:
+        """Let the engine thread do something between two calls."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except Exception as error:  # belongs to whoever asked
+                future.set_exception(error)
+
+        with self._changed:
+            if self.crashed is not None or self._stopping:
+                raise BatcherStopped("the engine thread has ended.")
+            self._errands.append(run)
+            self._changed.notify_all()
+        return future
+
+    def _run(self) -> None:
+        """Drive the engines until the batcher is closed."""
+        try:
+            with self._device.stream():
+                while self._prepare():
+                    self._make_turn()
+        except BaseException as error:
+            logger.exception("the engine thread has ended")
+            self.crashed = error
+            if self._on_crash is not None:
+                self._on_crash(error)
+        finally:
+            with self._changed:
+                stopped = BatcherStopped("the engine thread has ended.")
+                for order in self._orders:
+                    _fail(order, stopped)
+                self._orders.clear()
+                errands, self._errands = self._errands, []
+                self._changed.notify_all()
+            for errand in errands:
+                errand()
+
+    def _prepare(self) -> bool:
+        """Wait for work, run errands, drop orders that were given up, and fill seats; False at the end."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._orders or self._errands or self._stopping)
+                if self._stopping:
+                    return False
+                errands, self._errands = self._errands, []
+                self._drop()
+                newcomers = self._seat()
+            for errand in errands:
+                errand()
+            for order, start in newcomers:
+                self._begin(order, start)
+            if any(order.running for order in self._orders):
+                return True
+
+    def _drop(self) -> None:
+        """Remove the orders that were cancelled or are late."""
+        now = time.monotonic()
+        for order in list(self._orders):
+            if order.ticket.cancelled.is_set() or order.ticket.future.cancelled():
+                order.ticket.future.cancel()
+            elif now > order.deadline:
+                seconds = order.ticket.request.seconds
+                _fail(order, DeadlineExceeded(f"the request was not finished within its time limit of {seconds:g} s."))
+            else:
+                continue
+            self._remove(order)
+
+    def _remove(self, order: _Order) -> None:
+        self._orders.remove(order)
+        for member in order.members:
+            self._last_turn.pop(member, None)
+        self._changed.notify_all()
+
+    def _seat(self) -> list[tuple[_Order, Start]]:
+        """Choose the images that get the free seats: requests with few images on their way come first."""
+        running = {order: order.running for order in self._orders}
+        free, chosen = self._limits.seats - sum(running.values()), []
+        while free > 0 and (candidates := [order for order in self._orders if order.starts]):
+            order = min(candidates, key=running.__getitem__)
+            chosen.append((order, order.starts.pop()))
+            running[order] += 1
+            free -= 1
+        return chosen
+
+    def _begin(self, order: _Order, start: Start) -> None:
+        if order.began is None:
+            order.began = time.monotonic()
+        member = Member(order.session, start, full_model=order.ticket.request.level == FULL)
+        order.members.append(member)
+        self._last_turn[member] = self._turn
+
+    def _make_turn(self) -> None:
+        """Make one call, and advance its members."""
+        self._turn += 1
+        program, members = self._choose()
+        owners = {member: order for order in self._orders for member in order.members}
+        failed = self._advance(program, members, owners)
+        for member, error in failed.items():
+            if owners[member] in self._orders:
+                with self._changed:
+                    _fail(owners[member], error)
+                    self._remove(owners[member])
+        for order in dict.fromkeys(owners[member] for member in members):
+            if order in self._orders:
+                self._report(order)
+
+    def _choose(self) -> tuple[Program, list[Member]]:
+        """Choose the program and the members of the next call."""
+        now, waiting = time.monotonic(), []
+        for order in self._orders:
+            pace = self._pace.per_call(order.ticket.request.level)
+            for member in order.members:
+                if not member.finished:
+                    left = (member.steps - member.step) * pace
+                    waiting.append((member, order.deadline - now < 2 * left, member.call.program))
+        programs = {program for _, _, program in waiting}
+
+        def runs(program: Program) -> Program:
+            """Run the full model as an engine that emits branches too, if that engine is called anyway."""
+            return next((one for one in self._stand_ins.get(program, ()) if one in programs), program)
+
+        (program, _), members = choose(
+            [
+                Waiting(
+                    member=member,
+                    key=(runs(own), member.form),
+                    rows=member.rows,
+                    age=self._turn - self._last_turn[member],
+                    urgent=urgent,
+                )
+                for member, urgent, own in waiting
+            ],
+            self._most,
+        )
+        return program, members
+
+    def _most(self, key: tuple[Program, object]) -> int:
+        """Return the most rows of a call."""
+        return self._largest.get(key[0], self._limits.rows)
+
+    def _advance(
+        self, program: Program, members: Sequence[Member], owners: Mapping[Member, _Order]
+    ) -> dict[Member, UnetcError]:
+        """Call a program for some members and advance them; return the members that cannot go on."""
+        rows = sum(member.rows for member in members)
+        padding = self._padding(rows)
+        began = time.perf_counter()
+        prediction = self._device.empty((rows + padding, *members[0].prediction_shape))
+        try:
+            emitted = program(Joined(members, padding, self._device), prediction)
+        except UnetcError as error:
+            if len(members) == 1:
+                return {members[0]: error}
+            if program not in self._complained:
+                self._complained.add(program)
+                logger.warning("a call of %d rows failed and is made again for each member: %s", rows, error)
+            failed: dict[Member, UnetcError] = {}
+            for member in members:
+                failed |= self._advance(program, [member], owners)
+            return failed
+        failed = self._share(members, prediction, emitted, rows + padding)
+        self._record(program, members, owners, rows, padding, time.perf_counter() - began)
+        return failed
+
+    def _share(
+        self, members: Sequence[Member], prediction: Tensor, emitted: Mapping[str, Tensor], of: int
+    ) -> dict[Member, UnetcError]:
+        """Advance members by their rows of a call; return those whose prediction stays non-finite."""
+        finite, failed, start = self._device.is_finite(prediction), {}, 0
+        for member in members:
+            stop = start + member.rows
+            own = prediction if stop - start == of else self._device.rows(prediction, start, stop)
+            try:
+                if finite or self._device.is_finite(own):
+                    member.advance(own, {name: Rows(value, start, stop, of) for name, value in emitted.items()})
+                else:
+                    member.repeat()
+            except UnetcError as error:
+                failed[member] = error
+            self._last_turn[member] = self._turn
+            start = stop
+        return failed
+
+    def _padding(self, rows: int) -> int:
+        """Count the rows that are added so that a call has a shape that the device is prepared for."""
+        if not self._device.captures_shapes:
+            return 0
+        return next((size - rows for size in self._limits.captured if size >= rows), 0)
+
+    def _record(
+        self,
+        program: Program,
+        members: Sequence[Member],
+        owners: Mapping[Member, _Order],
+        rows: int,
+        padding: int,
+        seconds: float,
+    ) -> None:
+        first = members[0]
+        levels = [owners[member].ticket.request.level for member in members]
+        self._pace.add(levels, rows, seconds)
+        switched, self._last_program = program is not self._last_program, program
+        if self._on_call is not None:
+            self._on_call(
+                CallRecord(
+                    level=levels[0],
+                    engine=first.engine,
+                    phase=first.phase,
+                    rows=rows,
+                    padding=padding,
+                    rollouts=len(members),
+                    seconds=seconds,
+                    switched=switched,
+                )
+            )
+
+    def _report(self, order: _Order) -> None:
+        """Tell a request's owner about its progress, or hand over its images."""
+        ticket, members = order.ticket, order.members
+        slowest = min(members, key=lambda member: member.step)
+        done = 0 if order.starts else slowest.step
+        progress = Progress(done=done, steps=order.calls, phase=slowest.phase, engine=slowest.engine)
+        if progress != ticket.progress:
+            ticket.progress = progress
+            if order.on_step is not None:
+                order.on_step(progress)
+        if order.starts or not all(member.finished for member in members):
+            return
+        try:
+            images = self._decode(order)
+        except UnetcError as error:
+            _fail(order, error)
+        else:
+            now, began = time.monotonic(), order.began or order.submitted
+            if not ticket.future.cancelled() and ticket.future.set_running_or_notify_cancel():
+                ticket.future.set_result(
+                    SampleResult(
+                        images=images,
+                        level=ticket.request.level,
+                        steps=order.calls,
+                        non_finite_steps=sum(member.non_finite_steps for member in members),
+                        waited=began - order.submitted,
+                        took=now - order.submitted,
+                    )
+                )
+        with self._changed:
+            self._remove(order)
+
+
+def _stand_ins(sessions: Iterable[Session]) -> Mapping[Program, tuple[Program, ...]]:
+    """List the engines that compute everything and emit branches too, by the full model that they can replace."""
+    found: dict[Program, dict[Program, None]] = {}
+    for session in sessions:
+        engine = session.programs[FULL_ENGINE]
+        if engine is not session.full:
+            found.setdefault(session.full, {})[engine] = None
+    return {full: tuple(engines) for full, engines in found.items()}
+
+
+def _single(start: Start) -> list[Start]:
+    """Split the start of a batch into starts of single images."""
+    images = []
+    for row, index in enumerate(start.indices):
+        conditions = start.conditions.take([row])
+        images.append(replace(start, noise=start.noise[row : row + 1], conditions=conditions, indices=[index]))
+    return images
+
+
+def _fail(order: _Order, error: UnetcError) -> None:
+    """Hand over an error, unless the client has given up."""
+    if not order.ticket.future.cancelled() and order.ticket.future.set_running_or_notify_cancel():
+        order.ticket.future.set_exception(error)
