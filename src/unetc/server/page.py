@@ -12,10 +12,12 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, Response
 
+from unetc.artifacts.plan import Plan
 from unetc.percent import percent
 from unetc.runtime.batching.request import FULL, SampleRequest
 
 from .door import Door
+from .errors import RequestError
 from .health import error_body
 from .service import Level, Served, Service
 
@@ -41,6 +43,15 @@ def make_router(service: Service) -> APIRouter:
         """Describe the models for the page."""
         service.check_ready()
         return {"models": [_describe(served) for served in service.models.values()]}
+
+    @router.get("/page/levels")
+    async def levels(model: str, steps: int) -> dict[str, Any]:
+        """Estimate the time of every level for a number of steps, and list the phase of each step."""
+        service.check_ready()
+        served = service.find(model)
+        if steps not in served.steps:
+            raise RequestError(f"steps is {steps}. Expected one of {', '.join(map(str, served.steps))}.", "steps")
+        return {"levels": [_timed(served, name, steps) for name in served.levels]}
 
     return router
 
@@ -72,7 +83,8 @@ def _page() -> tuple[str, str]:
 
 def _describe(served: Served) -> dict[str, Any]:
     """Describe a model: what it takes, and its quality levels."""
-    prompts = served.prompts
+    prompts, manifest = served.prompts, served.bundle.manifest
+    height, width = served.size
     choices = list(prompts.prompts)
     if prompts.free:
         kind, choices = "free", []
@@ -82,29 +94,38 @@ def _describe(served: Served) -> dict[str, Any]:
         kind = "list" if choices else "none"
     return {
         "name": served.name,
+        "about": f"{width} × {height} pixels, {manifest.scheduler.name}, {manifest.target}",
         "prompts": kind,
         "choices": choices,
         "guided": kind in ("free", "list") and prompts.guidance_scale > 1,
         "guidance_scale": prompts.guidance_scale,
-        "steps": served.bundle.manifest.steps,
+        "steps": manifest.steps,
         "step_counts": list(served.steps),
-        "levels": [_level(served, level) for level in served.levels.values()],
+        "levels": [_level(level) for level in served.levels.values()],
     }
 
 
-def _level(served: Served, level: Level) -> dict[str, Any]:
-    """Describe a quality level: its time here, its measured damage, and its phases from noise to image."""
+def _level(level: Level) -> dict[str, Any]:
+    """Describe a quality level and its measured damage."""
     if level.name == FULL:
-        title, words = "Full model", "Every step as the model was trained: the reference."
-    else:
-        title = f"Saves {percent(1 - level.time_ratio)}"
-        near = "" if level.psnr is None else f", PSNR {level.psnr:.0f} dB"
-        words = f"Differs from the full model by {level.relative_l2:.2g} (relative L2){near}."
-    phases = [] if level.name == FULL else served.sessions[level.name].plan.phases
+        return {"name": FULL, "title": "Full model", "describes": "The reference: every step as it was trained."}
+    near = "" if level.psnr is None else f", PSNR {level.psnr:.0f} dB"
     return {
         "name": level.name,
-        "title": title,
-        "describes": words,
-        "seconds": served.batcher.estimate(SampleRequest(level=level.name)),
-        "phases": [f"Phase {k + 1}" for k in range(len(phases))],
+        "title": f"Saves {percent(1 - level.time_ratio)}",
+        "describes": f"Level {level.name}: off by {level.relative_l2:.2g} (relative L2){near}.",
     }
+
+
+def _timed(served: Served, name: str, steps: int) -> dict[str, Any]:
+    """Estimate the time of an image, and list the phase of each step: null where the full model runs."""
+    session = served.sessions[name]
+    levels = session.scheduler.table(steps).log_snr.tolist()
+    phases = [None if name == FULL else _phase(session.plan, log_snr) for log_snr in levels]
+    request = SampleRequest(level=name, steps=steps)
+    return {"name": name, "seconds": served.batcher.estimate(request), "schedule": phases}
+
+
+def _phase(plan: Plan, log_snr: float) -> int:
+    """Return the index of the phase at a noise level."""
+    return sum(log_snr >= later.low for later in plan.phases[1:])
