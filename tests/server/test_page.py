@@ -117,7 +117,7 @@ def test_wrong_fields_are_explained(page: Any) -> None:
 def test_prompts_are_offered_where_only_encoded_ones_exist(page: Any) -> None:
     """The field follows the model: a list of prompts, or nothing."""
     playwright.expect(page.get_by_role("combobox", name="Prompt")).to_have_count(0)
-    page.get_by_label("Model").select_option("prompted")
+    page.get_by_role("combobox", name="Model").select_option("prompted")
     prompts = page.get_by_role("combobox", name="Prompt")
     assert prompts.locator("option").all_text_contents()[:2] == ["a red square", "a blue circle"]
     made = []
