@@ -1,4 +1,4 @@
-"""Servers that the tests of several APIs share."""
+"""A server with two bundles, which many tests share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 
 from tests.conftest import once
 from tests.server.bundles import build_prompted_bundle
-from tests.server.live import Live, serving
+from tests.server.live import Live, pair, serving
 
 
 @pytest.fixture(scope="session")
 def prompted_bundle(shared: Path) -> Path:
     """Build a bundle with encoded prompts, guidance and a decoder."""
-    return once(shared / "prompted-build", build_prompted_bundle) / "bundle"
+    return once(shared / "prompted-server", build_prompted_bundle) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def live(tiny_bundle: Path, prompted_bundle: Path) -> Iterator[Live]:
-    """Serve a model without prompts and one with prompts."""
-    with serving(f"plain={tiny_bundle}", f"prompted={prompted_bundle}", "--max-images", 4, "--max-body", 1) as server:
+    """Serve a model without prompts as `plain`, and one with encoded prompts as `prompted`."""
+    with serving(*pair(tiny_bundle, prompted_bundle), "--degrade-to", "99%") as server:
         yield server

@@ -26,6 +26,9 @@ from starlette.types import Receive, Scope, Send
 from .errors import ClientGone, Problem
 from .service import ImageAnswer, Running, Service
 
+_COMMENT_EVERY_S = 15.0
+"""Seconds without an event after which a stream sends a comment."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Door:
@@ -79,7 +82,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], object]) -> None:
         """Stream events; `on_end` must not block, and may find its work done."""
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(_with_comments(events), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,6 +91,26 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._on_end()
+
+
+async def _with_comments(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Send a comment when there is no event for a while: proxies close connections on which nothing is sent."""
+    waited: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            waited = waited or asyncio.ensure_future(anext(events))
+            await asyncio.wait({waited}, timeout=_COMMENT_EVERY_S)
+            if not waited.done():
+                yield b": still here\n\n"
+                continue
+            try:
+                yield waited.result()
+            except StopAsyncIteration:
+                return
+            waited = None
+    finally:
+        if waited is not None:
+            waited.cancel()
 
 
 def event(name: str, data: Mapping[str, object]) -> bytes:

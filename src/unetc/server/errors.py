@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from unetc.errors import (
+    BatcherStopped,
     DeadlineExceeded,
     ModelError,
     QueueFull,
@@ -81,7 +82,11 @@ class Problem:
     def headers(self) -> dict[str, str]:
         """HTTP headers of the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status >= 500 and self.retry_after is None:
+            headers["x-should-retry"] = "false"  # or the client of OpenAI makes a request that is late two times more
+        return headers
 
 
 _PLAIN: tuple[tuple[type[UnetcError], int, str], ...] = (
@@ -112,7 +117,7 @@ def problem_of(error: BaseException) -> Problem:
             return _of_fields(error.errors())
         case QueueFull():
             return Problem(status=429, code="queue_full", message=message, retry_after=seconds_to_wait(error.seconds))
-        case NotReady():
+        case NotReady() | BatcherStopped():
             return Problem(status=503, code="not_ready", message=message, retry_after=seconds_to_wait(2))
         case HTTPException():
             code = _CODES.get(error.status_code, "http_error")

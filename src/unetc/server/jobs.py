@@ -93,7 +93,7 @@ class Job:
         return {
             "id": self.id,
             "object": "job",
-            "model": self.running.served.name,
+            "model": self.running.model,
             "level": self.running.level.name,
             "created": self.created,
             "finished": self.finished,

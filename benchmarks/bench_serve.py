@@ -1,0 +1,382 @@
+"""How many images per second, and how soon: `unetc serve` against servers without step batching.
+
+    python benchmarks/bench_serve.py --bundles /tmp/bundles     # about half an hour on two quiet cores
+
+Contenders, each a process behind FastAPI on the same bundle: `unetc serve`; `unetc.load` with one request after the
+other; batches of whole requests, which wait 50 ms for up to 8; and the model's own pipeline in torch (the full model,
+one request after the other). Requests come from this process, in turns for all contenders, at the same times. Arrivals
+are Poisson and do not wait for answers. Saturation is measured with 48 requests on their way. Missing bundles are
+built. Writes `results/serve.json` and a picture of latency against load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+from result_file import write
+
+import unetc
+from unetc.runtime.bundle import Bundle
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs" / "images" / "serve-latency.png"
+MODELS = "digits", "prompted-digits"
+STEPS = 20, 50
+BUDGETS = "0.27,0.4,0.55"
+LEVEL = "27%"
+"""Quality of all contenders but torch, unless a figure says otherwise."""
+ON_THEIR_WAY = 48
+LOADS = 0.4, 0.6, 0.8, 1.0, 1.4, 1.8
+"""Loads of the picture, relative to the capacity of one request after the other."""
+THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A model and a number of steps."""
+
+    model: str
+    bundle: Path
+    steps: int
+    prompts: tuple[str, ...]
+    guidance_scale: float
+
+    def body(self, seed: int, quality: str = LEVEL, **more: object) -> dict[str, Any]:
+        """Make the body of a request."""
+        body: dict[str, Any] = {"seed": seed, "num_inference_steps": self.steps, "quality": quality, **more}
+        if self.prompts:
+            body |= {"prompt": self.prompts[seed % len(self.prompts)]}
+        return body
+
+    def for_contender(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Add the fields that only the plain servers know."""
+        return {**body, "prompt_index": body["seed"], "guidance_scale": self.guidance_scale}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What became of a request."""
+
+    seconds: float
+    status: int
+    level: str = ""
+    relative_l2: float = 0.0
+
+
+class Server:
+    """A contender's process."""
+
+    def __init__(self, name: str, case: Case, port: int, extra: Sequence[str] = ()) -> None:
+        """Start it."""
+        self.name, self.case = name, case
+        self.address = f"http://127.0.0.1:{port}"
+        if name == "unetc":
+            options = ["--port", str(port), "--queue", "512", *extra]
+            command = [sys.executable, "-m", "unetc.cli", "serve", str(case.bundle), *options]
+        else:
+            what = case.model if name == "diffusers" else str(case.bundle)
+            command = [sys.executable, str(HERE / "serve_contenders.py"), name, what, str(port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    async def wait(self, client: httpx2.AsyncClient) -> None:
+        """Wait until it is ready, and make two requests."""
+        for _ in range(600):
+            if self._process.poll() is not None:
+                raise SystemExit(f"{self.name} ended with {self._process.returncode}")
+            try:
+                if (await client.get(f"{self.address}/health/ready")).status_code == 200:
+                    break
+            except httpx2.HTTPError:
+                pass
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*(self.ask(client, self.case.body(seed)) for seed in range(2)))
+
+    async def ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
+        """Send a request and wait for the answer."""
+        sent = body if self.name == "unetc" else self.case.for_contender(body)
+        began = time.perf_counter()
+        response = await client.post(f"{self.address}/v1/images/generations", json=sent)
+        seconds = time.perf_counter() - began
+        told = response.json().get("unetc", {}) if response.status_code == 200 else {}
+        damage = told.get("damage") or {"relative_l2": 0.0}
+        return Answer(
+            seconds=seconds,
+            status=response.status_code,
+            level=told.get("level", ""),
+            relative_l2=damage["relative_l2"],
+        )
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@asynccontextmanager
+async def serving(case: Case, *names: str, extra: Sequence[str] = ()) -> AsyncIterator[tuple[Any, list[Server]]]:
+    """Run servers; only one of them gets requests at a time."""
+    ports = itertools.count(18000 + os.getpid() % 2000)
+    servers = [Server(name, case, next(ports), extra if name == "unetc" else ()) for name in names]
+    limits = httpx2.Limits(max_connections=600, max_keepalive_connections=600)
+    try:
+        async with httpx2.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
+            for server in servers:
+                await server.wait(client)
+            yield client, servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+async def saturate(client: Any, server: Server, seconds: float, quality: str = LEVEL) -> float:
+    """Measure images per second with many requests on their way."""
+    seeds, finished = itertools.count(1), []
+    end = time.perf_counter() + seconds
+
+    async def ask_again_and_again() -> None:
+        while time.perf_counter() < end:
+            answer = await server.ask(client, server.case.body(next(seeds), quality))
+            assert answer.status == 200, answer
+            finished.append(time.perf_counter())
+
+    began = time.perf_counter()
+    await asyncio.gather(*(ask_again_and_again() for _ in range(ON_THEIR_WAY)))
+    return len(finished) / (max(finished) - began)
+
+
+async def arrive(
+    client: Any, server: Server, rate: float, seconds: float, seed: int, body: Callable[[int], dict[str, Any]]
+) -> list[Answer]:
+    """Send requests at Poisson times; return all answers, in the order of arrival."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, math.ceil(rate * seconds))
+    times, began, tasks = np.cumsum(gaps), time.perf_counter(), []
+    for k, at in enumerate(times.tolist()):
+        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+        tasks.append(asyncio.create_task(server.ask(client, body(k))))
+    return list(await asyncio.gather(*tasks))
+
+
+def p95(answers: Sequence[Answer]) -> float:
+    """Compute the 95th percentile of the latency in seconds."""
+    assert all(answer.status == 200 for answer in answers), {answer.status for answer in answers}
+    return float(np.quantile([answer.seconds for answer in answers], 0.95))
+
+
+async def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """Measure capacities and latencies of all contenders."""
+    async with serving(case, "unetc", "serial", "whole", "diffusers") as (client, servers):
+        by_name = {server.name: server for server in servers}
+        runs = {name: partial(saturate, client, server, seconds / 2) for name, server in by_name.items()}
+        capacity = {name: statistics.median(values) for name, values in (await in_turns(rounds, runs)).items()}
+        latency: dict[str, dict[str, float]] = {}
+        for against in ("serial", "whole"):
+            rate, pair = 0.8 * capacity[against], ("unetc", against)
+            waits: dict[str, list[float]] = {name: [] for name in pair}
+            for turn in range(rounds):
+                for name in pair if turn % 2 else reversed(pair):
+                    waits[name].append(p95(await arrive(client, by_name[name], rate, seconds, turn, case.body)))
+            latency[against] = {name: statistics.median(values) for name, values in waits.items()}
+        curve = []
+        for load in LOADS if case.steps == STEPS[-1] else ():
+            rate = load * capacity["serial"]
+            for name in ("unetc", "serial", "whole"):
+                if rate < 0.97 * capacity[name]:
+                    answers = await arrive(client, by_name[name], rate, seconds, 99, case.body)
+                    curve.append({"server": name, "load": load, "images_per_s": rate, "p95_s": p95(answers)})
+    return {"capacity": capacity, "latency": latency, "curve": curve}
+
+
+async def in_turns(rounds: int, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Make every measurement once per round, in an order that turns around."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in runs if turn % 2 else reversed(runs):
+            found[name].append(await runs[name]())
+    return found
+
+
+async def measure_alone(case: Case, rounds: int) -> float:
+    """Measure what the server adds to a session's time, one request at a time."""
+    session = unetc.load(case.bundle)
+    ratios = []
+    async with serving(case, "unetc") as (client, (server,)):
+        for seed in range(rounds):
+            conditions = session.conditions.take([seed])
+            began = time.perf_counter()
+            session.sample(1, seed=seed, steps=case.steps, conditions=conditions)
+            own = time.perf_counter() - began
+            answer = await server.ask(client, case.body(seed))
+            ratios.append(answer.seconds / own)
+    return statistics.median(ratios)
+
+
+async def measure_share(case: Case, rounds: int, others: int = 7) -> dict[str, float]:
+    """Measure a request for the full model among fast ones, relative to its share of the machine.
+
+    Its share: the time that all of them would take one after the other.
+    """
+    async with serving(case, "unetc") as (client, (server,)):
+        full, fast, together = [], [], []
+        for seed in range(rounds):
+            full.append((await server.ask(client, case.body(seed, "full"))).seconds)
+            fast.append((await server.ask(client, case.body(seed, "55%"))).seconds)
+            answers = await asyncio.gather(
+                server.ask(client, case.body(seed, "full")),
+                *(server.ask(client, case.body(100 * seed + k, "55%")) for k in range(others)),
+            )
+            together.append(answers[0].seconds)
+    share = statistics.median(full) + others * statistics.median(fast)
+    return {"alone_s": statistics.median(full), "together_s": statistics.median(together), "share_s": share}
+
+
+async def measure_ladder(case: Case, seconds: float) -> dict[str, Any]:
+    """Offer half more than the full model can make, with and without leave to step down."""
+    async with serving(case, "unetc") as (client, (server,)):
+        full = await saturate(client, server, seconds / 2, "full")
+        alone = (await server.ask(client, case.body(1, "full"))).seconds
+    target, rate = 20 * alone, 1.5 * full
+    extra = ["--degrade-to", "55%", "--target-p95", f"{target:.3f}"]
+
+    def body(seed: int) -> dict[str, Any]:
+        return case.body(seed, "full", degrade=True)
+
+    async with serving(case, "unetc", extra=extra) as (client, (server,)):
+        answers = await arrive(client, server, rate, 2 * seconds, 7, body)
+    levels = [answer.level for answer in answers]
+    return {
+        "capacity_full": full,
+        "offered": rate,
+        "target_s": target,
+        "refused": sum(1 for answer in answers if answer.status != 200),
+        "p95_s": float(np.quantile([answer.seconds for answer in answers], 0.95)),
+        "mean_relative_l2": statistics.fmean(answer.relative_l2 for answer in answers),
+        "levels": {level: levels.count(level) / len(levels) for level in sorted(set(levels))},
+    }
+
+
+def cases(bundles: Path) -> Iterator[Case]:
+    """Open the bundles; build those that are missing."""
+    for model in MODELS:
+        bundle = bundles / model
+        if not bundle.exists():
+            options = ["--budget", BUDGETS, "--no-controls", "-o", str(bundle)]
+            subprocess.run([sys.executable, "-m", "unetc.cli", "build", model, *options], check=True)
+        conditioning = Bundle.open(bundle).manifest.conditioning
+        prompts = () if conditioning is None else conditioning.prompts
+        scale = 1.0 if conditioning is None else conditioning.guidance_scale
+        for steps in STEPS:
+            yield Case(model=model, bundle=bundle, steps=steps, prompts=prompts, guidance_scale=scale)
+
+
+def figures(results: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
+    """List the figures with their goals."""
+    rows: list[dict[str, object]] = []
+
+    def add(figure: str, value: float, **goal: float) -> None:
+        rows.append({"figure": figure, "value": round(value, 3), **({"goal": goal} if goal else {})})
+
+    for name, result in results.items():
+        capacity, latency = result["capacity"], result["latency"]
+        mine = capacity["unetc"]
+        add(f"{name}: images per second / one request after the other", mine / capacity["serial"], at_least=2.0)
+        add(f"{name}: images per second / whole requests", mine / capacity["whole"], at_least=1.15)
+        add(f"{name}: images per second / diffusers in torch", mine / capacity["diffusers"])
+        for against, words, goal in (("serial", "one request after the other", 0.4), ("whole", "whole requests", 0.6)):
+            ratio = latency[against]["unetc"] / latency[against][against]
+            add(f"{name}: p95 at 0.8 of its capacity / {words}", ratio, at_most=goal)
+        if "adds" in result:
+            add(f"{name}: seconds of one request alone / the session's", result["adds"], at_most=1.03)
+        if "share" in result:
+            ratio = result["share"]["together_s"] / result["share"]["share_s"]
+            add(f"{name}: full model among 7 fast requests / its share", ratio, at_most=1.0)
+        if "ladder" in result:
+            ladder = result["ladder"]
+            add(f"{name}: refused at 1.5 x the full model's capacity, with the ladder", ladder["refused"], at_most=0)
+            add(f"{name}: p95 there / target", ladder["p95_s"] / ladder["target_s"], at_most=1.0)
+            add(f"{name}: mean relative L2 there", ladder["mean_relative_l2"])
+    return rows
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw latency against load."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = {name: result for name, result in results.items() if result["curve"]}
+    words = {"serial": "one after the other", "whole": "whole requests, up to 8", "unetc": "unetc serve"}
+    colours = {"serial": "#9aa0a6", "whole": "#e08e45", "unetc": "#2a6fdb"}
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.4), squeeze=False)
+    for axis, (name, result) in zip(axes[0], shown.items(), strict=True):
+        for server, label in words.items():
+            points = [point for point in result["curve"] if point["server"] == server]
+            axis.plot(
+                [point["images_per_s"] for point in points],
+                [1000 * point["p95_s"] for point in points],
+                marker="o",
+                color=colours[server],
+                label=label,
+            )
+            axis.axvline(result["capacity"][server], color=colours[server], linestyle=":", linewidth=1)
+        axis.set(title=name, xlabel="requests per second", ylabel="95th percentile of latency, ms", yscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+async def run(bundles: Path, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Measure every case."""
+    results = {}
+    for case in cases(bundles):
+        name = f"{case.model}, {case.steps} steps"
+        print(f"{name} …", file=sys.stderr, flush=True)
+        result = await measure(case, rounds, seconds)
+        if case.steps == STEPS[-1]:
+            result["adds"] = await measure_alone(case, 5 * rounds)
+            result["share"] = await measure_share(case, 2 * rounds)
+            result["ladder"] = await measure_ladder(case, seconds)
+        results[name] = result
+        print(json.dumps({name: result}), file=sys.stderr, flush=True)
+    return results
+
+
+def main() -> None:
+    """Measure, draw and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundles", type=Path, required=True, help="Folder of the bundles; missing ones are built.")
+    parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
+    parser.add_argument("--seconds", type=float, default=20.0, help="Length of one measurement.")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
+    options = parser.parse_args()
+    results = asyncio.run(run(options.bundles, options.rounds, options.seconds))
+    draw(results, PICTURE)
+    settings = {"rounds": options.rounds, "seconds": options.seconds, "quality": LEVEL, "threads": THREADS}
+    write(options.results, "serve", {"settings": settings, "figures": figures(results), "measured": results})
+
+
+if __name__ == "__main__":
+    main()

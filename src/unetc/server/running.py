@@ -1,0 +1,189 @@
+"""Requests that run, seen from the event loop: their result, their progress, and the way to give them up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+
+from unetc.device import Array
+from unetc.errors import BatcherStopped, UnetcError
+from unetc.runtime.batching.request import Progress, SampleResult, Ticket
+
+from .errors import RequestCancelled
+from .image_request import ImageAnswer, ImageRequest, Level
+
+
+class Running:
+    """An accepted request. Its methods are for the thread of the event loop, unless they say otherwise."""
+
+    def __init__(self, model: str, request: ImageRequest, level: Level) -> None:
+        """Begin without tickets; `Service.submit` adds them.
+
+        Args:
+            model: Name of the model.
+            request: The request.
+            level: The level that the request asks for; `level` may be changed until the first ticket is added.
+        """
+        self.model = model
+        self.request = request
+        self.asked = level
+        self.level = level
+        self._loop = asyncio.get_running_loop()
+        self._tickets: list[Ticket] = []
+        self._answer: asyncio.Future[ImageAnswer] = self._loop.create_future()
+        self._answer.add_done_callback(lambda done: done.exception())  # or asyncio complains if nobody asks
+        self._change: asyncio.Future[None] = self._loop.create_future()
+        self._notified = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has succeeded, failed or been cancelled."""
+        return self._answer.done()
+
+    async def result(self) -> ImageAnswer:
+        """Wait for the images; if the waiting task is cancelled, the request is.
+
+        Raises:
+            RequestCancelled: If the request was cancelled in another way.
+            UnetcError: If sampling fails.
+        """
+        try:
+            return await asyncio.shield(self._answer)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Give up: its places in the batch are free within one step. Does nothing to a finished request."""
+        self.give_up(RequestCancelled("the request was cancelled."))
+
+    def give_up(self, error: UnetcError) -> None:
+        """Give up with another reason."""
+        if not self._answer.done():
+            self._answer.set_exception(error)
+            self._notify()
+        for ticket in tuple(self._tickets):
+            ticket.cancel()
+
+    @property
+    def position(self) -> int | None:
+        """Requests that are served before this one; 0 while it runs, None when it is finished."""
+        positions = [place for ticket in self._tickets if (place := ticket.position()) is not None]
+        return max(positions, default=None)
+
+    @property
+    def progress(self) -> Progress | None:
+        """Progress of its slowest images; None before their first step."""
+        reports = [ticket.progress for ticket in self._tickets]
+        return min((one for one in reports if one), key=lambda one: one.done) if all(reports) and reports else None
+
+    def preview(self) -> Array | None:
+        """Decode the samples as they are now, [image, channel, height, width]; None before all have begun, and after.
+
+        It waits for the step that is running, so call it through `Service.in_thread`.
+        """
+        try:
+            previews = [preview.result() for preview in [ticket.preview() for ticket in self._tickets]]
+        except BatcherStopped:
+            return None
+        found = [one for one in previews if one is not None]
+        return np.concatenate(found) if found and len(found) == len(previews) else None
+
+    @property
+    def change(self) -> asyncio.Future[None]:
+        """Future of the next step or the end; take it before reading the state, and do not cancel it."""
+        return self._change
+
+    async def states(self) -> AsyncIterator[Progress | None]:
+        """Yield the progress now and after steps, until the request is finished.
+
+        Progress between two reads are skipped: a slow reader gets the latest. Needs `watch=True` at submission.
+        """
+        while True:
+            change = self._change
+            yield self.progress
+            if self.done:
+                return
+            await asyncio.wait({change})  # unlike `await change`, leaves it to other readers when this one is cancelled
+
+    def on_step(self, _: Progress) -> None:
+        """Wake readers up; called on the thread of the engines."""
+        if not self._notified.is_set():  # one wake-up at a time, however slow the event loop is
+            self._notified.set()
+            _call(self._loop, self._notify)
+
+    def _notify(self) -> None:
+        self._notified.clear()
+        change, self._change = self._change, self._loop.create_future()
+        if not change.done():
+            change.set_result(None)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether it is served below the level that it asks for."""
+        return self.level is not self.asked
+
+    def add(self, ticket: Ticket) -> None:
+        """Add a part of the request; may be called from any thread."""
+        self._tickets.append(ticket)
+        if self._answer.done():  # it was given up meanwhile
+            ticket.cancel()
+
+    def follow(self) -> None:
+        """Finish when all parts have; call it once all parts are added."""
+        for ticket in self._tickets:
+            ticket.future.add_done_callback(lambda _: _call(self._loop, self._settle))
+
+    def _settle(self) -> None:
+        """Finish if all parts have, or if one has failed."""
+        if self._answer.done():
+            return
+        futures = [ticket.future for ticket in self._tickets]
+        failed = next((one for one in futures if one.done() and (one.cancelled() or one.exception())), None)
+        if failed is not None:
+            error = None if failed.cancelled() else failed.exception()
+            self._answer.set_exception(error or RequestCancelled("the request was cancelled."))
+            self.cancel()  # the other parts
+            self._notify()
+        elif all(one.done() for one in futures):
+            self._answer.set_result(self._answered([one.result() for one in futures]))
+            self._notify()
+
+    def _answered(self, results: list[SampleResult]) -> ImageAnswer:
+        made = [
+            (ticket.request.seed, ticket.request.first_index + k)
+            for ticket in self._tickets
+            for k in range(ticket.request.count)
+        ]
+        return ImageAnswer(
+            model=self.model,
+            images=np.concatenate([result.images for result in results]),
+            seeds=tuple(seed for seed, _ in made),
+            indices=tuple(index for _, index in made),
+            level=self.level,
+            degraded=self.degraded,
+            steps=results[0].steps,
+            non_finite_steps=sum(result.non_finite_steps for result in results),
+            waited=max(result.waited for result in results),
+            took=max(result.took for result in results),
+            notes=self._notes(),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        """List the warnings about prompts, each once."""
+        conditions = [ticket.request.conditions for ticket in self._tickets]
+        return tuple(dict.fromkeys(note for one in conditions if one is not None for note in one.notes))
+
+    def when_done(self, call: Callable[[asyncio.Future[ImageAnswer]], object]) -> None:
+        """Call a function on the event loop when the request is finished; it gets the future of the answer."""
+        self._answer.add_done_callback(call)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """Call a function on an event loop; do nothing if it has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)

@@ -1,0 +1,111 @@
+"""Served models: an opened bundle with its quality levels, its batcher and its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from unetc.device import Array
+from unetc.progress import OnProgress, Progress, ignore
+from unetc.runtime.batching.batcher import Batcher, BatchLimits
+from unetc.runtime.batching.request import FULL
+from unetc.runtime.bundle import Bundle
+from unetc.runtime.session import Session, backend_for
+
+from . import images as pictures
+from .errors import NotReady
+from .image_request import ImageRequest, Level
+from .metrics import Metrics
+from .prompts import PromptReader
+from .settings import ServerSettings
+
+
+class Served:
+    """One opened bundle: its levels, its batcher and its prompts."""
+
+    def __init__(self, name: str, bundle: Bundle) -> None:
+        """Describe a bundle; `load` loads its engines."""
+        self.name = name
+        self.bundle = bundle
+        self.levels: dict[str, Level] = {FULL: Level(name=FULL, time_ratio=1.0, damage=None)}
+        for level in bundle.manifest.levels:
+            measured = level.measured
+            self.levels[level.name] = Level(name=level.name, time_ratio=measured.time_ratio, damage=measured.damage)
+        """By name, the full model first."""
+        self.sessions: Mapping[str, Session] = {}
+        """One per level, over shared engines; empty until they are loaded. The batcher drives their device."""
+        self.prompts = PromptReader(bundle, None)
+        self._batcher: Batcher | None = None
+
+    @property
+    def batcher(self) -> Batcher:
+        """The thread that drives the engines.
+
+        Raises:
+            NotReady: If they are not loaded yet.
+        """
+        if self._batcher is None:
+            raise NotReady("the engines are being loaded. Try again in a few seconds.")
+        return self._batcher
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the engines are loaded."""
+        return self._batcher is not None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Numbers of steps that can be sampled, increasing."""
+        return self.bundle.scheduler.counts
+
+    @property
+    def scale(self) -> int:
+        """Image pixels per sample pixel, along each side."""
+        decoder = self.bundle.manifest.decoder
+        return 1 if decoder is None else decoder.scale
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The model's own height and width in pixels."""
+        _, height, width = self.bundle.manifest.sample_shape
+        return height * self.scale, width * self.scale
+
+    def load(self, settings: ServerSettings, metrics: Metrics, on_progress: OnProgress = ignore) -> None:
+        """Load the engines, start their thread and make a call of each.
+
+        Raises:
+            UnetcError: If an engine cannot be loaded, or fails.
+        """
+        from unetc.runtime.batching.levels import open_levels
+
+        manifest = self.bundle.manifest
+        backend = backend_for(manifest, target=settings.target, threads=settings.threads, memory=settings.memory)
+        on_progress(Progress(stage=f"loading {self.name}", done=0, total=2))
+        self.sessions = open_levels(self.bundle, backend)
+        batcher = Batcher(
+            self.sessions,
+            limits=BatchLimits(queue=settings.queue),
+            on_call=lambda call: metrics.call(self.name, call),
+        )
+        self._batcher = batcher
+        on_progress(Progress(stage=f"loading {self.name}", done=1, total=2))
+        batcher.warm_up().result()
+        metrics.show_load(self.name, lambda: batcher.load().waiting, lambda: batcher.load().running)
+        on_progress(Progress(stage=f"loading {self.name}", done=2, total=2))
+
+    def to_samples(self, request: ImageRequest, height: int, width: int, most_pixels: int) -> Array | None:
+        """Turn the image of a request into samples to start from, [1, channel, height, width].
+
+        Raises:
+            RequestError: If the image cannot be read, or the bundle cannot encode images.
+        """
+        if request.image is None or isinstance(request.image, np.ndarray):
+            return request.image
+        channels = self.bundle.manifest.sample_shape[0]
+        if self.bundle.manifest.decoder is not None or channels not in (1, 3):
+            raise request.problem("image", "this bundle has no encoder for images, so {} cannot be used. Omit it.")
+        name = request.names.get("image", "image")
+        return pictures.to_samples(
+            pictures.decode(request.image, name, most_pixels=most_pixels), channels, height, width
+        )

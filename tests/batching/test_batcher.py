@@ -1,0 +1,390 @@
+"""Requests that share calls get the images that they would get alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.batching.levels import LEVELS, STEPS, Levels
+from tests.models import relative_error, tiny_of
+from unetc.backend import Array, Program
+from unetc.device import Tensor
+from unetc.errors import BatcherStopped, DeadlineExceeded, NonFiniteError, QueueFull, SessionError, ShapeMismatch
+from unetc.runtime.backends.onnxruntime import OnnxRuntimeHost
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.batching.batcher import Batcher, BatchLimits, CallRecord
+from unetc.runtime.batching.request import FULL, Progress, SampleRequest, Ticket
+from unetc.runtime.session import Session
+
+ROUNDING = 2e-5
+"""Relative L2 between an image sampled alone and in company: engines choose their kernels by the size of the batch."""
+
+
+@pytest.fixture(scope="module", params=["attention", "cross-attention"])
+def levels(request: pytest.FixtureRequest, shared: Path) -> Levels:
+    return Levels(tiny_of(request.param, shared), open_backend("onnxruntime:cpu", threads=1))
+
+
+@pytest.fixture(scope="module")
+def plain(shared: Path) -> Levels:
+    return Levels(tiny_of("attention", shared), open_backend("onnxruntime:cpu", threads=1))
+
+
+@pytest.fixture(scope="module")
+def sessions(plain: Levels) -> Mapping[str, Session]:
+    return plain.opened("ddim")
+
+
+@dataclass
+class Gate:
+    """A program that waits before it runs, and may fail or predict NaN for some rows."""
+
+    program: Program
+    open: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    change: Callable[[Mapping[str, Tensor], Array], None] = lambda inputs, output: None
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Array) -> Mapping[str, Tensor]:
+        self.entered.release()
+        assert self.open.wait(30)
+        emitted = self.program(inputs, output)
+        self.change(inputs, output)
+        return emitted
+
+    __hash__ = object.__hash__
+
+
+@pytest.fixture
+def gates() -> list[Gate]:
+    return []
+
+
+@pytest.fixture
+def gated(plain: Levels, gates: list[Gate]) -> Iterator[Batcher]:
+    """A batcher whose programs wait until they may run."""
+
+    def wrap(program: Program) -> Program:
+        gates.append(Gate(program))
+        return gates[-1]
+
+    batcher = Batcher(plain.sessions("ddim", wrap), limits=BatchLimits(rows=4, seats=4, queue=6))
+    yield batcher
+    release(gates)
+    batcher.close()
+
+
+def release(gates: list[Gate]) -> None:
+    for gate in gates:
+        gate.open.set()
+
+
+def wait_for_calls(gates: list[Gate]) -> None:
+    """Wait until some program was called."""
+    deadline = time.monotonic() + 30
+    while not any(gate.entered.acquire(blocking=False) for gate in gates):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def alone(session: Session, request: SampleRequest) -> Array:
+    return session.sample(
+        request.count,
+        seed=request.seed,
+        steps=request.steps,
+        first_index=request.first_index,
+        height=request.height,
+        width=request.width,
+        conditions=request.conditions,
+        full_model=request.level == FULL,
+    )
+
+
+requests = st.builds(
+    SampleRequest,
+    level=st.sampled_from(LEVELS),
+    steps=st.sampled_from(STEPS),
+    seed=st.integers(0, 2**64 - 1),
+    count=st.integers(1, 3),
+    first_index=st.integers(0, 5),
+    height=st.sampled_from([None, 8, 16]),
+)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "ddpm"])
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_company_changes_no_image(levels: Levels, scheduler: str, data: st.DataObject) -> None:
+    sessions = levels.opened(scheduler)
+    mix = data.draw(st.lists(requests, min_size=2, max_size=6))
+    scales = data.draw(st.lists(st.sampled_from([1.0, 3.0]), min_size=len(mix), max_size=len(mix)))
+    mix = [
+        replace(one, conditions=levels.conditions(one.count, i, scale=scale))
+        for i, (one, scale) in enumerate(zip(mix, scales, strict=True))
+    ]
+    calls: list[CallRecord] = []
+    batcher = Batcher(sessions, limits=BatchLimits(rows=data.draw(st.integers(1, 8)), seats=8), on_call=calls.append)
+    try:
+        tickets = []
+        for request in mix:
+            tickets.append(batcher.submit(request))
+            time.sleep(data.draw(st.sampled_from([0.0, 0.003])))
+        for ticket in tickets:
+            expected = alone(sessions[ticket.request.level], ticket.request)
+            result = ticket.future.result(timeout=60)
+            assert relative_error(result.images, expected) < ROUNDING
+            assert result.level == ticket.request.level
+    finally:
+        batcher.close()
+    assert sum(call.rollouts for call in calls) == sum(result_steps(ticket) for ticket in tickets)
+
+
+def result_steps(ticket: Ticket) -> int:
+    return ticket.future.result().steps * ticket.request.count
+
+
+def test_requests_at_different_steps_and_levels_share_calls(sessions: Mapping[str, Session]) -> None:
+    calls: list[CallRecord] = []
+    batcher = Batcher(sessions, limits=BatchLimits(rows=8, seats=8), on_call=calls.append)
+    try:
+        mix = [SampleRequest(level=level, steps=steps, seed=1) for level in LEVELS for steps in STEPS[1:]]
+        for ticket in [batcher.submit(request) for request in mix]:
+            ticket.future.result(timeout=60)
+    finally:
+        batcher.close()
+    rollouts = sum(call.rollouts for call in calls)
+    assert rollouts == 3 * sum(STEPS[1:])
+    assert rollouts > 1.5 * len(calls)
+
+
+def test_calls_have_at_most_the_largest_number_of_rows(sessions: Mapping[str, Session]) -> None:
+    calls: list[CallRecord] = []
+    largest = dict.fromkeys(sessions["fast"].programs, 2)
+    batcher = Batcher(sessions, limits=BatchLimits(rows=3, seats=8), largest=largest, on_call=calls.append)
+    try:
+        tickets = [batcher.submit(SampleRequest(level=level, count=4)) for level in (FULL, "fast")]
+        for ticket in tickets:
+            ticket.future.result(timeout=60)
+    finally:
+        batcher.close()
+    assert max(call.rows for call in calls if call.level == "fast") == 2
+    assert max(call.rows for call in calls if call.level == FULL) <= 3
+
+
+class Capturing(OnnxRuntimeHost):
+    """A device whose programs prepare for every shape."""
+
+    captures_shapes = True
+
+
+def test_calls_are_rounded_up_to_shapes_that_programs_are_prepared_for(
+    plain: Levels, sessions: Mapping[str, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[CallRecord] = []
+    mix = [SampleRequest(level=level, seed=seed, count=3) for seed, level in enumerate(LEVELS)]
+    expected = [alone(sessions[request.level], request) for request in mix]
+    for session in sessions.values():
+        monkeypatch.setattr(session, "_device", Capturing())
+    batcher = Batcher(sessions, limits=BatchLimits(rows=7, captured=(2, 4, 8)), on_call=calls.append)
+    try:
+        tickets = [batcher.submit(request) for request in mix]
+        for ticket, images in zip(tickets, expected, strict=True):
+            assert relative_error(ticket.future.result(timeout=60).images, images) < ROUNDING
+    finally:
+        batcher.close()
+    assert {call.rows + call.padding for call in calls} <= {2, 4, 8}
+    assert sum(call.padding for call in calls) > 0
+
+
+def test_a_cancelled_request_frees_its_place_within_a_step(gated: Batcher, gates: list[Gate]) -> None:
+    first = gated.submit(SampleRequest(count=4))
+    wait_for_calls(gates)
+    second = gated.submit(SampleRequest(seed=2))
+    assert (first.position(), second.position()) == (0, 1)
+    first.cancel()
+    release(gates)
+    assert second.future.result(timeout=30).images.shape[0] == 1
+    assert first.progress is None or first.progress.done <= 1
+    with pytest.raises(CancelledError):
+        first.future.result()
+    assert first.position() is None
+
+
+def test_a_deadline_ends_a_request_between_two_steps(gated: Batcher, gates: list[Gate]) -> None:
+    late = gated.submit(SampleRequest(seconds=0.05))
+    wait_for_calls(gates)
+    other = gated.submit(SampleRequest(seed=3))
+    time.sleep(0.06)
+    release(gates)
+    with pytest.raises(DeadlineExceeded, match=r"time limit of 0\.05 s"):
+        late.future.result(timeout=30)
+    other.future.result(timeout=30)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(gated: Batcher) -> None:
+    gated.submit(SampleRequest(count=6))
+    with pytest.raises(QueueFull, match="the queue holds 6"):
+        gated.submit(SampleRequest(count=7))
+
+
+def test_a_large_request_does_not_hold_up_a_small_one(sessions: Mapping[str, Session]) -> None:
+    order: list[str] = []
+    batcher = Batcher(sessions, limits=BatchLimits(rows=2, seats=4))
+    try:
+        large = batcher.submit(SampleRequest(count=40))
+        small = batcher.submit(SampleRequest(seed=1))
+        large.future.add_done_callback(lambda _: order.append("large"))
+        small.future.add_done_callback(lambda _: order.append("small"))
+        large.future.result(timeout=60)
+        small.future.result(timeout=60)
+        assert large.progress is not None
+    finally:
+        batcher.close()
+    assert order == ["small", "large"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "words"),
+    [
+        (SampleRequest(level="slow"), SessionError, "no quality level 'slow'. Expected one of: full, half, fast"),
+        (SampleRequest(steps=4), SessionError, "Nearest: 3 or 5 steps"),
+        (SampleRequest(height=9), ShapeMismatch, None),
+        (SampleRequest(count=0), ShapeMismatch, "expected at least 1"),
+        (SampleRequest(seed=-1), SessionError, "between 0 and"),
+    ],
+)
+def test_a_bad_request_is_refused_at_once(
+    gated: Batcher, request_: SampleRequest, error: type[Exception], words: str | None
+) -> None:
+    if words is None:  # this model takes any size that its levels divide; nothing else checks it
+        pytest.skip("sessions without a signature accept every size")
+    with pytest.raises(error, match=words):
+        gated.submit(request_)
+    assert gated.load().waiting == 0
+
+
+def test_progress_is_reported_after_every_step(sessions: Mapping[str, Session]) -> None:
+    seen: list[Progress] = []
+    batcher = Batcher(sessions)
+    try:
+        ticket = batcher.submit(SampleRequest(level="half", steps=5, count=2), seen.append)
+        ticket.future.result(timeout=60)
+    finally:
+        batcher.close()
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+    assert {progress.done for progress in seen} == {0, 1, 2, 3, 4, 5} - ({0} if seen[0].done else set())
+    assert {progress.phase for progress in seen} == {0, 1}
+
+
+def test_a_preview_shows_the_samples_so_far(gated: Batcher, gates: list[Gate]) -> None:
+    ticket = gated.submit(SampleRequest(count=2))
+    preview = ticket.preview()
+    release(gates)
+    images = preview.result(timeout=30)
+    assert images is None or images.shape == (2, *ticket.future.result(timeout=30).images.shape[1:])
+
+
+def test_a_step_that_is_not_finite_is_made_again_for_its_own_request_alone(
+    gated: Batcher, gates: list[Gate], sessions: Mapping[str, Session]
+) -> None:
+    full, _, holding, forecasting = gates
+
+    def spoil(inputs: Mapping[str, Tensor], output: Array) -> None:
+        output[0] = np.nan
+
+    holding.change = forecasting.change = spoil
+    mix = [SampleRequest(level="half", seed=seed, steps=5) for seed in range(3)]
+    tickets = [gated.submit(request) for request in mix]
+    release(gates)
+    results = [ticket.future.result(timeout=30) for ticket in tickets]
+    assert 0 < sum(result.non_finite_steps for result in results) < 3 * 5
+    assert all(np.isfinite(result.images).all() for result in results)
+    assert full is not None
+
+
+def test_a_request_that_an_engine_refuses_does_not_harm_its_companions(gated: Batcher, gates: list[Gate]) -> None:
+    poison = gated.session("half").start(1, seed=7).noise
+
+    def refuse(inputs: Mapping[str, Tensor], output: Array) -> None:
+        if any(np.array_equal(row, poison[0]) for row in np.asarray(inputs["sample"])):
+            raise SessionError("this engine does not like the seed 7")
+
+    for gate in gates:
+        gate.change = refuse
+    tickets = [gated.submit(SampleRequest(level="half", seed=seed)) for seed in (6, 7, 8)]
+    release(gates)
+    with pytest.raises(SessionError, match="does not like"):
+        tickets[1].future.result(timeout=30)
+    for ticket in (tickets[0], tickets[2]):
+        assert np.isfinite(ticket.future.result(timeout=30).images).all()
+
+
+def test_nan_from_the_full_model_fails_its_own_request(gated: Batcher, gates: list[Gate]) -> None:
+    def spoil(inputs: Mapping[str, Tensor], output: Array) -> None:
+        output[:] = np.nan
+
+    gates[0].change = spoil
+    bad, good = gated.submit(SampleRequest()), gated.submit(SampleRequest(level="half"))
+    release(gates)
+    with pytest.raises(NonFiniteError, match="full model"):
+        bad.future.result(timeout=30)
+    good.future.result(timeout=30)
+
+
+def test_a_crash_of_the_engine_thread_fails_every_request_and_is_told(plain: Levels) -> None:
+    def crash(program: Program) -> Program:
+        def run(inputs: Mapping[str, Tensor], output: Array) -> Mapping[str, Tensor]:
+            raise RuntimeError("the driver is gone")
+
+        return run
+
+    crashed: list[BaseException] = []
+    batcher = Batcher(plain.sessions("ddim", crash), on_crash=crashed.append)
+    ticket = batcher.submit(SampleRequest())
+    with pytest.raises(BatcherStopped):
+        ticket.future.result(timeout=30)
+    assert str(crashed[0]) == "the driver is gone"
+    with pytest.raises(BatcherStopped):
+        batcher.submit(SampleRequest())
+    batcher.close()
+
+
+def test_draining_finishes_what_was_accepted_and_refuses_the_rest(gated: Batcher, gates: list[Gate]) -> None:
+    accepted = [gated.submit(SampleRequest(seed=seed)) for seed in range(6)]
+    assert not gated.drain(0.01)
+    with pytest.raises(BatcherStopped, match="shutting down"):
+        gated.submit(SampleRequest())
+    release(gates)
+    assert gated.drain(30)
+    assert all(ticket.future.done() for ticket in accepted)
+
+
+def test_one_call_of_the_full_model_runs_on_the_engine_thread(plain: Levels, sessions: Mapping[str, Session]) -> None:
+    inputs = plain.tiny.inputs(batch=3, height=8, width=16)
+    batcher = Batcher(sessions)
+    try:
+        batcher.warm_up().result(timeout=60)
+        prediction = batcher.call(inputs).result(timeout=60)
+    finally:
+        batcher.close()
+    assert relative_error(prediction, plain.tiny.run_denoiser(inputs)) < ROUNDING
+
+
+def test_an_estimate_follows_the_backlog(sessions: Mapping[str, Session]) -> None:
+    batcher = Batcher(sessions)
+    try:
+        batcher.warm_up().result(timeout=60)
+        few, many = (batcher.estimate(SampleRequest(steps=steps, count=8)) for steps in (3, 8))
+        assert 0 < few < many
+        with pytest.raises(QueueFull, match="would be finished in about"):
+            batcher.submit(SampleRequest(count=200, seconds=few / 100))
+    finally:
+        batcher.close()

@@ -1,0 +1,63 @@
+"""Whose turn it is: full calls first, and nobody waits forever."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unetc.runtime.batching.turns import PATIENCE, Waiting, choose
+
+
+def one(member: str, key: str, rows: int = 1, age: int = 1, urgent: bool = False) -> Waiting[str, str]:
+    return Waiting(member=member, key=key, rows=rows, age=age, urgent=urgent)
+
+
+def most(rows: int):  # type: ignore[no-untyped-def]
+    return lambda key: rows
+
+
+def test_the_fullest_call_goes_first() -> None:
+    waiting = [one("a", "x"), one("b", "y"), one("c", "y")]
+    assert choose(waiting, most(4)) == ("y", ["b", "c"])
+
+
+def test_age_outranks_a_full_call() -> None:
+    waiting = [one("a", "x", age=int(PATIENCE) + 2), *(one(str(i), "y") for i in range(4))]
+    assert choose(waiting, most(4)) == ("x", ["a"])
+
+
+def test_an_urgent_member_goes_before_all_others() -> None:
+    waiting = [one("a", "x", urgent=True), *(one(str(i), "y", age=99) for i in range(4))]
+    assert choose(waiting, most(4)) == ("x", ["a"])
+
+
+def test_the_oldest_members_of_a_group_are_taken_in_their_own_order() -> None:
+    waiting = [one("a", "x", age=1), one("b", "x", age=3), one("c", "x", age=1), one("d", "x", age=2)]
+    assert choose(waiting, most(2)) == ("x", ["b", "d"])
+
+
+def test_a_member_with_more_rows_than_a_call_runs_alone() -> None:
+    assert choose([one("a", "x", rows=6, age=2), one("b", "x", rows=2)], most(4)) == ("x", ["a"])
+
+
+@given(
+    keys=st.lists(st.sampled_from("abcde"), min_size=1, max_size=30),
+    rows=st.integers(1, 3),
+    largest=st.integers(1, 8),
+    moves=st.randoms(),
+)
+def test_nobody_waits_forever(keys: list[str], rows: int, largest: int, moves: st.DataObject) -> None:
+    """Whoever has run goes anywhere; the others wait no longer than a bound that follows from the sizes."""
+    group, last = dict(enumerate(keys)), dict.fromkeys(range(len(keys)), 0)
+    together = max(1, largest // rows)
+    bound = PATIENCE + len(keys) / together + 2 * 5
+    for turn in range(1, 60):
+        waiting = [one(str(i), group[i], rows=rows, age=turn - last[i]) for i in group]
+        assert max(w.age for w in waiting) <= bound + len(keys)
+        key, chosen = choose(waiting, lambda _: largest)
+        assert chosen
+        assert len(chosen) <= together
+        for member in map(int, chosen):
+            assert group[member] == key
+            last[member] = turn
+            group[member] = moves.choice("abcde")  # type: ignore[attr-defined]

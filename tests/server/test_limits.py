@@ -1,0 +1,236 @@
+"""Keys, limits of bodies and of the queue, deadlines and the ladder under load, within this process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.server.local import in_loop, local
+from unetc.errors import SessionError
+from unetc.server.errors import seconds_to_wait
+from unetc.server.service import Service, State
+from unetc.server.settings import ApiKeys, BundleSource, ServerSettings
+
+GENERATIONS = "/v1/images/generations"
+LONG = {"num_inference_steps": 1000, "seed": 1}
+
+
+async def busy(service: Service, running: int = 1) -> None:
+    """Wait until as many requests have been accepted."""
+    while len(service.running) < running:
+        await asyncio.sleep(0.005)
+
+
+async def post(client: httpx2.AsyncClient, **body: Any) -> httpx2.Response:
+    return await client.post(GENERATIONS, json=body)
+
+
+@in_loop
+async def test_a_key_is_needed_where_there_are_some(tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the page\nsecret-of-the-page\n\nsecret-of-others\n")
+    async with local(tiny_bundle, api_keys=ApiKeys.read(file)) as (client, _):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret-of-others"}):
+            for path in (GENERATIONS, "/v1/models", "/metrics", "/v1/jobs/x"):
+                answer = await client.get(path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+            answer = await client.get("/v1/models", headers=headers)
+            assert answer.json()["error"]["type"] == "authentication_error"
+            assert "secret" not in answer.text
+        for key in ("secret-of-the-page", "secret-of-others"):
+            answer = await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+        assert (await client.get("/health/live")).status_code == 200
+        assert (await client.get("/health/ready")).status_code == 200
+
+
+def test_a_file_without_good_keys_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    for text, problem in (("# none\n\n", "has no API key"), ("short\n", "fewer than 8 characters")):
+        file.write_text(text)
+        with pytest.raises(SessionError, match=problem):
+            ApiKeys.read(file)
+
+
+@in_loop
+async def test_a_large_body_is_refused_before_it_is_read(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, body_bytes=1000) as (client, _):
+        answer = await client.post(GENERATIONS, content=b"x" * 1001)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+
+        async def chunks() -> Any:
+            for _ in range(20):
+                yield b" " * 100
+
+        unannounced = await client.post(GENERATIONS, content=chunks(), headers={"Content-Type": "application/json"})
+        assert unannounced.status_code == 413
+        assert "exceeds the limit of 1000 bytes" in unannounced.json()["error"]["message"]
+        assert (await post(client, seed=1)).status_code == 200
+
+
+@in_loop
+async def test_images_and_prompts_are_limited(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, images=2, prompt_characters=10, pixels=255) as (client, _):
+        for body, problem in (
+            ({"n": 3}, "Expected 1 to 2 images"),
+            ({"seed": [1, 2, 3]}, "Expected 1 to 2 images"),
+            ({"prompt": "x" * 11}, "prompt has 11 characters. Expected at most 10"),
+            ({}, "exceed the limit of 255 pixels"),
+        ):
+            answer = await post(client, **body)
+            assert answer.status_code == 400
+            assert problem in answer.json()["error"]["message"]
+
+
+@in_loop
+async def test_a_full_queue_refuses_with_a_time_to_wait(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, queue=16, images=16) as (client, service):
+        first = asyncio.create_task(post(client, **LONG, n=16))
+        await busy(service)
+        second = asyncio.create_task(post(client, **LONG, n=16))
+        await busy(service, 2)
+        refused = await post(client, **LONG, n=16)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert 1 <= int(refused.headers["Retry-After"]) <= 10
+        for running in tuple(service.running):
+            running.cancel()
+        assert [answer.status_code for answer in await asyncio.gather(first, second)] == [499, 499]
+
+
+@in_loop
+async def test_a_request_that_cannot_be_in_time_is_refused(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (client, _):
+        refused = await post(client, **LONG, timeout=0.001)
+        assert refused.status_code == 429
+        assert "above its limit of 0.001 s" in refused.json()["error"]["message"]
+
+
+@in_loop
+async def test_a_late_request_is_given_up(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with local(tiny_bundle) as (client, service):
+        batcher = service.models["plain"].batcher
+        monkeypatch.setattr(batcher, "_estimate", lambda *_: 0.0)
+        late = await post(client, **LONG, timeout=0.1)
+        assert late.status_code == 504
+        assert late.headers["x-should-retry"] == "false"
+        assert late.json()["error"]["code"] == "deadline_exceeded"
+
+
+@in_loop
+async def test_the_server_steps_down_under_load_as_far_as_it_may(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local(tiny_bundle, degrade_to="99%", target_p95=1.0) as (client, service):
+        served = service.models["plain"]
+        full, fast = served.levels
+        seconds = {full: 0.5, fast: 0.2}
+        monkeypatch.setattr(served.batcher, "estimate", lambda request: seconds[request.level])
+
+        async def made(**body: Any) -> tuple[str, bool]:
+            facts = (await post(client, seed=1, **body)).json()["unetc"]
+            return facts["level"], facts["degraded"]
+
+        assert await made() == (full, False)
+        seconds |= {full: 1.5, fast: 0.9}
+        assert await made() == (fast, True)
+        assert await made(quality="auto") == (fast, True)
+        assert await made(degrade=False) == (full, False)
+        assert await made(quality="full") == (full, False), "a level that is named is kept"
+        assert await made(quality="full", degrade=True) == (fast, True)
+        assert await made(quality="full", min_quality=fast) == (fast, True)
+        assert await made(min_quality="full") == (full, False)
+        assert await made(quality=fast) == (fast, False)
+        seconds |= {full: 15.0, fast: 9.0}
+        assert await made() == (fast, True), "no request is refused for the target"
+        refused = await post(client, seed=1, timeout=5.0)
+        assert refused.status_code == 429
+        metrics = (await client.get("/metrics")).text
+        assert f'unetc_degraded_requests_total{{level="{fast}",model="plain"}} 5.0' in metrics
+
+
+@in_loop
+async def test_without_leave_the_server_never_steps_down(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with local(tiny_bundle) as (client, service):
+        served = service.models["plain"]
+        monkeypatch.setattr(served.batcher, "estimate", lambda request: 250.0 if request.level == "full" else 0.1)
+        answer = await post(client, seed=1, degrade=True)
+        assert answer.json()["unetc"]["level"] == "full"
+
+
+@in_loop
+async def test_a_draining_service_finishes_what_it_accepted(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (client, service):
+        accepted = asyncio.create_task(post(client, seed=1, num_inference_steps=100))
+        await busy(service)
+        service.drain()
+        ready, live = await client.get("/health/ready"), await client.get("/health/live")
+        assert (ready.status_code, live.status_code) == (503, 200)
+        refused = await post(client, seed=1)
+        assert refused.status_code == 503
+        assert "Retry-After" in refused.headers
+        assert (await accepted).status_code == 200
+        assert 'outcome="refused"} 1.0' in (await client.get("/metrics")).text
+
+
+@in_loop
+async def test_finished_jobs_are_kept_within_limits(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, jobs=3, job_bytes=5000) as (client, _):
+        paths = []
+        for seed in range(5):
+            answer = await client.post("/v1/jobs", json={"seed": seed})
+            paths.append(answer.headers["Location"])
+            while not (await client.get(paths[-1])).json()["finished"]:
+                await asyncio.sleep(0.01)
+        codes = [(await client.get(path)).status_code for path in paths]
+        assert codes == [404, 404, 200, 200, 200]
+    async with local(tiny_bundle, job_bytes=1) as (client, _):
+        for seed in range(2):
+            path = (await client.post("/v1/jobs", json={"seed": seed})).headers["Location"]
+            while not (await client.get(path)).json()["finished"]:
+                await asyncio.sleep(0.01)
+        assert (await client.get(path)).status_code == 200, "the last one is kept in any case"
+    async with local(tiny_bundle, jobs=1) as (client, _):
+        long = (await client.post("/v1/jobs", json=LONG)).headers["Location"]
+        refused = await client.post("/v1/jobs", json=LONG)
+        assert refused.status_code == 429
+        await client.delete(long)
+
+
+def test_bundles_are_named(tiny_bundle: Path) -> None:
+    def names(*texts: str) -> list[str]:
+        service = Service.open(ServerSettings(bundles=tuple(map(BundleSource.parse, texts))))
+        assert service.state is State.LOADING
+        return list(service.models)
+
+    assert names(str(tiny_bundle), f"b={tiny_bundle}") == ["tiny-model", "b"]
+    for texts, problem in (
+        ((str(tiny_bundle), str(tiny_bundle)), "two bundles are called tiny-model"),
+        ((f"a b={tiny_bundle}",), "cannot name a model"),
+        ((f"={tiny_bundle}",), "Expected the folder of a bundle, or name=folder"),
+        ((), "nothing to serve"),
+    ):
+        with pytest.raises(SessionError, match=problem):
+            names(*texts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [({"target_p95": 1.0}, "add --degrade-to"), ({"degrade_to": "low"}, "'low' is not a quality level")],
+)
+def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SessionError, match=problem):
+        ServerSettings(bundles=(BundleSource(path=Path("x")),), **fields)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "header"), [(0.0, 1), (-3.0, 1), (1.2, 2), (9.5, 10), (600.0, 10), (float("inf"), 10)]
+)
+def test_a_client_waits_a_few_seconds(estimate: float, header: int) -> None:
+    assert seconds_to_wait(estimate) == header

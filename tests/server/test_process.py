@@ -1,0 +1,132 @@
+"""The life of the server's process: its start, its end, and what it says when it cannot go on."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import socket
+from pathlib import Path
+
+from tests.command import run_alone
+from tests.server.live import COMMAND, Live, serving, until
+
+LONG = {"num_inference_steps": 1000, "seed": 1}
+CRASHING = f"""
+import unetc.runtime.batching.batcher as batcher
+def fail(*_): raise RuntimeError("the device is gone")
+choose, batcher.choose = batcher.choose, fail
+{COMMAND}
+"""
+
+
+def test_a_client_that_goes_away_frees_its_place(live: Live) -> None:
+    cancelled = live.metric("unetc_requests_total", model="plain", outcome="cancelled")
+    host, port = live.host.split(":")
+    for stream in ("false", "true"):
+        body = f'{{"model": "plain", "n": 8, "num_inference_steps": 1000, "stream": {stream}, "partial_images": 1}}'
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(
+                f"POST /v1/images/generations HTTP/1.1\r\nHost: {live.host}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            until(lambda: live.metric("unetc_running_images", model="plain") == 8)
+        until(lambda: live.metric("unetc_running_images", model="plain") == 0, seconds=2)
+        cancelled += 1
+        until(lambda: live.metric("unetc_requests_total", model="plain", outcome="cancelled") == cancelled)  # noqa: B023
+
+
+def test_metrics_count_requests_steps_and_images(live: Live) -> None:
+    level = live.models["plain"][1]
+
+    def read() -> dict[str, float]:
+        return {
+            "ok": live.metric("unetc_requests_total", model="plain", outcome="ok"),
+            "invalid": live.metric("unetc_requests_total", model="plain", outcome="invalid"),
+            "images": live.metric("unetc_images_total", model="plain", level=level),
+            "seconds": live.metric("unetc_request_seconds_count", model="plain"),
+            "steps": live.metric("unetc_step_seconds_count", model="plain", phase="0", batch="3"),
+            "rows": live.metric("unetc_rows_total", model="plain"),
+        }
+
+    before = read()
+    live.post("/v1/images/generations", {"model": "plain", "n": 3, "quality": level, "num_inference_steps": 20})
+    live.post("/v1/images/generations", {"model": "plain", "n": 0})
+    grown = {name: value - before[name] for name, value in read().items()}
+    assert grown.pop("steps") > 0
+    assert grown.pop("rows") == 60
+    assert grown == {"ok": 1, "invalid": 1, "images": 3, "seconds": 1}
+    assert live.metric("unetc_ready") == 1
+
+
+def test_a_server_that_ends_loses_nothing_that_it_accepted(tiny_bundle: Path) -> None:
+    with serving(f"plain={tiny_bundle}") as live:
+        job = live.post("/v1/jobs", LONG).headers["Location"]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            accepted = threads.submit(live.post, "/v1/images/generations", LONG | {"n": 2})
+            until(lambda: live.metric("unetc_running_images", model="plain") == 3)
+            live.terminate()
+            until(lambda: live.get("/health/ready").status_code == 503)
+            assert live.get("/health/live").json() == {"status": "draining"}
+            refused = live.post("/v1/images/generations", {"seed": 1})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "not_ready"
+            assert accepted.result().status_code == 200
+        until(lambda: live.get(job).json()["state"] == "succeeded")
+        assert live.get(f"{job}/images/0").status_code == 200
+        code, errors = live.wait()
+        assert code == 0
+        assert errors.splitlines()[-1] == "accepted requests are finished; the server has ended."
+
+
+def test_the_time_to_end_is_limited(tiny_bundle: Path) -> None:
+    with serving(f"plain={tiny_bundle}", "--drain", "0.2") as live:
+        live.post("/v1/jobs", LONG | {"n": 16})
+        live.terminate()
+        code, _ = live.wait()
+        assert code == 0
+
+
+def test_two_processes_serve_one_bundle(live: Live, tiny_bundle: Path) -> None:
+    with serving(f"plain={tiny_bundle}") as other:
+        assert other.address != live.address
+        body = {"model": "plain", "seed": 3}
+        one, two = (server.post("/v1/images/generations", body).json()["data"] for server in (live, other))
+        assert one == two
+        taken = other.host.rpartition(":")[2]
+        refused = run_alone("serve", f"plain={tiny_bundle}", "--port", taken)
+        assert refused.code == 1
+        assert re.search(rf"cannot listen on 127\.0\.0\.1, port {taken}: Address already in use", refused.error)
+
+
+def test_a_crash_of_the_engines_ends_the_process(tiny_bundle: Path) -> None:
+    with serving(f"plain={tiny_bundle}", code=CRASHING) as live:
+        answer = live.post("/v1/images/generations", {"seed": 1})
+        assert answer.status_code in (500, 503)
+        code, errors = live.wait()
+        assert code == 1
+        assert errors.splitlines()[-1] == "unetc: the server cannot go on: the device is gone."
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("")
+    for arguments, problem in (
+        ((tmp_path,), "has no manifest.json: it is not a bundle"),
+        ((tiny_bundle, tiny_bundle), "two bundles are called"),
+        ((tiny_bundle, "--host", "192.0.2.1"), "cannot listen on 192.0.2.1, port 0"),
+        ((tiny_bundle, "--api-keys", keys), "has no API key"),
+        ((tiny_bundle, "--degrade-to", "low"), "'low' is not a quality level"),
+        ((tiny_bundle, "--target", "nothing"), "no backend for target 'nothing'"),
+    ):
+        refused = run_alone("serve", *arguments, "--port", "0")
+        assert refused.code == 1
+        assert problem in refused.err.splitlines()[-1]
+        assert "Traceback" not in refused.err
+
+
+def test_a_missing_extra_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('no fastapi', name='fastapi')")
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    refused = run_alone("serve", tiny_bundle, PYTHONPATH=path)
+    assert refused.error == "unetc: this needs fastapi: pip install 'unetc[serve]'\n"
