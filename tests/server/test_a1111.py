@@ -37,7 +37,7 @@ def encoded(image: Any) -> str:
 
 
 def made(live: Live, path: str, body: dict[str, Any], **headers: str) -> tuple[list[Any], dict[str, Any]]:
-    """Make images; return them and what the answer says about them."""
+    """Make images; return them and the facts about them."""
     answer = live.post(f"/sdapi/v1/{path}", body, headers=headers)
     assert answer.status_code == 200, answer.text
     parsed = answer.json()
@@ -164,7 +164,7 @@ def test_images_are_left_out_on_request(live: Live) -> None:
 
 
 def test_progress_and_interruption(live: Live) -> None:
-    """While images are made, there is progress with a preview; an interrupted request answers with what there is."""
+    """While images are made, there is progress with a preview; an interrupted request answers with it."""
     idle = live.get("/sdapi/v1/progress").json()
     assert (idle["progress"], idle["current_image"], idle["state"]["job_count"]) == (0.0, None, 0)
     answers: list[Any] = []

@@ -1,4 +1,4 @@
-"""Fields of the A1111 API: the requests of its clients pass, and what cannot be obeyed is refused by name."""
+"""Fields of the A1111 API: requests of its clients pass, and fields that cannot be obeyed are refused by name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TEXT_TO_IMAGE: dict[str, Any] = {
     "override_settings_restore_afterwards": True, "sampler_name": "ddim", "sampler_index": "ddim", "script_name": None,
     "script_args": [], "send_images": True, "save_images": False, "alwayson_scripts": {"ADetailer": {"args": [False]}},
 }  # fmt: skip
-"""What the most used client sends for a text."""
+"""Fields that the most used client sends for txt2img."""
 
 IMAGE_TO_IMAGE = TEXT_TO_IMAGE | {
     "init_images": ["aGVsbG8="], "resize_mode": 0, "image_cfg_scale": 1.5, "mask_blur": 4, "inpainting_fill": 0,
     "inpaint_full_res": True, "inpaint_full_res_padding": 0, "inpainting_mask_invert": 0,
     "initial_noise_multiplier": 1, "include_init_images": False,
 }  # fmt: skip
-"""What it sends for an image."""
+"""Fields that it sends for img2img."""
 
 
 def test_the_requests_of_clients_pass() -> None:

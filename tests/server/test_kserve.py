@@ -212,6 +212,10 @@ def test_wrong_parameters_and_outputs_are_named(client: Any) -> None:
             {"sample": np.zeros((2, 1, 16, 16), np.float32), "timestep": np.zeros(3, np.float32)},
             "timestep: has shape [3]",
         ),
+        (
+            {"sample": np.zeros((49, 1, 16, 16), np.float32), "timestep": 1.0},
+            "sample: has 49 rows; expected at most 48",
+        ),
         ({"sample": "a", "timestep": 1.0}, "sample: is BYTES"),
         ({"sample": np.zeros((1, 1, 16, 16), np.float32), "timestep": 1.0, "class_labels": 3}, "class_labels"),
     ],

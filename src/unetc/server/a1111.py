@@ -1,7 +1,7 @@
-"""The API of the A1111 web UI: images from texts and from images, progress, and what may be chosen.
+"""The API of the A1111 web UI: txt2img, img2img, progress, and lists of models and samplers.
 
-Its progress and its interruption know no request. Here they mean the requests of the client: those with the same API
-key, or all where there are no keys.
+Progress and interruption name no request in this API. Here they concern all requests with the client's API key, or all
+requests of a server without keys.
 
 Source:
     https://github.com/AUTOMATIC1111/stable-diffusion-webui, modules/api/api.py and modules/api/models.py.
@@ -233,7 +233,7 @@ def _hash(served: Served) -> str:
 
 
 def _image_request(served: Served, wanted: A1111Request, seeds: tuple[int, ...]) -> ImageRequest:
-    """Turn the fields into a request; image k has the seed after that of image k - 1, as in the web UI."""
+    """Turn the fields into a request; image k has seed + k, as in the web UI."""
     prompts = served.prompts
     has_prompts = prompts.free or bool(prompts.prompts)
     return ImageRequest(

@@ -53,7 +53,7 @@ AUTOMATIC = ("", "Automatic")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class A1111Request:
-    """What a client of the A1111 API asks for."""
+    """A request of the A1111 API."""
 
     prompt: str = ""
     negative_prompt: str = ""

@@ -1,7 +1,7 @@
 """KServe's Open Inference Protocol v2: whole sampling, and single calls of the denoiser.
 
-A served model `m` is two models here. `m` samples: its inputs are those of `_INPUTS`, its outputs are `images` and
-`seed`. `m.denoiser` makes one call of the full model: its inputs are those of the denoiser, its output is `prediction`.
+A served model `m` is two models here. `m` samples: it takes the inputs in `_INPUTS`, and returns `images` and `seed`.
+`m.denoiser` makes one call of the full model: it takes the inputs of the denoiser, and returns `prediction`.
 
 Source:
     https://github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md.
@@ -13,6 +13,7 @@ import asyncio
 import io
 import math
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from starlette.responses import Response
 import unetc
 from unetc.artifacts.call_input import CallInput
 from unetc.call import TIMESTEP
-from unetc.errors import NonFiniteError, ShapeMismatch
+from unetc.errors import NonFiniteError, QueueFull, ShapeMismatch
 from unetc.report.pictures import to_pixels
 
 from .door import Door, answer_unless_gone
@@ -43,6 +44,8 @@ VERSION = "1"
 _OUTPUT_DATATYPE = "output_datatype"
 """Parameter that chooses the datatype of images or predictions."""
 _OUTPUT_KINDS: Mapping[str, type[np.generic]] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}
+_ROWS_PER_IMAGE = 3
+"""Most rows that guidance calls the denoiser with, per image."""
 _IGNORED = frozenset({"priority"})
 """Parameters of the protocol that change no output."""
 
@@ -77,6 +80,7 @@ _INPUTS: Mapping[str, _Input] = {
 def make_router(service: Service) -> APIRouter:
     """Make the routes of the protocol."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+    calls: Counter[str] = Counter()
 
     @router.get("")
     async def server() -> dict[str, Any]:
@@ -120,7 +124,7 @@ def make_router(service: Service) -> APIRouter:
         try:
             asked = await service.in_thread(read_infer, body, length)
             if denoiser:
-                outputs, facts = await _call(service, served, asked)
+                outputs, facts = await _call(service, served, asked, calls)
             else:
                 running = await service.submit(_image_request(asked, served))
                 outputs, facts = _images_of(await answer_unless_gone(request, running), asked)
@@ -360,18 +364,31 @@ def _denoiser_metadata(served: Served) -> dict[str, Any]:
 
 
 async def _call(
-    service: Service, served: Served, asked: InferRequest
+    service: Service, served: Served, asked: InferRequest, calls: Counter[str]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Call the full model once; it predicts in the datatype of the sample if that is `FP16`, or as asked."""
+    """Call the full model once; it predicts in the datatype of the sample if that is `FP16`, or as asked.
+
+    Args:
+        service: The service.
+        served: The model.
+        asked: Inputs of the call.
+        calls: Calls of each model that are not finished.
+    """
     service.check_ready()
     inputs = _call_inputs(service, served, asked)
     kind = asked.parameters.get(_OUTPUT_DATATYPE)
     if kind is None:
         kind = "FP16" if asked.inputs["sample"].datatype == "FP16" else "FP32"
-    prediction = await asyncio.wrap_future(served.batcher.call(inputs))
+    if (ahead := calls[served.name]) >= service.settings.queue:
+        raise QueueFull(f"{ahead} calls of {served.name}{DENOISER} wait. Try again later.", 1.0)
+    calls[served.name] += 1
+    try:
+        prediction = await asyncio.wrap_future(served.batcher.call(inputs))
+    finally:
+        calls[served.name] -= 1
     if not (np.isfinite(prediction).all() or asked.is_binary("prediction")):
         raise NonFiniteError("the prediction has NaN or infinity, which JSON cannot hold. Request binary data.")
-    with np.errstate(over="ignore"):  # infinity is what float16 has for such numbers
+    with np.errstate(over="ignore"):  # a number too large for float16 becomes infinity
         return {"prediction": prediction.astype(_OUTPUT_KINDS[kind], copy=False)}, {}
 
 
@@ -418,9 +435,11 @@ def _call_inputs(service: Service, served: Served, asked: InferRequest) -> dict[
     batch, _, height, width = sample.shape
     if timestep.shape not in ((), (1,), (batch,)):
         raise BodyError({TIMESTEP: f"has shape {list(timestep.shape)}; expected [{batch}] or [1]"})
-    pixels, limits = batch * height * width * served.scale**2, service.settings
-    if pixels > limits.images * limits.pixels:
-        raise BodyError({"sample": f"has {pixels} pixels in total; expected at most {limits.images * limits.pixels}"})
+    limits = service.settings
+    if batch > _ROWS_PER_IMAGE * limits.images:
+        raise BodyError({"sample": f"has {batch} rows; expected at most {_ROWS_PER_IMAGE * limits.images}"})
+    if height * width * served.scale**2 > limits.pixels:
+        raise BodyError({"sample": f"is {height} x {width}; images of that size exceed {limits.pixels} pixels"})
     zeros = {one.name: np.zeros(one.shape(batch, height, width), np.float32) for one in calls.controlnet}
     times = np.ascontiguousarray(np.broadcast_to(timestep.reshape(-1), (batch,)), np.float32)
     return {"sample": sample, TIMESTEP: times, **zeros, **given}

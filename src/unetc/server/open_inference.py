@@ -60,7 +60,7 @@ class TensorInput:
     datatype: str
     """Datatype in the request; BF16 arrives as float32."""
     array: NDArray[Any]
-    """Values; those of `BYTES` are Python bytes."""
+    """Values; Python bytes for `BYTES`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,7 +82,7 @@ def _page() -> tuple[str, str]:
 
 
 def _describe(served: Served) -> dict[str, Any]:
-    """Describe a model: what it takes, and its quality levels."""
+    """Describe a model: its prompts, its steps and its quality levels."""
     prompts, manifest = served.prompts, served.bundle.manifest
     height, width = served.size
     choices = list(prompts.prompts)
