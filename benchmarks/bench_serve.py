@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -208,11 +208,11 @@ async def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
     return {"capacity": capacity, "latency": latency, "curve": curve}
 
 
-async def in_turns(rounds: int, runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+async def in_turns(rounds: int, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
     """Make every measurement once per round, in an order that turns around."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
-        for name in runs if turn % 2 else reversed(runs):
+        for name in runs if turn % 2 else reversed(list(runs)):
             found[name].append(await runs[name]())
     return found
 

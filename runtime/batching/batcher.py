@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +25,9 @@ from unetc.runtime.loop import Start
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
 
+from .limits import BatchLimits, CallRecord, Load
 from .member import Joined, Member, Rows
+from .orders import Errand, Order, fail, single_starts
 from .pace import Pace
 from .request import FULL, Progress, SampleRequest, SampleResult, Ticket
 from .turns import Waiting, choose
@@ -35,82 +36,6 @@ from .warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLimits:
-    """How much a batcher does at once."""
-
-    rows: int = 8
-    """Most rows of a call, for engines that no measurement limits."""
-    seats: int = 16
-    """Most images that are on their way at once; the others wait, so that those on their way are soon finished."""
-    queue: int = 256
-    """Most images that wait."""
-    captured: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Rows of calls on a device that prepares for every shape; others are rounded up to these."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallRecord:
-    """One engine call, for metrics."""
-
-    level: str
-    """Quality level of its first member."""
-    engine: int
-    """Engine in that level's plan; 0 for the full model."""
-    phase: int | None
-    """Phase of that member; None for the full model."""
-    rows: int
-    padding: int
-    """Further rows, which only fill the call."""
-    rollouts: int
-    seconds: float
-    switched: bool
-    """Whether the call before ran another engine."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """How busy a batcher is."""
-
-    waiting: int
-    """Images that have no seat yet."""
-    running: int
-    """Images on their way."""
-    seconds: float
-    """Estimated time until all of them are finished."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Order:
-    """A request on the engine thread's side."""
-
-    ticket: Ticket
-    session: Session
-    starts: list[Start]
-    """Starts of images without a seat, the next one last."""
-    calls: int
-    """Calls per image."""
-    rows: int
-    """Rows per image and call."""
-    submitted: float
-    deadline: float
-    on_step: Callable[[Progress], None] | None
-    members: list[Member] = field(default_factory=list)
-    """Images with a seat or finished, in the order of their index."""
-    began: float | None = None
-
-    @property
-    def running(self) -> int:
-        """Number of images on their way."""
-        return sum(1 for member in self.members if not member.finished)
-
-    @property
-    def left(self) -> int:
-        """Number of rows to compute, over all steps."""
-        steps = sum(member.steps - member.step for member in self.members) + self.calls * len(self.starts)
-        return steps * self.rows
 
 
 class Batcher:
@@ -145,9 +70,9 @@ class Batcher:
         self._stand_ins = _stand_ins(self._sessions.values())
         self._pace = Pace()
         self._changed = threading.Condition()
-        self._orders: list[_Order] = []
+        self._orders: list[Order] = []
         """Accepted requests, in the order of their arrival."""
-        self._errands: list[Callable[[], None]] = []
+        self._errands: list[Errand] = []
         """Further work for the engine thread."""
         self._accepting = True
         self._stopping = False
@@ -201,10 +126,10 @@ class Batcher:
         )
         now = time.monotonic()
         ticket = Ticket(request=request)
-        order = _Order(
+        order = Order(
             ticket=ticket,
             session=session,
-            starts=_single(start)[::-1],
+            starts=single_starts(start)[::-1],
             calls=start.table.steps,
             rows=start.conditions.rows_per_sample,
             submitted=now,
@@ -292,7 +217,7 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def _admit(self, order: _Order) -> None:
+    def _admit(self, order: Order) -> None:
         """Refuse an order that cannot be finished in time, or for which there is no room."""
         if not self._accepting or self.crashed is not None:
             raise BatcherStopped("the server is shutting down and accepts no requests. Ask another one, or later.")
@@ -320,7 +245,7 @@ class Batcher:
         shared = self._backlog() + calls * rows * count * self._pace.per_row(level)
         return max(shared, calls * self._pace.per_call(level))
 
-    def _position(self, order: _Order) -> int | None:
+    def _position(self, order: Order) -> int | None:
         with self._changed:
             if order not in self._orders:
                 return None
@@ -329,7 +254,7 @@ class Batcher:
             before = self._orders[: self._orders.index(order)]
             return 1 + sum(1 for one in before if one.starts)
 
-    def _preview(self, order: _Order) -> Future[Array | None]:
+    def _preview(self, order: Order) -> Future[Array | None]:
         def copy() -> Array | None:
             if not order.members or order.starts:
                 return None
@@ -337,7 +262,7 @@ class Batcher:
 
         return self._errand(copy)
 
-    def _decode(self, order: _Order) -> Array:
+    def _decode(self, order: Order) -> Array:
         """Decode the current samples of a request."""
         samples = [self._device.to_array(member.sample) for member in order.members]
         return order.session.decode(np.concatenate(samples))
@@ -348,22 +273,13 @@ class Batcher:
 
     def _errand(self, work: Callable[[], Result]) -> Future[Result]:
         """Let the engine thread do something between two calls."""
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work())
-            except Exception as error:  # belongs to whoever asked
-                future.set_exception(error)
-
+        errand = Errand(work)
         with self._changed:
             if self.crashed is not None or self._stopping:
                 raise BatcherStopped("the engine thread has ended.")
-            self._errands.append(run)
+            self._errands.append(errand)
             self._changed.notify_all()
-        return future
+        return errand.future
 
     def _run(self) -> None:
         """Drive the engines until the batcher is closed."""
@@ -380,12 +296,12 @@ class Batcher:
             with self._changed:
                 stopped = BatcherStopped("the engine thread has ended.")
                 for order in self._orders:
-                    _fail(order, stopped)
+                    fail(order, stopped)
                 self._orders.clear()
                 errands, self._errands = self._errands, []
                 self._changed.notify_all()
             for errand in errands:
-                errand()
+                errand.fail(stopped)
 
     def _prepare(self) -> bool:
         """Wait for work, run errands, drop orders that were given up, and fill seats; False at the end."""
@@ -398,7 +314,7 @@ class Batcher:
                 self._drop()
                 newcomers = self._seat()
             for errand in errands:
-                errand()
+                errand.run()
             for order, start in newcomers:
                 self._begin(order, start)
             if any(order.running for order in self._orders):
@@ -412,18 +328,18 @@ class Batcher:
                 order.ticket.future.cancel()
             elif now > order.deadline:
                 seconds = order.ticket.request.seconds
-                _fail(order, DeadlineExceeded(f"the request was not finished within its time limit of {seconds:g} s."))
+                fail(order, DeadlineExceeded(f"the request was not finished within its time limit of {seconds:g} s."))
             else:
                 continue
             self._remove(order)
 
-    def _remove(self, order: _Order) -> None:
+    def _remove(self, order: Order) -> None:
         self._orders.remove(order)
         for member in order.members:
             self._last_turn.pop(member, None)
         self._changed.notify_all()
 
-    def _seat(self) -> list[tuple[_Order, Start]]:
+    def _seat(self) -> list[tuple[Order, Start]]:
         """Choose the images that get the free seats: requests with few images on their way come first."""
         running = {order: order.running for order in self._orders}
         free, chosen = self._limits.seats - sum(running.values()), []
@@ -434,10 +350,18 @@ class Batcher:
             free -= 1
         return chosen
 
-    def _begin(self, order: _Order, start: Start) -> None:
+    def _begin(self, order: Order, start: Start) -> None:
+        if order not in self._orders:  # another image of the same request could not begin
+            return
         if order.began is None:
             order.began = time.monotonic()
-        member = Member(order.session, start, full_model=order.ticket.request.level == FULL)
+        try:
+            member = Member(order.session, start, full_model=order.ticket.request.level == FULL)
+        except UnetcError as error:
+            with self._changed:
+                fail(order, error)
+                self._remove(order)
+            return
         order.members.append(member)
         self._last_turn[member] = self._turn
 
@@ -450,7 +374,7 @@ class Batcher:
         for member, error in failed.items():
             if owners[member] in self._orders:
                 with self._changed:
-                    _fail(owners[member], error)
+                    fail(owners[member], error)
                     self._remove(owners[member])
         for order in dict.fromkeys(owners[member] for member in members):
             if order in self._orders:
@@ -491,7 +415,7 @@ class Batcher:
         return self._largest.get(key[0], self._limits.rows)
 
     def _advance(
-        self, program: Program, members: Sequence[Member], owners: Mapping[Member, _Order]
+        self, program: Program, members: Sequence[Member], owners: Mapping[Member, Order]
     ) -> dict[Member, UnetcError]:
         """Call a program for some members and advance them; return the members that cannot go on."""
         rows = sum(member.rows for member in members)
@@ -543,7 +467,7 @@ class Batcher:
         self,
         program: Program,
         members: Sequence[Member],
-        owners: Mapping[Member, _Order],
+        owners: Mapping[Member, Order],
         rows: int,
         padding: int,
         seconds: float,
@@ -566,7 +490,7 @@ class Batcher:
                 )
             )
 
-    def _report(self, order: _Order) -> None:
+    def _report(self, order: Order) -> None:
         """Tell a request's owner about its progress, or hand over its images."""
         ticket, members = order.ticket, order.members
         slowest = min(members, key=lambda member: member.step)
@@ -581,7 +505,7 @@ class Batcher:
         try:
             images = self._decode(order)
         except UnetcError as error:
-            _fail(order, error)
+            fail(order, error)
         else:
             now, began = time.monotonic(), order.began or order.submitted
             if not ticket.future.cancelled() and ticket.future.set_running_or_notify_cancel():
@@ -607,18 +531,3 @@ def _stand_ins(sessions: Iterable[Session]) -> Mapping[Program, tuple[Program, .
         if engine is not session.full:
             found.setdefault(session.full, {})[engine] = None
     return {full: tuple(engines) for full, engines in found.items()}
-
-
-def _single(start: Start) -> list[Start]:
-    """Split the start of a batch into starts of single images."""
-    images = []
-    for row, index in enumerate(start.indices):
-        conditions = start.conditions.take([row])
-        images.append(replace(start, noise=start.noise[row : row + 1], conditions=conditions, indices=[index]))
-    return images
-
-
-def _fail(order: _Order, error: UnetcError) -> None:
-    """Hand over an error, unless the client has given up."""
-    if not order.ticket.future.cancelled() and order.ticket.future.set_running_or_notify_cancel():
-        order.ticket.future.set_exception(error)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from random import Random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +15,7 @@ def one(member: str, key: str, rows: int = 1, age: int = 1, urgent: bool = False
     return Waiting(member=member, key=key, rows=rows, age=age, urgent=urgent)
 
 
-def most(rows: int):  # type: ignore[no-untyped-def]
+def most(rows: int) -> Callable[[str], int]:
     return lambda key: rows
 
 
@@ -46,7 +49,7 @@ def test_a_member_with_more_rows_than_a_call_runs_alone() -> None:
     largest=st.integers(1, 8),
     moves=st.randoms(),
 )
-def test_nobody_waits_forever(keys: list[str], rows: int, largest: int, moves: st.DataObject) -> None:
+def test_nobody_waits_forever(keys: list[str], rows: int, largest: int, moves: Random) -> None:
     """Whoever has run goes anywhere; the others wait no longer than a bound that follows from the sizes."""
     group, last = dict(enumerate(keys)), dict.fromkeys(range(len(keys)), 0)
     together = max(1, largest // rows)
@@ -60,4 +63,4 @@ def test_nobody_waits_forever(keys: list[str], rows: int, largest: int, moves: s
         for member in map(int, chosen):
             assert group[member] == key
             last[member] = turn
-            group[member] = moves.choice("abcde")  # type: ignore[attr-defined]
+            group[member] = moves.choice("abcde")

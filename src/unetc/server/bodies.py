@@ -83,7 +83,7 @@ class ImageBody(BaseModel):
     def _read_format(cls, value: object) -> object:
         """Take the name of a format, which strict reading would not."""
         try:
-            return value if value is None else Format(value)
+            return value if value is None else Format(str(value))
         except ValueError:
             raise ValueError(f"expected {', '.join(Format)}") from None
 

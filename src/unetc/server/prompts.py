@@ -89,7 +89,8 @@ class PromptReader:
         if wanted.label is not None:
             raise RequestError("this model has no classes. Omit label.", "label")
         if not self.prompts and self._encoder is None:
-            return self._without_prompts(wanted)
+            self._refuse_prompts(wanted)
+            return None
         if wanted.prompt is None and not wanted.negative_prompt:
             rows = self._own.take(range(wanted.first_index, wanted.first_index + wanted.count))
             return None if wanted.guidance_scale is None else self._scaled(rows, wanted.guidance_scale)
@@ -118,7 +119,7 @@ class PromptReader:
         except ModelError:
             raise RequestError(f"label {label} is not one of 0 to {classes - 1}.", "label") from None
 
-    def _without_prompts(self, wanted: Wanted) -> None:
+    def _refuse_prompts(self, wanted: Wanted) -> None:
         if wanted.prompt:
             raise RequestError("this model takes no prompts. Send an empty prompt, or none.", "prompt")
         self._refuse_guidance(wanted)

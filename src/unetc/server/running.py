@@ -38,6 +38,7 @@ class Running:
         self._answer.add_done_callback(lambda done: done.exception())  # or asyncio complains if nobody asks
         self._change: asyncio.Future[None] = self._loop.create_future()
         self._notified = threading.Event()
+        self._last: Progress | None = None
 
     @property
     def done(self) -> bool:
@@ -63,11 +64,9 @@ class Running:
 
     def give_up(self, error: UnetcError) -> None:
         """Give up with another reason."""
-        if not self._answer.done():
-            self._answer.set_exception(error)
-            self._notify()
-        for ticket in tuple(self._tickets):
-            ticket.cancel()
+        if self._answer.done():
+            return
+        self._end(error)
 
     @property
     def position(self) -> int | None:
@@ -78,6 +77,8 @@ class Running:
     @property
     def progress(self) -> Progress | None:
         """Progress of its slowest images; None before their first step."""
+        if self.done:
+            return self._last
         reports = [ticket.progress for ticket in self._tickets]
         return min((one for one in reports if one), key=lambda one: one.done) if all(reports) and reports else None
 
@@ -130,7 +131,7 @@ class Running:
     def add(self, ticket: Ticket) -> None:
         """Add a part of the request; may be called from any thread."""
         self._tickets.append(ticket)
-        if self._answer.done():  # it was given up meanwhile
+        if self.done:  # it was given up meanwhile
             ticket.cancel()
 
     def follow(self) -> None:
@@ -146,12 +147,21 @@ class Running:
         failed = next((one for one in futures if one.done() and (one.cancelled() or one.exception())), None)
         if failed is not None:
             error = None if failed.cancelled() else failed.exception()
-            self._answer.set_exception(error or RequestCancelled("the request was cancelled."))
-            self.cancel()  # the other parts
-            self._notify()
+            self._end(error or RequestCancelled("the request was cancelled."))
         elif all(one.done() for one in futures):
-            self._answer.set_result(self._answered([one.result() for one in futures]))
-            self._notify()
+            self._end(self._answered([one.result() for one in futures]))
+
+    def _end(self, outcome: ImageAnswer | BaseException) -> None:
+        """Finish. Parts that are not finished are cancelled, and all are let go: they hold samples on the device."""
+        self._last = self.progress
+        if isinstance(outcome, ImageAnswer):
+            self._answer.set_result(outcome)
+        else:
+            self._answer.set_exception(outcome)
+        tickets, self._tickets = self._tickets, []  # after the answer, so that `add` cancels what it adds from now on
+        for ticket in tickets:
+            ticket.cancel()
+        self._notify()
 
     def _answered(self, results: list[SampleResult]) -> ImageAnswer:
         made = [

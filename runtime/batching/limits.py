@@ -1,0 +1,50 @@
+"""Limits of a batcher, and reports about its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """How much a batcher does at once."""
+
+    rows: int = 8
+    """Most rows of a call, for engines that no measurement limits."""
+    seats: int = 16
+    """Most images that are on their way at once; the others wait, so that those on their way are soon finished."""
+    queue: int = 256
+    """Most images that wait."""
+    captured: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Rows of calls on a device that prepares for every shape; others are rounded up to these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRecord:
+    """One engine call, for metrics."""
+
+    level: str
+    """Quality level of its first member."""
+    engine: int
+    """Engine in that level's plan; 0 for the full model."""
+    phase: int | None
+    """Phase of that member; None for the full model."""
+    rows: int
+    padding: int
+    """Further rows, which only fill the call."""
+    rollouts: int
+    seconds: float
+    switched: bool
+    """Whether the call before ran another engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy a batcher is."""
+
+    waiting: int
+    """Images that have no seat yet."""
+    running: int
+    """Images on their way."""
+    seconds: float
+    """Estimated time until all of them are finished."""
