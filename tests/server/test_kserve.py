@@ -227,7 +227,7 @@ def test_wrong_calls_of_the_denoiser_are_named(client: Any, values: dict[str, An
 
 
 def test_unknown_models_and_large_bodies(client: Any, live: Live) -> None:
-    """Statuses are those of HTTP, and every message has the protocol's form."""
+    """Failures have the statuses of HTTP, and every message has the protocol's form."""
     assert "absent" in refusal(client, "absent", tensors(seed=1), 404)
     assert "version" in refusal(client, "plain", tensors(seed=1), 404, model_version="2")
     large = tensors(sample=np.zeros((1, 1, 2200, 2200), np.float32), timestep=np.float32(1))

@@ -69,7 +69,7 @@ def make(page: Any) -> None:
 
 
 def test_a_picture_is_made_and_compared(page: Any, tiny_bundle: Path) -> None:
-    """The picture is that of a session; beside it are the full model's and their difference."""
+    """The picture equals a session's; the full model's and the difference join it."""
     page.get_by_role("radio", name=re.compile("Saves")).check(force=True)
     page.get_by_label("Seed", exact=True).fill("5")
     make(page)
@@ -101,7 +101,7 @@ def test_progress_and_previews_are_shown_and_a_run_can_be_cancelled(page: Any) -
 
 
 def test_wrong_fields_are_explained(page: Any) -> None:
-    """The page names what it knows to be wrong; the server's words are shown for the rest."""
+    """The page checks the fields that it knows, and shows the server's message for the others."""
     page.get_by_label("Seed", exact=True).fill("-1")
     page.get_by_role("button", name="Make a picture").click()
     playwright.expect(page.get_by_role("alert")).to_contain_text("The seed must be a whole number")
