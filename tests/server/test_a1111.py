@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -198,3 +199,5 @@ def test_clients_with_other_keys_are_left_alone(tiny_bundle: Path, tmp_path: Pat
         live.post("/sdapi/v1/interrupt", headers=others)
         thread.join(timeout=60)
         assert not answers[0][1]["interrupted"]
+        for password, status in (("second-key", 200), ("third-key", 401), ("", 401)):
+            assert httpx2.get(f"{live.address}/sdapi/v1/options", auth=("user", password)).status_code == status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import secrets
@@ -146,8 +147,7 @@ class Gate:
 
     def _check(self, path: str, headers: Headers) -> None:
         if self._keys is not None and path not in self._open:
-            kind, _, key = headers.get("Authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not self._keys.allow(key.strip()):
+            if not self._keys.allow(_key_of(headers.get("Authorization", ""))):
                 raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
         length = headers.get("Content-Length", "0")
         if length.isdecimal() and int(length) > self._limit:
@@ -170,6 +170,20 @@ class Gate:
     def _too_large(self) -> HTTPException:
         """Make an error that FastAPI passes on where it reads a body."""
         return HTTPException(413, f"the body exceeds the limit of {self._limit} bytes. Send less.")
+
+
+def _key_of(authorization: str) -> str:
+    """Read a key, also from the password of HTTP Basic: clients of A1111 send nothing else."""
+    kind, _, key = authorization.partition(" ")
+    match kind.lower():
+        case "bearer":
+            return key.strip()
+        case "basic":
+            try:
+                return base64.b64decode(key.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return ""
+    return ""
 
 
 def _request_id(given: str) -> str:
