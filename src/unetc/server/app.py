@@ -146,9 +146,9 @@ class Gate:
         await self._app(scope, self._bounded(receive), named)
 
     def _check(self, path: str, headers: Headers) -> None:
-        if self._keys is not None and path not in self._open:
-            if not self._keys.allow(_key_of(headers.get("Authorization", ""))):
-                raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
+        key = _key_of(headers.get("Authorization", ""))
+        if self._keys is not None and path not in self._open and not self._keys.allow(key):
+            raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
         length = headers.get("Content-Length", "0")
         if length.isdecimal() and int(length) > self._limit:
             raise self._too_large()
