@@ -21,6 +21,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from unetc.device import Array
+from unetc.errors import brief
 
 from .a1111_fields import A1111Request, read_fields
 from .door import Door, answer_unless_gone
@@ -208,8 +209,9 @@ async def _object(request: Request) -> dict[str, Any]:
     """Read the body of a request."""
     try:
         body = json.loads(await request.body())
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # the answer repeats it
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {error}.") from error
+        raise RequestError(f"the body is not JSON: {brief(error)}.") from error
     if not isinstance(body, dict):
         raise RequestError("the body is not a JSON object.")
     return body

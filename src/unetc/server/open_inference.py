@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from unetc.errors import brief
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Header with the number of bytes of the JSON, if tensors follow it."""
@@ -40,6 +43,8 @@ NUMBERS: Mapping[str, str] = {
 }
 """Element types of numpy by datatype of the protocol."""
 
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Escape of one half of a character."""
 _MOST_TENSORS = 64
 _MOST_AXES = 8
 
@@ -173,9 +178,11 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
 def _object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object; NaN and infinity are not JSON."""
     try:
-        parsed = json.loads(text, parse_constant=_refuse_constant)
+        parsed = json.loads(text.decode(), parse_constant=_refuse_constant)
+        if _HALF.search(text):
+            json.dumps(parsed, ensure_ascii=False).encode()  # fails for half a character, which no answer can repeat
     except (ValueError, RecursionError) as error:
-        raise BodyError({"body": f"expected JSON: {error}"}) from error
+        raise BodyError({"body": f"expected JSON: {brief(error)}"}) from error
     if not isinstance(parsed, dict):
         raise BodyError({"body": f"expected a JSON object, got {_short(parsed)}"})
     return parsed
@@ -289,10 +296,7 @@ def _from_json(item: Mapping[str, Any]) -> TensorInput:
     if datatype == BYTES:
         if (wrong := next((one for one in flat if not isinstance(one, str)), None)) is not None:
             raise ValueError(f"expected strings, got {_short(wrong)}")
-        try:
-            return TensorInput(datatype=datatype, array=_bytes_array([one.encode() for one in flat], shape))
-        except UnicodeEncodeError as error:
-            raise ValueError("expected valid Unicode") from error
+        return TensorInput(datatype=datatype, array=_bytes_array([one.encode() for one in flat], shape))
     if datatype == BFLOAT:
         raise ValueError("BF16 has no form in JSON; send it as bytes")
     return TensorInput(datatype=datatype, array=_numbers(flat, datatype).reshape(shape))
