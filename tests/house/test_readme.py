@@ -98,7 +98,7 @@ def test_python_lines_use_names_that_unetc_has(page: str) -> None:
     compile(code, page, "exec")
     used = set(re.findall(r"\bunetc\.(\w+)", code))
     assert used
-    assert used - {"diffusers"} <= set(unetc.__all__)
+    assert used - {"diffusers", "server"} <= set(unetc.__all__)
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])

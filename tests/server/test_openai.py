@@ -112,7 +112,7 @@ def test_other_formats_are_compressed_as_asked(client: openai.OpenAI, form: str)
 
 
 def test_a_stream_sends_previews_and_then_every_image(client: openai.OpenAI) -> None:
-    events = list(generate(client, seed=5, n=2, num_inference_steps=1000, stream=True, partial_images=3))
+    events = list(generate(client, seed=5, n=2, num_inference_steps=250, stream=True, partial_images=3))
     kinds = [event.type.removeprefix("image_generation.") for event in events]
     assert kinds[-2:] == ["completed", "completed"]
     assert set(kinds[:-2]) == {"partial_image"}
@@ -120,7 +120,7 @@ def test_a_stream_sends_previews_and_then_every_image(client: openai.OpenAI) -> 
     assert {event.partial_image_index for event in partial} <= {0, 1, 2}
     assert len(partial) >= 4, "two images, and at least two of three previews"
     assert all(pixels(event.b64_json).shape == (16, 16) for event in events)
-    whole = generate(client, seed=5, n=2, num_inference_steps=1000)
+    whole = generate(client, seed=5, n=2, num_inference_steps=250)
     for event, image in zip(events[-2:], whole.data, strict=True):
         assert np.abs(pixels(event.b64_json) - pixels(image.b64_json)).max() <= 1
 

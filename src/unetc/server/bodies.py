@@ -31,7 +31,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 class ImageBody(BaseModel):
-    """What the images are to be, and how to send them. Unknown fields are refused."""
+    """A description of images, and the form in which they are sent. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class ImageBody(BaseModel):
     guidance_scale: float | None = None
     """Scale of classifier-free guidance."""
     negative_prompt: str | None = None
-    """What the images should not show."""
+    """Description of things that the images should not show."""
     label: int | None = None
     """Class of the images, for class-conditional models."""
     image: str | None = None

@@ -19,7 +19,7 @@ from unetc.errors import QueueFull, UnetcError
 from .bodies import ImageBody
 from .door import Door, EventStream, event
 from .errors import Problem, RequestCancelled, RequestError, UnknownJob, problem_of
-from .images import Format, encode
+from .images import Format
 from .openai import error_body
 from .service import ImageAnswer, Running, Service
 
@@ -159,9 +159,7 @@ class Jobs:
         """Wait for a job and keep its images."""
         try:
             answer = await job.running.result()
-            files = await self._service.in_thread(
-                encode, answer.images, job.body.form, quality=job.body.output_compression
-            )
+            files = await self._service.encode(answer.images, job.body.form, quality=job.body.output_compression)
         except Exception as error:
             job.problem = job.problem or problem_of(error)
             if not isinstance(error, UnetcError):
@@ -219,7 +217,7 @@ def make_router(service: Service) -> APIRouter:
             samples = found
         else:
             raise UnknownJob(f"job {job.id} has no preview before its first step, or after a failure.")
-        (file,) = await service.in_thread(encode, samples[:1], Format.PNG)
+        (file,) = await service.encode(samples[:1])
         return Response(file, media_type=Format.PNG.media_type, headers={"Cache-Control": "no-store"})
 
     @router.get("/{name}/images/{index}")

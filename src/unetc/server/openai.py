@@ -7,6 +7,7 @@ Source:
 from __future__ import annotations
 
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,6 @@ from unetc.errors import UnetcError
 from .bodies import ImageBody
 from .door import Door, EventStream, answer_unless_gone, event
 from .errors import Problem, problem_of
-from .images import encode_base64
 from .service import ImageAnswer, Running, Served, Service
 
 _NO_TOKENS = {
@@ -77,13 +77,13 @@ def make_router(service: Service) -> APIRouter:
         if body.stream:
             return EventStream(_events(service, running, body, partial), running.cancel)
         answer = await answer_unless_gone(request, running)
-        files = await service.in_thread(encode_base64, answer.images, body.form, quality=body.output_compression)
+        files = await service.encode(answer.images, body.form, quality=body.output_compression)
         return JSONResponse(
             {
                 **_common(answer.level.name, answer.images.shape, body),
                 "created": int(time.time()),
                 "data": [
-                    {"b64_json": data, "seed": seed, "index": index}
+                    {"b64_json": b64encode(data).decode(), "seed": seed, "index": index}
                     for data, seed, index in zip(files, answer.seeds, answer.indices, strict=True)
                 ],
                 "unetc": answer.to_builtins(),
@@ -100,7 +100,7 @@ async def _events(service: Service, running: Running, body: GenerationBody, part
             async for previewed in _previews(service, running, body, partial):
                 yield previewed
         answer = await running.result()
-        files = await service.in_thread(encode_base64, answer.images, body.form, quality=body.output_compression)
+        files = await service.encode(answer.images, body.form, quality=body.output_compression)
         for k, data in enumerate(files):
             yield event("image_generation.completed", _completed(answer, k, data, body))
     except UnetcError as error:
@@ -119,13 +119,13 @@ async def _previews(service: Service, running: Running, body: GenerationBody, pa
         samples = await service.in_thread(running.preview)
         if samples is None:
             continue
-        files = await service.in_thread(encode_base64, samples, body.form, quality=body.output_compression)
+        files = await service.encode(samples, body.form, quality=body.output_compression)
         for k, data in enumerate(files):
             yield event(
                 "image_generation.partial_image",
                 {
                     "type": "image_generation.partial_image",
-                    "b64_json": data,
+                    "b64_json": b64encode(data).decode(),
                     "partial_image_index": due - 1,
                     "image_index": k,
                     "created_at": int(time.time()),
@@ -137,10 +137,10 @@ async def _previews(service: Service, running: Running, body: GenerationBody, pa
             )
 
 
-def _completed(answer: ImageAnswer, k: int, data: str, body: GenerationBody) -> dict[str, object]:
+def _completed(answer: ImageAnswer, k: int, data: bytes, body: GenerationBody) -> dict[str, object]:
     return {
         "type": "image_generation.completed",
-        "b64_json": data,
+        "b64_json": b64encode(data).decode(),
         "image_index": k,
         "seed": answer.seeds[k],
         "created_at": int(time.time()),

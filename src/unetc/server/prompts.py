@@ -35,7 +35,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a request says about the contents of its images."""
+    """The contents of images, as a request describes them."""
 
     prompt: str | None
     negative_prompt: str | None

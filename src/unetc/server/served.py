@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from unetc.device import Array
+from unetc.errors import SessionError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.batcher import Batcher, BatchLimits
 from unetc.runtime.batching.request import FULL
@@ -19,6 +20,9 @@ from .image_request import ImageRequest, Level
 from .metrics import Metrics
 from .prompts import PromptReader
 from .settings import ServerSettings
+
+_CHANNELS = 1, 3
+"""Channels of images that files can hold: grey and colour."""
 
 
 class Served:
@@ -77,15 +81,17 @@ class Served:
         Raises:
             UnetcError: If an engine cannot be loaded, or fails.
         """
-        from unetc.runtime.batching.levels import open_levels
+        from unetc.runtime.batching.levels import largest_calls, open_levels
 
         manifest = self.bundle.manifest
         backend = backend_for(manifest, target=settings.target, threads=settings.threads, memory=settings.memory)
         on_progress(Progress(stage=f"loading {self.name}", done=0, total=2))
         self.sessions = open_levels(self.bundle, backend)
+        self.prompts = PromptReader(self.bundle, self.sessions[FULL].text)
         batcher = Batcher(
             self.sessions,
             limits=BatchLimits(queue=settings.queue),
+            largest=largest_calls(self.bundle, self.sessions),
             on_call=lambda call: metrics.call(self.name, call),
         )
         self._batcher = batcher
@@ -102,10 +108,13 @@ class Served:
         """
         if request.image is None or isinstance(request.image, np.ndarray):
             return request.image
-        channels = self.bundle.manifest.sample_shape[0]
-        if self.bundle.manifest.decoder is not None or channels not in (1, 3):
-            raise request.problem("image", "this bundle has no encoder for images, so {} cannot be used. Omit it.")
+        session = self.sessions[FULL]
+        channels = session.image_shape[0]
         name = request.names.get("image", "image")
-        return pictures.to_samples(
-            pictures.decode(request.image, name, most_pixels=most_pixels), channels, height, width
-        )
+        if channels not in _CHANNELS:
+            raise request.problem("image", f"this model makes images of {channels} channels. Omit {{}}.")
+        image = pictures.decode(request.image, name, most_pixels=most_pixels)
+        try:
+            return session.encode(pictures.to_samples(image, channels, height, width))
+        except SessionError as error:
+            raise request.problem("image", f"{{}}: {error}") from error

@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from unetc.device import Array
 from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
@@ -32,6 +33,7 @@ from unetc.runtime.bundle import Bundle
 
 from .errors import NotReady, RequestCancelled, RequestError, UnknownModel
 from .image_request import ImageAnswer, ImageRequest, Level
+from .images import Format, encode
 from .metrics import Metrics, Outcome
 from .prompts import Wanted
 from .running import Running
@@ -46,6 +48,8 @@ _LARGEST_SEED = 2**63 - 1
 _DRAWN_SEEDS = 2**32
 """Seeds that are drawn for requests without one: short enough to type."""
 _LARGEST_SCALE = 100.0
+_FEW_VALUES = 2**14
+"""Most values of noise that are drawn on the event loop, in less than a millisecond."""
 _STRENGTH = 0.8
 """Share of the steps that change an image, where the request does not say."""
 
@@ -170,15 +174,24 @@ class Service:
         served = self.find(request.model, field=request.names.get("model", "model"))
         running = Running(served.name, request, self._asked(served, request))
         try:
-            await self.in_thread(self._accept, served, running, watch)
+            if self._is_brief(served, request):
+                self._accept(served, running, watch)
+            else:
+                await self.in_thread(self._accept, served, running, watch)
         except BaseException:
             running.cancel()
             raise
         running.follow()
         return running
 
+    def _is_brief(self, served: Served, request: ImageRequest) -> bool:
+        """Check whether a request is accepted sooner than a thread is woken up: few numbers, and nothing to encode."""
+        values = request.total * math.prod(served.bundle.manifest.sample_shape)
+        own_size = request.height is None and request.width is None
+        return own_size and request.image is None and not served.prompts.free and 0 < values <= _FEW_VALUES
+
     def _accept(self, served: Served, running: Running, watch: bool) -> None:
-        """Encode prompts, choose a level and submit all parts; takes a while, so it runs on a thread."""
+        """Encode prompts, choose a level and submit all parts; mostly on a thread, as it may take a while."""
         request = running.request
         parts = self._parts(served, request)
         self.check_ready()
@@ -220,6 +233,12 @@ class Service:
     async def sample(self, request: ImageRequest) -> ImageAnswer:
         """Submit a request and wait for its images; raises as `submit` and `Running.result` do."""
         return await (await self.submit(request)).result()
+
+    async def encode(self, images: Array, form: Format = Format.PNG, *, quality: int | None = None) -> list[bytes]:
+        """Encode images as `images.encode` does: on a thread, unless they are so small that waking it takes longer."""
+        if images.size <= _FEW_VALUES:
+            return encode(images, form, quality=quality)
+        return await self.in_thread(encode, images, form, quality=quality)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run blocking work, such as encoding images, on a thread."""
@@ -325,9 +344,11 @@ class Service:
         return self._check_size(served, request)
 
     def _check_size(self, served: Served, request: ImageRequest) -> tuple[int, int]:
+        usual = served.size
+        if isinstance(request.image, np.ndarray) and request.image.ndim == 4:  # samples have a size already
+            usual = request.image.shape[2] * served.scale, request.image.shape[3] * served.scale
         height, width = (
-            own if given is None else given
-            for own, given in zip(served.size, (request.height, request.width), strict=True)
+            own if given is None else given for own, given in zip(usual, (request.height, request.width), strict=True)
         )
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % served.scale:

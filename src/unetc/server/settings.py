@@ -73,7 +73,7 @@ class ApiKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What the server serves, and its limits."""
+    """Bundles to serve, and limits."""
 
     bundles: Sequence[BundleSource]
     host: str = "127.0.0.1"

@@ -12,7 +12,7 @@ from ..options import BundleTarget, Json
 
 
 class LoadGroup(Group, panel="Under load"):
-    """What happens when requests come faster than images can be made."""
+    """Limits for the time when requests come faster than images can be made."""
 
     queue: Annotated[int, typer.Option(min=1, help="Most images that wait; further requests get 429.")] = 64
     deadline: Annotated[
@@ -30,7 +30,7 @@ class LoadGroup(Group, panel="Under load"):
 
 
 class AccessGroup(Group, panel="Access and limits"):
-    """Who may send what."""
+    """Clients that are let in, and limits of their requests."""
 
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000
