@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unetc
-from unetc.artifacts.manifest import Manifest
+from unetc.artifacts.manifest import FULL, Control, Level, Manifest
 from unetc.artifacts.verification import ControlResult, EngineUse, Verification
 from unetc.backend import Backend
 from unetc.conditions import Conditions
@@ -47,18 +47,25 @@ class VerifyOptions:
     """The bundle's batch when not given."""
     seed: int | None = None
     """A seed far from the used ones when not given."""
+    level: str | None = None
+    """Name of the quality level; the default level when not given."""
     target: str | None = None
     """Where engines run; the target the bundle was built for when not given."""
 
 
 def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ignore) -> Verification:
-    """Measure time and damage of a bundle and its controls.
+    """Measure time and damage of a quality level, and of the controls of the default level if it is that one.
 
     Raises:
-        SessionError: If the seed was used by analysis or build, an option is out of range, or there is no such target.
+        SessionError: If the seed was used by analysis or build, an option is out of range, or there is no such level
+            or target.
         MissingDependency: If the target's backend is not installed.
     """
     manifest = bundle.manifest
+    if options.level == FULL:
+        known = ", ".join(level.name for level in manifest.levels)
+        raise SessionError(f"the full model is what quality levels are compared with. Expected one of: {known}.")
+    level = manifest.levels[0] if options.level is None else manifest.level(options.level)
     seed = max(manifest.used_seeds) + HELD_OUT if options.seed is None else options.seed
     if seed in manifest.used_seeds:
         raise SessionError(f"seed {seed} was used to make this bundle; expected any but {list(manifest.used_seeds)}.")
@@ -67,19 +74,20 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         raise SessionError(f"rounds and batch must be at least 1, got {options.rounds} and {batch}.")
     target = options.target or manifest.target
     backend = open_backend(target, threads=manifest.threads)
-    session = Session.of(bundle, backend)
-    contenders, fewer = _contenders(bundle, backend, session, batch, seed)
+    session = Session.of(bundle, backend, level=level.name)
+    controls = manifest.controls if level is manifest.levels[0] else ()
+    contenders, fewer = _contenders(bundle, backend, session, controls, batch, seed)
     times, sampled = _run(contenders, options.rounds, on_progress)
     outputs = {name: session.decode(latents) for name, latents in sampled.items()}
     ratios = {name: row / times["full"] for name, row in times.items()}
     return Verification(
         unetc=unetc.__version__,
         model=manifest.model,
-        plan_sha256=manifest.plan.sha256(),
+        plan_sha256=level.plan.sha256(),
         target=target,
         threads=manifest.threads,
         environment=describe(),
-        budget=manifest.plan.budget,
+        budget=level.plan.budget,
         scheduler=manifest.scheduler.name,
         steps=manifest.steps,
         samples=len(outputs["full"]),
@@ -91,14 +99,14 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         time_ratio_p90=float(np.percentile(ratios["plan"], 90)),
         damage=measure_damage(outputs["full"], outputs["plan"]),
         controls=_control_results(outputs, ratios, fewer, manifest.steps),
-        engines=_engine_uses(manifest, session),
-        disk_bytes=_disk_bytes(manifest, [manifest.full.graph, *(engine.graph for engine in manifest.engines)]),
+        engines=_engine_uses(level, session, manifest.steps),
+        disk_bytes=_disk_bytes(manifest, [manifest.full.graph, *(engine.graph for engine in level.engines)]),
         full_disk_bytes=_disk_bytes(manifest, [manifest.full.graph]),
     )
 
 
 def _contenders(
-    bundle: Bundle, backend: Backend, session: Session, batch: int, seed: int
+    bundle: Bundle, backend: Backend, session: Session, controls: tuple[Control, ...], batch: int, seed: int
 ) -> tuple[dict[str, Callable[[int], Array]], int]:
     """Make the functions that sample a batch from its first index on, and count the steps of `fewer_steps`."""
     conditions = _held_out(bundle.manifest, bundle.conditions)
@@ -115,7 +123,7 @@ def _contenders(
         "plan": partial(sample, session),
         "fewer_steps": partial(sample, session, full_model=True, steps=fewer),
     }
-    for control in bundle.manifest.controls:
+    for control in controls:
         contenders[control.name] = partial(sample, Session.of(bundle, backend, control=control))
     return contenders, fewer
 
@@ -187,11 +195,11 @@ def _describe(group: str, count: int, fewer: int, steps: int) -> str:
     return f"{text} ({count} plans)" if count > 1 else text
 
 
-def _engine_uses(manifest: Manifest, session: Session) -> tuple[EngineUse, ...]:
-    schedule = session.schedule(manifest.steps)
+def _engine_uses(level: Level, session: Session, steps: int) -> tuple[EngineUse, ...]:
+    schedule = session.schedule(steps)
     return tuple(
         EngineUse(step_ms=engine.step_ms, steps=schedule.count(i), removed=len(engine.treatments))
-        for i, engine in enumerate(manifest.engines)
+        for i, engine in enumerate(level.engines)
     )
 
 

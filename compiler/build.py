@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 
-from unetc.artifacts.manifest import Control, EnginePair, Manifest, Measurement
+from unetc.artifacts.manifest import Control, EnginePair, Level, Manifest, Measurement, level_name
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile
 from unetc.artifacts.scope import control_scope
+from unetc.compiler.planner.emissions import share_engines
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
 from unetc.compiler.search.controls import make_controls
@@ -26,6 +29,7 @@ from unetc.errors import PlanError, QualityGateError
 from unetc.models.model import Model
 from unetc.percent import percent
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.runtime.rollout import FULL_ENGINE
 
 from .contents import Contents
 from .store import check_destination, write_bundle
@@ -40,6 +44,9 @@ class BuildOptions:
     """Options of a build."""
 
     plan: PlanOptions
+    """Budget of the default quality level, and limits of every level."""
+    ladder: tuple[float, ...] = ()
+    """Budgets of further quality levels, rising from the default level's."""
     steps: int = 50
     """Default number of steps of the bundle; time and damage are measured with it."""
     quality_gate: QualityGate | None = None
@@ -50,6 +57,32 @@ class BuildOptions:
     """Whether to add control plans, for `verify` and the report."""
     random_plans: int = 5
     """Number of random control plans."""
+
+    def __post_init__(self) -> None:
+        """Check the ladder.
+
+        Raises:
+            PlanError: If a budget is out of range, two levels would have the same name, or budgets do not rise.
+        """
+        if not self.ladder:
+            return
+        got = ", ".join(f"{budget:g}" for budget in self.budgets)
+        for budget in self.ladder:
+            replace(self.plan, budget=budget)
+        if self.at is not None:
+            raise PlanError(
+                f"{self.at} chooses one plan itself, but several budgets are given: {got}. Give one of them."
+            )
+        if not all(level_name(low) != level_name(high) and low < high for low, high in pairwise((0.0, *self.budgets))):
+            raise PlanError(
+                f"the budgets of quality levels must rise in steps of at least 0.001, from above 0; got {got}. "
+                "Try 0.27,0.4,0.55. The full model is a level of every bundle."
+            )
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Budgets of all quality levels, the default level's first."""
+        return (self.plan.budget, *self.ladder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +111,8 @@ def build(
         path: Folder of the bundle; an older bundle there is replaced.
         options: Saving, limits and extras.
         cache: Folder for captures and partial results.
-        plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given.
+        plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given. It is
+            the only quality level then.
         on_progress: Called as the work advances.
 
     Returns:
@@ -87,11 +121,15 @@ def build(
     Raises:
         ModelError: If the model cannot be captured.
         ProfileError: If the profile belongs to another model.
-        PlanError: If no plan meets the budget.
-        QualityGateError: If the quality gate fails; the message names the largest budget that passes.
+        PlanError: If no plan meets a budget, or a plan is given along with several budgets.
+        QualityGateError: If a quality level fails the gate; the message names the largest budget that passes.
         ArtifactError: If the bundle cannot be written.
     """
     check_destination(path)
+    if plan is not None and options.ladder:
+        raise PlanError(
+            f"one plan is given, and {len(options.budgets)} budgets. Give the plan alone, or the budgets alone."
+        )
     setup = set_up(model, profile, steps=options.steps, cache=cache, plan=plan, on_progress=on_progress)
     workbench = setup.workbench
     if options.at is not None:
@@ -106,24 +144,26 @@ def build(
     scope = control_scope(profile.model, profile.control)
     notes = [*(setup.profile.notes or ()), *(() if scope is None else (scope,))]
     seed = setup.profile.seed + 1
-    fitted = _fit(workbench, options, notes, seed, on_progress) if plan is None else _take(workbench, plan, seed)
-    if options.quality_gate is not None and not options.quality_gate.passes(fitted.measured.damage):
-        asked = options.plan if plan is None else replace(options.plan, budget=plan.budget)
-        raise _quality_gate_failed(workbench, asked, options.quality_gate, fitted, seed, on_progress)
-    wanted = options.controls and fitted.candidate.saving > 0.01
+    levels = (
+        _fit_ladder(workbench, options, notes, seed, on_progress)
+        if plan is None
+        else [_take(workbench, options, plan, seed, on_progress)]
+    )
+    default = levels[0]
+    wanted = options.controls and default.candidate.saving > 0.01
     controls: list[tuple[str, Candidate]] = []
     if wanted:
         controls = make_controls(
             workbench,
-            fitted.candidate,
-            fitted.correction,
+            default.candidate,
+            default.correction,
             notes,
             seed,
             on_progress,
             random_plans=options.random_plans,
         )
-    pairs = check_pairs(workbench, fitted.candidate, seed, on_progress) if wanted else ()
-    return _write(path, setup, options, fitted, controls, pairs, notes, seed)
+    pairs = check_pairs(workbench, default.candidate, seed, on_progress) if wanted else ()
+    return _write(path, setup, options, levels, controls, pairs, notes, seed, on_progress)
 
 
 def _at(curve: Pareto, quality_gate: QualityGate) -> Plan:
@@ -132,19 +172,95 @@ def _at(curve: Pareto, quality_gate: QualityGate) -> Plan:
     return msgspec.structs.replace(point.plan, budget=max(0.0, min(0.99, 1 - point.time_ratio)))
 
 
-def _fit(workbench: Workbench, options: BuildOptions, notes: list[str], seed: int, on_progress: OnProgress) -> _Fitted:
+def _fit_ladder(
+    workbench: Workbench, options: BuildOptions, notes: list[str], seed: int, on_progress: OnProgress
+) -> list[_Fitted]:
+    """Fit all quality levels, from the largest budget to the smallest.
+
+    Levels share engine 0. It runs more often at small budgets, so these are fitted last, when most of the branches that
+    it has to emit are known.
+
+    Returns:
+        The levels, from the smallest budget to the largest.
+    """
+    levels: list[_Fitted] = []
+    emits: frozenset[str] = frozenset()
+    noted: list[str] = []
+    for budget in reversed(options.budgets):
+        name, own = level_name(budget), list[str]()
+        asked, report = replace(options.plan, budget=budget), on_progress
+        if options.ladder:
+            report = _labelled(on_progress, name)
+        fitted = _fit(workbench, options, asked, own, seed, report, emits)
+        _check_gate(workbench, options, asked, fitted, seed, report)
+        levels.insert(0, fitted)
+        emits |= {*fitted.candidate.plan.engines[FULL_ENGINE].emits}
+        noted = [*(f"{name}: {note}" if options.ladder else note for note in own), *noted]
+    notes.extend(noted)
+    return _share(workbench, options, levels, notes, seed, on_progress)
+
+
+def _share(
+    workbench: Workbench,
+    options: BuildOptions,
+    levels: list[_Fitted],
+    notes: list[str],
+    seed: int,
+    on_progress: OnProgress,
+) -> list[_Fitted]:
+    """Let quality levels share their engines, and measure again every level whose engines change."""
+    shared: list[_Fitted] = []
+    for fitted, plan in zip(levels, share_engines([one.candidate.plan for one in levels]), strict=True):
+        if plan != fitted.candidate.plan:
+            name = level_name(plan.budget)
+            on_progress(Progress(stage="sharing engines", done=len(shared), total=len(levels), note=name))
+            candidate = workbench.compile(plan)
+            measured = workbench.measure(candidate, seed=seed)
+            notes.append(
+                f"{name}: with engines that other levels share, saves {percent(1 - measured.time_ratio)} instead of "
+                f"{percent(1 - fitted.measured.time_ratio)}"
+            )
+            fitted = replace(fitted, candidate=candidate, measured=measured)
+            _check_gate(
+                workbench,
+                options,
+                replace(options.plan, budget=plan.budget),
+                fitted,
+                seed,
+                _labelled(on_progress, name),
+            )
+        shared.append(fitted)
+    if len(levels) > 1:
+        on_progress(Progress(stage="sharing engines", done=len(levels), total=len(levels)))
+    return shared
+
+
+def _labelled(on_progress: OnProgress, name: str) -> OnProgress:
+    """Add the name of a quality level to every stage."""
+    return lambda progress: on_progress(replace(progress, stage=f"{progress.stage} ({name})"))
+
+
+def _fit(
+    workbench: Workbench,
+    options: BuildOptions,
+    asked: PlanOptions,
+    notes: list[str],
+    seed: int,
+    on_progress: OnProgress,
+    emits: Collection[str],
+) -> _Fitted:
     """Fit by the engines' times and repair by sampling; aim higher once if the mean of both misses the budget.
 
     Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few.
     """
-    fitted = _fit_and_repair(workbench, options, options.plan, 1.0, notes, seed, on_progress)
-    budget = options.plan.budget
+    fitted = _fit_and_repair(workbench, options, asked, 1.0, notes, seed, on_progress, emits)
+    budget = asked.budget
     shortfall = budget - (fitted.candidate.saving + 1 - fitted.measured.time_ratio) / 2
     if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
-        aim = replace(options.plan, budget=min(0.99, budget + shortfall + 0.01 * budget))
+        aim = replace(asked, budget=min(0.99, budget + shortfall + 0.01 * budget))
         notes.append(f"engines and sampling saved {percent(budget - shortfall)}; fitted again to {percent(aim.budget)}")
         try:
-            fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress)
+            fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress, emits)
         except PlanError as error:
             notes.append(f"kept the plan that is {percent(shortfall)} short: {error}")
     plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
@@ -159,9 +275,10 @@ def _fit_and_repair(
     notes: list[str],
     seed: int,
     on_progress: OnProgress,
+    emits: Collection[str],
 ) -> _Fitted:
     on_progress(Progress(stage="fitting the plan", done=0, total=1))
-    candidate, correction = fit_plan(workbench, plan, notes, correction=correction)
+    candidate, correction = fit_plan(workbench, plan, notes, correction=correction, emits=emits)
     on_progress(Progress(stage="fitting the plan", done=1, total=1))
     repaired = repair(workbench, candidate, plan.budget, seed, options.repair, on_progress)
     first, last = (damage.relative_l2.mean for damage in (repaired.evaluated[0].damage, repaired.damage))
@@ -174,10 +291,31 @@ def _fit_and_repair(
     return _Fitted(candidate=repaired.candidate, correction=correction, measured=measured, evaluated=evaluated)
 
 
-def _take(workbench: Workbench, plan: Plan, seed: int) -> _Fitted:
+def _take(workbench: Workbench, options: BuildOptions, plan: Plan, seed: int, on_progress: OnProgress) -> _Fitted:
     """Measure a given plan without changing it."""
     candidate = workbench.compile(plan)
-    return _Fitted(candidate=candidate, correction=1.0, measured=workbench.measure(candidate, seed=seed), evaluated=())
+    measured = workbench.measure(candidate, seed=seed)
+    fitted = _Fitted(candidate=candidate, correction=1.0, measured=measured, evaluated=())
+    _check_gate(workbench, options, replace(options.plan, budget=plan.budget), fitted, seed, on_progress)
+    return fitted
+
+
+def _check_gate(
+    workbench: Workbench,
+    options: BuildOptions,
+    asked: PlanOptions,
+    fitted: _Fitted,
+    seed: int,
+    on_progress: OnProgress,
+) -> None:
+    """Refuse a plan that fails the quality gate.
+
+    Raises:
+        QualityGateError: If it does; the message names the largest budget that passes.
+    """
+    gate = options.quality_gate
+    if gate is not None and not gate.passes(fitted.measured.damage):
+        raise _quality_gate_failed(workbench, asked, gate, fitted, seed, on_progress, ladder=bool(options.ladder))
 
 
 def _quality_gate_failed(
@@ -187,6 +325,8 @@ def _quality_gate_failed(
     failed: _Fitted,
     seed: int,
     on_progress: OnProgress,
+    *,
+    ladder: bool = False,
 ) -> QualityGateError:
     """Search by halving for the largest budget that passes, and name it in the error."""
     low, high = 0.0, options.budget
@@ -206,8 +346,9 @@ def _quality_gate_failed(
         )
     )
     advice = f"The largest budget that passes is about {low:.3f}" if low else f"No budget above {high:.3f} passes"
+    level = f"quality level {level_name(options.budget)}: " if ladder else ""
     return QualityGateError(
-        f"the quality gate {quality_gate} fails at budget {options.budget:g}, which saves "
+        f"{level}the quality gate {quality_gate} fails at budget {options.budget:g}, which saves "
         f"{percent(options.budget)}: measured {quality_gate.metric} is "
         f"{quality_gate.value(failed.measured.damage):.4g}. {advice} (searched to ±{(high - low):.3f}). "
         "Nothing was written."
@@ -218,27 +359,40 @@ def _write(
     path: Path,
     setup: Setup,
     options: BuildOptions,
-    fitted: _Fitted,
+    levels: list[_Fitted],
     controls: list[tuple[str, Candidate]],
     pairs: tuple[EnginePair, ...],
     notes: list[str],
     seed: int,
+    on_progress: OnProgress,
 ) -> Manifest:
-    contents = Contents(setup)
+    on_progress(Progress(stage="timing batches", done=0, total=1))
+    contents = Contents(setup, setup.workbench.batch_ms([level.candidate for level in levels]))
+    on_progress(Progress(stage="timing batches", done=1, total=1))
     manifest = partial(
         contents.manifest,
         steps=options.steps,
-        full=contents.add_full(fitted.candidate.full_ms),
-        candidate=fitted.candidate,
-        engines=contents.add_engines("engines/", fitted.candidate),
+        full=contents.add_full(levels[0].candidate.full_ms),
+        levels=tuple(_add_level(contents, fitted, default=fitted is levels[0]) for fitted in levels),
         controls=tuple(
             Control(name=name, plan=own.plan, engines=contents.add_engines(f"controls/{name}-", own))
             for name, own in controls
         ),
-        measured=fitted.measured,
-        evaluated=fitted.evaluated,
         pairs=pairs,
         used_seeds=(setup.profile.seed, seed),
         notes=tuple(notes),
     )
     return write_bundle(path, contents.files, manifest)
+
+
+def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:
+    """Add the engines of a quality level; every level but the default one has a folder."""
+    name = level_name(fitted.candidate.plan.budget)
+    prefix = "engines/" if default else f"engines/{name.removesuffix('%')}/"
+    return Level(
+        name=name,
+        plan=fitted.candidate.plan,
+        engines=contents.add_engines(prefix, fitted.candidate),
+        measured=fitted.measured,
+        evaluated=fitted.evaluated,
+    )

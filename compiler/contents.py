@@ -14,9 +14,9 @@ from unetc.artifacts.manifest import (
     Control,
     EnginePair,
     FileRecord,
+    Level,
     LoweredGraph,
     Manifest,
-    Measurement,
 )
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.search.set_up import Setup
@@ -34,13 +34,15 @@ DECODER_FILE = "decoder.onnx"
 class Contents:
     """Collects the files of a bundle; equal graphs share a file."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, batch_ms: Mapping[bytes, tuple[tuple[int, float], ...]]) -> None:
         """Start with the files that every plan of a profile needs.
 
         Args:
             setup: The model, its profile and its target.
+            batch_ms: Numbers of samples with the median milliseconds of a call, for graphs that were timed like that.
         """
         self._setup = setup
+        self._batch_ms = batch_ms
         self._scheduler, rows = setup.scheduler.to_array()
         self._files: dict[str, bytes | Path] = {
             WEIGHTS: setup.prepared.gated.weights,
@@ -90,6 +92,7 @@ class Contents:
             lowered=self._lowered[path],
             treatments=treatments,
             step_ms=step_ms,
+            batch_ms=self._batch_ms.get(graph.graph, ()),
         )
 
     def _lower(self, path: str, graph: SerialisedGraph) -> LoweredGraph | None:
@@ -108,11 +111,8 @@ class Contents:
         *,
         steps: int,
         full: BundleEngine,
-        candidate: Candidate,
-        engines: tuple[BundleEngine, ...],
+        levels: tuple[Level, ...],
         controls: tuple[Control, ...],
-        measured: Measurement,
-        evaluated: tuple[Measurement, ...],
         pairs: tuple[EnginePair, ...],
         used_seeds: tuple[int, ...],
         notes: tuple[str, ...],
@@ -123,12 +123,9 @@ class Contents:
             files: Records of all files, as written.
             steps: Default number of steps.
             full: The full model.
-            candidate: The plan.
-            engines: Engines of the plan.
+            levels: The quality levels, the default first.
             controls: Control plans with their engines.
-            measured: Joint measurement of the plan.
-            evaluated: Measurements of all schedules on the way to the plan.
-            pairs: How damages of the plan's engines add up.
+            pairs: How damages of the default level's engines add up.
             used_seeds: Seeds that analysis and build have used.
             notes: Steps of the build, in words.
         """
@@ -154,11 +151,8 @@ class Contents:
             scheduler=self._scheduler,
             scheduler_file=SCHEDULER_FILE,
             full=full,
-            plan=candidate.plan,
-            engines=engines,
+            levels=levels,
             controls=controls,
-            measured=measured,
-            evaluated=evaluated,
             pairs=pairs,
             used_seeds=used_seeds,
             notes=notes,

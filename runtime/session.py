@@ -9,28 +9,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from unetc.artifacts.manifest import BundleEngine, Control, Manifest
-from unetc.artifacts.plan import Plan
-from unetc.backend import Backend, Program, TargetBackend
+from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest
+from unetc.artifacts.plan import Plan, full_plan
+from unetc.backend import Backend, Program
 from unetc.call import CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
-from unetc.precision import Precision
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
 from .bundle import Bundle
 from .decoder import Decoder
-from .engine_pool import EnginePool, LoadedLater, tried
+from .engine_pool import EnginePool, LoadedLater
+from .loaded_bundle import LoadedBundle
 from .loop import Loop, Start, begin
-from .rollout import FULL_ENGINE, EngineCall, NonFiniteSteps, Rollout, not_finite
+from .rollout import EngineCall, NonFiniteSteps, Rollout, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -106,33 +105,52 @@ class Session:
         self._pool = EnginePool(plan, self._programs, full, device, spare=exact) if streamed else None
 
     @classmethod
-    def of(cls, bundle: Bundle, backend: Backend, *, control: Control | None = None) -> Session:
-        """Load the engines of a bundle, or of one of its controls.
+    def of(
+        cls, bundle: Bundle, backend: Backend, *, control: Control | None = None, level: str | None = None
+    ) -> Session:
+        """Load the engines of a quality level.
 
         The full model is loaded when it is first needed, unless it is an engine of the plan anyway. A backend that
         loads engines later loads them for the phases that need them.
+
+        Args:
+            bundle: The bundle.
+            backend: Runs the engines.
+            control: A control of the bundle, to load in place of a quality level.
+            level: Name of a quality level, or "full" for the full model alone; the default level when not given.
+
+        Raises:
+            SessionError: If there is no such level; the message lists the names.
         """
-        manifest = bundle.manifest
-        engines: Sequence[BundleEngine] = control.engines if control else manifest.engines
-        decoder = manifest.decoder
-        loader = backend.open_weights(bundle.weights)
-        low = backend if isinstance(backend, TargetBackend) else None
-        reads = low.reads if low else Precision.FP32
-        programs = [tried(loader.load(bundle.graph_of(engine, reads))) for engine in engines]
-        emits_nothing = engines[FULL_ENGINE].graph == manifest.full.graph
-        later = LoadedLater(partial(loader.load, bundle.graph_of(manifest.full, reads)))
+        return cls.over(LoadedBundle(bundle, backend), control=control, level=level)
+
+    @classmethod
+    def over(cls, loaded: LoadedBundle, *, control: Control | None = None, level: str | None = None) -> Session:
+        """Open a session over programs that other sessions may share; other arguments as for `of`.
+
+        Args:
+            loaded: The bundle on its backend.
+            control: A control of the bundle, to load in place of a quality level.
+            level: Name of a quality level, or "full" for the full model alone; the default level when not given.
+
+        Raises:
+            SessionError: If there is no such level; the message lists the names.
+        """
+        bundle, manifest = loaded.bundle, loaded.bundle.manifest
+        plan, engines = (control.plan, control.engines) if control else _choose(manifest, level)
+        programs = [loaded.program(engine) for engine in engines]
         return cls(
-            plan=control.plan if control else manifest.plan,
-            full=programs[FULL_ENGINE] if emits_nothing else later,
+            plan=plan,
+            full=loaded.full,
             programs=programs,
-            exact=_exact(bundle, low.exact() if low else None),
+            exact=loaded.exact,
             scheduler=bundle.scheduler,
             sample_shape=manifest.sample_shape,
             steps=manifest.steps,
             predicted_channels=manifest.predicted_channels,
             conditions=bundle.conditions,
-            decoder=Decoder(bundle.graphs[decoder.graph], decoder.scale, backend) if decoder else None,
-            device=backend.device,
+            decoder=loaded.decoder,
+            device=loaded.backend.device,
             calls=bundle.calls,
         )
 
@@ -363,32 +381,44 @@ class Session:
         return call
 
 
-def _exact(bundle: Bundle, backend: Backend | None) -> Program | None:
-    """Return the full model in float32, loaded when it is first needed; None if the backend computes in float32."""
-    if backend is None:
-        return None
-    full = bundle.graph_of(bundle.manifest.full)
-    return LoadedLater(lambda: backend.open_weights(bundle.weights).load(full))
+def _choose(manifest: Manifest, level: str | None) -> tuple[Plan, tuple[BundleEngine, ...]]:
+    """Return the plan of a quality level and its engines.
+
+    Raises:
+        SessionError: If there is no such level.
+    """
+    if level == FULL:
+        return full_plan(manifest.plan), (manifest.full,)
+    own = manifest.levels[0] if level is None else manifest.level(level)
+    return own.plan, own.engines
 
 
 def load(
-    path: str | Path, *, target: str | None = None, threads: int | None = None, memory: Memory | str = Memory.FAST
+    path: str | Path,
+    *,
+    level: str | None = None,
+    target: str | None = None,
+    threads: int | None = None,
+    memory: Memory | str = Memory.FAST,
 ) -> Session:
     """Open a bundle for sampling.
 
     Args:
         path: The bundle's folder.
+        level: Name of a quality level, such as "40%", or "full"; the level of the smallest budget when not given.
         target: Where to run; the target it was built for when not given.
         threads: Number of CPU threads; the number it was measured with when not given, 0 lets the backend choose.
         memory: "fast" or "low", see `Memory`.
 
     Raises:
         ArtifactError: If the bundle cannot be read or is damaged, or the target runs engines that were not compiled.
-        SessionError: If the target or the memory mode is unknown, or there is no GPU where the target needs one.
+        SessionError: If the level, the target or the memory mode is unknown, or there is no GPU where the target needs
+            one.
         MissingDependency: If the backend's library is not installed.
     """
     bundle = Bundle.open(Path(path))
-    return Session.of(bundle, backend_for(bundle.manifest, target=target, threads=threads, memory=memory))
+    backend = backend_for(bundle.manifest, target=target, threads=threads, memory=memory)
+    return Session.of(bundle, backend, level=level)
 
 
 def backend_for(manifest: Manifest, *, target: str | None, threads: int | None, memory: Memory | str) -> Backend:

@@ -41,7 +41,9 @@ class Result:
         assert self.out == ""
         *progress, last = self.err.splitlines()
         assert last.startswith("unetc: ")
-        assert [line for line in progress if not re.fullmatch(r"[\w ]+: \d+ % after \d+ s(, \d+ s left)?", line)] == []
+        assert [
+            line for line in progress if not re.fullmatch(r"[\w ()%]+: \d+ % after \d+ s(, \d+ s left)?", line)
+        ] == []
         return self.err
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from unetc.artifacts.plan import Assignment
+import msgspec
+
+from unetc.artifacts.plan import Assignment, Plan
 from unetc.artifacts.profile import Component
 from unetc.treatments import Treatment
 
@@ -23,3 +25,38 @@ def with_emissions(
         gone = set(treatments).union(*(nested.get(name, ()) for name in treatments))
         engines.append(Assignment(treatments=dict(sorted(treatments.items())), emits=tuple(sorted(reused - gone))))
     return tuple(engines)
+
+
+def emitting(plan: Plan, branches: Collection[str]) -> Plan:
+    """Let engine 0 of a plan emit further branches, which engines of other quality levels reuse."""
+    first, *others = plan.engines
+    emits = tuple(sorted({*first.emits, *branches}))
+    return msgspec.structs.replace(plan, engines=(msgspec.structs.replace(first, emits=emits), *others))
+
+
+def share_engines(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """Let engines with the same treatments emit the same branches in all plans, so that plans share their graphs.
+
+    All plans have engine 0, which emits every branch that an engine of any plan reuses. An engine with a mean has a
+    graph for its own plan alone, because the mean depends on the phases.
+    """
+    shared: dict[tuple[tuple[str, Treatment], ...], set[str]] = {}
+    for plan in plans:
+        for engine in plan.engines:
+            shared.setdefault(_key(engine), set()).update(engine.emits)
+    return tuple(
+        msgspec.structs.replace(
+            plan,
+            engines=tuple(
+                engine
+                if Treatment.MEAN in engine.treatments.values()
+                else msgspec.structs.replace(engine, emits=tuple(sorted(shared[_key(engine)])))
+                for engine in plan.engines
+            ),
+        )
+        for plan in plans
+    )
+
+
+def _key(engine: Assignment) -> tuple[tuple[str, Treatment], ...]:
+    return tuple(sorted(engine.treatments.items()))

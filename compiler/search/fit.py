@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ import unetc
 from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.choices import BinRun, Choices, TreatedRun
-from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.planner.emissions import emitting, with_emissions
 from unetc.compiler.planner.planner import PlanOptions, assemble, make_plan
 from unetc.errors import PlanError
 from unetc.percent import percent
@@ -29,7 +29,12 @@ LONGEST_PERIOD = 10
 
 
 def fit_plan(
-    workbench: Workbench, options: PlanOptions, notes: list[str], *, correction: float = 1.0
+    workbench: Workbench,
+    options: PlanOptions,
+    notes: list[str],
+    *,
+    correction: float = 1.0,
+    emits: Collection[str] = (),
 ) -> tuple[Candidate, float]:
     """Plan, measure, and plan again with corrected costs until the measured saving meets the budget.
 
@@ -38,6 +43,7 @@ def fit_plan(
         options: Budget and limits.
         notes: Adjustments are appended in words.
         correction: Where to start, see `make_plan`.
+        emits: Branches that engine 0 emits for other quality levels; the measured time includes them.
 
     Returns:
         The plan that saves the budget and least more, and the correction it was made with.
@@ -50,7 +56,7 @@ def fit_plan(
     middle = aim = middle_of(options.budget)
     for attempt in range(ATTEMPTS):
         asked = replace(options, budget=min(aim, 0.99))
-        candidate = workbench.compile(make_plan(workbench.profile, asked, correction=correction))
+        candidate = workbench.compile(emitting(make_plan(workbench.profile, asked, correction=correction), emits))
         saving = candidate.saving
         most = max(most, saving)
         candidate = replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=options.budget))

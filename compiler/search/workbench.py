@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from unetc.compiler.engines import compile_engines, compile_full
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.planner.schedule import phases_of
 from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.device import Tensor
 from unetc.metrics.damage import measure_damage
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.decoder import Decoder
@@ -30,6 +31,12 @@ ENGINE_ROUNDS = 15
 ENGINE_SECONDS = 5.0
 """Least time spent on engines with short calls: a disturbance of the machine may last a second or two."""
 SAMPLING_ROUNDS = 5
+LARGEST_BATCH = 16
+"""Largest batch that engines are timed at, unless the profile's is larger."""
+LONGEST_CALL_MS = 250.0
+"""Batches above the profile's are left out where a call of the full model would take longer."""
+BATCH_ROUNDS = 5
+BATCH_SECONDS = 1.0
 _LOADED_ENGINES = 12
 """Engines kept for the next plan; each has its own copy of the weights that it packs."""
 
@@ -206,15 +213,50 @@ class Workbench:
 
     def _time(self, full: Program, programs: Sequence[Program]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Measure milliseconds per alternating call: [round] for the full model, [round, program] for the others."""
-        batch = self.profile.batch
-        sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
-        device = self._device
-        inputs = self._conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
-        output = device.empty((len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:]))
-        cache = BranchCache(device=device)
-        cache.store(programs[FULL_ENGINE](inputs, output), 550.0)
-        inputs |= cache.inputs(500.0, rows=len(output))
+        inputs, output = self._call_of(self.profile.batch, programs[FULL_ENGINE : FULL_ENGINE + 1])
         distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
         calls = [partial(program, inputs, output) for program in distinct]
-        times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=device.synchronize, seconds=ENGINE_SECONDS)
+        times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=self._device.synchronize, seconds=ENGINE_SECONDS)
         return times[:, 0], times[:, [distinct.index(program) for program in programs]]
+
+    def batch_ms(self, candidates: Sequence[Candidate]) -> dict[bytes, tuple[tuple[int, float], ...]]:
+        """Time the full model and the engines of some plans at several batches, each in turn with all others.
+
+        Batches double from 1 to the profile's batch, and on to `LARGEST_BATCH` while a call of the full model takes no
+        longer than `LONGEST_CALL_MS`.
+
+        Returns:
+            Numbers of samples with the median milliseconds of a call, by graph.
+        """
+        programs = {self.full.graph: self._load(self.full)}
+        for candidate in candidates:
+            for graph, program in zip(candidate.graphs, candidate.programs, strict=True):
+                programs.setdefault(graph.graph, program)
+        emitters = [candidate.programs[FULL_ENGINE] for candidate in candidates]
+        own = self.profile.batch
+        most = max(own, min(LARGEST_BATCH, LONGEST_CALL_MS * own / candidates[0].full_ms))
+        sizes = sorted({own, *(2**i for i in range(int(most).bit_length()))})
+        calls: dict[tuple[bytes, int], Callable[[], object]] = {}
+        for size in sizes:
+            inputs, output = self._call_of(size, emitters)
+            calls |= {(graph, size): partial(program, inputs, output) for graph, program in programs.items()}
+        times = interleaved_ms(
+            list(calls.values()),
+            rounds=BATCH_ROUNDS,
+            warmup=1,
+            wait=self._device.synchronize,
+            seconds=BATCH_SECONDS,
+        )
+        medians = dict(zip(calls, np.median(times, axis=0).tolist(), strict=True))
+        return {graph: tuple((size, medians[graph, size]) for size in sizes) for graph in programs}
+
+    def _call_of(self, batch: int, emitters: Sequence[Program]) -> tuple[dict[str, Tensor], Tensor]:
+        """Make inputs and output of a call, with the branches that some engines emit at the step before it."""
+        sample = np.random.default_rng(0).standard_normal((batch, *self.profile.sample_shape)).astype(np.float32)
+        device = self._device
+        inputs = dict(self._conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0))
+        output = device.empty((len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:]))
+        cache = BranchCache(device=device)
+        for emitter in dict.fromkeys(emitters):
+            cache.store(emitter(inputs, output), 550.0)
+        return inputs | cache.inputs(500.0, rows=len(output)), output

@@ -42,7 +42,8 @@ def overflowing_values(
         EngineBuildError: If onnxruntime cannot run an engine.
     """
     manifest = bundle.manifest
-    plans = [manifest.engines, *(control.engines for control in manifest.controls if controls)]
+    levels = (level.engines for level in manifest.levels)
+    plans = [*levels, *(control.engines for control in manifest.controls if controls)]
     emitters = dict.fromkeys(engines[FULL_ENGINE].graph for engines in plans)
     others = dict.fromkeys(engine.graph for engine in (manifest.full, *(e for engines in plans for e in engines)))
     order = [*emitters, *(graph for graph in others if graph not in emitters)]

@@ -41,8 +41,8 @@ def wanted_engines(bundle: Bundle, options: CompileOptions, origin: Origin) -> d
     """Make the keys of all engines that a bundle needs.
 
     Returns:
-        The full model first, then the other engines of the plan, the decoder, and last the full model in float32
-        where the other engines have a lower precision.
+        The full model first, then the other engines of all quality levels, the decoder, and last the full model in
+        float32 where the other engines have a lower precision.
     """
     manifest = bundle.manifest
     hashes = {file.path: file.sha256 for file in manifest.files}
@@ -55,7 +55,7 @@ def wanted_engines(bundle: Bundle, options: CompileOptions, origin: Origin) -> d
         rows={name: tuple(array.shape[1:]) for name, array in bundle.conditions.own.items()},
         effort=Effort(),
     )
-    engines = manifest.all_engines() if options.controls else (manifest.full, *manifest.engines)
+    engines = manifest.all_engines() if options.controls else manifest.level_engines()
     graphs = dict.fromkeys(engine.graph for engine in engines)
     wanted = {(graph, model.precision): msgspec.structs.replace(model, graph_sha256=hashes[graph]) for graph in graphs}
     if manifest.decoder is not None:

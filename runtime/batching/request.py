@@ -7,11 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from unetc.artifacts.manifest import FULL as FULL
 from unetc.conditions import Conditions
 from unetc.device import Array
-
-FULL = "full"
-"""Name of the quality level that runs the full model at every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from unetc.artifacts import (
     EngineUse,
     Estimate,
     FileRecord,
+    Level,
     Manifest,
     Measurement,
     ModelReference,
@@ -153,6 +154,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             unused_weights=tuple(draw(st.lists(text, max_size=2))),
             treatments=assignment.treatments,
             step_ms=draw(number),
+            batch_ms=draw(st.dictionaries(count, positive, max_size=2).map(lambda own: tuple(sorted(own.items())))),
         )
 
     plan, other = draw(plans()), draw(plans())
@@ -191,11 +193,17 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         scheduler_file="s",
         full=full,
-        plan=plan,
-        engines=engines,
+        levels=(
+            Level(
+                name="27",
+                plan=plan,
+                engines=engines,
+                measured=draw(measurements),
+                evaluated=tuple(draw(st.lists(measurements, max_size=2))),
+            ),
+            Level(name=draw(text) + "%", plan=other, engines=others, measured=draw(measurements), evaluated=()),
+        ),
         controls=(Control(name=draw(text), plan=other, engines=others),),
-        measured=draw(measurements),
-        evaluated=tuple(draw(st.lists(measurements, max_size=2))),
         pairs=tuple(draw(st.lists(pairs, max_size=2))),
         used_seeds=tuple(draw(st.lists(count, min_size=1, max_size=2))),
         notes=tuple(draw(st.lists(text, max_size=2))),
@@ -283,9 +291,10 @@ def test_an_artifact_survives_json_to_the_bit(kind: str, data: st.DataObject) ->
 def test_unknown_and_missing_fields_are_refused_at_any_depth(kind: str, data: st.DataObject) -> None:
     artifact = data.draw(ARTIFACTS[kind])
     free = {"treatments", "environment", "controls", "denoiser_config"}  # dictionaries with arbitrary keys
-    # these fields have defaults: an engine that emits nothing, and a model without prompts, ControlNet and decoder
+    # these fields have defaults: an engine that emits nothing or is not timed by batch, and a model without prompts,
+    # ControlNet and decoder
     optional = {"emits", "controlnet", "prompts", "used_prompts", "guidance_scale", "conditioning", "decoder"}
-    optional |= {"control", "control_images", "sample_sizes", "smallest", "largest", "only"}
+    optional |= {"batch_ms", "control", "control_images", "sample_sizes", "smallest", "largest", "only"}
     records = [node for node, under in objects(json.loads(artifact.to_json())) if under not in free]
     chosen = data.draw(st.integers(0, len(records) - 1))
     required = sorted(records[chosen].keys() - (optional if "file" not in records[chosen] else set()))
@@ -385,11 +394,31 @@ def profile(**fields: Any) -> Profile:
     return Profile(**defaults | fields)
 
 
-def manifest(**fields: Any) -> Manifest:
-    engines = tuple(
-        BundleEngine(graph=f"{i}", unused_weights=(), treatments=assignment.treatments, step_ms=1.0)
+def engines() -> tuple[BundleEngine, ...]:
+    return tuple(
+        BundleEngine(
+            graph=f"{i}",
+            unused_weights=(),
+            treatments=assignment.treatments,
+            step_ms=1.0,
+            batch_ms=((1, 0.5), (2, 0.7)),
+        )
         for i, assignment in enumerate(plan().engines)
     )
+
+
+def level(**fields: Any) -> Level:
+    defaults: dict[str, Any] = {
+        "name": "27%",
+        "plan": plan(),
+        "engines": engines(),
+        "measured": Measurement(time_ratio=0.5, damage=damage()),
+        "evaluated": (Measurement(time_ratio=0.6, damage=damage()),),
+    }
+    return Level(**defaults | fields)
+
+
+def manifest(**fields: Any) -> Manifest:
     defaults: dict[str, Any] = {
         "unetc": "0",
         "model": MODEL,
@@ -405,12 +434,9 @@ def manifest(**fields: Any) -> Manifest:
         "profile": "p",
         "scheduler": SchedulerHeader(name="ddim", columns=(), clip=None, counts=()),
         "scheduler_file": "s",
-        "full": engines[0],
-        "plan": plan(),
-        "engines": engines,
-        "controls": (Control(name="c", plan=plan(), engines=engines),),
-        "measured": Measurement(time_ratio=0.5, damage=damage()),
-        "evaluated": (Measurement(time_ratio=0.6, damage=damage()),),
+        "full": engines()[0],
+        "levels": (level(), level(name="40%")),
+        "controls": (Control(name="c", plan=plan(), engines=engines()),),
         "pairs": (EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=6.0),),
         "used_seeds": (0,),
         "notes": (),
@@ -508,7 +534,15 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a graph that is not listed": lambda: manifest(files=manifest().files[:-1]),
     "a file listed twice": lambda: manifest(files=manifest().files + manifest().files[:1]),
     "two files that differ in case": lambda: manifest(files=(*manifest().files, file("W"))),
-    "an engine without a graph": lambda: manifest(engines=manifest().engines[:1]),
+    "an engine without a graph": lambda: level(engines=engines()[:1]),
+    "a bundle without a level": lambda: manifest(levels=()),
+    "two levels of one name": lambda: manifest(levels=(level(), level())),
+    "a level called full": lambda: level(name="full"),
+    "a level without a name": lambda: level(name=""),
+    "a time of no samples": lambda: msgspec.structs.replace(engines()[0], batch_ms=((0, 1.0),)),
+    "times of batches in another order": lambda: msgspec.structs.replace(engines()[0], batch_ms=((2, 1.0), (1, 1.0))),
+    "a call that takes no time": lambda: msgspec.structs.replace(engines()[0], batch_ms=((1, 0.0),)),
+    "a time that is not a number": lambda: msgspec.structs.replace(engines()[0], batch_ms=((1, float("nan")),)),
     "a control without graphs": lambda: Control(name="c", plan=plan(), engines=()),
     "a bundle without seeds": lambda: manifest(used_seeds=()),
     "samples without pixels": lambda: manifest(sample_shape=(1, 0, 2)),
@@ -609,7 +643,7 @@ def test_a_plan_emits_nothing_by_default() -> None:
 
 
 def test_the_version_of_the_layout_is_saved() -> None:
-    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 5), (curve(), 3)):
+    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 6), (curve(), 3)):
         assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from unetc.artifacts.call_input import CallInput
-from unetc.artifacts.manifest import BundleEngine, EnginePair, FileRecord, Manifest, Measurement
+from unetc.artifacts.manifest import BundleEngine, EnginePair, FileRecord, Level, Manifest, Measurement
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
@@ -145,11 +145,16 @@ def make_manifest(profile: Profile, notes: tuple[str, ...] = ("exchanged 2 compo
         ),
         scheduler_file="scheduler.safetensors",
         full=engines[0],
-        plan=plan,
-        engines=engines,
+        levels=(
+            Level(
+                name="20%",
+                plan=plan,
+                engines=engines,
+                measured=Measurement(time_ratio=0.77, damage=damage(0.04)),
+                evaluated=(),
+            ),
+        ),
         controls=(),
-        measured=Measurement(time_ratio=0.77, damage=damage(0.04)),
-        evaluated=(),
         pairs=(EnginePair(engines=(1, 2), alone=(0.03, 0.04), together=0.0625),),
         used_seeds=(1, 2),
         notes=notes,
@@ -340,7 +345,9 @@ def test_holding_the_step_removes_every_component() -> None:
     assert len(cells) == 4
     assert not any(cell.always for cell in cells)
     assert {cell.treatment for cell in cells} == {Treatment.HOLD}
-    assert STEP in page(profile, manifest=msgspec.structs.replace(make_manifest(profile), plan=plan))
+    manifest = make_manifest(profile)
+    level = msgspec.structs.replace(manifest.levels[0], plan=plan)
+    assert STEP in page(profile, manifest=msgspec.structs.replace(manifest, levels=(level,)))
 
 
 def with_step(profile: Profile) -> Profile:

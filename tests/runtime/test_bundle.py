@@ -260,30 +260,30 @@ def test_a_file_that_is_not_listed_is_not_read(bundle: Path) -> None:
         unetc.load(bundle)
 
 
-@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 6, -1, 10**12])
+@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 5, 7, -1, 10**12])
 def test_another_schema_is_named_as_such(bundle: Path, schema: int, no_parser: pytest.MonkeyPatch) -> None:
     edit(bundle, lambda manifest: manifest.update(schema=schema, a_field_of_that_schema=1))
     assert f"schema {schema}" in refusal(bundle, SchemaVersionError)
 
 
-NESTED = b'{"schema": 5, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+NESTED = b'{"schema": 6, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
 MALFORMED = {
     "empty": b"",
     "not JSON": b"\x80\x04]",
     "null": b"null",
     "a list": b"[1]",
-    "half": b'{"schema": 5, "unetc": "',
+    "half": b'{"schema": 6, "unetc": "',
     "no schema": b"{}",
     "schema as text": b'{"schema": "5"}',
-    "no fields": b'{"schema": 5}',
+    "no fields": b'{"schema": 6}',
     "byte order mark": b"\xef\xbb\xbf{}",
-    "invalid UTF-8": b'{"schema": 5, "unetc": "\xff\xfe"}',
-    "lone surrogate": rb'{"schema": 5, "unetc": "\ud800"}',
+    "invalid UTF-8": b'{"schema": 6, "unetc": "\xff\xfe"}',
+    "lone surrogate": rb'{"schema": 6, "unetc": "\ud800"}',
     "deep lists": b"[" * 10**6,
     "deep objects": b'{"a":' * 10**6,
     "deep in a field": NESTED,
     "deep in an unknown field": NESTED.replace(b"notes", b"other"),
-    "deep before the schema": NESTED[:-1].replace(b'"schema": 5, ', b"") + b', "schema": 5}',
+    "deep before the schema": NESTED[:-1].replace(b'"schema": 6, ', b"") + b', "schema": 6}',
     "a long number": b'{"schema": ' + b"9" * 10**6 + b"}",
 }
 
@@ -310,24 +310,30 @@ def test_a_false_size_takes_no_memory(bundle: Path, size: int, no_parser: pytest
 
 CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "unknown field": lambda m: m.update(extra=1),
-    "unknown field inside": lambda m: m["plan"]["phases"][0].update(extra=1),
+    "unknown field inside": lambda m: m["levels"][0]["plan"]["phases"][0].update(extra=1),
     "missing field": lambda m: m.pop("threads"),
     "unlisted weights": lambda m: m.update(weights="other"),
     "unlisted graph": lambda m: m["controls"][0]["engines"][0].update(graph="other"),
-    "too few engines": lambda m: m["engines"].pop(),
+    "too few engines": lambda m: m["levels"][0]["engines"].pop(),
     "too few engines of a control": lambda m: m["controls"][0]["engines"].pop(),
-    "unknown engine": lambda m: m["plan"]["phases"][0].update(cycle=[9]),
-    "negative engine": lambda m: m["plan"]["phases"][0].update(cycle=[-1]),
-    "an engine that holds an unemitted branch": lambda m: m["plan"]["engines"][1].update(treatments={"a": "hold"}),
-    "an engine that emits a dropped branch": lambda m: m["plan"]["engines"][1].update(
-        emits=[*m["plan"]["engines"][1]["treatments"]]
+    "unknown engine": lambda m: m["levels"][0]["plan"]["phases"][0].update(cycle=[9]),
+    "negative engine": lambda m: m["levels"][0]["plan"]["phases"][0].update(cycle=[-1]),
+    "an engine that holds an unemitted branch": lambda m: m["levels"][0]["plan"]["engines"][1].update(
+        treatments={"a": "hold"}
+    ),
+    "an engine that emits a dropped branch": lambda m: m["levels"][0]["plan"]["engines"][1].update(
+        emits=[*m["levels"][0]["plan"]["engines"][1]["treatments"]]
     ),
     "a control that holds an unemitted branch": lambda m: m["controls"][0]["plan"]["engines"].append(
         {"treatments": {"a": "forecast"}, "emits": []}
     ),
-    "no schedules": lambda m: m.pop("evaluated"),
+    "no level": lambda m: m.update(levels=[]),
+    "a level called full": lambda m: m["levels"][0].update(name="full"),
+    "two levels of one name": lambda m: m["levels"].append(m["levels"][0]),
+    "a batch of none": lambda m: m["full"].update(batch_ms=[[0, 1.0]]),
+    "no schedules": lambda m: m["levels"][0].pop("evaluated"),
     "a pair of three engines": lambda m: m.update(pairs=[{"engines": [1, 2, 3], "alone": [1.0, 1.0], "together": 2.0}]),
-    "a gap between phases": lambda m: m["plan"]["phases"][0].update(low=-90.0, high=-80.0),
+    "a gap between phases": lambda m: m["levels"][0]["plan"]["phases"][0].update(low=-90.0, high=-80.0),
     "no seeds": lambda m: m.update(used_seeds=[]),
     "no pixels": lambda m: m.update(sample_shape=[1, 0, 16]),
     "negative channels": lambda m: m.update(sample_shape=[-1, 16, 16]),
@@ -456,7 +462,7 @@ def test_an_engine_that_maps_another_file_is_refused(bundle: Path, tmp_path: Pat
 
 def test_an_engine_reads_no_file_by_itself(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (used,) = {name for name in safetensors.numpy.load_file(bundle / WEIGHTS) if name.endswith("conv_in.weight")}
-    edit(bundle, lambda manifest: manifest["engines"][0]["unused_weights"].append(used))
+    edit(bundle, lambda manifest: manifest["levels"][0]["engines"][0]["unused_weights"].append(used))
     monkeypatch.chdir(bundle)  # here the weights path recorded in the graph would name a file
     with pytest.raises(SessionError, match="cannot load an engine"):
         unetc.load(bundle)

@@ -56,7 +56,8 @@ def bundle(tiny_bundle: Path) -> Bundle:
     ends = [-30.0, *(levels[i * STEPS // 4] for i in (1, 2, 3)), 30.0]
     phases = tuple(Phase(low=ends[i], high=ends[i + 1], cycle=cycle) for i, cycle in enumerate(CYCLES))
     plan = msgspec.structs.replace(bundle.manifest.plan, phases=phases)
-    return changed(bundle, manifest=msgspec.structs.replace(bundle.manifest, plan=plan))
+    level = msgspec.structs.replace(bundle.manifest.levels[0], plan=plan)
+    return changed(bundle, manifest=msgspec.structs.replace(bundle.manifest, levels=(level,)))
 
 
 def changed(bundle: Bundle, **fields: object) -> Bundle:

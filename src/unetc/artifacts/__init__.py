@@ -2,7 +2,7 @@
 
 from unetc.treatments import Treatment
 
-from .manifest import BundleEngine, Control, FileRecord, Manifest, Measurement
+from .manifest import BundleEngine, Control, FileRecord, Level, Manifest, Measurement
 from .plan import Assignment, Phase, Plan, Prediction
 from .profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
 from .verification import ControlResult, EngineUse, Verification
@@ -20,6 +20,7 @@ __all__ = [
     "EngineUse",
     "Estimate",
     "FileRecord",
+    "Level",
     "Manifest",
     "Measurement",
     "ModelReference",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
+from unetc.errors import SessionError
+from unetc.percent import percent
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerHeader
 from unetc.treatments import Treatment
@@ -15,7 +18,7 @@ from unetc.treatments import Treatment
 from .call_input import SAMPLE, CallInput
 from .plan import Plan
 from .profile import ControlMeasured, Damage, ModelReference
-from .record import Artifact, Record, require
+from .record import Artifact, Record, finite, require
 from .sizes import SampleSizes
 
 MANIFEST = "manifest.json"
@@ -23,6 +26,8 @@ DIGEST = "manifest.sha256"
 """File with the hash of the manifest, so that the manifest is protected too."""
 SCHEDULER_ROWS = "rows"
 """Name of the only array in the scheduler file."""
+FULL = "full"
+"""Name of the quality level that runs the full model at every step; every bundle has it."""
 
 
 def digest_of(manifest: bytes) -> bytes:
@@ -68,6 +73,15 @@ class BundleEngine(Record, frozen=True, kw_only=True):
     treatments: dict[str, Treatment]
     step_ms: float
     """Median milliseconds per call, measured on the target at the manifest's batch size."""
+    batch_ms: tuple[tuple[int, float], ...] = ()
+    """Number of samples in a call, rising, and its median milliseconds, measured in turns; empty for controls."""
+
+    def __post_init__(self) -> None:
+        """Check the times."""
+        sizes, times = [size for size, _ in self.batch_ms], [ms for _, ms in self.batch_ms]
+        rising = all(low < high for low, high in pairwise((0, *sizes)))
+        require(rising, f"the batches of batch_ms must rise from 1 or more, got {sizes}")
+        require(finite(*times) and all(ms > 0 for ms in times), "the times of batch_ms must be positive")
 
 
 class Measurement(Record, frozen=True, kw_only=True):
@@ -76,6 +90,29 @@ class Measurement(Record, frozen=True, kw_only=True):
     time_ratio: float
     """Time of the schedule / time of the full model, dimensionless."""
     damage: Damage
+
+
+def level_name(budget: float) -> str:
+    """Name the quality level of a budget: 0.27 is 27%."""
+    return percent(budget).replace(" ", "")
+
+
+class Level(Record, frozen=True, kw_only=True):
+    """A quality level: a plan with its engines, measured against the full model."""
+
+    name: str
+    """Share of the time that its budget saves, as 27%."""
+    plan: Plan
+    engines: tuple[BundleEngine, ...]
+    """One per engine of the plan, in the same order."""
+    measured: Measurement
+    evaluated: tuple[Measurement, ...]
+    """Every schedule that the build sampled while it chose the plan."""
+
+    def __post_init__(self) -> None:
+        """Check the name, and that every engine of the plan is present."""
+        require(bool(self.name) and self.name != FULL, f"a level must have a name other than {FULL!r}")
+        require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
 
 
 class EnginePair(Record, frozen=True, kw_only=True):
@@ -137,8 +174,8 @@ class BundleDecoder(Record, frozen=True, kw_only=True):
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
-    SCHEMA: ClassVar[int] = 5
-    schema: int = 5
+    SCHEMA: ClassVar[int] = 6
+    schema: int = 6
     unetc: str
     model: ModelReference
     target: str
@@ -167,20 +204,17 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """Default number of steps."""
     weights: str
     profile: str
-    """Path of the profile that the plan was made from."""
+    """Path of the profile that the plans were made from."""
     scheduler: SchedulerHeader
     scheduler_file: str
     full: BundleEngine
     """The full model, which emits nothing. `full_model=True` runs it, and all time ratios refer to it."""
-    plan: Plan
-    engines: tuple[BundleEngine, ...]
-    """One per engine of the plan, in the same order."""
+    levels: tuple[Level, ...]
+    """The ladder of quality levels, from the smallest budget to the largest; the first level is the default."""
     controls: tuple[Control, ...]
-    measured: Measurement
-    evaluated: tuple[Measurement, ...]
-    """Every schedule that the build sampled while it chose the plan."""
+    """Simpler plans that take the time of the default level."""
     pairs: tuple[EnginePair, ...]
-    """Joint damage of pairs of the plan's engines."""
+    """Joint damage of pairs of the default level's engines."""
     used_seeds: tuple[int, ...]
     """Seeds used by analysis and build; `verify` uses others."""
     notes: tuple[str, ...]
@@ -199,15 +233,48 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         require(bool(self.inputs) and self.inputs[0].name == SAMPLE, f"the first input must be {SAMPLE}")
         require(self.inputs[0].axes[0] == self.sample_shape[0], "inputs and sample_shape must have the same channels")
         require(not self.full.treatments, "the full model must keep every component")
-        require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+        require(bool(self.levels), "a bundle needs a quality level")
+        names = [level.name for level in self.levels]
+        require(len({*names}) == len(names), f"the names of levels must differ, got {', '.join(names)}")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
         require(bool(self.used_seeds), "used_seeds must not be empty")
         lowered = {engine.lowered is not None for engine in self.all_engines()}
         require(lowered == {self.precision is not Precision.FP32}, "every graph must exist in the bundle's precision")
 
+    @property
+    def plan(self) -> Plan:
+        """Plan of the default level."""
+        return self.levels[0].plan
+
+    @property
+    def engines(self) -> tuple[BundleEngine, ...]:
+        """Engines of the default level's plan, in the same order."""
+        return self.levels[0].engines
+
+    @property
+    def measured(self) -> Measurement:
+        """Time and damage of the default level."""
+        return self.levels[0].measured
+
+    def level(self, name: str) -> Level:
+        """Find a quality level by its name.
+
+        Raises:
+            SessionError: If there is no such level; the message lists the names.
+        """
+        for level in self.levels:
+            if level.name == name:
+                return level
+        known = ", ".join([FULL, *(level.name for level in self.levels)])
+        raise SessionError(f"unknown quality level {name!r}. This bundle has: {known}.")
+
+    def level_engines(self) -> tuple[BundleEngine, ...]:
+        """List the full model, then the engines of all quality levels; levels may share some."""
+        return (self.full, *(engine for level in self.levels for engine in level.engines))
+
     def all_engines(self) -> tuple[BundleEngine, ...]:
-        """List the full model, then the engines of the plan, then the engines of the controls."""
-        return (self.full, *self.engines, *(engine for control in self.controls for engine in control.engines))
+        """List the full model, then the engines of the quality levels, then the engines of the controls."""
+        return (*self.level_engines(), *(engine for control in self.controls for engine in control.engines))
 
     def graphs(self) -> frozenset[str]:
         """List every graph file that a backend loads."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import msgspec
+
 from unetc.treatments import Treatment
 
 from .profile import ModelReference
@@ -119,6 +121,17 @@ class Plan(Artifact, frozen=True, kw_only=True):
         if not self.engines[engine].reused <= position.emitted:
             engine = 0
         return engine, Position(phase, turn, position.emitted.union(self.engines[engine].emits))
+
+
+def full_plan(plan: Plan) -> Plan:
+    """Make the plan of the same model that runs the full model at every noise level."""
+    return msgspec.structs.replace(
+        plan,
+        budget=0.0,
+        engines=(Assignment(treatments={}),),
+        phases=(Phase(low=plan.phases[0].low, high=plan.phases[-1].high, cycle=(0,)),),
+        prediction=Prediction(time_ratio=1.0, relative_l2=0.0, memory=1.0),
+    )
 
 
 @dataclass(frozen=True, slots=True)

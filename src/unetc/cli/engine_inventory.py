@@ -57,13 +57,13 @@ def find(manifest: Manifest) -> list[EngineSet]:
 
 
 def missing(engines: EngineSet, manifest: Manifest) -> list[str]:
-    """List the graphs of the full model and the plan that have no engine."""
+    """List the graphs of the full model and the quality levels that have no engine."""
     return [graph for graph in _needed(manifest) if graph not in engines.records]
 
 
 def _needed(manifest: Manifest) -> dict[str, None]:
-    """List the graphs of the full model and the plan, each once."""
-    return dict.fromkeys(engine.graph for engine in (manifest.full, *manifest.engines))
+    """List the graphs of the full model and the quality levels, each once."""
+    return dict.fromkeys(engine.graph for engine in manifest.level_engines())
 
 
 def misfit(engines: EngineSet) -> str:
@@ -120,16 +120,18 @@ def _mib(size: int | None) -> str:
 
 def memory_of(engines: EngineSet, manifest: Manifest) -> list[Memory]:
     """Add up the memory of engines, alone and together with those that take turns with them in a phase."""
-    plan = manifest.plan
-    every = {engine.graph for engine in manifest.engines}
     rows = [_together(Path(graph).stem, engines, {graph}) for graph in _needed(manifest)]
-    graphs = [{manifest.engines[i].graph for i in phase.cycle} for phase in plan.phases]
-    for phase, own in zip(plan.phases, graphs, strict=True):
-        rows.append(_together(f"phase from {phase.low:.2f} to {phase.high:.2f}", engines, own))
-    rows.append(_together("the plan, all loaded", engines, every))
-    pairs = [own | after for own, after in zip(graphs, [*graphs[1:], graphs[0]], strict=True)]
-    largest = max(pairs, key=lambda pair: _bytes(engines, pair))
-    rows.append(_together("with --memory low, at most", engines, largest))
+    for level in manifest.levels:
+        of = f"{level.name}: " if len(manifest.levels) > 1 else ""
+        graphs = [{level.engines[i].graph for i in phase.cycle} for phase in level.plan.phases]
+        for phase, own in zip(level.plan.phases, graphs, strict=True):
+            rows.append(_together(f"{of}phase from {phase.low:.2f} to {phase.high:.2f}", engines, own))
+        rows.append(_together(f"{of}the plan, all loaded", engines, {engine.graph for engine in level.engines}))
+        pairs = [own | after for own, after in zip(graphs, [*graphs[1:], graphs[0]], strict=True)]
+        largest = max(pairs, key=lambda pair: _bytes(engines, pair))
+        rows.append(_together(f"{of}with --memory low, at most", engines, largest))
+    if len(manifest.levels) > 1:
+        rows.append(_together("the full model and all levels, all loaded", engines, _needed(manifest)))
     return rows
 
 

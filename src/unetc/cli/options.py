@@ -25,6 +25,10 @@ BundleTarget = Annotated[
     str | None,
     typer.Option("--target", help="Where engines run (default: the target that the bundle was built for)."),
 ]
+QualityLevel = Annotated[
+    str | None,
+    typer.Option("--level", help="Quality level, as 40%, or full (default: the one that saves least)."),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(help="Folder for captures and partial results (default: $UNETC_CACHE or ~/.cache/unetc)."),
@@ -226,18 +230,64 @@ class BudgetGroup(Group, panel="Saving"):
             typer.BadParameter: If it is given both ways.
             PlanError: If the speed-up is out of range.
         """
-        from unetc.errors import PlanError
-
         if self.speedup is None:
             return DEFAULT_BUDGET if self.budget is None else self.budget
-        if self.budget is not None:
-            raise typer.BadParameter("--speedup is another way to give --budget; give one of them.")
-        if not 1 <= self.speedup < math.inf:
-            raise PlanError(
-                f"a speed-up is full time / planned time, at least 1 and finite; got {self.speedup:g}. "
-                "Try 1.37, which saves 27 %."
-            )
-        return 1 - 1 / self.speedup
+        return _share_of(self.speedup, self.budget)
+
+
+class LadderGroup(Group, panel="Saving"):
+    """How much time each quality level saves, said in one of two ways."""
+
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X[,X...]",
+            help="Share of the time to save, in [0, 1): 0.27 saves 27 %. Several, as 0.27,0.4,0.55, make a ladder of "
+            f"quality levels (default: {DEFAULT_BUDGET}).",
+        ),
+    ] = None
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="The same as a factor of at least 1: 1.37 saves 27 %, as --budget 0.27 does."),
+    ] = None
+
+    def shares(self) -> tuple[float, ...]:
+        """Compute the share of the time that each level saves; the options of the build check their ranges.
+
+        Raises:
+            typer.BadParameter: If it is given both ways, or a budget is not a number.
+            PlanError: If the speed-up is out of range.
+        """
+        if self.speedup is not None:
+            return (_share_of(self.speedup, self.budget),)
+        if self.budget is None:
+            return (DEFAULT_BUDGET,)
+        try:
+            return tuple(float(text) for text in self.budget.split(","))
+        except ValueError:
+            raise typer.BadParameter(
+                f"cannot read the budget {self.budget!r}. Expected numbers in [0, 1) with commas between them, as 0.27 "
+                "or 0.27,0.4,0.55."
+            ) from None
+
+
+def _share_of(speedup: float, budget: object) -> float:
+    """Compute the share of the time that a speed-up saves.
+
+    Raises:
+        typer.BadParameter: If a budget is given too.
+        PlanError: If the speed-up is out of range.
+    """
+    from unetc.errors import PlanError
+
+    if budget is not None:
+        raise typer.BadParameter("--speedup is another way to give --budget; give one of them.")
+    if not 1 <= speedup < math.inf:
+        raise PlanError(
+            f"a speed-up is full time / planned time, at least 1 and finite; got {speedup:g}. "
+            "Try 1.37, which saves 27 %."
+        )
+    return 1 - 1 / speedup
 
 
 class LimitGroup(Group, panel="Planning"):

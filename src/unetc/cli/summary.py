@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unetc.analyzer.ranking import By, Ranked, Ranking, rank
-from unetc.artifacts.manifest import MANIFEST, Manifest
+from unetc.artifacts.manifest import MANIFEST, BundleEngine, Level, Manifest
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Profile
@@ -269,21 +269,40 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "budget": manifest.plan.budget,
         "saves": 1 - manifest.measured.time_ratio,
         "measured": to_builtins(manifest.measured),
-        "full": {"graph": manifest.full.graph, "step_ms": manifest.full.step_ms},
-        "engines": [
-            {"graph": e.graph, "step_ms": e.step_ms, "treatments": to_builtins(e.treatments)} for e in manifest.engines
-        ],
+        "full": _engine_facts(manifest.full),
+        "engines": [_engine_facts(engine) for engine in manifest.engines],
         "phases": to_builtins(manifest.plan.phases),
+        "levels": [_level_facts(level) for level in manifest.levels],
         "notes": list(manifest.notes),
         "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps),
         "bytes": sum(record.bytes for record in manifest.files),
     }
 
 
+def _level_facts(level: Level) -> dict[str, object]:
+    return {
+        "name": level.name,
+        "budget": level.plan.budget,
+        "saves": 1 - level.measured.time_ratio,
+        "measured": to_builtins(level.measured),
+        "engines": [_engine_facts(engine) for engine in level.engines],
+        "phases": to_builtins(level.plan.phases),
+    }
+
+
+def _engine_facts(engine: BundleEngine) -> dict[str, object]:
+    return {
+        "graph": engine.graph,
+        "step_ms": engine.step_ms,
+        "batch_ms": to_builtins(engine.batch_ms),
+        "treatments": to_builtins(engine.treatments),
+    }
+
+
 def bundle_table(manifest: Manifest) -> RenderableType:
-    """Lay out the engines and the plan of a bundle."""
+    """Lay out the engines, the ladder and the plans of a bundle."""
     sizes = {record.path: record.bytes for record in manifest.files}
-    listed = {engine.graph: engine for engine in (manifest.full, *manifest.engines)}
+    listed = {engine.graph: engine for engine in manifest.level_engines()}
     rows = [
         [engine.graph, f"{engine.step_ms:.2f}", str(len(engine.treatments)), f"{sizes[engine.graph] / 1000:.0f}"]
         for engine in listed.values()
@@ -295,7 +314,21 @@ def bundle_table(manifest: Manifest) -> RenderableType:
     )
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
     scope = damage_scope(manifest.model, manifest.control, manifest.steps)
-    return Group(engines, plan_table(manifest.plan), Text(scope))
+    ladder = [ladder_table(manifest)] if len(manifest.levels) > 1 else []
+    return Group(engines, *ladder, *(plan_table(level.plan) for level in manifest.levels), Text(scope))
+
+
+def ladder_table(manifest: Manifest) -> Table:
+    """Lay out the quality levels of a bundle, as measured by the build."""
+    rows = [
+        [level.name, *_time_cells(level.measured.time_ratio), *_damage_cells(level.measured.damage)]
+        for level in manifest.levels
+    ]
+    return table(
+        "quality levels; each request may have its own",
+        ["level", "saves", "time ratio", "relative L2", "PSNR dB", "SSIM"],
+        rows,
+    )
 
 
 def pareto_facts(curve: Pareto, path: Path) -> dict[str, object]:

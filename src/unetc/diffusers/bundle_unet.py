@@ -50,8 +50,8 @@ _KEPT = frozenset(
 )
 """Public names of UNets that work."""
 
-_FULL_MODEL = "full_model"
-"""Key of the configuration in a saved folder."""
+_FULL_MODEL, _LEVEL = "full_model", "level"
+"""Keys of the configuration in a saved folder."""
 
 
 class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
@@ -74,6 +74,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         config: Mapping[str, Any],
         *,
         full_model: bool = False,
+        level: str | None = None,
         bundle: Path | None = None,
     ) -> None:
         """Wrap a session in a module.
@@ -83,6 +84,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             denoiser: Class of the original UNet in diffusers.
             config: Its configuration.
             full_model: Whether to run the full model at every step.
+            level: Quality level of the session, for `save_pretrained`; None for the default level.
             bundle: Folder of the bundle, for `save_pretrained`.
         """
         super().__init__()
@@ -97,6 +99,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         self._bundle = bundle
         self._session = session
         self._full_model = full_model
+        self._level = level
         self._lock = threading.Lock()
         reuses = not full_model and any(engine.reused for engine in session.plan.engines)
         self._trajectories = Trajectories(lambda: session.rollout(full_model=full_model), reuses=reuses)
@@ -114,7 +117,14 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share the engines, and no trajectory."""
-        own = type(self)(self._session, self._denoiser, self.config, full_model=self._full_model, bundle=self._bundle)
+        own = type(self)(
+            self._session,
+            self._denoiser,
+            self.config,
+            full_model=self._full_model,
+            level=self._level,
+            bundle=self._bundle,
+        )
         own.to(self.device, self.dtype)
         own.train(self.training)
         memo[id(self)] = own
@@ -242,7 +252,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
             for name in names:
                 (bundle / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, bundle / name)
-            settings = {"_class_name": type(self).__name__, _FULL_MODEL: self._full_model}
+            settings = {"_class_name": type(self).__name__, _FULL_MODEL: self._full_model, _LEVEL: self._level}
             (folder / self.config_name).write_text(json.dumps(settings, indent=2))
         except OSError as error:
             raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another folder.") from error
@@ -265,10 +275,10 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         path = Path(folder) / subfolder if subfolder else Path(folder)
         try:
             settings = json.loads((path / cls.config_name).read_text())
-            full_model = bool(settings[_FULL_MODEL])
+            full_model, level = bool(settings[_FULL_MODEL]), settings.get(_LEVEL)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"cannot read {path / cls.config_name}: {error}. Save the pipeline again.") from error
-        loaded = cls._load(path / _saved(variant), full_model=full_model)
+        loaded = cls._load(path / _saved(variant), level=level, full_model=full_model)
         dtype = options.get("torch_dtype") or options.get("dtype")
         if isinstance(dtype, torch.dtype):
             loaded.to(dtype)
@@ -279,6 +289,7 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
         cls,
         path: Path,
         *,
+        level: str | None = None,
         target: str | None = None,
         threads: int | None = None,
         memory: Memory | str = Memory.FAST,
@@ -286,9 +297,10 @@ class BundleUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ha
     ) -> Self:
         bundle = Bundle.open(path)
         manifest = bundle.manifest
-        session = Session.of(bundle, backend_for(manifest, target=target, threads=threads, memory=memory))
+        backend = backend_for(manifest, target=target, threads=threads, memory=memory)
+        session = Session.of(bundle, backend, level=level)
         denoiser, config = manifest.model.denoiser, manifest.denoiser_config
-        loaded = cls(session, denoiser, config, full_model=full_model, bundle=path)
+        loaded = cls(session, denoiser, config, full_model=full_model, level=level, bundle=path)
         loaded.eval()
         return loaded
 
@@ -302,6 +314,7 @@ for _name in {*refused_names(_KEPT), "apply", "load_state_dict", "state_dict"}:
 def load(
     path: str | Path,
     *,
+    level: str | None = None,
     target: str | None = None,
     threads: int | None = None,
     memory: Memory | str = Memory.FAST,
@@ -313,6 +326,7 @@ def load(
 
     Args:
         path: The bundle's folder.
+        level: Name of a quality level, such as "40%"; the level of the smallest budget when not given.
         target: Target to run on; by default the target of the build.
         threads: Number of CPU threads; by default the number used for the measurements. 0 lets the backend choose.
         memory: "fast" or "low", see `unetc.runtime.backends.registry.Memory`.
@@ -320,10 +334,12 @@ def load(
 
     Raises:
         ArtifactError: If the bundle cannot be read or is damaged.
-        SessionError: If the target or the memory mode is unknown.
+        SessionError: If the level, the target or the memory mode is unknown.
         MissingDependency: If the backend's library is not installed.
     """
-    return BundleUNet._load(Path(path), target=target, threads=threads, memory=memory, full_model=full_model)
+    return BundleUNet._load(
+        Path(path), level=level, target=target, threads=threads, memory=memory, full_model=full_model
+    )
 
 
 def _saved(variant: str | None) -> str:

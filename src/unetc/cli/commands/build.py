@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..groups import Group
-from ..options import BudgetGroup, Cache, Json, LimitGroup, ModelGroup, ProfileGroup
+from ..options import Cache, Json, LadderGroup, LimitGroup, ModelGroup, ProfileGroup
 
 if TYPE_CHECKING:
     from unetc.artifacts.plan import Plan
@@ -32,8 +33,11 @@ class BuildGroup(Group, panel="Building"):
     repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40
     controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True
 
-    def given_plan(self) -> Plan | None:
+    def given_plan(self, budgets: Sequence[float]) -> Plan | None:
         """Load the plan to build, if one is given.
+
+        Args:
+            budgets: Budgets of the quality levels.
 
         Raises:
             typer.BadParameter: If another option chooses the plan.
@@ -41,15 +45,20 @@ class BuildGroup(Group, panel="Building"):
         """
         from unetc.artifacts.plan import Plan
 
+        if len(budgets) > 1 and (self.at is not None or self.plan is not None):
+            given = "--plan" if self.plan is not None else "--at"
+            raise typer.BadParameter(
+                f"{given} gives one plan, but --budget gives {len(budgets)} quality levels. Leave out one of them."
+            )
         if self.at is not None and self.plan is not None:
             raise typer.BadParameter("--at chooses a plan itself; give one of --at and --plan.")
         return Plan.load(self.plan) if self.plan else None
 
-    def options(self, plan: PlanOptions, steps: int) -> BuildOptions:
+    def options(self, plan: PlanOptions, ladder: tuple[float, ...], steps: int) -> BuildOptions:
         """Make the options of the build.
 
         Raises:
-            PlanError: If a quality gate cannot be read.
+            PlanError: If a quality gate cannot be read, or the budgets make no ladder.
         """
         from unetc.compiler.build import BuildOptions
         from unetc.compiler.search.quality_gate import QualityGate
@@ -57,6 +66,7 @@ class BuildGroup(Group, panel="Building"):
 
         return BuildOptions(
             plan=plan,
+            ladder=ladder,
             steps=steps,
             quality_gate=QualityGate.parse(self.quality_gate) if self.quality_gate else None,
             at=QualityGate.parse(self.at) if self.at else None,
@@ -67,7 +77,7 @@ class BuildGroup(Group, panel="Building"):
 
 def build(
     model: ModelGroup,
-    budget: BudgetGroup,
+    budget: LadderGroup,
     limits: LimitGroup,
     building: BuildGroup,
     sampling: ProfileGroup,
@@ -75,16 +85,19 @@ def build(
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle that saves the budget in measured time, with an analysis first if there is no profile."""
-    share = budget.share()
+    """Build a bundle that saves the budget in measured time, with an analysis first if there is no profile.
+
+    Several budgets make a ladder of quality levels over one weights file.
+    """
+    budgets = budget.shares()
 
     from unetc.api import build as make
 
     from .. import summary
     from ..output import ERR, OUT, print_json, progress
 
-    plan, source = building.given_plan(), model.source()
-    options = building.options(limits.plan(share), sampling.steps_of(source))
+    plan, source = building.given_plan(budgets), model.source()
+    options = building.options(limits.plan(budgets[0]), budgets[1:], sampling.steps_of(source))
     known, analysis = sampling.known(), sampling.analysis(source)
     with progress() as on_progress:
         manifest = make(

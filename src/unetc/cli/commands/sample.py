@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import BundlePath, BundleTarget, Json, Seed
+from ..options import BundlePath, BundleTarget, Json, QualityLevel, Seed
 
 
 def sample(
@@ -16,6 +16,7 @@ def sample(
     batch: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoiser calls (default: the bundle's).")] = None,
+    level: QualityLevel = None,
     full_model: Annotated[bool, typer.Option("--full-model", help="Run the full model at every step.")] = False,
     labels: Annotated[
         str | None,
@@ -53,7 +54,7 @@ def sample(
         on_progress(Progress(stage="loading the engines", done=0, total=1))
         opened = Bundle.open(bundle)
         backend = backend_for(opened.manifest, target=target, threads=threads, memory=memory)
-        session = Session.of(opened, backend)
+        session = Session.of(opened, backend, level=level)
         on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
         draw: Draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import BundlePath, BundleTarget, Json
+from ..options import BundlePath, BundleTarget, Json, QualityLevel
 
 
 def verify(
@@ -18,10 +18,14 @@ def verify(
     seed: Annotated[
         int | None, typer.Option(min=0, help="A seed that the build has not used (default: a new one).")
     ] = None,
+    level: QualityLevel = None,
     target: BundleTarget = None,
     as_json: Json = False,
 ) -> None:
-    """Measure time and damage on new seeds, along with simpler ways to save the same time."""
+    """Measure time and damage on new seeds, along with simpler ways to save the same time.
+
+    The control plans take the time of the level that saves least, so only that level is compared with them.
+    """
     from unetc.analyzer.verify import VerifyOptions
     from unetc.api import verify as measure
     from unetc.artifacts.record import check_writable
@@ -32,7 +36,7 @@ def verify(
     if output is not None:
         check_writable(output)
     with progress() as on_progress:
-        options = VerifyOptions(rounds=rounds, batch=batch, seed=seed, target=target)
+        options = VerifyOptions(rounds=rounds, batch=batch, seed=seed, level=level, target=target)
         result = measure(bundle, options, on_progress=on_progress)
     if output is not None:
         result.save(output)
