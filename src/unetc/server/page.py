@@ -51,7 +51,8 @@ def make_router(service: Service) -> APIRouter:
         served = service.find(model)
         if steps not in served.steps:
             raise RequestError(f"steps is {steps}. Expected one of {', '.join(map(str, served.steps))}.", "steps")
-        return {"levels": [_timed(served, name, steps) for name in served.levels]}
+        full = served.batcher.estimate(SampleRequest(steps=steps))
+        return {"levels": [_timed(served, level, steps, full) for level in served.levels.values()]}
 
     return router
 
@@ -113,17 +114,24 @@ def _level(level: Level) -> dict[str, Any]:
     return {
         "name": level.name,
         "title": f"Saves {percent(1 - level.time_ratio)}",
-        "describes": f"Level {level.name}: off by {level.relative_l2:.2g} (relative L2){near}.",
+        "describes": f"Level {level.name}: relative L2 {level.relative_l2:.2g}{near}.",
     }
 
 
-def _timed(served: Served, name: str, steps: int) -> dict[str, Any]:
-    """Estimate the time of an image, and list the phase of each step: null where the full model runs."""
-    session = served.sessions[name]
+def _timed(served: Served, level: Level, steps: int, full: float) -> dict[str, Any]:
+    """Estimate the time of an image, and list the phase of each step: null where the full model runs.
+
+    Args:
+        served: The model.
+        level: The level.
+        steps: Number of steps.
+        full: Estimated seconds of the full model. Levels that have not run yet have no better estimate than their
+            share of it, as the build measured it.
+    """
+    session = served.sessions[level.name]
     levels = session.scheduler.table(steps).log_snr.tolist()
-    phases = [None if name == FULL else _phase(session.plan, log_snr) for log_snr in levels]
-    request = SampleRequest(level=name, steps=steps)
-    return {"name": name, "seconds": served.batcher.estimate(request), "schedule": phases}
+    phases = [None if level.name == FULL else _phase(session.plan, log_snr) for log_snr in levels]
+    return {"name": level.name, "seconds": full * level.time_ratio, "schedule": phases}
 
 
 def _phase(plan: Plan, log_snr: float) -> int:
