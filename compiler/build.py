@@ -25,14 +25,16 @@ from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
 from unetc.compiler.search.set_up import Setup, set_up
 from unetc.compiler.search.workbench import Candidate, Workbench
-from unetc.errors import PlanError, QualityGateError
+from unetc.errors import CompileError, ModelError, PlanError, QualityGateError
 from unetc.models.model import Model
 from unetc.percent import percent
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.rollout import FULL_ENGINE
 
 from .contents import Contents
+from .prepare import prepare_encoder
 from .store import check_destination, write_bundle
+from .text import prepare_text
 
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
 QUALITY_GATE_SEARCH_STEPS = 5
@@ -57,6 +59,8 @@ class BuildOptions:
     """Whether to add control plans, for `verify` and the report."""
     random_plans: int = 5
     """Number of random control plans."""
+    text: bool = True
+    """Whether to add the text encoders, so that the bundle takes any prompt."""
 
     def __post_init__(self) -> None:
         """Check the ladder.
@@ -369,6 +373,7 @@ def _write(
     on_progress(Progress(stage="timing batches", done=0, total=1))
     contents = Contents(setup, setup.workbench.batch_ms([level.candidate for level in levels]))
     on_progress(Progress(stage="timing batches", done=1, total=1))
+    _add_inputs(contents, setup, options, notes)
     manifest = partial(
         contents.manifest,
         steps=options.steps,
@@ -383,6 +388,22 @@ def _write(
         notes=tuple(notes),
     )
     return write_bundle(path, contents.files, manifest)
+
+
+def _add_inputs(contents: Contents, setup: Setup, options: BuildOptions, notes: list[str]) -> None:
+    """Add the encoders of images and of prompts; a note describes an encoder that cannot be exported."""
+    try:
+        if (encoder := prepare_encoder(setup.prepared)) is not None:
+            contents.add_encoder(encoder)
+    except CompileError as error:
+        notes.append(f"the bundle cannot start from images: {str(error).rstrip('.')}")
+    if not options.text:
+        return
+    try:
+        if (text := prepare_text(setup.prepared)) is not None:
+            contents.add_text(text)
+    except (CompileError, ModelError) as error:
+        notes.append(f"the bundle takes only the prompts that it was built with: {str(error).rstrip('.')}")
 
 
 def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:

@@ -9,7 +9,9 @@ import unetc
 from unetc.artifacts.manifest import (
     SCHEDULER_ROWS,
     BundleDecoder,
+    BundleEncoder,
     BundleEngine,
+    BundleText,
     Conditioning,
     Control,
     EnginePair,
@@ -21,6 +23,7 @@ from unetc.artifacts.manifest import (
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.search.set_up import Setup
 from unetc.compiler.search.workbench import Candidate
+from unetc.compiler.text import PreparedText
 from unetc.precision import Precision
 from unetc.tensors import save_tensors
 from unetc.treatments import Treatment
@@ -29,6 +32,7 @@ PROFILE_FILE = "profile.json"
 SCHEDULER_FILE = "scheduler.safetensors"
 CONDITIONS_FILE = "conditions.safetensors"
 DECODER_FILE = "decoder.onnx"
+ENCODER_FILE = "encoder.onnx"
 
 
 class Contents:
@@ -53,6 +57,8 @@ class Contents:
             self._files[CONDITIONS_FILE] = save_tensors(setup.conditions.to_arrays())
         if setup.decoder is not None:
             self._files[DECODER_FILE] = setup.decoder
+        self._encodes_images = False
+        self._text: BundleText | None = None
         self._names: dict[bytes, str] = {}
         self._lowered: dict[str, LoweredGraph | None] = {}
 
@@ -60,6 +66,16 @@ class Contents:
     def files(self) -> Mapping[str, bytes | Path]:
         """All files so far by their path in the bundle, as bytes or as a file to copy."""
         return self._files
+
+    def add_encoder(self, graph: bytes) -> None:
+        """Add the graph from images to samples."""
+        self._files[ENCODER_FILE] = graph
+        self._encodes_images = True
+
+    def add_text(self, prepared: PreparedText) -> None:
+        """Add text encoders."""
+        self._files.update(prepared.files)
+        self._text = prepared.text
 
     def add_full(self, step_ms: float) -> BundleEngine:
         """Add the full model.
@@ -144,6 +160,8 @@ class Contents:
             conditioning=self._conditioning(),
             control=profile.control,
             decoder=self._decoder(),
+            encoder=self._encoder(),
+            text=self._text,
             batch=profile.batch,
             steps=steps,
             weights=WEIGHTS,
@@ -176,3 +194,8 @@ class Contents:
         if self._setup.decoder is None:
             return None
         return BundleDecoder(graph=DECODER_FILE, scale=self._setup.prepared.model.decoder_scale)
+
+    def _encoder(self) -> BundleEncoder | None:
+        if not self._encodes_images:
+            return None
+        return BundleEncoder(graph=ENCODER_FILE, scale=self._setup.prepared.model.decoder_scale)

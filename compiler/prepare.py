@@ -1,8 +1,9 @@
-"""Prepare a model for analysis and build: its gated graph, its scheduler tables and its decoder."""
+"""Prepare a model for analysis and build: its gated graph, its scheduler tables, its decoder and its encoder."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ import unetc
 from unetc.artifacts.record import write_atomically
 from unetc.compiler.graph.capture import Capture, capture
 from unetc.compiler.graph.decoder import export_decoder
+from unetc.compiler.graph.encoder import export_encoder
 from unetc.compiler.graph.gated import OPSET, GatedGraph, open_or_build
 from unetc.errors import ArtifactError
 from unetc.models.model import Model
@@ -75,11 +77,32 @@ def prepare_decoder(prepared: Prepared) -> bytes | None:
     """
     if (decoder := prepared.model.load_decoder()) is None:
         return None
-    path = prepared.work / f"decoder-{decoder.sha256()[:16]}.onnx"
+    return _exported(prepared, f"decoder-{decoder.sha256()[:16]}.onnx", lambda: export_decoder(decoder))
+
+
+def prepare_encoder(prepared: Prepared) -> bytes | None:
+    """Export the encoder as ONNX, or read the file that an earlier command exported.
+
+    Returns:
+        The graph from images to samples; None if samples are images.
+
+    Raises:
+        ModelError: If the encoder cannot be loaded.
+        CompileError: If it cannot be exported.
+        ArtifactError: If the cache cannot be written or read.
+    """
+    if (encoder := prepared.model.load_encoder()) is None:
+        return None
+    return _exported(prepared, f"encoder-{encoder.sha256()[:16]}.onnx", lambda: export_encoder(encoder))
+
+
+def _exported(prepared: Prepared, name: str, export: Callable[[], bytes]) -> bytes:
+    """Read a graph from the cache, after exporting it if it is not there."""
+    path = prepared.work / name
     try:
-        with FileLock(prepared.work / "decoder.lock"):
+        with FileLock(prepared.work / f"{name.partition('-')[0]}.lock"):
             if not path.exists():
-                write_atomically(path, export_decoder(decoder))
+                write_atomically(path, export())
             return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}. Choose another folder with --cache.") from error

@@ -38,6 +38,8 @@ class Bundle:
     scheduler: SchedulerTables
     conditions: Conditions
     """Conditions for the prompts in the manifest; `UNCONDITIONAL` without prompts."""
+    text: dict[str, bytes]
+    """Weights and tokenizers of the text encoders, by their path in the bundle."""
     profile: bytes
     """JSON of the profile that the plan was made from."""
 
@@ -93,6 +95,7 @@ class Bundle:
         contents = {
             record.path: _read_verified(path, record.path, record.bytes, record.sha256) for record in manifest.files
         }
+        encoders = () if manifest.text is None else manifest.text.encoders
         try:
             tensors = frozenset(load(contents[manifest.weights]))
             scheduler = SchedulerTables.from_array(
@@ -109,6 +112,7 @@ class Bundle:
             tensors=tensors,
             scheduler=scheduler,
             conditions=conditions,
+            text={path: contents[path] for one in encoders for path in (one.weights, one.tokenizer)},
             profile=contents[manifest.profile],
         )
 

@@ -9,7 +9,7 @@ from unetc.tensors import save_tensors
 
 from .engine_pool import tried
 
-_CHANNELS = 3
+IMAGE_CHANNELS = 3
 
 
 class Decoder:
@@ -38,7 +38,7 @@ class Decoder:
             Images, [batch, 3, height * scale, width * scale].
         """
         batch, _, height, width = sampled.shape
-        images = np.empty((batch, _CHANNELS, height * self.scale, width * self.scale), dtype=np.float32)
+        images = np.empty((batch, IMAGE_CHANNELS, height * self.scale, width * self.scale), dtype=np.float32)
         with self._device.stream():
             image = self._device.empty(images[:1].shape)
             for i in range(batch):

@@ -7,10 +7,13 @@ from functools import cached_property, partial
 from unetc.artifacts.manifest import BundleEngine
 from unetc.backend import Backend, Program, TargetBackend
 from unetc.precision import Precision
+from unetc.runtime.backends.registry import takes_graphs
 
 from .bundle import Bundle
 from .decoder import Decoder
+from .encoder import Encoder
 from .engine_pool import LoadedLater, tried
+from .text import TextEncoder
 
 
 class LoadedBundle:
@@ -59,3 +62,20 @@ class LoadedBundle:
         """The decoder; None if samples are images."""
         own = self.bundle.manifest.decoder
         return Decoder(self.bundle.graphs[own.graph], own.scale, self.backend) if own else None
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """The encoder of images; None if samples are images, or the bundle has none."""
+        own, channels = self.bundle.manifest.encoder, self.bundle.manifest.sample_shape[0]
+        return Encoder(self.bundle.graphs[own.graph], own.scale, channels, self._around) if own else None
+
+    @cached_property
+    def text(self) -> TextEncoder | None:
+        """The text encoders; None if the bundle has none."""
+        manifest = self.bundle.manifest
+        return TextEncoder.open(self.bundle, self._around, threads=manifest.threads) if manifest.text else None
+
+    @cached_property
+    def _around(self) -> Backend:
+        """Backend of the graphs that are not engines."""
+        return takes_graphs(self.backend, threads=self.bundle.manifest.threads)

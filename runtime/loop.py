@@ -28,11 +28,20 @@ class Start:
     """Index of every sample within the seed."""
     predicted_channels: int
     """Channels of an engine's prediction."""
+    image: Array | None = None
+    """Samples without noise to start from, in the shape of the noise; None starts from noise alone."""
+    first: int = 0
+    """Step at which sampling begins."""
 
     @property
     def rows(self) -> int:
         """Rows of a call: twice the batch with guidance."""
         return len(self.noise) * self.conditions.rows_per_sample
+
+    @property
+    def calls(self) -> int:
+        """Number of calls of an engine."""
+        return self.table.steps - self.first
 
 
 class Loop(Protocol):
@@ -86,7 +95,7 @@ class PlainLoop:
         batch, _, height, width = start.noise.shape
         self._start = start
         self._device = device
-        self._trajectory = Trajectory.start(start.table, start.noise, device)
+        self._trajectory = Trajectory.start(start.table, start.noise, device, image=start.image, first=start.first)
         self._conditions = start.conditions.on(device)
         self._constant = self._conditions.constant(batch, height, width)
 

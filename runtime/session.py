@@ -25,11 +25,13 @@ from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
 from .bundle import Bundle
-from .decoder import Decoder
+from .decoder import IMAGE_CHANNELS, Decoder
+from .encoder import Encoder
 from .engine_pool import EnginePool, LoadedLater
 from .loaded_bundle import LoadedBundle
 from .loop import Loop, Start, begin
 from .rollout import EngineCall, NonFiniteSteps, Rollout, not_finite
+from .text import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class Session:
         predicted_channels: int | None = None,
         conditions: Conditions = UNCONDITIONAL,
         decoder: Decoder | None = None,
+        encoder: Encoder | None = None,
+        text: TextEncoder | None = None,
         device: Device = HOST,
         calls: CallSignature | None = None,
     ) -> None:
@@ -85,6 +89,8 @@ class Session:
             predicted_channels: Channels of the denoiser's prediction; by default the sample's.
             conditions: Default conditions: sample k gets row k, modulo their number.
             decoder: Turns samples into images; None if they are images.
+            encoder: Turns images into samples, for image to image; None if they are samples, or there is none.
+            text: Encodes prompts; None if there are only the conditions above.
             device: Where the programs compute.
             calls: The calls that the programs take; None accepts every call.
         """
@@ -94,6 +100,9 @@ class Session:
         self.steps = steps
         self.conditions = conditions
         self.calls = calls
+        self.text = text
+        """Encodes prompts; None for a bundle without text encoders."""
+        self._encoder = encoder
         self._predicted_channels = predicted_channels or sample_shape[0]
         self._decoder = decoder
         self._device = device
@@ -150,9 +159,19 @@ class Session:
             predicted_channels=manifest.predicted_channels,
             conditions=bundle.conditions,
             decoder=loaded.decoder,
+            encoder=loaded.encoder,
+            text=loaded.text,
             device=loaded.backend.device,
             calls=bundle.calls,
         )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[channel, height, width] of one image of the model's own size."""
+        channels, height, width = self.sample_shape
+        if self._decoder is None:
+            return channels, height, width
+        return IMAGE_CHANNELS, height * self._decoder.scale, width * self._decoder.scale
 
     @property
     def device(self) -> Device:
@@ -193,12 +212,14 @@ class Session:
         noise: Array | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Array | None = None,
+        strength: float = 1.0,
         conditions: Conditions | None = None,
         full_model: bool = False,
         latents: bool = False,
         on_step: Callable[[Step], None] | None = None,
     ) -> Array:
-        """Sample from noise.
+        """Sample from noise, or from an image with noise.
 
         Args:
             batch: Number of samples.
@@ -209,6 +230,10 @@ class Session:
             noise: Unit normal noise to start from, [batch, channel, height, width]; replaces batch, height and width.
             height: Height of the images in pixels; the model's own when not given.
             width: Width of the images in pixels; the model's own when not given.
+            image: Samples to start from, as `encode` makes them of images, [batch, channel, height, width]; noise is
+                added to them. Replaces batch, height and width.
+            strength: Share of the steps that are made when starting from an image, in (0, 1]; as in diffusers, 1 makes
+                all steps.
             conditions: One row per sample; the bundle's conditions when not given. SDXL's size numbers follow the size
                 of the images, unless the user has chosen them.
             full_model: Run the full model at every step.
@@ -219,8 +244,9 @@ class Session:
             Samples [batch, channel, height, width], float32, in the range the model was trained on (mostly -1 to 1).
 
         Raises:
-            SessionError: If the bundle has no scheduler table for this number of steps.
-            ShapeMismatch: If the noise does not fit the model, or the conditions the noise.
+            SessionError: If the bundle has no scheduler table for this number of steps, or its scheduler cannot start
+                from an image at this strength.
+            ShapeMismatch: If the noise or the image does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """
         start = self.start(
@@ -231,6 +257,8 @@ class Session:
             noise=noise,
             height=height,
             width=width,
+            image=image,
+            strength=strength,
             conditions=conditions,
         )
         with self._device.stream():
@@ -247,11 +275,19 @@ class Session:
         noise: Array | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Array | None = None,
+        strength: float = 1.0,
         conditions: Conditions | None = None,
     ) -> Start:
         """Check the arguments of `sample` and draw the noise; see there."""
         table = self.scheduler.table(self.steps if steps is None else steps)
-        if table.log_snr[0] > 0:  # one step of many schedulers: findings/one-step-starts-without-noise.sh
+        if image is None and strength != 1:
+            raise SessionError(f"strength is {strength:g}, and no image is given. Pass an image to start from.")
+        first = 0 if image is None else self.first_step(table, strength)
+        if image is not None:
+            batch, height, width = self._of_image(image, noise, height, width)
+            table = table.starting_at(first)
+        elif table.log_snr[0] > 0:  # one step of many schedulers: findings/one-step-starts-without-noise.sh
             logger.warning(
                 "sampling in %d step(s) begins at log-SNR %.1f, where images are nearly finished, so pure noise "
                 "cannot become one. Use more steps, or a scheduler with timestep_spacing trailing.",
@@ -269,11 +305,57 @@ class Session:
         return Start(
             table=table,
             noise=noise,
+            image=image,
+            first=first,
             conditions=replace(conditions, controlnet=self.conditions.controlnet),
             seed=seed,
             indices=indices,
             predicted_channels=self._predicted_channels,
         )
+
+    def first_step(self, table: SchedulerTable, strength: float) -> int:
+        """Return the row of a table at which sampling from an image begins.
+
+        Args:
+            table: A table of this session's scheduler.
+            strength: Share of the steps that are made, in (0, 1].
+
+        Raises:
+            SessionError: If no step is made, or the first one needs results of the steps that are left out.
+        """
+        try:
+            return table.first_step(strength)
+        except SessionError as error:
+            raise SessionError(f"{self.scheduler.name}: {error}") from error
+
+    def encode(self, images: Array) -> Array:
+        """Turn images, [batch, channel, height, width] in -1 to 1, into samples; they may be the same.
+
+        Raises:
+            SessionError: If the bundle has no encoder.
+            ShapeMismatch: If the images do not fit it.
+        """
+        if self._encoder is not None:
+            return self._encoder(images)
+        if self._decoder is not None:
+            raise SessionError("the bundle has no encoder for images. Build it again, from a model whose VAE has one.")
+        return images.astype(np.float32, copy=False)
+
+    def _of_image(
+        self, image: Array, noise: Array | None, height: int | None, width: int | None
+    ) -> tuple[int, int | None, int | None]:
+        """Check an image; return its number of samples, and its height and width in pixels if noise is to be drawn."""
+        channels = self.sample_shape[0]
+        if image.ndim != 4 or image.shape[1] != channels or min(image.shape) < 1:
+            raise ShapeMismatch(f"the image has shape {image.shape}; expected [batch, {channels}, height, width].")
+        if noise is not None and noise.shape != image.shape:
+            raise ShapeMismatch(f"noise has shape {noise.shape}, and the image {image.shape}. Give both in one shape.")
+        own = image.shape[2] * self._pixels, image.shape[3] * self._pixels
+        if (height, width) not in ((None, None), own):
+            raise ShapeMismatch(
+                f"an image of {own[0]} x {own[1]} and another height or width are given. Give one of them."
+            )
+        return len(image), *((None, None) if noise is not None else own)
 
     def _noise(
         self, batch: int, seed: int, first: int, noise: Array | None, height: int | None, width: int | None
@@ -344,7 +426,7 @@ class Session:
         """
         table, loop = start.table, begin(start, self._device)
         late = loop.runs_ahead and on_step is None
-        step, call = 0, None
+        step, call = start.first, None
         while step < table.steps:
             before, call = call, self._run(rollout, loop, table, step)
             if late and before is not None and not loop.is_finite(step - 1):

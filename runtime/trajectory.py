@@ -24,10 +24,25 @@ class Trajectory:
     """Device of all these tensors."""
 
     @classmethod
-    def start(cls, table: SchedulerTable, noise: Array, device: Device = HOST) -> Trajectory:
-        """Begin on a device from unit normal noise, [batch, channel, height, width]."""
-        first = device.put(np.ascontiguousarray(noise, dtype=np.float32)) * table.initial_scale
-        return cls(samples=(first,), predictions=(), device=device)
+    def start(
+        cls, table: SchedulerTable, noise: Array, device: Device = HOST, *, image: Array | None = None, first: int = 0
+    ) -> Trajectory:
+        """Begin on a device.
+
+        Args:
+            table: Table of the scheduler.
+            noise: Unit normal noise, [batch, channel, height, width].
+            device: Where the trajectory is.
+            image: Samples that get the noise of the first step, in the same shape; None begins with noise alone.
+            first: Index of the first step.
+        """
+        drawn = device.put(np.ascontiguousarray(noise, dtype=np.float32))
+        if image is None:
+            begun = drawn * table.initial_scale
+        else:
+            clean = device.put(np.ascontiguousarray(image, dtype=np.float32))
+            begun = clean * table.signal.item(first) + drawn * table.noise_of(first)
+        return cls(samples=(begun,), predictions=(), device=device)
 
     @property
     def sample(self) -> Tensor:

@@ -15,7 +15,9 @@ from unetc.compiler.search.repair import RepairOptions
 from unetc.models.find import find_model
 
 
-def build_quickly(folder: Path, bundle: Path, *, steps: int, scale: float, decisive: int, budget: float) -> Profile:
+def build_quickly(
+    folder: Path, bundle: Path, *, steps: int, scale: float, decisive: int, budget: float, text: bool = False
+) -> Profile:
     """Analyse and build a model with attention; its cache lies next to it.
 
     Args:
@@ -25,6 +27,7 @@ def build_quickly(folder: Path, bundle: Path, *, steps: int, scale: float, decis
         scale: Guidance scale.
         decisive: Ablations that are carried to the final output.
         budget: Share of the time to save.
+        text: Whether the bundle gets the text encoders.
 
     Returns:
         The profile.
@@ -41,7 +44,11 @@ def build_quickly(folder: Path, bundle: Path, *, steps: int, scale: float, decis
         components=("*.attentions.*",),  # enough for a plan, and faster to time and screen than all
     )
     options = BuildOptions(
-        plan=PlanOptions(budget=budget), steps=steps, repair=RepairOptions(evaluations=0), controls=False
+        plan=PlanOptions(budget=budget),
+        steps=steps,
+        repair=RepairOptions(evaluations=0),
+        controls=False,
+        text=text,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (steps,))  # the other tables are not used

@@ -33,7 +33,7 @@ from .capture import GATES, MEANS, OUTPUT, Capture
 from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
 from .nodes import add_integers, add_name, add_node, add_reshape
 from .size_names import name_sizes
-from .weights import serialise, tensor_ranges, write_tensors
+from .weights import externalise, serialise
 
 OPSET = 23
 """Includes Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""
@@ -46,8 +46,6 @@ BRANCH_MEANS = "branch_means"
 
 _GRAPH = "gated.onnx"
 _RECORD = "gated.json"
-_INLINE_BELOW_BYTES = 64
-"""Smaller initializers, such as shapes and scalars, stay inside each graph."""
 
 
 class GatedRecord(Artifact, frozen=True, kw_only=True):
@@ -141,7 +139,7 @@ class GatedGraph:
         except OSError as error:
             raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
         try:
-            _externalise(model, temporary / WEIGHTS)
+            externalise(model, temporary / WEIGHTS)
             graph = ir.to_proto(model).SerializeToString()
             (temporary / _GRAPH).write_bytes(graph)
             record = GatedRecord(
@@ -272,28 +270,6 @@ def _input(model: ir.Model, name: str) -> ir.Value:
 def _shape(value: ir.Value) -> ir.Shape:
     assert value.shape is not None
     return value.shape
-
-
-def _externalise(model: ir.Model, path: Path) -> None:
-    """Move the initializers into one safetensors file and make the model point into it."""
-    tensors = {
-        str(name): value.const_value
-        for name, value in sorted(model.graph.initializers.items())
-        if value.const_value is not None
-        and value.const_value.nbytes >= _INLINE_BELOW_BYTES
-        and value.const_value.dtype.is_floating_point()
-    }
-    write_tensors(path, tensors)
-    for name, (begin, end) in tensor_ranges(path).items():
-        model.graph.initializers[name].const_value = ir.ExternalTensor(
-            WEIGHTS,
-            begin,
-            end - begin,
-            tensors[name].dtype,
-            shape=ir.Shape(tensors[name].shape.numpy()),
-            name=name,
-            base_dir=path.parent,
-        )
 
 
 def _hash(path: Path) -> str:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from unetc.backend import SerialisedGraph
+from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.errors import CompileError
 
 _TYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
+_INLINE_BELOW_BYTES = 64
+"""Smaller initializers, such as shapes and scalars, stay inside each graph."""
 _ALIGNMENT = 8
 """Bytes. Tensors begin at multiples of their element size, because the longest elements come first."""
 
@@ -69,3 +71,25 @@ def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def externalise(model: ir.Model, path: Path) -> None:
+    """Move the initializers into one safetensors file and make the model point into it."""
+    tensors = {
+        str(name): value.const_value
+        for name, value in sorted(model.graph.initializers.items())
+        if value.const_value is not None
+        and value.const_value.nbytes >= _INLINE_BELOW_BYTES
+        and value.const_value.dtype.is_floating_point()
+    }
+    write_tensors(path, tensors)
+    for name, (begin, end) in tensor_ranges(path).items():
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            WEIGHTS,
+            begin,
+            end - begin,
+            tensors[name].dtype,
+            shape=ir.Shape(tensors[name].shape.numpy()),
+            name=name,
+            base_dir=path.parent,
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .names import SCHEDULERS
 from .probe import MOST, probe
 from .replay import replay
 from .solve import solve
-from .walk import Scheduler, asks_variance, begin, calls_of, is_flow, log_snr, rising, trained_levels
+from .walk import Scheduler, asks_variance, at_first_order, begin, calls_of, is_flow, log_snr, rising, trained_levels
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,8 @@ def _extract(begun: Any, steps: int) -> SchedulerTable:
     try:
         answers = probe(begun)
         widest = probe(begun, MOST) if asks_variance(begun) else None
+        simple = at_first_order(begun, steps)
+        first = None if simple is None else probe(simple)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"{name} cannot sample with this configuration: {error}. Change it, or choose another.") from (
             error
@@ -148,11 +151,20 @@ def _extract(begun: Any, steps: int) -> SchedulerTable:
             "(final_sigmas_type zero), it needs the defaults of lower_order_final, predict_x0 and solver_type. "
             "Otherwise choose another scheduler."
         )
-    table = solve(begun, answers, widest, steps)
+    table = solve(begun, answers, widest, steps, first=first)
     difference = replay(begun, table)
     if not difference <= TOLERANCE:
         raise ModelError(
             f"{name} in {steps} steps is not a linear multistep update with fixed clipping: its table is off by "
             f"{difference:.1e} of the sample, more than {TOLERANCE:.0e}. Choose one of {', '.join(SCHEDULERS)}."
         )
+    if table.start_prediction.any() and not _starts(begun, table):
+        table = replace(table, start_sample=np.zeros(table.steps), start_prediction=np.zeros(table.steps))
     return table
+
+
+def _starts(begun: Any, table: SchedulerTable) -> bool:
+    """Check that trajectories that begin at a later step, without history, are those of diffusers."""
+    return all(
+        replay(begun, table.starting_at(first), first) <= TOLERANCE for first in {table.steps // 3, table.steps // 2}
+    )

@@ -17,7 +17,7 @@ from .walk import asks_variance, make_step, model_input, takes_noise
 _SHAPE = (2, 1, 8, 8)
 
 
-def replay(begun: Any, table: SchedulerTable) -> float:
+def replay(begun: Any, table: SchedulerTable, first: int = 0) -> float:
     """Sample a fake model with the scheduler and with the table; return the largest relative difference of a step.
 
     In float64, to compare coefficients and not rounding: some schedulers subtract large numbers.
@@ -25,14 +25,17 @@ def replay(begun: Any, table: SchedulerTable) -> float:
     Args:
         begun: A scheduler that `begin` made; it is not changed.
         table: Its table.
+        first: Step at which both begin.
     """
     fresh, asked = copy.deepcopy(begun), asks_variance(begun)
+    if first:
+        fresh.set_begin_index(first)
     # a scheduler that takes its noise rounds it to float32
     kind = torch.float32 if takes_noise(begun) else torch.float64
     expected = table.initial_scale * _normal(table.steps)
     actual, differences = expected.numpy(), []
     samples, predictions = (deque[NDArray[np.float64]](maxlen=table.window) for _ in range(2))
-    for step, timestep in enumerate(fresh.timesteps):
+    for step, timestep in enumerate(fresh.timesteps[first:], start=first):
         prediction = _fake_model(model_input(fresh, expected, timestep).numpy(), float(timestep))
         variance = 1.2 * np.cos(2.0 * np.arange(prediction.size) + step).reshape(prediction.shape)
         output = np.concatenate([prediction, variance], axis=1) if asked else prediction

@@ -14,7 +14,7 @@ from unetc.sampler.table import MAX_WINDOW, SchedulerTable, needed_window
 
 from .probe import LARGE, SMALL, Probe
 from .recurrence import recurrence
-from .walk import calls_of, is_flow, log_snr, rising
+from .walk import calls_of, is_flow, log_snr, rising, signal
 
 _NEGLIGIBLE = 1e-9
 """Relative size of rounding errors where the exact coefficient is zero; 60 times below float32 rounding."""
@@ -22,7 +22,9 @@ _LONG = 4
 """Longest history of schedulers whose coefficients are known in advance; a method of order 4 needs it."""
 
 
-def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> SchedulerTable:
+def solve(
+    begun: Any, answers: Probe, widest: Probe | None, steps: int, *, first: Probe | None = None
+) -> SchedulerTable:
     """Turn the answers of a scheduler into coefficients.
 
     Args:
@@ -30,6 +32,8 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
         answers: Its answers, to the lowest variance where it asks for one.
         widest: Its answers to the highest variance, where it asks for one.
         steps: Number of steps that it was set to.
+        first: Answers of the same scheduler at first order, which its first step has; None if its first step has no
+            simpler form.
 
     Raises:
         ModelError: If a step looks further back than a table can.
@@ -55,10 +59,16 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
     predictions[:, 0] = _clean(predictions[:, 0] - path.weight * path.prediction, predictions[:, 0])
     weight, low, high = _variance(noise, None if widest is None else widest.noise_coefficient)
     levels = log_snr(begun)
+    start_sample, start_prediction = np.zeros(calls), np.zeros(calls)
+    if first is not None and window == 2:
+        start_sample = _clean(first.next_samples[:, :calls].diagonal() / SMALL, np.ones(calls))
+        start_prediction = _clean(first.next_samples[:, calls:-2].diagonal() / SMALL, np.ones(calls))
+    levels = rising(levels) if several else levels
     return SchedulerTable(
         asked=steps if several else None,
         timesteps=begun.timesteps.numpy().astype(np.float32),
-        log_snr=rising(levels) if several else levels,
+        log_snr=levels,
+        signal=signal(begun, levels),
         input_scale=answers.input_scale,
         initial_scale=1.0 if is_flow(begun) else float(begun.init_noise_sigma),
         denoised_sample=path.sample,
@@ -70,6 +80,8 @@ def solve(begun: Any, answers: Probe, widest: Probe | None, steps: int) -> Sched
         noise_coefficient=_clean(weight, np.ones(calls)),
         variance_low=low,
         variance_high=high,
+        start_sample=start_sample,
+        start_prediction=start_prediction,
     )
 
 

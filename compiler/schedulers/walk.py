@@ -52,6 +52,23 @@ def begin(scheduler: Scheduler, steps: int) -> Any:
     return fresh
 
 
+def at_first_order(begun: Any, steps: int) -> Any:
+    """Begin the same trajectory with a multistep method of order 1; None for a scheduler without such an order.
+
+    A multistep method makes its first step at order 1, wherever it begins.
+
+    Args:
+        begun: A scheduler that `begin` made; it is not changed.
+        steps: Number of steps that it was set to.
+    """
+    if (
+        begun.config.get("solver_order") != 2
+        or "solver_order" not in inspect.signature(type(begun).__init__).parameters
+    ):
+        return None
+    return begin(type(begun).from_config(begun.config, solver_order=1), steps)
+
+
 def model_input(fresh: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """Return the input of the model."""
     scaled: torch.Tensor = sample if is_flow(fresh) else fresh.scale_model_input(sample, timestep)
@@ -128,6 +145,41 @@ def log_snr(fresh: Any) -> NDArray[np.float64]:
         levels = level_of_signal(fresh.alphas_cumprod[fresh.timesteps.long()].double())
     clamped: NDArray[np.float64] = levels.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT).numpy()
     return clamped
+
+
+def signal(fresh: Any, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the factor [n] of the image in the samples at noise levels.
+
+    Args:
+        fresh: A scheduler that `begin` made; it is not changed.
+        levels: log-SNR of the samples, [n].
+    """
+    if is_flow(fresh):
+        return 1 / (1 + np.exp(-levels / 2))  # the factors of image and noise add up to 1
+    image, noise = noisy_image(fresh, 0)
+    if abs(image - 1) <= abs(np.hypot(image, noise) - 1):
+        return np.ones_like(levels)  # noise is added to the image itself
+    return np.sqrt(1 / (1 + np.exp(-levels)))  # the squares of both factors add up to 1
+
+
+def noisy_image(begun: Any, call: int) -> tuple[float, float]:
+    """Ask a scheduler for the factors of image and noise in the sample that enters a call.
+
+    Args:
+        begun: A scheduler that `begin` made; it is not changed.
+        call: Index of the call.
+    """
+    fresh = copy.deepcopy(begun)
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(call)
+    pair = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
+    times = fresh.timesteps[call].repeat(2)
+    if hasattr(fresh, "scale_noise"):
+        mixed = fresh.scale_noise(pair, times, pair.flip(0))
+    else:
+        mixed = fresh.add_noise(pair, pair.flip(0), times)
+    image, noise = mixed.flatten().tolist()
+    return image, noise
 
 
 def level_of_sigma(sigmas: torch.Tensor, *, flow: bool) -> torch.Tensor:

@@ -74,15 +74,16 @@ class FusedLoop:
         """Recorded when the result has arrived, so that `is_finite` does not wait for an engine called since then."""
         self._kernel = make_step[triton.cdiv(math.prod(shape), BLOCK), batch]
         self._settings = settings(start)
-        self._made = 0
+        self.made = start.first
+        """Number of steps before the next one, including those that an image leaves out."""
         self._timesteps = arena["timesteps"][:, :rows]
         self._timesteps.copy_(device.put(table.timesteps)[:, None])
         self._coefficients = device.put(coefficients(table))
         self._keys = device.put(np.array([start.seed, *start.indices], np.uint64).view(np.int64))
         self._constant = start.conditions.on(device).constant(batch, *shape[1:])
-        first = Trajectory.start(table, start.noise, device)
-        self._samples[0] = first.sample
-        self._seen[0].view(-1, batch, *shape)[:] = first.seen(table, 0)
+        begun = Trajectory.start(table, start.noise, device, image=start.image, first=start.first)
+        self._samples[start.first % len(self._samples)] = begun.sample
+        self._seen[start.first % 2].view(-1, batch, *shape)[:] = begun.seen(table, start.first)
 
     @property
     def form(self) -> tuple[object, ...]:
@@ -92,7 +93,7 @@ class FusedLoop:
     @property
     def sample(self) -> Tensor:
         """A copy of the current samples, [batch, channel, height, width]."""
-        return self._samples[self._made % len(self._samples)].clone()
+        return self._samples[self.made % len(self._samples)].clone()
 
     def call(self, step: int) -> tuple[Mapping[str, Tensor], Tensor]:
         """Return the inputs of the engine at a step, and the tensor for its prediction; both are in the arena."""
@@ -105,7 +106,7 @@ class FusedLoop:
         self._said.copy_(self._non_finite[step], non_blocking=True)
         if self._there is not None:
             self._there.record()
-        self._made = step + 1
+        self.made = step + 1
 
     def is_finite(self, step: int) -> bool:
         """Check whether the last step's prediction has no NaN and no infinity; waits for that step alone."""
@@ -152,11 +153,12 @@ def can_fuse(start: Start) -> bool:
 
 def agrees(fused: FusedLoop, plain: PlainLoop) -> bool:
     """Compile the kernel for a trajectory, and check whether its first step equals the plain loop's."""
-    (_, own), (_, prediction) = fused.call(0), plain.call(0)
+    first = fused.made
+    (_, own), (_, prediction) = fused.call(first), plain.call(first)
     own.view(-1)[:] = torch.linspace(-1, 1, own.numel(), device=own.device)
     prediction.copy_(own)
-    fused.advance(0)
-    plain.advance(0)
+    fused.advance(first)
+    plain.advance(first)
     expected = plain.sample
     return bool((fused.sample - expected).abs().max() <= _ROUNDING * expected.abs().max())
 

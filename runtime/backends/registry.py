@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Self
 
-from unetc.backend import Backend, Loader, Preparation, TargetBackend
+from unetc.backend import Backend, EngineBackend, Loader, Preparation, TargetBackend
 from unetc.device import Device, Tensor
-from unetc.errors import SessionError
+from unetc.errors import MissingDependency, SessionError
 from unetc.precision import Precision
 
 
@@ -96,6 +96,28 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
     module = importlib.import_module(BACKENDS[target])
     backend: TargetBackend = module.open_backend(target, threads=threads, memory=memory)
     return backend
+
+
+def takes_graphs(backend: Backend, *, threads: int) -> Backend:
+    """Return a backend that loads any graph: the given one, unless it runs engines that must be built first.
+
+    In its place, torch runs graphs on the GPU, or else onnxruntime or torch on the CPU.
+
+    Args:
+        backend: The backend of the engines.
+        threads: Number of CPU threads of another backend; 0 lets it choose.
+
+    Raises:
+        MissingDependency: If none is installed.
+    """
+    if not isinstance(backend, EngineBackend):
+        return backend
+    for target in ("torch:cuda", DEFAULT_TARGET):
+        try:
+            return open_backend(target, threads=threads)
+        except (SessionError, MissingDependency):
+            continue
+    return open_backend("torch:cpu", threads=threads)
 
 
 def _advice(target: str) -> str:

@@ -264,6 +264,31 @@ def _gather(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     return build.emit(_pick, tensor, axis, build.tensor(index))
 
 
+def _gather_nd(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
+    _require(attributes, batch_dims=0)
+    return build.emit(_pick_nd, build.tensor(inputs[0]), build.tensor(inputs[1]))
+
+
+def _pick_nd(tensor: Tensor, index: Tensor) -> Tensor:
+    """Select by an index of the first axes, which is in the last axis of `index`."""
+    return tensor[index.unbind(-1)]
+
+
+def _arg_max(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
+    _require(attributes, select_last_index=0)
+    keepdim = bool(attributes.get("keepdims", 1))
+    return build.emit(_first_largest, build.tensor(inputs[0]), attributes.get("axis", 0), keepdim)
+
+
+def _first_largest(tensor: Tensor, axis: int, keepdim: bool) -> Tensor:
+    """Find the first of the largest elements along an axis; torch does not say which one it finds."""
+    largest = tensor == tensor.amax(axis, keepdim=True)
+    size = tensor.shape[axis]
+    shape = [-1 if own == axis % tensor.dim() else 1 for own in range(tensor.dim())]
+    places = torch.arange(size, device=tensor.device).view(shape)
+    return torch.where(largest, places, size).amin(axis, keepdim=keepdim)
+
+
 def _pick(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
     """Select along an axis; a negative index counts from the end."""
     axis %= tensor.dim()
@@ -454,6 +479,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Abs": _unary(torch.abs),
     "Add": _arithmetic(operator.add),
     "And": _tensors(torch.logical_and),
+    "ArgMax": _arg_max,
     "Attention": _attention,
     "AveragePool": _average_pool,
     "Cast": _cast,
@@ -471,6 +497,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "Greater": _arithmetic(operator.gt),

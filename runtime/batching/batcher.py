@@ -20,7 +20,7 @@ import numpy as np
 from unetc.backend import Program
 from unetc.controlnet import zeros
 from unetc.device import Array, Tensor
-from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, UnetcError
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, ShapeMismatch, UnetcError
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
@@ -122,15 +122,21 @@ class Batcher:
             first_index=request.first_index,
             height=request.height,
             width=request.width,
+            image=request.image,
+            strength=request.strength,
             conditions=request.conditions,
         )
+        if len(start.noise) != request.count:
+            raise ShapeMismatch(
+                f"the request is for {request.count} images, and starts from {len(start.noise)}. Give one per image."
+            )
         now = time.monotonic()
         ticket = Ticket(request=request)
         order = Order(
             ticket=ticket,
             session=session,
             starts=single_starts(start)[::-1],
-            calls=start.table.steps,
+            calls=start.calls,
             rows=start.conditions.rows_per_sample,
             submitted=now,
             deadline=math.inf if request.seconds is None else now + request.seconds,
@@ -152,7 +158,8 @@ class Batcher:
             SessionError: If there is no such level, or no scheduler table for the number of steps.
         """
         session = self.session(request.level)
-        calls = session.scheduler.table(session.steps if request.steps is None else request.steps).steps
+        table = session.scheduler.table(session.steps if request.steps is None else request.steps)
+        calls = table.steps if request.image is None else table.steps - session.first_step(table, request.strength)
         conditions = request.conditions or session.conditions
         with self._changed:
             return self._estimate(request.level, calls, conditions.rows_per_sample, request.count)
@@ -494,7 +501,7 @@ class Batcher:
         """Tell a request's owner about its progress, or hand over its images."""
         ticket, members = order.ticket, order.members
         slowest = min(members, key=lambda member: member.step)
-        done = 0 if order.starts else slowest.step
+        done = 0 if order.starts else slowest.made
         progress = Progress(done=done, steps=order.calls, phase=slowest.phase, engine=slowest.engine)
         if progress != ticket.progress:
             ticket.progress = progress

@@ -43,11 +43,11 @@ class Member:
         batch, _, height, width = start.noise.shape
         self.rows = start.rows
         self.steps = start.table.steps
-        self.step = 0
+        self.step = start.first
         self.non_finite_steps = 0
         self._start = start
         self._device = device
-        self._trajectory = Trajectory.start(start.table, start.noise, device)
+        self._trajectory = Trajectory.start(start.table, start.noise, device, image=start.image, first=start.first)
         self._conditions = start.conditions.on(device)
         self._constant = self._conditions.constant(batch, height, width)
         self._rollout: Rollout = session.rollout(full_model=full_model)
@@ -60,6 +60,11 @@ class Member:
         """Shapes of the rows; members of one form can share a call."""
         shapes = sorted((name, tuple(value.shape[1:])) for name, value in self._constant.items())
         return (tuple(self._start.noise.shape[1:]), *shapes)
+
+    @property
+    def made(self) -> int:
+        """Number of steps that are made."""
+        return self.step - self._start.first
 
     @property
     def finished(self) -> bool:

@@ -73,7 +73,8 @@ def single_starts(start: Start) -> list[Start]:
     images = []
     for row, index in enumerate(start.indices):
         conditions = start.conditions.take([row])
-        images.append(replace(start, noise=start.noise[row : row + 1], conditions=conditions, indices=[index]))
+        noise, image = start.noise[row : row + 1], None if start.image is None else start.image[row : row + 1]
+        images.append(replace(start, noise=noise, image=image, conditions=conditions, indices=[index]))
     return images
 
 

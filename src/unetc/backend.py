@@ -98,6 +98,7 @@ class EngineLoader(Loader, Protocol):
         ...
 
 
+@runtime_checkable
 class EngineBackend(Backend, Protocol):
     """Runs engines from a cache, which were built before they are loaded."""
 

@@ -13,6 +13,7 @@ EXTRAS = {
         ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "torchmetrics", "filelock", "huggingface_hub"),
         "compile",
     ),
+    "tokenizers": "text",
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
 }

@@ -355,7 +355,9 @@ def test_every_graph_becomes_an_engine_for_nvidia(
     options = CompileOptions(target="tensorrt-rtx", precision=precision, height=side, width=side)
     built = compile_bundle(bundle, options, cache=tmp_path)
     opened = Bundle.open(bundle)
-    assert {engine.graph for engine in built} == opened.manifest.graphs()
+    assert opened.manifest.decoder is not None
+    expected = {engine.graph for engine in opened.manifest.all_engines()} | {opened.manifest.decoder.graph}
+    assert {engine.graph for engine in built} == expected
     conditions = opened.conditions.take([0])
     for size in (16,) if side is None else (14, 18, 22):
         call = conditions.widen(np.zeros((1, 4, size, size), np.float32), 500.0)

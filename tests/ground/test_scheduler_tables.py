@@ -344,6 +344,7 @@ HEADER, ARRAY = SchedulerTables(
         SchedulerTable(
             timesteps=np.arange(steps, 0, -1, dtype=np.float32),
             log_snr=np.linspace(-1, 1, steps),
+            signal=np.ones(steps),
             input_scale=np.ones(steps),
             initial_scale=1.0,
             denoised_sample=np.ones(steps),
@@ -355,6 +356,8 @@ HEADER, ARRAY = SchedulerTables(
             noise_coefficient=np.ones(steps),
             variance_low=np.zeros(steps),
             variance_high=np.zeros(steps),
+            start_sample=np.zeros(steps),
+            start_prediction=np.zeros(steps),
         )
         for steps in (2, 3)
     ),

@@ -274,7 +274,7 @@ MALFORMED = {
     "a list": b"[1]",
     "half": b'{"schema": 6, "unetc": "',
     "no schema": b"{}",
-    "schema as text": b'{"schema": "5"}',
+    "schema as text": b'{"schema": "6"}',
     "no fields": b'{"schema": 6}',
     "byte order mark": b"\xef\xbb\xbf{}",
     "invalid UTF-8": b'{"schema": 6, "unetc": "\xff\xfe"}',

@@ -28,7 +28,7 @@ from unetc.conditions import Conditions
 from unetc.device import Array
 from unetc.errors import NonFiniteError, SessionError
 from unetc.runtime.backends import fused_loop
-from unetc.runtime.backends.fused_loop import FusedLoop, can_fuse
+from unetc.runtime.backends.fused_loop import FusedLoop, agrees, can_fuse
 from unetc.runtime.backends.torch_device import TorchDevice
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.loop import Loop, PlainLoop, Start, begin
@@ -106,10 +106,10 @@ def denoise(inputs: Any, prediction: torch.Tensor) -> None:
     prediction.copy_(once.repeat(1, prediction.shape[1] // once.shape[1], 1, 1))
 
 
-def run(loop: Loop, steps: int) -> list[Array]:
-    """Make all steps; return the sample input of every engine call, and the last samples."""
+def run(loop: Loop, steps: int, first: int = 0) -> list[Array]:
+    """Make all steps from the first; return the sample input of every engine call, and the last samples."""
     seen = []
-    for step in range(steps):
+    for step in range(first, steps):
         inputs, prediction = loop.call(step)
         seen.append(DEVICE.to_array(inputs["sample"]))
         denoise(inputs, prediction)
@@ -139,6 +139,21 @@ def test_a_fused_trajectory_is_the_plain_one(name: str, changes: dict[str, Any],
     check_alike(start_of(table, guided=guided, learned=bool(changes)))
 
 
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler-ancestral", "dpmsolver++"])
+def test_a_fused_trajectory_from_an_image_is_the_plain_one(name: str, first: int) -> None:
+    table = extract(make_scheduler(name, CONFIG), STEPS)
+    start = start_of(table, guided=True)
+    start = replace(
+        start, table=table.starting_at(first), image=initial_noise(7, range(len(start.noise)), SHAPE), first=first
+    )
+    fused, plain = begin(start, DEVICE), PlainLoop(start, DEVICE)
+    assert isinstance(fused, FusedLoop)
+    assert agrees(FusedLoop(start, DEVICE, PLACE), PlainLoop(start, DEVICE))
+    for got, expected in zip(run(fused, STEPS, first), run(plain, STEPS, first), strict=True):
+        assert np.abs(got - expected).max() <= ROUNDING * max(1.0, np.abs(expected).max())
+
+
 @settings(max_examples=30)  # the interpreter takes a tenth of a second for a step
 @given(st.data())
 def test_any_table_is_fused_as_it_is_computed(data: st.DataObject) -> None:
@@ -156,6 +171,7 @@ def test_any_table_is_fused_as_it_is_computed(data: st.DataObject) -> None:
     table = SchedulerTable(
         timesteps=np.linspace(900, 100, steps, dtype=np.float32),
         log_snr=np.linspace(-5, 5, steps),
+        signal=np.ones(steps),
         input_scale=vector(st.floats(0.5, 2)),
         initial_scale=1.5,
         denoised_sample=vector(),
@@ -167,6 +183,8 @@ def test_any_table_is_fused_as_it_is_computed(data: st.DataObject) -> None:
         noise_coefficient=vector(),
         variance_low=vector(),
         variance_high=vector(),
+        start_sample=np.zeros(steps),
+        start_prediction=np.zeros(steps),
     )
     learned = bool(table.variance_low.any() or table.variance_high.any()) or data.draw(st.booleans(), label="learned")
     batch = data.draw(st.integers(1, 2), label="batch")
@@ -178,6 +196,7 @@ def test_noise_of_the_kernel_is_that_of_the_process() -> None:
     table = SchedulerTable(
         timesteps=np.array([2.0, 1.0], np.float32),
         log_snr=np.array([0.0, 1.0]),
+        signal=one,
         input_scale=one,
         initial_scale=1.0,
         denoised_sample=0 * one,
@@ -189,6 +208,8 @@ def test_noise_of_the_kernel_is_that_of_the_process() -> None:
         noise_coefficient=one,
         variance_low=0 * one,
         variance_high=0 * one,
+        start_sample=0 * one,
+        start_prediction=0 * one,
     )
     start = start_of(table)
     loop = FusedLoop(start, DEVICE, PLACE)

@@ -28,6 +28,11 @@ BODIES: Mapping[str, str] = {
     "Add": "y = Add (x, x)",
     "Add with a scalar": "two = Constant <value_float = 2.0> () y = Add (two, x)",
     "And": "zero = Constant <value_float = 0.0> () a = Less (x, zero) b = And (a, a) y = Cast <to = 1> (b)",
+    "ArgMax": "i = ArgMax <axis = 1, keepdims = 0> (x) y = Cast <to = 1> (i)",
+    "ArgMax, first of equal ones": """
+        zero = Constant <value_float = 0.0> () large = Greater (x, zero) n = Cast <to = 6> (large)
+        i = ArgMax <axis = -1> (n) y = Cast <to = 1> (i)
+        """,
     "Attention": "y = Attention (x, x, x)",
     "Attention with a scale and a mask": """
         zero = Constant <value_float = -0.5> () line = ReduceMax <keepdims = 1> (x, axes)
@@ -69,6 +74,10 @@ BODIES: Mapping[str, str] = {
     "Exp": "y = Exp (x)",
     "Expand": "s = Constant <value_ints = [2, 1, 1, 1, 1]> () y = Expand (x, s)",
     "Flatten": "y = Flatten <axis = 2> (x)",
+    "GatherND": """
+        i = Constant <value_ints = [1, 2, 0, 1]> () s = Constant <value_ints = [2, 2]> () two = Reshape (i, s)
+        y = GatherND (x, two)
+        """,
     "Gather": "i = Constant <value_ints = [1, -1, 0]> () y = Gather <axis = 1> (x, i)",
     "Gather of one": "i = Constant <value_int = -2> () y = Gather <axis = 1> (x, i)",
     "Gather by computed indices": "a = Abs (x) i = Cast <to = 7> (a) flat = Constant <value_ints = [0, 1]> () "

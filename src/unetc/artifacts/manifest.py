@@ -171,6 +171,56 @@ class BundleDecoder(Record, frozen=True, kw_only=True):
     """Image pixels per sample pixel, along each side."""
 
 
+class BundleEncoder(Record, frozen=True, kw_only=True):
+    """Graph that turns images into samples."""
+
+    graph: str
+    """Path of the ONNX graph, which contains its weights."""
+    scale: int
+    """Image pixels per sample pixel, along each side."""
+
+
+class BundleTextEncoder(Record, frozen=True, kw_only=True):
+    """Graph of a text encoder, with its weights and its tokenizer."""
+
+    graph: str
+    """Path of the ONNX graph."""
+    weights: str
+    """Path of the weights file, which the graph reads as a whole."""
+    tokenizer: str
+    """Path of the tokenizer, in the JSON of the library `tokenizers`."""
+    length: int
+    """Number of tokens that it reads; shorter prompts are padded, longer ones are cut."""
+    padding: int
+    """Token after the end of a shorter prompt."""
+    width: int
+    """Width of a token's state."""
+    pooled: int | None = None
+    """Width of its state of a whole prompt; None if the denoiser does not take it."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        require(self.length >= 2, "a text encoder reads at least the tokens for begin and end")
+        require(self.padding >= 0, "a token is not negative")
+        require(min(self.width, 1 if self.pooled is None else self.pooled) > 0, "widths of states must be positive")
+
+
+class BundleText(Record, frozen=True, kw_only=True):
+    """Text encoders that turn any prompt into conditions."""
+
+    encoders: tuple[BundleTextEncoder, ...]
+    """Their states of a token are joined; one at most has a state of a whole prompt."""
+    zero_negative: bool = False
+    """Whether the conditions of no negative prompt are zero; if not, they are those of the empty prompt."""
+    frequencies: tuple[float, ...] = ()
+    """Frequencies that embed the guidance scale, for a denoiser that reads it; empty for the others."""
+
+    def __post_init__(self) -> None:
+        """Check the encoders."""
+        require(bool(self.encoders), "there must be a text encoder")
+        require(sum(one.pooled is not None for one in self.encoders) <= 1, "two encoders have a state of a prompt")
+
+
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
@@ -198,6 +248,10 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     """Control images that damage was measured with; None if all ControlNet inputs, if there are any, were zero."""
     decoder: BundleDecoder | None = None
     """None if samples are images."""
+    encoder: BundleEncoder | None = None
+    """Makes the samples that image to image starts from; None if samples are images."""
+    text: BundleText | None = None
+    """Encodes prompts that are not in `conditioning`; None if the bundle has only these."""
     batch: int
     """Batch size of all timings in this manifest."""
     steps: int
@@ -229,6 +283,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         named = {self.weights, self.profile, self.scheduler_file, *self.graphs()}
         if self.conditioning is not None:
             named.add(self.conditioning.file)
+        if self.text is not None:
+            named |= {path for one in self.text.encoders for path in (one.weights, one.tokenizer)}
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
         require(bool(self.inputs) and self.inputs[0].name == SAMPLE, f"the first input must be {SAMPLE}")
         require(self.inputs[0].axes[0] == self.sample_shape[0], "inputs and sample_shape must have the same channels")
@@ -280,4 +336,6 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         """List every graph file that a backend loads."""
         engines = self.all_engines()
         graphs = {engine.graph for engine in engines} | {one.lowered.graph for one in engines if one.lowered}
-        return frozenset(graphs if self.decoder is None else graphs | {self.decoder.graph})
+        around = [part.graph for part in (self.decoder, self.encoder) if part is not None]
+        text = () if self.text is None else self.text.encoders
+        return frozenset(graphs.union(around, (one.graph for one in text)))

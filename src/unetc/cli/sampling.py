@@ -33,6 +33,22 @@ class Draw(Protocol):
         ...
 
 
+class DrawFromImage(Protocol):
+    """Samples one batch from images, as `Session.sample` does."""
+
+    def __call__(
+        self,
+        *,
+        image: Array,
+        strength: float,
+        first_index: int,
+        on_step: Callable[[Step], None],
+        conditions: Conditions | None = None,
+    ) -> Array:
+        """Sample from images with noise."""
+        ...
+
+
 def with_labels(draw: Draw, calls: CallSignature, text: str) -> Draw:
     """Give every sample a class label: sample k gets label k, modulo their number.
 
@@ -49,13 +65,40 @@ def with_labels(draw: Draw, calls: CallSignature, text: str) -> Draw:
     classes = calls.classes
     if classes is None:
         raise ModelError("the model has no classes, so it takes no labels. Omit --labels.")
-    labelled = encode_labels("the model", tuple(map(str, read_labels(text))), classes)
+    return with_conditions(draw, encode_labels("the model", tuple(map(str, read_labels(text))), classes))
+
+
+def with_conditions(draw: Draw, rows: Conditions) -> Draw:
+    """Give every sample conditions: sample k gets row k, modulo their number.
+
+    Args:
+        draw: Samples one batch, as `Session.sample` does.
+        rows: The conditions.
+    """
 
     def drawn(
         batch: int, *, first_index: int, on_step: Callable[[Step], None], conditions: Conditions | None = None
     ) -> Array:
-        own = labelled.take(range(first_index, first_index + batch)) if conditions is None else conditions
+        own = rows.take(range(first_index, first_index + batch)) if conditions is None else conditions
         return draw(batch, first_index=first_index, on_step=on_step, conditions=own)
+
+    return drawn
+
+
+def with_image(draw: DrawFromImage, image: Array, strength: float) -> Draw:
+    """Start every sample from an image.
+
+    Args:
+        draw: Samples one batch, as `Session.sample` does.
+        image: One sample to start from, [1, channel, height, width].
+        strength: Share of the steps that are made.
+    """
+
+    def drawn(
+        batch: int, *, first_index: int, on_step: Callable[[Step], None], conditions: Conditions | None = None
+    ) -> Array:
+        rows = np.repeat(image, batch, axis=0)
+        return draw(image=rows, strength=strength, first_index=first_index, on_step=on_step, conditions=conditions)
 
     return drawn
 

@@ -276,7 +276,15 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "notes": list(manifest.notes),
         "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps),
         "bytes": sum(record.bytes for record in manifest.files),
+        "text_bytes": text_bytes(manifest),
     }
+
+
+def text_bytes(manifest: Manifest) -> int:
+    """Count the bytes of the text encoders; 0 without them."""
+    encoders = () if manifest.text is None else manifest.text.encoders
+    named = {path for one in encoders for path in (one.graph, one.weights, one.tokenizer)}
+    return sum(record.bytes for record in manifest.files if record.path in named)
 
 
 def _level_facts(level: Level) -> dict[str, object]:
@@ -312,6 +320,8 @@ def bundle_table(manifest: Manifest) -> RenderableType:
         f"bundle of {escape(manifest.model.title)} for {manifest.target}: {saves(measured.time_ratio)}, "
         f"{_damage(measured.damage)}; {sum(sizes.values()) / 1e6:.1f} MB"
     )
+    if manifest.text is not None:
+        title += f", with text encoders of {text_bytes(manifest) / 1e6:.1f} MB"
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
     scope = damage_scope(manifest.model, manifest.control, manifest.steps)
     ladder = [ladder_table(manifest)] if len(manifest.levels) > 1 else []

@@ -221,6 +221,17 @@ class GlideModel:
     def load_decoder(self) -> None:
         """Return None, because samples are images."""
 
+    def load_encoder(self) -> None:
+        """Return None, because samples are images."""
+
+    def load_text(self) -> None:
+        """Refuse, because the text encoder takes a mask of its tokens, from a tokenizer that is not a file.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(f"the text encoder of {self.reference.name} cannot be exported")
+
     def load_denoiser(self) -> nn.Module:
         """Load the UNet in evaluation mode.
 

@@ -50,7 +50,7 @@ class Images:
         if self.folder is None:
             return np.stack([draw_image(self.seed, i, height, width) for i in range(count)])
         files = self._files()
-        read = {path: _read(path, height, width) for path in files[:count]}
+        read = {path: read_image(path, height, width) for path in files[:count]}
         return np.stack([read[files[i % len(files)]] for i in range(count)])
 
     def masks(self, count: int, height: int, width: int) -> NDArray[np.float32]:
@@ -122,7 +122,22 @@ def draw_mask(seed: int, index: int, height: int, width: int) -> NDArray[np.floa
     return mask
 
 
-def _read(path: Path, height: int, width: int) -> NDArray[np.float32]:
+def read_image(path: Path, height: int, width: int, *, channels: int = 3) -> NDArray[np.float32]:
+    """Read an image, cropped and scaled to a size.
+
+    Args:
+        path: A PNG, JPEG or WebP file.
+        height: Height in pixels.
+        width: Width in pixels.
+        channels: 3 for colours, 1 for grey.
+
+    Returns:
+        [channel, height, width] in -1 to 1.
+
+    Raises:
+        ModelError: If the file cannot be read.
+        MissingDependency: If pillow is not installed.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -130,8 +145,11 @@ def _read(path: Path, height: int, width: int) -> NDArray[np.float32]:
     try:
         with Image.open(path) as opened:
             image = ImageOps.fit(
-                ImageOps.exif_transpose(opened).convert("RGB"), (width, height), Image.Resampling.LANCZOS
+                ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB"),
+                (width, height),
+                Image.Resampling.LANCZOS,
             )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ModelError(f"cannot read {path}: {error}. Expected a PNG, JPEG or WebP image.") from error
-    return (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+    pixels = np.asarray(image, np.float32).reshape(height, width, channels)
+    return (pixels / 127.5 - 1).transpose(2, 0, 1)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .latent_decoder import LatentDecoder
+    from .latent_encoder import LatentEncoder
+    from .text import TextEncoders
 
 
 class Model(Protocol):
@@ -56,6 +58,16 @@ class Model(Protocol):
 
     def load_decoder(self) -> LatentDecoder | None:
         """Load the decoder from samples to images; None if samples are images."""
+
+    def load_encoder(self) -> LatentEncoder | None:
+        """Load the encoder from images to samples; None if samples are images."""
+
+    def load_text(self) -> TextEncoders | None:
+        """Load the text encoders; None for a model that takes no prompts.
+
+        Raises:
+            ModelError: If prompts alone are not enough, or the text encoders cannot be exported.
+        """
 
     def load_denoiser(self) -> nn.Module:
         """Load the denoiser in evaluation mode."""

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .latent_decoder import LatentDecoder
+    from .latent_encoder import LatentEncoder
+    from .text import TextEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -135,22 +137,8 @@ class PipelineModel:
             if prompts:
                 raise ModelError(f"{name} takes no prompts; it is a {pipeline}.")
             return UNCONDITIONAL
-        from .text import encode_prompts, load_text_encoders
-
         size = self.image_size
-        parts = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
-        with view(parts, self.text_files) as folder:
-            try:
-                encoders = load_text_encoders(folder, pipeline)
-            except ModelError as error:
-                raise ModelError(str(error).replace(str(folder), str(self.folder))) from error
-        if self.loras:
-            from .lora_fusion import fuse_into_text_encoders
-
-            fuse_into_text_encoders(encoders, self.loras)
-        encoded = encode_prompts(
-            encoders, prompts, guidance_scale=guidance_scale, size=size, kind=PIPELINES[pipeline], calls=self.calls
-        )
+        encoded = self._load_text().encode(prompts, guidance_scale)
         if EXTRA_CHANNELS in self.calls.names:
             from .image_conditions import add_images
 
@@ -164,6 +152,35 @@ class PipelineModel:
         self._check_fit(encoded)
         control = None if self.control is None else self.control.take(range(encoded.rows or 0))
         return replace(encoded, controlnet=self.calls.controlnet, control=control)
+
+    def load_text(self) -> TextEncoders | None:
+        """Load the text encoders; None for a model that takes no prompts.
+
+        Raises:
+            ModelError: If they cannot be loaded, a LoRA does not fit them, or the model takes an image with a prompt.
+            MissingDependency: If transformers is not installed.
+        """
+        if not self.conditional:
+            return None
+        if EXTRA_CHANNELS in self.calls.names:
+            raise ModelError(f"{self.reference.name} takes an image with every prompt")
+        return self._load_text()
+
+    def _load_text(self) -> TextEncoders:
+        from .text import TextEncoders, load_text_encoders
+
+        pipeline = self.reference.pipeline
+        parts = [part for part in self.parts.values() if part.stem == TRANSFORMERS]
+        with view(parts, self.text_files) as folder:
+            try:
+                encoders = load_text_encoders(folder, pipeline)
+            except ModelError as error:
+                raise ModelError(str(error).replace(str(folder), str(self.folder))) from error
+        if self.loras:
+            from .lora_fusion import fuse_into_text_encoders
+
+            fuse_into_text_encoders(encoders, self.loras)
+        return TextEncoders(pipeline=encoders, kind=PIPELINES[pipeline], calls=self.calls, size=self.image_size)
 
     def _check_fit(self, encoded: Conditions) -> None:
         """Refuse a pipeline whose encoders do not fit its denoiser, before any long work."""
@@ -204,6 +221,18 @@ class PipelineModel:
         from .latent_decoder import LatentDecoder
 
         return LatentDecoder(self._load("vae"), self.latents)
+
+    def load_encoder(self) -> LatentEncoder | None:
+        """Load the encoder from images, [batch, 3, height, width] in -1 to 1, to samples; None if they are images.
+
+        Raises:
+            ModelError: If the weights of the encoder do not fit its configuration.
+        """
+        if self.latents is None:
+            return None
+        from .latent_encoder import LatentEncoder
+
+        return LatentEncoder(self._load("vae"), self.latents)
 
     def load_denoiser(self) -> nn.Module:
         """Load the denoiser in evaluation mode.

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from unetc.call import CLASS_LABELS
+from unetc.call import AESTHETIC_NUMBERS, CLASS_LABELS
 from unetc.conditions import Conditions
 from unetc.errors import ModelError
+
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""Default scores in diffusers, for a pipeline whose size numbers end with one."""
 
 MOST_LABELS = 64
 """Most labels that a model is measured with by default."""
@@ -43,6 +46,17 @@ def cut_note(prompt: str, tokens: int, lost: str) -> str:
         lost: The words that are not read.
     """
     return f"the prompt {prompt[:40]!r}… is cut at {tokens} tokens; lost: {lost!r}. Shorten it"
+
+
+def size_numbers(size: tuple[int, int], count: int, score: float) -> tuple[float, ...]:
+    """List SDXL's `time_ids` of an image that is not cropped.
+
+    Args:
+        size: Height and width of the image in pixels.
+        count: Number of size numbers that the denoiser takes.
+        score: Aesthetic score, which is the last number if there are `AESTHETIC_NUMBERS`.
+    """
+    return *map(float, size), 0.0, 0.0, *((score,) if count == AESTHETIC_NUMBERS else map(float, size))
 
 
 def read_labels(text: str) -> tuple[int, ...]:

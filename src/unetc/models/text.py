@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unetc.call import AESTHETIC_NUMBERS, CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
+from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError, brief
 
 from .pipelines import PIPELINES, PipelineKind
-from .prompts import cut_note
-
-AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""Default scores in diffusers, for a pipeline whose size numbers end with one."""
+from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
 
 _ENCODING_PIPELINES: Mapping[bool, str] = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}
 """Pipeline that encodes prompts, by whether there are two text encoders; those for images encode in the same way."""
@@ -30,6 +28,31 @@ _QUIET: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
 """Settings that keep a pipeline from asking for parts that encoding does not need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders:
+    """The loaded text encoders of a model, with LoRAs fused."""
+
+    pipeline: Any
+    """From `load_text_encoders`."""
+    kind: PipelineKind
+    """The pipeline of the model."""
+    calls: CallSignature
+    """The calls of the denoiser."""
+    size: tuple[int, int]
+    """Height and width of the images in pixels."""
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float) -> Conditions:
+        """Encode prompts for images of the model's own size; see `encode_prompts`."""
+        return encode_prompts(
+            self.pipeline,
+            prompts,
+            guidance_scale=guidance_scale,
+            size=self.size,
+            kind=self.kind,
+            calls=self.calls,
+        )
 
 
 def encode_prompts(
@@ -70,9 +93,10 @@ def encode_prompts(
                 "tokenizer_config.json, and that both are of the same model."
             ) from error
         if TIME_IDS in widths:
-            scored = widths[TIME_IDS] == AESTHETIC_NUMBERS
+            count = widths[TIME_IDS]
+            assert isinstance(count, int)
             for values, score in ((own, AESTHETIC_SCORE), (negative, NEGATIVE_AESTHETIC_SCORE)):
-                numbers = [*size, 0.0, 0.0, *((score,) if scored else size)]  # original size, crop, target or score
+                numbers = size_numbers(size, count, score)
                 values[TIME_IDS] = torch.tensor([numbers]).repeat(len(prompts), 1)
         if TIMESTEP_COND in widths:
             scales = torch.tensor(guidance_scale - 1).repeat(len(prompts))

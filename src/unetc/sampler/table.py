@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import msgspec
@@ -36,6 +36,7 @@ MAX_WINDOW = 13
 _VECTORS = (
     "timesteps",
     "log_snr",
+    "signal",
     "input_scale",
     "denoised_sample",
     "denoised_prediction",
@@ -43,6 +44,8 @@ _VECTORS = (
     "noise_coefficient",
     "variance_low",
     "variance_high",
+    "start_sample",
+    "start_prediction",
 )
 _LEVELS = _VECTORS[:2]
 """Columns of the levels that the model was trained on."""
@@ -65,6 +68,8 @@ class SchedulerTable:
 
     A second call at the same noise level is a millionth higher, so that a plan can tell the calls apart.
     """
+    signal: NDArray[np.float64]
+    """[n], factor of the image in the sample that enters each step: signal * image + noise_of(step) * noise."""
     input_scale: NDArray[np.float64]
     """[n], factor of the samples; the model receives input_scale * x."""
     initial_scale: float
@@ -87,6 +92,10 @@ class SchedulerTable:
     """[n], natural log of the noise variance for a model output of -1; zero in steps without a predicted variance."""
     variance_high: NDArray[np.float64]
     """[n], natural log of the noise variance for a model output of 1; zero in steps without a predicted variance."""
+    start_sample: NDArray[np.float64]
+    """[n], weight of the sample in a first step that needs history otherwise; zero if that step cannot be the first."""
+    start_prediction: NDArray[np.float64]
+    """[n], weight of the model output in such a step."""
     asked: int | None = None
     """Steps as a pipeline counts them, for a scheduler that makes several calls per step; None for n."""
 
@@ -100,6 +109,7 @@ class SchedulerTable:
         _require(0 < self.initial_scale < math.inf, f"initial_scale is {self.initial_scale}, not positive and finite")
         _require(self.clip > 0, f"clip is {self.clip}, not positive")
         _require(bool(np.all(np.diff(self.log_snr) > 0)), "log_snr does not increase from step to step")
+        _require(bool(np.all(self.signal >= 0)), "signal is negative")
         _require(self.count >= 1, f"{self.asked} steps were asked for, not at least 1")
 
     @property
@@ -116,6 +126,56 @@ class SchedulerTable:
     def window(self) -> int:
         """Number of samples and model outputs, including the current ones, that a step may refer to."""
         return int(self.sample_coefficients.shape[-1])
+
+    def noise_of(self, step: int) -> float:
+        """Compute the factor of unit normal noise in the sample that enters a step."""
+        return self.signal.item(step) * math.exp(-self.log_snr.item(step) / 2)
+
+    def first_step(self, strength: float) -> int:
+        """Find the row at which sampling from an image begins.
+
+        Args:
+            strength: Share of the steps that are made, in (0, 1].
+
+        Raises:
+            SessionError: If no step is made, or the first ones need results of the steps that are left out.
+
+        Source:
+            `get_timesteps` in diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_img2img.py.
+        """
+        if not 0 < strength <= 1:
+            raise SessionError(f"strength is {strength:g}. Expected a number above 0 and up to 1.")
+        made = min(int(self.count * strength), self.count)
+        if made < 1:
+            raise SessionError(
+                f"strength {strength:g} makes none of {self.count} steps. Expected at least {1 / self.count:.2g}."
+            )
+        first = (self.count - made) * (2 if self.steps == 2 * self.count - 1 else 1)
+        if self.starting_at(first)._reads_before(first):
+            raise SessionError(
+                "a step of this scheduler needs the results of earlier steps, so it cannot start from an image. Build "
+                "with a scheduler whose steps need none, such as ddim, euler, dpmsolver++ or heun, or use strength 1."
+            )
+        return first
+
+    def starting_at(self, first: int) -> SchedulerTable:
+        """Return the table of a trajectory that begins at a row, where the scheduler has no history yet.
+
+        Args:
+            first: The row, as `first_step` finds it.
+        """
+        if not self._reads_before(first) or not (self.start_sample[first] or self.start_prediction[first]):
+            return self
+        changes = {}
+        for name, weight in zip(_MATRICES, (self.start_sample[first], self.start_prediction[first]), strict=True):
+            changes[name] = getattr(self, name).copy()
+            changes[name][first] = weight * (np.arange(self.window) == 0)
+        return replace(self, **changes)
+
+    def _reads_before(self, first: int) -> bool:
+        """Check whether a row from the first one on refers to a row before it."""
+        lags = np.arange(self.window) > np.arange(self.steps - first)[:, None]
+        return any(bool(getattr(self, name)[first:][lags].any()) for name in _MATRICES)
 
     def asks_variance(self, step: int) -> bool:
         """Check whether the model predicts the variance of a step's noise."""

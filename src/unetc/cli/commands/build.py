@@ -32,6 +32,9 @@ class BuildGroup(Group, panel="Building"):
     ] = None
     repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40
     controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True
+    text: Annotated[
+        bool, typer.Option(help="Put the text encoders into the bundle, so that it takes any prompt without torch.")
+    ] = True
 
     def given_plan(self, budgets: Sequence[float]) -> Plan | None:
         """Load the plan to build, if one is given.
@@ -72,6 +75,7 @@ class BuildGroup(Group, panel="Building"):
             at=QualityGate.parse(self.at) if self.at else None,
             repair=RepairOptions(evaluations=self.repair),
             controls=self.controls,
+            text=self.text,
         )
 
 

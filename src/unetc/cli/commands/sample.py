@@ -22,6 +22,23 @@ def sample(
         str | None,
         typer.Option(help="Class labels of the samples, as 0,3,7, in turn (default: those of the bundle)."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt of the samples; repeatable, samples take turns (default: those of the bundle)."),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Prompt that guidance moves the samples away from; needs --prompt.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance; needs --prompt (default: the bundle's)."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="PNG, JPEG or WebP to start from; it is cropped to the size of the samples.")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps to make from --image; 1 makes all.")
+    ] = 0.8,
     target: BundleTarget = None,
     memory: Annotated[
         str,
@@ -41,14 +58,22 @@ def sample(
     from functools import partial
 
     from unetc.artifacts.record import check_writable, write_atomically
+    from unetc.errors import SessionError
+    from unetc.models.images import read_image
     from unetc.progress import Progress
     from unetc.report.pictures import grid, png_bytes
     from unetc.runtime.bundle import Bundle
     from unetc.runtime.session import Session, backend_for
+    from unetc.runtime.text import no_text
 
-    from ..output import OUT, print_json, progress
-    from ..sampling import Draw, sample_in_calls, with_labels
+    from ..output import ERR, OUT, print_json, progress
+    from ..sampling import Draw, sample_in_calls, with_conditions, with_image, with_labels
 
+    if not prompt and (negative_prompt is not None or guidance_scale is not None):
+        raise typer.BadParameter("--negative-prompt and --guidance-scale belong to --prompt; give one.")
+    if prompt and labels is not None:
+        raise typer.BadParameter("--prompt and --labels are conditions of different models; give one of them.")
+    notes: tuple[str, ...] = ()
     check_writable(output)
     with progress() as on_progress:
         on_progress(Progress(stage="loading the engines", done=0, total=1))
@@ -57,11 +82,25 @@ def sample(
         session = Session.of(opened, backend, level=level)
         on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
-        draw: Draw = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
+        sampling = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
+        draw: Draw = sampling
+        if image is not None:
+            channels, height, width = session.image_shape
+            pixels = read_image(image, height, width, channels=channels)[None]
+            draw = with_image(sampling, session.encode(pixels), strength)
         if labels is not None:
             draw = with_labels(draw, opened.calls, labels)
+        if prompt:
+            if session.text is None:
+                raise SessionError(no_text(opened))
+            negative = None if negative_prompt is None else [negative_prompt]
+            encoded = session.text.encode(prompt, negative=negative, guidance_scale=guidance_scale)
+            notes = encoded.notes
+            draw = with_conditions(draw, encoded)
         images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
         seconds = time.perf_counter() - start
+    for note in notes:
+        ERR.print(f"{note}.", soft_wrap=True, markup=False)
     write_atomically(output, png_bytes(grid(images)))
     if as_json:
         print_json(

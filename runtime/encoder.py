@@ -1,0 +1,61 @@
+"""The encoder of a bundle, which turns images into latents."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unetc.backend import Array, Backend, SerialisedGraph
+from unetc.errors import ShapeMismatch
+from unetc.tensors import save_tensors
+
+from .decoder import IMAGE_CHANNELS
+from .engine_pool import LoadedLater
+
+IMAGE = "image"
+"""Name of the graph's input."""
+
+
+class Encoder:
+    """The encoder of a latent model; it is loaded when it is first called."""
+
+    def __init__(self, graph: bytes, scale: int, channels: int, backend: Backend) -> None:
+        """Keep an ONNX graph that contains its weights.
+
+        Args:
+            graph: Graph from images to latents.
+            scale: Image pixels per latent pixel, along each side.
+            channels: Channels of a latent.
+            backend: Backend that runs the graph.
+        """
+        serialised = SerialisedGraph(graph=graph, weights=frozenset())
+        self._device = backend.device
+        self._program = LoadedLater(lambda: backend.open_weights(save_tensors({})).load(serialised))
+        self._channels = channels
+        self.scale = scale
+
+    def __call__(self, images: Array) -> Array:
+        """Encode images one at a time, because activations are large at full size.
+
+        Args:
+            images: [batch, 3, height, width], mostly in -1 to 1.
+
+        Returns:
+            Latents, [batch, channel, height / scale, width / scale]: the mode of the encoder's distribution.
+
+        Raises:
+            ShapeMismatch: If the images have other channels, or sides that are not multiples of the scale.
+        """
+        if images.ndim != 4 or images.shape[1] != IMAGE_CHANNELS or any(side % self.scale for side in images.shape[2:]):
+            raise ShapeMismatch(
+                f"images have shape {images.shape}. Expected [batch, {IMAGE_CHANNELS}, height, width], with sides that "
+                f"are multiples of {self.scale}."
+            )
+        batch, _, height, width = images.shape
+        latents = np.empty((batch, self._channels, height // self.scale, width // self.scale), dtype=np.float32)
+        with self._device.stream():
+            latent = self._device.empty(latents[:1].shape)
+            for i in range(batch):
+                image = np.ascontiguousarray(images[i : i + 1], dtype=np.float32)
+                self._program({IMAGE: self._device.put(image)}, latent)
+                latents[i : i + 1] = self._device.to_array(latent)
+        return latents

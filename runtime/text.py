@@ -1,0 +1,281 @@
+"""The text encoders of a bundle, which turn any prompt into conditions, without torch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load
+
+from unetc.artifacts.manifest import BundleText, BundleTextEncoder
+from unetc.backend import Array, Backend, SerialisedGraph
+from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
+from unetc.conditions import Conditions
+from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
+from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
+
+from .backends.registry import takes_graphs
+from .bundle import Bundle
+from .engine_pool import LoadedLater
+
+TOKENS = "input_ids"
+"""Name of the graphs' input, [1, length] int64."""
+
+_END_OF_WORD = "</w>"
+"""Ends the tokens of CLIP that end a word."""
+
+_KEPT = 256
+"""Number of prompts whose states are kept."""
+
+
+class TextEncoder:
+    """The text encoders of a bundle; tokenizers and graphs are loaded when the first prompt is encoded."""
+
+    def __init__(
+        self,
+        text: BundleText,
+        encoders: Sequence[OneEncoder],
+        *,
+        calls: CallSignature,
+        size: tuple[int, int],
+        guidance_scale: float,
+    ) -> None:
+        """Put text encoders together; `open` reads them from a bundle.
+
+        Args:
+            text: The part of the manifest about them.
+            encoders: One per encoder of the manifest.
+            calls: The calls of the denoiser.
+            size: Default height and width of images in pixels.
+            guidance_scale: Default scale of classifier-free guidance.
+        """
+        self._text = text
+        self._encoders = tuple(encoders)
+        self._widths: Mapping[str, Any] = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
+        self._calls = calls
+        self._size = size
+        self._guidance_scale = guidance_scale
+
+    @classmethod
+    def open(cls, bundle: Bundle, backend: Backend, *, threads: int = 0) -> TextEncoder:
+        """Read the text encoders of a bundle.
+
+        Args:
+            bundle: A bundle whose manifest has a `text`.
+            backend: Backend that runs them; `takes_graphs` replaces a backend whose engines are built in advance.
+            threads: Number of CPU threads of the other backend; 0 lets it choose.
+
+        Raises:
+            SessionError: If the bundle has no text encoders.
+        """
+        manifest = bundle.manifest
+        if manifest.text is None:
+            raise SessionError(no_text(bundle))
+        backend = takes_graphs(backend, threads=threads)
+        usual = manifest.conditioning
+        _, height, width = manifest.sample_shape
+        scale = 1 if manifest.decoder is None else manifest.decoder.scale
+        return cls(
+            manifest.text,
+            [
+                OneEncoder(
+                    one,
+                    bundle.graphs[one.graph],
+                    bundle.text[one.weights],
+                    bundle.text[one.tokenizer],
+                    backend,
+                )
+                for one in manifest.text.encoders
+            ],
+            calls=bundle.calls,
+            size=(height * scale, width * scale),
+            guidance_scale=1.0 if usual is None else usual.guidance_scale,
+        )
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Conditions:
+        """Encode prompts as the model's pipeline does.
+
+        A denoiser that reads the guidance scale itself gets it as `timestep_cond`; there are no negative conditions.
+
+        Args:
+            prompts: One prompt per row.
+            negative: Negative prompts, one per row or one for all; the pipeline's own when not given. They need
+                guidance.
+            guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance. The bundle's when not given.
+            height: Height of the images in pixels; the model's own when not given. SDXL takes it as a condition.
+            width: Width of the images in pixels.
+
+        Returns:
+            The conditions that the denoiser takes. Their notes name the words of prompts that are too long.
+
+        Raises:
+            ShapeMismatch: If there is no prompt, or another number of negative prompts.
+            SessionError: If a text encoder cannot be run.
+            MissingDependency: If the library `tokenizers` is not installed.
+        """
+        scale = self._guidance_scale if guidance_scale is None else guidance_scale
+        reads_scale = TIMESTEP_COND in self._widths
+        guided = scale > 1 and not reads_scale
+        others = self._negative(prompts, negative)
+        size = self._size[0] if height is None else height, self._size[1] if width is None else width
+        own = self._values(prompts, size, AESTHETIC_SCORE)
+        if reads_scale:
+            own[TIMESTEP_COND] = np.repeat(self._embedded(scale), len(prompts), axis=0)
+        opposite: dict[str, Any] = {}
+        if guided:
+            opposite = self._values(others or [""] * len(prompts), size, NEGATIVE_AESTHETIC_SCORE)
+            if others is None and self._text.zero_negative:
+                opposite |= {name: np.zeros_like(opposite[name]) for name in (CONTEXT, POOLED) if name in opposite}
+        read = [*prompts, *(others or ())] if guided else prompts
+        return Conditions(
+            own=own,
+            negative=opposite,
+            scale=scale if reads_scale else max(1.0, scale),
+            size=size if TIME_IDS in self._widths else None,
+            notes=tuple(dict.fromkeys(note for encoder in self._encoders for note in encoder.cut(read))),
+            controlnet=self._calls.controlnet,
+        )
+
+    def _negative(self, prompts: Sequence[str], negative: Sequence[str] | None) -> list[str] | None:
+        """Repeat a single negative prompt for every row."""
+        if not prompts:
+            raise ShapeMismatch("there is no prompt. Give one per image.")
+        if negative is None:
+            return None
+        others = [*negative] * len(prompts) if len(negative) == 1 else [*negative]
+        if len(others) != len(prompts):
+            raise ShapeMismatch(
+                f"there are {len(others)} negative prompts for {len(prompts)} prompts. Give one, or one per prompt."
+            )
+        return others
+
+    def _values(self, prompts: Sequence[str], size: tuple[int, int], score: float) -> dict[str, Any]:
+        """Compute the conditions of prompts, by name."""
+        states = [[encoder.states(prompt) for encoder in self._encoders] for prompt in prompts]
+        values: dict[str, Any] = {
+            CONTEXT: np.concatenate([np.concatenate([own for own, _ in row], axis=-1) for row in states])
+        }
+        if POOLED in self._widths:
+            values[POOLED] = np.concatenate([pooled for row in states for _, pooled in row if pooled is not None])
+        if TIME_IDS in self._widths:
+            numbers = size_numbers(size, self._widths[TIME_IDS], score)
+            values[TIME_IDS] = np.tile(np.array(numbers, np.float32), (len(prompts), 1))
+        return values
+
+    def _embedded(self, scale: float) -> Array:
+        """Embed the guidance scale, [1, width], as `get_guidance_scale_embedding` of diffusers does."""
+        angles = np.float32(scale - 1) * np.float32(1000) * np.array(self._text.frequencies, np.float32)
+        values = np.concatenate([np.sin(angles, dtype=np.float64), np.cos(angles, dtype=np.float64)])
+        padding = self._widths[TIMESTEP_COND] - len(values)
+        return np.pad(values, (0, padding)).astype(np.float32)[None]
+
+
+class OneEncoder:
+    """One text encoder with its tokenizer."""
+
+    def __init__(
+        self, facts: BundleTextEncoder, graph: bytes, weights: bytes, tokenizer: bytes, backend: Backend
+    ) -> None:
+        """Keep the files; they are read when they are first needed.
+
+        Args:
+            facts: The part of the manifest about the encoder.
+            graph: Its ONNX graph.
+            weights: Its weights file.
+            tokenizer: Its tokenizer, in the JSON of the library `tokenizers`.
+            backend: Backend that runs the graph.
+        """
+        self._facts = facts
+        self._json = tokenizer
+        self._tokenizer: Any = None
+        self._lock = Lock()
+        self._kept: OrderedDict[str, tuple[Array, Array | None]] = OrderedDict()
+        self._device = backend.device
+        self._program = LoadedLater(
+            lambda: backend.open_weights(weights).load(SerialisedGraph(graph=graph, weights=frozenset(load(weights))))
+        )
+
+    def states(self, prompt: str) -> tuple[Array, Array | None]:
+        """Compute the state of every token, [1, length, width], and of the whole prompt, [1, pooled] or None."""
+        with self._lock:
+            if prompt not in self._kept:
+                self._kept[prompt] = self._computed(prompt)
+            self._kept.move_to_end(prompt)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[prompt]
+
+    def _computed(self, prompt: str) -> tuple[Array, Array | None]:
+        facts, device = self._facts, self._device
+        tokens = self.tokens(prompt)
+        with device.stream():
+            states = device.empty((1, facts.length, facts.width))
+            further = self._program({TOKENS: device.put(np.array([tokens], np.int64))}, states)
+            if facts.pooled is None:
+                return device.to_array(states), None
+            pooled = next(map(device.to_array, further.values()), None)
+            nothing = np.zeros((1, facts.pooled), np.float32)  # from a backend that computes nothing
+            return device.to_array(states), nothing if pooled is None else pooled
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Split a prompt into exactly the tokens that the encoder reads: cut or padded to its length."""
+        tokens, length = self._split(prompt), self._facts.length
+        if len(tokens) > length:
+            tokens = [*tokens[: length - 1], tokens[-1]]
+        return [*tokens, *[self._facts.padding] * (length - len(tokens))]
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Describe the prompts that have more tokens than the encoder reads."""
+        notes = []
+        for prompt in dict.fromkeys(prompts):
+            tokens = self._split(prompt)
+            if len(tokens) > self._facts.length:
+                lost = self._read().decode(tokens[self._facts.length - 1 : -1], skip_special_tokens=True)
+                words = lost.replace(_END_OF_WORD, " ").split()
+                notes.append(cut_note(prompt, self._facts.length, " ".join(words)))
+        return notes
+
+    def _split(self, prompt: str) -> list[int]:
+        """Split a prompt into tokens, with begin and end."""
+        tokens: list[int] = self._read().encode(prompt).ids
+        return tokens
+
+    def _read(self) -> Any:
+        """Read the tokenizer, once."""
+        if self._tokenizer is None:
+            try:
+                from tokenizers import Tokenizer
+            except ImportError as error:
+                raise MissingDependency("encoding prompts needs tokenizers: pip install 'unetc[text]'") from error
+            try:
+                tokenizer: Any = Tokenizer.from_str(self._json.decode())
+            except Exception as error:  # the library raises the class Exception
+                raise CorruptArtifactError(
+                    f"{self._facts.tokenizer} is not a tokenizer: {brief(error)}. Build the bundle again."
+                ) from error
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+
+def no_text(bundle: Bundle) -> str:
+    """Describe that a bundle cannot encode prompts."""
+    if bundle.manifest.conditioning is None or CONTEXT not in bundle.calls.names:
+        return f"{bundle.path} takes no prompts: its model is not conditioned on text."
+    known = ", ".join(map(repr, bundle.manifest.conditioning.prompts[:4]))
+    return (
+        f"{bundle.path} has no text encoders, so it takes only the prompts that it was built with: {known} and so on. "
+        "Build it with --text."
+    )

@@ -1,0 +1,232 @@
+"""Text encoders of a bundle give the conditions of the pipeline, from tokens of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from tests.loras import save_lora
+from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
+from unetc.artifacts.manifest import BundleText, BundleTextEncoder
+from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND
+from unetc.compiler import text as compiled
+from unetc.compiler.text import PROBES, check_text, prepare_text
+from unetc.conditions import Conditions
+from unetc.errors import CompileError, CorruptArtifactError, MissingDependency, ModelError, ShapeMismatch
+from unetc.models.find import ModelSource, find_model
+from unetc.models.lora import Lora
+from unetc.models.text import TextEncoders
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.text import OneEncoder, TextEncoder
+
+PROMPTS = (*PROBES, "a red square", "A RED  SQUARE", "red,blue;(circle) 12345 \t\n a<|endoftext|>b", "ß¼Ⅷ", "x" * 300)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """Text encoders as a build makes them, and the pipeline's."""
+
+    loaded: TextEncoders
+    text: BundleText
+    files: dict[str, bytes]
+
+    def encoder(self, target: str = "onnxruntime:cpu", **changes: Any) -> TextEncoder:
+        backend = open_backend(target, threads=1)
+        encoders = [
+            OneEncoder(one, self.files[one.graph], self.files[one.weights], self.files[one.tokenizer], backend)
+            for one in self.text.encoders
+        ]
+        options = {"calls": self.loaded.calls, "size": self.loaded.size, "guidance_scale": 5.0, **changes}
+        return TextEncoder(self.text, encoders, **options)
+
+
+def export(source: ModelSource | str, work: Path) -> Exported:
+    model = find_model(source)
+    work.mkdir()
+    prepared = prepare_text(SimpleNamespace(model=model, work=work))  # type: ignore[arg-type]
+    loaded = model.load_text()
+    assert prepared is not None
+    assert loaded is not None
+    return Exported(
+        loaded=loaded, text=prepared.text, files={path: file.read_bytes() for path, file in prepared.files.items()}
+    )
+
+
+KINDS = ("prompted-digits", "sd", "sdxl", "refiner", "lcm")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    folder = tmp_path_factory.mktemp("text")
+    sources = {
+        "prompted-digits": "prompted-digits",
+        "sd": save_stable_diffusion(folder / "sd"),
+        "sdxl": save_stable_diffusion_xl(folder / "sdxl"),
+        "refiner": save_stable_diffusion_xl(folder / "refiner", kind="StableDiffusionXLImg2ImgPipeline", refiner=True),
+        "lcm": save_stable_diffusion(folder / "lcm", kind="LatentConsistencyModelPipeline", time_cond_proj_dim=33),
+    }
+    return {kind: export(str(source), folder / f"work-{kind}") for kind, source in sources.items()}
+
+
+def check_equal(actual: Conditions, expected: Conditions) -> None:
+    own, wanted = actual.to_arrays(), expected.to_arrays()
+    assert own.keys() == wanted.keys()
+    for name, array in own.items():
+        assert array.dtype == wanted[name].dtype
+        np.testing.assert_allclose(array, wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    assert (actual.scale, actual.size, actual.notes) == (expected.scale, expected.size, expected.notes)
+
+
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditions_equal_those_of_the_pipeline(exported: dict[str, Exported], kind: str, scale: float) -> None:
+    one = exported[kind]
+    encoded = one.encoder().encode(PROMPTS, guidance_scale=scale)
+    check_equal(encoded, one.loaded.encode(PROMPTS, scale))
+    assert encoded.guided == (scale > 1 and kind != "lcm")
+    assert (POOLED in encoded.own) == (TIME_IDS in encoded.own) == (kind in ("sdxl", "refiner"))
+    assert (TIMESTEP_COND in encoded.own) == (kind == "lcm")
+
+
+@pytest.mark.parametrize("target", ["torch:cpu", "null"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_backend_takes_tokens(exported: dict[str, Exported], kind: str, target: str) -> None:
+    one = exported[kind]
+    encoded = one.encoder(target).encode(PROMPTS, guidance_scale=3.0)
+    expected = one.loaded.encode(PROMPTS, 3.0)
+    if target == "null":
+        assert encoded.shapes() == expected.shapes()
+    else:
+        check_equal(encoded, expected)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_negative_prompts_equal_those_of_the_pipeline(exported: dict[str, Exported], kind: str) -> None:
+    one = exported[kind]
+    prompts, negative = ["a red circle", "large"], ["a blue square", ""]
+    encoded = one.encoder().encode(prompts, negative=negative, guidance_scale=3.0)
+    pipeline = one.loaded.pipeline
+    with torch.no_grad():
+        made = pipeline.encode_prompt(
+            prompts,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=negative,
+        )
+    np.testing.assert_allclose(encoded.own[CONTEXT], made[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoded.negative[CONTEXT], made[1].numpy(), atol=1e-5)
+    if kind == "sdxl":
+        np.testing.assert_allclose(encoded.negative[POOLED], made[3].numpy(), atol=1e-5)
+        assert encoded.negative[POOLED].any(), "only no negative prompt at all is zero"
+    same = one.encoder().encode(prompts, negative=negative[:1], guidance_scale=3.0)
+    np.testing.assert_array_equal(same.negative[CONTEXT][1], encoded.negative[CONTEXT][0])
+
+
+def test_no_negative_prompt_is_zero_where_the_pipeline_says_so(exported: dict[str, Exported]) -> None:
+    encoded = exported["sdxl"].encoder().encode(["a red circle"])
+    assert not encoded.negative[CONTEXT].any()
+    assert not encoded.negative[POOLED].any()
+    assert encoded.scale == 5.0
+
+
+def test_sdxl_takes_the_size_of_the_image(exported: dict[str, Exported]) -> None:
+    encoded = exported["sdxl"].encoder().encode(["a", "b"], height=40, width=64)
+    np.testing.assert_array_equal(encoded.own[TIME_IDS], [[40, 64, 0, 0, 40, 64]] * 2)
+    assert encoded.size == (40, 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_pipeline(exported: dict[str, Exported], kind: str) -> None:
+    one = exported[kind]
+    suffixes = ["", "_2"] if kind == "sdxl" else ["_2"] if kind == "refiner" else [""]
+    encoders = one.encoder()._encoders
+    assert len(encoders) == len(suffixes)
+    for suffix, encoder in zip(suffixes, encoders, strict=True):
+        tokenizer = getattr(one.loaded.pipeline, f"tokenizer{suffix}")
+        for prompt in PROMPTS:
+            expected = tokenizer(
+                prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+            ).input_ids
+            assert encoder.tokens(prompt) == expected
+
+
+def test_a_lora_is_fused_before_the_export(tmp_path: Path) -> None:
+    folder = save_stable_diffusion(tmp_path / "sd")
+    lora = save_lora(folder, tmp_path / "style.safetensors")
+    plain = export(str(folder), tmp_path / "plain")
+    styled = export(ModelSource(str(folder), loras=(Lora(path=lora),)), tmp_path / "styled")
+    encoded = styled.encoder().encode(PROMPTS)
+    check_equal(encoded, styled.loaded.encode(PROMPTS, 5.0))
+    assert np.abs(encoded.own[CONTEXT] - plain.encoder().encode(PROMPTS).own[CONTEXT]).max() > 1e-3
+
+
+def test_cut_prompts_are_noted_with_the_lost_words(exported: dict[str, Exported]) -> None:
+    (note,) = exported["sd"].encoder().encode(["a red square red red blue circle", "a"]).notes
+    assert note == (
+        "the prompt 'a red square red red blue circle'… is cut at 6 tokens; lost: 'red blue circle'. Shorten it"
+    )
+
+
+def test_a_prompt_is_encoded_alike_in_every_batch(exported: dict[str, Exported]) -> None:
+    many, alone = (exported["sdxl"].encoder().encode(prompts) for prompts in (PROMPTS, PROMPTS[3:4]))
+    for name, array in alone.own.items():
+        np.testing.assert_array_equal(array[0], many.own[name][3])
+
+
+@pytest.mark.parametrize("negative", [["a", "b"], []])
+def test_a_wrong_number_of_prompts_is_refused(exported: dict[str, Exported], negative: Sequence[str]) -> None:
+    encoder = exported["sd"].encoder()
+    with pytest.raises(ShapeMismatch, match=f"{len(negative)} negative prompts for 3 prompts. Give one, or one per"):
+        encoder.encode(["a", "b", "c"], negative=negative)
+    with pytest.raises(ShapeMismatch, match="there is no prompt"):
+        encoder.encode([])
+
+
+def test_a_damaged_tokenizer_is_refused(exported: dict[str, Exported]) -> None:
+    one = exported["sd"]
+    damaged = replace(one, files={**one.files, one.text.encoders[0].tokenizer: b'{"version": 7}'})
+    with pytest.raises(CorruptArtifactError, match=r"text/tokenizer-0\.json is not a tokenizer"):
+        damaged.encoder().encode(["a"])
+
+
+def test_without_the_library_the_extra_is_named(exported: dict[str, Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'unetc\[text\]'"):
+        exported["sd"].encoder().encode(["a"])
+
+
+def test_an_encoder_that_differs_from_the_pipeline_is_refused(exported: dict[str, Exported]) -> None:
+    one = exported["sdxl"]
+    first, second = one.text.encoders
+    other = msgspec.structs.replace(one.text, encoders=(msgspec.structs.replace(first, padding=0), second))
+    for text in (other, msgspec.structs.replace(one.text, zero_negative=False)):
+        with pytest.raises(CompileError, match=r"differ from the pipeline's by .* more than 1e-04"):
+            check_text(text, one.files, one.loaded, ())
+
+
+def test_a_model_that_cannot_be_exported_names_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_stable_diffusion(tmp_path / "sd", kind="StableDiffusionInpaintPipeline", in_channels=9)
+    with pytest.raises(ModelError, match="takes an image with every prompt"):
+        find_model(str(folder)).load_text()
+    assert find_model("digits").load_text() is None
+    text = find_model(str(save_stable_diffusion(tmp_path / "other"))).load_text()
+    assert text is not None
+    text.pipeline.text_encoder.config.use_attention_mask = True
+    with pytest.raises(ModelError, match="use_attention_mask"):
+        compiled.text_parts(text)
+
+
+def test_a_record_of_an_encoder_is_checked() -> None:
+    with pytest.raises(ValueError, match="begin and end"):
+        BundleTextEncoder(graph="a", weights="b", tokenizer="c", length=1, padding=0, width=1)
+    with pytest.raises(ValueError, match="must be a text encoder"):
+        BundleText(encoders=())
