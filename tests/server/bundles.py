@@ -1,11 +1,19 @@
-"""A bundle with encoded prompts, guidance and a decoder, for tests of the server."""
+"""Small bundles with prompts or with classes, for tests of the server."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.pipelines import save_stable_diffusion
+import pytest
+
+from tests.pipelines import save_classes, save_stable_diffusion
 from tests.quick_build import build_quickly
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
+from unetc.compiler.build import BuildOptions, build
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.repair import RepairOptions
+from unetc.models.find import find_model
 
 PROMPTED_STEPS = 4
 
@@ -15,3 +23,33 @@ def build_prompted_bundle(folder: Path) -> None:
     folder.mkdir(parents=True)
     pipeline = save_stable_diffusion(folder / "model")
     build_quickly(pipeline, folder / "bundle", steps=PROMPTED_STEPS, scale=3.0, decisive=1, budget=0.1)
+
+
+def build_free_bundle(folder: Path) -> None:
+    """Build a bundle of the same kind, with text encoders and an encoder of images, into `folder`/bundle."""
+    folder.mkdir(parents=True)
+    pipeline = save_stable_diffusion(folder / "model")
+    build_quickly(pipeline, folder / "bundle", steps=PROMPTED_STEPS, scale=3.0, decisive=1, budget=0.1, text=True)
+
+
+def build_class_bundle(folder: Path) -> None:
+    """Build a bundle of a tiny model with ten classes into `folder`/bundle; its only level is the full model again."""
+    folder.mkdir(parents=True)
+    analysis = AnalysisOptions(
+        steps=PROMPTED_STEPS,
+        samples=2,
+        bins=1,
+        batch=2,
+        rounds=1,
+        threads=1,
+        components=("down_blocks.0.*",),
+        decisive=0,
+    )
+    options = BuildOptions(
+        plan=PlanOptions(budget=0.0), steps=PROMPTED_STEPS, repair=RepairOptions(evaluations=0), controls=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (PROMPTED_STEPS,))
+        model = find_model(str(save_classes(folder / "model", num_class_embeds=10)))
+        profile = analyze_model(model, analysis, cache=folder / "cache")
+        build(model, profile, folder / "bundle", options, cache=folder / "cache")

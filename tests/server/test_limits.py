@@ -20,9 +20,10 @@ LONG = {"num_inference_steps": 1000, "seed": 1}
 
 
 async def busy(service: Service, running: int = 1) -> None:
-    """Wait until as many requests have been accepted."""
-    while len(service.running) < running:
-        await asyncio.sleep(0.005)
+    """Wait until as many requests have been accepted, and the first of them runs."""
+    async with asyncio.timeout(20):
+        while len(service.running) < running or not service.models["plain"].batcher.load().running:
+            await asyncio.sleep(0.005)
 
 
 async def post(client: httpx2.AsyncClient, **body: Any) -> httpx2.Response:

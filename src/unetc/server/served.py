@@ -10,6 +10,7 @@ from unetc.device import Array
 from unetc.errors import SessionError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.batcher import Batcher, BatchLimits
+from unetc.runtime.batching.levels import largest_calls, open_levels
 from unetc.runtime.batching.request import FULL
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, backend_for
@@ -33,10 +34,10 @@ class Served:
         self.name = name
         self.bundle = bundle
         self.levels: dict[str, Level] = {FULL: Level(name=FULL, time_ratio=1.0, damage=None)}
+        """By name, the full model first."""
         for level in bundle.manifest.levels:
             measured = level.measured
             self.levels[level.name] = Level(name=level.name, time_ratio=measured.time_ratio, damage=measured.damage)
-        """By name, the full model first."""
         self.sessions: Mapping[str, Session] = {}
         """One per level, over shared engines; empty until they are loaded. The batcher drives their device."""
         self.prompts = PromptReader(bundle, None)
@@ -81,8 +82,6 @@ class Served:
         Raises:
             UnetcError: If an engine cannot be loaded, or fails.
         """
-        from unetc.runtime.batching.levels import largest_calls, open_levels
-
         manifest = self.bundle.manifest
         backend = backend_for(manifest, target=settings.target, threads=settings.threads, memory=settings.memory)
         on_progress(Progress(stage=f"loading {self.name}", done=0, total=2))

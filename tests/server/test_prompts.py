@@ -1,0 +1,146 @@
+"""Prompts, labels and images of requests, as conditions and starts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import unetc
+from tests.conftest import once
+from tests.server.bundles import build_class_bundle, build_free_bundle
+from tests.server.local import in_loop, local
+from tests.server.test_openai import pixels
+from unetc.call import CLASS_LABELS
+from unetc.conditions import Conditions
+from unetc.models.prompts import encode_labels
+from unetc.report.pictures import to_pixels
+from unetc.runtime.bundle import Bundle
+from unetc.server.errors import RequestError
+from unetc.server.prompts import PromptReader, Wanted
+
+
+@pytest.fixture(scope="session")
+def class_bundle(shared: Path) -> Path:
+    """Build a bundle of a model with ten classes."""
+    return once(shared / "classes-server", build_class_bundle) / "bundle"
+
+
+def wanted(**fields: Any) -> Wanted:
+    usual: dict[str, Any] = {
+        "prompt": None,
+        "negative_prompt": None,
+        "label": None,
+        "guidance_scale": None,
+        "count": 2,
+        "first_index": 0,
+        "size": (16, 16),
+    }
+    return Wanted(**usual | fields)
+
+
+def read(bundle: Path, **fields: Any) -> Conditions | None:
+    return PromptReader(Bundle.open(bundle), None).read(wanted(**fields))
+
+
+def test_a_label_conditions_every_image(class_bundle: Path) -> None:
+    assert PromptReader(Bundle.open(class_bundle), None).classes == 10
+    for fields in ({"label": 7}, {"prompt": "7"}):
+        conditions = read(class_bundle, **fields)
+        assert conditions is not None
+        assert conditions.own[CLASS_LABELS].tolist() == [7, 7]
+    assert read(class_bundle) is None, "the bundle's own labels in turn"
+    assert read(class_bundle, prompt="") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "problem"),
+    [
+        ({"label": 10}, "label", "label 10 is not one of 0 to 9"),
+        ({"prompt": "a cat"}, "prompt", "takes a label from 0 to 9 and no other prompt"),
+        ({"prompt": "3", "label": 3}, "prompt", "and no other prompt"),
+        ({"negative_prompt": "dogs"}, "negative_prompt", "takes no prompts"),
+        ({"guidance_scale": 2.0}, "guidance_scale", "has no guidance"),
+    ],
+)
+def test_a_model_of_classes_refuses_the_rest(
+    class_bundle: Path, fields: dict[str, Any], field: str, problem: str
+) -> None:
+    with pytest.raises(RequestError, match=problem) as caught:
+        read(class_bundle, **fields)
+    assert caught.value.field == field
+
+
+@in_loop
+async def test_a_label_makes_an_image_of_its_class(class_bundle: Path) -> None:
+    session = unetc.load(class_bundle)
+    async with local(class_bundle) as (client, _):
+        answer = await client.post("/v1/images/generations", json={"label": 4, "seed": 2})
+        conditions = encode_labels("the model", ["4"], 10)
+        expected = to_pixels(session.sample(seed=2, conditions=conditions, full_model=True))[0]
+        assert np.abs(pixels(answer.json()["data"][0]["b64_json"]) - expected).max() <= 1
+        (model,) = (await client.get("/v1/models")).json()["data"]
+        assert (model["classes"], model["prompts"], model["free_prompts"]) == (10, [], False)
+
+
+def test_without_encoders_a_prompt_must_be_one_of_the_bundle(prompted_bundle: Path) -> None:
+    bundle = Bundle.open(prompted_bundle)
+    assert bundle.manifest.conditioning is not None
+    prompts = bundle.manifest.conditioning.prompts
+    for prompt in (prompts[1], f" {prompts[1]} ", "#1"):
+        conditions = read(prompted_bundle, prompt=prompt)
+        assert conditions is not None
+        for name, values in bundle.conditions.own.items():
+            assert np.array_equal(conditions.own[name], values[[1, 1]])
+    for prompt in ("a cat", f"#{len(prompts)}", "#x", ""):
+        with pytest.raises(RequestError, match=r"has no text encoder\. The prompt must be one of '"):
+            read(prompted_bundle, prompt=prompt)
+    with pytest.raises(RequestError, match="negative prompts cannot be encoded"):
+        read(prompted_bundle, prompt="#0", negative_prompt="dogs")
+
+
+def test_the_scale_of_encoded_prompts_can_be_changed(prompted_bundle: Path) -> None:
+    assert read(prompted_bundle) is None
+    for prompt in (None, "#0"):
+        stronger = read(prompted_bundle, prompt=prompt, guidance_scale=6.0)
+        assert stronger is not None
+        assert stronger.scale == 6.0
+        assert stronger.rows_per_sample == 2
+        without = read(prompted_bundle, prompt=prompt, guidance_scale=0.0)
+        assert without is not None
+        assert without.rows_per_sample == 1
+
+
+@in_loop
+async def test_with_encoders_any_prompt_and_any_image_are_taken(shared: Path) -> None:
+    bundle = once(shared / "free-server", build_free_bundle) / "bundle"
+    session = unetc.load(bundle)
+    assert session.text is not None
+    async with local(bundle) as (client, _):
+
+        async def made(**body: Any) -> tuple[list[Any], dict[str, Any]]:
+            answer = (await client.post("/v1/images/generations", json={"seed": 3, **body})).json()
+            return [pixels(image["b64_json"]) for image in answer["data"]], answer["unetc"]
+
+        asked = {"prompt": "a cat", "negative_prompt": "dogs", "guidance_scale": 4.0}
+        shown, _ = await made(**asked, n=2)
+        conditions = session.text.encode(["a cat"] * 2, negative=["dogs"], guidance_scale=4.0)
+        expected = to_pixels(session.sample(2, seed=3, conditions=conditions, full_model=True))
+        assert np.abs(np.stack(shown) - expected).max() <= 1
+
+        file = io.BytesIO()
+        Image.fromarray(expected[0]).save(file, "PNG")
+        (changed,), facts = await made(**asked, image=base64.b64encode(file.getvalue()).decode(), strength=0.5)
+        samples = session.encode((expected[:1].astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2))
+        row = conditions.take([0])
+        start = session.sample(seed=3, image=samples, strength=0.5, conditions=row, full_model=True)
+        assert np.abs(changed - to_pixels(start)[0]).max() <= 1
+        assert facts["steps"] == 2, "half of the steps"
+
+        _, facts = await made(prompt="word " * 100)
+        assert "is cut at" in facts["notes"][0]
