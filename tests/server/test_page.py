@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import unetc
+from tests.conftest import once
+from tests.server.bundles import build_class_bundle, build_free_bundle
 from tests.server.live import Live, serving
 from unetc.report.pictures import to_pixels
 
@@ -127,6 +129,30 @@ def test_prompts_are_offered_where_only_encoded_ones_exist(page: Any) -> None:
         made.append(shown(page))
     assert made[0].shape == (32, 32, 3)
     assert (made[0] != made[1]).any()
+
+
+def test_free_prompts_and_classes(browser: Any, shared: Path) -> None:
+    """A model with text encoders has a field for any prompt, and a model of classes a list of them."""
+    free = once(shared / "free-server", build_free_bundle) / "bundle"
+    classes = once(shared / "classes-server", build_class_bundle) / "bundle"
+    with serving(f"free={free}", f"classes={classes}") as server, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.address)
+        made = []
+        for prompt in ("a cat", "a large red circle"):
+            page.get_by_role("textbox", name="Prompt").fill(prompt)
+            make(page)
+            made.append(shown(page))
+        assert (made[0] != made[1]).any()
+        page.get_by_role("combobox", name="Model").select_option("classes")
+        playwright.expect(page.get_by_role("textbox", name="Prompt")).to_have_count(0)
+        labels = page.get_by_role("combobox", name="Class")
+        assert labels.locator("option").all_text_contents() == list("0123456789")
+        for label in ("3", "7"):
+            labels.select_option(label)
+            make(page)
+            made.append(shown(page))
+        assert (made[2] != made[3]).any()
 
 
 def test_every_control_has_a_name_and_the_page_fits_a_phone(browser: Any, live: Live) -> None:

@@ -333,6 +333,7 @@ def _images_of(answer: ImageAnswer, asked: InferRequest) -> tuple[dict[str, NDAr
         "time_ratio": level.time_ratio,
         "relative_l2": level.relative_l2,
         **({} if level.psnr is None else {"psnr": level.psnr}),
+        **({"notes": " ".join(answer.notes)} if answer.notes else {}),
         "degraded": answer.degraded,
         "steps": answer.steps,
         "non_finite_steps": answer.non_finite_steps,
