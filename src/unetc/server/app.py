@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import secrets
@@ -21,7 +22,7 @@ import unetc
 from unetc.errors import UnetcError
 from unetc.progress import OnProgress, ignore
 
-from . import health, jobs, openai
+from . import a1111, health, jobs, kserve, openai, page
 from .door import Door
 from .errors import Problem, Unauthorized, problem_of
 from .metrics import Outcome
@@ -30,7 +31,7 @@ from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-DOORS: tuple[Door, ...] = (health.DOOR, openai.DOOR, jobs.DOOR)
+DOORS: tuple[Door, ...] = (health.DOOR, openai.DOOR, jobs.DOOR, kserve.DOOR, a1111.DOOR, page.DOOR)
 """Every API that is served."""
 
 REQUEST_ID = "X-Request-Id"
@@ -145,10 +146,9 @@ class Gate:
         await self._app(scope, self._bounded(receive), named)
 
     def _check(self, path: str, headers: Headers) -> None:
-        if self._keys is not None and path not in self._open:
-            kind, _, key = headers.get("Authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not self._keys.allow(key.strip()):
-                raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
+        key = _key_of(headers.get("Authorization", ""))
+        if self._keys is not None and path not in self._open and not self._keys.allow(key):
+            raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
         length = headers.get("Content-Length", "0")
         if length.isdecimal() and int(length) > self._limit:
             raise self._too_large()
@@ -170,6 +170,20 @@ class Gate:
     def _too_large(self) -> HTTPException:
         """Make an error that FastAPI passes on where it reads a body."""
         return HTTPException(413, f"the body exceeds the limit of {self._limit} bytes. Send less.")
+
+
+def _key_of(authorization: str) -> str:
+    """Read a key, also from the password of HTTP Basic: clients of A1111 send nothing else."""
+    kind, _, key = authorization.partition(" ")
+    match kind.lower():
+        case "bearer":
+            return key.strip()
+        case "basic":
+            try:
+                return base64.b64decode(key.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return ""
+    return ""
 
 
 def _request_id(given: str) -> str:
