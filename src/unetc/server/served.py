@@ -9,8 +9,9 @@ import numpy as np
 from unetc.device import Array
 from unetc.errors import SessionError
 from unetc.progress import OnProgress, Progress, ignore
-from unetc.runtime.batching.batcher import Batcher, BatchLimits
+from unetc.runtime.batching.batcher import Batcher
 from unetc.runtime.batching.levels import largest_calls, open_levels
+from unetc.runtime.batching.limits import BatchLimits
 from unetc.runtime.batching.request import FULL
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, backend_for
