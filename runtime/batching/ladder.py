@@ -11,7 +11,7 @@ from unetc.errors import SessionError
 from .request import FULL
 
 AUTO = "auto"
-"""Leaves the level to the server: the full model, and faster levels under load where the server may step down."""
+"""Leaves the level to the server: the bundle's default, and faster ones under load where the server may step down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

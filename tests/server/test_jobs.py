@@ -52,7 +52,7 @@ def events(live: Live, address: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_a_job_makes_the_images_of_a_request(live: Live) -> None:
-    body = {"model": "plain", "seed": [3, 4], "num_inference_steps": 10}
+    body = {"model": "plain", "seed": [3, 4], "num_inference_steps": 10, "quality": "full"}
     address = submit(live, **body)
     job = finished(live, address)
     assert job["state"] == "succeeded"

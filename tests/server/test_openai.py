@@ -58,7 +58,7 @@ def test_models_are_listed_with_their_levels(client: openai.OpenAI, live: Live, 
 def test_images_are_those_of_a_session(client: openai.OpenAI, tiny_bundle: Path) -> None:
     session = unetc.load(tiny_bundle)
     full = to_pixels(session.sample(batch=3, seed=5, steps=10, full_model=True))
-    answer = generate(client, n=3, seed=5, num_inference_steps=10)
+    answer = generate(client, n=3, seed=5, num_inference_steps=10, quality="full")
     shown = np.stack([pixels(image.b64_json) for image in answer.data])
     assert np.abs(shown - full).max() <= 1
     assert [(image.seed, image.index) for image in answer.data] == [(5, 0), (5, 1), (5, 2)]

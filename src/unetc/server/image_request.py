@@ -40,7 +40,7 @@ class ImageRequest:
     width: int | None = None
     """Width in pixels; the model's own if None."""
     quality: str = AUTO
-    """Name of a level, or `auto`."""
+    """Name of a level, or `auto` for the bundle's default."""
     degrade: bool | None = None
     """Whether the server may step down under load; if None, only with quality `auto` or with a least quality."""
     least_quality: str | None = None

@@ -39,6 +39,8 @@ class Served:
         for level in bundle.manifest.levels:
             measured = level.measured
             self.levels[level.name] = Level(name=level.name, time_ratio=measured.time_ratio, damage=measured.damage)
+        self.default = self.levels[bundle.manifest.levels[0].name]
+        """The level of requests that name none: the one that the bundle samples with elsewhere too."""
         self.sessions: Mapping[str, Session] = {}
         """One per level, over shared engines; empty until they are loaded. The batcher drives their device."""
         self.prompts = PromptReader(bundle, None)

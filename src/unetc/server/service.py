@@ -384,12 +384,16 @@ class Service:
         return served.levels[choice.level]
 
     def _asked(self, served: Served, request: ImageRequest) -> Level:
-        """Return the level that a request asks for."""
-        return served.levels[FULL] if request.quality == AUTO else _level(served, request, "quality", request.quality)
+        """Return the level that a request asks for: by default the bundle's, or a better one that it wants at least."""
+        if request.quality != AUTO:
+            return _level(served, request, "quality", request.quality)
+        if request.least_quality is None:
+            return served.default
+        return served.levels[_slower(served.default.name, _level_name(served, request))]
 
     def _floor(self, served: Served, request: ImageRequest) -> str | None:
         """Return the fastest level that may serve a request, which the bundle need not have; None forbids others."""
-        least = request.least_quality and _level(served, request, "least_quality", request.least_quality).name
+        least = None if request.least_quality is None else _level_name(served, request)
         may = request.degrade
         if may is None:
             may = request.quality == AUTO or least is not None
@@ -404,6 +408,11 @@ def _level(served: Served, request: ImageRequest, field: str, text: str) -> Leve
         return served.levels[find_level(tuple(served.levels), text)]
     except SessionError as error:
         raise request.problem(field, f"{{}}: {error}") from error
+
+
+def _level_name(served: Served, request: ImageRequest) -> str:
+    """Look up the least level that a request wants."""
+    return _level(served, request, "least_quality", request.least_quality or FULL).name
 
 
 def _slower(one: str, other: str | None) -> str:
