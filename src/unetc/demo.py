@@ -34,6 +34,7 @@ class Demo:
     """The results of the demo."""
 
     verification: Verification
+    bundle: Path
     files: tuple[tuple[Path, str], ...]
     """Each file or folder with its meaning."""
 
@@ -61,6 +62,7 @@ def run_demo(output: Path, *, budget: float, cache: Path | None = None, on_progr
     write_atomically(samples, png_bytes(grid(load(bundle).sample(36, seed=0))))
     return Demo(
         verification=result,
+        bundle=bundle,
         files=(
             (report, "damage map with the plan, samples, controls (open in a browser)"),
             (samples, "samples of the pruned model"),

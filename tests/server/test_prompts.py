@@ -127,7 +127,7 @@ async def test_with_encoders_any_prompt_and_any_image_are_taken(shared: Path) ->
             answer = (await client.post("/v1/images/generations", json={"seed": 3, **body})).json()
             return [pixels(image["b64_json"]) for image in answer["data"]], answer["unetc"]
 
-        asked = {"prompt": "a cat", "negative_prompt": "dogs", "guidance_scale": 4.0}
+        asked = {"prompt": "a cat", "negative_prompt": "dogs", "guidance_scale": 4.0, "quality": "full"}
         shown, _ = await made(**asked, n=2)
         conditions = session.text.encode(["a cat"] * 2, negative=["dogs"], guidance_scale=4.0)
         expected = to_pixels(session.sample(2, seed=3, conditions=conditions, full_model=True))

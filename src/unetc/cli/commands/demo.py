@@ -33,3 +33,6 @@ def demo(
     OUT.print("\nLook at:")
     for path, meaning in result.files:
         OUT.print(f"  {path}  {meaning}", soft_wrap=True)
+    OUT.print(
+        f"\nServe it to many clients at once: pip install 'unetc[serve]' && unetc serve {result.bundle}", soft_wrap=True
+    )
