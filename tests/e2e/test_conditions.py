@@ -34,6 +34,8 @@ from unetc.runtime.session import Session
 
 diffusers: Any = untyped_diffusers
 
+pytestmark = pytest.mark.nightly
+
 STEPS = 3
 TOLERANCE = 2e-5
 """Largest difference of latents, relative to the largest: rounding of two runtimes over three steps."""

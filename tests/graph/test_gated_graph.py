@@ -21,6 +21,7 @@ from tests.models import ARCHITECTURES, Block, Tiny, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component
 from unetc.backend import Array
 from unetc.compiler.graph import gated as gated_module
+from unetc.compiler.graph import weights as weights_module
 from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
@@ -138,9 +139,9 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for function in ("write_tensors", "write_atomically"):
+    for module, function in ((weights_module, "write_tensors"), (gated_module, "write_atomically")):
         with monkeypatch.context() as patch:
-            patch.setattr(gated_module, function, interrupt)
+            patch.setattr(module, function, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 GatedGraph.build(toy_capture(), tmp_path / "graph")
         assert not list(tmp_path.iterdir())
@@ -151,7 +152,7 @@ def test_interrupted_build_keeps_what_was_there(folder: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     whole = GatedGraph.load(folder).runnable()
-    monkeypatch.setattr(gated_module, "write_tensors", fill_the_disk)
+    monkeypatch.setattr(weights_module, "write_tensors", fill_the_disk)
     with pytest.raises(ArtifactError, match="No space left on device"):
         GatedGraph.build(toy_capture(), folder)
     assert GatedGraph.load(folder).runnable() == whole

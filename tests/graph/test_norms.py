@@ -24,6 +24,8 @@ from unetc.treatments import Treatment
 
 diffusers: Any = untyped_diffusers
 
+pytestmark = pytest.mark.nightly
+
 E_X2 = "onnxruntime computes the variance of a GroupNormalization as E[x²] − E[x]²: findings/groupnorm-loses-digits.sh"
 
 KINDS = ("cross-attention", "attention")

@@ -47,7 +47,7 @@ def test_a_conditional_unet_computes_every_size_as_diffusers_does(tiny: Tiny, he
     assert relative_error(tiny.run(engine, inputs), tiny.run_denoiser(inputs)) < 1e-5
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_an_engine_computes_what_the_gated_graph_computes_at_any_size(tiny: Tiny, data: st.DataObject) -> None:
     case = data.draw(test_law.cases(tiny, st.integers(1, 40)))

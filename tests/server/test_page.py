@@ -19,7 +19,10 @@ from unetc.report.pictures import to_pixels
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no browser")
+pytestmark = [
+    pytest.mark.nightly,  # a browser, and a model with free prompts
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no browser"),
+]
 
 KEY = "a key for tests"
 

@@ -116,6 +116,7 @@ def test_the_scale_of_encoded_prompts_can_be_changed(prompted_bundle: Path) -> N
         assert without.rows_per_sample == 1
 
 
+@pytest.mark.nightly  # builds a model with free prompts
 @in_loop
 async def test_with_encoders_any_prompt_and_any_image_are_taken(shared: Path) -> None:
     bundle = once(shared / "free-server", build_free_bundle) / "bundle"

@@ -5,7 +5,7 @@ A binary tensor follows the JSON in the order of the tensors, little-endian and 
 
 Source:
     https://github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md;
-    https://github.com/triton-inference-server/server, docs/protocol/extension_binary_data.md.
+    https://github.com/triton-inference-server/server, the page extension_binary_data of its protocol.
 """
 
 from __future__ import annotations
