@@ -47,6 +47,8 @@ ON_THEIR_WAY = 48
 LOADS = 0.4, 0.6, 0.8, 1.0, 1.4, 1.8
 """Loads of the picture, relative to the capacity of one request after the other."""
 THREADS = 2
+UNETC = sys.executable, "-c", "from unetc.cli import main; main()"
+"""The command line, of the same environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         if name == "unetc":
             options = ["--port", str(port), "--queue", "512", *extra]
-            command = [sys.executable, "-m", "unetc.cli", "serve", str(case.bundle), *options]
+            command = [*UNETC, "serve", str(case.bundle), *options]
         else:
             what = case.model if name == "diffusers" else str(case.bundle)
             command = [sys.executable, str(HERE / "serve_contenders.py"), name, what, str(port)]
@@ -282,7 +284,7 @@ def cases(bundles: Path) -> Iterator[Case]:
         bundle = bundles / model
         if not bundle.exists():
             options = ["--budget", BUDGETS, "--no-controls", "-o", str(bundle)]
-            subprocess.run([sys.executable, "-m", "unetc.cli", "build", model, *options], check=True)
+            subprocess.run([*UNETC, "build", model, *options], check=True)
         conditioning = Bundle.open(bundle).manifest.conditioning
         prompts = () if conditioning is None else conditioning.prompts
         scale = 1.0 if conditioning is None else conditioning.guidance_scale

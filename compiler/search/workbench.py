@@ -31,7 +31,7 @@ ENGINE_ROUNDS = 15
 ENGINE_SECONDS = 5.0
 """Least time spent on engines with short calls: a disturbance of the machine may last a second or two."""
 SAMPLING_ROUNDS = 5
-LARGEST_BATCH = 16
+LARGEST_BATCH = 32
 """Largest batch that engines are timed at, unless the profile's is larger."""
 LONGEST_CALL_MS = 250.0
 """Batches above the profile's are left out where a call of the full model would take longer."""

@@ -10,7 +10,7 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session
 
-GAIN = 0.05
+GAIN = 0.02
 """Larger calls than the chosen one save at most this share of the time per sample; they would only add latency."""
 
 

@@ -258,7 +258,7 @@ def test_every_engine_has_its_time_at_every_batch(built: Built) -> None:
     manifest = built.bundle.manifest
     assert manifest.batch == 2
     for engine in manifest.level_engines():
-        assert [size for size, _ in engine.batch_ms] == [1, 2, 4, 8, 16]
+        assert [size for size, _ in engine.batch_ms] == [1, 2, 4, 8, 16, 32]
         assert all(ms > 0 for _, ms in engine.batch_ms)
     one, other = (level.engines[0].batch_ms for level in manifest.levels[:2])
     assert one == other, "a shared engine is timed once"
@@ -371,7 +371,7 @@ def test_the_ladder_is_shown(built: Built) -> None:
     assert [level["name"] for level in facts["levels"]] == ["20%", "40%", "60%"]
     assert facts["levels"][0]["engines"] == facts["engines"]
     assert all(level["saves"] == 1 - level["measured"]["time_ratio"] for level in facts["levels"])
-    assert [size for size, _ in facts["full"]["batch_ms"]] == [1, 2, 4, 8, 16]
+    assert [size for size, _ in facts["full"]["batch_ms"]] == [1, 2, 4, 8, 16, 32]
     shown = run("inspect", built.path).out
     assert "quality levels" in shown
     assert all(name in shown for name in ("20%", "40%", "60%", "engines/60/"))

@@ -90,10 +90,11 @@ class Served:
         on_progress(Progress(stage=f"loading {self.name}", done=0, total=2))
         self.sessions = open_levels(self.bundle, backend)
         self.prompts = PromptReader(self.bundle, self.sessions[FULL].text)
+        largest = largest_calls(self.bundle, self.sessions)
         batcher = Batcher(
             self.sessions,
-            limits=BatchLimits(queue=settings.queue),
-            largest=largest_calls(self.bundle, self.sessions),
+            limits=BatchLimits.over(largest.values(), self.bundle.conditions.rows_per_sample, queue=settings.queue),
+            largest=largest,
             on_call=lambda call: metrics.call(self.name, call),
         )
         self._batcher = batcher
