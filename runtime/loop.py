@@ -39,6 +39,12 @@ class Start:
         return len(self.noise) * self.conditions.rows_per_sample
 
     @property
+    def units(self) -> float:
+        """Rows of a call times the area of a sample: a measure of its cost."""
+        _, _, height, width = self.noise.shape
+        return float(self.rows * height * width)
+
+    @property
     def calls(self) -> int:
         """Number of calls of an engine."""
         return self.table.steps - self.first

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
@@ -24,6 +25,7 @@ from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionErr
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
+from unetc.sampler.table import SchedulerTable
 
 from .limits import BatchLimits, CallRecord, Load
 from .member import Joined, Member, Rows
@@ -137,13 +139,15 @@ class Batcher:
             session=session,
             starts=single_starts(start)[::-1],
             calls=start.calls,
-            rows=start.conditions.rows_per_sample,
+            programs=self._programs(request.level, session, start.table, start.first),
+            units=start.units / request.count,
+            turn=self._turn,
             submitted=now,
             deadline=math.inf if request.seconds is None else now + request.seconds,
             on_step=on_step,
         )
         ticket._position = lambda: self._position(order)
-        ticket._preview = lambda: self._preview(order)
+        ticket._preview = lambda images: self._preview(order, images)
         ticket._wake = self._wake
         with self._changed:
             self._admit(order)
@@ -159,10 +163,15 @@ class Batcher:
         """
         session = self.session(request.level)
         table = session.scheduler.table(session.steps if request.steps is None else request.steps)
-        calls = table.steps if request.image is None else table.steps - session.first_step(table, request.strength)
+        first = 0 if request.image is None else session.first_step(table, request.strength)
         conditions = request.conditions or session.conditions
+        _, height, width = session.sample_shape
+        _, own_height, own_width = session.image_shape
+        area = (request.height or own_height) * (request.width or own_width) / (own_height * own_width)
+        units = conditions.rows_per_sample * height * width * area
+        programs = self._programs(request.level, session, table, first)
         with self._changed:
-            return self._estimate(request.level, calls, conditions.rows_per_sample, request.count)
+            return self._estimate(programs, units, request.count)
 
     def load(self) -> Load:
         """Return how busy the batcher is."""
@@ -194,12 +203,13 @@ class Batcher:
 
     def warm_up(self) -> Future[None]:
         """Call every engine once, so that the first request need not wait for what engines prepare in a first call."""
-        sizes = self._limits.captured if self._device.captures_shapes else (1,)
+        captured = [rows for rows in self._limits.captured if rows <= self._limits.rows]
+        sizes = captured if self._device.captures_shapes else sorted({1, self._limits.seats // 2})
 
         def call() -> None:
-            for level, session in self._sessions.items():
-                for rows in (rows for rows in sizes if rows <= self._limits.rows):
-                    self._pace.add([level], rows, warm_up(session, rows))
+            for session in self._sessions.values():
+                for program, cost in warm_up(session, sizes).items():
+                    self._pace.measured(program, cost)
 
         return self._errand(call)
 
@@ -236,7 +246,7 @@ class Batcher:
             )
         request = order.ticket.request
         if request.seconds is not None:
-            needed = self._estimate(request.level, order.calls, order.rows, request.count)
+            needed = self._estimate(order.programs, order.units, request.count)
             if needed > request.seconds:
                 raise QueueFull(
                     f"the request would be finished in about {needed:.1f} s, but its time limit is "
@@ -244,13 +254,21 @@ class Batcher:
                     needed - request.seconds,
                 )
 
+    def _programs(self, level: str, session: Session, table: SchedulerTable, first: int) -> Mapping[Program, int]:
+        """Count the calls of every program for an image."""
+        if level == FULL:
+            return {session.full: table.steps - first}
+        engines = session.plan.schedule(table.log_snr[first:].tolist())
+        return Counter(session.programs[engine] for engine in engines)
+
     def _backlog(self) -> float:
         """Estimate the seconds until everything that was accepted is finished."""
-        return sum(order.left * self._pace.per_row(order.ticket.request.level) for order in self._orders)
+        return sum(order.left * self._pace.shared(order.programs, order.units) for order in self._orders)
 
-    def _estimate(self, level: str, calls: int, rows: int, count: int) -> float:
-        shared = self._backlog() + calls * rows * count * self._pace.per_row(level)
-        return max(shared, calls * self._pace.per_call(level))
+    def _estimate(self, programs: Mapping[Program, int], units: float, count: int) -> float:
+        """Estimate the seconds until images would be finished; all that was accepted shares the machine with them."""
+        together = self._backlog() + count * self._pace.shared(programs, units)
+        return max(together, self._pace.alone(programs, units))
 
     def _position(self, order: Order) -> int | None:
         with self._changed:
@@ -261,17 +279,17 @@ class Batcher:
             before = self._orders[: self._orders.index(order)]
             return 1 + sum(1 for one in before if one.starts)
 
-    def _preview(self, order: Order) -> Future[Array | None]:
+    def _preview(self, order: Order, images: int | None) -> Future[Array | None]:
+        count = order.ticket.request.count if images is None else images
+
         def copy() -> Array | None:
-            if not order.members or order.starts:
-                return None
-            return self._decode(order)
+            return self._decode(order, count) if 0 < count <= len(order.members) else None
 
         return self._errand(copy)
 
-    def _decode(self, order: Order) -> Array:
-        """Decode the current samples of a request."""
-        samples = [self._device.to_array(member.sample) for member in order.members]
+    def _decode(self, order: Order, count: int) -> Array:
+        """Decode the current samples of the first images of a request."""
+        samples = [self._device.to_array(member.sample) for member in order.members[:count]]
         return order.session.decode(np.concatenate(samples))
 
     def _wake(self) -> None:
@@ -317,10 +335,10 @@ class Batcher:
                 self._changed.wait_for(lambda: self._orders or self._errands or self._stopping)
                 if self._stopping:
                     return False
-                errands, self._errands = self._errands, []
                 self._drop()
                 newcomers = self._seat()
-            for errand in errands:
+                errand = self._errands.pop(0) if self._errands else None
+            if errand is not None:  # one between two calls, or a flood of them would hold up all images
                 errand.run()
             for order, start in newcomers:
                 self._begin(order, start)
@@ -332,7 +350,8 @@ class Batcher:
         now = time.monotonic()
         for order in list(self._orders):
             if order.ticket.cancelled.is_set() or order.ticket.future.cancelled():
-                order.ticket.future.cancel()
+                if order.ticket.future.cancel() or order.ticket.future.cancelled():
+                    order.ticket.future.set_running_or_notify_cancel()  # wakes up those who wait for it
             elif now > order.deadline:
                 seconds = order.ticket.request.seconds
                 fail(order, DeadlineExceeded(f"the request was not finished within its time limit of {seconds:g} s."))
@@ -347,11 +366,15 @@ class Batcher:
         self._changed.notify_all()
 
     def _seat(self) -> list[tuple[Order, Start]]:
-        """Choose the images that get the free seats: requests with few images on their way come first."""
+        """Choose the images that get the free seats.
+
+        Requests with few images on their way come first. In the turns that an image takes, a request becomes entitled
+        to one more, so small requests that keep coming do not starve a large one.
+        """
         running = {order: order.running for order in self._orders}
         free, chosen = self._limits.seats - sum(running.values()), []
         while free > 0 and (candidates := [order for order in self._orders if order.starts]):
-            order = min(candidates, key=running.__getitem__)
+            order = min(candidates, key=lambda order: running[order] - (self._turn - order.turn) / order.calls)
             chosen.append((order, order.starts.pop()))
             running[order] += 1
             free -= 1
@@ -391,10 +414,11 @@ class Batcher:
         """Choose the program and the members of the next call."""
         now, waiting = time.monotonic(), []
         for order in self._orders:
-            pace = self._pace.per_call(order.ticket.request.level)
+            late = order.deadline < math.inf
+            alone = self._pace.alone(order.programs, order.units) if late else 0.0
             for member in order.members:
                 if not member.finished:
-                    left = (member.steps - member.step) * pace
+                    left = (1 - member.share) * alone
                     waiting.append((member, order.deadline - now < 2 * left, member.call.program))
         programs = {program for _, _, program in waiting}
 
@@ -481,7 +505,7 @@ class Batcher:
     ) -> None:
         first = members[0]
         levels = [owners[member].ticket.request.level for member in members]
-        self._pace.add(levels, rows, seconds)
+        self._pace.add(program, sum(owners[member].units for member in members), seconds)
         switched, self._last_program = program is not self._last_program, program
         if self._on_call is not None:
             self._on_call(
@@ -510,7 +534,7 @@ class Batcher:
         if order.starts or not all(member.finished for member in members):
             return
         try:
-            images = self._decode(order)
+            images = self._decode(order, len(members))
         except UnetcError as error:
             fail(order, error)
         else:

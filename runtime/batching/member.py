@@ -67,6 +67,11 @@ class Member:
         return self.step - self._start.first
 
     @property
+    def share(self) -> float:
+        """Share of its steps that are made."""
+        return self.made / (self.steps - self._start.first)
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are made."""
         return self.step == self.steps

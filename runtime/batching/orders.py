@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unetc.backend import Program
 from unetc.errors import UnetcError
 from unetc.runtime.loop import Start
 from unetc.runtime.session import Session
@@ -25,8 +26,12 @@ class Order:
     """Starts of images without a seat, the next one last."""
     calls: int
     """Calls per image."""
-    rows: int
-    """Rows per image and call."""
+    programs: Mapping[Program, int]
+    """Calls per image by program."""
+    units: float
+    """Units of a call per image, see `Pace`."""
+    turn: int
+    """Turn of the batcher at submission."""
     submitted: float
     deadline: float
     on_step: Callable[[Progress], None] | None
@@ -40,10 +45,9 @@ class Order:
         return sum(1 for member in self.members if not member.finished)
 
     @property
-    def left(self) -> int:
-        """Number of rows to compute, over all steps."""
-        steps = sum(member.steps - member.step for member in self.members) + self.calls * len(self.starts)
-        return steps * self.rows
+    def left(self) -> float:
+        """Work that is left, in images with all their calls."""
+        return sum(1 - member.share for member in self.members) + len(self.starts)
 
 
 class Errand:

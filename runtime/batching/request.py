@@ -84,7 +84,7 @@ class Ticket:
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set to give up; the place in the batch is free after the step that is running."""
     _position: Callable[[], int | None] = lambda: None
-    _preview: Callable[[], Future[Array | None]] = Future
+    _preview: Callable[[int | None], Future[Array | None]] = lambda images: Future()
     _wake: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
@@ -97,6 +97,10 @@ class Ticket:
         """Count the requests that are served before this one; 0 while it runs, None when it is finished."""
         return self._position()
 
-    def preview(self) -> Future[Array | None]:
-        """Decode the samples as they are now, [count, channel, height, width]; None until all images have begun."""
-        return self._preview()
+    def preview(self, images: int | None = None) -> Future[Array | None]:
+        """Decode samples as they are now, [image, channel, height, width]; None until these images have begun.
+
+        Args:
+            images: Number of images, from the first; all by default.
+        """
+        return self._preview(images)

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
+from unetc.backend import Program
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
 
+from .pace import Cost
+
 CALLS = 3
-"""Calls of every engine: the last one counts, as the first ones prepare the later ones."""
+"""Calls of every engine and size: the last one counts, as the first ones prepare the later ones."""
 _TIMESTEPS = 550.0, 500.0
 
 
-def warm_up(session: Session, samples: int) -> float:
+def warm_up(session: Session, sizes: Sequence[int]) -> Mapping[Program, Cost]:
     """Call the full model and every engine of a session.
 
     Args:
         session: The session.
-        samples: Samples of every call.
+        sizes: Numbers of samples of the calls, increasing.
 
     Returns:
-        Mean seconds of the last calls.
+        Cost of every program.
 
     Raises:
         SessionError: If an engine fails.
     """
+    times = [_call_all(session, samples) for samples in sizes]
+    return {program: Cost.through(times[0][program], times[-1][program]) for program in times[0]}
+
+
+def _call_all(session: Session, samples: int) -> dict[Program, tuple[float, float]]:
+    """Return the units and seconds of a call of every program."""
     device, start = session.device, session.start(samples)
     conditions = start.conditions.on(device)
     inputs = conditions.widen(device.put(start.noise), _TIMESTEPS[1])
@@ -33,12 +43,11 @@ def warm_up(session: Session, samples: int) -> float:
     cache = BranchCache(device=device)
     cache.store(session.programs[FULL_ENGINE](inputs, prediction), _TIMESTEPS[0])
     inputs |= cache.inputs(_TIMESTEPS[1], start.rows)
-    took = []
+    units, times = start.units, {}
     for program in dict.fromkeys((session.full, *session.programs)):
         for _ in range(CALLS):
             began = time.perf_counter()
             program(inputs, prediction)
             device.synchronize()
-            seconds = time.perf_counter() - began
-        took.append(seconds)
-    return sum(took) / len(took)
+            times[program] = (units, time.perf_counter() - began)
+    return times

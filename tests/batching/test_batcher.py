@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -212,6 +212,7 @@ def test_a_cancelled_request_frees_its_place_within_a_step(gated: Batcher, gates
     assert (first.position(), second.position()) == (0, 1)
     first.cancel()
     release(gates)
+    assert not wait([first.future], timeout=30).not_done
     assert second.future.result(timeout=30).images.shape[0] == 1
     assert first.progress is None or first.progress.done <= 1
     with pytest.raises(CancelledError):
