@@ -261,14 +261,24 @@ class Batcher:
         engines = session.plan.schedule(table.log_snr[first:].tolist())
         return Counter(session.programs[engine] for engine in engines)
 
-    def _backlog(self) -> float:
-        """Estimate the seconds until everything that was accepted is finished."""
-        return sum(order.left * self._pace.shared(order.programs, order.units) for order in self._orders)
+    def _backlog(self, *others: tuple[Mapping[Program, int], float, float]) -> float:
+        """Estimate the seconds until everything that was accepted is finished, along with other images.
+
+        Args:
+            others: Calls by program, units and number of the images.
+        """
+        work = [*((order.programs, order.units, order.left) for order in self._orders), *others]
+        crowd = sum(units * min(left, self._limits.seats) for _, units, left in work)
+
+        def full(units: float) -> float:
+            """Compute the units of a usual call: those on their way wait for two engines, more or less."""
+            return min(crowd, self._limits.seats * units) / 2
+
+        return sum(left * self._pace.shared(programs, units, full(units)) for programs, units, left in work)
 
     def _estimate(self, programs: Mapping[Program, int], units: float, count: int) -> float:
         """Estimate the seconds until images would be finished; all that was accepted shares the machine with them."""
-        together = self._backlog() + count * self._pace.shared(programs, units)
-        return max(together, self._pace.alone(programs, units))
+        return max(self._backlog((programs, units, count)), self._pace.alone(programs, units))
 
     def _position(self, order: Order) -> int | None:
         with self._changed:

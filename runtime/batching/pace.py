@@ -47,10 +47,8 @@ class Pace:
         """Know nothing yet; every estimate is 0."""
         self._clock = clock
         self._costs: dict[Program, Cost] = {}
-        self._taken = 1.0
-        """Recent seconds / predicted seconds."""
-        self._units = 0.0
-        """Recent units per call."""
+        self._predicted = self._taken = 0.0
+        """Recent seconds, as predicted and as measured."""
         self._last = clock()
 
     def measured(self, program: Program, cost: Cost) -> None:
@@ -59,11 +57,10 @@ class Pace:
 
     def add(self, program: Program, units: float, seconds: float) -> None:
         """Add a call of an engine."""
-        cost = self._costs.get(program)
-        self._units = MEMORY * self._units + (1 - MEMORY) * units
-        if cost is not None and (predicted := cost.seconds(units)) > 0:
-            slowness = self._slowness()
-            self._taken = MEMORY * slowness + (1 - MEMORY) * seconds / predicted
+        cost, slowness = self._costs.get(program), self._slowness()
+        if cost is not None:
+            before = MEMORY * self._predicted
+            self._predicted, self._taken = before + cost.seconds(units), before * slowness + seconds
             self._last = self._clock()
 
     def alone(self, calls: Mapping[Program, int], units: float) -> float:
@@ -75,9 +72,15 @@ class Pace:
         """
         return self._slowness() * self._sum(calls, units)
 
-    def shared(self, calls: Mapping[Program, int], units: float) -> float:
-        """Estimate the seconds that a member adds to calls as full as the recent ones; arguments as for `alone`."""
-        full = max(self._units, units, 1.0)
+    def shared(self, calls: Mapping[Program, int], units: float, full: float) -> float:
+        """Estimate the seconds that a member adds to calls that it shares.
+
+        Args:
+            calls: Number of calls by program.
+            units: The member's units of each call.
+            full: Units of the calls, with those of the others.
+        """
+        full = max(full, units)
         return self._slowness() * self._sum(calls, full) * units / full
 
     def _sum(self, calls: Mapping[Program, int], units: float) -> float:
@@ -86,5 +89,7 @@ class Pace:
 
     def _slowness(self) -> float:
         """Return recent seconds / predicted seconds; without calls it returns to 1."""
+        if not self._predicted:
+            return 1.0
         idle = self._clock() - self._last
-        return 1 + (self._taken - 1) * math.exp2(-idle / HALF_LIFE_S)
+        return 1 + (self._taken / self._predicted - 1) * math.exp2(-idle / HALF_LIFE_S)
