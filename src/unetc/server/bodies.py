@@ -36,7 +36,7 @@ class ImageBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     prompt: str | None = None
-    """Prompt of all images; without one, the bundle's own prompts in turn."""
+    """Prompt of all images; without one, image k of a seed has the bundle's prompt k."""
     model: str | None = None
     """Name of the model; only needed if there are several."""
     n: int | None = None

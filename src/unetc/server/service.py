@@ -277,8 +277,7 @@ class Service:
             negative_prompt=request.negative_prompt,
             label=request.label,
             guidance_scale=request.guidance_scale,
-            count=request.total,
-            first_index=request.first_index,
+            indices=request.indices,
             size=(height, width),
         )
         try:
