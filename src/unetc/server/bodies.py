@@ -21,6 +21,7 @@ NAMES = {
     "least_quality": "min_quality",
     "seeds": "seed",
     "seconds": "timeout",
+    "form": "output_format",
 }
 """Names of the fields of `ImageRequest` that differ here."""
 
@@ -115,6 +116,7 @@ class ImageBody(BaseModel):
             image=None if self.image is None else decode_base64(self.image, "image"),
             strength=self.strength,
             seconds=self.timeout,
+            form=self.form,
             names=NAMES,
         )
 
