@@ -88,17 +88,21 @@ def decode(data: bytes, field: str, *, most_pixels: int) -> Image.Image:
         RequestError: If it is not a PNG, JPEG or WebP image, or has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=[form.name for form in Format]) as opened:
-            if opened.width * opened.height > most_pixels:  # before anything is unpacked
-                raise RequestError(
-                    f"{field} has {opened.width} x {opened.height} pixels. Expected at most {most_pixels} in total.",
-                    field,
-                )
-            return _to_colour(_upright(opened))
+        return _decode(data, field, most_pixels)
     except RequestError:
         raise
     except Exception as error:  # damaged files raise struct.error, IndexError and others too
         raise RequestError(f"{field} cannot be read. Expected a PNG, JPEG or WebP image.", field) from error
+
+
+def _decode(data: bytes, field: str, most_pixels: int) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=[form.name for form in Format]) as opened:
+        if opened.width * opened.height > most_pixels:  # before anything is unpacked
+            raise RequestError(
+                f"{field} has {opened.width} x {opened.height} pixels. Expected at most {most_pixels} in total.",
+                field,
+            )
+        return _to_colour(_upright(opened))
 
 
 def _upright(image: Image.Image) -> Image.Image:
