@@ -12,6 +12,7 @@ import pytest
 from tests.server.local import in_loop, local
 from unetc.errors import SessionError
 from unetc.server.errors import seconds_to_wait
+from unetc.server.images import Format
 from unetc.server.service import Service, State
 from unetc.server.settings import ApiKeys, BundleSource, ServerSettings
 
@@ -87,6 +88,42 @@ async def test_images_and_prompts_are_limited(tiny_bundle: Path) -> None:
             answer = await post(client, **body)
             assert answer.status_code == 400
             assert problem in answer.json()["error"]["message"]
+
+
+@in_loop
+async def test_half_a_character_is_refused_and_named(tiny_bundle: Path, prompted_bundle: Path) -> None:
+    async with local(prompted_bundle) as (client, _):
+        half = "\\ud800"
+        bodies = {GENERATIONS: ("prompt", "negative_prompt", "model", "quality", "size", "user", half)}
+        bodies["/v1/jobs"] = bodies["/sdapi/v1/txt2img"] = bodies[GENERATIONS]
+        for path, fields in bodies.items():
+            for field in fields:
+                headers = {"Content-Type": "application/json"}
+                answer = await client.post(path, content=f'{{"{field}": "a{half}"}}', headers=headers)
+                wanted = (200, 202) if field == "user" else (400, 404)
+                assert answer.status_code in wanted or path.startswith("/sdapi"), (path, field, answer.text)
+                assert answer.status_code < 500
+
+
+@in_loop
+async def test_a_failure_of_the_server_is_counted(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with local(tiny_bundle) as (client, service):
+        monkeypatch.setattr(service.models["plain"], "to_samples", None)
+        client._transport.raise_app_exceptions = False
+        assert (await post(client, model="plain")).status_code == 500
+        assert 'unetc_requests_total{model="plain",outcome="failed"} 1.0' in (await client.get("/metrics")).text
+
+
+@in_loop
+async def test_a_format_that_cannot_hold_the_image_is_refused(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Format, "longest_side", 15)
+    async with local(tiny_bundle) as (client, _):
+        answer = await post(client, output_format="webp")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "output_format"
+        assert "at most 15 pixels per side" in answer.json()["error"]["message"]
 
 
 @in_loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ def wanted(**fields: Any) -> Wanted:
         "negative_prompt": None,
         "label": None,
         "guidance_scale": None,
-        "count": 2,
-        "first_index": 0,
+        "indices": (0, 1),
         "size": (16, 16),
     }
     return Wanted(**usual | fields)
@@ -114,6 +114,54 @@ def test_the_scale_of_encoded_prompts_can_be_changed(prompted_bundle: Path) -> N
         without = read(prompted_bundle, prompt=prompt, guidance_scale=0.0)
         assert without is not None
         assert without.rows_per_sample == 1
+
+
+def test_an_image_has_the_same_prompt_whatever_else_is_asked(prompted_bundle: Path) -> None:
+    own = Bundle.open(prompted_bundle).conditions
+    for indices in ((0, 1), (0, 0, 0), (5, 2**62)):
+        conditions = read(prompted_bundle, guidance_scale=6.0, indices=indices)
+        assert conditions is not None
+        rows = [index % (own.rows or 1) for index in indices]
+        for name, values in own.own.items():
+            assert np.array_equal(conditions.own[name], values[rows])
+
+
+class Echo:
+    """An encoder that keeps the prompts; its conditions are their numbers."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def encode(self, prompts: Sequence[str], **given: Any) -> Conditions:
+        self.prompts += prompts
+        own = {"x": np.arange(len(prompts))[:, None]}
+        return Conditions(own=own, negative={} if given["guidance_scale"] == 1 else own)
+
+
+def test_a_negative_prompt_alone_keeps_the_prompts_of_the_bundle(prompted_bundle: Path) -> None:
+    bundle, echo = Bundle.open(prompted_bundle), Echo()
+    reader = PromptReader(bundle, echo)
+    conditions = reader.read(wanted(negative_prompt="dogs", indices=(1, 0, 1)))
+    assert conditions is not None
+    assert echo.prompts == [reader.prompts[1], reader.prompts[0]]
+    assert conditions.own["x"].ravel().tolist() == [0, 1, 0]
+    assert conditions.notes == ()
+    ignored = reader.read(wanted(negative_prompt="dogs", prompt="a cat", guidance_scale=1.0))
+    assert ignored is not None
+    assert "negative_prompt has no effect" in ignored.notes[0]
+    with pytest.raises(RequestError, match="negative prompts cannot be encoded"):
+        read(prompted_bundle, negative_prompt="dogs")
+
+
+@in_loop
+async def test_seeds_in_a_list_have_the_first_prompt_with_and_without_a_scale(prompted_bundle: Path) -> None:
+    async with local(prompted_bundle) as (client, service):
+        scale = service.models["plain"].prompts.guidance_scale
+        made = []
+        for fields in ({}, {"guidance_scale": scale}):
+            answer = await client.post("/v1/images/generations", json={"seed": [3, 4], **fields})
+            made.append([pixels(one["b64_json"]).astype(int) for one in answer.json()["data"]])
+        assert np.abs(np.stack(made[0]) - np.stack(made[1])).max() <= 1
 
 
 @pytest.mark.nightly  # builds a model with free prompts

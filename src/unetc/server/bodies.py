@@ -21,6 +21,7 @@ NAMES = {
     "least_quality": "min_quality",
     "seeds": "seed",
     "seconds": "timeout",
+    "form": "output_format",
 }
 """Names of the fields of `ImageRequest` that differ here."""
 
@@ -36,7 +37,7 @@ class ImageBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     prompt: str | None = None
-    """Prompt of all images; without one, the bundle's own prompts in turn."""
+    """Prompt of all images; without one, image k of a seed has the bundle's prompt k."""
     model: str | None = None
     """Name of the model; only needed if there are several."""
     n: int | None = None
@@ -115,6 +116,7 @@ class ImageBody(BaseModel):
             image=None if self.image is None else decode_base64(self.image, "image"),
             strength=self.strength,
             seconds=self.timeout,
+            form=self.form,
             names=NAMES,
         )
 

@@ -109,7 +109,7 @@ def problem_of(error: BaseException) -> Problem:
 
     Errors that only a bug raises keep their text to themselves; the log has it.
     """
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).encode(errors="backslashreplace").decode()  # it may repeat half a character
     match error:
         case RequestError():
             return Problem(status=400, code="invalid_value", message=message, field=error.field)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unetc.artifacts.profile import Damage
@@ -10,6 +10,7 @@ from unetc.device import Array
 from unetc.runtime.batching.ladder import AUTO
 
 from .errors import RequestError
+from .images import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class ImageRequest:
     model: str | None = None
     """Name of a served model; None if only one is served."""
     prompt: str | None = None
-    """Prompt of all images; None for the bundle's own prompts in turn. A bundle without text encoders takes only its
-    own prompts, by text or as #index."""
+    """Prompt of all images; None for the bundle's own prompts: image k of a seed has prompt k. A bundle
+    without text encoders takes only its own prompts, by text or as #index."""
     negative_prompt: str | None = None
     label: int | None = None
     """Class of all images, for class-conditional models."""
@@ -32,7 +33,7 @@ class ImageRequest:
     first_index: int = 0
     """Index of the first image within the seed."""
     seeds: tuple[int, ...] = ()
-    """One image per seed, in place of `count`, `seed` and `first_index`."""
+    """One image per seed, its image 0, in place of `count`, `seed` and `first_index`."""
     steps: int | None = None
     """Number of steps; the bundle's default if None."""
     height: int | None = None
@@ -51,6 +52,8 @@ class ImageRequest:
     """Share of the steps that are made when starting from an image, in (0, 1]; 0.8 if None."""
     seconds: float | None = None
     """Time limit in seconds; the server's if None."""
+    form: Format = Format.PNG
+    """Format of the files in the answer, which limits the sides of images."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Names of these fields in the client's API, where they differ; messages use them."""
 
@@ -63,6 +66,11 @@ class ImageRequest:
     def total(self) -> int:
         """Number of images."""
         return len(self.seeds) or self.count
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Index of each image within its seed."""
+        return [0] * len(self.seeds) if self.seeds else range(self.first_index, self.first_index + self.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

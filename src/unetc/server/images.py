@@ -31,6 +31,11 @@ class Format(StrEnum):
         """Value for Content-Type."""
         return f"image/{self.value}"
 
+    @property
+    def longest_side(self) -> int:
+        """Most pixels along a side that a file can hold."""
+        return {Format.PNG: 2**31 - 1, Format.JPEG: 65500, Format.WEBP: 16383}[self]
+
 
 def encode(images: Array, form: Format = Format.PNG, *, quality: int | None = None) -> list[bytes]:
     """Encode images.
@@ -83,15 +88,38 @@ def decode(data: bytes, field: str, *, most_pixels: int) -> Image.Image:
         RequestError: If it is not a PNG, JPEG or WebP image, or has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=[form.name for form in Format]) as opened:
-            if opened.width * opened.height > most_pixels:  # before anything is unpacked
-                raise RequestError(
-                    f"{field} has {opened.width} x {opened.height} pixels. Expected at most {most_pixels} in total.",
-                    field,
-                )
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return _decode(data, field, most_pixels)
+    except RequestError:
+        raise
+    except Exception as error:  # damaged files raise struct.error, IndexError and others too
         raise RequestError(f"{field} cannot be read. Expected a PNG, JPEG or WebP image.", field) from error
+
+
+def _decode(data: bytes, field: str, most_pixels: int) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=[form.name for form in Format]) as opened:
+        if opened.width * opened.height > most_pixels:  # before anything is unpacked
+            raise RequestError(
+                f"{field} has {opened.width} x {opened.height} pixels. Expected at most {most_pixels} in total.",
+                field,
+            )
+        return _to_colour(_upright(opened))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data says; damaged EXIF data is ignored."""
+    image.load()  # outside the `try`: damage of the pixels is an error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _to_colour(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB. Grey values of 16 bits, which Pillow would clip at 255, are scaled."""
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def to_samples(image: Image.Image, channels: int, height: int, width: int) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from unetc.call import TIMESTEP_COND
 from unetc.conditions import Conditions
 from unetc.errors import ModelError
 from unetc.models.prompts import encode_labels
@@ -15,6 +16,7 @@ from .errors import RequestError
 
 _SHOWN = 20
 """Prompts of a bundle that a message lists."""
+_NO_EFFECT = "negative_prompt has no effect: without guidance, which needs a scale above 1, the model does not read it."
 
 
 class Encoder(Protocol):
@@ -41,10 +43,9 @@ class Wanted:
     negative_prompt: str | None
     label: int | None
     guidance_scale: float | None
-    count: int
-    """Rows to make."""
-    first_index: int
-    """Index of the first image, which selects the bundle's own conditions where the request names none."""
+    indices: Sequence[int]
+    """Index of each image within its seed. Where the request names no prompt and no label, image k of a seed has row k
+    of the bundle's own conditions, whatever other fields it names."""
     size: tuple[int, int]
     """Height and width of the images in pixels."""
 
@@ -91,9 +92,8 @@ class PromptReader:
         if not self.prompts and self._encoder is None:
             self._refuse_prompts(wanted)
             return None
-        if wanted.prompt is None and not wanted.negative_prompt:
-            rows = self._own.take(range(wanted.first_index, wanted.first_index + wanted.count))
-            return None if wanted.guidance_scale is None else self._scaled(rows, wanted.guidance_scale)
+        if wanted.prompt is None and not self._must_encode(wanted):
+            return None if wanted.guidance_scale is None else self._scaled(self._rows(wanted), wanted.guidance_scale)
         if self._encoder is not None:
             return self._encoded(self._encoder, wanted)
         if wanted.negative_prompt:
@@ -101,7 +101,7 @@ class PromptReader:
                 "this bundle has no text encoder, so negative prompts cannot be encoded. Omit negative_prompt.",
                 "negative_prompt",
             )
-        rows = self._own.take([self._index(wanted.prompt)] * wanted.count)
+        rows = self._own.take([self._index(wanted.prompt)] * len(wanted.indices))
         return rows if wanted.guidance_scale is None else self._scaled(rows, wanted.guidance_scale)
 
     def _labelled(self, wanted: Wanted, classes: int) -> Conditions | None:
@@ -115,7 +115,7 @@ class PromptReader:
         if label is None:
             return None
         try:
-            return encode_labels("the model", [str(label)] * wanted.count, classes)
+            return encode_labels("the model", [str(label)] * len(wanted.indices), classes)
         except ModelError:
             raise RequestError(f"label {label} is not one of 0 to {classes - 1}.", "label") from None
 
@@ -131,16 +131,47 @@ class PromptReader:
         if wanted.guidance_scale is not None:
             raise RequestError("this model has no guidance. Omit guidance_scale.", "guidance_scale")
 
+    def _rows(self, wanted: Wanted) -> Conditions:
+        """Select the bundle's own conditions of each image."""
+        rows = self._own.rows or 1
+        return self._own.take([index % rows for index in wanted.indices])
+
+    def _must_encode(self, wanted: Wanted) -> bool:
+        """Check whether the bundle's own prompts have to be encoded again, as their conditions cannot be changed."""
+        if wanted.negative_prompt:
+            return True
+        scale = wanted.guidance_scale
+        if scale is None or self._encoder is None or self._own.middle:
+            return False
+        return TIMESTEP_COND in self._own.own or (scale > 1 and not self._own.guided)
+
     def _encoded(self, encoder: Encoder, wanted: Wanted) -> Conditions:
+        """Encode each prompt once: the prompt of the request, or else the bundle's own."""
+        prompts, rows = self._texts(wanted)
         height, width = wanted.size
-        row = encoder.encode(
-            [wanted.prompt or ""],
+        encoded = encoder.encode(
+            prompts,
             negative=[wanted.negative_prompt] if wanted.negative_prompt else None,
             guidance_scale=wanted.guidance_scale,
             height=height,
             width=width,
         )
-        return row.take([0] * wanted.count)
+        if wanted.negative_prompt and not encoded.guided:
+            encoded = replace(encoded, notes=(*encoded.notes, _NO_EFFECT))
+        return encoded.take(rows)
+
+    def _texts(self, wanted: Wanted) -> tuple[list[str], list[int]]:
+        """Return the prompts to encode, and the position of each image's prompt among them."""
+        if wanted.prompt is not None:
+            return [wanted.prompt], [0] * len(wanted.indices)
+        if not self.prompts or self._own.middle:
+            field = "negative_prompt" if wanted.negative_prompt else "guidance_scale"
+            raise RequestError(
+                f"the prompts of this bundle cannot be encoded again. Send a prompt with {field}.", field
+            )
+        texts = [self.prompts[index % len(self.prompts)] for index in wanted.indices]
+        distinct = list(dict.fromkeys(texts))
+        return distinct, [distinct.index(text) for text in texts]
 
     def _index(self, prompt: str | None) -> int:
         """Find a prompt of the bundle by its text, or by #index."""

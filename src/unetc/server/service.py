@@ -31,7 +31,7 @@ from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving
 from unetc.runtime.batching.request import FULL, SampleRequest
 from unetc.runtime.bundle import Bundle
 
-from .errors import NotReady, RequestCancelled, RequestError, UnknownModel
+from .errors import NotReady, RequestCancelled, RequestError, UnknownModel, problem_of
 from .image_request import ImageAnswer, ImageRequest, Level
 from .images import Format, encode
 from .metrics import Metrics, Outcome
@@ -44,6 +44,8 @@ __all__ = ["ImageAnswer", "ImageRequest", "Level", "Running", "Served", "Service
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Names of served models, which stand in addresses."""
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
 _LARGEST_SEED = 2**63 - 1
 _DRAWN_SEEDS = 2**32
 """Seeds that are drawn for requests without one: short enough to type."""
@@ -161,6 +163,10 @@ class Service:
         except (QueueFull, NotReady):
             self.metrics.ended(self._known(request.model), Outcome.REFUSED)
             raise
+        except Exception as error:
+            failed = problem_of(error).status >= 500
+            self.metrics.ended(self._known(request.model), Outcome.FAILED if failed else Outcome.INVALID)
+            raise
         self.running.add(running)
         running.when_done(lambda answer: self._ended(running, answer))
         return running
@@ -277,8 +283,7 @@ class Service:
             negative_prompt=request.negative_prompt,
             label=request.label,
             guidance_scale=request.guidance_scale,
-            count=request.total,
-            first_index=request.first_index,
+            indices=request.indices,
             size=(height, width),
         )
         try:
@@ -328,6 +333,8 @@ class Service:
             listed = ", ".join(map(str, served.steps))
             raise request.problem("steps", f"{{}} is {request.steps}. This model has tables for {listed} steps.")
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+            if text is not None and _HALF.search(text):
+                raise request.problem(name, "{} has half of a surrogate pair, which is no text. Expected Unicode.")
             if text is not None and len(text) > limits.prompt_characters:
                 raise request.problem(
                     name, f"{{}} has {len(text)} characters. Expected at most {limits.prompt_characters}."
@@ -356,6 +363,12 @@ class Service:
         if height * width > self.settings.pixels:
             raise request.problem(
                 "height", f"{{}}: images of {width} x {height} exceed the limit of {self.settings.pixels} pixels."
+            )
+        if max(height, width) > request.form.longest_side:
+            raise request.problem(
+                "form",
+                f"{{}}: {request.form.value} holds no images of {width} x {height}. Expected at most "
+                f"{request.form.longest_side} pixels per side, or png.",
             )
         sizes = served.bundle.manifest.sample_sizes
         if problem := sizes.problem(height // served.scale, width // served.scale):
