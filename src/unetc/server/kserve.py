@@ -9,11 +9,9 @@ Source:
 
 from __future__ import annotations
 
-import asyncio
 import io
 import math
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +27,7 @@ from starlette.responses import Response
 import unetc
 from unetc.artifacts.call_input import CallInput
 from unetc.call import TIMESTEP
-from unetc.errors import NonFiniteError, QueueFull, ShapeMismatch
+from unetc.errors import NonFiniteError, ShapeMismatch
 from unetc.report.pictures import to_pixels
 
 from .door import Door, answer_unless_gone
@@ -80,7 +78,6 @@ _INPUTS: Mapping[str, _Input] = {
 def make_router(service: Service) -> APIRouter:
     """Make the routes of the protocol."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    calls: Counter[str] = Counter()
 
     @router.get("")
     async def server() -> dict[str, Any]:
@@ -124,7 +121,7 @@ def make_router(service: Service) -> APIRouter:
         try:
             asked = await service.in_thread(read_infer, body, length)
             if denoiser:
-                outputs, facts = await _call(service, served, asked, calls)
+                outputs, facts = await _call(service, served, asked)
             else:
                 running = await service.submit(_image_request(asked, served))
                 outputs, facts = _images_of(await answer_unless_gone(request, running), asked)
@@ -365,7 +362,7 @@ def _denoiser_metadata(served: Served) -> dict[str, Any]:
 
 
 async def _call(
-    service: Service, served: Served, asked: InferRequest, calls: Counter[str]
+    service: Service, served: Served, asked: InferRequest
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Call the full model once; it predicts in the datatype of the sample if that is `FP16`, or as asked.
 
@@ -373,20 +370,13 @@ async def _call(
         service: The service.
         served: The model.
         asked: Inputs of the call.
-        calls: Calls of each model that are not finished.
     """
     service.check_ready()
     inputs = _call_inputs(service, served, asked)
     kind = asked.parameters.get(_OUTPUT_DATATYPE)
     if kind is None:
         kind = "FP16" if asked.inputs["sample"].datatype == "FP16" else "FP32"
-    if (ahead := calls[served.name]) >= service.settings.queue:
-        raise QueueFull(f"{ahead} calls of {served.name}{DENOISER} wait. Try again later.", 1.0)
-    calls[served.name] += 1
-    try:
-        prediction = await asyncio.wrap_future(served.batcher.call(inputs))
-    finally:
-        calls[served.name] -= 1
+    prediction = await service.calls.run(served, inputs)
     if not (np.isfinite(prediction).all() or asked.is_binary("prediction")):
         raise NonFiniteError("the prediction has NaN or infinity, which JSON cannot hold. Request binary data.")
     with np.errstate(over="ignore"):  # a number too large for float16 becomes infinity
