@@ -27,7 +27,7 @@ class Latest(Generic[T]):
     async def get(self) -> T:
         """Return the latest result, or make one."""
         now = asyncio.get_running_loop().time()
-        if self._task is None or (self._task.done() and now - self._made > self._seconds):
+        if self._task is None or (self._task.done() and now - self._made >= self._seconds):
             self._task = asyncio.create_task(self._run())
         return await asyncio.shield(self._task)
 

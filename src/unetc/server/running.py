@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from unetc.device import Array
-from unetc.errors import BatcherStopped, UnetcError
+from unetc.errors import UnetcError
 from unetc.runtime.batching.request import Progress, SampleResult, Ticket
 
 from .errors import RequestCancelled
@@ -45,7 +45,7 @@ class Running:
         self._change: asyncio.Future[None] = self._loop.create_future()
         self._notified = threading.Event()
         self._last: Progress | None = None
-        self._preview = Latest(self._all_now, _PREVIEW_S)
+        self._preview = Latest(self._all_now, 0.0)  # a stream wants its images at certain steps
         self._picture: Latest[bytes | None] | None = None
 
     @property
@@ -192,7 +192,7 @@ class Running:
         tickets, self._tickets = self._tickets, []  # after the answer, so that `add` cancels what it adds from now on
         for ticket in tickets:
             ticket.cancel()
-        self._preview, self._picture = Latest(self._all_now, _PREVIEW_S), None
+        self._preview, self._picture = Latest(self._all_now, 0.0), None
         self._notify()
 
     def _answered(self, results: list[SampleResult]) -> ImageAnswer:
@@ -238,8 +238,8 @@ async def _now(ticket: Ticket, images: int | None = None) -> Array | None:
         return None if failed else ticket.future.result().images[:images]
     try:
         return await asyncio.wrap_future(ticket.preview())
-    except BatcherStopped:
-        return None
+    except UnetcError:
+        return None  # the request fails too, and says why
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
