@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from unetc.device import Array
 from unetc.errors import QueueFull, UnetcError
@@ -48,7 +49,8 @@ class Calls:
         self._ahead[served.name] += 1
         self._unfinished.add(given_up)
         try:
-            await asyncio.wait({work, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {work, given_up}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 given_up.result()
             return await work
