@@ -129,7 +129,6 @@ PAGES: Mapping[str, Mapping[str, Writer]] = {
     "README.md": {"budget": one_budget},
     "docs/results.md": {"budget": budgets, "pareto": first_table, "peers": peers, "rtx_build": first_table},
     "docs/targets.md": {"support": first_table},
-    "docs/serving.md": {"serve": first_table},
 }
 """By page, the results that it shows and their writers."""
 

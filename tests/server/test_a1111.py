@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -16,8 +17,10 @@ from PIL import Image
 
 import unetc
 from tests.server.live import Live, serving, until
+from tests.server.local import in_loop, local
 from tests.server.test_a1111_fields import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from unetc.report.pictures import to_pixels
+from unetc.server.running import Running
 
 SIZE = {"width": 16, "height": 16}
 PLAIN = TEXT_TO_IMAGE | SIZE | {"prompt": "", "negative_prompt": "", "steps": 4, "batch_size": 1, "n_iter": 1}
@@ -185,6 +188,38 @@ def test_progress_and_interruption(live: Live) -> None:
     assert live.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0
 
 
+@in_loop
+async def test_an_interrupted_request_answers_with_the_images_that_have_begun(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any, it fails."""
+    begun: dict[int, Any] = {}
+
+    async def so_far(_: Running) -> dict[int, Any]:
+        return begun
+
+    monkeypatch.setattr(Running, "so_far", so_far)
+    async with local(tiny_bundle) as (client, service):
+
+        async def interrupted() -> httpx2.Response:
+            body = PLAIN | {"steps": 1000, "batch_size": 3, "seed": 5}
+            answer = asyncio.create_task(client.post("/sdapi/v1/txt2img", json=body))
+            async with asyncio.timeout(20):
+                while not service.running:
+                    await asyncio.sleep(0.01)
+            await client.post("/sdapi/v1/interrupt")
+            return await answer
+
+        none = await interrupted()
+        assert none.status_code == 499
+        assert "before its first image had begun" in none.json()["detail"]
+        begun[1] = np.zeros((1, 16, 16), np.float32)
+        one = (await interrupted()).json()
+        assert len(one["images"]) == 1
+        info = json.loads(one["info"])
+        assert (info["all_seeds"], info["interrupted"]) == ([6], True)
+
+
 def test_clients_with_other_keys_are_left_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     """Progress and interruption concern the client's own requests."""
     (tmp_path / "keys").write_text("first-key\nsecond-key\n")
@@ -195,6 +230,8 @@ def test_clients_with_other_keys_are_left_alone(tiny_bundle: Path, tmp_path: Pat
         thread = threading.Thread(target=lambda: answers.append(made(live, "txt2img", PLAIN | {"steps": 500}, **mine)))
         thread.start()
         until(lambda: live.get("/sdapi/v1/progress", headers=mine).json()["progress"] > 0)
+        same = httpx2.get(f"{live.address}/sdapi/v1/progress", auth=("user", "first-key")).json()
+        assert same["state"]["job_count"] == 1, "the key counts, not the way it is sent"
         assert live.get("/sdapi/v1/progress", headers=others).json()["state"]["job_count"] == 0
         live.post("/sdapi/v1/interrupt", headers=others)
         thread.join(timeout=60)

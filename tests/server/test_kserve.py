@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 import unetc
 from tests.server.live import Live
+from tests.server.local import in_loop, local
 from unetc.report.pictures import to_pixels
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
@@ -242,7 +244,31 @@ def test_predictions_that_json_cannot_hold(client: Any) -> None:
     """NaN is sent as bytes; JSON has none."""
     inputs = tensors(sample=np.full((1, 1, 16, 16), np.nan, np.float32), timestep=np.float32(1))
     assert np.isnan(client.infer("plain.denoiser", inputs).as_numpy("prediction")).any()
-    assert "NaN" in refusal(client, "plain.denoiser", inputs, 500, outputs=only("prediction", binary=False))
+    assert "NaN" in refusal(client, "plain.denoiser", inputs, 400, outputs=only("prediction", binary=False))
+
+
+@in_loop
+async def test_large_tensors_are_no_json(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused before they are computed; as bytes they may be larger."""
+    monkeypatch.setattr("unetc.server.kserve._MOST_JSON", 1000)
+    async with local(tiny_bundle) as (client, service):
+        path = "/v2/models/plain/infer"
+        parameters = {"count": 1, "output_datatype": "FP32"}
+        refused = await client.post(path, json={"parameters": parameters})
+        assert refused.status_code == 400
+        assert "images: has 1024 bytes; expected at most 1000 in JSON" in refused.json()["error"]
+        for parameter in ({"output_datatype": "UINT8"}, {"binary_data_output": True}):
+            answer = await client.post(path, json={"parameters": parameters | parameter})
+            assert answer.status_code == 200
+        shapes = {"sample": [1, 1, 16, 16], "timestep": [1]}
+        inputs = [
+            {"name": name, "datatype": "FP32", "shape": shape, "data": [1.0] * math.prod(shape)}
+            for name, shape in shapes.items()
+        ]
+        refused = await client.post("/v2/models/plain.denoiser/infer", json={"inputs": inputs})
+        assert refused.status_code == 400
+        assert "prediction: has 1024 bytes" in refused.json()["error"]
+        assert service.unfinished == 0
 
 
 def test_an_image_may_be_where_sampling_starts(client: Any) -> None:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import math
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.command import run_alone
 from tests.server.live import COMMAND, Live, serving, until
+from tests.server.local import in_loop, local
+from unetc.server.errors import NotReady
 
+LOADING = f"""
+import sys
+import unetc.server.app as app, unetc.server.served as served
+load, app._CLOSE_S = served.open_levels, 0.1
+def load_for_ever(*arguments):
+    print("it loads", file=sys.stderr, flush=True)
+    while True: load(*arguments)
+served.open_levels = load_for_ever
+{COMMAND}
+"""
 LONG = {"num_inference_steps": 1000, "seed": 1}
 CRASHING = f"""
 import unetc.runtime.batching.batcher as batcher
@@ -18,6 +37,11 @@ def fail(*_): raise RuntimeError("the device is gone")
 choose, batcher.choose = batcher.choose, fail
 {COMMAND}
 """
+
+
+def tensor(name: str, shape: list[int]) -> dict[str, Any]:
+    """Describe an input of ones."""
+    return {"name": name, "datatype": "FP32", "shape": shape, "data": [1.0] * math.prod(shape)}
 
 
 def test_a_client_that_goes_away_frees_its_place(live: Live) -> None:
@@ -83,8 +107,46 @@ def test_the_time_to_end_is_limited(tiny_bundle: Path) -> None:
     with serving(f"plain={tiny_bundle}", "--drain", "0.2") as live:
         live.post("/v1/jobs", LONG | {"n": 16})
         live.terminate()
-        code, _ = live.wait()
+        code, errors = live.wait()
         assert code == 0
+        assert errors.splitlines()[-1] == (
+            "1 accepted request was not finished in time and given up; the server has ended."
+        )
+
+
+def test_a_server_ends_while_an_engine_is_loaded(tiny_bundle: Path) -> None:
+    """The library under the loading thread must not abort the process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING, "serve", str(tiny_bundle), "--port", "0"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        assert any("it loads" in line for line in process.stderr)
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+        assert errors.splitlines()[-1] == "accepted requests are finished; the server has ended."
+    finally:
+        process.kill()
+
+
+@in_loop
+async def test_calls_of_the_denoiser_are_accepted_requests(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most eight wait; those that are given up get 503."""
+    async with local(tiny_bundle) as (client, service):
+        monkeypatch.setattr(service.models["plain"].batcher, "call", lambda _: concurrent.futures.Future())
+        body = {"inputs": [tensor("sample", [1, 1, 16, 16]), tensor("timestep", [1])]}
+        path = "/v2/models/plain.denoiser/infer"
+        accepted = [asyncio.create_task(client.post(path, json=body)) for _ in range(8)]
+        async with asyncio.timeout(20):
+            while service.unfinished < 8:
+                await asyncio.sleep(0.01)
+        refused = await client.post(path, json=body)
+        assert refused.status_code == 429
+        service.drain()
+        assert service.give_up(NotReady("the server ended.")) == 8
+        assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {503}
+        assert service.unfinished == 0
 
 
 def test_two_processes_serve_one_bundle(live: Live, tiny_bundle: Path) -> None:

@@ -9,6 +9,7 @@ Source:
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import time
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter
 from starlette.requests import Request
 
@@ -27,6 +29,7 @@ from .a1111_fields import A1111Request, read_fields
 from .door import Door, answer_unless_gone
 from .errors import Problem, RequestCancelled, RequestError
 from .images import decode_base64, encode_base64
+from .keys import key_of
 from .service import ImageAnswer, ImageRequest, Running, Served, Service
 
 _NAMES: Mapping[str, str] = {
@@ -49,21 +52,24 @@ class _Task:
     running: Running
     began: float = field(default_factory=time.time)
     """Seconds since 1970."""
+    with_image: bool
+    """Whether it starts from an image."""
     interrupted: bool = False
-    preview: Array | None = None
-    """The images as they were when it was interrupted."""
+    so_far: Mapping[int, Array] = field(default_factory=dict)
+    """The images that had begun when it was interrupted, by their number."""
 
 
 class _Tasks:
     """Requests of all clients, oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keys: bool) -> None:
+        self._keys = keys
         self._tasks: list[_Task] = []
 
     @contextmanager
-    def added(self, request: Request, running: Running) -> Iterator[_Task]:
+    def added(self, request: Request, running: Running, *, with_image: bool) -> Iterator[_Task]:
         """Keep a request in the list while it runs."""
-        task = _Task(client=_client(request), running=running)
+        task = _Task(client=self._client(request), running=running, with_image=with_image)
         self._tasks.append(task)
         try:
             yield task
@@ -72,18 +78,18 @@ class _Tasks:
 
     def of(self, request: Request) -> list[_Task]:
         """List the unfinished requests of a client."""
-        client = _client(request)
+        client = self._client(request)
         return [task for task in self._tasks if task.client == client and not task.running.done]
 
-
-def _client(request: Request) -> str:
-    return request.headers.get("Authorization", "")
+    def _client(self, request: Request) -> str:
+        """Return the key of a client, however it is sent; nothing on a server without keys."""
+        return key_of(request.headers.get("Authorization", "")) if self._keys else ""
 
 
 def make_router(service: Service) -> APIRouter:
     """Make the routes of the API."""
     router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
-    tasks = _Tasks()
+    tasks = _Tasks(keys=service.settings.api_keys is not None)
 
     async def make(request: Request, *, with_image: bool) -> dict[str, Any]:
         body = await _object(request)
@@ -100,16 +106,17 @@ def make_router(service: Service) -> APIRouter:
         seed = secrets.randbelow(_DRAWN_SEEDS) if wanted.seed is None else wanted.seed
         seeds = tuple(seed + k for k in range(wanted.count))
         running = await service.submit(_image_request(served, wanted, seeds))
-        images: Array | None
-        with tasks.added(request, running) as task:
+        answer: ImageAnswer | None = None
+        with tasks.added(request, running, with_image=with_image) as task:
             try:
                 answer = await answer_unless_gone(request, running)
                 images = answer.images
             except RequestCancelled:
-                if not task.interrupted:
+                if not task.so_far:
                     raise
-                answer, images = None, task.preview
-        shown = [] if images is None or not wanted.send_images else await service.in_thread(encode_base64, images)
+                images = np.stack(list(task.so_far.values()))
+                seeds = tuple(seeds[number] for number in task.so_far)
+        shown = await service.in_thread(encode_base64, images) if wanted.send_images else []
         size = service_size(served, wanted)
         info = _info(served, wanted, seeds, size, answer, interrupted=task.interrupted)
         return {"images": shown, "parameters": dict(wanted.parameters), "info": json.dumps(info)}
@@ -135,24 +142,31 @@ def make_router(service: Service) -> APIRouter:
         share = steps.done / steps.steps if steps and steps.steps else 0.0
         elapsed = time.time() - task.began
         state = {
-            "job": "txt2img" if task.running.request.image is None else "img2img",
+            "job": "img2img" if task.with_image else "txt2img",
             "job_count": len(mine),
             "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(task.began)),
             "sampling_step": steps.done if steps else 0,
             "sampling_steps": steps.steps if steps else 0,
         }
         image = None
-        if not skip_current_image and (preview := await service.in_thread(task.running.preview)) is not None:
-            (image,) = await service.in_thread(encode_base64, preview[:1])
+        if not skip_current_image and (file := await task.running.picture(service.encode)) is not None:
+            image = base64.b64encode(file).decode()
         return _progress(share, elapsed / share - elapsed if share else 0.0, state, image)
 
     @router.post("/interrupt")
     async def interrupt(request: Request) -> dict[str, Any]:
-        """End all requests of the client; they answer with the images as they are."""
+        """End all requests of the client; they answer with the images that have begun, as they are.
+
+        A request none of whose images has begun fails.
+        """
         for task in tasks.of(request):
-            task.preview = await service.in_thread(task.running.preview)
-            task.interrupted = not task.running.done
-            task.running.cancel()
+            so_far = await task.running.so_far()
+            if task.running.done:
+                continue
+            task.so_far, task.interrupted = so_far, True
+            task.running.give_up(
+                RequestCancelled("the request was interrupted before its first image had begun. Send it again.")
+            )
         return {}
 
     @router.get("/samplers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import secrets
@@ -19,14 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import unetc
-from unetc.errors import UnetcError
+from unetc.errors import BatcherStopped, UnetcError
 from unetc.progress import OnProgress, ignore
 
 from . import a1111, health, jobs, kserve, openai, page
 from .door import Door
 from .errors import Problem, Unauthorized, problem_of
+from .keys import key_of
 from .metrics import Outcome
-from .service import Service
+from .service import Service, State
 from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ REQUEST_ID = "X-Request-Id"
 """Header that names a request in answers and logs."""
 _CRASH_CHECK_S = 0.2
 """Seconds between two looks at the threads of the engines."""
+_CLOSE_S = 5.0
+"""Seconds for engines to finish a call, or their loading, when the server ends."""
 _LONGEST_ID = 64
 
 
@@ -58,14 +60,15 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=_load, args=(service, on_progress), name="unetc-load", daemon=True).start()
+        loader = threading.Thread(target=_load, args=(service, on_progress), name="unetc-load", daemon=True)
+        loader.start()
         watch = asyncio.create_task(_watch(service))
         try:
             yield
         finally:
             service.drain()
             watch.cancel()
-            service.close()
+            app.state.threads_left = not await _close(service, loader)
 
     app = FastAPI(
         title="unetc",
@@ -75,6 +78,7 @@ def make_app(
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.threads_left = False
     for door in doors:
         app.include_router(door.router(service))
 
@@ -93,9 +97,25 @@ def _load(service: Service, on_progress: OnProgress) -> None:
     try:
         service.load(on_progress)
     except BaseException as error:
+        if service.state is State.DRAINING and isinstance(error, BatcherStopped):
+            return  # the server ended during the warm-up
         service.fail(error)
         if not isinstance(error, UnetcError):
             logger.exception("loading the engines failed")
+
+
+async def _close(service: Service, loader: threading.Thread) -> bool:
+    """End the threads of the engines; return whether all have ended within some seconds."""
+
+    def close() -> None:
+        service.close()
+        loader.join()
+        service.close()  # an engine that was loaded meanwhile
+
+    closing = threading.Thread(target=close, name="unetc-close", daemon=True)
+    closing.start()
+    await asyncio.to_thread(closing.join, _CLOSE_S)
+    return not closing.is_alive()
 
 
 async def _watch(service: Service) -> None:
@@ -146,7 +166,7 @@ class Gate:
         await self._app(scope, self._bounded(receive), named)
 
     def _check(self, path: str, headers: Headers) -> None:
-        key = _key_of(headers.get("Authorization", ""))
+        key = key_of(headers.get("Authorization", ""))
         if self._keys is not None and path not in self._open and not self._keys.allow(key):
             raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
         length = headers.get("Content-Length", "0")
@@ -170,20 +190,6 @@ class Gate:
     def _too_large(self) -> HTTPException:
         """Make an error that FastAPI passes on where it reads a body."""
         return HTTPException(413, f"the body exceeds the limit of {self._limit} bytes. Send less.")
-
-
-def _key_of(authorization: str) -> str:
-    """Read a key, also from the password of HTTP Basic: clients of A1111 send nothing else."""
-    kind, _, key = authorization.partition(" ")
-    match kind.lower():
-        case "bearer":
-            return key.strip()
-        case "basic":
-            try:
-                return base64.b64decode(key.strip(), validate=True).decode().partition(":")[2]
-            except ValueError:
-                return ""
-    return ""
 
 
 def _request_id(given: str) -> str:

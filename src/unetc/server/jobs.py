@@ -44,7 +44,10 @@ class Job:
     """A request and, once it is finished, its images."""
 
     running: Running
-    body: ImageBody
+    form: Format
+    """File format of the images."""
+    compression: int | None
+    """Quality of JPEG and WebP in per cent; None for their default."""
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     """Hard to guess: it is all that a client needs to read the job."""
     created: float = field(default_factory=time.time)
@@ -61,10 +64,10 @@ class Job:
     @property
     def state(self) -> JobState:
         """Where the job is now."""
-        if self.answer is not None:
-            return JobState.SUCCEEDED
         if self.problem is not None:
             return JobState.CANCELLED if self.problem.code == "cancelled" else JobState.FAILED
+        if self.answer is not None:
+            return JobState.SUCCEEDED
         return JobState.QUEUED if self.running.position else JobState.RUNNING
 
     @property
@@ -89,7 +92,7 @@ class Job:
         result = None
         if self.answer is not None:
             files = [f"/v1/jobs/{self.id}/images/{k}" for k in range(len(self.files))]
-            result = {"images": files, "output_format": self.body.form.value, **self.answer.to_builtins()}
+            result = {"images": files, "output_format": self.form.value, **self.answer.to_builtins()}
         return {
             "id": self.id,
             "object": "job",
@@ -110,21 +113,37 @@ class Jobs:
         """Begin without jobs."""
         self._service = service
         self._jobs: dict[str, Job] = {}
+        self._submitted: list[int] = []
+        """Bytes of each body whose request is not accepted yet; a job keeps no body."""
 
     async def add(self, body: ImageBody) -> Job:
         """Submit a job.
 
         Raises:
-            QueueFull: If too many jobs are unfinished.
+            QueueFull: If too many jobs are unfinished, or images in bodies take too much memory.
             UnetcError: If the request cannot be submitted.
         """
         self._forget()
-        if len(self._jobs) >= self._service.settings.jobs:
-            oldest = next((job for job in self._jobs.values() if job.finished is not None), None)
-            if oldest is None:
-                raise QueueFull(f"{len(self._jobs)} jobs are unfinished. Try again later.", 1.0)
+        limits = self._service.settings
+        unfinished = len(self._submitted) + sum(job.finished is None for job in self._jobs.values())
+        if unfinished >= limits.jobs:
+            raise QueueFull(f"{unfinished} jobs are unfinished. Try again later.", 1.0)
+        size = len(body.image or "")
+        if self._submitted and sum(self._submitted) + size > limits.job_bytes:
+            raise QueueFull(
+                f"the images of {len(self._submitted)} jobs wait to be read, and with this one they exceed "
+                f"{limits.job_bytes} bytes. Try again later.",
+                1.0,
+            )
+        self._submitted.append(size)
+        try:
+            running = await self._service.submit(body.to_request(), watch=True)
+        finally:
+            self._submitted.remove(size)
+        while len(self._jobs) >= limits.jobs:  # only now, as a refused request must cost nobody's images
+            oldest = next(job for job in self._jobs.values() if job.finished is not None)
             del self._jobs[oldest.id]
-        job = Job(running=await self._service.submit(body.to_request(), watch=True), body=body)
+        job = Job(running=running, form=body.form, compression=body.output_compression)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._finish(job))
         return job
@@ -159,14 +178,16 @@ class Jobs:
         """Wait for a job and keep its images."""
         try:
             answer = await job.running.result()
-            files = await self._service.encode(answer.images, job.body.form, quality=job.body.output_compression)
+            files = await self._service.encode(answer.images, job.form, quality=job.compression)
         except Exception as error:
             job.problem = job.problem or problem_of(error)
             if not isinstance(error, UnetcError):
                 logger.exception("job %s failed", job.id)
         else:
-            job.answer, job.files = answer, tuple(files)
-        job.finished = time.time()
+            if job.problem is None:  # or it was cancelled while its images were encoded
+                job.answer, job.files = answer, tuple(files)
+        job.running.release()
+        job.finished = job.finished or time.time()
         self._forget()
 
     def _forget(self) -> None:
@@ -211,13 +232,11 @@ def make_router(service: Service) -> APIRouter:
     async def preview(name: str) -> Response:
         """Show the first image as it is now."""
         job = jobs.find(name)
-        if job.answer is not None:
-            samples = job.answer.images
-        elif (found := await service.in_thread(job.running.preview)) is not None:
-            samples = found
-        else:
+        file = await job.running.picture(service.encode)
+        if file is None and job.answer is not None:
+            (file,) = await service.encode(job.answer.images[:1])
+        if file is None:
             raise UnknownJob(f"job {job.id} has no preview before its first step, or after a failure.")
-        (file,) = await service.encode(samples[:1])
         return Response(file, media_type=Format.PNG.media_type, headers={"Cache-Control": "no-store"})
 
     @router.get("/{name}/images/{index}")
@@ -227,7 +246,7 @@ def make_router(service: Service) -> APIRouter:
         if not 0 <= index < len(job.files):
             raise RequestError(f"job {job.id} has {len(job.files)} images. Expected an index below that.", "index")
         job.fetched = job.fetched or index == len(job.files) - 1
-        return Response(job.files[index], media_type=job.body.form.media_type)
+        return Response(job.files[index], media_type=job.form.media_type)
 
     @router.get("/{name}/events")
     async def events(name: str) -> Response:

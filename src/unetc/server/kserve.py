@@ -9,11 +9,9 @@ Source:
 
 from __future__ import annotations
 
-import asyncio
 import io
 import math
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +27,7 @@ from starlette.responses import Response
 import unetc
 from unetc.artifacts.call_input import CallInput
 from unetc.call import TIMESTEP
-from unetc.errors import NonFiniteError, QueueFull, ShapeMismatch
+from unetc.errors import ShapeMismatch
 from unetc.report.pictures import to_pixels
 
 from .door import Door, answer_unless_gone
@@ -44,6 +42,8 @@ VERSION = "1"
 _OUTPUT_DATATYPE = "output_datatype"
 """Parameter that chooses the datatype of images or predictions."""
 _OUTPUT_KINDS: Mapping[str, type[np.generic]] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}
+_MOST_JSON = 4 * 2**20
+"""Most bytes of values in an answer as JSON: there, a value takes twenty times its memory while it is written."""
 _ROWS_PER_IMAGE = 3
 """Most rows that guidance calls the denoiser with, per image."""
 _IGNORED = frozenset({"priority"})
@@ -80,7 +80,6 @@ _INPUTS: Mapping[str, _Input] = {
 def make_router(service: Service) -> APIRouter:
     """Make the routes of the protocol."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    calls: Counter[str] = Counter()
 
     @router.get("")
     async def server() -> dict[str, Any]:
@@ -124,7 +123,7 @@ def make_router(service: Service) -> APIRouter:
         try:
             asked = await service.in_thread(read_infer, body, length)
             if denoiser:
-                outputs, facts = await _call(service, served, asked, calls)
+                outputs, facts = await _call(service, served, asked)
             else:
                 running = await service.submit(_image_request(asked, served))
                 outputs, facts = _images_of(await answer_unless_gone(request, running), asked)
@@ -255,8 +254,14 @@ def _image_request(asked: InferRequest, served: Served) -> ImageRequest:
     if isinstance(seeds, tuple) and len(seeds) > 1:
         if values.pop("count", None) is not None:
             raise BodyError({"count": "is given with several seeds, which make one image each; omit it"})
-        return ImageRequest(model=served.name, seeds=seeds, **values)
-    return ImageRequest(model=served.name, seed=seeds[0] if isinstance(seeds, tuple) else seeds, **values)
+        request = ImageRequest(model=served.name, seeds=seeds, **values)
+    else:
+        request = ImageRequest(model=served.name, seed=seeds[0] if isinstance(seeds, tuple) else seeds, **values)
+    height, width = (given or own for given, own in zip((request.height, request.width), served.size, strict=True))
+    channels = _channels(served)
+    kind = kind or _default_datatype(channels)
+    _check_json(asked, "images", request.total * height * width * channels * np.dtype(_OUTPUT_KINDS[kind]).itemsize)
+    return request
 
 
 def _known(served: Served) -> list[str]:
@@ -315,6 +320,25 @@ def _check_outputs(asked: InferRequest, outputs: tuple[str, ...], problems: dict
             problems[name] = f"is not an output; expected {' or '.join(outputs)}"
 
 
+def _check_json(asked: InferRequest, output: str, size: int) -> None:
+    """Refuse an output as JSON that takes too much memory, before it is computed.
+
+    Args:
+        asked: The request.
+        output: Name of the output.
+        size: Its bytes.
+
+    Raises:
+        BodyError: If it is requested as JSON and too large.
+    """
+    requested = asked.outputs is None or output in asked.outputs
+    if requested and not asked.is_binary(output) and size > _MOST_JSON:
+        smaller = "UINT8 or fewer images" if output == "images" else "FP16 or fewer rows"
+        raise BodyError(
+            {output: f"has {size} bytes; expected at most {_MOST_JSON} in JSON. Ask for binary_data, {smaller}"}
+        )
+
+
 def _images_of(answer: ImageAnswer, asked: InferRequest) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Convert images to an output tensor, [image, height, width, channel], and say how they were made.
 
@@ -365,7 +389,7 @@ def _denoiser_metadata(served: Served) -> dict[str, Any]:
 
 
 async def _call(
-    service: Service, served: Served, asked: InferRequest, calls: Counter[str]
+    service: Service, served: Served, asked: InferRequest
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Call the full model once; it predicts in the datatype of the sample if that is `FP16`, or as asked.
 
@@ -373,24 +397,25 @@ async def _call(
         service: The service.
         served: The model.
         asked: Inputs of the call.
-        calls: Calls of each model that are not finished.
     """
     service.check_ready()
     inputs = _call_inputs(service, served, asked)
     kind = asked.parameters.get(_OUTPUT_DATATYPE)
     if kind is None:
         kind = "FP16" if asked.inputs["sample"].datatype == "FP16" else "FP32"
-    if (ahead := calls[served.name]) >= service.settings.queue:
-        raise QueueFull(f"{ahead} calls of {served.name}{DENOISER} wait. Try again later.", 1.0)
-    calls[served.name] += 1
-    try:
-        prediction = await asyncio.wrap_future(served.batcher.call(inputs))
-    finally:
-        calls[served.name] -= 1
-    if not (np.isfinite(prediction).all() or asked.is_binary("prediction")):
-        raise NonFiniteError("the prediction has NaN or infinity, which JSON cannot hold. Request binary data.")
+    rows, _, height, width = inputs["sample"].shape
+    values = rows * served.bundle.manifest.predicted_channels * height * width
+    _check_json(asked, "prediction", values * np.dtype(_OUTPUT_KINDS[kind]).itemsize)
+    prediction = await service.calls.run(served, inputs)
     with np.errstate(over="ignore"):  # a number too large for float16 becomes infinity
-        return {"prediction": prediction.astype(_OUTPUT_KINDS[kind], copy=False)}, {}
+        prediction = prediction.astype(_OUTPUT_KINDS[kind], copy=False)
+    if not (asked.is_binary("prediction") or np.isfinite(prediction).all()):
+        raise RequestError(
+            f"the prediction for these inputs has values that {kind} in JSON cannot hold: NaN, infinity or beyond its "
+            "range. Send smaller inputs, or ask for binary_data.",
+            "sample",
+        )
+    return {"prediction": prediction}, {}
 
 
 def _call_inputs(service: Service, served: Served, asked: InferRequest) -> dict[str, NDArray[Any]]:

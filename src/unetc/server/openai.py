@@ -116,7 +116,7 @@ async def _previews(service: Service, running: Running, body: GenerationBody, pa
         if due <= sent or progress.done >= progress.steps:
             continue
         sent = due  # a slow reader skips previews
-        samples = await service.in_thread(running.preview)
+        samples = await running.preview()
         if samples is None:
             continue
         files = await service.encode(samples, body.form, quality=body.output_compression)

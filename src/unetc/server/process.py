@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -52,7 +56,25 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, listening: socket.socket, on_ready: Callable[[], object]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """The way a server ended."""
+
+    given_up: int
+    """Accepted requests that were not finished in time."""
+    threads_left: bool
+    """Whether an engine is still being loaded, or still makes a call."""
+
+    @property
+    def message(self) -> str:
+        """Last line of the server."""
+        if not self.given_up:
+            return "accepted requests are finished; the server has ended."
+        number = "1 accepted request was" if self.given_up == 1 else f"{self.given_up} accepted requests were"
+        return f"{number} not finished in time and given up; the server has ended."
+
+
+def run(app: FastAPI, listening: socket.socket, on_ready: Callable[[], object]) -> Ending:
     """Serve until a signal ends the process.
 
     After SIGTERM or SIGINT, the server is not ready, finishes accepted requests and ends, after some time in any case.
@@ -62,6 +84,9 @@ def run(app: FastAPI, listening: socket.socket, on_ready: Callable[[], object]) 
         app: The application.
         listening: The socket to take connections from.
         on_ready: Called once all engines have made a call.
+
+    Returns:
+        The way it ended after a signal.
 
     Raises:
         SessionError: If engines cannot be loaded, or their thread crashes.
@@ -75,11 +100,23 @@ def run(app: FastAPI, listening: socket.socket, on_ready: Callable[[], object]) 
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
         lifespan="on",
     )
-    _Server(config, service, on_ready).run(sockets=[listening])
+    server = _Server(config, service, on_ready)
+    server.run(sockets=[listening])
     if (failure := service.failure) is not None:
         if isinstance(failure, SessionError):
             raise failure
         raise SessionError(f"the server cannot go on: {brief(Exception(failure))}.") from failure
+    return Ending(given_up=server.given_up, threads_left=app.state.threads_left)
+
+
+def leave() -> NoReturn:
+    """End the process with exit code 0 although threads are left.
+
+    A library that still loads or calls an engine aborts the process if the interpreter ends under it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Server(uvicorn.Server):
@@ -91,6 +128,7 @@ class _Server(uvicorn.Server):
         self._on_ready = on_ready
         self._announced = False
         self._ends: float | None = None
+        self.given_up = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second signal ends the server at once."""
@@ -115,7 +153,8 @@ class _Server(uvicorn.Server):
         if self._ends is None:
             return False
         if time.monotonic() >= self._ends:
-            for running in tuple(service.running):
-                running.give_up(NotReady("the server ended before the images were finished. Send the request again."))
+            self.given_up += service.give_up(
+                NotReady("the server ended before the request was finished. Send it to another server, or again.")
+            )
             return True
-        return not service.running and service.unfetched() == 0
+        return not service.unfinished and service.unfetched() == 0

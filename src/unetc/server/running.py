@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import numpy as np
 
 from unetc.device import Array
-from unetc.errors import BatcherStopped, UnetcError
+from unetc.errors import UnetcError
 from unetc.runtime.batching.request import Progress, SampleResult, Ticket
 
 from .errors import RequestCancelled
 from .image_request import ImageAnswer, ImageRequest, Level
+from .latest import Latest
+
+_PREVIEW_S = 0.3
+"""Seconds for which clients get the same preview: each is decoded between two calls of sampling."""
 
 
 class Running:
@@ -39,6 +45,8 @@ class Running:
         self._change: asyncio.Future[None] = self._loop.create_future()
         self._notified = threading.Event()
         self._last: Progress | None = None
+        self._preview = Latest(self._all_now, 0.0)  # a stream wants its images at certain steps
+        self._picture: Latest[bytes | None] | None = None
 
     @property
     def done(self) -> bool:
@@ -63,7 +71,7 @@ class Running:
         self.give_up(RequestCancelled("the request was cancelled."))
 
     def give_up(self, error: UnetcError) -> None:
-        """Give up with another reason."""
+        """Give up with another reason. Does nothing to a finished request."""
         if self._answer.done():
             return
         self._end(error)
@@ -82,17 +90,40 @@ class Running:
         reports = [ticket.progress for ticket in self._tickets]
         return min((one for one in reports if one), key=lambda one: one.done) if all(reports) and reports else None
 
-    def preview(self) -> Array | None:
-        """Decode the samples as they are now, [image, channel, height, width]; None before all have begun, and after.
+    async def preview(self) -> Array | None:
+        """Decode all images as they are now, [image, channel, height, width]; None before all have begun, and after."""
+        return await self._preview.get()
 
-        It waits for the step that is running, so call it through `Service.in_thread`.
+    async def picture(self, encode: Callable[[Array], Awaitable[list[bytes]]]) -> bytes | None:
+        """Encode the first image as it is now; None before it has begun, and after.
+
+        Args:
+            encode: Encodes images; it must be the same in every call.
         """
-        try:
-            previews = [preview.result() for preview in [ticket.preview() for ticket in self._tickets]]
-        except BatcherStopped:
-            return None
-        found = [one for one in previews if one is not None]
-        return np.concatenate(found) if found and len(found) == len(previews) else None
+        if self._picture is None:
+            self._picture = Latest(partial(self._draw, encode), _PREVIEW_S)
+        return await self._picture.get()
+
+    async def so_far(self) -> dict[int, Array]:
+        """Decode the images that have begun, [channel, height, width] each, by their number in the request."""
+        tickets = tuple(self._tickets)
+        starts = itertools.accumulate((ticket.request.count for ticket in tickets), initial=0)
+        parts = await asyncio.gather(*(_now(ticket) for ticket in tickets))
+        return {
+            start + k: image
+            for start, part in zip(starts, parts, strict=False)
+            if part is not None
+            for k, image in enumerate(part)
+        }
+
+    async def _all_now(self) -> Array | None:
+        parts = await asyncio.gather(*(_now(ticket) for ticket in self._tickets))
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if found and len(found) == len(parts) else None
+
+    async def _draw(self, encode: Callable[[Array], Awaitable[list[bytes]]]) -> bytes | None:
+        first = await _now(self._tickets[0], 1) if self._tickets else None
+        return None if first is None else (await encode(first[:1]))[0]
 
     @property
     def change(self) -> asyncio.Future[None]:
@@ -161,6 +192,7 @@ class Running:
         tickets, self._tickets = self._tickets, []  # after the answer, so that `add` cancels what it adds from now on
         for ticket in tickets:
             ticket.cancel()
+        self._preview, self._picture = Latest(self._all_now, 0.0), None
         self._notify()
 
     def _answered(self, results: list[SampleResult]) -> ImageAnswer:
@@ -188,9 +220,26 @@ class Running:
         conditions = [ticket.request.conditions for ticket in self._tickets]
         return tuple(dict.fromkeys(note for one in conditions if one is not None for note in one.notes))
 
+    def release(self) -> None:
+        """Let the images of a finished request go: afterwards, only its state can be read."""
+        if self._answer.done():
+            self._answer = self._loop.create_future()
+            self._answer.cancel()
+
     def when_done(self, call: Callable[[asyncio.Future[ImageAnswer]], object]) -> None:
         """Call a function on the event loop when the request is finished; it gets the future of the answer."""
         self._answer.add_done_callback(call)
+
+
+async def _now(ticket: Ticket, images: int | None = None) -> Array | None:
+    """Decode the first images of a part as they are now; None before it has begun, and after a failure."""
+    if ticket.future.done():
+        failed = ticket.future.cancelled() or ticket.future.exception() is not None
+        return None if failed else ticket.future.result().images[:images]
+    try:
+        return await asyncio.wrap_future(ticket.preview(images))
+    except UnetcError:
+        return None  # the request fails too, and says why
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:

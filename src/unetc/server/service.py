@@ -25,12 +25,13 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from unetc.device import Array
-from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, UnetcError
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest
 from unetc.runtime.bundle import Bundle
 
+from .calls import Calls
 from .errors import NotReady, RequestCancelled, RequestError, UnknownModel, problem_of
 from .image_request import ImageAnswer, ImageRequest, Level
 from .images import Format, encode
@@ -81,7 +82,9 @@ class Service:
         self.metrics = Metrics()
         self.metrics.show_ready(lambda: self.state is State.READY)
         self.running: set[Running] = set()
-        """Accepted requests that are not finished."""
+        """Accepted requests for images that are not finished."""
+        self.calls = Calls()
+        """Accepted calls of the denoiser that are not finished."""
         self.unfetched: Callable[[], int] = lambda: 0
         """Counts the jobs whose results wait for their clients; the jobs API replaces it."""
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="unetc-door")
@@ -112,6 +115,8 @@ class Service:
             UnetcError: If an engine cannot be loaded, or fails.
         """
         for served in self.models.values():
+            if self.state is not State.LOADING:
+                return
             served.load(self.settings, self.metrics, on_progress)
         if self.state is State.LOADING:
             self.state = State.READY
@@ -187,6 +192,7 @@ class Service:
         except BaseException:
             running.cancel()
             raise
+        running.request = replace(request, image=None)  # the parts have it, in the size of the samples
         running.follow()
         return running
 
@@ -255,6 +261,18 @@ class Service:
         """Take no more requests; accepted ones go on."""
         if self.state is not State.FAILED:
             self.state = State.DRAINING
+
+    @property
+    def unfinished(self) -> int:
+        """Number of accepted requests and calls that are not finished."""
+        return len(self.running) + len(self.calls)
+
+    def give_up(self, error: UnetcError) -> int:
+        """Fail all accepted requests and calls that are not finished, and count them."""
+        requests = [running for running in self.running if not running.done]
+        for running in requests:
+            running.give_up(error)
+        return len(requests) + self.calls.give_up(error)
 
     def fail(self, error: BaseException) -> None:
         """Take no more requests, as the engines cannot go on."""

@@ -63,7 +63,7 @@ def serve(
     import contextlib
 
     from unetc.server.app import make_app
-    from unetc.server.process import address_of, listen, run
+    from unetc.server.process import address_of, leave, listen, run
     from unetc.server.service import Service
     from unetc.server.settings import ApiKeys, BundleSource, ServerSettings
 
@@ -104,8 +104,10 @@ def serve(
         OUT.file.flush()
 
     with shown:
-        run(make_app(service, on_progress=on_progress), listening, announce)
-    ERR.print("accepted requests are finished; the server has ended.")
+        ending = run(make_app(service, on_progress=on_progress), listening, announce)
+    ERR.print(ending.message)
+    if ending.threads_left:
+        leave()
 
 
 def _example(address: str, *, needs_key: bool) -> str:

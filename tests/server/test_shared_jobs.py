@@ -1,0 +1,106 @@
+"""Memory and limits of jobs, and previews that many clients ask for, within this process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.server.local import in_loop, local
+from unetc.device import Array
+from unetc.errors import QueueFull
+from unetc.server.bodies import ImageBody
+from unetc.server.errors import RequestError
+from unetc.server.images import encode
+from unetc.server.jobs import Job, Jobs, JobState
+from unetc.server.latest import Latest
+
+PICTURE = base64.b64encode(encode(np.zeros((1, 1, 16, 16), np.float32))[0]).decode()
+
+
+async def finished(job: Job) -> Job:
+    assert job.task is not None
+    await job.task
+    return job
+
+
+@in_loop
+async def test_a_job_keeps_no_body(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (_, service):
+        jobs = Jobs(service)
+        job = await jobs.add(ImageBody(seed=1, image=PICTURE, strength=0.5))
+        assert job.running.request.image is None
+        assert (await finished(job)).state is JobState.SUCCEEDED
+
+
+@in_loop
+async def test_a_job_that_is_cancelled_while_it_is_encoded_stays_cancelled(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local(tiny_bundle) as (_, service):
+        jobs = Jobs(service)
+        encoding, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly(images: Array, *_: Any, **__: Any) -> list[bytes]:
+            encoding.set()
+            await go_on.wait()
+            return encode(images)
+
+        monkeypatch.setattr(service, "encode", slowly)
+        job = await jobs.add(ImageBody(seed=1))
+        await encoding.wait()
+        jobs.remove(job)
+        go_on.set()
+        await finished(job)
+        assert job.state is JobState.CANCELLED
+        assert job.to_builtins()["result"] is None
+        assert job.size == 0
+
+
+@in_loop
+async def test_a_refused_job_costs_nobody_the_images(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, jobs=2) as (_, service):
+        jobs = Jobs(service)
+        kept = [await finished(await jobs.add(ImageBody(seed=seed))) for seed in range(2)]
+        with pytest.raises(RequestError):
+            await jobs.add(ImageBody(num_inference_steps=777))
+        assert [jobs.find(job.id) for job in kept] == kept
+        bodies = [ImageBody(seed=seed, num_inference_steps=1000, image=PICTURE, strength=1.0) for seed in range(3)]
+        added = await asyncio.gather(*map(jobs.add, bodies), return_exceptions=True)
+        assert [type(one) for one in added] == [Job, Job, QueueFull], "together they keep the limit"
+        for job in added:
+            if isinstance(job, Job):
+                assert jobs.find(job.id) is job
+                jobs.remove(job)
+
+
+@in_loop
+async def test_bodies_that_wait_are_limited(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, job_bytes=len(PICTURE)) as (_, service):
+        bodies = [ImageBody(seed=seed, image=PICTURE, strength=1.0) for seed in range(2)]
+        jobs = Jobs(service)
+        added = await asyncio.gather(*map(jobs.add, bodies), return_exceptions=True)
+        assert [type(one) for one in added] == [Job, QueueFull]
+        assert isinstance(added[0], Job)
+        await finished(added[0])
+
+
+@in_loop
+async def test_clients_share_one_preview() -> None:
+    made = 0
+
+    async def make() -> int:
+        nonlocal made
+        made += 1
+        await asyncio.sleep(0.01)
+        return made
+
+    latest = Latest(make, 0.2)
+    assert await asyncio.gather(*(latest.get() for _ in range(20))) == [1] * 20
+    assert await latest.get() == 1, "it is kept for a moment"
+    await asyncio.sleep(0.25)
+    assert await latest.get() == 2
