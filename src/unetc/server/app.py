@@ -8,6 +8,7 @@ import logging
 import secrets
 import threading
 from collections.abc import AsyncIterator, Sequence
+from http import HTTPStatus
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -85,7 +86,10 @@ def make_app(
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
             service.metrics.ended("-", Outcome.INVALID)
-        return answer_of(problem_of(error), doors, request.url.path)
+        problem = problem_of(error)
+        if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            logger.error("%s failed", request.url.path, exc_info=error)
+        return answer_of(problem, doors, request.url.path)
 
     for kind in (UnetcError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, failed)

@@ -89,7 +89,10 @@ class Served:
         backend = backend_for(manifest, target=settings.target, threads=settings.threads, memory=settings.memory)
         on_progress(Progress(stage=f"loading {self.name}", done=0, total=2))
         self.sessions = open_levels(self.bundle, backend)
-        self.prompts = PromptReader(self.bundle, self.sessions[FULL].text)
+        text = self.sessions[FULL].text
+        if text is not None:
+            text.encode(("",))  # a missing or damaged tokenizer ends the server now, and not the first request
+        self.prompts = PromptReader(self.bundle, text)
         largest = largest_calls(self.bundle, self.sessions)
         batcher = Batcher(
             self.sessions,
