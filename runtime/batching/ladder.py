@@ -42,15 +42,21 @@ def saving_of(level: str) -> float:
     return saving
 
 
-def find_level(levels: Sequence[str], wanted: str) -> str:
+def find_level(levels: Sequence[str], wanted: str, *, automatic: bool = True) -> str:
     """Look up a level by its name, or by its saving written in another way.
+
+    Args:
+        levels: The levels of a bundle.
+        wanted: The level.
+        automatic: Whether the message may offer `auto`.
 
     Raises:
         SessionError: If there is no such level; the message lists all.
     """
     if wanted in levels:
         return wanted
-    problem = SessionError(f"there is no quality level {wanted!r}. Expected one of: {', '.join((AUTO, *levels))}.")
+    known = (AUTO, *levels) if automatic else levels
+    problem = SessionError(f"there is no quality level {wanted!r}. Expected one of: {', '.join(known)}.")
     try:
         saving = saving_of(wanted)
     except SessionError:

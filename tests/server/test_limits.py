@@ -11,6 +11,7 @@ import pytest
 
 from tests.server.local import in_loop, local
 from unetc.errors import SessionError
+from unetc.runtime.batching.request import SampleRequest
 from unetc.server.errors import seconds_to_wait
 from unetc.server.images import Format
 from unetc.server.service import Service, State
@@ -88,6 +89,72 @@ async def test_images_and_prompts_are_limited(tiny_bundle: Path) -> None:
             answer = await post(client, **body)
             assert answer.status_code == 400
             assert problem in answer.json()["error"]["message"]
+
+
+@in_loop
+async def test_sizes_are_limited_by_the_model(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (client, service):
+        served = service.models["plain"]
+        assert served.size == (16, 16)
+        for size, problem in (
+            ("16416x32", "exceed the limit of 4096 pixels"),
+            ("34x40000", "exceed the limit of 4096 pixels"),
+            ("136x16", "exceed the limit of 128 pixels per side"),
+        ):
+            answer = await post(client, size=size)
+            assert answer.status_code == 400
+            assert problem in answer.json()["error"]["message"]
+            assert "own size is 16 x 16" in answer.json()["error"]["message"]
+        assert served.problem_of_size(64, 64, None) is None
+        assert served.problem_of_size(64, 65, 10_000) is None
+        assert (await post(client, size="32x32")).status_code == 200
+
+
+@in_loop
+async def test_a_quality_below_the_least_one_is_refused(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (client, service):
+        _, fast = service.models["plain"].levels
+        answer = await post(client, quality=fast, min_quality="full")
+        assert answer.status_code == 400
+        assert f"quality of {fast} is faster than min_quality of full" in answer.json()["error"]["message"]
+        assert (await post(client, quality=fast, min_quality=fast)).status_code == 200
+        automatic = await post(client, min_quality="auto")
+        assert f"Expected one of: full, {fast}." in automatic.json()["error"]["message"]
+
+
+@in_loop
+async def test_a_list_of_seeds_is_estimated_as_it_will_run(
+    prompted_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local(prompted_bundle) as (client, service):
+        batcher, seen = service.models["plain"].batcher, []
+        estimate = batcher.estimate
+
+        def noted(request: SampleRequest) -> float:
+            seen.append((request.count, request.conditions and request.conditions.rows_per_sample))
+            return estimate(request)
+
+        monkeypatch.setattr(batcher, "estimate", noted)
+        assert (await post(client, seed=[1, 2, 3], guidance_scale=1.0)).status_code == 200
+        assert set(seen) == {(3, 1)}
+
+
+@in_loop
+async def test_more_images_than_the_queue_holds_are_a_wrong_request(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle, queue=2) as (client, _):
+        for body in ({"n": 3}, {"seed": [1, 2, 3]}):
+            answer = await post(client, **body)
+            assert answer.status_code == 400
+            assert "the queue holds 2 images" in answer.json()["error"]["message"]
+
+
+@in_loop
+async def test_health_answers_to_head(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (client, service):
+        paths = [f"{start}/health/{what}" for start in ("", "/v2") for what in ("live", "ready")]
+        assert [(await client.head(path)).status_code for path in paths] == [200] * 4
+        service.drain()
+        assert [(await client.head(path)).status_code for path in paths] == [200, 503] * 2
 
 
 @in_loop

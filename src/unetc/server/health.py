@@ -17,12 +17,14 @@ def make_router(service: Service) -> APIRouter:
     """Make the routes of `/health` and `/metrics`."""
     router = APIRouter(tags=["health"])
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> JSONResponse:
         """Check whether the process can go on; a supervisor restarts it if not."""
         failed = service.state is State.FAILED
         return JSONResponse({"status": service.state.value}, 503 if failed else 200)
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready")
     async def ready() -> JSONResponse:
         """Check whether every engine has made a warm-up call, and requests are taken."""

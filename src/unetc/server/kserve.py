@@ -86,11 +86,13 @@ def make_router(service: Service) -> APIRouter:
         """Describe the server."""
         return {"name": "unetc", "version": unetc.__version__, "extensions": ["binary_tensor_data"]}
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> Response:
         """Check whether the process can go on."""
         return Response(status_code=503 if service.state is State.FAILED else 200)
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready")
     async def ready() -> Response:
         """Succeed when all models take requests."""
@@ -156,7 +158,7 @@ def _find(service: Service, model: str, version: str) -> tuple[Served, bool]:
 
 def _decompressed(body: bytes, headers: Mapping[str, str], limit: int) -> bytes:
     """Undo gzip or deflate, within the limit on bodies."""
-    encoding = headers.get("Content-Encoding", "identity")
+    encoding = headers.get("Content-Encoding", "identity").strip().lower()
     if encoding == "identity":
         return body
     if encoding not in ("gzip", "deflate"):
@@ -464,8 +466,8 @@ def _call_inputs(service: Service, served: Served, asked: InferRequest) -> dict[
     limits = service.settings
     if batch > _ROWS_PER_IMAGE * limits.images:
         raise BodyError({"sample": f"has {batch} rows; expected at most {_ROWS_PER_IMAGE * limits.images}"})
-    if height * width * served.scale**2 > limits.pixels:
-        raise BodyError({"sample": f"is {height} x {width}; images of that size exceed {limits.pixels} pixels"})
+    if problem := served.problem_of_size(height * served.scale, width * served.scale, limits.pixels):
+        raise BodyError({"sample": f"is of height {height} and width {width}; {problem.removesuffix('.')}"})
     zeros = {one.name: np.zeros(one.shape(batch, height, width), np.float32) for one in calls.controlnet}
     times = np.ascontiguousarray(np.broadcast_to(timestep.reshape(-1), (batch,)), np.float32)
     return {"sample": sample, TIMESTEP: times, **zeros, **given}

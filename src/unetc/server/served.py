@@ -23,6 +23,10 @@ from .metrics import Metrics
 from .prompts import PromptReader
 from .settings import ServerSettings
 
+_TIMES_PIXELS, _TIMES_SIDE = 16, 8
+"""Most pixels of an image / the model's own, and longest side / the model's longest."""
+_PIXELS = 2048 * 2048
+"""Most pixels of an image where the settings do not say, unless the model's own size is larger."""
 _CHANNELS = 1, 3
 """Channels of images that files can hold: grey and colour."""
 
@@ -79,6 +83,29 @@ class Served:
         _, height, width = self.bundle.manifest.sample_shape
         return height * self.scale, width * self.scale
 
+    def problem_of_size(self, height: int, width: int, most_pixels: int | None) -> str | None:
+        """Describe why images of a size are too large for the model, before memory is asked for.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+            most_pixels: Most pixels of an image; None to derive the limit from the model's own size.
+
+        Returns:
+            A sentence for an error message; None if they are not too large.
+        """
+        own_height, own_width = self.size
+        own = f"the model's own size is {own_width} x {own_height}"
+        limit = most_pixels
+        if limit is None:
+            limit = min(_TIMES_PIXELS * own_height * own_width, max(_PIXELS, own_height * own_width))
+        if height * width > limit:
+            return f"images of {width} x {height} exceed the limit of {limit} pixels; {own}."
+        longest = _TIMES_SIDE * max(own_height, own_width)
+        if max(height, width) > longest:
+            return f"images of {width} x {height} exceed the limit of {longest} pixels per side; {own}."
+        return None
+
     def load(self, settings: ServerSettings, metrics: Metrics, on_progress: OnProgress = ignore) -> None:
         """Load the engines, start their thread and make a call of each.
 
@@ -106,7 +133,7 @@ class Served:
         metrics.show_load(self.name, lambda: batcher.load().waiting, lambda: batcher.load().running)
         on_progress(Progress(stage=f"loading {self.name}", done=2, total=2))
 
-    def to_samples(self, request: ImageRequest, height: int, width: int, most_pixels: int) -> Array | None:
+    def to_samples(self, request: ImageRequest, height: int, width: int, most_pixels: int | None) -> Array | None:
         """Turn the image of a request into samples to start from, [1, channel, height, width].
 
         Raises:
@@ -119,7 +146,8 @@ class Served:
         name = request.names.get("image", "image")
         if channels not in _CHANNELS:
             raise request.problem("image", f"this model makes images of {channels} channels. Omit {{}}.")
-        image = pictures.decode(request.image, name, most_pixels=most_pixels)
+        limit = max(_PIXELS, height * width) if most_pixels is None else most_pixels
+        image = pictures.decode(request.image, name, most_pixels=limit)
         try:
             return session.encode(pictures.to_samples(image, channels, height, width))
         except SessionError as error:

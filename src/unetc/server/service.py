@@ -344,6 +344,10 @@ class Service:
         limits = self.settings
         if not 1 <= request.total <= limits.images:
             raise request.problem("count", f"{{}} is {request.total}. Expected 1 to {limits.images} images.")
+        if request.total > limits.queue:
+            raise request.problem(
+                "count", f"{{}} is {request.total}, but the queue holds {limits.queue} images. Send smaller requests."
+            )
         for seed in (*request.seeds, request.seed or 0, request.first_index):
             if not 0 <= seed <= _LARGEST_SEED:
                 raise request.problem("seed", f"{{}} is {seed}. Expected a whole number from 0 to {_LARGEST_SEED}.")
@@ -378,10 +382,8 @@ class Service:
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % served.scale:
                 raise request.problem(name, f"{{}} of {side} is not a positive multiple of {served.scale}.")
-        if height * width > self.settings.pixels:
-            raise request.problem(
-                "height", f"{{}}: images of {width} x {height} exceed the limit of {self.settings.pixels} pixels."
-            )
+        if problem := served.problem_of_size(height, width, self.settings.pixels):
+            raise request.problem("height" if height > width else "width", f"{{}}: {problem}")
         if max(height, width) > request.form.longest_side:
             raise request.problem(
                 "form",
@@ -417,7 +419,17 @@ class Service:
     def _asked(self, served: Served, request: ImageRequest) -> Level:
         """Return the level that a request asks for: by default the bundle's, or a better one that it wants at least."""
         if request.quality != AUTO:
-            return _level(served, request, "quality", request.quality)
+            asked = _level(served, request, "quality", request.quality)
+            if (
+                request.least_quality is not None
+                and _slower(asked.name, least := _level_name(served, request)) != asked.name
+            ):
+                raise request.problem(
+                    "quality",
+                    f"{{}} of {asked.name} is faster than {request.names.get('least_quality', 'least_quality')} of "
+                    f"{least} allows. Send one of them, or a slower quality.",
+                )
+            return asked
         if request.least_quality is None:
             return served.default
         return served.levels[_slower(served.default.name, _level_name(served, request))]
@@ -436,7 +448,7 @@ class Service:
 def _level(served: Served, request: ImageRequest, field: str, text: str) -> Level:
     """Look up a level that a field of a request names."""
     try:
-        return served.levels[find_level(tuple(served.levels), text)]
+        return served.levels[find_level(tuple(served.levels), text, automatic=field == "quality")]
     except SessionError as error:
         raise request.problem(field, f"{{}}: {error}") from error
 
@@ -457,7 +469,7 @@ def _at(request: SampleRequest, level: Level) -> SampleRequest:
 
 def _together(parts: list[SampleRequest]) -> SampleRequest:
     """Return a request as large as all parts, to estimate them."""
-    return replace(parts[0], count=len(parts), conditions=None, image=None)
+    return replace(parts[0], count=len(parts))  # with the guidance and the strength that all parts share
 
 
 def _short(name: str) -> str:

@@ -104,8 +104,8 @@ class ServerSettings:
     """Largest body of a request."""
     images: int = 16
     """Most images of one request."""
-    pixels: int = 2048 * 2048
-    """Most pixels of an image."""
+    pixels: int | None = None
+    """Most pixels of an image; None to derive the limit from each model's own size."""
     prompt_characters: int = 4000
     """Longest prompt."""
 

@@ -38,7 +38,10 @@ class AccessGroup(Group, panel="Access and limits"):
         Path | None, typer.Option(help="File of API keys, one a line; a request must show one (default: none needed).")
     ] = None
     max_images: Annotated[int, typer.Option(min=1, help="Most images of one request.")] = 16
-    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of one image.")] = 2048 * 2048
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most pixels of one image (default: 16 times the model's own, at most 4194304)."),
+    ] = None
     max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 16
 
 
