@@ -30,7 +30,7 @@ from unetc.sampler.table import SchedulerTable
 from .limits import BatchLimits, CallRecord, Load
 from .member import Joined, Member, Rows
 from .orders import Errand, Order, fail, single_starts
-from .pace import Pace
+from .pace import Cost, Pace
 from .request import FULL, Progress, SampleRequest, SampleResult, Ticket
 from .turns import Waiting, choose
 from .warm_up import warm_up
@@ -207,9 +207,11 @@ class Batcher:
         sizes = captured if self._device.captures_shapes else sorted({1, self._limits.seats // 2})
 
         def call() -> None:
+            known: dict[Program, Cost] = {}
             for session in self._sessions.values():
-                for program, cost in warm_up(session, sizes).items():
-                    self._pace.measured(program, cost)
+                known |= warm_up(session, sizes, known)
+            for program, cost in known.items():
+                self._pace.measured(program, cost)
 
         return self._errand(call)
 
@@ -514,13 +516,12 @@ class Batcher:
         seconds: float,
     ) -> None:
         first = members[0]
-        levels = [owners[member].ticket.request.level for member in members]
         self._pace.add(program, sum(owners[member].units for member in members), seconds)
         switched, self._last_program = program is not self._last_program, program
         if self._on_call is not None:
             self._on_call(
                 CallRecord(
-                    level=levels[0],
+                    level=owners[first].ticket.request.level,
                     engine=first.engine,
                     phase=first.phase,
                     rows=rows,

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from unetc.call import TIMESTEP_COND
 from unetc.conditions import Conditions
 from unetc.errors import ModelError
 from unetc.models.prompts import encode_labels
 from unetc.runtime.bundle import Bundle
+from unetc.runtime.text import TextEncoder
 
 from .errors import RequestError
 
 _SHOWN = 20
 """Prompts of a bundle that a message lists."""
 _NO_EFFECT = "negative_prompt has no effect: without guidance, which needs a scale above 1, the model does not read it."
-
-
-class Encoder(Protocol):
-    """Encodes free prompts; implemented by `unetc.runtime.text`."""
-
-    def encode(
-        self,
-        prompts: Sequence[str],
-        *,
-        negative: Sequence[str] | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> Conditions:
-        """Encode one prompt per row, for images of a size in pixels."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +37,7 @@ class Wanted:
 class PromptReader:
     """Turns prompts and labels into conditions, as far as a bundle can."""
 
-    def __init__(self, bundle: Bundle, encoder: Encoder | None) -> None:
+    def __init__(self, bundle: Bundle, encoder: TextEncoder | None) -> None:
         """Read the prompts of a bundle.
 
         Args:
@@ -145,7 +129,7 @@ class PromptReader:
             return False
         return TIMESTEP_COND in self._own.own or (scale > 1 and not self._own.guided)
 
-    def _encoded(self, encoder: Encoder, wanted: Wanted) -> Conditions:
+    def _encoded(self, encoder: TextEncoder, wanted: Wanted) -> Conditions:
         """Encode each prompt once: the prompt of the request, or else the bundle's own."""
         prompts, rows = self._texts(wanted)
         height, width = wanted.size
