@@ -431,26 +431,27 @@ class Batcher:
             for member in order.members:
                 if not member.finished:
                     left = (1 - member.share) * alone
-                    waiting.append((member, order.deadline - now < 2 * left, member.call.program))
-        programs = {program for _, _, program in waiting}
+                    waiting.append((member, order, order.deadline - now < 2 * left))
+        programs = {member.call.program for member, _, _ in waiting}
 
         def runs(program: Program) -> Program:
             """Run the full model as an engine that emits branches too, if that engine is called anyway."""
             return next((one for one in self._stand_ins.get(program, ()) if one in programs), program)
 
-        (program, _), members = choose(
-            [
+        candidates = []
+        for member, order, urgent in waiting:
+            program = runs(member.call.program)
+            candidates.append(
                 Waiting(
                     member=member,
-                    key=(runs(own), member.form),
+                    key=(program, member.form),
                     rows=member.rows,
                     age=self._turn - self._last_turn[member],
+                    seconds=self._pace.call(program, order.units),
                     urgent=urgent,
                 )
-                for member, urgent, own in waiting
-            ],
-            self._most,
-        )
+            )
+        (program, _), members = choose(candidates, self._most)
         return program, members
 
     def _most(self, key: tuple[Program, object]) -> int:
@@ -463,6 +464,7 @@ class Batcher:
         """Call a program for some members and advance them; return the members that cannot go on."""
         rows = sum(member.rows for member in members)
         padding = self._padding(rows)
+        engine, phase = members[0].engine, members[0].phase
         began = time.perf_counter()
         prediction = self._device.empty((rows + padding, *members[0].prediction_shape))
         try:
@@ -478,7 +480,7 @@ class Batcher:
                 failed |= self._advance(program, [member], owners)
             return failed
         failed = self._share(members, prediction, emitted, rows + padding)
-        self._record(program, members, owners, rows, padding, time.perf_counter() - began)
+        self._record(program, members, owners, engine, phase, rows, padding, time.perf_counter() - began)
         return failed
 
     def _share(
@@ -511,19 +513,20 @@ class Batcher:
         program: Program,
         members: Sequence[Member],
         owners: Mapping[Member, Order],
+        engine: int,
+        phase: int | None,
         rows: int,
         padding: int,
         seconds: float,
     ) -> None:
-        first = members[0]
         self._pace.add(program, sum(owners[member].units for member in members), seconds)
         switched, self._last_program = program is not self._last_program, program
         if self._on_call is not None:
             self._on_call(
                 CallRecord(
-                    level=owners[first].ticket.request.level,
-                    engine=first.engine,
-                    phase=first.phase,
+                    level=owners[members[0]].ticket.request.level,
+                    engine=engine,
+                    phase=phase,
                     rows=rows,
                     padding=padding,
                     rollouts=len(members),

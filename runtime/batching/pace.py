@@ -63,6 +63,11 @@ class Pace:
             self._predicted, self._taken = before + cost.seconds(units), before * slowness + seconds
             self._last = self._clock()
 
+    def call(self, program: Program, units: float) -> float:
+        """Estimate the seconds of a call on an idle machine; 0 where the engine was not measured."""
+        cost = self._costs.get(program)
+        return 0.0 if cost is None else cost.seconds(units)
+
     def alone(self, calls: Mapping[Program, int], units: float) -> float:
         """Estimate the seconds of calls with nothing else in them.
 
@@ -84,8 +89,7 @@ class Pace:
         return self._slowness() * self._sum(calls, full) * units / full
 
     def _sum(self, calls: Mapping[Program, int], units: float) -> float:
-        known = ((self._costs.get(program), count) for program, count in calls.items())
-        return sum(count * cost.seconds(units) for cost, count in known if cost is not None)
+        return sum(count * self.call(program, units) for program, count in calls.items())
 
     def _slowness(self) -> float:
         """Return recent seconds / predicted seconds; without calls it returns to 1."""

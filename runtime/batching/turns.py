@@ -6,8 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-PATIENCE = 4.0
-"""Calls that a member without companions waits for as much precedence as a full call has."""
+PATIENCE = 8.0
+"""Calls that a member waits for as much precedence as the largest group has."""
+SHORT = 0.5
+"""Calls that take less than this share of the longest one are short."""
 
 Who = TypeVar("Who")
 Key = TypeVar("Key", bound=Hashable)
@@ -23,6 +25,8 @@ class Waiting(Generic[Who, Key]):
     rows: int
     age: int
     """Calls since its last one."""
+    seconds: float = 0.0
+    """Time of a call for it alone."""
     urgent: bool = False
     """Whether it misses its deadline unless it runs in every call from now on."""
 
@@ -30,9 +34,11 @@ class Waiting(Generic[Who, Key]):
 def choose(waiting: Sequence[Waiting[Who, Key]], largest: Callable[[Key], int]) -> tuple[Key, list[Who]]:
     """Choose the members of the next call.
 
-    Members that can share a call form a group. A group counts for more the fuller its call is, and the longer its
-    oldest member has waited, so none waits forever: after `PATIENCE` calls it outranks every group that is younger.
-    A group with an urgent member goes first. Within a group, urgent members and then the oldest ones are taken.
+    Members that can share a call form a group. Short calls go before long ones: they cost little, and their members
+    may then share the long one. Otherwise a group counts for more the larger it is. It also counts for more the longer
+    its oldest member has waited, so none waits forever: after `2 * PATIENCE` calls it outranks every group that is
+    younger. A group with an urgent member goes first. Within a group, urgent members and then the oldest ones are
+    taken.
 
     Args:
         waiting: All members that wait; at least one.
@@ -45,10 +51,15 @@ def choose(waiting: Sequence[Waiting[Who, Key]], largest: Callable[[Key], int]) 
     for one in waiting:
         groups.setdefault(one.key, []).append(one)
 
+    longest = max(one.seconds for one in waiting)
+    rows_of = {key: min(largest(key), sum(one.rows for one in group)) for key, group in groups.items()}
+    most_rows = max(rows_of.values())
+
     def precedence(key: Key) -> tuple[bool, float]:
         group = groups[key]
-        fill = min(1.0, sum(one.rows for one in group) / largest(key))
-        return any(one.urgent for one in group), fill + max(one.age for one in group) / PATIENCE
+        short = group[0].seconds < SHORT * longest
+        age = max(one.age for one in group)
+        return any(one.urgent for one in group), short + rows_of[key] / most_rows + age / PATIENCE
 
     best = max(groups, key=precedence)
     group, most = groups[best], largest(best)

@@ -166,6 +166,22 @@ def test_requests_at_different_steps_and_levels_share_calls(sessions: Mapping[st
     assert rollouts > 1.5 * len(calls)
 
 
+def test_a_record_names_the_engine_and_phase_of_its_call(sessions: Mapping[str, Session]) -> None:
+    calls: list[CallRecord] = []
+    engines: list[int] = []
+    sessions["fast"].sample(1, steps=STEPS[-1], on_step=lambda step: engines.append(step.engine))
+    batcher = Batcher(sessions, on_call=calls.append)
+    try:
+        batcher.submit(SampleRequest(level="fast", steps=STEPS[-1])).future.result(timeout=60)
+    finally:
+        batcher.close()
+    assert [call.engine for call in calls] == engines
+    assert len(set(engines)) > 1
+    phases = [call.phase for call in calls]
+    assert phases[0] == 0
+    assert phases[-1] == len(sessions["fast"].plan.phases) - 1
+
+
 def test_calls_have_at_most_the_largest_number_of_rows(sessions: Mapping[str, Session]) -> None:
     calls: list[CallRecord] = []
     largest = dict.fromkeys(sessions["fast"].programs, 2)
