@@ -33,6 +33,7 @@ from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.conditions import Conditions
+from unetc.models.model import Model
 
 diffusers: Any = untyped_diffusers
 transformers: Any = untyped_transformers
@@ -99,6 +100,12 @@ class UNetAlone:
     def load_decoder(self) -> None:
         """Return nothing: samples stay what they are."""
 
+    def load_encoder(self) -> None:
+        """Return nothing: samples stay what they are."""
+
+    def load_text(self) -> None:
+        """Return nothing: conditions are drawn."""
+
     def load_denoiser(self) -> nn.Module:
         """Copy the UNet."""
         denoiser: nn.Module = copy.deepcopy(self._unet).float().eval().requires_grad_(False)
@@ -125,7 +132,7 @@ def dropin_for(unet: Any, *, controlnet: bool) -> Any:
     return loaded if unet.dtype == torch.float32 else loaded.to(unet.dtype)
 
 
-def _build(model: Any, bundle: Path, work: Path) -> None:
+def _build(model: Model, bundle: Path, work: Path) -> None:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     options = AnalysisOptions(

@@ -27,6 +27,7 @@ from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
 from unetc.sampler.table import SchedulerTable
 
+from .estimates import Estimates, Work
 from .limits import BatchLimits, CallRecord, Load
 from .member import Joined, Member, Rows
 from .orders import Errand, Order, fail, single_starts
@@ -71,6 +72,7 @@ class Batcher:
         self._device = first.device
         self._stand_ins = _stand_ins(self._sessions.values())
         self._pace = Pace()
+        self._estimates = Estimates(self._pace, self._limits.seats)
         self._changed = threading.Condition()
         self._orders: list[Order] = []
         """Accepted requests, in the order of their arrival."""
@@ -155,8 +157,12 @@ class Batcher:
             self._changed.notify_all()
         return ticket
 
-    def estimate(self, request: SampleRequest) -> float:
+    def estimate(self, request: SampleRequest, *, under_load: bool = False) -> float:
         """Estimate the seconds until a request would be finished if it were submitted now.
+
+        Args:
+            request: The request.
+            under_load: Whether others keep coming. Otherwise only what was accepted before delays the request.
 
         Raises:
             SessionError: If there is no such level, or no scheduler table for the number of steps.
@@ -168,10 +174,14 @@ class Batcher:
         _, height, width = session.sample_shape
         _, own_height, own_width = session.image_shape
         area = (request.height or own_height) * (request.width or own_width) / (own_height * own_width)
-        units = conditions.rows_per_sample * height * width * area
-        programs = self._programs(request.level, session, table, first)
+        work = Work(
+            programs=self._programs(request.level, session, table, first),
+            units=conditions.rows_per_sample * height * width * area,
+            images=request.count,
+        )
         with self._changed:
-            return self._estimate(programs, units, request.count)
+            estimate = self._estimates.under_load if under_load else self._estimates.finished
+            return estimate(self._orders, work)
 
     def load(self) -> Load:
         """Return how busy the batcher is."""
@@ -248,7 +258,7 @@ class Batcher:
             )
         request = order.ticket.request
         if request.seconds is not None:
-            needed = self._estimate(order.programs, order.units, request.count)
+            needed = self._estimates.finished(self._orders, Work.left(order))
             if needed > request.seconds:
                 raise QueueFull(
                     f"the request would be finished in about {needed:.1f} s, but its time limit is "
@@ -256,31 +266,16 @@ class Batcher:
                     needed - request.seconds,
                 )
 
+    def _backlog(self) -> float:
+        """Estimate the seconds until everything that was accepted is finished."""
+        return self._estimates.backlog(*map(Work.left, self._orders))
+
     def _programs(self, level: str, session: Session, table: SchedulerTable, first: int) -> Mapping[Program, int]:
         """Count the calls of every program for an image."""
         if level == FULL:
             return {session.full: table.steps - first}
         engines = session.plan.schedule(table.log_snr[first:].tolist())
         return Counter(session.programs[engine] for engine in engines)
-
-    def _backlog(self, *others: tuple[Mapping[Program, int], float, float]) -> float:
-        """Estimate the seconds until everything that was accepted is finished, along with other images.
-
-        Args:
-            others: Calls by program, units and number of the images.
-        """
-        work = [*((order.programs, order.units, order.left) for order in self._orders), *others]
-        crowd = sum(units * min(left, self._limits.seats) for _, units, left in work)
-
-        def full(units: float) -> float:
-            """Compute the units of a usual call: those on their way wait for two engines, more or less."""
-            return min(crowd, self._limits.seats * units) / 2
-
-        return sum(left * self._pace.shared(programs, units, full(units)) for programs, units, left in work)
-
-    def _estimate(self, programs: Mapping[Program, int], units: float, count: int) -> float:
-        """Estimate the seconds until images would be finished; all that was accepted shares the machine with them."""
-        return max(self._backlog((programs, units, count)), self._pace.alone(programs, units))
 
     def _position(self, order: Order) -> int | None:
         with self._changed:

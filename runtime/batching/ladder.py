@@ -13,6 +13,9 @@ from .request import FULL
 AUTO = "auto"
 """Leaves the level to the server: the bundle's default, and faster ones under load where the server may step down."""
 
+HEADROOM = 0.75
+"""Share of the target that an estimate may take; the rest is for errors, and for requests that come later."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -81,19 +84,23 @@ def steps_down(levels: Sequence[str], start: str, floor: str | None) -> tuple[st
     return (start, *sorted(between, key=saving_of))
 
 
-def choose_level(estimates: Mapping[str, float], *, target: float, deadline: float) -> Choice:
+def choose_level(
+    estimates: Mapping[str, float], under_load: Mapping[str, float], *, target: float, deadline: float
+) -> Choice:
     """Choose the best level that is fast enough.
 
     Without a level within the target, the fastest one serves: under load, a request is degraded rather than refused.
-    A level that is not faster than a better one is never chosen.
+    A level that is not faster than a better one is never chosen. The target is for all requests, so it is compared
+    with the time that the request takes if others keep coming. The deadline is for this one.
 
     Args:
         estimates: Seconds until the request would be finished, by level, from the best one.
-        target: Seconds in which it is to be finished.
+        under_load: The same if others keep coming.
+        target: Seconds in which most requests are to be finished.
         deadline: Seconds after which its answer is of no use.
     """
-    target = min(target, deadline)
-    level = next((name for name, seconds in estimates.items() if seconds <= target), None)
+    fits = (name for name in estimates if under_load[name] <= HEADROOM * target and estimates[name] <= deadline)
+    level = next(fits, None)
     if level is None:
         level = min(estimates, key=lambda name: estimates[name])  # the first of equals, which is the best one
     return Choice(level=level, seconds=estimates[level], in_time=estimates[level] <= deadline)

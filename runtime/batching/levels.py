@@ -10,8 +10,12 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session
 
+from .limits import SEATS, BatchLimits
+
 GAIN = 0.02
 """Larger calls than the chosen one save at most this share of the time per sample; they would only add latency."""
+LONG = 0.5
+"""Engines that take at least this share of the longest one's time count for the number of seats."""
 
 
 def open_levels(bundle: Bundle, backend: Backend) -> dict[str, Session]:
@@ -45,14 +49,43 @@ def largest_calls(bundle: Bundle, sessions: Mapping[str, Session]) -> dict[Progr
     Returns:
         Rows of a call with the bundle's guidance, by program; programs that were not timed are left out.
     """
-    manifest, rows = bundle.manifest, bundle.conditions.rows_per_sample
+    rows = bundle.conditions.rows_per_sample
+    return {program: rows * _best_batch(times) for program, times in _times(bundle, sessions).items()}
+
+
+def limits_for(bundle: Bundle, sessions: Mapping[str, Session], *, queue: int) -> BatchLimits:
+    """Choose how much a batcher does at once.
+
+    There are seats for one call of the engines that take most of the time. More seats would fill calls a little better
+    while many wait. But every image would take longer, and newcomers would slow down those on their way beyond what
+    was estimated for them.
+
+    Args:
+        bundle: The bundle.
+        sessions: Its sessions, from `open_levels`.
+        queue: Most images that wait.
+    """
+    times = list(_times(bundle, sessions).values())
+    longest = max((_alone(one) for one in times), default=0.0)
+    samples = max((_best_batch(one) for one in times if _alone(one) >= LONG * longest), default=SEATS)
+    return BatchLimits(rows=samples * bundle.conditions.rows_per_sample, seats=max(SEATS, samples), queue=queue)
+
+
+def _times(bundle: Bundle, sessions: Mapping[str, Session]) -> dict[Program, tuple[tuple[int, float], ...]]:
+    """Collect the measured batches of every program, with their milliseconds."""
+    manifest = bundle.manifest
     engines = {FULL: (manifest.full,), **{level.name: level.engines for level in manifest.levels}}
     return {
-        program: rows * _best_batch(engine.batch_ms)
+        program: engine.batch_ms
         for name, session in sessions.items()
         for program, engine in zip(session.programs, engines[name], strict=True)
         if engine.batch_ms
     }
+
+
+def _alone(batch_ms: Sequence[tuple[int, float]]) -> float:
+    """Return the milliseconds of the smallest batch."""
+    return batch_ms[0][1]
 
 
 def _best_batch(batch_ms: Sequence[tuple[int, float]]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
 
 ROWS = 8
 SEATS = 16
@@ -22,20 +20,6 @@ class BatchLimits:
     """Most images that wait."""
     captured: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Rows of calls on a device that prepares for every shape; others are rounded up to these."""
-
-    @classmethod
-    def over(cls, largest: Iterable[int], rows_per_sample: int, *, queue: int) -> Self:
-        """Derive the limits from the largest calls of the engines.
-
-        There are seats for two such calls, as members that wait for other engines leave room in a call.
-
-        Args:
-            largest: Most rows of a call, of every engine that was timed.
-            rows_per_sample: Rows of each image in a call.
-            queue: Most images that wait.
-        """
-        rows = max(largest, default=ROWS)
-        return cls(rows=rows, seats=max(SEATS, 2 * rows // rows_per_sample), queue=queue)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,8 @@ from unetc.errors import PlanError, QualityGateError, SessionError
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.batching.batcher import Batcher
-from unetc.runtime.batching.levels import largest_calls, open_levels
-from unetc.runtime.batching.limits import CallRecord
+from unetc.runtime.batching.levels import largest_calls, limits_for, open_levels
+from unetc.runtime.batching.limits import BatchLimits, CallRecord
 from unetc.runtime.batching.request import SampleRequest
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
@@ -252,6 +252,21 @@ def test_the_largest_call_is_the_smallest_one_that_saves_nearly_all(
     bundle = replace(built.bundle, manifest=msgspec.structs.replace(built.bundle.manifest, full=full))
     session = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1), level="full")
     assert largest_calls(bundle, {"full": session}) == {session.full: best}
+
+
+def test_engines_that_take_little_time_give_no_seats(built: Built) -> None:
+    """Their calls may be large, since that costs nothing."""
+    short, long = ((1, 0.2), (64, 0.3)), ((1, 8.0), (20, 60.0), (64, 250.0))
+    manifest = built.bundle.manifest
+    level = manifest.levels[0]
+    times = [long, short]
+    engines = tuple(msgspec.structs.replace(e, batch_ms=t) for e, t in zip(level.engines, times, strict=True))
+    manifest = msgspec.structs.replace(manifest, levels=(msgspec.structs.replace(level, engines=engines),))
+    bundle = replace(built.bundle, manifest=manifest)
+    sessions = open_levels(built.bundle, open_backend("onnxruntime:cpu", threads=1))
+    ours = {level.name: sessions[level.name]}
+    assert list(largest_calls(bundle, ours).values()) == [20, 64]
+    assert limits_for(bundle, ours, queue=5) == BatchLimits(rows=20, seats=20, queue=5)
 
 
 def test_every_engine_has_its_time_at_every_batch(built: Built) -> None:

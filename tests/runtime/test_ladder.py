@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unetc.errors import SessionError
-from unetc.runtime.batching.ladder import choose_level, find_level, saving_of, steps_down
+from unetc.runtime.batching.ladder import HEADROOM, choose_level, find_level, saving_of, steps_down
 
 LEVELS = ("full", "27%", "40%", "55%")
 SECONDS = st.floats(0.01, 100)
@@ -45,12 +45,12 @@ def test_steps_go_down_from_the_start_and_never_below_the_floor(
     }
 
 
-@given(ESTIMATES, SECONDS, SECONDS)
+@given(ESTIMATES, ESTIMATES, SECONDS, SECONDS)
 def test_the_best_level_within_the_target_is_chosen(
-    estimates: dict[str, float], target: float, deadline: float
+    estimates: dict[str, float], under_load: dict[str, float], target: float, deadline: float
 ) -> None:
-    choice = choose_level(estimates, target=target, deadline=deadline)
-    fitting = [level for level in LEVELS if estimates[level] <= min(target, deadline)]
+    choice = choose_level(estimates, under_load, target=target, deadline=deadline)
+    fitting = [level for level in LEVELS if under_load[level] <= HEADROOM * target and estimates[level] <= deadline]
     assert choice.seconds == estimates[choice.level]
     if fitting:
         assert choice.level == fitting[0]
@@ -58,9 +58,11 @@ def test_the_best_level_within_the_target_is_chosen(
         assert choice.seconds == min(estimates.values())
 
 
-@given(ESTIMATES, SECONDS, SECONDS)
-def test_a_request_is_late_only_if_every_level_is(estimates: dict[str, float], target: float, deadline: float) -> None:
-    choice = choose_level(estimates, target=target, deadline=deadline)
+@given(ESTIMATES, ESTIMATES, SECONDS, SECONDS)
+def test_a_request_is_late_only_if_every_level_is(
+    estimates: dict[str, float], under_load: dict[str, float], target: float, deadline: float
+) -> None:
+    choice = choose_level(estimates, under_load, target=target, deadline=deadline)
     assert choice.in_time == (min(estimates.values()) <= deadline)
 
 
@@ -68,12 +70,13 @@ def test_a_request_is_late_only_if_every_level_is(estimates: dict[str, float], t
 def test_more_load_never_raises_the_quality_while_a_level_meets_the_target(
     estimates: dict[str, float], target: float, deadline: float, factor: float
 ) -> None:
-    before = choose_level(estimates, target=target, deadline=deadline)
+    before = choose_level(estimates, estimates, target=target, deadline=deadline)
     loaded = {level: seconds * factor for level, seconds in estimates.items()}
-    after = choose_level(loaded, target=target, deadline=deadline)
-    if after.seconds <= min(target, deadline):
+    after = choose_level(loaded, loaded, target=target, deadline=deadline)
+    if after.seconds <= min(HEADROOM * target, deadline):
         assert LEVELS.index(after.level) >= LEVELS.index(before.level)
 
 
 def test_a_level_that_is_not_faster_is_not_chosen() -> None:
-    assert choose_level({"full": 5.0, "27%": 5.0}, target=1.0, deadline=9.0).level == "full"
+    equal = {"full": 5.0, "27%": 5.0}
+    assert choose_level(equal, equal, target=1.0, deadline=9.0).level == "full"

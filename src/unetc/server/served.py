@@ -10,8 +10,7 @@ from unetc.device import Array
 from unetc.errors import SessionError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.batcher import Batcher
-from unetc.runtime.batching.levels import largest_calls, open_levels
-from unetc.runtime.batching.limits import BatchLimits
+from unetc.runtime.batching.levels import largest_calls, limits_for, open_levels
 from unetc.runtime.batching.request import FULL
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session, backend_for
@@ -120,11 +119,10 @@ class Served:
         if text is not None:
             text.encode(("",))  # a missing or damaged tokenizer ends the server now, and not the first request
         self.prompts = PromptReader(self.bundle, text)
-        largest = largest_calls(self.bundle, self.sessions)
         batcher = Batcher(
             self.sessions,
-            limits=BatchLimits.over(largest.values(), self.bundle.conditions.rows_per_sample, queue=settings.queue),
-            largest=largest,
+            limits=limits_for(self.bundle, self.sessions, queue=settings.queue),
+            largest=largest_calls(self.bundle, self.sessions),
             on_call=lambda call: metrics.call(self.name, call),
         )
         self._batcher = batcher
