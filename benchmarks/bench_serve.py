@@ -371,7 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, required=True, help="Folder of the bundles; missing ones are built.")
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
-    parser.add_argument("--seconds", type=float, default=20.0, help="Length of one measurement.")
+    parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
     options = parser.parse_args()
     results = asyncio.run(run(options.bundles, options.rounds, options.seconds))
