@@ -6,7 +6,7 @@ Contenders, each a process behind FastAPI on the same bundle: `unetc serve`; `un
 other; batches of whole requests, which wait 50 ms for up to 8; and the model's own pipeline in torch (the full model,
 one request after the other). Requests come from this process, in turns for all contenders, at the same times. Arrivals
 are Poisson and do not wait for answers. Saturation is measured with 48 requests on their way. Missing bundles are
-built. Writes `results/serve.json` and a picture of latency against load.
+built from the committed profiles. Writes `results/serve.json` and a picture of latency against load.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from unetc.runtime.bundle import Bundle
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "docs" / "images" / "serve-latency.png"
-MODELS = "digits", "prompted-digits"
+PROFILES = {"digits": "digits-ddim", "prompted-digits": "prompted-digits"}
+"""Committed profiles by model."""
 STEPS = 20, 50
 BUDGETS = "0.27,0.4,0.55"
 LEVEL = "27%"
@@ -280,10 +281,11 @@ async def measure_ladder(case: Case, seconds: float) -> dict[str, Any]:
 
 def cases(bundles: Path) -> Iterator[Case]:
     """Open the bundles; build those that are missing."""
-    for model in MODELS:
+    for model, profile in PROFILES.items():
         bundle = bundles / model
         if not bundle.exists():
-            options = ["--budget", BUDGETS, "--no-controls", "-o", str(bundle)]
+            measured = HERE.parent / "tests" / "planner" / "profiles" / f"{profile}.json"
+            options = ["--profile", str(measured), "--budget", BUDGETS, "--no-controls", "-o", str(bundle)]
             subprocess.run([*UNETC, "build", model, *options], check=True)
         conditioning = Bundle.open(bundle).manifest.conditioning
         prompts = () if conditioning is None else conditioning.prompts

@@ -1,8 +1,8 @@
 """A pytest plugin that runs diffusers' own pipeline tests with drop-ins in the place of their UNets.
 
 The tests are in the repository of diffusers, not in its package. `benchmarks/bench_diffusers_tests.py` runs them in a
-checkout, without and with drop-ins, and compares. The drop-ins run the full model, so every image must be that of the
-original UNet. With HF_HUB_OFFLINE=1, a tiny tokenizer stands in for the ones that these tests fetch from the Hub.
+checkout, without and with drop-ins, and compares. The drop-ins run the full model, so every image must equal the
+original UNet's. With HF_HUB_OFFLINE=1, a tiny tokenizer stands in for the ones that these tests fetch from the Hub.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class UNetAlone:
         return Conditions(own=own, controlnet=self.calls.controlnet)
 
     def load_decoder(self) -> None:
-        """Return nothing: samples stay what they are."""
+        """Return nothing: samples are images here."""
 
     def load_encoder(self) -> None:
-        """Return nothing: samples stay what they are."""
+        """Return nothing: samples are images here."""
 
     def load_text(self) -> None:
         """Return nothing: conditions are drawn."""

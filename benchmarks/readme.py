@@ -128,6 +128,7 @@ def first_table(result: dict[str, Any]) -> str:
 PAGES: Mapping[str, Mapping[str, Writer]] = {
     "README.md": {"budget": one_budget},
     "docs/results.md": {"budget": budgets, "pareto": first_table, "peers": peers, "rtx_build": first_table},
+    "docs/serving.md": {"serve": first_table},
     "docs/targets.md": {"support": first_table},
 }
 """By page, the results that it shows and their writers."""

@@ -443,7 +443,7 @@ def test_embeddings_that_change_every_step_are_said_once(
             torch.testing.assert_close(predicted, full(sample, timestep, prompt).sample, rtol=0, atol=1e-5)
         sample = timing.step(predicted, timestep, sample).prev_sample
     assert set(engines.take()[::2]) == {0}
-    assert ["conditions differ from those of the last step" in record.message for record in caplog.records] == [True]
+    assert ["conditions differ from the last step's" in record.message for record in caplog.records] == [True]
 
 
 def test_a_prompt_that_changes_once_is_not_said(fresh: BundleUNet, caplog: pytest.LogCaptureFixture) -> None:

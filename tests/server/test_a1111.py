@@ -160,6 +160,29 @@ def test_what_may_be_chosen(live: Live) -> None:
     assert live.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "plain"
 
 
+def test_a_client_chooses_a_model_for_requests_that_name_none(live: Live) -> None:
+    """Clients read all settings, change one and send all of them back."""
+    settings = live.get("/sdapi/v1/options").json()
+    assert live.post("/sdapi/v1/options", settings | {"sd_model_checkpoint": "prompted"}).json() == {}
+    try:
+        assert live.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "prompted"
+        unnamed = {name: value for name, value in PROMPTED.items() if name != "override_settings"} | {"seed": 3}
+        images, info = made(live, "txt2img", unnamed)
+        assert info["sd_model_name"] == "prompted"
+        np.testing.assert_array_equal(images, made(live, "txt2img", PROMPTED | {"seed": 3})[0])
+        for wrong, status, word in (
+            ({"sd_model_checkpoint": "absent"}, 404, "absent"),
+            ({"sd_model_checkpoint": 1}, 400, "sd_model_checkpoint"),
+            ({"CLIP_stop_at_last_layers": 2}, 400, "CLIP_stop_at_last_layers"),
+            ({"sd_vae": "other"}, 400, "sd_vae"),
+        ):
+            answer = live.post("/sdapi/v1/options", wrong)
+            assert (answer.status_code, word in answer.json()["detail"]) == (status, True)
+        assert live.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "prompted"
+    finally:
+        live.post("/sdapi/v1/options", {"sd_model_checkpoint": "plain"})
+
+
 def test_images_are_left_out_on_request(live: Live) -> None:
     """Some clients only want the facts."""
     images, info = made(live, "txt2img", PLAIN | {"send_images": False})

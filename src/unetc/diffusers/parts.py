@@ -1,7 +1,7 @@
 """Prove that samples continue a trajectory in one part of the image, and follow its earlier samples in the other.
 
 Inpainting with an ordinary UNet pastes the noised original into the samples after every step. Inside the mask, the
-samples are then what the scheduler makes of samples and predictions. Outside, they are the original and the noise, so
+scheduler makes the samples from earlier samples and predictions. Outside, they are the original and the noise, so
 any two earlier samples explain them. The mask is not known here: small blocks of the image show the weights of a
 combination, and the weights show where it holds.
 """

@@ -41,7 +41,7 @@ HARMLESS = frozenset(
         "unload_lora",
     }
 )
-"""Methods that choose how the same numbers are computed, or undo what a bundle never does; they do nothing."""
+"""Methods that choose how the same numbers are computed, or undo a thing that a bundle never does; they do nothing."""
 
 SAME_PROCESSORS = frozenset(
     {
@@ -113,7 +113,7 @@ _ADVICE: Mapping[str, str] = {
 
 
 class RefusedByBundle(SessionError, AttributeError):
-    """A bundle cannot do what is asked of a UNet; an `AttributeError`, so that `hasattr` is false."""
+    """A bundle cannot do this, though a UNet can; an `AttributeError`, so that `hasattr` is false."""
 
 
 def refusal(name: str) -> RefusedByBundle:

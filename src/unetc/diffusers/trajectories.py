@@ -53,7 +53,7 @@ _MOST_NOISE = 0.9
 """Unexplained share above which a sample could be any other one."""
 
 _NOISE_MARGIN = 0.15
-"""Accepted deviation of the variance of noise from that of a scheduler, relative; few elements make it vary."""
+"""Accepted relative error of the variance of a scheduler's noise; few elements make it vary."""
 
 _ELEMENTS = 4096
 """Elements of a sample that a proof looks at, about."""
@@ -104,7 +104,7 @@ def _all_of(element: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is known of a call before its prediction."""
+    """A call before its prediction."""
 
     sample: Array
     """Input samples of the denoiser, [batch, channel, height, width]."""
@@ -200,7 +200,7 @@ class Trajectories:
                     return self._continue(one, call)
                 if proof is Proof.PART and not new.nodes:
                     new.nodes.extend(one.nodes)  # the next call may be explained as a whole
-                    new.cut_off = "a part of its samples is not what a scheduler makes of earlier ones"
+                    new.cut_off = "no scheduler makes a part of its samples from earlier ones"
             self._explain(call, new, candidates, rests)
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
@@ -214,7 +214,7 @@ class Trajectories:
     def add(self, trajectory: Trajectory, prediction: Array) -> None:
         """Add the prediction of a trajectory's last call, [batch, channel, height, width].
 
-        Channels after those of the samples hold a predicted variance, which no scheduler adds to the samples.
+        Channels beyond the samples' own hold a predicted variance, which no scheduler adds to the samples.
         """
         call = trajectory.last
         own = (one for one in self._live if one.nodes and (call.place is None or _same_run(one, call)))
@@ -249,7 +249,7 @@ class Trajectories:
         elif earlier:
             reason = "its timestep is not an element of the scheduler's timesteps"
             if call.place is not None:
-                reason = "its samples are not what a scheduler makes of earlier ones"
+                reason = "no scheduler makes its samples from earlier ones"
                 if any(rest is not None and max(rest) > _MOST_NOISE for rest in rests):
                     reason = "nearly all of its samples is new noise, or they belong to another image"
             if new.shared:
@@ -268,7 +268,7 @@ class Trajectories:
             if rest is None or max(rest) > tolerance:
                 continue
             if one.last.conditions != call.conditions:
-                new.cut_off = "the conditions differ from those of the last step"
+                new.cut_off = "the conditions differ from the last step's"
                 advice = "keep the embeddings of a run as they are"
             else:
                 new.cut_off = "its timestep is in another tensor than the last one"
@@ -357,7 +357,7 @@ def _in_parts(call: Call, trajectory: Trajectory, tolerance: float) -> Proof:
 
 
 def _is_noise(rest: list[float], call: Call, trajectory: Trajectory) -> bool:
-    """Check whether the unexplained shares are those of the noise that a stochastic scheduler adds.
+    """Check whether the unexplained shares are the noise that a stochastic scheduler adds.
 
     Ancestral steps, SDE steps and DDPM add the variance of the posterior. DDPM with a large variance adds more, and LCM
     draws all noise anew. Where nearly everything is noise, nothing can be told.

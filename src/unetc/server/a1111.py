@@ -69,7 +69,7 @@ class _Tasks:
     @contextmanager
     def added(self, request: Request, running: Running, *, with_image: bool) -> Iterator[_Task]:
         """Keep a request in the list while it runs."""
-        task = _Task(client=self._client(request), running=running, with_image=with_image)
+        task = _Task(client=self.client(request), running=running, with_image=with_image)
         self._tasks.append(task)
         try:
             yield task
@@ -78,10 +78,10 @@ class _Tasks:
 
     def of(self, request: Request) -> list[_Task]:
         """List the unfinished requests of a client."""
-        client = self._client(request)
+        client = self.client(request)
         return [task for task in self._tasks if task.client == client and not task.running.done]
 
-    def _client(self, request: Request) -> str:
+    def client(self, request: Request) -> str:
         """Return the key of a client, however it is sent; nothing on a server without keys."""
         return key_of(request.headers.get("Authorization", "")) if self._keys else ""
 
@@ -90,10 +90,16 @@ def make_router(service: Service) -> APIRouter:
     """Make the routes of the API."""
     router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
     tasks = _Tasks(keys=service.settings.api_keys is not None)
+    chosen: dict[str, str] = {}
+    """Models that clients have set in `options`."""
+
+    def usual(request: Request) -> str:
+        """Return the model of a client's requests that name none."""
+        return chosen.get(tasks.client(request), next(iter(service.models)))
 
     async def make(request: Request, *, with_image: bool) -> dict[str, Any]:
         body = await _object(request)
-        served = service.find(_model_of(service, body), field=_NAMES["model"])
+        served = service.find(_model_of(body) or usual(request), field=_NAMES["model"])
         wanted, problems = read_fields(body, _sampler(served), with_image=with_image)
         if len(wanted.images) > 1:
             problems["init_images"] = f"has {len(wanted.images)} images; expected one"
@@ -197,16 +203,24 @@ def make_router(service: Service) -> APIRouter:
         ]
 
     @router.get("/options")
-    async def options() -> dict[str, Any]:
-        """Describe the settings that clients look at; they cannot be changed."""
-        name, served = next(iter(service.models.items()))
-        return {
-            "sd_model_checkpoint": name,
-            "sd_checkpoint_hash": _hash(served),
-            "samples_format": "png",
-            "show_progress_every_n_steps": 1,
-            "CLIP_stop_at_last_layers": 1,
-        }
+    async def options(request: Request) -> dict[str, Any]:
+        """Describe the settings that clients look at."""
+        return _options(service.models[usual(request)])
+
+    @router.post("/options")
+    async def set_options(request: Request) -> dict[str, Any]:
+        """Choose the model of the client's requests that name none; clients may send all settings back."""
+        wanted = await _object(request)
+        name = wanted.get("sd_model_checkpoint", usual(request))
+        if not isinstance(name, str):
+            raise RequestError("sd_model_checkpoint: expected a string.", "sd_model_checkpoint")
+        service.find(name, field="sd_model_checkpoint")
+        known = [_options(served) for served in service.models.values()]
+        for setting, value in wanted.items():
+            if setting != "sd_model_checkpoint" and not any(value == own.get(setting, ...) for own in known):
+                raise RequestError(f"{setting}: cannot be set here. Only sd_model_checkpoint can.", setting)
+        chosen[tasks.client(request)] = name
+        return {}
 
     return router
 
@@ -231,11 +245,22 @@ async def _object(request: Request) -> dict[str, Any]:
     return body
 
 
-def _model_of(service: Service, body: Mapping[str, Any]) -> str:
-    """Return the model that a request names, or else the first one, as in `options`."""
+def _model_of(body: Mapping[str, Any]) -> str | None:
+    """Return the model that a request names."""
     settings = body.get("override_settings")
     name = settings.get("sd_model_checkpoint") if isinstance(settings, Mapping) else None
-    return name if isinstance(name, str) and name else next(iter(service.models))
+    return name if isinstance(name, str) and name else None
+
+
+def _options(served: Served) -> dict[str, Any]:
+    """Write the settings of a client that uses a model."""
+    return {
+        "sd_model_checkpoint": served.name,
+        "sd_checkpoint_hash": _hash(served),
+        "samples_format": "png",
+        "show_progress_every_n_steps": 1,
+        "CLIP_stop_at_last_layers": 1,
+    }
 
 
 def _sampler(served: Served) -> str:
