@@ -10,12 +10,14 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session
 
-from .limits import SEATS, BatchLimits
+from .limits import BatchLimits
 
 GAIN = 0.02
 """Larger calls than the chosen one save at most this share of the time per sample; they would only add latency."""
 LONG = 0.5
 """Engines that take at least this share of the longest one's time count for the number of seats."""
+FEW_SEATS = 4
+"""Least number of seats, so that a second image need not wait for the whole first one."""
 
 
 def open_levels(bundle: Bundle, backend: Backend) -> dict[str, Session]:
@@ -56,9 +58,9 @@ def largest_calls(bundle: Bundle, sessions: Mapping[str, Session]) -> dict[Progr
 def limits_for(bundle: Bundle, sessions: Mapping[str, Session], *, queue: int) -> BatchLimits:
     """Choose how much a batcher does at once.
 
-    There are seats for one call of the engines that take most of the time. More seats would fill calls a little better
-    while many wait. But every image would take longer, and newcomers would slow down those on their way beyond what
-    was estimated for them.
+    There are seats for one call of the engines that take most of the time, and for a few images at least. More seats
+    would fill calls a little better while many wait. But every image would take longer, and newcomers would slow down
+    those on their way beyond what was estimated for them.
 
     Args:
         bundle: The bundle.
@@ -66,9 +68,11 @@ def limits_for(bundle: Bundle, sessions: Mapping[str, Session], *, queue: int) -
         queue: Most images that wait.
     """
     times = list(_times(bundle, sessions).values())
-    longest = max((_alone(one) for one in times), default=0.0)
-    samples = max((_best_batch(one) for one in times if _alone(one) >= LONG * longest), default=SEATS)
-    return BatchLimits(rows=samples * bundle.conditions.rows_per_sample, seats=max(SEATS, samples), queue=queue)
+    if not times:
+        return BatchLimits(queue=queue)
+    longest = max(map(_alone, times))
+    samples = max(_best_batch(one) for one in times if _alone(one) >= LONG * longest)
+    return BatchLimits(rows=samples * bundle.conditions.rows_per_sample, seats=max(FEW_SEATS, samples), queue=queue)
 
 
 def _times(bundle: Bundle, sessions: Mapping[str, Session]) -> dict[Program, tuple[tuple[int, float], ...]]:

@@ -254,9 +254,10 @@ def test_the_largest_call_is_the_smallest_one_that_saves_nearly_all(
     assert largest_calls(bundle, {"full": session}) == {session.full: best}
 
 
-def test_engines_that_take_little_time_give_no_seats(built: Built) -> None:
+@pytest.mark.parametrize(("largest", "seats"), [(20, 20), (2, 4)])
+def test_engines_that_take_little_time_give_no_seats(built: Built, largest: int, seats: int) -> None:
     """Their calls may be large, since that costs nothing."""
-    short, long = ((1, 0.2), (64, 0.3)), ((1, 8.0), (20, 60.0), (64, 250.0))
+    short, long = ((1, 0.2), (64, 0.3)), ((1, 8.0), (largest, 5.0 * largest), (64, 400.0))
     manifest = built.bundle.manifest
     level = manifest.levels[0]
     times = [long, short]
@@ -265,8 +266,8 @@ def test_engines_that_take_little_time_give_no_seats(built: Built) -> None:
     bundle = replace(built.bundle, manifest=manifest)
     sessions = open_levels(built.bundle, open_backend("onnxruntime:cpu", threads=1))
     ours = {level.name: sessions[level.name]}
-    assert list(largest_calls(bundle, ours).values()) == [20, 64]
-    assert limits_for(bundle, ours, queue=5) == BatchLimits(rows=20, seats=20, queue=5)
+    assert list(largest_calls(bundle, ours).values()) == [largest, 64]
+    assert limits_for(bundle, ours, queue=5) == BatchLimits(rows=largest, seats=seats, queue=5)
 
 
 def test_every_engine_has_its_time_at_every_batch(built: Built) -> None:
