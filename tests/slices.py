@@ -25,7 +25,7 @@ import pytest
 DURATIONS = Path(__file__).with_name("durations.json")
 """CPU seconds of nightly groups, about the time that they take on a free core."""
 
-LIMIT = 100.0
+LIMIT = 60.0
 """Seconds that a slice may take on two cores, collection left out. A longer group is a slice by itself."""
 
 PROCESSES = 2
