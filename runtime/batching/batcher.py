@@ -433,8 +433,9 @@ class Batcher:
             """Run the full model as an engine that emits branches too, if that engine is called anyway."""
             return next((one for one in self._stand_ins.get(program, ()) if one in programs), program)
 
+        units = min(order.units for _, order, _ in waiting)  # one size for all, or small images always went first
         candidates = []
-        for member, order, urgent in waiting:
+        for member, _, urgent in waiting:
             program = runs(member.call.program)
             candidates.append(
                 Waiting(
@@ -442,7 +443,7 @@ class Batcher:
                     key=(program, member.form),
                     rows=member.rows,
                     age=self._turn - self._last_turn[member],
-                    seconds=self._pace.call(program, order.units),
+                    seconds=self._pace.call(program, units),
                     urgent=urgent,
                 )
             )

@@ -26,7 +26,7 @@ class Waiting(Generic[Who, Key]):
     age: int
     """Calls since its last one."""
     seconds: float = 0.0
-    """Time of a call for it alone."""
+    """Time that its engine takes for a small call; sizes of images do not count."""
     urgent: bool = False
     """Whether it misses its deadline unless it runs in every call from now on."""
 

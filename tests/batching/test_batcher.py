@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from unetc.runtime.backends.onnxruntime import OnnxRuntimeHost
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.batching.batcher import Batcher
 from unetc.runtime.batching.limits import BatchLimits, CallRecord
+from unetc.runtime.batching.member import Member
 from unetc.runtime.batching.request import FULL, Progress, SampleRequest, Ticket
+from unetc.runtime.batching.turns import Waiting, choose
 from unetc.runtime.session import Session
 
 ROUNDING = 2e-5
@@ -180,6 +183,31 @@ def test_a_record_names_the_engine_and_phase_of_its_call(sessions: Mapping[str, 
     phases = [call.phase for call in calls]
     assert phases[0] == 0
     assert phases[-1] == len(sessions["fast"].plan.phases) - 1
+
+
+def test_small_images_do_not_go_before_large_ones(
+    sessions: Mapping[str, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call is short because of its engine."""
+    seen: list[dict[int, float]] = []
+
+    def noted(waiting: Sequence[Waiting[Member, Any]], largest: Callable[[Any], int]) -> tuple[Any, list[Member]]:
+        full = [one for one in waiting if one.key[0] is sessions["fast"].full]
+        seen.append({one.member.prediction_shape[-2]: one.seconds for one in full})
+        return choose(waiting, largest)
+
+    monkeypatch.setattr("unetc.runtime.batching.batcher.choose", noted)
+    batcher = Batcher(sessions)
+    try:
+        batcher.warm_up().result(timeout=60)
+        tickets = [batcher.submit(SampleRequest(level=FULL, count=3, height=height)) for height in (8, 16)]
+        for ticket in tickets:
+            ticket.future.result(timeout=60)
+    finally:
+        batcher.close()
+    both = [seconds for seconds in seen if len(seconds) == 2]
+    assert both
+    assert all(len(set(seconds.values())) == 1 and min(seconds.values()) > 0 for seconds in both)
 
 
 def test_calls_have_at_most_the_largest_number_of_rows(sessions: Mapping[str, Session]) -> None:
