@@ -27,7 +27,7 @@ from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.session import Session
 from unetc.sampler.table import SchedulerTable
 
-from .estimates import Estimates, Work
+from .estimates import Estimate, Estimates, Work
 from .limits import BatchLimits, CallRecord, Load
 from .member import Joined, Member, Rows
 from .orders import Errand, Order, fail, single_starts
@@ -157,12 +157,8 @@ class Batcher:
             self._changed.notify_all()
         return ticket
 
-    def estimate(self, request: SampleRequest, *, under_load: bool = False) -> float:
-        """Estimate the seconds until a request would be finished if it were submitted now.
-
-        Args:
-            request: The request.
-            under_load: Whether others keep coming. Otherwise only what was accepted before delays the request.
+    def estimate(self, request: SampleRequest) -> Estimate:
+        """Estimate when a request would be finished if it were submitted now.
 
         Raises:
             SessionError: If there is no such level, or no scheduler table for the number of steps.
@@ -180,8 +176,7 @@ class Batcher:
             images=request.count,
         )
         with self._changed:
-            estimate = self._estimates.under_load if under_load else self._estimates.finished
-            return estimate(self._orders, work)
+            return self._estimates.both(self._orders, work)
 
     def load(self) -> Load:
         """Return how busy the batcher is."""

@@ -29,6 +29,16 @@ class Work:
         return cls(programs=order.programs, units=order.units, images=order.left)
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """When a request would be finished, in seconds from now."""
+
+    seconds: float
+    """If no more requests come."""
+    under_load: float
+    """If others keep coming as fast as images are finished."""
+
+
 class Estimates:
     """Estimates seconds from the pace of the engines; 0 for engines that were never measured."""
 
@@ -46,18 +56,19 @@ class Estimates:
         """Estimate the seconds until new work is finished along with what was accepted, if no more comes."""
         return max(self.backlog(*map(Work.left, orders), new), self._pace.alone(new.programs, new.units))
 
-    def under_load(self, orders: Collection[Order], new: Work) -> float:
-        """Estimate the seconds until new work is finished, if others keep coming as fast as images are finished.
+    def both(self, orders: Collection[Order], new: Work) -> Estimate:
+        """Estimate as `finished` does, and under load.
 
-        New work then waits for a seat, and all its calls are shared by as many as now. It takes up to twice as long as
-        `finished` says: those that are on their way are half done on average, but others take their seats.
+        Under load, new work waits for a seat, and all its calls are shared by as many as now. It takes up to twice as
+        long: those that are on their way are half done on average, but others take their seats.
         """
         heads = [(order.units, order.running + len(order.starts)) for order in orders]
         crowd = self._crowd([*heads, (new.units, new.images)])
         before = sum(len(order.starts) * self._shared(Work.left(order), crowd) for order in orders)
         turns = math.ceil(new.images / self._seats)
         shared = turns * self._shared(new, crowd) * crowd / new.units
-        return max(before + shared, self.finished(orders, new))
+        seconds = self.finished(orders, new)
+        return Estimate(seconds, max(before + shared, seconds))
 
     def _crowd(self, images: Iterable[tuple[float, float]]) -> float:
         """Compute the units of all images that have a seat at once, from units and numbers of images."""

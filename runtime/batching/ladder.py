@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from unetc.errors import SessionError
 
+from .estimates import Estimate
 from .request import FULL
 
 AUTO = "auto"
@@ -84,9 +85,7 @@ def steps_down(levels: Sequence[str], start: str, floor: str | None) -> tuple[st
     return (start, *sorted(between, key=saving_of))
 
 
-def choose_level(
-    estimates: Mapping[str, float], under_load: Mapping[str, float], *, target: float, deadline: float
-) -> Choice:
+def choose_level(estimates: Mapping[str, Estimate], *, target: float, deadline: float) -> Choice:
     """Choose the best level that is fast enough.
 
     Without a level within the target, the fastest one serves: under load, a request is degraded rather than refused.
@@ -94,13 +93,13 @@ def choose_level(
     with the time that the request takes if others keep coming. The deadline is for this one.
 
     Args:
-        estimates: Seconds until the request would be finished, by level, from the best one.
-        under_load: The same if others keep coming.
+        estimates: When the request would be finished, by level, from the best one.
         target: Seconds in which most requests are to be finished.
         deadline: Seconds after which its answer is of no use.
     """
-    fits = (name for name in estimates if under_load[name] <= HEADROOM * target and estimates[name] <= deadline)
+    fits = (name for name, own in estimates.items() if own.under_load <= HEADROOM * target and own.seconds <= deadline)
     level = next(fits, None)
     if level is None:
-        level = min(estimates, key=lambda name: estimates[name])  # the first of equals, which is the best one
-    return Choice(level=level, seconds=estimates[level], in_time=estimates[level] <= deadline)
+        level = min(estimates, key=lambda name: estimates[name].seconds)  # the first of equals, which is the best one
+    seconds = estimates[level].seconds
+    return Choice(level=level, seconds=seconds, in_time=seconds <= deadline)

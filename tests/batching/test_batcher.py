@@ -425,7 +425,7 @@ def test_an_estimate_follows_the_backlog(sessions: Mapping[str, Session]) -> Non
     batcher = Batcher(sessions)
     try:
         batcher.warm_up().result(timeout=60)
-        few, many = (batcher.estimate(SampleRequest(steps=steps, count=8)) for steps in (3, 8))
+        few, many = (batcher.estimate(SampleRequest(steps=steps, count=8)).seconds for steps in (3, 8))
         assert 0 < few < many
         with pytest.raises(QueueFull, match="would be finished in about"):
             batcher.submit(SampleRequest(count=200, seconds=few / 100))

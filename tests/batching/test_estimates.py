@@ -62,7 +62,7 @@ def test_alone_a_request_takes_the_time_of_its_calls() -> None:
     ours = estimates()
     own = CALLS * (0.5 + 0.01 * UNITS)
     assert ours.finished([], new()) == pytest.approx(own)
-    assert ours.under_load([], new()) == pytest.approx(own)
+    assert ours.both([], new()).under_load == pytest.approx(own)
     assert ours.backlog() == 0
 
 
@@ -70,11 +70,11 @@ def test_a_crowd_that_is_half_done_counts_twice_under_load() -> None:
     """Others take the seats of those that are finished."""
     ours = estimates(seats=200, call=0.0)
     crowd = orders(Accepted(running=100, share=0.5))
-    assert ours.under_load(crowd, new()) == pytest.approx(2 * ours.finished(crowd, new()), rel=0.02)
+    assert ours.both(crowd, new()).under_load == pytest.approx(2 * ours.finished(crowd, new()), rel=0.02)
     ours = estimates(seats=100, call=0.0)
     full = orders(Accepted(running=100, share=0.5), Accepted(waiting=50))
     seat, shared = 50 * CALLS * 0.01 * UNITS, 100 * CALLS * 0.01 * UNITS
-    assert ours.under_load(full, new()) == pytest.approx(seat + shared)
+    assert ours.both(full, new()).under_load == pytest.approx(seat + shared)
 
 
 @given(
@@ -85,6 +85,7 @@ def test_a_crowd_that_is_half_done_counts_twice_under_load() -> None:
 def test_more_requests_never_finish_sooner(accepted: list[Accepted], images: int, seats: int) -> None:
     ours = estimates(seats)
     before, after = orders(*accepted), orders(*accepted, Accepted(waiting=1))
-    for estimate in (ours.finished, ours.under_load):
-        assert estimate(before, new(images)) <= 1.0001 * estimate(after, new(images)) + 1e-9
-    assert ours.under_load(before, new(images)) >= ours.finished(before, new(images))
+    sooner, later = ours.both(before, new(images)), ours.both(after, new(images))
+    assert sooner.seconds <= 1.0001 * later.seconds + 1e-9
+    assert sooner.under_load <= 1.0001 * later.under_load + 1e-9
+    assert ours.both(before, new(images)).under_load >= ours.finished(before, new(images))

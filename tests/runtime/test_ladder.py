@@ -5,11 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unetc.errors import SessionError
+from unetc.runtime.batching.estimates import Estimate
 from unetc.runtime.batching.ladder import HEADROOM, choose_level, find_level, saving_of, steps_down
 
 LEVELS = ("full", "27%", "40%", "55%")
 SECONDS = st.floats(0.01, 100)
-ESTIMATES = st.lists(SECONDS, min_size=4, max_size=4).map(lambda times: dict(zip(LEVELS, times, strict=True)))
+ESTIMATE = st.builds(Estimate, SECONDS, SECONDS)
+ESTIMATES = st.lists(ESTIMATE, min_size=4, max_size=4).map(lambda own: dict(zip(LEVELS, own, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -45,38 +47,43 @@ def test_steps_go_down_from_the_start_and_never_below_the_floor(
     }
 
 
-@given(ESTIMATES, ESTIMATES, SECONDS, SECONDS)
+@given(ESTIMATES, SECONDS, SECONDS)
 def test_the_best_level_within_the_target_is_chosen(
-    estimates: dict[str, float], under_load: dict[str, float], target: float, deadline: float
+    estimates: dict[str, Estimate], target: float, deadline: float
 ) -> None:
-    choice = choose_level(estimates, under_load, target=target, deadline=deadline)
-    fitting = [level for level in LEVELS if under_load[level] <= HEADROOM * target and estimates[level] <= deadline]
-    assert choice.seconds == estimates[choice.level]
+    choice = choose_level(estimates, target=target, deadline=deadline)
+    fitting = [
+        level
+        for level in LEVELS
+        if estimates[level].under_load <= HEADROOM * target and estimates[level].seconds <= deadline
+    ]
+    assert choice.seconds == estimates[choice.level].seconds
     if fitting:
         assert choice.level == fitting[0]
     else:
-        assert choice.seconds == min(estimates.values())
+        assert choice.seconds == min(own.seconds for own in estimates.values())
 
 
-@given(ESTIMATES, ESTIMATES, SECONDS, SECONDS)
+@given(ESTIMATES, SECONDS, SECONDS)
 def test_a_request_is_late_only_if_every_level_is(
-    estimates: dict[str, float], under_load: dict[str, float], target: float, deadline: float
+    estimates: dict[str, Estimate], target: float, deadline: float
 ) -> None:
-    choice = choose_level(estimates, under_load, target=target, deadline=deadline)
-    assert choice.in_time == (min(estimates.values()) <= deadline)
+    choice = choose_level(estimates, target=target, deadline=deadline)
+    assert choice.in_time == (min(own.seconds for own in estimates.values()) <= deadline)
 
 
-@given(ESTIMATES, SECONDS, SECONDS, st.floats(1, 10))
+@given(st.lists(SECONDS, min_size=4, max_size=4), SECONDS, SECONDS, st.floats(1, 10))
 def test_more_load_never_raises_the_quality_while_a_level_meets_the_target(
-    estimates: dict[str, float], target: float, deadline: float, factor: float
+    times: list[float], target: float, deadline: float, factor: float
 ) -> None:
-    before = choose_level(estimates, estimates, target=target, deadline=deadline)
-    loaded = {level: seconds * factor for level, seconds in estimates.items()}
-    after = choose_level(loaded, loaded, target=target, deadline=deadline)
+    estimates = {level: Estimate(time, time) for level, time in zip(LEVELS, times, strict=True)}
+    loaded = {level: Estimate(time * factor, time * factor) for level, time in zip(LEVELS, times, strict=True)}
+    before = choose_level(estimates, target=target, deadline=deadline)
+    after = choose_level(loaded, target=target, deadline=deadline)
     if after.seconds <= min(HEADROOM * target, deadline):
         assert LEVELS.index(after.level) >= LEVELS.index(before.level)
 
 
 def test_a_level_that_is_not_faster_is_not_chosen() -> None:
-    equal = {"full": 5.0, "27%": 5.0}
-    assert choose_level(equal, equal, target=1.0, deadline=9.0).level == "full"
+    equal = {"full": Estimate(5.0, 5.0), "27%": Estimate(5.0, 5.0)}
+    assert choose_level(equal, target=1.0, deadline=9.0).level == "full"

@@ -11,6 +11,7 @@ import pytest
 
 from tests.server.local import in_loop, local
 from unetc.errors import SessionError
+from unetc.runtime.batching.estimates import Estimate
 from unetc.runtime.batching.limits import BatchLimits
 from unetc.runtime.batching.request import SampleRequest
 from unetc.server.errors import seconds_to_wait
@@ -131,9 +132,9 @@ async def test_a_list_of_seeds_is_estimated_as_it_will_run(
         batcher, seen = service.models["plain"].batcher, []
         estimate = batcher.estimate
 
-        def noted(request: SampleRequest, *, under_load: bool = False) -> float:
+        def noted(request: SampleRequest) -> Estimate:
             seen.append((request.count, request.conditions and request.conditions.rows_per_sample))
-            return estimate(request, under_load=under_load)
+            return estimate(request)
 
         monkeypatch.setattr(batcher, "estimate", noted)
         assert (await post(client, seed=[1, 2, 3], guidance_scale=1.0)).status_code == 200
@@ -236,7 +237,9 @@ async def test_the_server_steps_down_under_load_as_far_as_it_may(
         served = service.models["plain"]
         full, fast = served.levels
         seconds = {full: 0.5, fast: 0.2}
-        monkeypatch.setattr(served.batcher, "estimate", lambda request, **_: seconds[request.level])
+        monkeypatch.setattr(
+            served.batcher, "estimate", lambda request: Estimate(seconds[request.level], seconds[request.level])
+        )
 
         async def made(**body: Any) -> tuple[str, bool]:
             facts = (await post(client, seed=1, **body)).json()["unetc"]
@@ -263,8 +266,8 @@ async def test_the_server_steps_down_under_load_as_far_as_it_may(
 async def test_without_leave_the_server_never_steps_down(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with local(tiny_bundle) as (client, service):
         served = service.models["plain"]
-        seconds = {"full": 250.0}
-        monkeypatch.setattr(served.batcher, "estimate", lambda request, **_: seconds.get(request.level, 0.1))
+        slow, quick = Estimate(250.0, 250.0), Estimate(0.1, 0.1)
+        monkeypatch.setattr(served.batcher, "estimate", lambda request: slow if request.level == "full" else quick)
         answer = await post(client, seed=1, quality="full", degrade=True)
         assert answer.json()["unetc"]["level"] == "full"
 

@@ -51,7 +51,7 @@ def make_router(service: Service) -> APIRouter:
         served = service.find(model)
         if steps not in served.steps:
             raise RequestError(f"steps is {steps}. Expected one of {', '.join(map(str, served.steps))}.", "steps")
-        full = served.batcher.estimate(SampleRequest(steps=steps))
+        full = served.batcher.estimate(SampleRequest(steps=steps)).seconds
         return {"levels": [_timed(served, level, steps, full) for level in served.levels.values()]}
 
     return router

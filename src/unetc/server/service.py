@@ -405,11 +405,9 @@ class Service:
         deadline = min(request.seconds or math.inf, self.settings.deadline)
         whole = parts[0] if len(parts) == 1 else _together(parts)
         allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
-        asks = {level: _at(whole, served.levels[level]) for level in allowed}
-        estimates = {level: served.batcher.estimate(ask) for level, ask in asks.items()}
-        under_load = {level: served.batcher.estimate(ask, under_load=True) for level, ask in asks.items()}
+        estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
         target = math.inf if self.settings.target_p95 is None else self.settings.target_p95
-        choice = choose_level(estimates, under_load, target=target, deadline=deadline)
+        choice = choose_level(estimates, target=target, deadline=deadline)
         if not choice.in_time:
             raise QueueFull(
                 f"the request would take about {choice.seconds:.1f} s, above its limit of {deadline:g} s. Try again "
