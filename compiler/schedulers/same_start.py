@@ -30,15 +30,8 @@ SPACINGS = ("leading", "trailing", "linspace")
 """Values of `timestep_spacing` in diffusers."""
 CONVERGED_STEPS = 500
 """Steps of a trajectory that counts as converged."""
-_SAME = 1e-4
-"""Largest difference of log-SNR between two starts that count as one; rounding to float32 alone makes 1e-6."""
 _CONVERGED = ("dpmsolver++", "edm-dpmsolver++", "flow-euler")
 """Schedulers for the converged trajectory where the model's own cannot make it."""
-
-
-def is_stochastic(table: SchedulerTable) -> bool:
-    """Check whether a schedule adds noise between steps: then every number of steps has a trajectory by itself."""
-    return bool(table.noise_coefficient.any())
 
 
 def from_same_start(model: Model, name: str, start: SchedulerTable, steps: int) -> Mapping[str, SchedulerTable]:
@@ -59,10 +52,10 @@ def from_same_start(model: Model, name: str, start: SchedulerTable, steps: int) 
     scheduler = scheduler_for(name, model)
     found: dict[str, SchedulerTable] = {}
     for spacing, one in _spaced(scheduler).items():
-        _add(found, spacing, start, lambda one=one: extract(one, steps))  # type: ignore[misc]
+        _add(found, spacing, start, lambda one=one: extract(one, steps))
     if walks_along(scheduler) and _on_timesteps(start):
         for spacing, timesteps in _stretched(start, steps).items():
-            _add(found, spacing, start, lambda own=timesteps: extract_along(scheduler, own))  # type: ignore[misc]
+            _add(found, spacing, start, lambda own=timesteps: extract_along(scheduler, own))
     return found
 
 
@@ -80,7 +73,7 @@ def converged(model: Model, name: str, start: SchedulerTable) -> SchedulerTables
     Raises:
         ModelError: If the scheduler adds noise, or there is no such schedule.
     """
-    if is_stochastic(start):
+    if start.adds_noise:
         raise ModelError(f"{name} adds noise in every step, so it converges to no trajectory. Choose ddim for one.")
     for own in dict.fromkeys((name, *_CONVERGED)):
         try:
@@ -95,7 +88,7 @@ def converged(model: Model, name: str, start: SchedulerTable) -> SchedulerTables
         else:
             _add(found, "own", start, lambda: extract(scheduler, CONVERGED_STEPS))  # noqa: B023
         for table in found.values():
-            if not is_stochastic(table):
+            if not table.adds_noise:
                 return SchedulerTables(name=own, tables=(table,))
     raise ModelError(f"no scheduler follows {name} from the same noise level with {CONVERGED_STEPS} steps.")
 
@@ -150,7 +143,6 @@ def _add(found: dict[str, SchedulerTable], spacing: str, start: SchedulerTable, 
     except ModelError as error:
         logger.debug("no schedule with spacing %s: %s", spacing, error)
         return
-    same = abs(table.log_snr[0] - start.log_snr[0]) <= _SAME
-    if same and not any(np.array_equal(table.log_snr, other.log_snr) for other in found.values()):
+    if table.starts_like(start) and not any(np.array_equal(table.log_snr, other.log_snr) for other in found.values()):
         scale = start.initial_scale * start.input_scale.item(0) / table.input_scale.item(0)
         found[spacing] = replace(table, initial_scale=scale)

@@ -1,15 +1,16 @@
 """Controls that run the full model along another schedule: fewer steps, or another scheduler.
 
-All of them start at the noise level of the full model's own schedule, with the same noise. The best of several is chosen
-on the build's seed.
+All of them start at the noise level of the full model's own schedule, with the same noise. The best of several is
+chosen on the build's seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
-from unetc.compiler.schedulers.same_start import from_same_start, is_stochastic
+from unetc.compiler.schedulers.same_start import from_same_start
 from unetc.errors import ModelError, NonFiniteError, PlanError
 from unetc.models.model import Model
 from unetc.sampler.table import SchedulerTable, SchedulerTables
@@ -70,7 +71,7 @@ def other_solver(workbench: Workbench, model: Model, candidate: Candidate, time_
         PlanError: If there is none.
     """
     full, own = workbench.scheduler.table(workbench.steps), workbench.scheduler.name
-    if is_stochastic(full):
+    if full.adds_noise:
         raise PlanError(f"{own} adds noise in every step, so another scheduler follows another trajectory.")
     calls = max(1, round(time_ratio * full.steps))
     choices: dict[tuple[str, str], SchedulerTable] = {}
@@ -109,16 +110,16 @@ def _best(
     Raises:
         PlanError: If all of them give NaN or infinity.
     """
-    found: list[tuple[float, str, str, SchedulerTable]] = []
+    best: tuple[str, str, SchedulerTable] | None = None
+    least = inf
     for (name, spacing), table in choices.items():
         scheduler = SchedulerTables(name=name, tables=(table,))
         try:
-            damage = workbench.damage_along(candidate, scheduler, seed=seed)
+            damage = workbench.damage_along(candidate, scheduler, seed=seed).relative_l2.mean
         except NonFiniteError:
             continue
-        found.append((damage.relative_l2.mean, name, spacing, table))
-    if not found:
+        if damage < least:
+            best, least = (name, spacing, table), damage
+    if best is None:
         raise PlanError("every schedule gives NaN or infinity.")
-    _, *best = min(found, key=lambda own: own[0])
-    name, spacing, table = best
-    return name, spacing, table
+    return best
