@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from unetc.errors import ModelError
@@ -23,8 +24,13 @@ _SIGMAS = (
 """Classes whose steps read a list of noise levels, one per timestep and a last one."""
 _DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 _DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
-_OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
-"""Settings that choose noise levels, and not timesteps."""
+_CONVERTERS = {
+    "use_karras_sigmas": "_convert_to_karras",
+    "use_exponential_sigmas": "_convert_to_exponential",
+    "use_beta_sigmas": "_convert_to_beta",
+}
+"""Settings that choose noise levels, and not timesteps, with the method of diffusers that spaces them."""
+_OWN_LEVELS = (*_CONVERTERS, "use_lu_lambdas", "use_flow_sigmas")
 
 
 def walks_along(scheduler: Scheduler) -> bool:
@@ -60,6 +66,32 @@ def begin_along(scheduler: Scheduler, timesteps: Sequence[int]) -> Any:
     else:
         _step_to_next(fresh, timesteps)
     fresh.timesteps = chosen.to(fresh.timesteps)
+    return fresh
+
+
+def spaces_levels(scheduler: Scheduler) -> bool:
+    """Check whether a scheduler spaces noise levels, and not timesteps, between any two of them."""
+    return type(scheduler).__name__ in _SIGMAS and any(scheduler.config.get(key) for key in _CONVERTERS)
+
+
+def begin_between(scheduler: Scheduler, highest: float, lowest: float, steps: int) -> Any:
+    """Copy a scheduler and set it to the beginning of a trajectory whose noise levels it spaces between two of them.
+
+    Args:
+        scheduler: A scheduler for which `spaces_levels` holds; it is not changed.
+        highest: First noise level, noise over signal.
+        lowest: Noise level of the last step.
+        steps: Number of steps.
+    """
+    fresh = begin(scheduler, steps)
+    convert = next(method for key, method in _CONVERTERS.items() if scheduler.config.get(key))
+    levels = getattr(fresh, convert)(in_sigmas=np.array([highest, lowest]), num_inference_steps=steps)
+    levels = np.array(levels, dtype=np.float64)
+    alphas = fresh.alphas_cumprod.double().numpy()
+    trained = np.log(np.sqrt((1 - alphas) / alphas))
+    timesteps = torch.tensor(np.interp(np.log(levels), trained, np.arange(len(trained))))
+    fresh.sigmas = torch.cat([torch.from_numpy(levels).to(fresh.sigmas), fresh.sigmas[-1:]])
+    fresh.timesteps = (timesteps if fresh.timesteps.is_floating_point() else timesteps.round()).to(fresh.timesteps)
     return fresh
 
 

@@ -7,6 +7,7 @@ on a whole trajectory. A scheduler that the form cannot express fails this check
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from unetc.errors import ModelError
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
-from .along import begin_along
+from .along import begin_along, begin_between
 from .keys import check_values
 from .names import SCHEDULERS
 from .probe import MOST, probe
@@ -148,6 +149,24 @@ def extract_along(scheduler: Scheduler, timesteps: Sequence[int]) -> SchedulerTa
         ModelError: If the scheduler cannot follow the timesteps or cannot be expressed as a table.
     """
     return _extract(begin_along(scheduler, timesteps), len(timesteps))
+
+
+def extract_between(scheduler: Scheduler, first: float, last: float, steps: int) -> SchedulerTable:
+    """Read the table along noise levels that a scheduler spaces itself, and check it against diffusers.
+
+    Args:
+        scheduler: A scheduler for which `spaces_levels` holds; it is not changed.
+        first: log-SNR of the first step.
+        last: log-SNR of the last step.
+        steps: Number of steps.
+
+    Returns:
+        The table, as `extract` returns it.
+
+    Raises:
+        ModelError: If the scheduler cannot be expressed as a table.
+    """
+    return _extract(begin_between(scheduler, math.exp(-first / 2), math.exp(-last / 2), steps), steps)
 
 
 def _extract(begun: Any, steps: int) -> SchedulerTable:

@@ -18,8 +18,8 @@ from unetc.errors import ModelError
 from unetc.models.model import Model
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
-from .along import walks_along
-from .extract import extract, extract_along
+from .along import spaces_levels, walks_along
+from .extract import extract, extract_along, extract_between
 from .keys import keys_of
 from .make import scheduler_for
 from .walk import Scheduler
@@ -56,11 +56,14 @@ def from_same_start(model: Model, name: str, start: SchedulerTable, steps: int) 
     if walks_along(scheduler) and _on_timesteps(start):
         for spacing, timesteps in _stretched(start, steps).items():
             _add(found, spacing, start, lambda own=timesteps: extract_along(scheduler, own))
+    if spaces_levels(scheduler):
+        first, last = start.log_snr.item(0), start.log_snr.item(-1)
+        _add(found, "own noise levels, stretched", start, lambda: extract_between(scheduler, first, last, steps))
     return found
 
 
 def converged(model: Model, name: str, start: SchedulerTable) -> SchedulerTables:
-    """Make a schedule of so many steps that more of them would change little, from the start of another schedule.
+    """Make a schedule with enough steps that more would change little, from the start of another schedule.
 
     It has the same scheduler where possible, and otherwise one that solves the same equation. It has as many steps as
     the model has timesteps if these are fewer than `CONVERGED_STEPS`.
@@ -96,6 +99,8 @@ def converged(model: Model, name: str, start: SchedulerTable) -> SchedulerTables
 def _spaced(scheduler: Scheduler) -> dict[str, Scheduler]:
     """Make the same scheduler with every spacing that its class offers; its own configuration comes first."""
     own = str(scheduler.config.get("timestep_spacing", "own"))
+    if spaces_levels(scheduler):
+        own = "own noise levels"
     result = {own: scheduler}
     if "timestep_spacing" in keys_of(type(scheduler).__name__):
         made: Any = type(scheduler)
@@ -123,8 +128,8 @@ def _stretched(start: SchedulerTable, steps: int) -> dict[str, tuple[int, ...]]:
         "linspace, stretched": np.linspace(first, 0, steps),
     }
     if steps <= len(own):
-        rows["its own timesteps, thinned"] = own[np.linspace(0, len(own) - 1, steps).round().astype(int)]
-        rows["its own timesteps, thinned to the end"] = own[
+        rows["own timesteps, thinned"] = own[np.linspace(0, len(own) - 1, steps).round().astype(int)]
+        rows["own timesteps, thinned, last gap open"] = own[
             np.linspace(0, len(own), steps + 1)[:-1].round().astype(int)
         ]
     chosen = {spacing: _falling(row) for spacing, row in rows.items()}

@@ -5,6 +5,12 @@ from __future__ import annotations
 from .profile import ControlMeasured, Damage, ModelReference
 from .record import Artifact, Record
 
+WHICH_FIGURE = (
+    "The distance to the full model is for users who want the same pictures as today; the distance to the converged "
+    "trajectory is for users who only want the best sample in a given time."
+)
+"""For readers of both distances."""
+
 
 class ControlResult(Record, frozen=True, kw_only=True):
     """A simpler way to save time, measured in the same run on the same noise."""
@@ -16,10 +22,9 @@ class ControlResult(Record, frozen=True, kw_only=True):
 
 
 class Converged(Record, frozen=True, kw_only=True):
-    """Distances to the converged trajectory: the same start, and so many steps that more would change little.
+    """Distances to the converged trajectory: the same start, and enough steps that more would change little.
 
-    The distance to the full model is for users who want the same pictures as today. The distance to the converged
-    trajectory is for users who only want the best sample in a given time.
+    See `WHICH_FIGURE` for when to look at them.
     """
 
     scheduler: str
