@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,14 @@ from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND
 from unetc.compiler import text as compiled
 from unetc.compiler.text import PROBES, check_text, prepare_text
 from unetc.conditions import Conditions
-from unetc.errors import CompileError, CorruptArtifactError, MissingDependency, ModelError, ShapeMismatch
+from unetc.errors import (
+    CompileError,
+    CorruptArtifactError,
+    MissingDependency,
+    ModelError,
+    SessionError,
+    ShapeMismatch,
+)
 from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
 from unetc.models.text import TextEncoders
@@ -230,3 +238,26 @@ def test_a_record_of_an_encoder_is_checked() -> None:
         BundleTextEncoder(graph="a", weights="b", tokenizer="c", length=1, padding=0, width=1)
     with pytest.raises(ValueError, match="must be a text encoder"):
         BundleText(encoders=())
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_guidance_scale_is_a_finite_number(exported: dict[str, Exported], scale: float) -> None:  # G1
+    one = exported["sd"]
+    encoder = one.encoder("null")
+    for encode in (
+        lambda: encoder.encode(["a"], guidance_scale=scale),
+        lambda: one.loaded.encode(["a"], scale),
+        lambda: replace(encoder.encode(["a"], guidance_scale=3.0), scale=scale),
+        lambda: replace(encoder.encode(["a"], guidance_scale=3.0), middle_scale=scale),
+    ):
+        with pytest.raises(SessionError, match="a guidance scale is a finite number"):
+            encode()
+
+
+def test_a_negative_prompt_without_guidance_is_noted(exported: dict[str, Exported]) -> None:
+    encoder = exported["sd"].encoder("null")
+    for scale in (0.0, 1.0, -2.0):
+        (note,) = encoder.encode(["a"], negative=["red"], guidance_scale=scale).notes
+        assert "the negative prompt has no effect" in note
+    for negative, scale in ((["red"], 1.5), ([""], 1.0), (None, 1.0)):
+        assert encoder.encode(["a"], negative=negative, guidance_scale=scale).notes == ()

@@ -148,7 +148,7 @@ def test_a_negative_prompt_alone_keeps_the_prompts_of_the_bundle(prompted_bundle
     assert conditions.notes == ()
     ignored = reader.read(wanted(negative_prompt="dogs", prompt="a cat", guidance_scale=1.0))
     assert ignored is not None
-    assert "negative_prompt has no effect" in ignored.notes[0]
+    assert "negative prompt has no effect" in ignored.notes[0]
     with pytest.raises(RequestError, match="negative prompts cannot be encoded"):
         read(prompted_bundle, negative_prompt="dogs")
 

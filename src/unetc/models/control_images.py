@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.profile import ControlMeasured
-from unetc.controlnet import controlnet_inputs
+from unetc.controlnet import controlnet_inputs, spread
 from unetc.device import Array
 from unetc.errors import ModelError
 
@@ -122,6 +122,9 @@ class ControlImages:
     def residuals(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
         """Compute the ControlNet inputs of a call.
 
+        A ControlNet with `global_pool_conditions` sees only the rows with the samples' own conditions, as in the
+        pipelines of diffusers. The inputs of other rows are zero.
+
         Args:
             inputs: Sample, timestep and conditions of the call by input name, [row, ...]. There are as many rows as
                 images, or twice as many with guidance.
@@ -130,15 +133,22 @@ class ControlImages:
 
         model = _load(self.folder)
         given = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
-        sample = given.pop("sample")
         images = np.stack(self.images)
+        pooled = bool(model.config.global_pool_conditions)
+        others = len(given["sample"]) - len(images) if pooled else 0
+        given = {name: value[others:] for name, value in given.items()}
+        sample = given.pop("sample")
         condition = torch.from_numpy(np.concatenate([images] * (len(sample) // len(images))))
         if added := {name: given.pop(name) for name in _ADDED if name in given}:
             given["added_cond_kwargs"] = added  # type: ignore[assignment]
         with torch.no_grad():
             down, middle = model(sample, controlnet_cond=condition, return_dict=False, **given)
-        names = [own.name for own in controlnet_inputs(model.config)]
-        return {name: value.numpy() for name, value in zip(names, (*down, middle), strict=True)}
+        _, _, height, width = sample.shape
+        found = {}
+        for own, value in zip(controlnet_inputs(model.config), (*down, middle), strict=True):
+            residual = spread(value.numpy(), own.shape(len(sample), height, width))
+            found[own.name] = np.pad(residual, ((others, 0), *((0, 0),) * 3)) if others else residual
+        return found
 
 
 def _part(folder: Path, config: Mapping[str, Any]) -> Part:
