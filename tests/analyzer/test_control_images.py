@@ -244,6 +244,9 @@ def test_controlnets_and_images_that_cannot_be_used_are_refused_by_name(folders:
     for path in pickled.glob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
     refused("has no .safetensors weights", model=pickled)
+    refused("channel_order 'xyz'", model=changed("order", controlnet_conditioning_channel_order="xyz"))
+    refused("setting 'new'", model=changed("new", new=1))
+    refused("size mismatch", model=changed("kernel", conditioning_embedding_out_channels=[8, 24]))
     refused("has no images", images=folders.control.model)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.png").write_bytes(b"no picture")

@@ -76,7 +76,18 @@ class ControlSource:
                 f"the ControlNet {self.model} reads {config['conditioning_channels']} channels. Expected 3, as in an "
                 "RGB image."
             )
+        if (order := config.get("controlnet_conditioning_channel_order", "rgb")) not in ("rgb", "bgr"):
+            raise ModelError(
+                f"the ControlNet {self.model} has controlnet_conditioning_channel_order {order!r}. Expected 'rgb' or "
+                "'bgr'."
+            )
         own = _part(self.model, config)
+        from .fitting import check_part
+
+        try:
+            check_part(str(self.model), own)
+        except ModelError as error:
+            raise ModelError(str(error).replace(f"{own.name}/{CONFIG}", str(self.model / CONFIG))) from error
         images = self._read_images(size)
         return ControlImages(
             folder=self.model,
