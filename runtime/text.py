@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.backend import Array, Backend, SerialisedGraph
-from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
+from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions, check_scale
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
 from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
@@ -284,6 +284,11 @@ def no_text(bundle: Bundle) -> str:
     if bundle.manifest.conditioning is None or CONTEXT not in bundle.calls.names:
         return f"{bundle.path} takes no prompts: its model is not conditioned on text."
     known = ", ".join(map(repr, bundle.manifest.conditioning.prompts[:4]))
+    if EXTRA_CHANNELS in bundle.calls.names:
+        return (
+            f"{bundle.path} takes an image with every prompt, so it takes only the prompts that it was built with: "
+            f"{known} and so on. For other prompts and images, use unetc.diffusers in the model's pipeline."
+        )
     return (
         f"{bundle.path} has no text encoders, so it takes only the prompts that it was built with: {known} and so on. "
         "Build it with --text."

@@ -17,7 +17,7 @@ import torch
 from tests.loras import save_lora
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
-from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND
+from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND
 from unetc.compiler import text as compiled
 from unetc.compiler.text import PROBES, check_text, prepare_text
 from unetc.conditions import Conditions
@@ -33,7 +33,8 @@ from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
 from unetc.models.text import TextEncoders
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.text import OneEncoder, TextEncoder
+from unetc.runtime.session import Session
+from unetc.runtime.text import OneEncoder, TextEncoder, no_text
 
 PROMPTS = (*PROBES, "a red square", "A RED  SQUARE", "red,blue;(circle) 12345 \t\n a<|endoftext|>b", "ß¼Ⅷ", "x" * 300)
 
@@ -261,3 +262,18 @@ def test_a_negative_prompt_without_guidance_is_noted(exported: dict[str, Exporte
         assert "the negative prompt has no effect" in note
     for negative, scale in ((["red"], 1.5), ([""], 1.0), (None, 1.0)):
         assert encoder.encode(["a"], negative=negative, guidance_scale=scale).notes == ()
+
+
+def test_images_of_the_conditions_are_not_mixed_with_others() -> None:
+    """A bundle that inpaints or edits has no text encoders, and its conditions hold the images it was built with."""
+    bundle: Any = SimpleNamespace(
+        path="bundle",
+        calls=SimpleNamespace(names={CONTEXT, EXTRA_CHANNELS}),
+        manifest=SimpleNamespace(conditioning=SimpleNamespace(prompts=("a", "b"))),
+    )
+    assert "takes an image with every prompt" in no_text(bundle)
+    assert "--text" not in no_text(bundle)
+    own = Conditions(own={EXTRA_CHANNELS: np.zeros((1, 5, 4, 4), np.float32)})
+    session: Any = SimpleNamespace(conditions=own, steps=1, scheduler=SimpleNamespace(table=lambda steps: None))
+    with pytest.raises(SessionError, match="would only replace the start"):
+        Session.start(session, image=np.zeros((1, 4, 4, 4), np.float32))
