@@ -18,7 +18,7 @@ from unetc.artifacts.scope import control_scope
 from unetc.compiler.planner.emissions import share_engines
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
-from unetc.compiler.search.controls import make_controls
+from unetc.compiler.search.controls import Controls, MadeControl, make_controls
 from unetc.compiler.search.fit import fit_plan
 from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
@@ -155,15 +155,19 @@ def build(
     )
     default = levels[0]
     wanted = options.controls and default.candidate.saving > 0.01
-    controls: list[tuple[str, Candidate]] = []
+    controls = Controls()
     if wanted:
         controls = make_controls(
             workbench,
+            model,
             default.candidate,
             default.correction,
             notes,
             seed,
             on_progress,
+            time_ratio=default.measured.time_ratio,
+            limits=options.plan,
+            repair=options.repair,
             random_plans=options.random_plans,
         )
     pairs = check_pairs(workbench, default.candidate, seed, on_progress) if wanted else ()
@@ -364,7 +368,7 @@ def _write(
     setup: Setup,
     options: BuildOptions,
     levels: list[_Fitted],
-    controls: list[tuple[str, Candidate]],
+    controls: Controls,
     pairs: tuple[EnginePair, ...],
     notes: list[str],
     seed: int,
@@ -379,10 +383,8 @@ def _write(
         steps=options.steps,
         full=contents.add_full(levels[0].candidate.full_ms),
         levels=tuple(_add_level(contents, fitted, default=fitted is levels[0]) for fitted in levels),
-        controls=tuple(
-            Control(name=name, plan=own.plan, engines=contents.add_engines(f"controls/{name}-", own))
-            for name, own in controls
-        ),
+        controls=tuple(_add_control(contents, one) for one in controls.made),
+        converged=None if controls.converged is None else contents.add_table("converged", controls.converged),
         pairs=pairs,
         used_seeds=(setup.profile.seed, seed),
         notes=tuple(notes),
@@ -404,6 +406,18 @@ def _add_inputs(contents: Contents, setup: Setup, options: BuildOptions, notes: 
             contents.add_text(text)
     except (CompileError, ModelError) as error:
         notes.append(f"the bundle takes only the prompts that it was built with: {str(error).rstrip('.')}")
+
+
+def _add_control(contents: Contents, made: MadeControl) -> Control:
+    """Add the engines or the schedule of a control."""
+    own, scheduler = made.candidate, made.scheduler
+    return Control(
+        name=made.name,
+        description=made.description,
+        plan=None if own is None else own.plan,
+        engines=() if own is None else contents.add_engines(f"controls/{made.name}-", own),
+        table=None if scheduler is None else contents.add_table(made.name, scheduler),
+    )
 
 
 def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:

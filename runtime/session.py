@@ -6,6 +6,7 @@ predictions, conditions and emitted branches. In each step one value comes back:
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -146,9 +147,12 @@ class Session:
             SessionError: If there is no such level; the message lists the names.
         """
         bundle, manifest = loaded.bundle, loaded.bundle.manifest
-        plan, engines = (control.plan, control.engines) if control else _choose(manifest, level)
+        plan, engines = _choose(manifest, level)
+        if control is not None:
+            own = control.plan
+            plan, engines = (own, control.engines) if own else (full_plan(manifest.plan), (manifest.full,))
         programs = [loaded.program(engine) for engine in engines]
-        return cls(
+        session = cls(
             plan=plan,
             full=loaded.full,
             programs=programs,
@@ -164,6 +168,17 @@ class Session:
             device=loaded.backend.device,
             calls=bundle.calls,
         )
+        return session if control is None or control.table is None else session.along(bundle.tables[control.table])
+
+    def along(self, scheduler: SchedulerTables) -> Session:
+        """Open a session over the same engines with another scheduler.
+
+        Args:
+            scheduler: The other scheduler; its first number of steps becomes the default.
+        """
+        other = copy.copy(self)
+        other.scheduler, other.steps = scheduler, scheduler.counts[0]
+        return other
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ on a whole trajectory. A scheduler that the form cannot express fails this check
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from unetc.errors import ModelError
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
+from .along import begin_along
 from .keys import check_values
 from .names import SCHEDULERS
 from .probe import MOST, probe
@@ -133,6 +134,22 @@ def extract(scheduler: Scheduler, steps: int) -> SchedulerTable:
             f"{type(scheduler).__name__} makes no proper schedule of {steps} steps{reason}. Choose another number."
         )
     return _extract(begun, steps)
+
+
+def extract_along(scheduler: Scheduler, timesteps: Sequence[int]) -> SchedulerTable:
+    """Read the table along chosen timesteps and check it against diffusers.
+
+    Args:
+        scheduler: A scheduler for which `walks_along` holds; it is not changed.
+        timesteps: Timesteps of the training, falling.
+
+    Returns:
+        The table, as `extract` returns it.
+
+    Raises:
+        ModelError: If the scheduler cannot follow the timesteps or cannot be expressed as a table.
+    """
+    return _extract(begin_along(scheduler, timesteps), len(timesteps))
 
 
 def _extract(begun: Any, steps: int) -> SchedulerTable:

@@ -141,10 +141,26 @@ class Workbench:
 
     def damage(self, candidate: Candidate, *, seed: int) -> Damage:
         """Sample one batch with a plan and compare it with the full model's, which is sampled once per seed."""
-        batch = self.profile.batch
+        sampled = candidate.session.sample(self.profile.batch, seed=seed)
+        return measure_damage(self._reference(candidate, seed), sampled)
+
+    def damage_along(self, candidate: Candidate, scheduler: SchedulerTables, *, seed: int) -> Damage:
+        """Sample one batch with the full model along another schedule and compare it with the full model's own.
+
+        Args:
+            candidate: Any plan; its session has the full model.
+            scheduler: The other schedule.
+            seed: Seed of the noise.
+        """
+        session = candidate.session.along(scheduler)
+        sampled = session.sample(self.profile.batch, seed=seed, full_model=True)
+        return measure_damage(self._reference(candidate, seed), sampled)
+
+    def _reference(self, candidate: Candidate, seed: int) -> NDArray[np.float32]:
+        """Sample one batch with the full model, once per seed."""
         if seed not in self._references:
-            self._references[seed] = candidate.session.sample(batch, seed=seed, full_model=True)
-        return measure_damage(self._references[seed], candidate.session.sample(batch, seed=seed))
+            self._references[seed] = candidate.session.sample(self.profile.batch, seed=seed, full_model=True)
+        return self._references[seed]
 
     def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
         """Sample with the plan and with the full model alternately, on the same noise.

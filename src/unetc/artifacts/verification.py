@@ -15,6 +15,22 @@ class ControlResult(Record, frozen=True, kw_only=True):
     description: str
 
 
+class Converged(Record, frozen=True, kw_only=True):
+    """Distances to the converged trajectory: the same start, and so many steps that more would change little.
+
+    The distance to the full model is for users who want the same pictures as today. The distance to the converged
+    trajectory is for users who only want the best sample in a given time.
+    """
+
+    scheduler: str
+    steps: int
+    full: Damage
+    """Distance of the full model, with its own number of steps."""
+    plan: Damage
+    controls: dict[str, Damage]
+    """Distance of every control by its name."""
+
+
 class EngineUse(Record, frozen=True, kw_only=True):
     """One engine of the plan, and how the schedule used it."""
 
@@ -53,6 +69,10 @@ class Verification(Artifact, frozen=True, kw_only=True):
     time_ratio_p90: float
     damage: Damage
     controls: dict[str, ControlResult]
+    loses_to: tuple[str, ...] = ()
+    """Controls that do less damage in no more time, see `beaten_by`."""
+    converged: Converged | None = None
+    """None for a scheduler that adds noise, and for a bundle without controls."""
     engines: tuple[EngineUse, ...]
     disk_bytes: int
     """Bytes of the weights and graphs of the full model and the plan's engines."""
