@@ -17,7 +17,7 @@ import numpy as np
 from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan, full_plan
 from unetc.backend import Backend, Program
-from unetc.call import CallSignature
+from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
@@ -259,8 +259,8 @@ class Session:
             Samples [batch, channel, height, width], float32, in the range the model was trained on (mostly -1 to 1).
 
         Raises:
-            SessionError: If the bundle has no scheduler table for this number of steps, or its scheduler cannot start
-                from an image at this strength.
+            SessionError: If the bundle has no scheduler table for this number of steps, its scheduler cannot start
+                from an image at this strength, or an image is given where the bundle's conditions hold others.
             ShapeMismatch: If the noise or the image does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """
@@ -298,6 +298,11 @@ class Session:
         table = self.scheduler.table(self.steps if steps is None else steps)
         if image is None and strength != 1:
             raise SessionError(f"strength is {strength:g}, and no image is given. Pass an image to start from.")
+        if image is not None and conditions is None and EXTRA_CHANNELS in self.conditions.own:
+            raise SessionError(
+                "the bundle's conditions hold images of their own, and the given image would only replace the start. "
+                "Pass conditions that hold the image, or use unetc.diffusers in the model's pipeline."
+            )
         first = 0 if image is None else self.first_step(table, strength)
         if image is not None:
             batch, height, width = self._of_image(image, noise, height, width)

@@ -129,8 +129,10 @@ def extract(scheduler: Scheduler, steps: int) -> SchedulerTable:
     """
     begun = _proper(scheduler, steps)
     if begun is None:
+        trained = scheduler.config.get("num_train_timesteps")
+        reason = f": it has {trained} timesteps" if isinstance(trained, int) and steps > trained else ""
         raise ModelError(
-            f"{type(scheduler).__name__} makes no proper schedule of {steps} steps. Choose another number."
+            f"{type(scheduler).__name__} makes no proper schedule of {steps} steps{reason}. Choose another number."
         )
     return _extract(begun, steps)
 

@@ -98,8 +98,10 @@ _PROPOSALS = 200
 def _neighbours(
     workbench: Workbench, candidate: Candidate, floor: float, generator: np.random.Generator
 ) -> Iterator[Candidate]:
-    """Propose schedules that save enough and differ in one or two steps."""
+    """Propose schedules that save enough and differ in one or two steps; the first step keeps its engine."""
     schedule = workbench.schedule(candidate)
+    if len(schedule) < 2:
+        return
     count = len(candidate.programs)
     for _ in range(_PROPOSALS):
         changed = list(schedule)
