@@ -346,6 +346,11 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         """Time and damage of the default level."""
         return self.levels[0].measured
 
+    @property
+    def plain_damage(self) -> Damage | None:
+        """Damage of the default level with the bundle's own schedule, if another one is tuned to its plan."""
+        return self.levels[0].plain_damage
+
     def level(self, name: str) -> Level:
         """Find a quality level by its name.
 

@@ -274,7 +274,7 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "phases": to_builtins(manifest.plan.phases),
         "levels": [_level_facts(level) for level in manifest.levels],
         "notes": list(manifest.notes),
-        "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps),
+        "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps, manifest.plain_damage),
         "bytes": sum(record.bytes for record in manifest.files),
         "text_bytes": text_bytes(manifest),
     }
@@ -293,6 +293,7 @@ def _level_facts(level: Level) -> dict[str, object]:
         "budget": level.plan.budget,
         "saves": 1 - level.measured.time_ratio,
         "measured": to_builtins(level.measured),
+        "plain_damage": to_builtins(level.plain_damage),
         "engines": [_engine_facts(engine) for engine in level.engines],
         "phases": to_builtins(level.plan.phases),
     }
@@ -323,7 +324,7 @@ def bundle_table(manifest: Manifest) -> RenderableType:
     if manifest.text is not None:
         title += f", with text encoders of {text_bytes(manifest) / 1e6:.1f} MB"
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
-    scope = damage_scope(manifest.model, manifest.control, manifest.steps)
+    scope = damage_scope(manifest.model, manifest.control, manifest.steps, manifest.plain_damage)
     ladder = [ladder_table(manifest)] if len(manifest.levels) > 1 else []
     return Group(engines, *ladder, *(plan_table(level.plan) for level in manifest.levels), Text(scope))
 

@@ -97,7 +97,7 @@ def render(
         converged=verification.converged,
         which_figure=WHICH_FIGURE,
         fewer=_fewer_steps(verification),
-        scope=damage_scope(manifest.model, verification.control, manifest.steps),
+        scope=damage_scope(manifest.model, verification.control, manifest.steps, manifest.plain_damage),
         reused_seed=verification.seed in manifest.used_seeds,
         ranking=ranking,
         treatments=tuple(ROWS.items()),
