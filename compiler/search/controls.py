@@ -87,7 +87,10 @@ def make_controls(
     )
 
     def restricted(restriction: Restriction) -> Callable[[], Candidate]:
-        return lambda: fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=short)
+        own = replace(short, tune=restriction is Restriction.STEPS_ONLY)  # the others are simpler ways of today
+        return lambda: (
+            fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own).candidate
+        )
 
     def random(i: int) -> Callable[[], Candidate]:
         return lambda: fit_random(workbench, target, correction, i, max_engines=engines)

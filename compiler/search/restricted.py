@@ -15,7 +15,7 @@ from unetc.progress import ignore
 from unetc.runtime.rollout import FULL_ENGINE
 
 from .fit import ATTEMPTS, TOLERANCE
-from .repair import RepairOptions, repair
+from .repair import Repaired, RepairOptions, repair
 from .workbench import Candidate, Workbench
 
 
@@ -28,7 +28,7 @@ def fit_restricted(
     *,
     limits: PlanOptions,
     options: RepairOptions,
-) -> Candidate:
+) -> Repaired:
     """Find the best plan that keeps to a restriction and saves a measured time.
 
     Args:
@@ -45,7 +45,7 @@ def fit_restricted(
     """
     found = _fit(workbench, replace(limits, restriction=restriction), target, correction)
     spent = _spend(workbench, found, target)
-    return repair(workbench, spent, target / (1 + TOLERANCE / 2), seed, options, ignore).candidate
+    return repair(workbench, spent, target / (1 + TOLERANCE / 2), seed, options, ignore)
 
 
 def _fit(workbench: Workbench, limits: PlanOptions, target: float, correction: float) -> Candidate:

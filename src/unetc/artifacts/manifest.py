@@ -106,6 +106,10 @@ class Level(Record, frozen=True, kw_only=True):
     engines: tuple[BundleEngine, ...]
     """One per engine of the plan, in the same order."""
     measured: Measurement
+    tuned: str | None = None
+    """Name of the schedule in `tables` whose rows are tuned to the plan; None for the bundle's own."""
+    plain_damage: Damage | None = None
+    """Damage with the bundle's own schedule, as in a diffusers pipeline; None if that is what was measured."""
     evaluated: tuple[Measurement, ...]
     """Every schedule that the build sampled while it chose the plan."""
 
@@ -113,6 +117,7 @@ class Level(Record, frozen=True, kw_only=True):
         """Check the name, and that every engine of the plan is present."""
         require(bool(self.name) and self.name != FULL, f"a level must have a name other than {FULL!r}")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+        require((self.tuned is None) == (self.plain_damage is None), "a tuned level must state its plain damage")
 
 
 class EnginePair(Record, frozen=True, kw_only=True):
@@ -153,7 +158,7 @@ class Control(Record, frozen=True, kw_only=True):
     engines: tuple[BundleEngine, ...] = ()
     """One per engine of the plan, in the same order."""
     table: str | None = None
-    """Name of its schedule in `tables`; None for the bundle's own."""
+    """Name of its schedule in `tables`, tuned to the plan if there is one; None for the bundle's own."""
 
     def __post_init__(self) -> None:
         """Check that every engine of the plan is present, and that there is something to compare with."""
@@ -319,8 +324,8 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         require(len({*names}) == len(names), f"the names of levels must differ, got {', '.join(names)}")
         tables = [table.name for table in self.tables]
         require(len({*tables}) == len(tables), f"the names of schedules must differ, got {', '.join(tables)}")
-        used = {self.converged, *(control.table for control in self.controls)} - {None}
-        require(used <= {*tables}, "a control has a schedule that the bundle lacks")
+        used = {self.converged, *(one.table for one in self.controls), *(level.tuned for level in self.levels)} - {None}
+        require(used <= {*tables}, "a control or a level has a schedule that the bundle lacks")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
         require(bool(self.used_seeds), "used_seeds must not be empty")
         lowered = {engine.lowered is not None for engine in self.all_engines()}

@@ -341,6 +341,10 @@ class SchedulerTables:
         nearest = " or ".join(str(count) for count in self.counts[max(position - 1, 0) : position + 1])
         raise SessionError(f"there is no {self.name} table for {steps} steps. Nearest: {nearest} steps.")
 
+    def only(self, table: SchedulerTable) -> SchedulerTables:
+        """Make tables of the same scheduler with one table alone."""
+        return SchedulerTables(name=self.name, tables=(table,), one_size=self.one_size)
+
     def noise_levels(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """List timesteps, increasing, and the log-SNR at each of them.
 
