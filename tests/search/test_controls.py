@@ -61,7 +61,7 @@ def setup(tiny_model: Path, cache: Path) -> Iterator[Setup]:
 
 def restricted(setup: Setup, restriction: Restriction, target: float, repair: RepairOptions = NO_REPAIR) -> Candidate:
     limits = PlanOptions(budget=target)
-    return fit_restricted(setup.workbench, restriction, target, 1.0, SEED, limits=limits, options=repair)
+    return fit_restricted(setup.workbench, restriction, target, 1.0, SEED, limits=limits, options=repair).candidate
 
 
 @pytest.mark.parametrize("restriction", [Restriction.STEPS_ONLY, Restriction.CHOSEN_STEPS])
@@ -146,6 +146,7 @@ def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
         limits=PlanOptions(budget=0.5),
         repair=NO_REPAIR,
         random_plans=1,
+        tuned_batches=1,
     )
     names = [one.name for one in controls.made]
     assert names[:4] == ["fewer_steps", "other_solver", "steps_only", "chosen_steps"]
