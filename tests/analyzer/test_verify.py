@@ -47,6 +47,7 @@ def test_every_control_of_the_bundle_is_measured(bundle: Bundle, result: Verific
 def test_every_contender_is_compared_with_the_converged_trajectory(bundle: Bundle, result: Verification) -> None:
     converged = result.converged
     assert converged is not None
+    assert converged.samples == result.samples
     assert converged.steps >= 500
     assert {*converged.controls} == {*result.controls}
     session = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1))
@@ -95,6 +96,16 @@ def test_a_losing_plan_and_both_distances_are_printed(result: Verification) -> N
     text = console.export_text()
     assert "loses" not in text
     assert "converged" not in text
+
+
+def test_few_batches_are_compared_with_the_converged_trajectory(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "CONVERGED_ROUNDS", 1)
+    some = verify(bundle, VerifyOptions(rounds=2, batch=1))
+    assert some.samples == 2
+    assert some.converged is not None
+    assert some.converged.samples == 1
 
 
 def test_the_command_leaves_the_converged_trajectory_out(tiny_bundle: Path) -> None:

@@ -315,7 +315,9 @@ def test_page_without_losing_control_accuses_nobody(default_page: str) -> None:
 def test_distances_to_the_converged_trajectory_are_told_apart(default_page: str) -> None:
     assert "converged" not in default_page
     distances = {name: damage(0.1 + i / 100) for i, name in enumerate(CONTROLS)}
-    converged = Converged(scheduler="ddim", steps=500, full=damage(0.3), plan=damage(0.25), controls=distances)
+    converged = Converged(
+        scheduler="ddim", steps=500, samples=3, full=damage(0.3), plan=damage(0.25), controls=distances
+    )
     text = page(verification=msgspec.structs.replace(make_verification(), converged=converged))
     words = " ".join(text.split())
     assert "takes 500 steps of ddim" in words
