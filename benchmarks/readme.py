@@ -31,12 +31,12 @@ COMPARED = {
     "other_solver": "another scheduler",
     "deep-hold": "DeepCache's rule",
 }
-"""Controls that a reading compares with, in words."""
+"""Controls that README.md shows and a reading compares with, in words."""
 
 
 def one_budget(result: dict[str, Any]) -> str:
-    """Write the table of the main budget."""
-    return "\n".join([setting(result), "", *table_of(result["budgets"][BUDGET])])
+    """Write the table of the main budget, with short names of the controls that matter most."""
+    return "\n".join([setting(result), "", *table_of(result["budgets"][BUDGET], short=True)])
 
 
 def budgets(result: dict[str, Any]) -> str:
@@ -57,16 +57,19 @@ def setting(result: dict[str, Any]) -> str:
     )
 
 
-def table_of(run: dict[str, Any]) -> list[str]:
-    """Write the table of one budget."""
+def table_of(run: dict[str, Any], *, short: bool = False) -> list[str]:
+    """Write the table of one budget: all controls and distances, or in short."""
     verified = run["verification"]
     own = verified["damage"]["relative_l2"]["mean"]
-    converged = verified.get("converged")
+    converged = None if short else verified.get("converged")
     rows = [("*the plan*", verified["time_ratio"], verified["damage"], False, converged and converged["plan"])]
     for name, control in verified["controls"].items():
+        if short and name not in COMPARED:
+            continue
         less = control["damage"]["relative_l2"]["mean"] < own and control["time_ratio"] <= verified["time_ratio_p90"]
         distance = converged and converged["controls"][name]
-        rows.append((control["description"], control["time_ratio"], control["damage"], less, distance))
+        words = COMPARED[name] if short else control["description"]
+        rows.append((words, control["time_ratio"], control["damage"], less, distance))
     head = [f"budget {verified['budget']:g}", "time", "saves", "relative L2", "PSNR dB", "SSIM"]
     if converged:
         head.append("to converged")
