@@ -31,6 +31,8 @@ Array = NDArray[np.float32]
 HELD_OUT = 1000
 """Distance of the default seed from those that analysis and build have used."""
 
+CONVERGED_ROUNDS = 4
+"""Most batches of the converged trajectory: each takes the time of many others."""
 FEWER_STEPS = "fewer_steps"
 """Name of the control that every level is compared with, even without others."""
 
@@ -97,8 +99,9 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
     converged = None
     if options.converged and manifest.converged is not None:
         truth = session.along(bundle.tables[manifest.converged])
-        calls = partial(sample, truth, full_model=True)
-        converged = _compare(truth, _sample_converged(calls, options.rounds, batch, on_progress), outputs, groups)
+        rounds = min(options.rounds, CONVERGED_ROUNDS)
+        latents = _sample_converged(partial(sample, truth, full_model=True), rounds, batch, on_progress)
+        converged = _compare(truth, latents, outputs, groups)
     result = Verification(
         unetc=unetc.__version__,
         model=manifest.model,
@@ -186,11 +189,13 @@ def _sample_converged(sample: Callable[[int], Array], rounds: int, batch: int, o
 def _compare(
     truth: Session, latents: Array, outputs: Mapping[str, Array], groups: Mapping[str, Sequence[str]]
 ) -> Converged:
-    """Compare every contender with the converged trajectory."""
+    """Compare every contender with the converged trajectory, on as many of its first samples."""
     reference = truth.decode(latents)
+    outputs = {name: sampled[: len(reference)] for name, sampled in outputs.items()}
     return Converged(
         scheduler=truth.scheduler.name,
         steps=truth.steps,
+        samples=len(reference),
         full=_distance(reference, outputs, ["full"]),
         plan=_distance(reference, outputs, ["plan"]),
         controls={group: _distance(reference, outputs, names) for group, names in groups.items()},

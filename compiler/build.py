@@ -174,6 +174,7 @@ def build(
             limits=options.plan,
             repair=options.repair,
             random_plans=options.random_plans,
+            tuned_batches=TUNED_BATCHES,
         )
     pairs = check_pairs(workbench, default.candidate, seed, on_progress) if wanted else ()
     return _write(path, setup, options, levels, controls, pairs, notes, seed, on_progress)

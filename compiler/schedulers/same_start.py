@@ -148,6 +148,7 @@ def _add(found: dict[str, SchedulerTable], spacing: str, start: SchedulerTable, 
     except ModelError as error:
         logger.debug("no schedule with spacing %s: %s", spacing, error)
         return
-    if table.starts_like(start) and not any(np.array_equal(table.log_snr, other.log_snr) for other in found.values()):
+    known = any(np.allclose(table.log_snr, other.log_snr, atol=1e-4) for other in found.values())
+    if table.starts_like(start) and not known:
         scale = start.initial_scale * start.input_scale.item(0) / table.input_scale.item(0)
         found[spacing] = replace(table, initial_scale=scale)

@@ -17,7 +17,7 @@ from .fit import fit_deep_hold, fit_random, fit_uniform
 from .repair import RepairOptions
 from .restricted import fit_restricted
 from .schedules import Schedule, fewer_steps, other_solver
-from .workbench import Candidate, Workbench
+from .workbench import SAMPLING_ROUNDS, Candidate, Workbench
 
 MOST_REPAIR = RepairOptions(evaluations=20, patience=8)
 """Longest search for the schedule of a control."""
@@ -63,6 +63,7 @@ def make_controls(
     limits: PlanOptions,
     repair: RepairOptions,
     random_plans: int,
+    tuned_batches: int,
 ) -> Controls:
     """Make the controls of a plan; one that cannot be made is noted and left out.
 
@@ -70,7 +71,7 @@ def make_controls(
         workbench: Where to measure.
         model: The model.
         candidate: The plan.
-        correction: What the plan's costs were corrected by.
+        correction: Measured / predicted saving that the plan was made with.
         notes: Receives a note for every control that cannot be made.
         seed: Seed of the noise that controls are chosen on.
         on_progress: Called as the work advances.
@@ -78,6 +79,7 @@ def make_controls(
         limits: Limits of the plan, which hold for controls too.
         repair: How long the plan was repaired; controls are repaired as long, up to `MOST_REPAIR`.
         random_plans: Number of random plans.
+        tuned_batches: Batches that rows of the scheduler are tuned on, as for the plan.
     """
     target, engines = candidate.saving, candidate.plan.max_engines
     short = replace(
@@ -87,10 +89,13 @@ def make_controls(
     )
 
     def restricted(restriction: Restriction) -> Callable[[], Candidate]:
-        own = replace(short, tune=restriction is Restriction.STEPS_ONLY)  # the others are simpler ways of today
-        return lambda: (
-            fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own).candidate
-        )
+        own = replace(short, tune=repair.tune and restriction is Restriction.STEPS_ONLY)  # the others tune nothing
+
+        def fit() -> Candidate:
+            found = fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own)
+            return _tuned(workbench, found.candidate, seed, tuned_batches) if own.tune else found.candidate
+
+        return fit
 
     def random(i: int) -> Callable[[], Candidate]:
         return lambda: fit_random(workbench, target, correction, i, max_engines=engines)
@@ -112,6 +117,14 @@ def make_controls(
             notes.append(f"left out the control {name}: {error}")
     on_progress(Progress(stage="controls", done=len(makers), total=len(makers)))
     return Controls(made=tuple(made), converged=_converged(workbench, model, notes))
+
+
+def _tuned(workbench: Workbench, candidate: Candidate, seed: int, batches: int) -> Candidate:
+    """Tune rows to a control as to the plan itself: on more batches, or not at all if that does less damage."""
+    plain = workbench.plain(candidate)
+    tuned, _ = workbench.tune(plain, seed=seed, batches=batches)
+    judged = [workbench.damage(one, seed=seed + 1, batches=SAMPLING_ROUNDS).relative_l2.mean for one in (tuned, plain)]
+    return tuned if judged[0] < judged[1] else plain
 
 
 def _describe(name: str, made: Candidate | Schedule) -> MadeControl:

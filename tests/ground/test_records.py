@@ -262,6 +262,7 @@ verifications = st.builds(
         Converged,
         scheduler=text,
         steps=count,
+        samples=count,
         full=damages,
         plan=damages,
         controls=st.dictionaries(text, damages, max_size=2),

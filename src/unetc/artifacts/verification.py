@@ -29,6 +29,8 @@ class Converged(Record, frozen=True, kw_only=True):
 
     scheduler: str
     steps: int
+    samples: int
+    """Number of samples that were compared, the first ones of the verification."""
     full: Damage
     """Distance of the full model, with its own number of steps."""
     plan: Damage
