@@ -49,10 +49,14 @@ def fit_restricted(
 
 
 def _fit(workbench: Workbench, limits: PlanOptions, target: float, correction: float) -> Candidate:
-    """Plan for corrected budgets and return the plan whose measured saving is closest to the target.
+    """Plan for corrected budgets and return the plan that saves the target and least more.
 
     Plans with the same engines are timed once.
     """
+
+    def misses(candidate: Candidate) -> tuple[bool, float]:
+        return candidate.saving < (1 - TOLERANCE / 2) * target, abs(candidate.saving - target)
+
     log_snr = workbench.scheduler.table(workbench.steps).log_snr.tolist()
     timed: dict[bytes, Candidate] = {}
     best: Candidate | None = None
@@ -68,7 +72,7 @@ def _fit(workbench: Workbench, limits: PlanOptions, target: float, correction: f
             candidate = workbench.reschedule(timed[engines], plan.schedule(log_snr))
         else:
             candidate = timed[engines] = workbench.compile(plan)
-        if best is None or abs(candidate.saving - target) < abs(best.saving - target):
+        if best is None or misses(candidate) < misses(best):
             best = candidate
         if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
             break

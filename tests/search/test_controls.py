@@ -65,7 +65,7 @@ def restricted(setup: Setup, restriction: Restriction, target: float, repair: Re
 
 
 @pytest.mark.parametrize("restriction", [Restriction.STEPS_ONLY, Restriction.CHOSEN_STEPS])
-@pytest.mark.parametrize("target", [0.25, 0.375])
+@pytest.mark.parametrize("target", [0.25, 0.27, 0.375])
 def test_a_control_of_whole_steps_takes_the_time_and_no_less(
     setup: Setup, restriction: Restriction, target: float
 ) -> None:
