@@ -153,10 +153,11 @@ class Session:
         bundle, manifest = loaded.bundle, loaded.bundle.manifest
         plan, engines, table = _choose(manifest, level) if control is None else _of_control(manifest, control)
         other = None if table is None else bundle.tables[table]
+        programs = [loaded.program(engine) for engine in engines]  # first: the full model may be one of them
         session = cls(
             plan=plan or full_plan(manifest.plan),
             full=loaded.full,
-            programs=[loaded.program(engine) for engine in engines],
+            programs=programs,
             exact=loaded.exact,
             scheduler=bundle.scheduler,
             sample_shape=manifest.sample_shape,

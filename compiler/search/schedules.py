@@ -73,7 +73,7 @@ def other_solver(workbench: Workbench, model: Model, candidate: Candidate, time_
     full, own = workbench.scheduler.table(workbench.steps), workbench.scheduler.name
     if full.adds_noise:
         raise PlanError(f"{own} adds noise in every step, so another scheduler follows another trajectory.")
-    calls = max(1, round(time_ratio * full.steps))
+    calls = min(full.steps, max(1, round(time_ratio * full.steps)))
     choices: dict[tuple[str, str], SchedulerTable] = {}
     problems = []
     for name in SOLVERS:

@@ -122,6 +122,12 @@ def test_the_better_of_two_solvers_is_named(setup: Setup) -> None:
     assert found.scheduler.tables[0].starts_like(setup.workbench.scheduler.table(STEPS))
 
 
+def test_another_solver_makes_no_more_calls_than_the_full_model(setup: Setup) -> None:
+    plan = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
+    found = other_solver(setup.workbench, setup.prepared.model, plan, 1.3, SEED)
+    assert found.scheduler.tables[0].steps == STEPS
+
+
 def test_another_solver_follows_no_stochastic_trajectory(setup: Setup) -> None:
     model = setup.prepared.model
     table = extract(scheduler_for("ddpm", model), STEPS)
