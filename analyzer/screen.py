@@ -67,7 +67,8 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
     errors: dict[tuple[Ablation, int], float] = {}
     calls = 0
     names = tuple(component.name for component in sweep.ablated)
-    key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+    tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
+    key = hashlib.sha256(repr((names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
     for b in range(len(sweep.bins)):
         path = work / f"bin{b:02d}-local-{key}.json"
         try:
@@ -92,7 +93,7 @@ def screen_calls(sweep: Sweep) -> int:
         calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
         for kind in REMOVALS + REUSES:
             if not kind.treatment.reuses or _sources(kind, step):
-                count = sum(kind in treatments_for(component) for component in sweep.ablated)
+                count = sum(kind in treatments_for(component, denoises=sweep.denoises) for component in sweep.ablated)
                 calls += -(-count // size) * size
     return calls
 
@@ -176,9 +177,9 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
     calls = 0
     branches: dict[int, BranchCache] = {}
     for kind in REMOVALS + REUSES:
-        names = [component.name for component in sweep.ablated if kind in treatments_for(component)]
+        names = [c.name for c in sweep.ablated if kind in treatments_for(c, denoises=sweep.denoises)]
         sources = _sources(kind, step)
-        if kind.treatment.reuses and not sources:
+        if not names or (kind.treatment.reuses and not sources):
             continue
         if kind.treatment.reuses and kind.period not in branches:
             branches[kind.period] = branches_at(sweep, base, sources, size)

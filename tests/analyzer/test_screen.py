@@ -62,7 +62,7 @@ def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, b
     """Create a sweep in which the last batch of a kind is smaller than the others."""
     table = extract(make_scheduler("ddim", {"beta_schedule": "scaled_linear"}), steps)
     return Sweep(
-        denoiser=GatedDenoiser(tiny().gated, backend),
+        denoiser=GatedDenoiser(tiny().gated, backend, prediction_type=table.prediction_type),
         components=tiny().gated.components,
         ablated=tiny().gated.components,
         table=table,
@@ -98,7 +98,9 @@ def work(tmp_path: Path) -> Path:
 
 
 def test_every_ablation_is_screened_in_every_bin() -> None:
-    assert {*screened().errors} == {(a, b) for a in ablations_of(tiny().gated.components) for b in range(len(BINS))}
+    assert {*screened().errors} == {
+        (a, b) for a in ablations_of(tiny().gated.components, denoises=True) for b in range(len(BINS))
+    }
     assert all(np.isfinite(error) and error >= 0 for error in screened().errors.values())
     assert np.mean([error > 0 for error in screened().errors.values()]) > 0.9
 
@@ -116,11 +118,12 @@ def alone(ablation: Ablation, b: int) -> float:
         branches = BranchCache()
         for source in (step - kind.period // 2 - kind.period, step - kind.period // 2):
             if source >= 0:
-                denoiser.compute_branches(*at(source), branches)
+                denoiser.compute_branches(*at(source), branches, log_snr=sweep.log_snr(source))
         (index,) = (c.index for c in sweep.components if c.name == ablation.component)
         holds = np.zeros((SAMPLES, len(sweep.components)), np.float32)
         holds[:, index] = 1
-        changed = denoiser.recall(*at(step), branches, treatments={index: kind.treatment}, holds=holds)
+        treatments, level = {index: kind.treatment}, sweep.log_snr(step)
+        changed = denoiser.recall(*at(step), branches, log_snr=level, treatments=treatments, holds=holds)
     else:
         gates = denoiser.gates({ablation.component: kind.treatment}, SAMPLES)
         changed = denoiser.predict(*at(step), gates=gates, means=base.means[b])
