@@ -4,8 +4,8 @@ A treatment either removes a component, and a multiple of its mean replaces the 
 steps. An analysis runs the gated graph with a row's gates and recall; `specialise` turns the same row into a graph, so
 every engine does exactly the measured thing. A new treatment is one more member of the enum and one more row.
 
-The whole denoiser call has a second form of reuse: of the denoised sample x0 in place of the prediction. Both follow from
-each other at a noise level, see `unetc.sampler.prediction_type`.
+The whole denoiser call has a second form of reuse: of the denoised sample x0 in place of the prediction. Both follow
+from each other at a noise level, see `unetc.sampler.prediction_type`.
 """
 
 from __future__ import annotations
