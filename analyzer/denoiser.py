@@ -41,7 +41,8 @@ class GatedDenoiser:
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
         self._device = backend.device
-        self._prediction_type = prediction_type
+        self.prediction_type = prediction_type
+        """How the denoised sample follows from a prediction; None if it is never reused."""
         self._loader = backend.open_weights(gated.weights.read_bytes())
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
@@ -86,7 +87,7 @@ class GatedDenoiser:
         """
         predicted, emitted = self._run(self._emitting, sample, timestep, {}, {})
         cache.store(emitted, timestep)
-        if (kind := self._prediction_type) is not None:
+        if (kind := self.prediction_type) is not None:
             cache.store_denoised(kind, self._widened(sample), predicted, timestep, log_snr)
         return self._guided(predicted, sample)
 
@@ -119,8 +120,8 @@ class GatedDenoiser:
             assert recall is not None
             own = inputs
             if treatment.row.of_x0:
-                assert self._prediction_type is not None
-                implied = cache.denoised_inputs(self._prediction_type, self._widened(sample), log_snr)
+                assert self.prediction_type is not None
+                implied = cache.denoised_inputs(self.prediction_type, self._widened(sample), log_snr)
                 own = inputs | {f"{prefix}{index}": value for prefix, value in implied.items()}
             inputs[f"{HELD}{index}"] = recall(partial(self._array_of, own, index))
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}

@@ -72,7 +72,7 @@ class Sweep:
     @property
     def denoises(self) -> bool:
         """Whether the denoised sample follows from a prediction, so that it can be reused."""
-        return self.table.prediction_type is not None
+        return self.denoiser.prediction_type is not None
 
     def timestep(self, step: int) -> float:
         """Return the scheduler's value at a step."""
