@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import Cost, Effect, Estimate
+from unetc.artifacts.profile import STEP, Cost, Effect, Estimate
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
@@ -103,6 +103,9 @@ def choose(
 ) -> tuple[tuple[Ablation, int], ...]:
     """Choose the ablations of every bin that a plan is most likely to want: those with the least error per time saved.
 
+    Where the step can be reused in two forms, the best of each form comes first. Their local errors do not compare: an
+    error of the prediction that only lacks the latest noise does less damage than others.
+
     Returns:
         Ablations with their bins: the best of every bin first, then the second best.
     """
@@ -115,9 +118,19 @@ def choose(
     ranked = [
         (rank, b, ablation)
         for b, entries in sorted(worth.items())
-        for rank, (_, _, ablation) in enumerate(sorted(entries)[:per_bin])
+        for rank, ablation in enumerate(_both_forms_first([ablation for _, _, ablation in sorted(entries)])[:per_bin])
     ]
     return tuple((ablation, b) for _, b, ablation in sorted(ranked, key=lambda entry: entry[:2]))
+
+
+def _both_forms_first(ranked: Sequence[Ablation]) -> list[Ablation]:
+    """Put the best reuse of the prediction and of the denoised sample first, if there are both."""
+    best: dict[bool, Ablation] = {}
+    for ablation in ranked:
+        if ablation.component == STEP:
+            best.setdefault(ablation.periodic.treatment.row.of_x0, ablation)
+    first = list(best.values()) if len(best) == 2 else []
+    return first + [ablation for ablation in ranked if ablation not in first]
 
 
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:

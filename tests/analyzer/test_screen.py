@@ -249,6 +249,21 @@ def test_equal_worth_is_chosen_in_the_order_of_the_screen() -> None:
     assert [ablation.component for ablation, _ in chosen] == ["c", "a"]
 
 
+def test_both_forms_of_reusing_the_step_are_chosen_first() -> None:
+    kinds = [PeriodicTreatment(treatment=Treatment(name), period=2) for name in ("hold", "forecast", "hold_x0")]
+    errors = {(Ablation(component=STEP, periodic=kind), 0): error for kind, error in zip(kinds, (9, 8, 7), strict=True)}
+    errors |= {(Ablation(component=name, periodic=DROP), 0): 0.1 for name in "ab"}
+    costs = costs_of({STEP: 0.9, "a": 0.5, "b": 0.4})
+    chosen = [ablation for ablation, _ in choose(Screen(errors=errors, calls=0), costs, 80.0, 3)]
+    assert [(own.component, own.periodic.treatment.value) for own in chosen] == [
+        (STEP, "hold_x0"),
+        (STEP, "forecast"),
+        ("a", "drop"),
+    ]
+    one_form = {entry: error for entry, error in errors.items() if not entry[0].periodic.treatment.row.of_x0}
+    assert [own.component for own, _ in choose(Screen(errors=one_form, calls=0), costs, 80.0, 3)] == ["a", "b", STEP]
+
+
 def effect_of(entry: tuple[Ablation, int], damage: float) -> Effect:
     ablation, b = entry
     return Effect(
