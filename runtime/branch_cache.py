@@ -134,7 +134,7 @@ class BranchCache:
         return {HELD: held, EARLIER: implied(history[1][1]) if len(history) > 1 else held}
 
     def _joined(self, sample: Tensor, variance: Tensor) -> Tensor:
-        """Join a tensor of a sample's channels with those of a variance, if there are any."""
+        """Join the channels of a sample and of a variance, if there is one."""
         (rows, channels, *size), further = sample.shape, variance.shape[1]
         if not further:
             return sample

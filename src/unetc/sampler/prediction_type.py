@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class PredictionType(StrEnum):
-    """What a model was trained to predict; models that predict the denoised sample itself have no type here."""
+    """Quantity that a model was trained to predict; the denoised sample itself has no type here."""
 
     EPSILON = "epsilon"
     """The noise n in y = alpha x0 + sigma n, with alpha^2 + sigma^2 = 1."""
