@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from unetc.artifacts.profile import Component, Effect
 from unetc.errors import ProfileError
-from unetc.treatments import ROWS, Treatment
+from unetc.treatments import ROWS, Row, Treatment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +70,26 @@ def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Co
     )
 
 
-def treatments_for(component: Component) -> tuple[PeriodicTreatment, ...]:
-    """List the treatments to try on a component."""
-    return tuple(tried for tried in TRIED if component.kind != "step" or tried.treatment.row.of_step)
+def treatments_for(component: Component, *, denoises: bool) -> tuple[PeriodicTreatment, ...]:
+    """List the treatments to try on a component.
+
+    Args:
+        component: The component.
+        denoises: Whether the denoised sample follows from a prediction, so that it can be reused in the step.
+    """
+    step = component.kind == "step"
+
+    def fits(row: Row) -> bool:
+        return (row.of_step or not step) and (not row.of_x0 or (step and denoises))
+
+    return tuple(tried for tried in TRIED if fits(tried.treatment.row))
 
 
-def ablations_of(components: Sequence[Component]) -> tuple[Ablation, ...]:
-    """List all ablations, equal treatments together."""
+def ablations_of(components: Sequence[Component], *, denoises: bool) -> tuple[Ablation, ...]:
+    """List all ablations, equal treatments together; see `treatments_for` for the arguments."""
     return tuple(
         Ablation(component=component.name, periodic=tried)
         for tried in TRIED
         for component in components
-        if tried in treatments_for(component)
+        if tried in treatments_for(component, denoises=denoises)
     )

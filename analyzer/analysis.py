@@ -129,7 +129,7 @@ def analyze(
     ablated = select(gated.components, options.components)
     costs = _costs(gated, ablated, backend, conditions, sample_shape, options, work, on_progress)
     sweep = Sweep(
-        denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples))),
+        denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples)), table.prediction_type),
         components=gated.components,
         ablated=ablated,
         table=table,

@@ -16,23 +16,33 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
 from unetc.errors import ProfileError
 from unetc.runtime.branch_cache import BranchCache
+from unetc.sampler.prediction_type import PredictionType
 from unetc.treatments import HELD, Treatment
 
 
 class GatedDenoiser:
     """A gated graph on a backend. An analysis needs it in four forms; each is loaded when it is first used."""
 
-    def __init__(self, gated: GatedGraph, backend: Backend, conditions: Conditions = UNCONDITIONAL) -> None:
+    def __init__(
+        self,
+        gated: GatedGraph,
+        backend: Backend,
+        conditions: Conditions = UNCONDITIONAL,
+        prediction_type: PredictionType | None = None,
+    ) -> None:
         """Load the weights.
 
         Args:
             gated: The graph.
             backend: Where to run it.
             conditions: Conditions of each sample. A batch holds all samples, once or several times.
+            prediction_type: How the denoised sample follows from a prediction; None if it is never reused.
         """
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
         self._device = backend.device
+        self.prediction_type = prediction_type
+        """How the denoised sample follows from a prediction; None if it is never reused."""
         self._loader = backend.open_weights(gated.weights.read_bytes())
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
@@ -55,22 +65,31 @@ class GatedDenoiser:
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        return self._run(self._program, sample, timestep, {"gates": gates}, {"means": means})[0]
+        predicted, _ = self._run(self._program, sample, timestep, {"gates": gates}, {"means": means})
+        return self._guided(predicted, sample)
 
     def branch_means(self, sample: Array, timestep: float) -> Array:
         """Measure the mean of every branch per channel at a timestep, [channel of all components]."""
         inputs = self._conditions(len(sample)).widen(sample, timestep, gates=self.gates({}, len(sample)))
         return self._call(self._observing, {**inputs, "means": self._no_means}, (self._gated.channels,))[0]
 
-    def compute_branches(self, sample: Array, timestep: float, cache: BranchCache) -> Array:
-        """Run the denoiser with all components kept, and store every branch in a cache.
+    def compute_branches(self, sample: Array, timestep: float, cache: BranchCache, *, log_snr: float) -> Array:
+        """Run the denoiser with all components kept, and store every branch and the denoised sample in a cache.
+
+        Args:
+            sample: Input of the denoiser, [batch, channel, height, width].
+            timestep: The scheduler's value.
+            cache: Where to store them.
+            log_snr: The noise level.
 
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        prediction, emitted = self._run(self._emitting, sample, timestep, {}, {})
+        predicted, emitted = self._run(self._emitting, sample, timestep, {}, {})
         cache.store(emitted, timestep)
-        return prediction
+        if (kind := self.prediction_type) is not None:
+            cache.store_denoised(kind, self._widened(sample), predicted, timestep, log_snr)
+        return self._guided(predicted, sample)
 
     def recall(
         self,
@@ -78,6 +97,7 @@ class GatedDenoiser:
         timestep: float,
         cache: BranchCache,
         *,
+        log_snr: float,
         treatments: Mapping[int, Treatment],
         holds: Array,
     ) -> Array:
@@ -87,6 +107,7 @@ class GatedDenoiser:
             sample: [batch, channel, height, width].
             timestep: The scheduler's value.
             cache: Branches of earlier steps, from a batch of the same size.
+            log_snr: The noise level.
             treatments: By component index, a treatment that reuses branches.
             holds: [batch, component], 1 where a sample's component gets its treatment.
 
@@ -97,9 +118,24 @@ class GatedDenoiser:
         for index, treatment in treatments.items():
             recall = treatment.row.recall
             assert recall is not None
-            inputs[f"{HELD}{index}"] = recall(partial(self._array_of, inputs, index))
+            own = inputs
+            if treatment.row.of_x0:
+                assert self.prediction_type is not None
+                implied = cache.denoised_inputs(self.prediction_type, self._widened(sample), log_snr)
+                own = inputs | {f"{prefix}{index}": value for prefix, value in implied.items()}
+            inputs[f"{HELD}{index}"] = recall(partial(self._array_of, own, index))
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
-        return self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})[0]
+        predicted, _ = self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})
+        return self._guided(predicted, sample)
+
+    def _widened(self, sample: Array) -> Array:
+        """Repeat the samples for every row of a call."""
+        return np.concatenate([sample] * self._conditions(len(sample)).rows_per_sample)
+
+    def _guided(self, predicted: Array, sample: Array) -> Array:
+        """Combine the rows of a call."""
+        guided: Array = self._conditions(len(sample)).guide(predicted, sample.shape[1])
+        return guided
 
     def _array_of(self, inputs: Mapping[str, Tensor], index: int, prefix: str) -> Array:
         """Copy an input of a component from the device; only the inputs that a formula reads are copied."""
@@ -114,7 +150,7 @@ class GatedDenoiser:
         rows: Mapping[str, Array],
         others: Mapping[str, Tensor],
     ) -> tuple[Array, Mapping[str, Tensor]]:
-        """Run a form of the graph; return the guided prediction and the emitted branches."""
+        """Run a form of the graph; return the prediction before guidance, and the emitted branches."""
         conditions = self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
@@ -123,7 +159,7 @@ class GatedDenoiser:
             raise ProfileError(
                 f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
             )
-        return conditions.guide(prediction, sample.shape[1]), emitted
+        return prediction, emitted
 
     def _call(
         self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]

@@ -32,7 +32,7 @@ def entries_of(sweep: Sweep) -> tuple[tuple[Ablation, int], ...]:
     """List all ablations, each with every bin where it treats a step."""
     return tuple(
         (ablation, b)
-        for ablation in ablations_of(sweep.ablated)
+        for ablation in ablations_of(sweep.ablated, denoises=sweep.denoises)
         for b in range(len(sweep.bins))
         if any(map(ablation.periodic.treats, sweep.steps_of(b)))
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import Cost, Effect, Estimate
+from unetc.artifacts.profile import STEP, Cost, Effect, Estimate
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
@@ -67,7 +67,8 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
     errors: dict[tuple[Ablation, int], float] = {}
     calls = 0
     names = tuple(component.name for component in sweep.ablated)
-    key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+    tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
+    key = hashlib.sha256(repr((names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
     for b in range(len(sweep.bins)):
         path = work / f"bin{b:02d}-local-{key}.json"
         try:
@@ -92,7 +93,7 @@ def screen_calls(sweep: Sweep) -> int:
         calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
         for kind in REMOVALS + REUSES:
             if not kind.treatment.reuses or _sources(kind, step):
-                count = sum(kind in treatments_for(component) for component in sweep.ablated)
+                count = sum(kind in treatments_for(component, denoises=sweep.denoises) for component in sweep.ablated)
                 calls += -(-count // size) * size
     return calls
 
@@ -101,6 +102,9 @@ def choose(
     screen: Screen, costs: Sequence[Cost], full_ms: float, per_bin: int | None
 ) -> tuple[tuple[Ablation, int], ...]:
     """Choose the ablations of every bin that a plan is most likely to want: those with the least error per time saved.
+
+    Where the step can be reused in two forms, the best of each form comes first. Their local errors do not compare: an
+    error of the prediction that only lacks the latest noise does less damage than others.
 
     Returns:
         Ablations with their bins: the best of every bin first, then the second best.
@@ -114,9 +118,19 @@ def choose(
     ranked = [
         (rank, b, ablation)
         for b, entries in sorted(worth.items())
-        for rank, (_, _, ablation) in enumerate(sorted(entries)[:per_bin])
+        for rank, ablation in enumerate(_both_forms_first([ablation for _, _, ablation in sorted(entries)])[:per_bin])
     ]
     return tuple((ablation, b) for _, b, ablation in sorted(ranked, key=lambda entry: entry[:2]))
+
+
+def _both_forms_first(ranked: Sequence[Ablation]) -> list[Ablation]:
+    """Put the best reuse of the prediction and of the denoised sample first, if there are both."""
+    best: dict[bool, Ablation] = {}
+    for ablation in ranked:
+        if ablation.component == STEP:
+            best.setdefault(ablation.periodic.treatment.row.of_x0, ablation)
+    first = list(best.values()) if len(best) == 2 else []
+    return first + [ablation for ablation in ranked if ablation not in first]
 
 
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
@@ -176,9 +190,9 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
     calls = 0
     branches: dict[int, BranchCache] = {}
     for kind in REMOVALS + REUSES:
-        names = [component.name for component in sweep.ablated if kind in treatments_for(component)]
+        names = [c.name for c in sweep.ablated if kind in treatments_for(c, denoises=sweep.denoises)]
         sources = _sources(kind, step)
-        if kind.treatment.reuses and not sources:
+        if not names or (kind.treatment.reuses and not sources):
             continue
         if kind.treatment.reuses and kind.period not in branches:
             branches[kind.period] = branches_at(sweep, base, sources, size)

@@ -69,9 +69,18 @@ class Sweep:
         """Return the index within the seed of every sample in a batch of `count` ablations."""
         return np.tile(np.arange(self.samples), count)
 
+    @property
+    def denoises(self) -> bool:
+        """Whether the denoised sample follows from a prediction, so that it can be reused."""
+        return self.denoiser.prediction_type is not None
+
     def timestep(self, step: int) -> float:
         """Return the scheduler's value at a step."""
         return float(self.table.timesteps[step])
+
+    def log_snr(self, step: int) -> float:
+        """Return the noise level at a step."""
+        return float(self.table.log_snr[step])
 
     def gates(self, names: Sequence[str], treatment: Treatment) -> Array:
         """Return the gates of a batch of ablations, one component each, all with one treatment."""
@@ -88,6 +97,7 @@ class Sweep:
             sample,
             self.timestep(step),
             cache,
+            log_snr=self.log_snr(step),
             treatments=dict.fromkeys(own, treatment),
             holds=np.repeat(marks, self.samples, axis=0),
         )
@@ -278,7 +288,8 @@ class _Reused:
     def predict(self, sample: Array, step: int) -> Array:
         if self._job.periodic.treats(step):
             return self._sweep.recall(sample, step, self._cache, self._job.names, self._job.periodic.treatment)
-        return self._sweep.denoiser.compute_branches(sample, self._sweep.timestep(step), self._cache)
+        sweep = self._sweep
+        return sweep.denoiser.compute_branches(sample, sweep.timestep(step), self._cache, log_snr=sweep.log_snr(step))
 
 
 def branches_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> BranchCache:
@@ -286,5 +297,5 @@ def branches_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count:
     cache = BranchCache()
     for step in steps:
         sample = np.concatenate([base.states[step].seen(sweep.table, step)] * count)
-        sweep.denoiser.compute_branches(sample, sweep.timestep(step), cache)
+        sweep.denoiser.compute_branches(sample, sweep.timestep(step), cache, log_snr=sweep.log_snr(step))
     return cache

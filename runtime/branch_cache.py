@@ -8,14 +8,17 @@ backend that emitted them looks into them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unetc.artifacts.plan import Plan, Position
 from unetc.device import HOST, Device, Tensor
+from unetc.sampler.prediction_type import PredictionType
 from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD
 
-Branches = Mapping[str, tuple[tuple[float, Tensor], ...]]
-"""By component index: timestep and branch of the last two timesteps at which it was computed, newest first."""
+History = tuple[tuple[float, Tensor], ...]
+"""Timestep and tensor of the last two timesteps at which it was computed, newest first."""
+Branches = Mapping[str, History]
+"""Branches by component index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class Snapshot:
 
     position: Position = field(default_factory=Position)
     branches: Branches = field(default_factory=dict)
+    denoised: History = ()
+    """Denoised samples, [row, channel, height, width]; after their channels, a predicted variance as it is."""
 
     def emptied(self) -> Snapshot:
         """Make a snapshot of the same step without any branch."""
@@ -56,7 +61,7 @@ class BranchCache:
         if self._plan is None:
             return 0
         engine, position = self._plan.advance(self._state.position, log_snr)
-        self._state = Snapshot(position, self._state.branches)
+        self._state = replace(self._state, position=position)
         return engine
 
     def store(self, emitted: Mapping[str, Tensor], timestep: float) -> None:
@@ -64,9 +69,25 @@ class BranchCache:
         branches = dict(self._state.branches)
         for name, value in emitted.items():
             index = name.removeprefix(COMPUTED)
-            earlier = [one for one in branches.get(index, ()) if one[0] != timestep]  # Heun calls twice at a timestep
-            branches[index] = ((timestep, value), *earlier[:1])
-        self._state = Snapshot(self._state.position, branches)
+            branches[index] = _with(branches.get(index, ()), timestep, value)
+        self._state = replace(self._state, branches=branches)
+
+    def store_denoised(
+        self, kind: PredictionType, sample: Tensor, prediction: Tensor, timestep: float, log_snr: float
+    ) -> None:
+        """Store the denoised sample of a step.
+
+        Args:
+            kind: Type of the prediction.
+            sample: Input of the denoiser, [row, channel, height, width].
+            prediction: Its prediction, before guidance; it may have more channels, for a variance.
+            timestep: The scheduler's value.
+            log_snr: The noise level there.
+        """
+        of_sample, of_prediction = kind.denoised_weights(log_snr)
+        channels = sample.shape[1]
+        denoised = self._joined(of_sample * sample + of_prediction * prediction[:, :channels], prediction[:, channels:])
+        self._state = replace(self._state, denoised=_with(self._state.denoised, timestep, denoised))
 
     def inputs(self, timestep: float, rows: int) -> dict[str, Tensor]:
         """Make the inputs of engines that reuse branches at a step.
@@ -87,6 +108,41 @@ class BranchCache:
             inputs |= {HELD + index: held, EARLIER + index: earlier, EXTRAPOLATION + index: self._factors[key]}
         return inputs
 
+    def denoised_inputs(self, kind: PredictionType, sample: Tensor, log_snr: float) -> dict[str, Tensor]:
+        """Make the predictions that imply the earlier denoised samples at the current sample.
+
+        A predicted variance is held.
+
+        Args:
+            kind: Type of the prediction.
+            sample: Input of the denoiser, [row, channel, height, width].
+            log_snr: The current noise level.
+
+        Returns:
+            The inputs `HELD` and `EARLIER` of the step, by prefix; empty if there is no earlier denoised sample.
+        """
+        if not (history := self._state.denoised):
+            return {}
+        of_sample, of_prediction = kind.denoised_weights(log_snr)
+        channels, variance = sample.shape[1], history[0][1][:, sample.shape[1] :]
+        shift = sample * (of_sample / of_prediction)
+
+        def implied(denoised: Tensor) -> Tensor:
+            return self._joined(denoised[:, :channels] * (1 / of_prediction) - shift, variance)
+
+        held = implied(history[0][1])
+        return {HELD: held, EARLIER: implied(history[1][1]) if len(history) > 1 else held}
+
+    def _joined(self, sample: Tensor, variance: Tensor) -> Tensor:
+        """Join the channels of a sample and of a variance, if there is one."""
+        (rows, channels, *size), further = sample.shape, variance.shape[1]
+        if not further:
+            return sample
+        joined = self._device.empty((rows, channels + further, *size))
+        joined[:, :channels] = sample
+        joined[:, channels:] = variance
+        return joined
+
     def snapshot(self) -> Snapshot:
         """Return the state after the last step; later steps do not change it."""
         return self._state
@@ -94,3 +150,8 @@ class BranchCache:
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to an earlier state."""
         self._state = snapshot
+
+
+def _with(history: History, timestep: float, value: Tensor) -> History:
+    """Put a new tensor in front of a history; Heun's method calls twice at a timestep, and the second call counts."""
+    return ((timestep, value), *[one for one in history if one[0] != timestep][:1])

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import STEP
 from unetc.backend import Program
 from unetc.conditions import Conditions
 from unetc.device import Device, Tensor
-from unetc.errors import NonFiniteError, StaleEngineError
+from unetc.errors import NonFiniteError, SessionError, StaleEngineError
+from unetc.sampler.prediction_type import PredictionType
 
 from .branch_cache import BranchCache, Snapshot
 from .engine_pool import EnginePool
@@ -42,9 +45,37 @@ class EngineCall:
     engine: int
     """Index in the plan; 0 for the full model."""
     timestep: float
+    log_snr: float
     program: Program
     after: Snapshot
     """The branch cache after this call, without its branches: a call that fails may have made them non-finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Denoised:
+    """Engines of a plan that reuses the denoised sample."""
+
+    kind: PredictionType
+    emitters: frozenset[int]
+    """Engines that compute the step for others."""
+    readers: frozenset[int]
+    """Engines that reuse the denoised sample."""
+
+    @classmethod
+    def of(cls, plan: Plan, kind: PredictionType | None) -> _Denoised | None:
+        """Find the engines of a plan; None if it does not reuse the denoised sample."""
+        engines = dict(enumerate(plan.engines))
+        readers = frozenset(
+            i for i, own in engines.items() if STEP in own.treatments and own.treatments[STEP].row.of_x0
+        )
+        if not readers:
+            return None
+        if kind is None:
+            raise SessionError(
+                "the plan reuses the denoised sample, but the scheduler table has no prediction type to compute it "
+                "from. Analyse the model and build the bundle again."
+            )
+        return cls(kind=kind, emitters=frozenset(i for i, own in engines.items() if STEP in own.emits), readers=readers)
 
 
 class Rollout:
@@ -61,6 +92,7 @@ class Rollout:
         device: Device,
         non_finite_steps: NonFiniteSteps,
         pool: EnginePool | None = None,
+        prediction_type: PredictionType | None = None,
     ) -> None:
         """Begin a trajectory.
 
@@ -73,6 +105,10 @@ class Rollout:
             device: Where the tensors are.
             non_finite_steps: Counts repeated steps.
             pool: Loads engines when they are needed; None if all are loaded.
+            prediction_type: How the denoised sample follows from a prediction, for plans that reuse it.
+
+        Raises:
+            SessionError: If the plan reuses the denoised sample, and the type of the prediction is not known.
         """
         self._programs = (full,) if plan is None else programs
         self._full = full
@@ -82,6 +118,7 @@ class Rollout:
         self._non_finite_steps = non_finite_steps
         self._pool = pool
         self._cache = BranchCache(plan, device)
+        self._denoised = None if plan is None else _Denoised.of(plan, prediction_type)
 
     def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
         """Predict for a scheduler that runs elsewhere.
@@ -117,7 +154,9 @@ class Rollout:
             log_snr: The noise level there, not below the last call's.
         """
         call = self.choose(timestep, log_snr)
-        self.store(call, call.program({**inputs, **self.reused(call, len(prediction))}, prediction))
+        sample = inputs[SAMPLE]
+        emitted = call.program({**inputs, **self.reused(call, sample, len(prediction))}, prediction)
+        self.store(call, emitted, sample, prediction)
         return call
 
     def choose(self, timestep: float, log_snr: float) -> EngineCall:
@@ -130,15 +169,35 @@ class Rollout:
         engine = self._cache.next_engine(log_snr)
         if self._pool is not None:
             self._pool.enter(self, self._cache.phase)
-        return EngineCall(engine, timestep, self._programs[engine], self._cache.snapshot().emptied())
+        return EngineCall(engine, timestep, log_snr, self._programs[engine], self._cache.snapshot().emptied())
 
-    def reused(self, call: EngineCall, rows: int) -> dict[str, Tensor]:
-        """Make the inputs of a call that come from cached branches, for a number of rows."""
-        return self._cache.inputs(call.timestep, rows)
+    def reused(self, call: EngineCall, sample: Tensor, rows: int) -> dict[str, Tensor]:
+        """Make the inputs of a call that come from cached branches.
 
-    def store(self, call: EngineCall, emitted: Mapping[str, Tensor]) -> None:
-        """Store the branches that a call has emitted."""
+        Args:
+            call: The call.
+            sample: Input of the denoiser, [row, channel, height, width].
+            rows: Rows of the call.
+        """
+        inputs = self._cache.inputs(call.timestep, rows)
+        if (own := self._denoised) is not None and call.engine in own.readers:
+            implied = self._cache.denoised_inputs(own.kind, sample, call.log_snr)
+            # an engine that reuses the step reads no other component, so it does not matter which of them the step is
+            inputs |= {name: implied[prefix] for name in inputs for prefix in implied if name.startswith(prefix)}
+        return inputs
+
+    def store(self, call: EngineCall, emitted: Mapping[str, Tensor], sample: Tensor, prediction: Tensor) -> None:
+        """Store the branches that a call has emitted.
+
+        Args:
+            call: The call.
+            emitted: The branches.
+            sample: Input of the denoiser, [row, channel, height, width].
+            prediction: Its prediction before guidance, [row, channel, height, width].
+        """
         self._cache.store(emitted, call.timestep)
+        if (own := self._denoised) is not None and call.engine in own.emitters:
+            self._cache.store_denoised(own.kind, sample, prediction, call.timestep, call.log_snr)
 
     @property
     def phase(self) -> int | None:
@@ -175,7 +234,7 @@ class Rollout:
             logger.warning("the full model takes its turn in the precision that overflowed: %s", error)
             program = self._full
             program(inputs, prediction)
-        return EngineCall(FULL_ENGINE, failed.timestep, program, failed.after)
+        return EngineCall(FULL_ENGINE, failed.timestep, failed.log_snr, program, failed.after)
 
 
 def not_finite(call: EngineCall, *others: str) -> NonFiniteError:

@@ -439,6 +439,7 @@ class Session:
             device=self._device,
             non_finite_steps=self._non_finite_steps,
             pool=self._pool,
+            prediction_type=self.scheduler.prediction_type,
         )
 
     def decode(self, sampled: Array) -> Array:

@@ -51,7 +51,8 @@ def specialise(
         component adds an input `held.INDEX`; a forecast component also adds `earlier.INDEX` and `extrapolation.INDEX`.
 
     Raises:
-        CompileError: If a component is unknown, or is emitted without being computed.
+        CompileError: If a component is unknown, is emitted without being computed, or gets a treatment that only the
+            step can have.
     """
     known = {component.name for component in gated.components}
     if unknown := sorted({*treatments, *emits} - known):
@@ -62,6 +63,13 @@ def specialise(
             f"an engine cannot emit {absent[0]!r}, because it does not compute it ({given[absent[0]]}). "
             "Emit it from an engine that keeps it."
         )
+    for component in gated.components:
+        treatment = given.get(component.name, Treatment.KEEP)
+        if treatment.row.of_x0 and component.kind != "step":
+            raise CompileError(
+                f"{component.name!r} cannot get {treatment}: only the whole denoiser call, the component step, has a "
+                "denoised sample. Use hold or forecast."
+            )
     model = gated.model.clone()
     prediction = model.graph.outputs[0]
     gates = {gate_index(node): node for node in model.graph if is_gate(node)}

@@ -14,7 +14,7 @@ from unetc.sampler.table import MAX_WINDOW, SchedulerTable, needed_window
 
 from .probe import LARGE, SMALL, Probe
 from .recurrence import recurrence
-from .walk import calls_of, is_flow, log_snr, rising, signal
+from .walk import calls_of, is_flow, log_snr, prediction_type, rising, signal
 
 _NEGLIGIBLE = 1e-9
 """Relative size of rounding errors where the exact coefficient is zero; 60 times below float32 rounding."""
@@ -66,6 +66,7 @@ def solve(
     levels = rising(levels) if several else levels
     return SchedulerTable(
         asked=steps if several else None,
+        prediction_type=prediction_type(begun),
         timesteps=begun.timesteps.numpy().astype(np.float32),
         log_snr=levels,
         signal=signal(begun, levels),

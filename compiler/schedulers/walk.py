@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unetc.sampler.prediction_type import PredictionType
+
 from .classes import CLASSES, Family, once
 
 LOG_SNR_LIMIT = 30.0
@@ -123,6 +125,27 @@ def is_flow(scheduler: Scheduler) -> bool:
     """Check whether a scheduler samples a flow."""
     row = CLASSES.get(type(scheduler).__name__)
     return row is not None and row.family == Family.FLOW
+
+
+def prediction_type(scheduler: Scheduler) -> PredictionType | None:
+    """Find how the denoised sample follows from a prediction and its noise level.
+
+    Args:
+        scheduler: A scheduler of any class.
+
+    Returns:
+        The type; None where the model predicts the denoised sample itself, where its input has other weights (EDM), and
+        where calls go back to more noise, because `rising` then changes their noise level.
+    """
+    name = type(scheduler).__name__
+    if is_flow(scheduler):
+        return PredictionType.FLOW
+    if name not in CLASSES or CLASSES[name].family is not Family.BETAS:
+        return None
+    if name == "KDPM2AncestralDiscreteScheduler" or not scheduler.config.get("skip_prk_steps", True):
+        return None
+    kind = scheduler.config.get("prediction_type")
+    return PredictionType(kind) if kind in (PredictionType.EPSILON, PredictionType.V) else None
 
 
 def calls_of(scheduler: Scheduler, steps: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.device import Device, Tensor
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import EngineCall, Rollout, not_finite
@@ -53,6 +54,8 @@ class Member:
         self._rollout: Rollout = session.rollout(full_model=full_model)
         self.call: EngineCall
         """The next call."""
+        self._sample: Tensor
+        """Input of the denoiser in the call that is being made, [row, channel, height, width]."""
         self._choose()
 
     @cached_property
@@ -98,11 +101,13 @@ class Member:
 
     def inputs(self) -> dict[str, Tensor | Rows]:
         """Build the inputs of the next call."""
-        return self._plain_inputs() | self._rollout.reused(self.call, self.rows)
+        inputs = self._plain_inputs()
+        self._sample = inputs[SAMPLE]
+        return inputs | self._rollout.reused(self.call, self._sample, self.rows)
 
     def advance(self, prediction: Tensor, emitted: Mapping[str, Rows]) -> None:
         """Make a step from a prediction, [row, channel, height, width], that has no NaN and no infinity."""
-        self._rollout.store(self.call, emitted)
+        self._rollout.store(self.call, emitted, self._sample, prediction)
         self._advance(prediction)
 
     def repeat(self) -> None:

@@ -3,6 +3,9 @@
 A treatment either removes a component, and a multiple of its mean replaces the branch, or it reuses branches of earlier
 steps. An analysis runs the gated graph with a row's gates and recall; `specialise` turns the same row into a graph, so
 every engine does exactly the measured thing. A new treatment is one more member of the enum and one more row.
+
+The whole denoiser call has a second form of reuse: of the denoised sample x0 in place of the prediction. Both follow
+from each other at a noise level, see `unetc.sampler.prediction_type`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ class Treatment(StrEnum):
     """The branch comes from the last step that computed it."""
     FORECAST = "forecast"
     """The branch continues the last two computed ones along a straight line over the timestep."""
+    HOLD_X0 = "hold_x0"
+    """The denoised sample comes from the last step that computed the prediction."""
+    FORECAST_X0 = "forecast_x0"
+    """The denoised sample continues the last two computed ones along a straight line over the timestep."""
 
     @property
     def row(self) -> Row:
@@ -73,11 +80,21 @@ class Row:
     """Periods that an analysis tries. One step in a period computes the component; 1 means that no step does."""
     of_step: bool = False
     """Whether an analysis tries it on the whole denoiser call too."""
+    of_x0: bool = False
+    """Whether it reuses the denoised sample in place of the branch, for the whole denoiser call alone.
+
+    The earlier predictions that an engine gets are then those that imply the earlier denoised samples at the current
+    sample. So an engine of such a treatment is the engine of the same formula for branches.
+    """
 
     @property
     def gates(self) -> tuple[float, float]:
         """Factors of the branch and of its mean: the component's row in the gate input."""
         return (1.0, 0.0) if self.mean is None else (0.0, self.mean)
+
+
+def _last(take: Callable[[str], Operand]) -> Operand:
+    return take(HELD)
 
 
 def _forecast(take: Callable[[str], Operand]) -> Operand:
@@ -92,7 +109,7 @@ ROWS: Mapping[Treatment, Row] = {
     Treatment.HOLD: Row(
         letter="h",
         contributes="its value at the last step that computed it",
-        recall=lambda take: take(HELD),
+        recall=_last,
         periods=(2, 4),
         of_step=True,
     ),
@@ -102,6 +119,22 @@ ROWS: Mapping[Treatment, Row] = {
         recall=_forecast,
         periods=(2, 4),
         of_step=True,
+    ),
+    Treatment.HOLD_X0: Row(
+        letter="x",
+        contributes="the prediction that implies the last denoised sample (only for step)",
+        recall=_last,
+        periods=(2, 4),
+        of_step=True,
+        of_x0=True,
+    ),
+    Treatment.FORECAST_X0: Row(
+        letter="y",
+        contributes="the prediction that implies the continuation of the last two denoised samples (only for step)",
+        recall=_forecast,
+        periods=(2, 4),
+        of_step=True,
+        of_x0=True,
     ),
 }
 """The table, in the order in which an analysis tries the treatments."""

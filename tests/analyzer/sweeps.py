@@ -44,7 +44,7 @@ def backend() -> Backend:
 def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sweep:
     gated, table = tiny().gated, table_of(scheduler)
     settings: dict[str, Any] = {
-        "denoiser": GatedDenoiser(gated, on or backend()),
+        "denoiser": GatedDenoiser(gated, on or backend(), prediction_type=table.prediction_type),
         "components": gated.components,
         "ablated": gated.components,
         "table": table,
@@ -61,7 +61,7 @@ def everything(sweep: Sweep) -> list[tuple[Ablation, int]]:
     """List every ablation in every bin where it treats a step, in no particular order."""
     return [
         (ablation, b)
-        for ablation in ablations_of(sweep.components)
+        for ablation in ablations_of(sweep.components, denoises=sweep.denoises)
         for b in reversed(range(BINS))
         if any(step % ablation.periodic.period or not ablation.periodic.treatment.reuses for step in steps_of(b))
     ]

@@ -62,7 +62,7 @@ def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, b
     """Create a sweep in which the last batch of a kind is smaller than the others."""
     table = extract(make_scheduler("ddim", {"beta_schedule": "scaled_linear"}), steps)
     return Sweep(
-        denoiser=GatedDenoiser(tiny().gated, backend),
+        denoiser=GatedDenoiser(tiny().gated, backend, prediction_type=table.prediction_type),
         components=tiny().gated.components,
         ablated=tiny().gated.components,
         table=table,
@@ -98,7 +98,9 @@ def work(tmp_path: Path) -> Path:
 
 
 def test_every_ablation_is_screened_in_every_bin() -> None:
-    assert {*screened().errors} == {(a, b) for a in ablations_of(tiny().gated.components) for b in range(len(BINS))}
+    assert {*screened().errors} == {
+        (a, b) for a in ablations_of(tiny().gated.components, denoises=True) for b in range(len(BINS))
+    }
     assert all(np.isfinite(error) and error >= 0 for error in screened().errors.values())
     assert np.mean([error > 0 for error in screened().errors.values()]) > 0.9
 
@@ -116,11 +118,12 @@ def alone(ablation: Ablation, b: int) -> float:
         branches = BranchCache()
         for source in (step - kind.period // 2 - kind.period, step - kind.period // 2):
             if source >= 0:
-                denoiser.compute_branches(*at(source), branches)
+                denoiser.compute_branches(*at(source), branches, log_snr=sweep.log_snr(source))
         (index,) = (c.index for c in sweep.components if c.name == ablation.component)
         holds = np.zeros((SAMPLES, len(sweep.components)), np.float32)
         holds[:, index] = 1
-        changed = denoiser.recall(*at(step), branches, treatments={index: kind.treatment}, holds=holds)
+        treatments, level = {index: kind.treatment}, sweep.log_snr(step)
+        changed = denoiser.recall(*at(step), branches, log_snr=level, treatments=treatments, holds=holds)
     else:
         gates = denoiser.gates({ablation.component: kind.treatment}, SAMPLES)
         changed = denoiser.predict(*at(step), gates=gates, means=base.means[b])
@@ -244,6 +247,21 @@ def test_equal_worth_is_chosen_in_the_order_of_the_screen() -> None:
     errors = {(Ablation(component=name, periodic=DROP), 0): 1.0 for name in "cab"}
     chosen = choose(Screen(errors=errors, calls=0), costs_of({"a": 0.1, "b": 0.1, "c": 0.1}), 80.0, 2)
     assert [ablation.component for ablation, _ in chosen] == ["c", "a"]
+
+
+def test_both_forms_of_reusing_the_step_are_chosen_first() -> None:
+    kinds = [PeriodicTreatment(treatment=Treatment(name), period=2) for name in ("hold", "forecast", "hold_x0")]
+    errors = {(Ablation(component=STEP, periodic=kind), 0): error for kind, error in zip(kinds, (9, 8, 7), strict=True)}
+    errors |= {(Ablation(component=name, periodic=DROP), 0): 0.1 for name in "ab"}
+    costs = costs_of({STEP: 0.9, "a": 0.5, "b": 0.4})
+    chosen = [ablation for ablation, _ in choose(Screen(errors=errors, calls=0), costs, 80.0, 3)]
+    assert [(own.component, own.periodic.treatment.value) for own in chosen] == [
+        (STEP, "hold_x0"),
+        (STEP, "forecast"),
+        ("a", "drop"),
+    ]
+    one_form = {entry: error for entry, error in errors.items() if not entry[0].periodic.treatment.row.of_x0}
+    assert [own.component for own, _ in choose(Screen(errors=one_form, calls=0), costs, 80.0, 3)] == ["a", "b", STEP]
 
 
 def effect_of(entry: tuple[Ablation, int], damage: float) -> Effect:

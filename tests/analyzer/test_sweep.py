@@ -125,42 +125,52 @@ class Naive:
         scheduler.set_timesteps(STEPS)
         sample = torch.from_numpy(initial_noise(SEED, range(SAMPLES), SHAPE)) * scheduler.init_noise_sigma
         states = [sample.numpy()]
-        computed: list[tuple[float, torch.Tensor]] = []
+        computed: list[tuple[float, torch.Tensor, torch.Tensor, float]] = []
         for step, timestep in enumerate(scheduler.timesteps):
             gates = np.zeros((SAMPLES, len(components), 2), np.float32)
             gates[..., 0] = 1
             instead: dict[int, torch.Tensor] = {}
             index = -1
+            seen = scheduler.scale_model_input(sample, timestep)
+            signal = float(scheduler.alphas_cumprod[int(timestep)])
             if ablation is not None:
                 name, kind = ablation
                 (index,) = (component.index for component in components if component.name == name)
                 if step in steps and not kind.treatment.reuses:
                     gates[:, index] = {Treatment.DROP: (0, 0), Treatment.MEAN: (0, 1)}[kind.treatment]
                 elif step in steps and step % kind.period:
-                    instead[index] = self.recalled(computed, kind, float(timestep))
+                    instead[index] = self.recalled(computed, kind, float(timestep), seen, signal)
             with Branches(instead) as branches:
                 prediction = tiny().reference(
-                    scheduler.scale_model_input(sample, timestep),
+                    seen,
                     torch.full((SAMPLES,), float(timestep)),
                     torch.from_numpy(gates),
                     torch.from_numpy(self.means[0 if step < 3 else 1]),
                 )
             if ablation is not None and step % ablation[1].period == 0:
-                computed.append((float(timestep), branches.seen[index]))
+                computed.append((float(timestep), branches.seen[index], seen, signal))
             sample = scheduler.step(prediction, timestep, sample).prev_sample
             states.append(sample.numpy())
         return states
 
     @staticmethod
     def recalled(
-        computed: Sequence[tuple[float, torch.Tensor]], kind: PeriodicTreatment, timestep: float
+        computed: Sequence[tuple[float, torch.Tensor, torch.Tensor, float]],
+        kind: PeriodicTreatment,
+        timestep: float,
+        seen: torch.Tensor,
+        signal: float,
     ) -> torch.Tensor:
-        """Return the branch of the last refresh, or extrapolate the last two linearly."""
-        at, latest = computed[-1]
-        if kind.treatment is Treatment.HOLD or len(computed) < 2:
-            return latest
-        before, earlier = computed[-2]
-        return latest + (timestep - at) / (at - before) * (latest - earlier)
+        """Return the branch of the last refresh, or extrapolate the last two linearly; or do so with x0."""
+        x0 = kind.treatment in (Treatment.HOLD_X0, Treatment.FORECAST_X0)
+        values = [
+            (at, (sample - (1 - own) ** 0.5 * noise) / own**0.5 if x0 else noise) for at, noise, sample, own in computed
+        ]
+        at, result = values[-1]
+        if kind.treatment in (Treatment.FORECAST, Treatment.FORECAST_X0) and len(values) > 1:
+            before, earlier = values[-2]
+            result = result + (timestep - at) / (at - before) * (result - earlier)
+        return (seen - signal**0.5 * result) / (1 - signal) ** 0.5 if x0 else result
 
     @torch.no_grad()
     def branch_means(self, states: Sequence[Array]) -> NDArray[np.float32]:
@@ -209,16 +219,20 @@ def test_every_component_is_removed_and_reused_but_the_step_is_reused_only() -> 
     components = tiny().gated.components
     whole = [component for component in components if component.kind == "step"]
     assert [component.name for component in whole] == [STEP]
-    assert treatments_for(whole[0]) == REUSES
+    of_branches = tuple(kind for kind in REUSES if not kind.treatment.row.of_x0)
+    assert treatments_for(whole[0], denoises=True) == REUSES
+    assert treatments_for(whole[0], denoises=False) == of_branches
     for component in components:
         if component.kind != "step":
-            assert treatments_for(component) == REMOVALS + REUSES
+            assert treatments_for(component, denoises=True) == REMOVALS + of_branches
     assert {(kind.treatment, kind.period) for kind in REMOVALS} == {(Treatment.DROP, 1), (Treatment.MEAN, 1)}
     assert {(kind.treatment, kind.period) for kind in REUSES} == {
-        (treatment, period) for treatment in (Treatment.HOLD, Treatment.FORECAST) for period in (2, 4)
+        (Treatment(name), period) for name in ("hold", "forecast", "hold_x0", "forecast_x0") for period in (2, 4)
     }
-    ablations = ablations_of(components)
-    assert {*ablations} == {Ablation(component=c.name, periodic=kind) for c in components for kind in treatments_for(c)}
+    ablations = ablations_of(components, denoises=True)
+    assert {*ablations} == {
+        Ablation(component=c.name, periodic=kind) for c in components for kind in treatments_for(c, denoises=True)
+    }
     assert len({*ablations}) == len(ablations)
     # ablations of one kind are adjacent, so that they can share a batch
     assert len([kind for kind, _ in groupby(ablations, lambda a: a.periodic)]) == len(REMOVALS + REUSES)
@@ -295,7 +309,7 @@ def differing(measured: Measured, one: PeriodicTreatment, other: PeriodicTreatme
 
 def test_kinds_differ(ddim: Measured) -> None:
     drop, mean = REMOVALS
-    hold, rarely, forecast, _ = REUSES
+    hold, rarely, forecast, *_ = REUSES
     assert differing(ddim, drop, mean, 0) > 0.9
     assert differing(ddim, drop, hold, 0) > 0.9
     assert differing(ddim, hold, rarely, 0) > 0.9
@@ -406,7 +420,7 @@ def test_seeds_matter(ddim: Measured, tmp_path: Path) -> None:
 
 def test_the_batch_size_does_not_change_the_effects(ddim: Measured, tmp_path: Path) -> None:
     alone = dataclasses.replace(ddim.sweep, rows=1)
-    chosen = everything(alone)[::3]
+    chosen = [entry for i, entry in enumerate(everything(alone)) if i % 3 == 0 or entry[0].periodic.treatment.row.of_x0]
     assert {b for _, b in chosen} == {0, 1}
     assert {ablation.periodic for ablation, _ in chosen} == {*REMOVALS, *REUSES}
     one_by_one = run_sweep(alone, ddim.base, chosen, tmp_path, ignore)

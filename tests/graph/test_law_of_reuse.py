@@ -1,7 +1,8 @@
 """The equivalence law over time: engines that emit, hold and forecast equal the gated graph with an external memory.
 
 It holds for every sequence of assignments, on every architecture. Each engine of the sequence equals the gated graph at
-the same gates, if the graph gets every held or forecast branch from the last steps that computed it.
+the same gates, if the graph gets every held or forecast branch from the last steps that computed it. Where the step
+reuses the denoised sample, the graph gets the prediction that implies it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array, Program, SerialisedGraph
 from unetc.call import TIMESTEP
@@ -28,10 +30,12 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.errors import CompileError
 from unetc.runtime.branch_cache import BranchCache
+from unetc.sampler.prediction_type import PredictionType
 from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
 KEEP = Treatment.KEEP
 DROP, MEAN, HOLD, FORECAST = Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST
+HOLD_X0, FORECAST_X0 = Treatment.HOLD_X0, Treatment.FORECAST_X0
 
 Assignment = Mapping[str, Treatment]
 
@@ -60,6 +64,19 @@ def inputs_at(tiny: Tiny, step: int, size: tuple[int, int, int]) -> tuple[dict[s
     return inputs | {TIMESTEP: np.full(batch, timestep, np.float32)}, timestep
 
 
+def level_at(timestep: float) -> float:
+    """Return a noise level that falls with the timestep, from log-SNR 4 to -5."""
+    return 4.0 - 0.01 * timestep
+
+
+def factors_at(timestep: float, kind: PredictionType) -> tuple[float, float]:
+    """Compute the factors of image and noise in a sample."""
+    ratio = np.exp(level_at(timestep) / 2)
+    if kind is PredictionType.FLOW:
+        return ratio / (1 + ratio), 1 / (1 + ratio)
+    return ratio / np.hypot(1, ratio), 1 / np.hypot(1, ratio)
+
+
 class Reference:
     """The gated graph with each component's branch from the last two steps that computed it."""
 
@@ -68,10 +85,12 @@ class Reference:
         self._means = means
         self._program = load(tiny, tiny.gated.remembering())
         self._memory: dict[int, list[tuple[float, Array]]] = {}
+        self._denoised: list[tuple[float, Array, Array]] = []
+        """Timestep, denoised sample and predicted variance of the last two steps that computed the prediction."""
         self._blank: dict[int, Array] = {}
         """Inputs for branches that are not held: NaN of the right shape, so that any read shows."""
 
-    def step(self, assignment: Assignment, inputs: Mapping[str, Array], timestep: float) -> Array:
+    def step(self, assignment: Assignment, inputs: Mapping[str, Array], timestep: float, kind: PredictionType) -> Array:
         components = self._tiny.gated.components
         batch = len(inputs[TIMESTEP])
         holds = np.zeros((batch, len(components)), np.float32)
@@ -84,7 +103,11 @@ class Reference:
             value = self._blank[component.index]
             if treatment.reuses:
                 holds[:, component.index] = 1
-                value = self._recall(component.index, timestep, treatment)
+                value = (
+                    self._implied(inputs[SAMPLE], timestep, treatment, kind)
+                    if treatment in (HOLD_X0, FORECAST_X0)
+                    else self._recall(component.index, timestep, treatment)
+                )
             handed[f"{HELD}{component.index}"] = value
         gates = np.repeat(gate_values(components, assignment)[None], batch, axis=0)
         output, computed = self._tiny.run_emitting(
@@ -95,7 +118,29 @@ class Reference:
             if component.name not in gone:
                 history = self._memory[component.index]
                 self._memory[component.index] = [(timestep, computed[f"{COMPUTED}{component.index}"]), *history[:1]]
+                if component.name == STEP:
+                    sample, own = inputs[SAMPLE], computed[f"{COMPUTED}{component.index}"].astype(np.float64)
+                    predicted, variance = np.split(own, [sample.shape[1]], axis=1)
+                    signal, noise = factors_at(timestep, kind)
+                    x0 = {
+                        PredictionType.EPSILON: (sample - noise * predicted) / signal,
+                        PredictionType.V: signal * sample - noise * predicted,
+                        PredictionType.FLOW: sample - noise * predicted,
+                    }[kind]
+                    self._denoised = [(timestep, x0, variance), *self._denoised[:1]]
         return output
+
+    def _implied(self, sample: Array, timestep: float, treatment: Treatment, kind: PredictionType) -> Array:
+        (t1, x0, variance), (t0, earlier, _) = self._denoised[0], self._denoised[-1]
+        if treatment is FORECAST_X0 and t1 != t0:
+            x0 = x0 + (timestep - t1) / (t1 - t0) * (x0 - earlier)
+        signal, noise = factors_at(timestep, kind)
+        predicted = {
+            PredictionType.EPSILON: (sample - signal * x0) / noise,
+            PredictionType.V: (signal * sample - x0) / noise,
+            PredictionType.FLOW: (sample - x0) / noise,
+        }[kind]
+        return np.concatenate([predicted, variance], axis=1).astype(np.float32)
 
     def _recall(self, index: int, timestep: float, treatment: Treatment) -> Array:
         history = self._memory[index]
@@ -119,32 +164,43 @@ def test_a_sequence_of_engines_computes_what_the_gated_graph_computes(tiny: Tiny
         drawn = data.draw(st.lists(treatment, min_size=len(tiny.names), max_size=len(tiny.names)))
         named = zip(tiny.names, drawn, strict=True)
         assignments.append({name: treatment for name, treatment in named if treatment is not KEEP})
+        if STEP in assignments[-1] and data.draw(st.booleans()):
+            assignments[-1][STEP] = data.draw(st.sampled_from([HOLD_X0, FORECAST_X0]))
     order = [0, *data.draw(st.lists(st.integers(0, len(assignments) - 1), min_size=2, max_size=5))]
     size = (
         data.draw(st.integers(1, 3)),
         *(tiny.stride * data.draw(st.integers(1, 16 // tiny.stride)) for _ in range(2)),
     )
     means = 0.5 * np.random.default_rng(0).standard_normal(tiny.gated.channels, dtype=np.float32)
-    check_sequence(tiny, assignments, order, size, means)
+    check_sequence(tiny, assignments, order, size, means, data.draw(st.sampled_from(PredictionType)))
 
 
 def check_sequence(
-    tiny: Tiny, assignments: Sequence[Assignment], order: Sequence[int], size: tuple[int, int, int], means: Array
+    tiny: Tiny,
+    assignments: Sequence[Assignment],
+    order: Sequence[int],
+    size: tuple[int, int, int],
+    means: Array,
+    kind: PredictionType = PredictionType.EPSILON,
 ) -> None:
     """Run the engines in an order and compare each step with the gated graph."""
-    engines = [
-        load(tiny, specialise(tiny.gated, engine.treatments, means, engine.emits))
-        for engine in with_emissions(assignments, tiny.gated.components)
-    ]
+    emitting = with_emissions(assignments, tiny.gated.components)
+    engines = [load(tiny, specialise(tiny.gated, engine.treatments, means, engine.emits)) for engine in emitting]
     reference = Reference(tiny, means)
     branches = BranchCache()
+    (whole,) = (component.index for component in tiny.gated.components if component.name == STEP)
     for step, engine in enumerate(order):
         inputs, timestep = inputs_at(tiny, step, size)
-        expected = reference.step(assignments[engine], inputs, timestep)
-        output, emitted = tiny.run_on_device(
-            engines[engine], {**inputs, **branches.inputs(timestep, rows=len(inputs["timestep"]))}
-        )
+        level, sample = level_at(timestep), inputs[SAMPLE]
+        expected = reference.step(assignments[engine], inputs, timestep, kind)
+        reused = branches.inputs(timestep, rows=len(inputs["timestep"]))
+        if assignments[engine].get(STEP) in (HOLD_X0, FORECAST_X0):
+            implied = branches.denoised_inputs(kind, sample, level)
+            reused |= {f"{prefix}{whole}": value for prefix, value in implied.items()}
+        output, emitted = tiny.run_on_device(engines[engine], {**inputs, **reused})
         branches.store(emitted, timestep)
+        if STEP in emitting[engine].emits:
+            branches.store_denoised(kind, sample, output, timestep, level)
         assert np.isfinite(output).all()
         assert relative_error(output, expected) < ENGINES_AGREE, f"step {step}: {assignments[engine]}"
 
@@ -157,9 +213,16 @@ def test_each_component_can_be_held(tiny: Tiny, treatment: Treatment) -> None:
     check_sequence(tiny, assignments, order, (2, 4 * tiny.stride, 2 * tiny.stride), means)
 
 
+@pytest.mark.parametrize("treatment", [HOLD_X0, FORECAST_X0])
+@pytest.mark.parametrize("kind", PredictionType)
+def test_the_step_can_reuse_the_denoised_sample(tiny: Tiny, treatment: Treatment, kind: PredictionType) -> None:
+    means = np.zeros(tiny.gated.channels, np.float32)
+    check_sequence(tiny, [{}, {STEP: treatment}], [0, 1, 0, 1, 1, 0], (2, 4 * tiny.stride, tiny.stride), means, kind)
+
+
 def test_holding_the_step_computes_nothing(tiny: Tiny) -> None:
     means = np.zeros(tiny.gated.channels, np.float32)
-    for treatment in (HOLD, FORECAST):
+    for treatment in (HOLD, FORECAST, HOLD_X0, FORECAST_X0):
         assert not specialise(tiny.gated, {STEP: treatment}, means).weights
     emitting = specialise(tiny.gated, {}, means, [STEP])
     inputs, _ = inputs_at(tiny, 0, (2, 2 * tiny.stride, 2 * tiny.stride))

@@ -55,7 +55,7 @@ count = st.integers(min_value=1, max_value=2**63 - 1)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 digest = st.text("0123456789abcdef", min_size=64, max_size=64)
 removal = st.sampled_from([Treatment.DROP, Treatment.MEAN])
-reuse = st.sampled_from([Treatment.HOLD, Treatment.FORECAST])
+reuse = st.sampled_from([Treatment.HOLD, Treatment.FORECAST, Treatment.HOLD_X0, Treatment.FORECAST_X0])
 treatments = st.dictionaries(text, removal | reuse, max_size=3)
 shape = st.tuples(*[st.integers(1, 64)] * 3)
 estimates = st.tuples(number, number, number).map(sorted).map(lambda v: Estimate(low=v[0], mean=v[1], high=v[2]))
@@ -597,9 +597,10 @@ def test_contradictory_records_are_refused(make: Callable[[], object]) -> None:
 
 
 def test_only_holding_and_forecasting_reuse() -> None:
-    assert {treatment for treatment in Treatment if treatment.reuses} == {Treatment.HOLD, Treatment.FORECAST}
-    assignment = Assignment(treatments={name: Treatment(name) for name in ("drop", "mean", "hold", "forecast")})
-    assert assignment.reused == {"hold", "forecast"}
+    reuses = {"hold", "forecast", "hold_x0", "forecast_x0"}
+    assert {treatment.value for treatment in Treatment if treatment.reuses} == reuses
+    assignment = Assignment(treatments={name: Treatment(name) for name in ("drop", "mean", *reuses)})
+    assert assignment.reused == reuses
 
 
 @pytest.mark.parametrize(("together", "excess"), [(5.0, 1.0), (10.0, 2.0), (2.5, 0.5), (0.0, 0.0)])

@@ -267,9 +267,9 @@ def test_the_analysis_sees_the_same_on_every_backend(tiny: Tiny, target: Target)
     for denoiser in (own, reference):
         branches = BranchCache()
         for timestep in (900.0, 700.0):
-            denoiser.compute_branches(sample * np.float32(timestep / 1000), timestep, branches)
+            denoiser.compute_branches(sample * np.float32(timestep / 1000), timestep, branches, log_snr=0.0)
         reused = {index: (FORECAST, HOLD)[index % 2] for index in range(len(tiny.names))}
-        recalled.append(denoiser.recall(sample, 500.0, branches, treatments=reused, holds=holds))
+        recalled.append(denoiser.recall(sample, 500.0, branches, log_snr=0.0, treatments=reused, holds=holds))
     assert relative_error(*recalled) < 2 * target.tolerance.prediction
     assert HOLDS not in tiny.gated.inputs
 

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from unetc.device import HOST, Device, Tensor
 from unetc.errors import SessionError
 
+from .prediction_type import PredictionType
+
 _ROUNDING = 1e-5
 """Share of the trained range by which rounding may move a timestep out of it."""
 
@@ -101,6 +103,8 @@ class SchedulerTable:
     """[n], weight of the model output in such a step."""
     asked: int | None = None
     """Steps as a pipeline counts them, for a scheduler that makes several calls per step; None for n."""
+    prediction_type: PredictionType | None = None
+    """How x0 follows from a model output; None if that is not known, or if the output is x0 itself."""
 
     def __post_init__(self) -> None:
         """Check everything that a damaged file could break."""
@@ -294,6 +298,8 @@ class SchedulerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Number of rows after the rows of all counts; they hold the noise levels that the model was trained on."""
     one_size: bool = False
     """Whether the tables hold for the model's own sample size alone."""
+    prediction_type: PredictionType | None = None
+    """How x0 follows from a model output; None if that is not known, or if the output is x0 itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -301,13 +307,14 @@ class SchedulerTables:
     """The tables of one scheduler, by strictly increasing step count.
 
     Raises:
-        SessionError: If there is no table, the step counts do not increase, or the tables differ in `clip`.
+        SessionError: If there is no table, the step counts do not increase, or the tables differ in `clip` or
+            `prediction_type`.
     """
 
     name: str
     """Name of the scheduler, a key of `unetc.compiler.schedulers.names.SCHEDULERS`."""
     tables: tuple[SchedulerTable, ...]
-    """One table per step count, all with the same `clip`."""
+    """One table per step count, all with the same `clip` and `prediction_type`."""
     trained_timesteps: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """Timesteps that cover the range on which the model was trained, strictly increasing; empty if not known."""
     trained_log_snr: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -323,11 +330,18 @@ class SchedulerTables:
         _require(len(self.tables) > 0, "it has no step count")
         _require(list(self.counts) == sorted(set(self.counts)), f"the step counts {self.counts} do not increase")
         _require(len({table.clip for table in self.tables}) == 1, "the step counts differ in clip")
+        types = {table.prediction_type for table in self.tables}
+        _require(len(types) == 1, "the step counts differ in prediction_type")
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Step counts of the tables, increasing."""
         return tuple(table.count for table in self.tables)
+
+    @property
+    def prediction_type(self) -> PredictionType | None:
+        """How x0 follows from a model output; None if that is not known, or if the output is x0 itself."""
+        return self.tables[0].prediction_type
 
     def table(self, steps: int) -> SchedulerTable:
         """Look up the table for a number of steps.
@@ -401,6 +415,7 @@ class SchedulerTables:
             ),
             trained=len(trained),
             one_size=self.one_size,
+            prediction_type=self.prediction_type,
         )
         return header, np.ascontiguousarray(rows[:, used])
 
@@ -430,7 +445,7 @@ class SchedulerTables:
         clip = math.inf if header.clip is None else header.clip
         return cls(
             name=header.name,
-            tables=tuple(_from_rows(rows[:count_rows], count, clip) for count in header.counts),
+            tables=tuple(_from_rows(rows[:count_rows], count, clip, header.prediction_type) for count in header.counts),
             trained_timesteps=rows[count_rows:, 0].copy(),
             trained_log_snr=rows[count_rows:, 1].copy(),
             one_size=header.one_size,
@@ -455,7 +470,9 @@ def _to_rows(table: SchedulerTable) -> NDArray[np.float64]:
     return np.column_stack([*vectors, *matrices])
 
 
-def _from_rows(rows: NDArray[np.float64], count: SchedulerCount, clip: float) -> SchedulerTable:
+def _from_rows(
+    rows: NDArray[np.float64], count: SchedulerCount, clip: float, prediction_type: PredictionType | None
+) -> SchedulerTable:
     _require(
         count.rows >= 1 and 0 <= count.start <= len(rows) - count.rows,
         f"{count.rows} steps from row {count.start} do not lie within {len(rows)} rows",
@@ -471,6 +488,7 @@ def _from_rows(rows: NDArray[np.float64], count: SchedulerCount, clip: float) ->
         sample_coefficients=sample[:, :window],
         prediction_coefficients=prediction[:, :window],
         asked=None if count.calls is None else count.steps,
+        prediction_type=prediction_type,
         **vectors,
     )
 
