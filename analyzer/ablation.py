@@ -53,7 +53,7 @@ REUSES = tuple(tried for tried in TRIED if tried.treatment.reuses)
 
 
 def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:
-    """Select the components that match a shell-style pattern, and the step; without patterns, all of them.
+    """Select the components that match a shell-style pattern, the step and guidance; without patterns, all of them.
 
     Raises:
         ProfileError: If a pattern matches nothing.
@@ -66,13 +66,19 @@ def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Co
     return tuple(
         component
         for component in components
-        if not patterns or component.kind == "step" or any(fnmatchcase(component.name, own) for own in patterns)
+        if not patterns
+        or component.kind in ("step", "guidance")
+        or any(fnmatchcase(component.name, own) for own in patterns)
     )
 
 
 def treatments_for(component: Component) -> tuple[PeriodicTreatment, ...]:
     """List the treatments to try on a component."""
-    return tuple(tried for tried in TRIED if component.kind != "step" or tried.treatment.row.of_step)
+    if component.kind == "step":
+        return tuple(tried for tried in TRIED if tried.treatment.row.of_step)
+    if component.kind == "guidance":
+        return tuple(tried for tried in TRIED if tried.treatment.row.of_guidance)
+    return TRIED
 
 
 def ablations_of(components: Sequence[Component]) -> tuple[Ablation, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import Cost, Effect, Estimate
+from unetc.artifacts.profile import GUIDANCE, Component, Cost, Effect, Estimate
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
@@ -24,7 +24,7 @@ from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import Treatment
 
 from .ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, entry_of, treatments_for
-from .sweep import FullTrajectory, Sweep, branches_at
+from .sweep import FullTrajectory, Sweep, branches_at, guidance_at
 
 Z_95 = 1.96
 _LEAST_SPREAD = 0.1
@@ -92,8 +92,9 @@ def screen_calls(sweep: Sweep) -> int:
         calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
         for kind in REMOVALS + REUSES:
             if not kind.treatment.reuses or _sources(kind, step):
-                count = sum(kind in treatments_for(component) for component in sweep.ablated)
+                count = sum(kind in treatments_for(component) for component in _in_graph(sweep))
                 calls += -(-count // size) * size
+        calls += sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step))
     return calls
 
 
@@ -176,7 +177,7 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
     calls = 0
     branches: dict[int, BranchCache] = {}
     for kind in REMOVALS + REUSES:
-        names = [component.name for component in sweep.ablated if kind in treatments_for(component)]
+        names = [component.name for component in _in_graph(sweep) if kind in treatments_for(component)]
         sources = _sources(kind, step)
         if kind.treatment.reuses and not sources:
             continue
@@ -196,4 +197,27 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
                 error = float(relative_l2(expected, prediction).mean())
                 errors.append(_Local(component=name, treatment=kind.treatment, period=kind.period, error=error))
             calls += size
+    for kind in _of_guidance(sweep, step):
+        sources = _sources(kind, step)
+        seen, cache = base.states[step].seen(sweep.table, step), guidance_at(sweep, base, sources)
+        predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
+        error = float(relative_l2(expected, predicted[:, : expected.shape[1]]).mean())
+        errors.append(_Local(component=GUIDANCE, treatment=kind.treatment, period=kind.period, error=error))
+        calls += 1 + len(sources)
     return _Screened(calls=calls, errors=tuple(errors))
+
+
+def _in_graph(sweep: Sweep) -> list[Component]:
+    """List the ablated components that have a gate."""
+    return [component for component in sweep.ablated if component.kind != "guidance"]
+
+
+def _of_guidance(sweep: Sweep, step: int) -> list[PeriodicTreatment]:
+    """List the treatments of guidance that a probe of a step can try; none without guidance."""
+    return [
+        kind
+        for component in sweep.ablated
+        if component.kind == "guidance"
+        for kind in treatments_for(component)
+        if not kind.treatment.reuses or _sources(kind, step)
+    ]

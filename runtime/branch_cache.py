@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from unetc.artifacts.plan import Plan, Position
+from unetc.artifacts.profile import GUIDANCE
 from unetc.device import HOST, Device, Tensor
-from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD
+from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
 Branches = Mapping[str, tuple[tuple[float, Tensor], ...]]
-"""By component index: timestep and branch of the last two timesteps at which it was computed, newest first."""
+"""By component index, or `guidance`: timestep and branch of its last two computed timesteps, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,39 @@ class BranchCache:
             rows: Rows of the call, each with its factor; 1 for a factor that is broadcast.
         """
         inputs: dict[str, Tensor] = {}
-        for index, history in self._state.branches.items():
-            (last, held), (before, earlier) = history[0], history[-1]
-            factor = (timestep - last) / (last - before) if last != before else 0.0
+        for index in self._state.branches:
+            if index == GUIDANCE:  # no engine reads it
+                continue
+            held, earlier, factor = self._recall(index, timestep)
             key = factor, rows
             if key not in self._factors:
                 self._factors[key] = self._device.full((rows,), factor)
             inputs |= {HELD + index: held, EARLIER + index: earlier, EXTRAPOLATION + index: self._factors[key]}
         return inputs
+
+    @property
+    def knows_guidance(self) -> bool:
+        """Whether a step computed both halves of a guided call."""
+        return GUIDANCE in self._state.branches
+
+    def guidance(self, treatment: Treatment, timestep: float) -> Tensor | None:
+        """Recall the difference between the halves of a guided call; None if the treatment drops it.
+
+        Args:
+            treatment: Treatment of guidance.
+            timestep: The scheduler's value.
+        """
+        recall = treatment.row.recall
+        if recall is None:
+            return None
+        held, earlier, factor = self._recall(GUIDANCE, timestep)
+        return recall({HELD: held, EARLIER: earlier, EXTRAPOLATION: factor}.__getitem__)
+
+    def _recall(self, index: str, timestep: float) -> tuple[Tensor, Tensor, float]:
+        """Return the last branch of a component, the one before it, and the extrapolation factor at a timestep."""
+        history = self._state.branches[index]
+        (last, held), (before, earlier) = history[0], history[-1]
+        return held, earlier, (timestep - last) / (last - before) if last != before else 0.0
 
     def snapshot(self) -> Snapshot:
         """Return the state after the last step; later steps do not change it."""

@@ -1,4 +1,9 @@
-"""One trajectory through loaded engines: engine selection, cached branches, and fallback after a non-finite step."""
+"""One trajectory through loaded engines: engine selection, cached branches, and fallback after a non-finite step.
+
+A guided call has its rows in pairs: all samples with their negative conditions, then all with their own. An engine that
+treats guidance computes the second half alone. The difference between the halves is recalled from earlier steps and
+fills in the first half, so the scheduler and later reuse of the step see a whole prediction.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import GUIDANCE, STEP
 from unetc.backend import Program
 from unetc.conditions import Conditions
 from unetc.device import Device, Tensor
 from unetc.errors import NonFiniteError, StaleEngineError
+from unetc.treatments import COMPUTED, EXTRAPOLATION
 
 from .branch_cache import BranchCache, Snapshot
 from .engine_pool import EnginePool
+from .rows import Rows, Taken, second_half
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,14 @@ class EngineCall:
     program: Program
     after: Snapshot
     """The branch cache after this call, without its branches: a call that fails may have made them non-finite."""
+    paired: bool = False
+    """Whether the rows are pairs: negative conditions first, then the samples' own."""
+    halved: bool = False
+    """Whether the engine computes the second half of the rows alone."""
+
+    def rows(self, whole: int) -> int:
+        """Count the rows that the engine computes, of a number of rows with both halves."""
+        return whole // 2 if self.halved else whole
 
 
 class Rollout:
@@ -74,6 +90,8 @@ class Rollout:
             non_finite_steps: Counts repeated steps.
             pool: Loads engines when they are needed; None if all are loaded.
         """
+        self._plan = plan
+        self._recalls_guidance = plan is not None and any(GUIDANCE in engine.reused for engine in plan.engines)
         self._programs = (full,) if plan is None else programs
         self._full = full
         self._exact = exact or full
@@ -83,7 +101,14 @@ class Rollout:
         self._pool = pool
         self._cache = BranchCache(plan, device)
 
-    def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
+    @property
+    def halves(self) -> bool:
+        """Whether guided calls may compute half of their rows."""
+        return self._plan is not None and any(engine.halves for engine in self._plan.engines)
+
+    def predict(
+        self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions, *, paired: bool = False
+    ) -> Tensor:
         """Predict for a scheduler that runs elsewhere.
 
         Args:
@@ -91,6 +116,7 @@ class Rollout:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
             conditions: Conditions of the samples, on the device.
+            paired: Whether the samples are pairs themselves, because the caller guides: negative conditions first.
 
         Returns:
             The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
@@ -100,45 +126,106 @@ class Rollout:
         """
         inputs = conditions.widen(sample, timestep)
         prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
-        call = self.run(inputs, prediction, timestep, log_snr)
+        call = self.run(inputs, prediction, timestep, log_snr, paired=paired or conditions.paired)
         if not self._device.is_finite(prediction):
             self.run_again(call, inputs, prediction)
             if not self._device.is_finite(prediction):
                 raise not_finite(call, "and the full model")
         return conditions.guide(prediction, sample.shape[1])
 
-    def run(self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float) -> EngineCall:
+    def run(
+        self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float, *, paired: bool = False
+    ) -> EngineCall:
         """Run the engine of the next step.
 
         Args:
-            inputs: Inputs of the call, without cached branches.
+            inputs: Inputs of the call with all rows, without cached branches.
             prediction: Output, [row, channel, height, width].
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
+            paired: Whether the rows are pairs: negative conditions first.
         """
-        call = self.choose(timestep, log_snr)
-        self.store(call, call.program({**inputs, **self.reused(call, len(prediction))}, prediction))
+        call = self.choose(timestep, log_snr, paired=paired)
+        whole = len(prediction)
+        if not call.halved:
+            self.complete(call, prediction, call.program({**inputs, **self.reused(call, whole)}, prediction))
+            return call
+        own = self._device.empty((call.rows(whole), *prediction.shape[1:]))
+        emitted = call.program(Taken(self.inputs(call, inputs, whole), self._device), own)
+        prediction[:] = self.complete(call, own, emitted)
         return call
 
-    def choose(self, timestep: float, log_snr: float) -> EngineCall:
-        """Choose the engine of the next step; the caller runs it and stores the branches that it emits.
+    def choose(self, timestep: float, log_snr: float, *, paired: bool = False) -> EngineCall:
+        """Choose the engine of the next step; the caller runs it and completes its prediction.
 
         Args:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
+            paired: Whether the rows are pairs: negative conditions first.
         """
         engine = self._cache.next_engine(log_snr)
         if self._pool is not None:
             self._pool.enter(self, self._cache.phase)
-        return EngineCall(engine, timestep, self._programs[engine], self._cache.snapshot().emptied())
+        assignment = None if self._plan is None else self._plan.engines[engine]
+        halved = paired and assignment is not None and assignment.halves
+        if halved and assignment is not None and GUIDANCE in assignment.reused:
+            halved = self._cache.knows_guidance  # a caller may not have proved that earlier rows were pairs
+        after = self._cache.snapshot().emptied()
+        return EngineCall(engine, timestep, self._programs[engine], after, paired, halved)
 
-    def reused(self, call: EngineCall, rows: int) -> dict[str, Tensor]:
-        """Make the inputs of a call that come from cached branches, for a number of rows."""
-        return self._cache.inputs(call.timestep, rows)
+    def inputs(self, call: EngineCall, inputs: Mapping[str, Tensor], whole: int) -> dict[str, Tensor | Rows]:
+        """Make all inputs of a call.
 
-    def store(self, call: EngineCall, emitted: Mapping[str, Tensor]) -> None:
-        """Store the branches that a call has emitted."""
-        self._cache.store(emitted, call.timestep)
+        Args:
+            call: The call.
+            inputs: Its inputs with all rows, without cached branches.
+            whole: Number of all rows.
+        """
+        if not call.halved:
+            return {**inputs, **self.reused(call, whole)}
+        halves = {name: second_half(value, whole) for name, value in inputs.items()}
+        return {**halves, **self.reused(call, whole)}
+
+    def reused(self, call: EngineCall, whole: int) -> dict[str, Tensor | Rows]:
+        """Make the inputs of a call that come from cached branches, which have a number of rows."""
+        inputs = self._cache.inputs(call.timestep, call.rows(whole))
+        if not call.halved:
+            return inputs
+        return {
+            name: value if name.startswith(EXTRAPOLATION) else second_half(value, whole)
+            for name, value in inputs.items()
+        }
+
+    def complete(self, call: EngineCall, prediction: Tensor, emitted: Mapping[str, Tensor]) -> Tensor:
+        """Store the branches of a call, and fill in the rows that it left out.
+
+        Args:
+            call: The call.
+            prediction: Its output, [row, channel, height, width].
+            emitted: The branches that it emitted.
+
+        Returns:
+            The prediction with all rows.
+        """
+        if not call.halved:
+            branches = dict(emitted)
+            if call.paired and self._computes_both(call.engine):
+                half = len(prediction) // 2
+                branches[COMPUTED + GUIDANCE] = prediction[half:] - prediction[:half]
+            self._cache.store(branches, call.timestep)
+            return prediction
+        assert self._plan is not None
+        assignment = self._plan.engines[call.engine]
+        difference = self._cache.guidance(assignment.treatments[GUIDANCE], call.timestep)
+        negative = prediction if difference is None else prediction - difference
+        whole = self._device.concatenate([negative, prediction])
+        # the only branch of half of the rows that others reuse is the step: here it is whole
+        self._cache.store(dict.fromkeys(emitted, whole) if STEP in assignment.emits else {}, call.timestep)
+        return whole
+
+    def _computes_both(self, engine: int) -> bool:
+        """Check whether an engine computes the difference that a later one recalls."""
+        return self._recalls_guidance and self._plan is not None and STEP not in self._plan.engines[engine].treatments
 
     @property
     def phase(self) -> int | None:

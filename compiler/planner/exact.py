@@ -1,7 +1,8 @@
 """The exact planner: an integer program over runs of bins, solved by HiGHS.
 
 Columns per run of bins and period: x[c] = the run treats component c, z = it treats any, y = the plan uses the run.
-Every bin lies in exactly one used run.
+Every bin lies in exactly one used run. A guided model has every run twice: without guidance among the treated
+components, and with it, where the others save less.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class _Program:
     """Columns and rows of the integer program."""
 
     def __init__(self, choices: Choices, limits: Limits) -> None:
-        self._runs, self._components = choices.runs, len(choices.names)
+        guidance = choices.guidance
+        variants = (False,) if guidance is None else (False, True)
+        entries = [(run, halved) for halved in variants for run in choices.runs]
+        self._runs, self._components = [run for run, _ in entries], len(choices.names)
         count, width = len(self._runs), self._components + 2
         rows = _Rows(count * width)
         for b in range(len(choices.steps)):
@@ -52,9 +56,11 @@ class _Program:
             rows.add(used, 1, 1)
         engines: dict[int, float] = {}
         memory: dict[int, float] = {}
-        for m in range(count):
+        for m, (_, halved) in enumerate(entries):
             z, y = m * width + self._components, m * width + self._components + 1
             rows.add({z: 1.0, y: -1.0}, -np.inf, 0)
+            if halved:
+                rows.add({z: 1.0, m * width + (guidance or 0): -1.0}, -np.inf, 0)
             for c in range(self._components):
                 rows.add({m * width + c: 1.0, z: -1.0}, -np.inf, 0)
             for outer, inner in choices.nested:
@@ -69,11 +75,13 @@ class _Program:
         self.structure = [rows.constraint()]
         saving, squared, allowed = np.zeros((3, count, width))
         least = np.array([choices.least(run) for run in self._runs])
-        saving[:, : self._components] = [choices.saving(run) for run in self._runs]
+        saving[:, : self._components] = [choices.saving(run, halved=halved) for run, halved in entries]
         squared[:, : self._components] = np.where(np.isfinite(least), least, 0)
         useful = (saving[:, : self._components] > 0) | (np.isfinite(limits.max_memory) & (choices.freed > 0))
         allowed[:, : self._components] = np.isfinite(least) & useful
         allowed[:, self._components :] = 1
+        if guidance is not None:
+            allowed[[not halved for _, halved in entries], guidance] = 0
         self.saving, self.squared, self.bounds = saving.ravel(), squared.ravel(), Bounds(0, allowed.ravel())
 
     def saves(self, limits: Limits) -> LinearConstraint:

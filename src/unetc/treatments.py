@@ -73,6 +73,8 @@ class Row:
     """Periods that an analysis tries. One step in a period computes the component; 1 means that no step does."""
     of_step: bool = False
     """Whether an analysis tries it on the whole denoiser call too."""
+    of_guidance: bool = False
+    """Whether the difference that guidance amplifies can get it."""
 
     @property
     def gates(self) -> tuple[float, float]:
@@ -87,7 +89,7 @@ def _forecast(take: Callable[[str], Operand]) -> Operand:
 
 ROWS: Mapping[Treatment, Row] = {
     Treatment.KEEP: Row(letter="k", contributes="its computed value"),
-    Treatment.DROP: Row(letter="d", contributes="nothing", mean=0.0, periods=(1,)),
+    Treatment.DROP: Row(letter="d", contributes="nothing", mean=0.0, periods=(1,), of_guidance=True),
     Treatment.MEAN: Row(letter="m", contributes="its calibrated mean per channel", mean=1.0, periods=(1,)),
     Treatment.HOLD: Row(
         letter="h",
@@ -95,6 +97,7 @@ ROWS: Mapping[Treatment, Row] = {
         recall=lambda take: take(HELD),
         periods=(2, 4),
         of_step=True,
+        of_guidance=True,
     ),
     Treatment.FORECAST: Row(
         letter="f",
@@ -102,6 +105,7 @@ ROWS: Mapping[Treatment, Row] = {
         recall=_forecast,
         periods=(2, 4),
         of_step=True,
+        of_guidance=True,
     ),
 }
 """The table, in the order in which an analysis tries the treatments."""
