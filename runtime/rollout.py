@@ -107,7 +107,14 @@ class Rollout:
         return self._plan is not None and any(engine.halves for engine in self._plan.engines)
 
     def predict(
-        self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions, *, paired: bool = False
+        self,
+        sample: Tensor,
+        timestep: float,
+        log_snr: float,
+        conditions: Conditions,
+        *,
+        paired: bool = False,
+        halve: bool = True,
     ) -> Tensor:
         """Predict for a scheduler that runs elsewhere.
 
@@ -117,6 +124,7 @@ class Rollout:
             log_snr: The noise level there, not below the last call's.
             conditions: Conditions of the samples, on the device.
             paired: Whether the samples are pairs themselves, because the caller guides: negative conditions first.
+            halve: Whether an engine may compute half of paired rows.
 
         Returns:
             The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
@@ -126,7 +134,7 @@ class Rollout:
         """
         inputs = conditions.widen(sample, timestep)
         prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
-        call = self.run(inputs, prediction, timestep, log_snr, paired=paired or conditions.paired)
+        call = self.run(inputs, prediction, timestep, log_snr, paired=paired or conditions.paired, halve=halve)
         if not self._device.is_finite(prediction):
             self.run_again(call, inputs, prediction)
             if not self._device.is_finite(prediction):
@@ -134,7 +142,14 @@ class Rollout:
         return conditions.guide(prediction, sample.shape[1])
 
     def run(
-        self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float, *, paired: bool = False
+        self,
+        inputs: Mapping[str, Tensor],
+        prediction: Tensor,
+        timestep: float,
+        log_snr: float,
+        *,
+        paired: bool = False,
+        halve: bool = True,
     ) -> EngineCall:
         """Run the engine of the next step.
 
@@ -144,8 +159,9 @@ class Rollout:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
             paired: Whether the rows are pairs: negative conditions first.
+            halve: Whether the engine may compute half of paired rows.
         """
-        call = self.choose(timestep, log_snr, paired=paired)
+        call = self.choose(timestep, log_snr, paired=paired, halve=halve)
         whole = len(prediction)
         if not call.halved:
             self.complete(call, prediction, call.program({**inputs, **self.reused(call, whole)}, prediction))
@@ -155,21 +171,22 @@ class Rollout:
         prediction[:] = self.complete(call, own, emitted)
         return call
 
-    def choose(self, timestep: float, log_snr: float, *, paired: bool = False) -> EngineCall:
+    def choose(self, timestep: float, log_snr: float, *, paired: bool = False, halve: bool = True) -> EngineCall:
         """Choose the engine of the next step; the caller runs it and completes its prediction.
 
         Args:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
             paired: Whether the rows are pairs: negative conditions first.
+            halve: Whether the engine may compute half of paired rows.
         """
         engine = self._cache.next_engine(log_snr)
         if self._pool is not None:
             self._pool.enter(self, self._cache.phase)
         assignment = None if self._plan is None else self._plan.engines[engine]
-        halved = paired and assignment is not None and assignment.halves
+        halved = paired and halve and assignment is not None and assignment.halves
         if halved and assignment is not None and GUIDANCE in assignment.reused:
-            halved = self._cache.knows_guidance  # a caller may not have proved that earlier rows were pairs
+            halved = self._cache.knows_guidance  # earlier rows may not have been pairs
         after = self._cache.snapshot().emptied()
         return EngineCall(engine, timestep, self._programs[engine], after, paired, halved)
 

@@ -126,7 +126,7 @@ def test_samples_equal_those_of_a_loop_in_float64(cycle: tuple[int, ...]) -> Non
     sampled = session.sample(noise=noise, conditions=given, latents=True)
     schedule = [cycle[step % len(cycle)] for step in range(STEPS)]
     assert session.schedule(STEPS) == tuple(schedule)
-    assert relative_error(sampled, reference(schedule, noise, given)) < 1e-6
+    assert relative_error(sampled, reference(schedule, noise, given)) < 1e-5
     assert engine.rows == [BATCH if ENGINES[one].halves else 2 * BATCH for one in schedule if one != 4]
 
 
