@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.dropin.runs import SIDE, STEPS, begin, noise, words
-from tests.models import Reuse, tiny_of
+from tests.models import relative_error, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts import Phase
 from unetc.artifacts.profile import GUIDANCE, with_guidance
@@ -20,12 +20,15 @@ from unetc.backend import Array, Program, SerialisedGraph
 from unetc.call import CONTEXT, CallSignature
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.diffusers import BundleUNet
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
 from unetc.treatments import Treatment
 
+CONFIG = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
 SCALE = 3.0
 AGREE = 1e-4
 
@@ -56,7 +59,7 @@ class Rows:
             plan=plan_of(engines, [Phase(low=-20.0, high=20.0, cycle=cycle)]),
             full=plain,
             programs=[plain, plain],
-            scheduler=Reuse(tiny).scheduler,
+            scheduler=extract_all(make_scheduler("ddim", CONFIG), "ddim", [STEPS]),
             sample_shape=(calls.channels, SIDE, SIDE),
             steps=STEPS,
             device=backend.device,
@@ -96,8 +99,10 @@ def test_it_computes_half_of_the_rows_once_the_pipeline_has_guided(shared: Path,
     assert rows.take() == [4, 2, 2] * 2
     own, negative = text[2:].numpy(), text[:2].numpy()
     conditions = Conditions(own={CONTEXT: own}, negative={CONTEXT: negative}, scale=SCALE)
-    expected = rows.session.sample(noise=start.numpy(), conditions=conditions, steps=7)
-    assert expected.shape == sampled.shape  # at another number of steps: the tables of the session have one
+    expected = rows.session.sample(noise=start.numpy(), conditions=conditions)
+    assert relative_error(sampled.numpy(), expected) < AGREE
+    full = sample(rows.dropin(full_model=True), start, text, guided=True)
+    assert relative_error(sampled.numpy(), full.numpy()) > 10 * AGREE
 
 
 def test_the_first_step_is_never_halved(shared: Path) -> None:
