@@ -103,6 +103,9 @@ def choose(
 ) -> tuple[tuple[Ablation, int], ...]:
     """Choose the ablations of every bin that a plan is most likely to want: those with the least error per time saved.
 
+    The best one of guidance is always among them: it saves more than most components, and its error is amplified by the
+    guidance scale, so the error amplification of other components is a poor guess for it.
+
     Returns:
         Ablations with their bins: the best of every bin first, then the second best.
     """
@@ -115,9 +118,19 @@ def choose(
     ranked = [
         (rank, b, ablation)
         for b, entries in sorted(worth.items())
-        for rank, (_, _, ablation) in enumerate(sorted(entries)[:per_bin])
+        for rank, ablation in enumerate(_best([ablation for _, _, ablation in sorted(entries)], per_bin))
     ]
     return tuple((ablation, b) for _, b, ablation in sorted(ranked, key=lambda entry: entry[:2]))
+
+
+def _best(ordered: Sequence[Ablation], count: int | None) -> Sequence[Ablation]:
+    """Take the first ablations, and the first one of guidance; all without a count."""
+    if not count:
+        return ordered[:count]
+    taken, rest = ordered[:count], ordered[count:]
+    if any(ablation.component == GUIDANCE for ablation in taken):
+        return taken
+    return [*taken, *[ablation for ablation in rest if ablation.component == GUIDANCE][:1]]
 
 
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:

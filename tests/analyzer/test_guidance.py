@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.analyzer.sweeps import BINS, SAMPLES, SEED, STEPS, backend, relative_l2, table_of
+from tests.analyzer.sweeps import BINS, SAMPLES, SEED, STEPS, backend, estimate_of, relative_l2, table_of
 from tests.models import Tiny, tiny_of
 from unetc.analyzer.ablation import Ablation, PeriodicTreatment, select, treatments_for
 from unetc.analyzer.cost import measure_costs
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.analyzer.screen import run_screen, screen_calls
+from unetc.analyzer.screen import choose, run_screen, screen_calls
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, run_base, run_sweep, sweep_calls
-from unetc.artifacts.profile import GUIDANCE, with_guidance
+from unetc.artifacts.profile import GUIDANCE, Cost, with_guidance
 from unetc.backend import Array
 from unetc.call import CONTEXT, TIMESTEP
 from unetc.conditions import Conditions
@@ -137,6 +137,13 @@ def test_the_screening_probes_it(sweep: Sweep, base: FullTrajectory, tmp_path: P
     assert probed == treated
     assert all(error > 0 for (entry, _), error in screen.errors.items() if entry.component == GUIDANCE)
     assert screen.calls == screen_calls(sweep)
+    shares = {component.name: 1.0 if component.name != GUIDANCE else 0.01 for component in sweep.ablated}
+    costs = [Cost(component=name, saved_ms=estimate_of(share), freed_bytes=0) for name, share in shares.items()]
+    chosen = choose(screen, costs, 1.0, 1)
+    for b in range(BINS):  # its best one is carried to the final output, however little it saves
+        assert len([entry for entry, at in chosen if at == b and entry.component == GUIDANCE]) == 1
+        assert len([entry for entry, at in chosen if at == b]) == 2
+    assert choose(screen, costs, 1.0, 0) == ()
 
 
 def test_its_cost_is_the_time_of_half_of_the_rows(tiny: Tiny, conditions: Conditions, sweep: Sweep) -> None:
