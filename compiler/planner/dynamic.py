@@ -155,7 +155,7 @@ class _Relaxation:
             whole = tuple(c for c in sorted(self._choices.whole) if value[c] < 0)
             free.append(_Part(run=run, chosen=whole, engines=0, value=float(value[list(whole)].sum())))
             value[[*self._choices.whole, *([] if guidance is None else [guidance])]] = 0
-            best = _best_set(self._choices.inner, value)
+            best = best_set(self._choices.inner, value)
             total = float(value[list(best)].sum() + weights @ _FULL)
             computing.append(_Part(run=run, chosen=best, engines=1, value=total))
             if guidance is not None and self._possible[run][guidance]:
@@ -167,12 +167,12 @@ class _Relaxation:
         value = np.where(self._possible[run], self._totals[run, True] @ weights, 0)
         own = float(value[guidance])
         value[[*self._choices.whole, guidance]] = 0
-        others = _best_set(self._choices.inner, value)
+        others = best_set(self._choices.inner, value)
         total = own + float(value[list(others)].sum() + weights @ _FULL)
         return _Part(run=run, chosen=tuple(sorted((*others, guidance))), engines=1, value=total)
 
 
-def _best_set(inner: Mapping[int, Sequence[int]], value: NDArray[np.float64]) -> tuple[int, ...]:
+def best_set(inner: Mapping[int, Sequence[int]], value: NDArray[np.float64]) -> tuple[int, ...]:
     """Choose the components with the least sum of values; never a component together with one nested in it."""
     chosen = set(np.flatnonzero(value < 0).tolist())
     # innermost first, so that a nested set is final before it is compared with the component around it
