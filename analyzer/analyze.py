@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from unetc.artifacts.profile import ImageSource, Profile
-from unetc.call import EXTRA_CHANNELS
+from unetc.call import EXTRA_CHANNELS, TIMESTEP_COND
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract
@@ -49,6 +49,8 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     used = prompts[: len(prompts) - len(prompts) // HELD_OUT_SHARE]
     images = Images(folder=Path(options.images) if options.images else None, seed=options.seed)
     conditions = model.encode(used, scale, images=images)
+    if scale > 1 and options.guidance_scale is not None and not (conditions.guided or TIMESTEP_COND in conditions.own):
+        raise ProfileError(f"{model.reference.name} has no guidance, so it takes no guidance scale. Omit it.")
     calls = MeasuredCalls.of(model.sample_shape, options.batch, options.samples, conditions)
     prepared = prepare(model, cache, on_progress)
     finder = overflow_finder(prepared, options.scheduler, conditions, on_progress)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 import unetc
-from unetc.artifacts.manifest import FULL, Control, Level, Manifest
-from unetc.artifacts.verification import ControlResult, EngineUse, Verification
-from unetc.backend import Backend
+from unetc.artifacts.manifest import FULL, Level, Manifest
+from unetc.artifacts.profile import Damage
+from unetc.artifacts.verification import ControlResult, Converged, EngineUse, Verification
 from unetc.conditions import Conditions
 from unetc.environment import describe
 from unetc.errors import SessionError
@@ -21,6 +22,7 @@ from unetc.metrics.damage import measure_damage
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
+from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session
 from unetc.timing import interleaved_ms
 
@@ -29,12 +31,10 @@ Array = NDArray[np.float32]
 HELD_OUT = 1000
 """Distance of the default seed from those that analysis and build have used."""
 
-_DESCRIPTIONS = {
-    "fewer_steps": "the full model with fewer steps",
-    "uniform": "the same treatment at all noise levels, chosen by the planner",
-    "deep-hold": "one level held in all phases with one period (DeepCache's rule), the best level and period",
-    "random": "random treatments of random components at random noise levels",
-}
+CONVERGED_ROUNDS = 4
+"""Most batches of the converged trajectory: each takes the time of many others."""
+FEWER_STEPS = "fewer_steps"
+"""Name of the control that every level is compared with, even without others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,8 @@ class VerifyOptions:
     """Name of the quality level; the default level when not given."""
     target: str | None = None
     """Where engines run; the target the bundle was built for when not given."""
+    converged: bool = True
+    """Whether to compare with the converged trajectory too; it takes at least 500 calls per batch."""
 
 
 def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ignore) -> Verification:
@@ -74,13 +76,33 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         raise SessionError(f"rounds and batch must be at least 1, got {options.rounds} and {batch}.")
     target = options.target or manifest.target
     backend = open_backend(target, threads=manifest.threads)
-    session = Session.of(bundle, backend, level=level.name)
-    controls = manifest.controls if level is manifest.levels[0] else ()
-    contenders, fewer = _contenders(bundle, backend, session, controls, batch, seed)
+    loaded = LoadedBundle(bundle, backend)
+    session = Session.over(loaded, level=level.name)
+    sample = partial(_sample, conditions=_held_out(manifest, bundle.conditions), batch=batch, seed=seed)
+    contenders: dict[str, Callable[[int], Array]] = {
+        "full": partial(sample, session, full_model=True),
+        "plan": partial(sample, session),
+    }
+    descriptions: dict[str, str] = {}
+    for control in manifest.controls if level is manifest.levels[0] else ():
+        own = Session.over(loaded, control=control)
+        contenders[control.name] = partial(sample, own, full_model=control.plan is None)
+        descriptions[control.name] = control.description
+    if FEWER_STEPS not in contenders:
+        fewer = _steps_of_equal_time(session, partial(sample, session, 0))
+        contenders[FEWER_STEPS] = partial(sample, session, full_model=True, steps=fewer)
+        descriptions[FEWER_STEPS] = _describe_fewer(session, fewer)
     times, sampled = _run(contenders, options.rounds, on_progress)
     outputs = {name: session.decode(latents) for name, latents in sampled.items()}
     ratios = {name: row / times["full"] for name, row in times.items()}
-    return Verification(
+    groups = _groups(outputs)
+    converged = None
+    if options.converged and manifest.converged is not None:
+        truth = session.along(bundle.tables[manifest.converged])
+        rounds = min(options.rounds, CONVERGED_ROUNDS)
+        latents = _sample_converged(partial(sample, truth, full_model=True), rounds, batch, on_progress)
+        converged = _compare(truth, latents, outputs, groups)
+    result = Verification(
         unetc=unetc.__version__,
         model=manifest.model,
         plan_sha256=level.plan.sha256(),
@@ -98,54 +120,86 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         time_ratio_p10=float(np.percentile(ratios["plan"], 10)),
         time_ratio_p90=float(np.percentile(ratios["plan"], 90)),
         damage=measure_damage(outputs["full"], outputs["plan"]),
-        controls=_control_results(outputs, ratios, fewer, manifest.steps),
+        controls=_control_results(outputs, ratios, groups, descriptions),
+        converged=converged,
         engines=_engine_uses(level, session, manifest.steps),
         disk_bytes=_disk_bytes(manifest, [manifest.full.graph, *(engine.graph for engine in level.engines)]),
         full_disk_bytes=_disk_bytes(manifest, [manifest.full.graph]),
     )
+    return msgspec.structs.replace(result, loses_to=result.beaten_by())
 
 
-def _contenders(
-    bundle: Bundle, backend: Backend, session: Session, controls: tuple[Control, ...], batch: int, seed: int
-) -> tuple[dict[str, Callable[[int], Array]], int]:
-    """Make the functions that sample a batch from its first index on, and count the steps of `fewer_steps`."""
-    conditions = _held_out(bundle.manifest, bundle.conditions)
+def _sample(
+    session: Session,
+    first: int,
+    *,
+    conditions: Conditions,
+    batch: int,
+    seed: int,
+    full_model: bool = False,
+    steps: int | None = None,
+) -> Array:
+    """Sample the latents of a batch from its first index on."""
+    own = conditions.take(range(first, first + batch))
+    return session.sample(
+        batch, seed=seed, steps=steps, first_index=first, conditions=own, full_model=full_model, latents=True
+    )
 
-    def sample(session: Session, first: int, *, full_model: bool = False, steps: int | None = None) -> Array:
-        own = conditions.take(range(first, first + batch))
-        return session.sample(
-            batch, seed=seed, steps=steps, first_index=first, conditions=own, full_model=full_model, latents=True
-        )
 
-    fewer = _steps_of_equal_time(session, partial(sample, session, 0))
-    contenders: dict[str, Callable[[int], Array]] = {
-        "full": partial(sample, session, full_model=True),
-        "plan": partial(sample, session),
-        "fewer_steps": partial(sample, session, full_model=True, steps=fewer),
-    }
-    for control in controls:
-        contenders[control.name] = partial(sample, Session.of(bundle, backend, control=control))
-    return contenders, fewer
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group the names of controls; numbered ones of a kind make one result."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name not in ("full", "plan"):
+            groups.setdefault(re.sub(r"-\d+$", "", name), []).append(name)
+    return groups
 
 
 def _control_results(
-    outputs: Mapping[str, Array], ratios: Mapping[str, NDArray[np.float64]], fewer: int, steps: int
+    outputs: Mapping[str, Array],
+    ratios: Mapping[str, NDArray[np.float64]],
+    groups: Mapping[str, Sequence[str]],
+    descriptions: Mapping[str, str],
 ) -> dict[str, ControlResult]:
-    """Compare the controls with the full model; numbered ones of a kind make one result."""
-    groups: dict[str, list[str]] = {}
-    for name in outputs:
-        if name not in ("full", "plan"):
-            groups.setdefault(re.sub(r"-\d+$", "", name), []).append(name)
+    """Compare the controls with the full model."""
     return {
         group: ControlResult(
             time_ratio=float(np.median(np.concatenate([ratios[name] for name in names]))),
-            damage=measure_damage(
-                np.concatenate([outputs["full"]] * len(names)), np.concatenate([outputs[name] for name in names])
-            ),
-            description=_describe(group, len(names), fewer, steps),
+            damage=_distance(outputs["full"], outputs, names),
+            description=_describe(descriptions[names[0]], len(names)),
         )
         for group, names in groups.items()
     }
+
+
+def _distance(reference: Array, outputs: Mapping[str, Array], names: Sequence[str]) -> Damage:
+    """Measure the distance of contenders to a reference, over all of their samples."""
+    return measure_damage(np.concatenate([reference] * len(names)), np.concatenate([outputs[name] for name in names]))
+
+
+def _sample_converged(sample: Callable[[int], Array], rounds: int, batch: int, on_progress: OnProgress) -> Array:
+    """Sample the converged trajectory from the same noise; its time does not matter."""
+    parts = []
+    for i in range(rounds):
+        parts.append(sample(i * batch))
+        on_progress(Progress(stage="converged trajectory", done=i + 1, total=rounds))
+    return np.concatenate(parts)
+
+
+def _compare(
+    truth: Session, latents: Array, outputs: Mapping[str, Array], groups: Mapping[str, Sequence[str]]
+) -> Converged:
+    """Compare every contender with the converged trajectory, on as many of its first samples."""
+    reference = truth.decode(latents)
+    outputs = {name: sampled[: len(reference)] for name, sampled in outputs.items()}
+    return Converged(
+        scheduler=truth.scheduler.name,
+        steps=truth.steps,
+        samples=len(reference),
+        full=_distance(reference, outputs, ["full"]),
+        plan=_distance(reference, outputs, ["plan"]),
+        controls={group: _distance(reference, outputs, names) for group, names in groups.items()},
+    )
 
 
 def _held_out(manifest: Manifest, conditions: Conditions) -> Conditions:
@@ -188,11 +242,15 @@ def _run(
     return columns, {name: np.concatenate(parts) for name, parts in outputs.items()}
 
 
-def _describe(group: str, count: int, fewer: int, steps: int) -> str:
-    text = _DESCRIPTIONS.get(group, group)
-    if group == "fewer_steps":
-        return f"{text} ({fewer} of {steps})"
+def _describe(text: str, count: int) -> str:
     return f"{text} ({count} plans)" if count > 1 else text
+
+
+def _describe_fewer(session: Session, fewer: int) -> str:
+    """Describe the full model along the bundle's own schedule for fewer steps, which may start elsewhere."""
+    full, table = session.scheduler.table(session.steps), session.scheduler.table(fewer)
+    text = f"the full model with fewer steps ({fewer} of {full.count})"
+    return text if table.starts_like(full) else f"{text}, from another noise level"
 
 
 def _engine_uses(level: Level, session: Session, steps: int) -> tuple[EngineUse, ...]:

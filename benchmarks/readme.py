@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,19 @@ Writer = Callable[[dict[str, Any]], str]
 
 BUDGET = "0.27"
 """The budget that README.md shows."""
+COMPARED = {
+    "fewer_steps": "fewer steps",
+    "chosen_steps": "chosen steps",
+    "steps_only": "whole steps alone",
+    "other_solver": "another scheduler",
+    "deep-hold": "DeepCache's rule",
+}
+"""Controls that README.md shows and a reading compares with, in words."""
 
 
 def one_budget(result: dict[str, Any]) -> str:
-    """Write the table of the main budget."""
-    return "\n".join([setting(result), "", *table_of(result["budgets"][BUDGET])])
+    """Write the table of the main budget, with short names of the controls that matter most."""
+    return "\n".join([setting(result), "", *table_of(result["budgets"][BUDGET], short=True)])
 
 
 def budgets(result: dict[str, Any]) -> str:
@@ -49,19 +57,24 @@ def setting(result: dict[str, Any]) -> str:
     )
 
 
-def table_of(run: dict[str, Any]) -> list[str]:
-    """Write the table of one budget."""
+def table_of(run: dict[str, Any], *, short: bool = False) -> list[str]:
+    """Write the table of one budget: all controls and distances, or in short."""
     verified = run["verification"]
     own = verified["damage"]["relative_l2"]["mean"]
-    rows = [("*the plan*", verified["time_ratio"], verified["damage"], False)]
-    for control in verified["controls"].values():
+    converged = None if short else verified.get("converged")
+    rows = [("*the plan*", verified["time_ratio"], verified["damage"], False, converged and converged["plan"])]
+    for name, control in verified["controls"].items():
+        if short and name not in COMPARED:
+            continue
         less = control["damage"]["relative_l2"]["mean"] < own and control["time_ratio"] <= verified["time_ratio_p90"]
-        rows.append((control["description"], control["time_ratio"], control["damage"], less))
-    lines = [
-        f"| budget {verified['budget']:g} | time | saves | relative L2 | PSNR dB | SSIM |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for name, ratio, damage, beats in rows:
+        distance = converged and converged["controls"][name]
+        words = COMPARED[name] if short else control["description"]
+        rows.append((words, control["time_ratio"], control["damage"], less, distance))
+    head = [f"budget {verified['budget']:g}", "time", "saves", "relative L2", "PSNR dB", "SSIM"]
+    if converged:
+        head.append("to converged")
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for name, ratio, damage, beats, distance in rows:
         l2 = damage["relative_l2"]
         cells = [
             name,
@@ -71,8 +84,18 @@ def table_of(run: dict[str, Any]) -> list[str]:
             f"{damage['psnr']['mean']:.1f}",
             f"{damage['ssim']['mean']:.3f}",
         ]
+        if distance:
+            cells.append(f"{distance['relative_l2']['mean']:.4f}")
         lines.append("| " + " | ".join(f"**{cell}**" if beats else cell for cell in cells) + " |")
+    if converged:
+        cells = ["the full model", "1.000", percent(0), "0", "", "", f"{converged['full']['relative_l2']['mean']:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Join parts of a sentence."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def percent(share: float) -> str:
@@ -86,12 +109,14 @@ def reading_of(run: dict[str, Any]) -> str:
     own, controls = verified["damage"]["relative_l2"]["mean"], verified["controls"]
     against = [
         f"{own / controls[name]['damage']['relative_l2']['mean']:.3f} × the damage of {words}"
-        for name, words in (("fewer_steps", "fewer steps"), ("deep-hold", "DeepCache's rule"))
+        for name, words in COMPARED.items()
         if name in controls and controls[name]["damage"]["relative_l2"]["mean"] > 0
     ]
     disk = verified["disk_bytes"] / verified["full_disk_bytes"]
+    losing = verified.get("loses_to")
+    loses = f" It loses to {', '.join(f'`{name}`' for name in losing)}." if losing else ""
     return (
-        f"The plan does {' and '.join(against)}, in relative L2. The digit classifier sees the same digit in "
+        f"The plan does {listed(against)}, in relative L2.{loses} The digit classifier sees the same digit in "
         f"{percent(judged['same_digit_share'])} of {judged['samples']} samples. It is confident in "
         f"{percent(judged['confident_share_pruned'])} of them, and in {percent(judged['confident_share_full'])} for "
         f"the full model. All engines together take {disk:.3f} × the disk space of the full model."

@@ -13,18 +13,19 @@ import msgspec
 from unetc.artifacts.manifest import Control, EnginePair, Level, Manifest, Measurement, level_name
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.scope import control_scope
 from unetc.compiler.planner.emissions import share_engines
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
-from unetc.compiler.search.controls import make_controls
+from unetc.compiler.search.controls import Controls, MadeControl, make_controls
+from unetc.compiler.search.find_plan import find_plan
 from unetc.compiler.search.fit import fit_plan
 from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
 from unetc.compiler.search.set_up import Setup, set_up
-from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.compiler.search.workbench import SAMPLING_ROUNDS, Candidate, Workbench
 from unetc.errors import CompileError, ModelError, PlanError, QualityGateError
 from unetc.models.model import Model
 from unetc.percent import percent
@@ -37,6 +38,8 @@ from .store import check_destination, write_bundle
 from .text import prepare_text
 
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
+TUNED_BATCHES = 4
+"""Batches that rows are tuned on at last."""
 QUALITY_GATE_SEARCH_STEPS = 5
 """Halvings of the interval that holds the largest budget that passes a quality gate."""
 
@@ -94,6 +97,8 @@ class _Fitted:
     candidate: Candidate
     correction: float
     measured: Measurement
+    plain: Damage | None
+    """Damage with the scheduler's plain rows, if others are tuned to the plan."""
     evaluated: tuple[Measurement, ...]
 
 
@@ -151,20 +156,25 @@ def build(
     levels = (
         _fit_ladder(workbench, options, notes, seed, on_progress)
         if plan is None
-        else [_take(workbench, options, plan, seed, on_progress)]
+        else [_take(workbench, options, plan, notes, seed, on_progress)]
     )
     default = levels[0]
     wanted = options.controls and default.candidate.saving > 0.01
-    controls: list[tuple[str, Candidate]] = []
+    controls = Controls()
     if wanted:
         controls = make_controls(
             workbench,
+            model,
             default.candidate,
             default.correction,
             notes,
             seed,
             on_progress,
+            time_ratio=default.measured.time_ratio,
+            limits=options.plan,
+            repair=options.repair,
             random_plans=options.random_plans,
+            tuned_batches=TUNED_BATCHES,
         )
     pairs = check_pairs(workbench, default.candidate, seed, on_progress) if wanted else ()
     return _write(path, setup, options, levels, controls, pairs, notes, seed, on_progress)
@@ -218,13 +228,12 @@ def _share(
         if plan != fitted.candidate.plan:
             name = level_name(plan.budget)
             on_progress(Progress(stage="sharing engines", done=len(shared), total=len(levels), note=name))
-            candidate = workbench.compile(plan)
-            measured = workbench.measure(candidate, seed=seed)
+            again = _measure(workbench, workbench.compile(plan), options, seed, notes)
             notes.append(
-                f"{name}: with engines that other levels share, saves {percent(1 - measured.time_ratio)} instead of "
-                f"{percent(1 - fitted.measured.time_ratio)}"
+                f"{name}: with engines that other levels share, saves {percent(1 - again.measured.time_ratio)} instead "
+                f"of {percent(1 - fitted.measured.time_ratio)}"
             )
-            fitted = replace(fitted, candidate=candidate, measured=measured)
+            fitted = replace(again, correction=fitted.correction, evaluated=fitted.evaluated)
             _check_gate(
                 workbench,
                 options,
@@ -281,25 +290,41 @@ def _fit_and_repair(
     on_progress: OnProgress,
     emits: Collection[str],
 ) -> _Fitted:
-    on_progress(Progress(stage="fitting the plan", done=0, total=1))
-    candidate, correction = fit_plan(workbench, plan, notes, correction=correction, emits=emits)
-    on_progress(Progress(stage="fitting the plan", done=1, total=1))
-    repaired = repair(workbench, candidate, plan.budget, seed, options.repair, on_progress)
-    first, last = (damage.relative_l2.mean for damage in (repaired.evaluated[0].damage, repaired.damage))
+    found = find_plan(workbench, plan, options.repair, notes, seed, on_progress, correction=correction, emits=emits)
+    measured = _measure(workbench, found.candidate, options, seed, notes)
+    evaluated = tuple(Measurement(time_ratio=one.candidate.time_ratio, damage=one.damage) for one in found.evaluated)
+    return replace(measured, correction=found.correction, evaluated=evaluated)
+
+
+def _measure(workbench: Workbench, candidate: Candidate, options: BuildOptions, seed: int, notes: list[str]) -> _Fitted:
+    """Measure a plan with rows tuned to it, or with the plain ones if they do less damage."""
+    fresh = seed + 1
+    plain = workbench.plain(candidate)
+    if options.repair.tune:
+        candidate, _ = workbench.tune(plain, seed=seed, batches=TUNED_BATCHES)
+    measured = workbench.measure(candidate, seed=fresh)
+    if candidate.tuned is None:
+        return _Fitted(candidate=candidate, correction=1.0, measured=measured, plain=None, evaluated=())
+    damage = workbench.damage(plain, seed=fresh, batches=SAMPLING_ROUNDS)
+    if measured.damage.relative_l2.mean >= damage.relative_l2.mean:
+        notes.append(
+            f"kept the scheduler's plain rows: their damage is {damage.relative_l2.mean:.4f}, with rows tuned to the "
+            f"plan {measured.damage.relative_l2.mean:.4f}"
+        )
+        measured = msgspec.structs.replace(measured, damage=damage)
+        return _Fitted(candidate=plain, correction=1.0, measured=measured, plain=None, evaluated=())
     notes.append(
-        f"planned for a damage of {candidate.plan.prediction.relative_l2:.4f}, measured {first:.4f}; after sampling "
-        f"{len(repaired.evaluated)} schedules {last:.4f}"
+        f"rows of the scheduler tuned to the plan: a damage of {measured.damage.relative_l2.mean:.4f}, with the plain "
+        f"rows {damage.relative_l2.mean:.4f}"
     )
-    measured = workbench.measure(repaired.candidate, seed=seed)
-    evaluated = tuple(Measurement(time_ratio=one.candidate.time_ratio, damage=one.damage) for one in repaired.evaluated)
-    return _Fitted(candidate=repaired.candidate, correction=correction, measured=measured, evaluated=evaluated)
+    return _Fitted(candidate=candidate, correction=1.0, measured=measured, plain=damage, evaluated=())
 
 
-def _take(workbench: Workbench, options: BuildOptions, plan: Plan, seed: int, on_progress: OnProgress) -> _Fitted:
+def _take(
+    workbench: Workbench, options: BuildOptions, plan: Plan, notes: list[str], seed: int, on_progress: OnProgress
+) -> _Fitted:
     """Measure a given plan without changing it."""
-    candidate = workbench.compile(plan)
-    measured = workbench.measure(candidate, seed=seed)
-    fitted = _Fitted(candidate=candidate, correction=1.0, measured=measured, evaluated=())
+    fitted = _measure(workbench, workbench.compile(plan), options, seed, notes)
     _check_gate(workbench, options, replace(options.plan, budget=plan.budget), fitted, seed, on_progress)
     return fitted
 
@@ -340,7 +365,7 @@ def _quality_gate_failed(
         try:
             candidate, _ = fit_plan(workbench, replace(options, budget=middle), [], correction=failed.correction)
             repaired = repair(workbench, candidate, middle, seed, SEARCH_REPAIR, ignore)
-            passes = quality_gate.passes(workbench.measure(repaired.candidate, seed=seed).damage)
+            passes = quality_gate.passes(workbench.measure(repaired.candidate, seed=seed + 1).damage)
         except PlanError:
             passes = False
         low, high = (middle, high) if passes else (low, middle)
@@ -364,7 +389,7 @@ def _write(
     setup: Setup,
     options: BuildOptions,
     levels: list[_Fitted],
-    controls: list[tuple[str, Candidate]],
+    controls: Controls,
     pairs: tuple[EnginePair, ...],
     notes: list[str],
     seed: int,
@@ -379,12 +404,10 @@ def _write(
         steps=options.steps,
         full=contents.add_full(levels[0].candidate.full_ms),
         levels=tuple(_add_level(contents, fitted, default=fitted is levels[0]) for fitted in levels),
-        controls=tuple(
-            Control(name=name, plan=own.plan, engines=contents.add_engines(f"controls/{name}-", own))
-            for name, own in controls
-        ),
+        controls=tuple(_add_control(contents, one) for one in controls.made),
+        converged=None if controls.converged is None else contents.add_table("converged", controls.converged),
         pairs=pairs,
-        used_seeds=(setup.profile.seed, seed),
+        used_seeds=(setup.profile.seed, seed, seed + 1),
         notes=tuple(notes),
     )
     return write_bundle(path, contents.files, manifest)
@@ -406,8 +429,20 @@ def _add_inputs(contents: Contents, setup: Setup, options: BuildOptions, notes: 
         notes.append(f"the bundle takes only the prompts that it was built with: {str(error).rstrip('.')}")
 
 
+def _add_control(contents: Contents, made: MadeControl) -> Control:
+    """Add the engines or the schedule of a control."""
+    own, scheduler = made.candidate, made.scheduler
+    return Control(
+        name=made.name,
+        description=made.description,
+        plan=None if own is None else own.plan,
+        engines=() if own is None else contents.add_engines(f"controls/{made.name}-", own),
+        table=_add_tuned(contents, made.name, own) if scheduler is None else contents.add_table(made.name, scheduler),
+    )
+
+
 def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:
-    """Add the engines of a quality level; every level but the default one has a folder."""
+    """Add the engines of a quality level, and its rows; every level but the default one has a folder."""
     name = level_name(fitted.candidate.plan.budget)
     prefix = "engines/" if default else f"engines/{name.removesuffix('%')}/"
     return Level(
@@ -415,5 +450,14 @@ def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:
         plan=fitted.candidate.plan,
         engines=contents.add_engines(prefix, fitted.candidate),
         measured=fitted.measured,
+        tuned=_add_tuned(contents, f"level-{name.removesuffix('%')}", fitted.candidate),
+        plain_damage=fitted.plain,
         evaluated=fitted.evaluated,
     )
+
+
+def _add_tuned(contents: Contents, name: str, candidate: Candidate | None) -> str | None:
+    """Add the rows that are tuned to a plan, if there are any."""
+    if candidate is None or candidate.tuned is None:
+        return None
+    return contents.add_table(name, candidate.session.scheduler.only(candidate.tuned))

@@ -11,6 +11,7 @@ from unetc.artifacts.manifest import (
     BundleDecoder,
     BundleEncoder,
     BundleEngine,
+    BundleTable,
     BundleText,
     Conditioning,
     Control,
@@ -25,6 +26,7 @@ from unetc.compiler.search.set_up import Setup
 from unetc.compiler.search.workbench import Candidate
 from unetc.compiler.text import PreparedText
 from unetc.precision import Precision
+from unetc.sampler.table import SchedulerTables
 from unetc.tensors import save_tensors
 from unetc.treatments import Treatment
 
@@ -59,6 +61,7 @@ class Contents:
             self._files[DECODER_FILE] = setup.decoder
         self._encodes_images = False
         self._text: BundleText | None = None
+        self._tables: list[BundleTable] = []
         self._names: dict[bytes, str] = {}
         self._lowered: dict[str, LoweredGraph | None] = {}
 
@@ -97,6 +100,22 @@ class Contents:
             self._add(f"{prefix}{i}.onnx", graph, own.treatments, ms) for i, (graph, own, ms) in enumerate(engines)
         )
 
+    def add_table(self, name: str, scheduler: SchedulerTables) -> str:
+        """Add a schedule besides the bundle's own.
+
+        Args:
+            name: Its name, part of its path.
+            scheduler: The scheduler, for one number of steps.
+
+        Returns:
+            The name.
+        """
+        header, rows = scheduler.to_array()
+        path = f"schedules/{name}.safetensors"
+        self._files[path] = save_tensors({SCHEDULER_ROWS: rows})
+        self._tables.append(BundleTable(name=name, file=path, header=header))
+        return name
+
     def _add(self, name: str, graph: SerialisedGraph, treatments: dict[str, Treatment], step_ms: float) -> BundleEngine:
         path = self._names.setdefault(graph.graph, name)
         if path not in self._files:
@@ -129,6 +148,7 @@ class Contents:
         full: BundleEngine,
         levels: tuple[Level, ...],
         controls: tuple[Control, ...],
+        converged: str | None,
         pairs: tuple[EnginePair, ...],
         used_seeds: tuple[int, ...],
         notes: tuple[str, ...],
@@ -140,7 +160,8 @@ class Contents:
             steps: Default number of steps.
             full: The full model.
             levels: The quality levels, the default first.
-            controls: Control plans with their engines.
+            controls: Controls with their engines or schedules.
+            converged: Name of the schedule of the converged trajectory.
             pairs: How damages of the default level's engines add up.
             used_seeds: Seeds that analysis and build have used.
             notes: Steps of the build, in words.
@@ -171,6 +192,8 @@ class Contents:
             full=full,
             levels=levels,
             controls=controls,
+            tables=tuple(self._tables),
+            converged=converged,
             pairs=pairs,
             used_seeds=used_seeds,
             notes=notes,

@@ -36,6 +36,8 @@ class Bundle:
     tensors: frozenset[str]
     """Names of the tensors in the weights file."""
     scheduler: SchedulerTables
+    tables: dict[str, SchedulerTables]
+    """Other schedules by name, for controls and the converged trajectory."""
     conditions: Conditions
     """Conditions for the prompts in the manifest; `UNCONDITIONAL` without prompts."""
     text: dict[str, bytes]
@@ -101,6 +103,10 @@ class Bundle:
             scheduler = SchedulerTables.from_array(
                 manifest.scheduler, load(contents[manifest.scheduler_file])[SCHEDULER_ROWS]
             )
+            tables = {
+                table.name: SchedulerTables.from_array(table.header, load(contents[table.file])[SCHEDULER_ROWS])
+                for table in manifest.tables
+            }
             conditions = _conditions(manifest, contents)
         except (SafetensorError, SessionError, ShapeMismatch, ValueError, KeyError) as error:
             raise CorruptArtifactError(f"{path} has contents that unetc did not write: {error}") from error
@@ -111,6 +117,7 @@ class Bundle:
             weights=contents[manifest.weights],
             tensors=tensors,
             scheduler=scheduler,
+            tables=tables,
             conditions=conditions,
             text={path: contents[path] for one in encoders for path in (one.weights, one.tokenizer)},
             profile=contents[manifest.profile],

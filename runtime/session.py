@@ -6,6 +6,7 @@ predictions, conditions and emitted branches. In each step one value comes back:
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan, full_plan
 from unetc.backend import Backend, Program
-from unetc.call import CallSignature
+from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
 from unetc.errors import SessionError, ShapeMismatch
@@ -75,6 +76,7 @@ class Session:
         text: TextEncoder | None = None,
         device: Device = HOST,
         calls: CallSignature | None = None,
+        tuned: SchedulerTable | None = None,
     ) -> None:
         """Put a session together.
 
@@ -93,6 +95,7 @@ class Session:
             text: Encodes prompts; None if there are only the conditions above.
             device: Where the programs compute.
             calls: The calls that the programs take; None accepts every call.
+            tuned: The scheduler's table with rows tuned to the plan, for its number of steps; None without.
         """
         self.plan = plan
         self.scheduler = scheduler
@@ -102,6 +105,8 @@ class Session:
         self.calls = calls
         self.text = text
         """Encodes prompts; None for a bundle without text encoders."""
+        self.tuned = tuned
+        """Table with rows tuned to the plan; None without."""
         self._encoder = encoder
         self._predicted_channels = predicted_channels or sample_shape[0]
         self._decoder = decoder
@@ -146,12 +151,12 @@ class Session:
             SessionError: If there is no such level; the message lists the names.
         """
         bundle, manifest = loaded.bundle, loaded.bundle.manifest
-        plan, engines = (control.plan, control.engines) if control else _choose(manifest, level)
-        programs = [loaded.program(engine) for engine in engines]
-        return cls(
-            plan=plan,
+        plan, engines, table = _choose(manifest, level) if control is None else _of_control(manifest, control)
+        other = None if table is None else bundle.tables[table]
+        session = cls(
+            plan=plan or full_plan(manifest.plan),
             full=loaded.full,
-            programs=programs,
+            programs=[loaded.program(engine) for engine in engines],
             exact=loaded.exact,
             scheduler=bundle.scheduler,
             sample_shape=manifest.sample_shape,
@@ -163,7 +168,19 @@ class Session:
             text=loaded.text,
             device=loaded.backend.device,
             calls=bundle.calls,
+            tuned=None if plan is None or other is None else other.tables[0],
         )
+        return session if plan is not None or other is None else session.along(other)
+
+    def along(self, scheduler: SchedulerTables) -> Session:
+        """Open a session over the same engines with another scheduler.
+
+        Args:
+            scheduler: The other scheduler; its first number of steps becomes the default.
+        """
+        other = copy.copy(self)
+        other.scheduler, other.steps, other.tuned = scheduler, scheduler.counts[0], None
+        return other
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -244,8 +261,8 @@ class Session:
             Samples [batch, channel, height, width], float32, in the range the model was trained on (mostly -1 to 1).
 
         Raises:
-            SessionError: If the bundle has no scheduler table for this number of steps, or its scheduler cannot start
-                from an image at this strength.
+            SessionError: If the bundle has no scheduler table for this number of steps, its scheduler cannot start
+                from an image at this strength, or an image is given where the bundle's conditions hold others.
             ShapeMismatch: If the noise or the image does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
         """
@@ -260,6 +277,7 @@ class Session:
             image=image,
             strength=strength,
             conditions=conditions,
+            full_model=full_model,
         )
         with self._device.stream():
             sampled = self._denoise(start, self.rollout(full_model=full_model), on_step)
@@ -278,11 +296,19 @@ class Session:
         image: Array | None = None,
         strength: float = 1.0,
         conditions: Conditions | None = None,
+        full_model: bool = False,
     ) -> Start:
         """Check the arguments of `sample` and draw the noise; see there."""
         table = self.scheduler.table(self.steps if steps is None else steps)
+        if self.tuned is not None and table.count == self.tuned.count and image is None and not full_model:
+            table = self.tuned
         if image is None and strength != 1:
             raise SessionError(f"strength is {strength:g}, and no image is given. Pass an image to start from.")
+        if image is not None and conditions is None and EXTRA_CHANNELS in self.conditions.own:
+            raise SessionError(
+                "the bundle's conditions hold images of their own, and the given image would only replace the start. "
+                "Pass conditions that hold the image, or use unetc.diffusers in the model's pipeline."
+            )
         first = 0 if image is None else self.first_step(table, strength)
         if image is not None:
             batch, height, width = self._of_image(image, noise, height, width)
@@ -464,16 +490,25 @@ class Session:
         return call
 
 
-def _choose(manifest: Manifest, level: str | None) -> tuple[Plan, tuple[BundleEngine, ...]]:
-    """Return the plan of a quality level and its engines.
+_Choice = tuple[Plan | None, tuple[BundleEngine, ...], str | None]
+"""Plan, its engines, and the name of a schedule; no plan is the full model."""
+
+
+def _choose(manifest: Manifest, level: str | None) -> _Choice:
+    """Return the plan of a quality level, its engines and the schedule tuned to it.
 
     Raises:
         SessionError: If there is no such level.
     """
     if level == FULL:
-        return full_plan(manifest.plan), (manifest.full,)
+        return None, (manifest.full,), None
     own = manifest.levels[0] if level is None else manifest.level(level)
-    return own.plan, own.engines
+    return own.plan, own.engines, own.tuned
+
+
+def _of_control(manifest: Manifest, control: Control) -> _Choice:
+    """Return what a control runs."""
+    return control.plan, control.engines if control.plan else (manifest.full,), control.table
 
 
 def load(

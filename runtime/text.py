@@ -12,8 +12,8 @@ from safetensors.numpy import load
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.backend import Array, Backend, SerialisedGraph
-from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
-from unetc.conditions import Conditions
+from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
+from unetc.conditions import Conditions, check_scale
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
 from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
 
@@ -26,6 +26,10 @@ TOKENS = "input_ids"
 
 _END_OF_WORD = "</w>"
 """Ends the tokens of CLIP that end a word."""
+
+_NO_EFFECT = (
+    "the negative prompt has no effect: without guidance, which needs a scale above 1, the model does not read it"
+)
 
 _KEPT = 256
 """Number of prompts whose states are kept."""
@@ -117,14 +121,16 @@ class TextEncoder:
             width: Width of the images in pixels.
 
         Returns:
-            The conditions that the denoiser takes. Their notes name the words of prompts that are too long.
+            The conditions that the denoiser takes. Their notes name the words of prompts that are too long, and a
+            negative prompt that has no effect.
 
         Raises:
             ShapeMismatch: If there is no prompt, or another number of negative prompts.
-            SessionError: If a text encoder cannot be run.
+            SessionError: If the guidance scale is not finite, or a text encoder cannot be run.
             MissingDependency: If the library `tokenizers` is not installed.
         """
         scale = self._guidance_scale if guidance_scale is None else guidance_scale
+        check_scale(scale)
         reads_scale = TIMESTEP_COND in self._widths
         guided = scale > 1 and not reads_scale
         others = self._negative(prompts, negative)
@@ -138,12 +144,15 @@ class TextEncoder:
             if others is None and self._text.zero_negative:
                 opposite |= {name: np.zeros_like(opposite[name]) for name in (CONTEXT, POOLED) if name in opposite}
         read = [*prompts, *(others or ())] if guided else prompts
+        notes = [note for encoder in self._encoders for note in encoder.cut(read)]
+        if any(others or ()) and not guided:
+            notes.append(_NO_EFFECT)
         return Conditions(
             own=own,
             negative=opposite,
             scale=scale if reads_scale else max(1.0, scale),
             size=size if TIME_IDS in self._widths else None,
-            notes=tuple(dict.fromkeys(note for encoder in self._encoders for note in encoder.cut(read))),
+            notes=tuple(dict.fromkeys(notes)),
             controlnet=self._calls.controlnet,
         )
 
@@ -275,6 +284,11 @@ def no_text(bundle: Bundle) -> str:
     if bundle.manifest.conditioning is None or CONTEXT not in bundle.calls.names:
         return f"{bundle.path} takes no prompts: its model is not conditioned on text."
     known = ", ".join(map(repr, bundle.manifest.conditioning.prompts[:4]))
+    if EXTRA_CHANNELS in bundle.calls.names:
+        return (
+            f"{bundle.path} takes an image with every prompt, so it takes only the prompts that it was built with: "
+            f"{known} and so on. For other prompts and images, use unetc.diffusers in the model's pipeline."
+        )
     return (
         f"{bundle.path} has no text encoders, so it takes only the prompts that it was built with: {known} and so on. "
         "Build it with --text."

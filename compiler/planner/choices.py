@@ -13,6 +13,8 @@ from unetc.artifacts.plan import Prediction
 from unetc.artifacts.profile import Profile
 from unetc.treatments import Treatment
 
+from .restriction import Restriction
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class BinRun:
@@ -59,13 +61,14 @@ class Choices:
     `docs/decisions/009-add-damages-over-bins.md` has the measurements.
     """
 
-    def __init__(self, profile: Profile, correction: float = 1.0) -> None:
+    def __init__(self, profile: Profile, correction: float = 1.0, restriction: Restriction = Restriction.ALL) -> None:
         """Read a profile.
 
         Args:
             profile: The analysis.
             correction: Joint saving / sum of single savings, as measured; scales all components but the step, which
                 saves everything at once.
+            restriction: Treatments that it does not allow count as not measured.
         """
         self.names = tuple(component.name for component in profile.components)
         self.position = {name: i for i, name in enumerate(self.names)}
@@ -87,7 +90,10 @@ class Choices:
         components = [c for c in range(len(self.names)) if c not in self.whole]
         self.saved[components] = np.minimum(1.0, self.saved[components] * correction)
         self._damage: dict[tuple[Treatment, int], NDArray[np.float64]] = {}
+        kinds = {component.name: component.kind for component in profile.components}
         for effect in profile.effects:
+            if not restriction.allows(kinds[effect.component], effect.treatment):
+                continue
             table = self._damage.setdefault(
                 (effect.treatment, effect.period), np.full((len(self.steps), len(self.names)), np.nan)
             )

@@ -24,6 +24,7 @@ from .choices import TOLERANCE, BinRun, Choices, Limits, TreatedRun
 from .dynamic import solve_fast
 from .emissions import with_emissions
 from .exact import most_saved, solve_exactly
+from .restriction import Restriction
 
 TIME_LIMIT_S = 60.0
 """The exact planner returns its best plan so far after this many seconds. Only then may two runs differ."""
@@ -43,6 +44,8 @@ class PlanOptions:
     """Most weights of all engines together, each with its own copy; the full model counts 1."""
     planner: str = "fast"
     """`fast`, which misses optima between the corners of the convex hull, or `exact`."""
+    restriction: Restriction = Restriction.ALL
+    """Components and treatments that the plan may use."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -76,7 +79,7 @@ def make_plan(profile: Profile, options: PlanOptions, *, correction: float = 1.0
     Raises:
         PlanError: If no plan meets the budget.
     """
-    choices = Choices(profile, correction)
+    choices = Choices(profile, correction, options.restriction)
     chosen = _solve(choices, options)
     return assemble(profile, options, [choices.treat(run, chosen[run]) for run in sorted(chosen)], choices)
 
@@ -115,8 +118,10 @@ def _why_impossible(choices: Choices, options: PlanOptions) -> str:
         memory = f" and {options.max_memory:g} × the full model's weights"
         if (without := most(replace(options, max_memory=None))) > within + TOLERANCE:
             lifted = f", and {percent(without)} with more memory"
+    limit = "" if options.restriction is Restriction.ALL else f" and the restriction {options.restriction}"
     return (
-        f"no plan saves {percent(options.budget)} of the time with at most {options.max_engines} engines{memory}. "
+        f"no plan saves {percent(options.budget)} of the time with at most {options.max_engines} engines{memory}"
+        f"{limit}. "
         f"The most that such a plan saves is {percent(within)}{lifted}. Ask for a smaller budget."
     )
 

@@ -7,7 +7,8 @@ on a whole trajectory. A scheduler that the form cannot express fails this check
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from unetc.errors import ModelError
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
+from .along import begin_along, begin_between
 from .keys import check_values
 from .names import SCHEDULERS
 from .probe import MOST, probe
@@ -127,10 +129,46 @@ def extract(scheduler: Scheduler, steps: int) -> SchedulerTable:
     """
     begun = _proper(scheduler, steps)
     if begun is None:
+        trained = scheduler.config.get("num_train_timesteps")
+        reason = f": it has {trained} timesteps" if isinstance(trained, int) and steps > trained else ""
         raise ModelError(
-            f"{type(scheduler).__name__} makes no proper schedule of {steps} steps. Choose another number."
+            f"{type(scheduler).__name__} makes no proper schedule of {steps} steps{reason}. Choose another number."
         )
     return _extract(begun, steps)
+
+
+def extract_along(scheduler: Scheduler, timesteps: Sequence[int]) -> SchedulerTable:
+    """Read the table along chosen timesteps and check it against diffusers.
+
+    Args:
+        scheduler: A scheduler for which `walks_along` holds; it is not changed.
+        timesteps: Timesteps of the training, falling.
+
+    Returns:
+        The table, as `extract` returns it.
+
+    Raises:
+        ModelError: If the scheduler cannot follow the timesteps or cannot be expressed as a table.
+    """
+    return _extract(begin_along(scheduler, timesteps), len(timesteps))
+
+
+def extract_between(scheduler: Scheduler, first: float, last: float, steps: int) -> SchedulerTable:
+    """Read the table along noise levels that a scheduler spaces itself, and check it against diffusers.
+
+    Args:
+        scheduler: A scheduler for which `spaces_levels` holds; it is not changed.
+        first: log-SNR of the first step.
+        last: log-SNR of the last step.
+        steps: Number of steps.
+
+    Returns:
+        The table, as `extract` returns it.
+
+    Raises:
+        ModelError: If the scheduler cannot be expressed as a table.
+    """
+    return _extract(begin_between(scheduler, math.exp(-first / 2), math.exp(-last / 2), steps), steps)
 
 
 def _extract(begun: Any, steps: int) -> SchedulerTable:

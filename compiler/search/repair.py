@@ -1,7 +1,8 @@
 """Repair a plan by local search on its measured damage.
 
 Single damages add up only approximately, and bins are coarser than steps. So the schedule of a plan, one engine per
-step, is changed a little at a time and sampled. Changes that do less damage within the budget stay.
+step, is changed a little at a time and sampled. Changes that do less damage within the budget stay. The rows of the
+scheduler table are tuned to every schedule before it is judged.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class RepairOptions:
     """Most schedules that are sampled; 0 keeps the plan unchanged."""
     patience: int = 12
     """Schedules in a row without gain after which the search ends."""
+    tune: bool = True
+    """Whether to tune the scheduler's rows to every schedule; without, damage is measured with the plain rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +69,7 @@ def repair(
         options: How long to search.
         on_progress: Called as the work advances.
     """
-    best = candidate
-    least = workbench.damage(best, seed=seed)
+    best, least = _judge(workbench, candidate, seed, options)
     evaluated = [Evaluated(candidate=best, damage=least)]
     tried = {workbench.schedule(best)}
     misses = 0
@@ -80,7 +82,7 @@ def repair(
         if changed is None:
             break
         tried.add(workbench.schedule(changed))
-        damage = workbench.damage(changed, seed=seed)
+        changed, damage = _judge(workbench, changed, seed, options)
         evaluated.append(Evaluated(candidate=changed, damage=damage))
         better = damage.relative_l2.mean < least.relative_l2.mean
         misses = 0 if better else misses + 1
@@ -91,6 +93,13 @@ def repair(
     return Repaired(candidate=best, damage=least, evaluated=tuple(evaluated))
 
 
+def _judge(workbench: Workbench, candidate: Candidate, seed: int, options: RepairOptions) -> tuple[Candidate, Damage]:
+    """Measure a schedule on one batch, with its rows tuned on that batch if wanted."""
+    if options.tune:
+        return workbench.tune(candidate, seed=seed, batches=1)
+    return candidate, workbench.damage(candidate, seed=seed)
+
+
 _PROPOSALS = 200
 """Random changes drawn before the search gives up finding one that is new and saves enough."""
 
@@ -98,8 +107,10 @@ _PROPOSALS = 200
 def _neighbours(
     workbench: Workbench, candidate: Candidate, floor: float, generator: np.random.Generator
 ) -> Iterator[Candidate]:
-    """Propose schedules that save enough and differ in one or two steps."""
+    """Propose schedules that save enough and differ in one or two steps; the first step keeps its engine."""
     schedule = workbench.schedule(candidate)
+    if len(schedule) < 2:
+        return
     count = len(candidate.programs)
     for _ in range(_PROPOSALS):
         changed = list(schedule)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.manifest import Measurement
-from unetc.artifacts.plan import Plan
+from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.backend import Backend, Program, SerialisedGraph
 from unetc.compiler.engines import compile_engines, compile_full
@@ -25,8 +25,10 @@ from unetc.runtime.decoder import Decoder
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.rows import own_half
 from unetc.runtime.session import Session
-from unetc.sampler.table import SchedulerTables
+from unetc.sampler.table import SchedulerTable, SchedulerTables
 from unetc.timing import interleaved_ms
+
+from .tune import Recording, record, tune
 
 ENGINE_ROUNDS = 15
 ENGINE_SECONDS = 5.0
@@ -38,6 +40,8 @@ LONGEST_CALL_MS = 250.0
 """Batches above the profile's are left out where a call of the full model would take longer."""
 BATCH_ROUNDS = 5
 BATCH_SECONDS = 1.0
+RECORDED_BYTES = 2**30
+"""Most memory for the full model's trajectories that rows are tuned on."""
 _LOADED_ENGINES = 12
 """Engines kept for the next plan; each has its own copy of the weights that it packs."""
 
@@ -61,6 +65,11 @@ class Candidate:
     def saving(self) -> float:
         """Share of the full model's time that is saved."""
         return 1 - self.time_ratio
+
+    @property
+    def tuned(self) -> SchedulerTable | None:
+        """Scheduler table with rows tuned to the plan; None without."""
+        return self.session.tuned
 
 
 class Workbench:
@@ -98,7 +107,9 @@ class Workbench:
         self._device = backend.device
         self._loader = backend.open_weights(gated.weights.read_bytes())
         self._programs: dict[bytes, Program] = {}
-        self._references: dict[int, NDArray[np.float32]] = {}
+        self._references: dict[tuple[int, int], NDArray[np.float32]] = {}
+        self._recordings: dict[tuple[int, int], tuple[Recording, NDArray[np.float32]]] = {}
+        """Trajectories of the full model and their images, by seed and batch."""
 
     def compile(self, plan: Plan) -> Candidate:
         """Specialise, load and time the engines of a plan, each in turn with the others and with the full model.
@@ -127,33 +138,90 @@ class Workbench:
         """Return the engine of each step."""
         return candidate.session.schedule(self.steps)
 
+    def phases_of(self, candidate: Candidate, schedule: Sequence[int]) -> tuple[Phase, ...]:
+        """Write a schedule, one engine per step, as phases over the noise levels of a candidate's plan."""
+        outer = candidate.plan.phases
+        levels = self.scheduler.table(self.steps).log_snr.tolist()
+        return phases_of(schedule, levels, outer[0].low, outer[-1].high)
+
     def reschedule(self, candidate: Candidate, schedule: Sequence[int]) -> Candidate:
         """Change the schedule of a candidate; its time follows from the engines' times.
 
         Engine 0 replaces an engine that needs a branch which no earlier step emitted.
         """
-        outer = candidate.plan.phases
-        phases = phases_of(schedule, self.scheduler.table(self.steps).log_snr.tolist(), outer[0].low, outer[-1].high)
-        plan = msgspec.structs.replace(candidate.plan, phases=phases)
+        plan = msgspec.structs.replace(candidate.plan, phases=self.phases_of(candidate, schedule))
         session = self._session(plan, candidate.programs)
         used, before = session.schedule(self.steps), self.schedule(candidate)
         full = candidate.full_ms * len(used)
         change = sum(candidate.step_ms[e] for e in used) - sum(candidate.step_ms[e] for e in before)
         return replace(candidate, plan=plan, session=session, time_ratio=candidate.time_ratio + change / full)
 
-    def damage(self, candidate: Candidate, *, seed: int) -> Damage:
-        """Sample one batch with a plan and compare it with the full model's, which is sampled once per seed."""
-        batch = self.profile.batch
-        if seed not in self._references:
-            self._references[seed] = candidate.session.sample(batch, seed=seed, full_model=True)
-        return measure_damage(self._references[seed], candidate.session.sample(batch, seed=seed))
+    def damage(self, candidate: Candidate, *, seed: int, batches: int = 1) -> Damage:
+        """Sample with a plan and compare it with the full model's samples, which are made once per seed."""
+        parts = [
+            (self._reference(candidate, seed, batch), self._sample(candidate, seed, batch)) for batch in range(batches)
+        ]
+        return measure_damage(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def damage_along(self, candidate: Candidate, scheduler: SchedulerTables, *, seed: int) -> Damage:
+        """Sample one batch with the full model along another schedule and compare it with the full model's own.
+
+        Args:
+            candidate: Any plan; its session has the full model.
+            scheduler: The other schedule.
+            seed: Seed of the noise.
+        """
+        session = candidate.session.along(scheduler)
+        sampled = session.sample(self.profile.batch, seed=seed, full_model=True)
+        return measure_damage(self._reference(candidate, seed), sampled)
+
+    def _reference(self, candidate: Candidate, seed: int, batch: int = 0) -> NDArray[np.float32]:
+        """Sample one batch with the full model, once per seed."""
+        if (seed, batch) not in self._references:
+            self._references[seed, batch] = self._sample(candidate, seed, batch, full_model=True)
+        return self._references[seed, batch]
+
+    def _sample(self, candidate: Candidate, seed: int, batch: int, *, full_model: bool = False) -> NDArray[np.float32]:
+        """Sample one batch of a seed."""
+        size = self.profile.batch
+        return candidate.session.sample(size, seed=seed, first_index=batch * size, full_model=full_model)
+
+    def tune(self, candidate: Candidate, *, seed: int, batches: int) -> tuple[Candidate, Damage]:
+        """Tune the rows of the scheduler table to a plan.
+
+        Args:
+            candidate: The plan with its engines.
+            seed: Seed of the noise.
+            batches: Number of batches to tune on; fewer where their trajectories would take too much memory.
+
+        Returns:
+            The candidate with the tuned table, and its damage on the samples that it was tuned on.
+        """
+        if set(self.schedule(candidate)) == {FULL_ENGINE}:
+            return candidate, self.damage(candidate, seed=seed)
+        table = self.scheduler.table(self.steps)
+        size = 4 * self.profile.batch * table.steps * int(np.prod(self.profile.sample_shape))
+        batches = min(batches, max(1, RECORDED_BYTES // size))
+        recordings, images = zip(*(self._recording(candidate, seed, batch) for batch in range(batches)), strict=True)
+        tuned = tune(candidate.session, table, recordings)
+        damage = measure_damage(np.concatenate(images), candidate.session.decode(tuned.samples))
+        session = self._session(candidate.plan, candidate.programs, tuned.table)
+        return replace(candidate, session=session), damage
+
+    def _recording(self, candidate: Candidate, seed: int, batch: int) -> tuple[Recording, NDArray[np.float32]]:
+        """Record one batch of the full model and decode it, once per seed."""
+        if (seed, batch) not in self._recordings:
+            indices = range(batch * self.profile.batch, (batch + 1) * self.profile.batch)
+            recording = record(candidate.session, indices, seed=seed, steps=self.steps)
+            self._recordings[seed, batch] = recording, candidate.session.decode(recording.samples[-1])
+        return self._recordings[seed, batch]
 
     def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
         """Sample with the plan and with the full model alternately, on the same noise.
 
         Args:
             candidate: The plan with its engines.
-            seed: Seed of the noise, one that the profile has not seen.
+            seed: Seed of the noise, one that neither the profile nor the search has seen.
         """
         batch = self.profile.batch
         ratios: list[float] = []
@@ -173,7 +241,9 @@ class Workbench:
             ratios.append(float(times[0, 1] / times[0, 0]))
         if self._conditions.control is not None:
             full, pruned = self._with_control(candidate, seed)
-        damage = measure_damage(*(candidate.session.decode(np.concatenate(parts)) for parts in (full, pruned)))
+        images = [candidate.session.decode(part) for part in full]
+        self._references |= {(seed, i): image for i, image in enumerate(images)}
+        damage = measure_damage(np.concatenate(images), candidate.session.decode(np.concatenate(pruned)))
         return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
 
     def _with_control(
@@ -189,7 +259,11 @@ class Workbench:
 
         return [sample(i, True) for i in rounds], [sample(i, False) for i in rounds]
 
-    def _session(self, plan: Plan, programs: Sequence[Program]) -> Session:
+    def plain(self, candidate: Candidate) -> Candidate:
+        """Give a candidate the scheduler's plain rows."""
+        return replace(candidate, session=self._session(candidate.plan, candidate.programs))
+
+    def _session(self, plan: Plan, programs: Sequence[Program], tuned: SchedulerTable | None = None) -> Session:
         return Session(
             plan=plan,
             full=self._load(self.full),
@@ -201,6 +275,7 @@ class Workbench:
             conditions=self._conditions,
             decoder=self._decoder,
             device=self._device,
+            tuned=tuned,
         )
 
     def _load(self, graph: SerialisedGraph) -> Program:

@@ -27,6 +27,8 @@ class Memory(StrEnum):
 
 
 DEFAULT_TARGET = "onnxruntime:cpu"
+MOST_THREADS = 1024
+"""Most CPU threads of a backend; libraries start as many as they are asked for, each with memory."""
 
 
 def _in_each(precisions: Sequence[str], target: str, module: str) -> dict[str, str]:
@@ -88,9 +90,13 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
         memory: How much memory to spend on weights.
 
     Raises:
-        SessionError: If no backend has this name, or its device is missing.
+        SessionError: If no backend has this name, its device is missing, or the number of threads is out of range.
         MissingDependency: If its library is not installed.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise SessionError(
+            f"cannot run with {threads} CPU threads. Expected 1 to {MOST_THREADS}, or 0 for the default."
+        )
     if target not in BACKENDS:
         raise SessionError(f"no backend for target {target!r}. {_advice(target)} `unetc doctor` lists all.")
     module = importlib.import_module(BACKENDS[target])

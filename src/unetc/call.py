@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .artifacts.call_input import SAMPLE, CallInput
 from .artifacts.sizes import SampleSizes
-from .controlnet import PREFIX, ControlNetInput, controlnet_inputs
+from .controlnet import PREFIX, ControlNetInput, controlnet_inputs, spread
 from .errors import ModelError, SessionError, ShapeMismatch
 
 TIMESTEP, CONTEXT = "timestep", "encoder_hidden_states"
@@ -78,6 +78,11 @@ class CallSignature:
         own = every if channels is None else channels
         if not 0 < own <= every:
             raise ModelError(f"a {denoiser} with {every} input channels cannot denoise samples of {own} channels.")
+        if config.get("time_embedding_type") == "learned":
+            raise ModelError(
+                f"cannot capture a {denoiser} with time_embedding_type 'learned': it looks up whole timesteps in a "
+                "table, and unetc computes with timesteps of any value. Expected 'positional' or 'fourier'."
+            )
         inputs = [CallInput(name=SAMPLE, axes=(own, HEIGHT, WIDTH))]
         if conditional:
             inputs.append(CallInput(name=CONTEXT, axes=(TOKENS, _context_width(config))))
@@ -168,8 +173,9 @@ class CallSignature:
         """Translate a call of the original diffusers UNet into the inputs of the graph.
 
         Channels after the sample's become `extra_channels`. `added_cond_kwargs` and ControlNet residuals get the names
-        of the graph. Values are passed on, not copied. Arguments that diffusers ignores for this UNet are ignored.
-        `check` still has to check the shapes; it needs the result with absent optional inputs added: `fill`.
+        of the graph. Values are passed on, not copied, except that pooled residuals are repeated. Arguments that
+        diffusers ignores for this UNet are ignored. `check` still has to check the shapes; it needs the result with
+        absent optional inputs added: `fill`.
 
         Args:
             sample: First argument of the UNet, with all its channels, [batch, channel, height, width].
@@ -191,7 +197,7 @@ class CallSignature:
             elif name not in (POOLED, TIME_IDS) and not _is_absent(value):  # only UNets of SDXL read these two
                 raise SessionError(_cannot_take(f"added_cond_kwargs[{name!r}]"))
         found |= self._of_controlnet(
-            given.pop("down_block_additional_residuals", None), given.pop("mid_block_additional_residual", None)
+            given.pop("down_block_additional_residuals", None), given.pop("mid_block_additional_residual", None), sample
         )
         for name in (CONTEXT, CLASS_LABELS, TIMESTEP_COND):
             if name in given:
@@ -222,7 +228,7 @@ class CallSignature:
                 filled[item.name] = np.zeros((batch, *map(int, item.axes)), np.float32)
         return filled
 
-    def _of_controlnet(self, down: Sequence[Any] | None, middle: Any) -> dict[str, Any]:
+    def _of_controlnet(self, down: Sequence[Any] | None, middle: Any, sample: Any) -> dict[str, Any]:
         """Map the outputs of a ControlNet to the inputs of the engines."""
         if down is None and middle is None:
             return {}
@@ -236,7 +242,11 @@ class CallSignature:
                 f"engines take {len(names) - 1} down_block_additional_residuals and a mid_block_additional_residual, "
                 f"got {len(down or ())} and {int(middle is not None)}. Check that the ControlNet fits the model."
             )
-        return dict(zip(names, (*down, middle), strict=True))
+        batch, _, height, width = (*sample.shape, *(1, 1, 1, 1))[:4]  # another number of axes is refused by `check`
+        return {
+            one.name: spread(value, one.shape(batch, height, width))
+            for one, value in zip(self.controlnet, (*down, middle), strict=True)
+        }
 
     def _unknown(self, name: str) -> str:
         takes = ", ".join(item.name for item in self.conditions) or "no conditions"

@@ -13,6 +13,7 @@ Source:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from .call import SIZE_NUMBERS, TIME_IDS
 from .controlnet import Control, ControlNetInput, zeros
 from .device import HOST, Device, Tensor
-from .errors import ShapeMismatch
+from .errors import SessionError, ShapeMismatch
 
 Values = Mapping[str, Tensor]
 """Values by denoiser input, one row per sample, [batch, ...]; arrays until they are put on a device."""
@@ -35,6 +36,16 @@ _OWN_SIZE, _TARGET_SIZE = slice(0, 2), slice(4, 6)
 """Columns of SDXL's `time_ids` for the original and the target size, each as height and width."""
 
 
+def check_scale(scale: float) -> None:
+    """Refuse a guidance scale that is not finite: NaN compares as no guidance, and infinity makes NaN of a sample.
+
+    Raises:
+        SessionError: If it is not finite.
+    """
+    if not math.isfinite(scale):
+        raise SessionError(f"a guidance scale is a finite number, and 1 or less turns guidance off; got {scale}.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
     """The conditions of a batch; without conditions, the denoiser receives only noise and timestep.
@@ -42,6 +53,7 @@ class Conditions:
     Raises:
         ShapeMismatch: If inputs differ in their number of rows, if negative or middle conditions have other names or
             shapes, or if there are middle conditions without negative ones.
+        SessionError: If a guidance scale is not finite.
     """
 
     own: Values = field(default_factory=dict)
@@ -65,7 +77,9 @@ class Conditions:
     """Device of the conditions and of the calls made with them."""
 
     def __post_init__(self) -> None:
-        """Check that all inputs have the same rows."""
+        """Check that all inputs have the same rows, and that guidance scales are finite."""
+        check_scale(self.scale)
+        check_scale(self.middle_scale)
         if len({len(array) for array in self.own.values()}) > 1:
             rows = {name: len(array) for name, array in self.own.items()}
             raise ShapeMismatch(f"conditions have different numbers of rows: {rows}. Expected one row per sample.")

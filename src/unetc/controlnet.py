@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from .device import Array, Device, Tensor
@@ -61,6 +62,20 @@ def controlnet_inputs(config: Mapping[str, Any]) -> tuple[ControlNetInput, ...]:
         ControlNetInput(name=name, channels=channels, halvings=halvings)
         for name, (channels, halvings) in zip(names, places, strict=True)
     )
+
+
+def spread(residual: Any, shape: tuple[int, ...]) -> Any:
+    """Repeat a residual that its ControlNet has pooled over the height and width of its input; pass others on.
+
+    Args:
+        residual: Array or torch tensor; [batch, channel, 1, 1] if it is pooled (`global_pool_conditions`).
+        shape: Shape of the input, [batch, channel, height, width].
+    """
+    if tuple(getattr(residual, "shape", ())) != (*shape[:2], 1, 1):
+        return residual
+    if isinstance(residual, np.ndarray):
+        return np.ascontiguousarray(np.broadcast_to(residual, shape))
+    return residual.expand(shape).contiguous()
 
 
 class Control(Protocol):

@@ -117,6 +117,49 @@ def test_a_call_gets_what_the_controlnet_of_diffusers_computes_at_every_step(fol
     assert relative_error(without, sampled) > 0.01
 
 
+def test_a_controlnet_that_pools_is_used_as_in_its_pipeline(folders: Folders, tmp_path: Path) -> None:
+    """The pipelines of diffusers give such a ControlNet the rows with the prompts alone; the others get zeros."""
+    folder = Path(shutil.copytree(folders.control.model, tmp_path / "pooling"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"global_pool_conditions": True}))
+    model = find_model(replace(folders.source, control=replace(folders.control, model=folder)))
+    assert model.control is not None
+    assert model.calls.controlnet
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folders.pipeline, safety_checker=None)
+    controlled = diffusers.StableDiffusionControlNetPipeline(
+        **pipeline.components, controlnet=diffusers.ControlNetModel.from_pretrained(folder)
+    )
+    controlled.set_progress_bar_config(disable=True)
+    seen: dict[str, Any] = {}
+    forward = controlled.unet.forward
+
+    def spy(sample: torch.Tensor, timestep: torch.Tensor, **given: Any) -> Any:
+        seen.update(given, sample=sample, timestep=timestep)
+        return forward(sample, timestep, **given)
+
+    controlled.unet.forward = spy
+    image = Image.open(sorted(folders.control.images.iterdir())[0])
+    controlled(
+        "a red square",
+        image=image,
+        height=32,
+        width=32,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        output_type="latent",
+    )
+    conditions = model.encode(("a red square",), 3.0)
+    inputs = conditions.varying(seen["sample"][:1].numpy(), float(seen["timestep"]))
+    for one, value in zip(
+        model.calls.controlnet,
+        (*seen["down_block_additional_residuals"], seen["mid_block_additional_residual"]),
+        strict=True,
+    ):
+        expected = value.expand(one.shape(2, 16, 16)).numpy()
+        assert not expected[0].any()
+        np.testing.assert_allclose(inputs[one.name], expected, atol=1e-5)
+
+
 OPTIONS = AnalysisOptions(
     steps=STEPS, samples=1, bins=1, batch=2, threads=1, rounds=2, components=("skip:*",), decisive=1
 )
@@ -201,6 +244,9 @@ def test_controlnets_and_images_that_cannot_be_used_are_refused_by_name(folders:
     for path in pickled.glob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
     refused("has no .safetensors weights", model=pickled)
+    refused("channel_order 'xyz'", model=changed("order", controlnet_conditioning_channel_order="xyz"))
+    refused("setting 'new'", model=changed("new", new=1))
+    refused("size mismatch", model=changed("kernel", conditioning_embedding_out_channels=[8, 24]))
     refused("has no images", images=folders.control.model)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.png").write_bytes(b"no picture")

@@ -277,8 +277,11 @@ def test_the_verification_says_time_damage_controls_engines_and_size(way: Way) -
     manifest = unetc.Bundle.open(way.folder / "bundle").manifest
     assert result.plan_sha256 == manifest.plan.sha256()
     assert printed["time_ratio_p10"] <= printed["time_ratio"] <= printed["time_ratio_p90"]
-    assert {"fewer_steps", "random", "deep-hold"} <= {*printed["controls"]}
-    assert {*printed["controls"]} <= {"fewer_steps", "uniform", "random", "deep-hold"}
+    assert {"fewer_steps", "other_solver", "random", "deep-hold"} <= {*printed["controls"]}
+    plans = {"steps_only", "chosen_steps", "removal_only", "uniform"}
+    assert {*printed["controls"]} <= {"fewer_steps", "other_solver", "random", "deep-hold", *plans}
+    assert printed["loses_to"] == list(result.beaten_by())
+    assert {*printed["converged"]["controls"]} == {*printed["controls"]}
     damages = [printed["damage"], *(control["damage"] for control in printed["controls"].values())]
     for damage in damages:
         assert {*damage} == {"relative_l2", "psnr", "ssim"}
@@ -682,3 +685,17 @@ def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:
     assert printed["measured"]["time_ratio"] == manifest.measured.time_ratio
     assert (printed["full"]["graph"], printed["full"]["step_ms"]) == (manifest.full.graph, manifest.full.step_ms)
     assert [engine["graph"] for engine in printed["engines"]] == [engine.graph for engine in manifest.engines]
+
+
+def test_options_that_would_be_ignored_or_exhaust_the_machine_are_refused(tiny_bundle: Path) -> None:
+    alone = run("sample", tiny_bundle, "--strength", 0.5)
+    assert (alone.code, "belongs to --image" in alone.err) == (2, True)
+    for command in ("sample", "serve"):
+        assert run(command, tiny_bundle, "--threads", 100_000).code == 2
+    with pytest.raises(unetc.errors.SessionError, match="cannot run with 100000 CPU threads"):
+        unetc.load(tiny_bundle, threads=100_000)
+
+
+def test_a_guidance_scale_is_refused_where_there_is_no_guidance(tiny_model: Path, cache: Path) -> None:
+    refused = run("analyze", tiny_model, *SMALL, "--guidance-scale", 3, "--cache", cache)
+    assert "has no guidance, so it takes no guidance scale" in refused.error

@@ -162,6 +162,14 @@ def test_residuals_of_a_controlnet_get_the_names_of_the_graph() -> None:
     _, conditions = calls.of_unet_call(sample, {**arguments, **residuals})
     calls.check(sample, conditions)
     assert conditions["input_control_middle"] is values[-1]
+    pooled = [value[:, :, :1, :1] + 1 for value in values]  # as with global_pool_conditions
+    for kind in (np.asarray, torch.from_numpy):
+        middle = kind(pooled[-1])
+        given = {"down_block_additional_residuals": [kind(one) for one in pooled[:-1]]}
+        _, spread = calls.of_unet_call(sample, {**arguments, **given, "mid_block_additional_residual": middle})
+        calls.check(sample, spread)
+        for one, value in zip(calls.controlnet, values, strict=True):
+            np.testing.assert_array_equal(spread[one.name], value + 1)
     with pytest.raises(ShapeMismatch, match="input_control_01 has shape"):
         calls.check(sample, {**conditions, "input_control_01": values[0][:, :1]})
     with pytest.raises(SessionError, match="got 1 and 1"):

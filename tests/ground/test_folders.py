@@ -689,3 +689,15 @@ def test_sdxl_without_its_first_text_encoder_is_read(folder_xl: Path, tmp_path: 
             PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
     assert torch.equal(torch.as_tensor(model.encode(PROMPTS, 3.0).own["encoder_hidden_states"]), expected)
+
+
+@pytest.mark.parametrize("length", [7, 10**30])
+def test_a_tokenizer_that_is_longer_than_its_encoder_is_refused(folder: Path, length: int) -> None:
+    edit(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
+    assert "model_max_length" in refusal(lambda: open_model(folder).encode(PROMPTS, 3.0))
+
+
+def test_a_table_of_timesteps_is_refused_by_name_at_once(flat: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(flat, tmp_path / "learned"))
+    edit(folder / "config.json", time_embedding_type="learned", num_train_timesteps=1000)
+    assert "time_embedding_type 'learned'" in refusal(lambda: open_model(folder))

@@ -71,7 +71,7 @@ def pair(layer: str, down: tuple[int, ...] = (2, 8), up: tuple[int, ...] = (8, 2
         (lambda path: save_file({"unet.conv_in.weight": torch.ones(1)}, path), "holds 'unet.conv_in.weight'. Expected"),
         (
             lambda path: save_file(pair(KOHYA) | {f"{KOHYA}.scalar": torch.ones(1)}, path),
-            f"holds '{KOHYA}.scalar' besides its factors",
+            f"also holds '{KOHYA}.scalar', which is no factor of a layer",
         ),
     ],
     ids=["missing", "folder", "empty", "other format", "no tensors", "weights", "unknown tensor"],

@@ -20,9 +20,11 @@ from unetc.artifacts import (
     Assignment,
     Bin,
     BundleEngine,
+    BundleTable,
     Component,
     Control,
     ControlResult,
+    Converged,
     Cost,
     Damage,
     Effect,
@@ -203,7 +205,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
             ),
             Level(name=draw(text) + "%", plan=other, engines=others, measured=draw(measurements), evaluated=()),
         ),
-        controls=(Control(name=draw(text), plan=other, engines=others),),
+        controls=(
+            Control(name=draw(text), description=draw(text), plan=other, engines=others),
+            Control(name=draw(text), description=draw(text), table="t"),
+        ),
+        tables=(bundle_table(),),
+        converged=draw(st.none() | st.just("t")),
         pairs=tuple(draw(st.lists(pairs, max_size=2))),
         used_seeds=tuple(draw(st.lists(count, min_size=1, max_size=2))),
         notes=tuple(draw(st.lists(text, max_size=2))),
@@ -248,6 +255,17 @@ verifications = st.builds(
     damage=damages,
     controls=st.dictionaries(
         text, st.builds(ControlResult, time_ratio=number, damage=damages, description=text), max_size=2
+    ),
+    loses_to=st.lists(text, max_size=2).map(tuple),
+    converged=st.none()
+    | st.builds(
+        Converged,
+        scheduler=text,
+        steps=count,
+        samples=count,
+        full=damages,
+        plan=damages,
+        controls=st.dictionaries(text, damages, max_size=2),
     ),
     engines=st.lists(st.builds(EngineUse, step_ms=number, steps=count, removed=count), max_size=2).map(tuple),
     disk_bytes=count,
@@ -436,13 +454,18 @@ def manifest(**fields: Any) -> Manifest:
         "scheduler_file": "s",
         "full": engines()[0],
         "levels": (level(), level(name="40%")),
-        "controls": (Control(name="c", plan=plan(), engines=engines()),),
+        "controls": (Control(name="c", description="d", plan=plan(), engines=engines()),),
         "pairs": (EnginePair(engines=(1, 2), alone=(3.0, 4.0), together=6.0),),
         "used_seeds": (0,),
         "notes": (),
         "files": tuple(FileRecord(path=name, bytes=0, sha256="0" * 64) for name in ("w", "p", "s", "0", "1")),
     }
     return Manifest(**defaults | fields)
+
+
+def bundle_table(file: str = "s", counts: int = 1) -> BundleTable:
+    steps = tuple(SchedulerCount(steps=i + 1, start=0, initial_scale=1.0) for i in range(counts))
+    return BundleTable(name="t", file=file, header=SchedulerHeader(name="ddim", columns=(), clip=None, counts=steps))
 
 
 def curve(**fields: Any) -> Pareto:
@@ -543,14 +566,26 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "times of batches in another order": lambda: msgspec.structs.replace(engines()[0], batch_ms=((2, 1.0), (1, 1.0))),
     "a call that takes no time": lambda: msgspec.structs.replace(engines()[0], batch_ms=((1, 0.0),)),
     "a time that is not a number": lambda: msgspec.structs.replace(engines()[0], batch_ms=((1, float("nan")),)),
-    "a control without graphs": lambda: Control(name="c", plan=plan(), engines=()),
+    "a control without graphs": lambda: Control(name="c", description="d", plan=plan(), engines=()),
+    "a control without a plan or a schedule": lambda: Control(name="c", description="d"),
+    "a control of the full model with engines": lambda: Control(
+        name="c", description="d", engines=engines(), table="t"
+    ),
+    "a control along a schedule that is not there": lambda: manifest(
+        controls=(Control(name="c", description="d", table="t"),)
+    ),
+    "a converged schedule that is not there": lambda: manifest(converged="t"),
+    "two schedules of one name": lambda: manifest(tables=(bundle_table(), bundle_table())),
+    "a schedule whose file is not listed": lambda: manifest(tables=(bundle_table(file="t"),)),
+    "a schedule of two numbers of steps": lambda: bundle_table(counts=2),
     "a bundle without seeds": lambda: manifest(used_seeds=()),
     "samples without pixels": lambda: manifest(sample_shape=(1, 0, 2)),
 }
 
 
 def test_the_records_that_are_contradicted_below_are_valid() -> None:
-    for valid in (plan(), holding(emits=("a",)), profile(), manifest(), curve()):
+    along = manifest(controls=(Control(name="c", description="d", table="t"),), tables=(bundle_table(),), converged="t")
+    for valid in (plan(), holding(emits=("a",)), profile(), manifest(), along, curve()):
         assert type(valid).from_json(valid.to_json(), "here") == valid
     file()
 
@@ -643,7 +678,7 @@ def test_a_plan_emits_nothing_by_default() -> None:
 
 
 def test_the_version_of_the_layout_is_saved() -> None:
-    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 6), (curve(), 3)):
+    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 7), (curve(), 3)):
         assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
 
 

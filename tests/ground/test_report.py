@@ -19,7 +19,7 @@ from unetc.artifacts.manifest import BundleEngine, EnginePair, FileRecord, Level
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
-from unetc.artifacts.verification import ControlResult, EngineUse, Verification
+from unetc.artifacts.verification import WHICH_FIGURE, ControlResult, Converged, EngineUse, Verification
 from unetc.errors import ShapeMismatch
 from unetc.report import charts, heatmap, pictures
 from unetc.report import curve as charts_of_curve
@@ -299,7 +299,7 @@ def test_only_controls_that_beat_the_plan_are_red() -> None:
     colours = re.findall(r'fill: (#\w+)"[^>]*>(\w+)  [\d.]+</text>', charts.controls(verification, ("early",)))
     assert [name for colour, name in colours if colour == charts.BETTER] == ["early"]
     assert len(colours) == 6, "every control and the plan must have a label"
-    assert "A simpler rule does less damage than this plan" in " ".join(text.split())
+    assert "This plan loses: a simpler rule does less damage in no more time: early." in " ".join(text.split())
 
 
 def test_control_within_the_spread_of_timings_counts_as_no_slower() -> None:
@@ -308,9 +308,24 @@ def test_control_within_the_spread_of_timings_counts_as_no_slower() -> None:
 
 
 def test_page_without_losing_control_accuses_nobody(default_page: str) -> None:
-    assert "Simpler rules do" not in default_page
-    assert "A simpler rule does" not in default_page
+    assert "This plan loses" not in default_page
     assert 'class="better"' not in default_page
+
+
+def test_distances_to_the_converged_trajectory_are_told_apart(default_page: str) -> None:
+    assert "converged" not in default_page
+    distances = {name: damage(0.1 + i / 100) for i, name in enumerate(CONTROLS)}
+    converged = Converged(
+        scheduler="ddim", steps=500, samples=3, full=damage(0.3), plan=damage(0.25), controls=distances
+    )
+    text = page(verification=msgspec.structs.replace(make_verification(), converged=converged))
+    words = " ".join(text.split())
+    assert "takes 500 steps of ddim" in words
+    assert "own distance to it is 0.300" in words
+    assert WHICH_FIGURE in words
+    rows = {row.split()[0]: row for rank, row in Page(text).rows if rank in {"plan", "better", "other"}}
+    assert "0.250" in rows["plan"]
+    assert "0.120" in rows["random"]
 
 
 def test_reused_seed_is_admitted() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,36 @@ def test_figures_are_those_of_the_committed_results(script: str) -> None:
         [sys.executable, ROOT / "benchmarks" / script, "--check"], capture_output=True, text=True, check=False
     )
     assert check.returncode == 0, check.stderr
+
+
+def test_tables_show_losing_plans_and_both_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    readme = importlib.import_module("readme")
+    damages: list[dict[str, Any]] = [
+        {"relative_l2": {"mean": x, "low": x, "high": x}, "psnr": {"mean": 40.0}, "ssim": {"mean": 0.9}}
+        for x in (0.02, 0.01, 0.5, 0.3)
+    ]
+    controls = {
+        name: {"time_ratio": 0.7, "damage": own, "description": f"{name} in words"}
+        for name, own in (("steps_only", damages[1]), ("random", damages[2]))
+    }
+    converged = {"full": damages[3], "plan": damages[2], "controls": dict.fromkeys(controls, damages[2])}
+    verified = {"budget": 0.27, "time_ratio": 0.73, "time_ratio_p90": 0.74, "damage": damages[0], "controls": controls}
+    verified |= {"loses_to": ["steps_only"], "converged": converged, "disk_bytes": 1, "full_disk_bytes": 1}
+    judged = {"same_digit_share": 1, "samples": 1, "confident_share_pruned": 1, "confident_share_full": 1}
+    run = {"verification": verified, "classifier": judged}
+    head, _, plan, steps, random, full = readme.table_of(run)
+    assert head.endswith("| to converged |")
+    assert plan.endswith("| 0.5000 |")
+    assert "**steps_only in words**" in steps
+    assert "**" not in random
+    assert full.startswith("| the full model | 1.000 |")
+    assert full.endswith("| 0.3000 |")
+    assert "The plan does 2.000 × the damage of whole steps alone, in relative L2. It loses to `steps_only`." in (
+        readme.reading_of(run)
+    )
+    *_, last = readme.table_of(run, short=True)
+    assert last.startswith("| **whole steps alone** |")
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

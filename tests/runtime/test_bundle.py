@@ -260,30 +260,30 @@ def test_a_file_that_is_not_listed_is_not_read(bundle: Path) -> None:
         unetc.load(bundle)
 
 
-@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 5, 7, -1, 10**12])
+@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 5, 6, 8, -1, 10**12])
 def test_another_schema_is_named_as_such(bundle: Path, schema: int, no_parser: pytest.MonkeyPatch) -> None:
     edit(bundle, lambda manifest: manifest.update(schema=schema, a_field_of_that_schema=1))
     assert f"schema {schema}" in refusal(bundle, SchemaVersionError)
 
 
-NESTED = b'{"schema": 6, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+NESTED = b'{"schema": 7, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
 MALFORMED = {
     "empty": b"",
     "not JSON": b"\x80\x04]",
     "null": b"null",
     "a list": b"[1]",
-    "half": b'{"schema": 6, "unetc": "',
+    "half": b'{"schema": 7, "unetc": "',
     "no schema": b"{}",
-    "schema as text": b'{"schema": "6"}',
-    "no fields": b'{"schema": 6}',
+    "schema as text": b'{"schema": "7"}',
+    "no fields": b'{"schema": 7}',
     "byte order mark": b"\xef\xbb\xbf{}",
-    "invalid UTF-8": b'{"schema": 6, "unetc": "\xff\xfe"}',
-    "lone surrogate": rb'{"schema": 6, "unetc": "\ud800"}',
+    "invalid UTF-8": b'{"schema": 7, "unetc": "\xff\xfe"}',
+    "lone surrogate": rb'{"schema": 7, "unetc": "\ud800"}',
     "deep lists": b"[" * 10**6,
     "deep objects": b'{"a":' * 10**6,
     "deep in a field": NESTED,
     "deep in an unknown field": NESTED.replace(b"notes", b"other"),
-    "deep before the schema": NESTED[:-1].replace(b'"schema": 6, ', b"") + b', "schema": 6}',
+    "deep before the schema": NESTED[:-1].replace(b'"schema": 7, ', b"") + b', "schema": 6}',
     "a long number": b'{"schema": ' + b"9" * 10**6 + b"}",
 }
 
@@ -313,9 +313,9 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "unknown field inside": lambda m: m["levels"][0]["plan"]["phases"][0].update(extra=1),
     "missing field": lambda m: m.pop("threads"),
     "unlisted weights": lambda m: m.update(weights="other"),
-    "unlisted graph": lambda m: m["controls"][0]["engines"][0].update(graph="other"),
+    "unlisted graph": lambda m: m["controls"][-1]["engines"][0].update(graph="other"),
     "too few engines": lambda m: m["levels"][0]["engines"].pop(),
-    "too few engines of a control": lambda m: m["controls"][0]["engines"].pop(),
+    "too few engines of a control": lambda m: m["controls"][-1]["engines"].pop(),
     "unknown engine": lambda m: m["levels"][0]["plan"]["phases"][0].update(cycle=[9]),
     "negative engine": lambda m: m["levels"][0]["plan"]["phases"][0].update(cycle=[-1]),
     "an engine that holds an unemitted branch": lambda m: m["levels"][0]["plan"]["engines"][1].update(
@@ -324,9 +324,15 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "an engine that emits a dropped branch": lambda m: m["levels"][0]["plan"]["engines"][1].update(
         emits=[*m["levels"][0]["plan"]["engines"][1]["treatments"]]
     ),
-    "a control that holds an unemitted branch": lambda m: m["controls"][0]["plan"]["engines"].append(
+    "a control that holds an unemitted branch": lambda m: m["controls"][-1]["plan"]["engines"].append(
         {"treatments": {"a": "forecast"}, "emits": []}
     ),
+    "an unlisted schedule": lambda m: m["tables"][0].update(file="other"),
+    "a control along an unknown schedule": lambda m: m["controls"][0].update(table="other"),
+    "a control of nothing": lambda m: m["controls"][0].update(table=None),
+    "a converged schedule that is not there": lambda m: m.update(converged="other"),
+    "a schedule of other columns": lambda m: m["tables"][0]["header"]["columns"].pop(),
+    "two schedules of one name": lambda m: m["tables"].append(m["tables"][0]),
     "no level": lambda m: m.update(levels=[]),
     "a level called full": lambda m: m["levels"][0].update(name="full"),
     "two levels of one name": lambda m: m["levels"].append(m["levels"][0]),

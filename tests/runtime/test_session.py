@@ -678,7 +678,7 @@ def test_an_engine_that_emits_is_not_the_full_model(bundle: Bundle) -> None:
 
 def test_controls_sample_with_their_own_engines(session: Session, bundle: Bundle) -> None:
     backend = open_backend("onnxruntime:cpu", threads=1)
-    controls = {control.name: control for control in bundle.manifest.controls}
+    controls = {control.name: control for control in bundle.manifest.controls if control.plan is not None}
     assert {"random-1", "random-2", "random-3"} <= {*controls}
     for control in controls.values():
         other = Session.of(bundle, backend, control=control)
@@ -688,6 +688,20 @@ def test_controls_sample_with_their_own_engines(session: Session, bundle: Bundle
         np.testing.assert_array_equal(
             other.sample(2, seed=1, full_model=True), session.sample(2, seed=1, full_model=True)
         )
+
+
+def test_a_control_along_a_schedule_runs_the_full_model_along_it(session: Session, bundle: Bundle) -> None:
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    (control,) = (control for control in bundle.manifest.controls if control.name == "fewer_steps")
+    other = Session.of(bundle, backend, control=control)
+    table = bundle.tables["fewer_steps"].tables[0]
+    assert other.steps == table.count < session.steps
+    assert table.starts_like(session.scheduler.table(session.steps))
+    assert {*other.schedule(other.steps)} == {0}
+    np.testing.assert_array_equal(other.sample(2, seed=1), other.sample(2, seed=1, full_model=True))
+    along = session.along(bundle.tables["fewer_steps"])
+    np.testing.assert_array_equal(along.sample(2, seed=1, full_model=True), other.sample(2, seed=1))
+    assert session.steps == bundle.manifest.steps, "the session itself keeps its scheduler"
 
 
 def test_a_schedule_that_begins_without_noise_is_announced(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +17,24 @@ import torch
 from tests.loras import save_lora
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
-from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND
+from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND
 from unetc.compiler import text as compiled
 from unetc.compiler.text import PROBES, check_text, prepare_text
 from unetc.conditions import Conditions
-from unetc.errors import CompileError, CorruptArtifactError, MissingDependency, ModelError, ShapeMismatch
+from unetc.errors import (
+    CompileError,
+    CorruptArtifactError,
+    MissingDependency,
+    ModelError,
+    SessionError,
+    ShapeMismatch,
+)
 from unetc.models.find import ModelSource, find_model
 from unetc.models.lora import Lora
 from unetc.models.text import TextEncoders
 from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.text import OneEncoder, TextEncoder
+from unetc.runtime.session import Session
+from unetc.runtime.text import OneEncoder, TextEncoder, no_text
 
 PROMPTS = (*PROBES, "a red square", "A RED  SQUARE", "red,blue;(circle) 12345 \t\n a<|endoftext|>b", "ß¼Ⅷ", "x" * 300)
 
@@ -230,3 +239,41 @@ def test_a_record_of_an_encoder_is_checked() -> None:
         BundleTextEncoder(graph="a", weights="b", tokenizer="c", length=1, padding=0, width=1)
     with pytest.raises(ValueError, match="must be a text encoder"):
         BundleText(encoders=())
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_guidance_scale_is_a_finite_number(exported: dict[str, Exported], scale: float) -> None:  # G1
+    one = exported["sd"]
+    encoder = one.encoder("null")
+    for encode in (
+        lambda: encoder.encode(["a"], guidance_scale=scale),
+        lambda: one.loaded.encode(["a"], scale),
+        lambda: replace(encoder.encode(["a"], guidance_scale=3.0), scale=scale),
+        lambda: replace(encoder.encode(["a"], guidance_scale=3.0), middle_scale=scale),
+    ):
+        with pytest.raises(SessionError, match="a guidance scale is a finite number"):
+            encode()
+
+
+def test_a_negative_prompt_without_guidance_is_noted(exported: dict[str, Exported]) -> None:
+    encoder = exported["sd"].encoder("null")
+    for scale in (0.0, 1.0, -2.0):
+        (note,) = encoder.encode(["a"], negative=["red"], guidance_scale=scale).notes
+        assert "the negative prompt has no effect" in note
+    for negative, scale in ((["red"], 1.5), ([""], 1.0), (None, 1.0)):
+        assert encoder.encode(["a"], negative=negative, guidance_scale=scale).notes == ()
+
+
+def test_images_of_the_conditions_are_not_mixed_with_others() -> None:
+    """A bundle that inpaints or edits has no text encoders, and its conditions hold the images it was built with."""
+    bundle: Any = SimpleNamespace(
+        path="bundle",
+        calls=SimpleNamespace(names={CONTEXT, EXTRA_CHANNELS}),
+        manifest=SimpleNamespace(conditioning=SimpleNamespace(prompts=("a", "b"))),
+    )
+    assert "takes an image with every prompt" in no_text(bundle)
+    assert "--text" not in no_text(bundle)
+    own = Conditions(own={EXTRA_CHANNELS: np.zeros((1, 5, 4, 4), np.float32)})
+    session: Any = SimpleNamespace(conditions=own, steps=1, scheduler=SimpleNamespace(table=lambda steps: None))
+    with pytest.raises(SessionError, match="would only replace the start"):
+        Session.start(session, image=np.zeros((1, 4, 4, 4), np.float32))

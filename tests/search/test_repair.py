@@ -177,3 +177,9 @@ def test_the_curve_is_drawn_and_labelled_where_there_is_room(curve: Pareto) -> N
     assert labels(np.linspace(0.1, 1.0, len(front))) == len(front)
     assert labels(np.append(np.linspace(0.1, 0.1001, len(front) - 1), 1.0)) == 2
     assert draw(curve).startswith("<svg")
+
+
+def test_a_single_step_leaves_nothing_to_repair(tiny_model: Path, setup: Setup, cache: Path) -> None:  # G1
+    bench = set_up(find_model(str(tiny_model)), setup.profile, steps=1, cache=cache).workbench
+    candidate = bench.compile(hold_everywhere(setup.profile, "step", 2))
+    assert len(repair(bench, candidate, 0.0, 0, RepairOptions(), ignore).evaluated) == 1

@@ -2,18 +2,20 @@
 
 from unetc.treatments import Treatment
 
-from .manifest import BundleEngine, Control, FileRecord, Level, Manifest, Measurement
+from .manifest import BundleEngine, BundleTable, Control, FileRecord, Level, Manifest, Measurement
 from .plan import Assignment, Phase, Plan, Prediction
 from .profile import Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
-from .verification import ControlResult, EngineUse, Verification
+from .verification import ControlResult, Converged, EngineUse, Verification
 
 __all__ = [
     "Assignment",
     "Bin",
     "BundleEngine",
+    "BundleTable",
     "Component",
     "Control",
     "ControlResult",
+    "Converged",
     "Cost",
     "Damage",
     "Effect",

@@ -106,6 +106,10 @@ class Level(Record, frozen=True, kw_only=True):
     engines: tuple[BundleEngine, ...]
     """One per engine of the plan, in the same order."""
     measured: Measurement
+    tuned: str | None = None
+    """Name of the schedule in `tables` whose rows are tuned to the plan; None for the bundle's own."""
+    plain_damage: Damage | None = None
+    """Damage with the bundle's own schedule, as in a diffusers pipeline; None if that is what was measured."""
     evaluated: tuple[Measurement, ...]
     """Every schedule that the build sampled while it chose the plan."""
 
@@ -113,6 +117,7 @@ class Level(Record, frozen=True, kw_only=True):
         """Check the name, and that every engine of the plan is present."""
         require(bool(self.name) and self.name != FULL, f"a level must have a name other than {FULL!r}")
         require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+        require((self.tuned is None) == (self.plain_damage is None), "a tuned level must state its plain damage")
 
 
 class EnginePair(Record, frozen=True, kw_only=True):
@@ -129,16 +134,37 @@ class EnginePair(Record, frozen=True, kw_only=True):
         return self.together / expected if expected else 1.0
 
 
-class Control(Record, frozen=True, kw_only=True):
-    """A plan of the same cost, made by a simpler rule for comparison."""
+class BundleTable(Record, frozen=True, kw_only=True):
+    """A schedule besides the bundle's own: the table of a scheduler for one number of steps."""
 
     name: str
-    plan: Plan
-    engines: tuple[BundleEngine, ...]
+    """Unique within the bundle."""
+    file: str
+    """Path of the packed array."""
+    header: SchedulerHeader
 
     def __post_init__(self) -> None:
-        """Check that every engine of the plan is present."""
-        require(len(self.engines) == len(self.plan.engines), "there must be one graph per engine of the plan")
+        """Check the number of tables."""
+        require(len(self.header.counts) == 1, f"the schedule {self.name} must have one number of steps")
+
+
+class Control(Record, frozen=True, kw_only=True):
+    """Something simpler that takes the same time, for comparison: a plan, or the full model along another schedule."""
+
+    name: str
+    description: str
+    plan: Plan | None = None
+    """Plan made by a simpler rule; None for the full model."""
+    engines: tuple[BundleEngine, ...] = ()
+    """One per engine of the plan, in the same order."""
+    table: str | None = None
+    """Name of its schedule in `tables`, tuned to the plan if there is one; None for the bundle's own."""
+
+    def __post_init__(self) -> None:
+        """Check that every engine of the plan is present, and that there is something to compare with."""
+        count = 0 if self.plan is None else len(self.plan.engines)
+        require(len(self.engines) == count, "there must be one graph per engine of the plan")
+        require(self.plan is not None or self.table is not None, "a control must have a plan or a schedule")
 
 
 class Conditioning(Record, frozen=True, kw_only=True):
@@ -224,8 +250,8 @@ class BundleText(Record, frozen=True, kw_only=True):
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
-    SCHEMA: ClassVar[int] = 6
-    schema: int = 6
+    SCHEMA: ClassVar[int] = 7
+    schema: int = 7
     unetc: str
     model: ModelReference
     target: str
@@ -266,7 +292,11 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     levels: tuple[Level, ...]
     """The ladder of quality levels, from the smallest budget to the largest; the first level is the default."""
     controls: tuple[Control, ...]
-    """Simpler plans that take the time of the default level."""
+    """Simpler ways to take the time of the default level."""
+    tables: tuple[BundleTable, ...] = ()
+    """Schedules of controls, and the converged one."""
+    converged: str | None = None
+    """Name of the schedule of the converged trajectory; None if there is none."""
     pairs: tuple[EnginePair, ...]
     """Joint damage of pairs of the default level's engines."""
     used_seeds: tuple[int, ...]
@@ -280,7 +310,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         listed = {file.path for file in self.files}
         require(len(listed) == len(self.files), "a file is listed twice")
         require(len({path.lower() for path in listed}) == len(listed), "two paths differ only in case")
-        named = {self.weights, self.profile, self.scheduler_file, *self.graphs()}
+        named = {self.weights, self.profile, self.scheduler_file, *self.graphs(), *(one.file for one in self.tables)}
         if self.conditioning is not None:
             named.add(self.conditioning.file)
         if self.text is not None:
@@ -292,6 +322,10 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         require(bool(self.levels), "a bundle needs a quality level")
         names = [level.name for level in self.levels]
         require(len({*names}) == len(names), f"the names of levels must differ, got {', '.join(names)}")
+        tables = [table.name for table in self.tables]
+        require(len({*tables}) == len(tables), f"the names of schedules must differ, got {', '.join(tables)}")
+        used = {self.converged, *(one.table for one in self.controls), *(level.tuned for level in self.levels)} - {None}
+        require(used <= {*tables}, "a control or a level has a schedule that the bundle lacks")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
         require(bool(self.used_seeds), "used_seeds must not be empty")
         lowered = {engine.lowered is not None for engine in self.all_engines()}
@@ -311,6 +345,11 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     def measured(self) -> Measurement:
         """Time and damage of the default level."""
         return self.levels[0].measured
+
+    @property
+    def plain_damage(self) -> Damage | None:
+        """Damage of the default level with the bundle's own schedule, if another one is tuned to its plan."""
+        return self.levels[0].plain_damage
 
     def level(self, name: str) -> Level:
         """Find a quality level by its name.

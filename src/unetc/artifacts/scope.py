@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .profile import ControlMeasured, ModelReference
+from .profile import ControlMeasured, Damage, ModelReference
 
 
 def control_scope(model: ModelReference, control: ControlMeasured | None) -> str | None:
@@ -21,10 +21,23 @@ def control_scope(model: ModelReference, control: ControlMeasured | None) -> str
     )
 
 
-def damage_scope(model: ModelReference, control: ControlMeasured | None, steps: int) -> str:
-    """Describe the samples that a measured damage holds for."""
+def damage_scope(
+    model: ModelReference, control: ControlMeasured | None, steps: int, plain: Damage | None = None
+) -> str:
+    """Describe the samples that a measured damage holds for.
+
+    Args:
+        model: The model.
+        control: Control images that the damage was measured with.
+        steps: Number of steps that it was measured at.
+        plain: Damage with the scheduler's plain rows, if others are tuned to the plan.
+    """
     start = (
         f"damage holds for samples from pure noise over {steps} steps; image to image and other starts from less noise "
         "were not measured, and their damage may be many times larger"
     )
-    return "; ".join(part for part in (start, control_scope(model, control)) if part)
+    tuned = plain and (
+        f"it holds for rows of the scheduler tuned to the plan. A diffusers pipeline has plain rows: their relative "
+        f"L2 is {plain.relative_l2.mean:.4f}"
+    )
+    return "; ".join(part for part in (start, tuned, control_scope(model, control)) if part)

@@ -5,6 +5,12 @@ from __future__ import annotations
 from .profile import ControlMeasured, Damage, ModelReference
 from .record import Artifact, Record
 
+WHICH_FIGURE = (
+    "The distance to the full model is for users who want the same pictures as today; the distance to the converged "
+    "trajectory is for users who only want the best sample in a given time."
+)
+"""For readers of both distances."""
+
 
 class ControlResult(Record, frozen=True, kw_only=True):
     """A simpler way to save time, measured in the same run on the same noise."""
@@ -13,6 +19,23 @@ class ControlResult(Record, frozen=True, kw_only=True):
     """Time of the control / time of the full model, dimensionless."""
     damage: Damage
     description: str
+
+
+class Converged(Record, frozen=True, kw_only=True):
+    """Distances to the converged trajectory: the same start, and enough steps that more would change little.
+
+    See `WHICH_FIGURE` for when to look at them.
+    """
+
+    scheduler: str
+    steps: int
+    samples: int
+    """Number of samples that were compared, the first ones of the verification."""
+    full: Damage
+    """Distance of the full model, with its own number of steps."""
+    plan: Damage
+    controls: dict[str, Damage]
+    """Distance of every control by its name."""
 
 
 class EngineUse(Record, frozen=True, kw_only=True):
@@ -53,6 +76,10 @@ class Verification(Artifact, frozen=True, kw_only=True):
     time_ratio_p90: float
     damage: Damage
     controls: dict[str, ControlResult]
+    loses_to: tuple[str, ...] = ()
+    """Controls that do less damage in no more time, see `beaten_by`."""
+    converged: Converged | None = None
+    """None for a scheduler that adds noise, and for a bundle without controls."""
     engines: tuple[EngineUse, ...]
     disk_bytes: int
     """Bytes of the weights and graphs of the full model and the plan's engines."""

@@ -19,7 +19,7 @@ from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.record import read_bounded, to_builtins
 from unetc.artifacts.scope import control_scope, damage_scope
-from unetc.artifacts.verification import Verification
+from unetc.artifacts.verification import WHICH_FIGURE, Verification
 from unetc.compiler.tensorrt.ranges import describe_sides
 from unetc.errors import ArtifactError, CorruptArtifactError, ProfileError
 from unetc.nvidia.key import EngineKey, compile_command
@@ -274,7 +274,7 @@ def bundle_facts(manifest: Manifest, path: Path) -> dict[str, object]:
         "phases": to_builtins(manifest.plan.phases),
         "levels": [_level_facts(level) for level in manifest.levels],
         "notes": list(manifest.notes),
-        "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps),
+        "damage_holds_for": damage_scope(manifest.model, manifest.control, manifest.steps, manifest.plain_damage),
         "bytes": sum(record.bytes for record in manifest.files),
         "text_bytes": text_bytes(manifest),
     }
@@ -293,6 +293,7 @@ def _level_facts(level: Level) -> dict[str, object]:
         "budget": level.plan.budget,
         "saves": 1 - level.measured.time_ratio,
         "measured": to_builtins(level.measured),
+        "plain_damage": to_builtins(level.plain_damage),
         "engines": [_engine_facts(engine) for engine in level.engines],
         "phases": to_builtins(level.plan.phases),
     }
@@ -324,7 +325,7 @@ def bundle_table(manifest: Manifest) -> RenderableType:
     if manifest.text is not None:
         title += f", with text encoders of {text_bytes(manifest) / 1e6:.1f} MB"
     engines = table(title, ["engine", f"ms per call (batch {manifest.batch})", "removed", "kB"], rows)
-    scope = damage_scope(manifest.model, manifest.control, manifest.steps)
+    scope = damage_scope(manifest.model, manifest.control, manifest.steps, manifest.plain_damage)
     ladder = [ladder_table(manifest)] if len(manifest.levels) > 1 else []
     return Group(engines, *ladder, *(plan_table(level.plan) for level in manifest.levels), Text(scope))
 
@@ -371,12 +372,20 @@ def pareto_table(curve: Pareto) -> Table:
 
 
 def verification_table(result: Verification) -> Table:
-    """Lay out the plan and its controls; a control that beats the plan is red."""
+    """Lay out the plan and its controls; a control that beats the plan is red, and a line below names it."""
+    converged, beaten_by = result.converged, result.beaten_by()
     rows = [["the plan", *_time_cells(result.time_ratio), *_damage_cells(result.damage)]]
-    beaten_by = result.beaten_by()
+    distances = [] if converged is None else [converged.plan]
     for name, control in result.controls.items():
         cells = [escape(control.description), *_time_cells(control.time_ratio), *_damage_cells(control.damage)]
         rows.append([f"[red]{cell}[/red]" for cell in cells] if name in beaten_by else cells)
+        if converged is not None:
+            distances.append(converged.controls[name])
+    columns = ["at equal noise", "saves", "time ratio", "relative L2", "PSNR dB", "SSIM"]
+    if converged is not None:
+        columns.append("to converged")
+        rows = [[*row, f"{own.relative_l2.mean:.4f}"] for row, own in zip(rows, distances, strict=True)]
+        rows.append(["the full model", *_time_cells(1.0), "0", "", "", f"{converged.full.relative_l2.mean:.4f}"])
     title = (
         f"{escape(result.model.title)}, asked to save {percent(result.budget)}: {result.samples} new samples, "
         f"{result.scheduler} {result.steps} steps, "
@@ -384,7 +393,14 @@ def verification_table(result: Verification) -> Table:
     )
     if scope := control_scope(result.model, result.control):
         title += f"; {escape(scope)}"
-    return table(title, ["at equal noise", "saves", "time ratio", "relative L2", "PSNR dB", "SSIM"], rows)
+    laid_out = table(title, columns, rows)
+    lines = [f"[red]The plan loses to {escape(', '.join(beaten_by))}: less damage in no more time.[/red]"] * bool(
+        beaten_by
+    )
+    if converged is not None:
+        lines.append(f"to converged: relative L2 to {converged.scheduler} in {converged.steps} steps. {WHICH_FIGURE}")
+    laid_out.caption, laid_out.caption_justify, laid_out.caption_style = "\n".join(lines) or None, "left", ""
+    return laid_out
 
 
 def diagnosis_table(findings: Sequence[Finding], *, verbose: bool = False) -> Table:

@@ -94,8 +94,9 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
     out. Trajectories may take turns, also in several threads: see `unetc.diffusers.trajectories`. Calls are made one
     after another. An instance is one of the original UNet's class too, without its layers.
 
-    The damage in the bundle's profile holds for sampling from noise over the bundle's steps. Image to image, other
-    schedulers and other numbers of steps have another damage.
+    The damage in the bundle's manifest holds for sampling from noise over the bundle's steps. Image to image, other
+    schedulers and other numbers of steps have another damage. A pipeline's scheduler has no rows that are tuned to the
+    plan, so `plain_damage` of the quality level holds here.
     """
 
     config_name = "config.json"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.profile import ControlMeasured
-from unetc.controlnet import controlnet_inputs
+from unetc.controlnet import controlnet_inputs, spread
 from unetc.device import Array
 from unetc.errors import ModelError
 
@@ -76,7 +76,18 @@ class ControlSource:
                 f"the ControlNet {self.model} reads {config['conditioning_channels']} channels. Expected 3, as in an "
                 "RGB image."
             )
+        if (order := config.get("controlnet_conditioning_channel_order", "rgb")) not in ("rgb", "bgr"):
+            raise ModelError(
+                f"the ControlNet {self.model} has controlnet_conditioning_channel_order {order!r}. Expected 'rgb' or "
+                "'bgr'."
+            )
         own = _part(self.model, config)
+        from .fitting import check_part
+
+        try:
+            check_part(str(self.model), own)
+        except ModelError as error:
+            raise ModelError(str(error).replace(f"{own.name}/{CONFIG}", str(self.model / CONFIG))) from error
         images = self._read_images(size)
         return ControlImages(
             folder=self.model,
@@ -122,6 +133,9 @@ class ControlImages:
     def residuals(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
         """Compute the ControlNet inputs of a call.
 
+        A ControlNet with `global_pool_conditions` sees only the rows with the samples' own conditions, as in the
+        pipelines of diffusers. The inputs of other rows are zero.
+
         Args:
             inputs: Sample, timestep and conditions of the call by input name, [row, ...]. There are as many rows as
                 images, or twice as many with guidance.
@@ -130,15 +144,22 @@ class ControlImages:
 
         model = _load(self.folder)
         given = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
-        sample = given.pop("sample")
         images = np.stack(self.images)
+        pooled = bool(model.config.global_pool_conditions)
+        others = len(given["sample"]) - len(images) if pooled else 0
+        given = {name: value[others:] for name, value in given.items()}
+        sample = given.pop("sample")
         condition = torch.from_numpy(np.concatenate([images] * (len(sample) // len(images))))
         if added := {name: given.pop(name) for name in _ADDED if name in given}:
             given["added_cond_kwargs"] = added  # type: ignore[assignment]
         with torch.no_grad():
             down, middle = model(sample, controlnet_cond=condition, return_dict=False, **given)
-        names = [own.name for own in controlnet_inputs(model.config)]
-        return {name: value.numpy() for name, value in zip(names, (*down, middle), strict=True)}
+        _, _, height, width = sample.shape
+        found = {}
+        for own, value in zip(controlnet_inputs(model.config), (*down, middle), strict=True):
+            residual = spread(value.numpy(), own.shape(len(sample), height, width))
+            found[own.name] = np.pad(residual, ((others, 0), *((0, 0),) * 3)) if others else residual
+        return found
 
 
 def _part(folder: Path, config: Mapping[str, Any]) -> Part:

@@ -138,10 +138,14 @@ class LoraFile:
         if not names:
             raise ModelError(f"{path} is not a LoRA: it holds no tensors. Expected the factors of at least one layer.")
         if strangers := [name for name in names if take_apart(name) is None]:
-            also = " besides its factors" if len(strangers) < len(names) else ""
+            if len(strangers) < len(names):
+                raise ModelError(
+                    f"LoRA {path} also holds {some(strangers)}, which is no factor of a layer. Only plain LoRAs, "
+                    f"rsLoRAs and DoRAs are supported. {_INSTEAD}"
+                )
             raise ModelError(
-                f"{path} is not a LoRA: it holds {some(strangers)}{also}. Expected pairs like lora_down and lora_up, "
-                "or lora_A and lora_B. Check the file."
+                f"{path} is not a LoRA: it holds {some(strangers)}. Expected pairs like lora_down and lora_up, or "
+                "lora_A and lora_B. Check the file."
             )
 
     def check(self, parts: Mapping[str, Mapping[str, Shape] | None]) -> None:

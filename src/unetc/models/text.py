@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
-from unetc.conditions import Conditions
+from unetc.conditions import Conditions, check_scale
 from unetc.errors import MissingDependency, ModelError, brief
 
 from .pipelines import PIPELINES, PipelineKind
@@ -78,16 +78,21 @@ def encode_prompts(
 
     Returns:
         The conditions that the denoiser takes. Their notes name the words of prompts that are too long.
+
+    Raises:
+        ModelError: If a tokenizer does not fit its text encoder.
+        SessionError: If the guidance scale is not finite.
     """
     import torch
 
+    check_scale(guidance_scale)
     widths = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
     guided = guidance_scale > 1 and TIMESTEP_COND not in widths
     with torch.no_grad():
         encode = _two_encoders if kind.two_encoders else _one_encoder
         try:
             own, negative = encode(pipeline, list(prompts), guided)
-        except (IndexError, OverflowError) as error:
+        except (IndexError, OverflowError, ValueError) as error:
             raise ModelError(
                 f"the tokenizer does not fit the text encoder: {error}. Check that model_max_length is in "
                 "tokenizer_config.json, and that both are of the same model."

@@ -18,7 +18,7 @@ from unetc.artifacts.manifest import Manifest
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Estimate, Profile
 from unetc.artifacts.scope import damage_scope
-from unetc.artifacts.verification import Verification
+from unetc.artifacts.verification import WHICH_FIGURE, Verification
 from unetc.percent import percent
 from unetc.treatments import ROWS
 
@@ -94,8 +94,10 @@ def render(
         engines=engines,
         controls=_control_rows(verification, better),
         better=better,
+        converged=verification.converged,
+        which_figure=WHICH_FIGURE,
         fewer=_fewer_steps(verification),
-        scope=damage_scope(manifest.model, verification.control, manifest.steps),
+        scope=damage_scope(manifest.model, verification.control, manifest.steps, manifest.plain_damage),
         reused_seed=verification.seed in manifest.used_seeds,
         ranking=ranking,
         treatments=tuple(ROWS.items()),
@@ -134,6 +136,8 @@ class _ControlRow:
     damage: Damage
     rank: str
     """"plan", "better" or "other"; also the CSS class of the row."""
+    converged: Estimate | None
+    """Distance to the converged trajectory, relative L2; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,12 +204,14 @@ def _range(plan: Plan, phase: Phase) -> str:
 
 
 def _control_rows(verification: Verification, better: Sequence[str]) -> tuple[_ControlRow, ...]:
+    converged = verification.converged
     plan = _ControlRow(
         name="plan",
         description="this bundle",
         time_ratio=verification.time_ratio,
         damage=verification.damage,
         rank="plan",
+        converged=None if converged is None else converged.plan.relative_l2,
     )
     rows = [
         _ControlRow(
@@ -214,6 +220,7 @@ def _control_rows(verification: Verification, better: Sequence[str]) -> tuple[_C
             time_ratio=control.time_ratio,
             damage=control.damage,
             rank="better" if name in better else "other",
+            converged=None if converged is None else converged.controls[name].relative_l2,
         )
         for name, control in verification.controls.items()
     ]

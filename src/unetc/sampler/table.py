@@ -30,6 +30,9 @@ from unetc.errors import SessionError
 _ROUNDING = 1e-5
 """Share of the trained range by which rounding may move a timestep out of it."""
 
+_SAME_START = 1e-4
+"""Largest difference of log-SNR between two starts that count as one; rounding to float32 alone makes 1e-6."""
+
 MAX_WINDOW = 13
 """Longest history, in steps, that a table can refer to: PNDM combines the results of three Runge-Kutta steps."""
 
@@ -126,6 +129,15 @@ class SchedulerTable:
     def window(self) -> int:
         """Number of samples and model outputs, including the current ones, that a step may refer to."""
         return int(self.sample_coefficients.shape[-1])
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether steps add noise; then every number of steps has a trajectory by itself."""
+        return bool(self.noise_coefficient.any())
+
+    def starts_like(self, other: SchedulerTable) -> bool:
+        """Check whether two schedules start at the same noise level."""
+        return abs(self.log_snr.item(0) - other.log_snr.item(0)) <= _SAME_START
 
     def noise_of(self, step: int) -> float:
         """Compute the factor of unit normal noise in the sample that enters a step."""
@@ -328,6 +340,10 @@ class SchedulerTables:
             return self.tables[position]
         nearest = " or ".join(str(count) for count in self.counts[max(position - 1, 0) : position + 1])
         raise SessionError(f"there is no {self.name} table for {steps} steps. Nearest: {nearest} steps.")
+
+    def only(self, table: SchedulerTable) -> SchedulerTables:
+        """Make tables of the same scheduler with one table alone."""
+        return SchedulerTables(name=self.name, tables=(table,), one_size=self.one_size)
 
     def noise_levels(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """List timesteps, increasing, and the log-SNR at each of them.

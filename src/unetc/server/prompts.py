@@ -16,7 +16,6 @@ from .errors import RequestError
 
 _SHOWN = 20
 """Prompts of a bundle that a message lists."""
-_NO_EFFECT = "negative_prompt has no effect: without guidance, which needs a scale above 1, the model does not read it."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +132,13 @@ class PromptReader:
         """Encode each prompt once: the prompt of the request, or else the bundle's own."""
         prompts, rows = self._texts(wanted)
         height, width = wanted.size
-        encoded = encoder.encode(
+        return encoder.encode(
             prompts,
             negative=[wanted.negative_prompt] if wanted.negative_prompt else None,
             guidance_scale=wanted.guidance_scale,
             height=height,
             width=width,
-        )
-        if wanted.negative_prompt and not encoded.guided:
-            encoded = replace(encoded, notes=(*encoded.notes, _NO_EFFECT))
-        return encoded.take(rows)
+        ).take(rows)
 
     def _texts(self, wanted: Wanted) -> tuple[list[str], list[int]]:
         """Return the prompts to encode, and the position of each image's prompt among them."""

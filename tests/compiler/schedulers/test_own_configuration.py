@@ -213,3 +213,10 @@ def test_a_dynamic_shift_belongs_to_one_size(kind: str, image_tokens: int) -> No
     own = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     expected = by_diffusers(own, 20, mu=calculate_shift(image_tokens))
     assert difference(by_table(tables.table(20), torch.float64), expected) < TOLERANCE
+
+
+def test_more_steps_than_timesteps_are_refused_with_the_reason() -> None:  # G1
+    scheduler = make_scheduler("ddim", {"_class_name": "DDIMScheduler", "num_train_timesteps": 40})
+    with pytest.raises(ModelError, match=r"no proper schedule of 41 steps: it has 40 timesteps\. Choose"):
+        extract(scheduler, 41)
+    assert extract(scheduler, 40).steps == 40

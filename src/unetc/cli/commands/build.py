@@ -31,6 +31,9 @@ class BuildGroup(Group, panel="Building"):
         Path | None, typer.Option(help="Build this plan of the profile unchanged, whatever the budget.")
     ] = None
     repair: Annotated[int, typer.Option(min=0, help="Schedules sampled in search of less damage; 0 for none.")] = 40
+    tune: Annotated[
+        bool, typer.Option(help="Tune the scheduler's rows to the plan, for the number of steps of the build.")
+    ] = True
     controls: Annotated[bool, typer.Option(help="Put control plans into the bundle, for verify and report.")] = True
     text: Annotated[
         bool, typer.Option(help="Put the text encoders into the bundle, so that it takes any prompt without torch.")
@@ -73,7 +76,7 @@ class BuildGroup(Group, panel="Building"):
             steps=steps,
             quality_gate=QualityGate.parse(self.quality_gate) if self.quality_gate else None,
             at=QualityGate.parse(self.at) if self.at else None,
-            repair=RepairOptions(evaluations=self.repair),
+            repair=RepairOptions(evaluations=self.repair, tune=self.tune),
             controls=self.controls,
             text=self.text,
         )

@@ -9,6 +9,8 @@ import typer
 
 from ..options import BundlePath, BundleTarget, Json, QualityLevel, Seed
 
+DEFAULT_STRENGTH = 0.8
+
 
 def sample(
     bundle: BundlePath,
@@ -37,8 +39,9 @@ def sample(
         Path | None, typer.Option(help="PNG, JPEG or WebP to start from; it is cropped to the size of the samples.")
     ] = None,
     strength: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the steps to make from --image; 1 makes all.")
-    ] = 0.8,
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the steps to make from --image; 1 makes all (default: 0.8)."),
+    ] = None,
     target: BundleTarget = None,
     memory: Annotated[
         str,
@@ -46,7 +49,7 @@ def sample(
     ] = "fast",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads of the target (default: the bundle's)."),
+        typer.Option(min=1, max=1024, help="CPU threads of the target (default: the bundle's)."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +74,8 @@ def sample(
 
     if not prompt and (negative_prompt is not None or guidance_scale is not None):
         raise typer.BadParameter("--negative-prompt and --guidance-scale belong to --prompt; give one.")
+    if strength is not None and image is None:
+        raise typer.BadParameter("--strength belongs to --image; give one.")
     if prompt and labels is not None:
         raise typer.BadParameter("--prompt and --labels are conditions of different models; give one of them.")
     notes: tuple[str, ...] = ()
@@ -87,7 +92,7 @@ def sample(
         if image is not None:
             channels, height, width = session.image_shape
             pixels = read_image(image, height, width, channels=channels)[None]
-            draw = with_image(sampling, session.encode(pixels), strength)
+            draw = with_image(sampling, session.encode(pixels), DEFAULT_STRENGTH if strength is None else strength)
         if labels is not None:
             draw = with_labels(draw, opened.calls, labels)
         if prompt:

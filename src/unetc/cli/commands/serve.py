@@ -55,7 +55,7 @@ def serve(
     target: BundleTarget = None,
     memory: Annotated[str, typer.Option(metavar="fast|low", help="fast, or low: weights are held once.")] = "fast",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the target (default: the bundle's).")
+        int | None, typer.Option(min=1, max=1024, help="CPU threads of the target (default: the bundle's).")
     ] = None,
     as_json: Json = False,
 ) -> None:

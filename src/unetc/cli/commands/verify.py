@@ -20,11 +20,14 @@ def verify(
     ] = None,
     level: QualityLevel = None,
     target: BundleTarget = None,
+    converged: Annotated[
+        bool, typer.Option(help="Compare with the converged trajectory too, which takes 500 calls per batch.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Measure time and damage on new seeds, along with simpler ways to save the same time.
 
-    The control plans take the time of the level that saves least, so only that level is compared with them.
+    The controls take the time of the level that saves least, so only that level is compared with all of them.
     """
     from unetc.analyzer.verify import VerifyOptions
     from unetc.api import verify as measure
@@ -36,7 +39,7 @@ def verify(
     if output is not None:
         check_writable(output)
     with progress() as on_progress:
-        options = VerifyOptions(rounds=rounds, batch=batch, seed=seed, level=level, target=target)
+        options = VerifyOptions(rounds=rounds, batch=batch, seed=seed, level=level, target=target, converged=converged)
         result = measure(bundle, options, on_progress=on_progress)
     if output is not None:
         result.save(output)

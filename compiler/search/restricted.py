@@ -1,0 +1,95 @@
+"""Controls that are plans of a restricted planner, fitted to a measured time and repaired as the plan itself is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+
+from unetc.compiler.planner.planner import PlanOptions, make_plan
+from unetc.compiler.planner.restriction import Restriction
+from unetc.errors import PlanError
+from unetc.percent import percent
+from unetc.progress import ignore
+from unetc.runtime.rollout import FULL_ENGINE
+
+from .fit import ATTEMPTS, TOLERANCE
+from .repair import Repaired, RepairOptions, repair
+from .workbench import Candidate, Workbench
+
+
+def fit_restricted(
+    workbench: Workbench,
+    restriction: Restriction,
+    target: float,
+    correction: float,
+    seed: int,
+    *,
+    limits: PlanOptions,
+    options: RepairOptions,
+) -> Repaired:
+    """Find the best plan that keeps to a restriction and saves a measured time.
+
+    Args:
+        workbench: Where to measure.
+        restriction: Treatments that the plan may use.
+        target: Share of the time to save.
+        correction: Measured / predicted saving, see `make_plan`.
+        seed: Seed of the noise that damage is measured on.
+        limits: Limits of the plan; budget and restriction are replaced.
+        options: How long to search for a better schedule.
+
+    Raises:
+        PlanError: If no such plan saves the target.
+    """
+    found = _fit(workbench, replace(limits, restriction=restriction), target, correction)
+    spent = _spend(workbench, found, target)
+    return repair(workbench, spent, target / (1 + TOLERANCE / 2), seed, options, ignore)
+
+
+def _fit(workbench: Workbench, limits: PlanOptions, target: float, correction: float) -> Candidate:
+    """Plan for corrected budgets and return the plan whose measured saving is closest to the target.
+
+    Plans with the same engines are timed once.
+    """
+    log_snr = workbench.scheduler.table(workbench.steps).log_snr.tolist()
+    timed: dict[bytes, Candidate] = {}
+    best: Candidate | None = None
+    budget = target
+    for _ in range(ATTEMPTS):
+        try:
+            plan = make_plan(workbench.profile, replace(limits, budget=min(budget, 0.99)), correction=correction)
+        except PlanError:
+            budget *= 0.9
+            continue
+        engines = msgspec.json.encode(plan.engines)
+        if engines in timed:
+            candidate = workbench.reschedule(timed[engines], plan.schedule(log_snr))
+        else:
+            candidate = timed[engines] = workbench.compile(plan)
+        if best is None or abs(candidate.saving - target) < abs(best.saving - target):
+            best = candidate
+        if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
+            break
+        budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))
+    if best is None or best.saving < (1 - TOLERANCE) * target:
+        most = "" if best is None else f"; the most that was saved is {percent(best.saving)}"
+        raise PlanError(f"no plan of this kind saves {percent(target)} of the time{most}.")
+    return best
+
+
+def _spend(workbench: Workbench, candidate: Candidate, target: float) -> Candidate:
+    """Compute further steps in full while the plan saves more than the target, the last ones first.
+
+    Whole steps come in runs of bins, so a plan may save too much, and errors in late steps have no time to decay.
+    """
+    for step in reversed(range(workbench.steps)):
+        schedule = list(workbench.schedule(candidate))
+        if schedule[step : step + 1] in ([], [FULL_ENGINE]):
+            continue
+        schedule[step] = FULL_ENGINE
+        proposal = workbench.reschedule(candidate, schedule)
+        if proposal.saving >= target and workbench.schedule(proposal) == tuple(schedule):
+            candidate = proposal
+    return candidate

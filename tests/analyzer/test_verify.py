@@ -1,0 +1,114 @@
+"""A verification compares every contender with the full model and with the converged trajectory, and names losers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.command import run
+from unetc.analyzer import verify as verifying
+from unetc.analyzer.verify import VerifyOptions, verify
+from unetc.artifacts import Verification
+from unetc.artifacts.verification import WHICH_FIGURE
+from unetc.cli.summary import verification_table
+from unetc.metrics.damage import measure_damage
+from unetc.runtime.backends.registry import open_backend
+from unetc.runtime.bundle import Bundle
+from unetc.runtime.session import Session
+
+ROUNDS = 2
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def result(bundle: Bundle) -> Verification:
+    return verify(bundle, VerifyOptions(rounds=ROUNDS))
+
+
+def test_every_control_of_the_bundle_is_measured(bundle: Bundle, result: Verification) -> None:
+    names = [control.name for control in bundle.manifest.controls]
+    assert {"fewer_steps", "other_solver"} <= {*names}
+    assert {*result.controls} == {"random" if name.startswith("random-") else name for name in names}
+    descriptions = {control.name: control.description for control in bundle.manifest.controls}
+    assert result.controls["fewer_steps"].description == descriptions["fewer_steps"]
+    assert result.controls["random"].description.endswith("(5 plans)")
+    assert result.loses_to == result.beaten_by()
+
+
+def test_every_contender_is_compared_with_the_converged_trajectory(bundle: Bundle, result: Verification) -> None:
+    converged = result.converged
+    assert converged is not None
+    assert converged.samples == result.samples
+    assert converged.steps >= 500
+    assert {*converged.controls} == {*result.controls}
+    session = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1))
+    assert bundle.manifest.converged is not None
+    truth = session.along(bundle.tables[bundle.manifest.converged])
+    count = ROUNDS * bundle.manifest.batch
+    reference = truth.sample(count, seed=result.seed, full_model=True)
+    for own, sampled in (
+        (converged.full, session.sample(count, seed=result.seed, full_model=True)),
+        (converged.plan, session.sample(count, seed=result.seed)),
+    ):
+        expected = measure_damage(reference, sampled).relative_l2.mean
+        np.testing.assert_allclose(own.relative_l2.mean, expected, rtol=1e-3)
+    assert converged.full.relative_l2.mean > 0
+
+
+def test_the_seed_of_verify_chooses_no_control(bundle: Bundle, result: Verification) -> None:
+    again = verify(bundle, VerifyOptions(rounds=1, seed=result.seed + 1, converged=False))
+    described = {name: control.description for name, control in result.controls.items()}
+    assert {name: control.description for name, control in again.controls.items()} == described
+    assert again.converged is None
+
+
+def test_without_controls_fewer_steps_are_those_of_the_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = msgspec.structs.replace(bundle.manifest, controls=(), converged=None)
+    monkeypatch.setattr(verifying, "_steps_of_equal_time", lambda session, sample: 3)
+    plain = verify(replace(bundle, manifest=manifest), VerifyOptions(rounds=1))
+    assert plain.converged is None
+    text = plain.controls["fewer_steps"].description
+    assert text == "the full model with fewer steps (3 of 4), from another noise level"
+
+
+def test_a_losing_plan_and_both_distances_are_printed(result: Verification) -> None:
+    best = min(result.controls, key=lambda name: result.controls[name].damage.relative_l2.mean)
+    faster = msgspec.structs.replace(result.controls[best], time_ratio=0.01)
+    far = measure_damage(np.ones((2, 1, 12, 12), np.float32), np.zeros((2, 1, 12, 12), np.float32))
+    losing = msgspec.structs.replace(result, controls={best: faster}, damage=far)
+    assert losing.beaten_by() == (best,)
+    console = Console(width=400, record=True)
+    console.print(verification_table(losing))
+    text = " ".join(console.export_text().split())
+    assert f"The plan loses to {best}: less damage in no more time." in text
+    assert WHICH_FIGURE in text
+    winning = msgspec.structs.replace(result, controls={}, converged=None)
+    console.print(verification_table(winning))
+    text = console.export_text()
+    assert "loses" not in text
+    assert "converged" not in text
+
+
+def test_few_batches_are_compared_with_the_converged_trajectory(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "CONVERGED_ROUNDS", 1)
+    some = verify(bundle, VerifyOptions(rounds=2, batch=1))
+    assert some.samples == 2
+    assert some.converged is not None
+    assert some.converged.samples == 1
+
+
+def test_the_command_leaves_the_converged_trajectory_out(tiny_bundle: Path) -> None:
+    printed = run("verify", tiny_bundle, "--rounds", 1, "--batch", 1, "--no-converged", "--json").json
+    assert printed["converged"] is None
+    assert isinstance(printed["loses_to"], list)

@@ -1,0 +1,158 @@
+"""Controls are the strongest simpler ways to take a plan's time, on the tiny model with times set by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.analyze import analyze_model
+from unetc.artifacts.plan import Plan
+from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.planner.restriction import Restriction
+from unetc.compiler.schedulers.extract import extract
+from unetc.compiler.schedulers.make import scheduler_for
+from unetc.compiler.schedulers.same_start import CONVERGED_STEPS, from_same_start
+from unetc.compiler.search import workbench as workbench_module
+from unetc.compiler.search.controls import make_controls
+from unetc.compiler.search.fit import TOLERANCE, hold_everywhere
+from unetc.compiler.search.repair import RepairOptions
+from unetc.compiler.search.restricted import fit_restricted
+from unetc.compiler.search.schedules import fewer_steps, other_solver
+from unetc.compiler.search.set_up import Setup, set_up
+from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.errors import PlanError
+from unetc.models.find import find_model
+from unetc.progress import ignore
+from unetc.sampler.table import SchedulerTables
+from unetc.treatments import Treatment
+
+STEPS = 8
+ANALYSIS = AnalysisOptions(steps=STEPS, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
+SEED = 1
+NO_REPAIR = RepairOptions(evaluations=0)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model: Path, cache: Path) -> Iterator[Setup]:
+    """Let an engine that holds or forecasts the step take no time, and every other engine as much as the full model."""
+    compile_plan = Workbench.compile
+
+    def timed(self: Workbench, plan: Plan) -> Candidate:
+        candidate = compile_plan(self, plan)
+        step_ms = tuple(0.0 if "step" in engine.treatments else 1.0 for engine in plan.engines)
+        used = self.schedule(candidate)
+        return replace(
+            candidate, full_ms=1.0, step_ms=step_ms, time_ratio=sum(step_ms[engine] for engine in used) / len(used)
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench_module, "ENGINE_SECONDS", 0.0)
+        patch.setattr(workbench_module, "ENGINE_ROUNDS", 1)
+        patch.setattr(Workbench, "compile", timed)
+        model = find_model(str(tiny_model))
+        yield set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=STEPS, cache=cache)
+
+
+def restricted(setup: Setup, restriction: Restriction, target: float, repair: RepairOptions = NO_REPAIR) -> Candidate:
+    limits = PlanOptions(budget=target)
+    return fit_restricted(setup.workbench, restriction, target, 1.0, SEED, limits=limits, options=repair).candidate
+
+
+@pytest.mark.parametrize("restriction", [Restriction.STEPS_ONLY, Restriction.CHOSEN_STEPS])
+@pytest.mark.parametrize("target", [0.25, 0.375])
+def test_a_control_of_whole_steps_takes_the_time_and_no_less(
+    setup: Setup, restriction: Restriction, target: float
+) -> None:
+    found = restricted(setup, restriction, target)
+    assert target * (1 - TOLERANCE) <= found.saving < target + 1 / STEPS
+    used = {pair for engine in found.plan.engines for pair in engine.treatments.items()}
+    assert {name for name, _ in used} == {"step"}
+    if restriction is Restriction.CHOSEN_STEPS:
+        assert {treatment for _, treatment in used} == {Treatment.HOLD}
+
+
+def test_a_control_is_repaired_as_the_plan_is(setup: Setup) -> None:
+    plain, repaired = (
+        setup.workbench.damage(restricted(setup, Restriction.STEPS_ONLY, 0.25, one), seed=SEED).relative_l2.mean
+        for one in (NO_REPAIR, RepairOptions(evaluations=15, patience=15))
+    )
+    assert repaired < plain
+
+
+def test_a_control_that_cannot_save_enough_is_refused(setup: Setup) -> None:
+    with pytest.raises(PlanError, match=r"no plan of this kind saves 30 % of the time; the most that was saved is 0 %"):
+        restricted(setup, Restriction.REMOVAL_ONLY, 0.3)  # engines that remove components take as long, see `setup`
+
+
+def test_fewer_steps_are_the_best_of_all_spacings(setup: Setup) -> None:
+    workbench, model = setup.workbench, setup.prepared.model
+    plan = workbench.compile(hold_everywhere(setup.profile, "step", 2))
+    found = fewer_steps(workbench, model, plan, 0.6, SEED)
+    full = workbench.scheduler.table(STEPS)
+    choices = from_same_start(model, workbench.scheduler.name, full, 5)
+    assert len(choices) > 2
+    damages = {
+        spacing: workbench.damage_along(plan, SchedulerTables(name="x", tables=(table,)), seed=SEED).relative_l2.mean
+        for spacing, table in choices.items()
+    }
+    best = min(damages, key=lambda spacing: damages[spacing])
+    assert found.scheduler.counts == (5,)
+    assert f"(5 of 8); spacing {best}, the best of {len(choices)}" in found.description
+    assert workbench.damage_along(plan, found.scheduler, seed=SEED).relative_l2.mean == damages[best]
+
+
+def test_a_full_schedule_is_no_control(setup: Setup) -> None:
+    plan = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
+    found = fewer_steps(setup.workbench, setup.prepared.model, plan, 0.99, SEED)
+    assert found.scheduler.counts == (STEPS - 1,)
+
+
+def test_the_better_of_two_solvers_is_named(setup: Setup) -> None:
+    plan = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
+    found = other_solver(setup.workbench, setup.prepared.model, plan, 0.5, SEED)
+    assert found.scheduler.name in ("dpmsolver++", "unipc")
+    assert found.scheduler.tables[0].steps == 4
+    assert ("DPM-Solver++ 2M" in found.description) == (found.scheduler.name == "dpmsolver++")
+    assert found.scheduler.tables[0].starts_like(setup.workbench.scheduler.table(STEPS))
+
+
+def test_another_solver_follows_no_stochastic_trajectory(setup: Setup) -> None:
+    model = setup.prepared.model
+    table = extract(scheduler_for("ddpm", model), STEPS)
+    workbench: Any = SimpleNamespace(scheduler=SchedulerTables(name="ddpm", tables=(table,)), steps=STEPS)
+    with pytest.raises(PlanError, match="ddpm adds noise in every step, so another scheduler follows another"):
+        other_solver(workbench, model, None, 0.5, SEED)  # type: ignore[arg-type]
+
+
+def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
+    workbench = setup.workbench
+    plan = workbench.compile(hold_everywhere(setup.profile, "step", 2))
+    notes: list[str] = []
+    controls = make_controls(
+        workbench,
+        setup.prepared.model,
+        plan,
+        1.0,
+        notes,
+        SEED,
+        ignore,
+        time_ratio=plan.time_ratio,
+        limits=PlanOptions(budget=0.5),
+        repair=NO_REPAIR,
+        random_plans=1,
+        tuned_batches=1,
+    )
+    names = [one.name for one in controls.made]
+    assert names[:4] == ["fewer_steps", "other_solver", "steps_only", "chosen_steps"]
+    assert {"random-1"} <= {*names}
+    assert "removal_only" not in names
+    assert any(note.startswith("left out the control removal_only: no plan of this kind saves") for note in notes)
+    assert all((one.candidate is None) != (one.scheduler is None) for one in controls.made)
+    assert controls.converged is not None
+    assert controls.converged.tables[0].steps >= CONVERGED_STEPS
