@@ -53,7 +53,7 @@ REUSES = tuple(tried for tried in TRIED if tried.treatment.reuses)
 
 
 def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:
-    """Select the components that match a shell-style pattern, and the step; without patterns, all of them.
+    """Select the components that match a shell-style pattern, the step and guidance; without patterns, all of them.
 
     Raises:
         ProfileError: If a pattern matches nothing.
@@ -66,7 +66,9 @@ def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Co
     return tuple(
         component
         for component in components
-        if not patterns or component.kind == "step" or any(fnmatchcase(component.name, own) for own in patterns)
+        if not patterns
+        or component.kind in ("step", "guidance")
+        or any(fnmatchcase(component.name, own) for own in patterns)
     )
 
 
@@ -77,10 +79,15 @@ def treatments_for(component: Component, *, denoises: bool) -> tuple[PeriodicTre
         component: The component.
         denoises: Whether the denoised sample follows from a prediction, so that it can be reused in the step.
     """
-    step = component.kind == "step"
 
     def fits(row: Row) -> bool:
-        return (row.of_step or not step) and (not row.of_x0 or (step and denoises))
+        match component.kind:
+            case "step":
+                return row.of_step and (denoises or not row.of_x0)
+            case "guidance":
+                return row.of_guidance
+            case _:
+                return not row.of_x0
 
     return tuple(tried for tried in TRIED if fits(tried.treatment.row))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Component, Effect, ImageSource, ModelReference, Profile
+from unetc.artifacts.profile import Component, Effect, ImageSource, ModelReference, Profile, with_guidance
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph
@@ -49,7 +49,7 @@ class AnalysisOptions:
     rounds: int = 15
     """Timed repetitions per component."""
     components: tuple[str, ...] = ()
-    """Shell-style patterns of the components to ablate, in addition to the step; all when empty."""
+    """Shell-style patterns of the components to ablate, in addition to the step and guidance; all when empty."""
     decisive: int | None = 7
     """Ablations per bin that are carried to the final output; the others are screened. None carries all of them."""
     time_limit_s: float = math.inf
@@ -126,11 +126,12 @@ def analyze(
         ProfileError: If the denoiser produces NaN or infinity, or a pattern matches no component.
     """
     deadline = time.monotonic() + options.time_limit_s
-    ablated = select(gated.components, options.components)
+    components = with_guidance(gated.components) if conditions.paired else gated.components
+    ablated = select(components, options.components)
     costs = _costs(gated, ablated, backend, conditions, sample_shape, options, work, on_progress)
     sweep = Sweep(
         denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples)), table.prediction_type),
-        components=gated.components,
+        components=components,
         ablated=ablated,
         table=table,
         bins=make_bins(table.log_snr, options.bins),
@@ -168,7 +169,7 @@ def analyze(
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
         control_images=msgspec.UNSET if conditions.control is None else conditions.control.measured,
-        components=gated.components,
+        components=components,
         bins=sweep.bins,
         full_ms=costs.full_ms,
         full_bytes=costs.full_bytes,

@@ -17,6 +17,7 @@ from unetc.compiler.graph.weights import tensor_ranges
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.metrics.damage import estimate
 from unetc.progress import OnProgress, Progress
+from unetc.runtime.rows import own_half
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
@@ -77,9 +78,13 @@ def measure_costs(
     shares: dict[str, NDArray[np.float64]] = {}
     freed: dict[str, int] = {}
     for component in components:
-        engine = specialise(gated, {component.name: Treatment.DROP}, no_means)
-        freed[component.name] = size(full_engine) - size(engine)
-        calls = [full, partial(loader.load(engine), inputs, output)]
+        if component.kind == "guidance":  # the same graph, called with half of the rows
+            freed[component.name] = 0
+            calls = [full, partial(full.func, *own_half(inputs, output, device))]
+        else:
+            engine = specialise(gated, {component.name: Treatment.DROP}, no_means)
+            freed[component.name] = size(full_engine) - size(engine)
+            calls = [full, partial(loader.load(engine), inputs, output)]
         times = interleaved_ms(calls, rounds=rounds, wait=device.synchronize)
         full_times.extend(times[:, 0])
         shares[component.name] = 1 - times[:, 1] / times[:, 0]

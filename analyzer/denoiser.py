@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
 
+from unetc.artifacts.profile import GUIDANCE
 from unetc.backend import Array, Backend, Program
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS, GatedGraph
@@ -17,7 +19,7 @@ from unetc.device import Tensor
 from unetc.errors import ProfileError
 from unetc.runtime.branch_cache import BranchCache
 from unetc.sampler.prediction_type import PredictionType
-from unetc.treatments import HELD, Treatment
+from unetc.treatments import COMPUTED, HELD, Treatment
 
 
 class GatedDenoiser:
@@ -40,6 +42,7 @@ class GatedDenoiser:
         """
         self._gated = gated
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
+        self._own = functools.cache(lambda rows: replace(conditions.take(range(rows)), negative={}))
         self._device = backend.device
         self.prediction_type = prediction_type
         """How the denoised sample follows from a prediction; None if it is never reused."""
@@ -137,6 +140,43 @@ class GatedDenoiser:
         guided: Array = self._conditions(len(sample)).guide(predicted, sample.shape[1])
         return guided
 
+    def compute_guidance(self, sample: Array, timestep: float, cache: BranchCache) -> Array:
+        """Run the denoiser with all components kept, and store the difference between the halves of a guided call.
+
+        Raises:
+            ProfileError: If the denoiser produces NaN or infinity.
+        """
+        conditions = self._conditions(len(sample))
+        prediction = self._whole(sample, timestep, conditions)
+        half = len(sample)
+        cache.store({f"{COMPUTED}{GUIDANCE}": prediction[half:] - prediction[:half]}, timestep)
+        guided: Array = conditions.guide(prediction, sample.shape[1])
+        return guided
+
+    def recall_guidance(self, sample: Array, timestep: float, cache: BranchCache, treatment: Treatment) -> Array:
+        """Run the denoiser with the samples' own conditions, and guide with a difference that a treatment makes.
+
+        Args:
+            sample: [batch, channel, height, width].
+            timestep: The scheduler's value.
+            cache: Differences of earlier steps, from a batch of the same size; empty for a treatment that drops it.
+            treatment: The treatment.
+
+        Raises:
+            ProfileError: If the denoiser produces NaN or infinity.
+        """
+        own = self._whole(sample, timestep, self._own(len(sample)))
+        difference = cache.guidance(treatment, timestep)
+        negative = own if difference is None else own - difference
+        guided: Array = self._conditions(len(sample)).guide(np.concatenate([negative, own]), sample.shape[1])
+        return guided
+
+    def _whole(self, sample: Array, timestep: float, conditions: Conditions) -> Array:
+        """Predict with all components kept, for every row of a call."""
+        inputs = conditions.widen(sample, timestep, gates=self.gates({}, len(sample)))
+        shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
+        return _finite(self._call(self._program, {**inputs, "means": self._no_means}, shape)[0], timestep)
+
     def _array_of(self, inputs: Mapping[str, Tensor], index: int, prefix: str) -> Array:
         """Copy an input of a component from the device; only the inputs that a formula reads are copied."""
         value = inputs[f"{prefix}{index}"]
@@ -155,11 +195,7 @@ class GatedDenoiser:
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
         prediction, emitted = self._call(program, {**inputs, **others}, shape)
-        if not np.isfinite(prediction).all():
-            raise ProfileError(
-                f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
-            )
-        return prediction, emitted
+        return _finite(prediction, timestep), emitted
 
     def _call(
         self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]
@@ -188,3 +224,12 @@ class GatedDenoiser:
     @cached_property
     def _remembering(self) -> Program:
         return self._loader.load(self._gated.remembering())
+
+
+def _finite(prediction: Array, timestep: float) -> Array:
+    """Return a prediction, or refuse one with NaN or infinity."""
+    if not np.isfinite(prediction).all():
+        raise ProfileError(
+            f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
+        )
+    return prediction

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unetc.artifacts.profile import GUIDANCE
+
 from .ablation import Ablation, ablations_of
 from .screen import screen_calls
 from .sweep import Sweep, sweep_calls
@@ -55,7 +57,8 @@ def predict_duration(
     calls, ablations = 0.0, 0
     for b in range(len(sweep.bins)):
         own = [entry for entry in entries_of(sweep) if entry[1] == b]
-        count = len(own) if decisive is None else min(decisive, len(own))
+        always = decisive is not None and decisive > 0 and any(entry.component == GUIDANCE for entry, _ in own)
+        count = len(own) if decisive is None else min(decisive + always, len(own))
         calls += count * float(np.mean([sweep_calls(sweep, [entry]) for entry in own]))
         ablations += count
     call_s = sample_ms / 1000 * sweep.samples

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import STEP, Cost, Effect, Estimate
+from unetc.artifacts.profile import GUIDANCE, STEP, Component, Cost, Effect, Estimate
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
@@ -24,7 +24,7 @@ from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import Treatment
 
 from .ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, entry_of, treatments_for
-from .sweep import FullTrajectory, Sweep, branches_at
+from .sweep import FullTrajectory, Sweep, branches_at, guidance_at
 
 Z_95 = 1.96
 _LEAST_SPREAD = 0.1
@@ -93,8 +93,10 @@ def screen_calls(sweep: Sweep) -> int:
         calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
         for kind in REMOVALS + REUSES:
             if not kind.treatment.reuses or _sources(kind, step):
-                count = sum(kind in treatments_for(component, denoises=sweep.denoises) for component in sweep.ablated)
+                denoises = sweep.denoises
+                count = sum(kind in treatments_for(c, denoises=denoises) for c in _in_graph(sweep))
                 calls += -(-count // size) * size
+        calls += sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step))
     return calls
 
 
@@ -104,7 +106,9 @@ def choose(
     """Choose the ablations of every bin that a plan is most likely to want: those with the least error per time saved.
 
     Where the step can be reused in two forms, the best of each form comes first. Their local errors do not compare: an
-    error of the prediction that only lacks the latest noise does less damage than others.
+    error of the prediction that only lacks the latest noise does less damage than others. The best one of guidance is
+    always among them too: it saves more than most components, and its error is amplified by the guidance scale, so the
+    error amplification of other components is a poor guess for it.
 
     Returns:
         Ablations with their bins: the best of every bin first, then the second best.
@@ -118,7 +122,9 @@ def choose(
     ranked = [
         (rank, b, ablation)
         for b, entries in sorted(worth.items())
-        for rank, ablation in enumerate(_both_forms_first([ablation for _, _, ablation in sorted(entries)])[:per_bin])
+        for rank, ablation in enumerate(
+            _best(_both_forms_first([ablation for _, _, ablation in sorted(entries)]), per_bin)
+        )
     ]
     return tuple((ablation, b) for _, b, ablation in sorted(ranked, key=lambda entry: entry[:2]))
 
@@ -131,6 +137,16 @@ def _both_forms_first(ranked: Sequence[Ablation]) -> list[Ablation]:
             best.setdefault(ablation.periodic.treatment.row.of_x0, ablation)
     first = list(best.values()) if len(best) == 2 else []
     return first + [ablation for ablation in ranked if ablation not in first]
+
+
+def _best(ordered: Sequence[Ablation], count: int | None) -> Sequence[Ablation]:
+    """Take the first ablations, and the first one of guidance; all without a count."""
+    if not count:
+        return ordered[:count]
+    taken, rest = ordered[:count], ordered[count:]
+    if any(ablation.component == GUIDANCE for ablation in taken):
+        return taken
+    return [*taken, *[ablation for ablation in rest if ablation.component == GUIDANCE][:1]]
 
 
 def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
@@ -190,7 +206,7 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
     calls = 0
     branches: dict[int, BranchCache] = {}
     for kind in REMOVALS + REUSES:
-        names = [c.name for c in sweep.ablated if kind in treatments_for(c, denoises=sweep.denoises)]
+        names = [c.name for c in _in_graph(sweep) if kind in treatments_for(c, denoises=sweep.denoises)]
         sources = _sources(kind, step)
         if not names or (kind.treatment.reuses and not sources):
             continue
@@ -210,4 +226,27 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
                 error = float(relative_l2(expected, prediction).mean())
                 errors.append(_Local(component=name, treatment=kind.treatment, period=kind.period, error=error))
             calls += size
+    for kind in _of_guidance(sweep, step):
+        sources = _sources(kind, step)
+        seen, cache = base.states[step].seen(sweep.table, step), guidance_at(sweep, base, sources)
+        predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
+        error = float(relative_l2(expected, predicted[:, : expected.shape[1]]).mean())
+        errors.append(_Local(component=GUIDANCE, treatment=kind.treatment, period=kind.period, error=error))
+        calls += 1 + len(sources)
     return _Screened(calls=calls, errors=tuple(errors))
+
+
+def _in_graph(sweep: Sweep) -> list[Component]:
+    """List the ablated components that have a gate."""
+    return [component for component in sweep.ablated if component.kind != "guidance"]
+
+
+def _of_guidance(sweep: Sweep, step: int) -> list[PeriodicTreatment]:
+    """List the treatments of guidance that a probe of a step can try; none without guidance."""
+    return [
+        kind
+        for component in sweep.ablated
+        if component.kind == "guidance"
+        for kind in treatments_for(component, denoises=sweep.denoises)
+        if not kind.treatment.reuses or _sources(kind, step)
+    ]

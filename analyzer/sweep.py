@@ -15,12 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import Bin, Component, Effect
+from unetc.artifacts.profile import GUIDANCE, Bin, Component, Effect, without_guidance
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
@@ -44,7 +45,7 @@ class Sweep:
 
     denoiser: GatedDenoiser
     components: Sequence[Component]
-    """All components of the denoiser."""
+    """All components of the denoiser, and guidance where it is guided."""
     ablated: Sequence[Component]
     """Components to ablate."""
     table: SchedulerTable
@@ -54,6 +55,11 @@ class Sweep:
     seed: int
     rows: int
     """Most samples in one batch."""
+
+    @property
+    def in_graph(self) -> Sequence[Component]:
+        """Components that have a gate."""
+        return without_guidance(tuple(self.components))
 
     @property
     def ablations_per_batch(self) -> int:
@@ -84,14 +90,14 @@ class Sweep:
 
     def gates(self, names: Sequence[str], treatment: Treatment) -> Array:
         """Return the gates of a batch of ablations, one component each, all with one treatment."""
-        rows = [gate_values(self.components, {name: treatment}) for name in names]
+        rows = [gate_values(self.in_graph, {name: treatment}) for name in names]
         return np.repeat(np.stack(rows), self.samples, axis=0)
 
     def recall(self, sample: Array, step: int, cache: BranchCache, names: Sequence[str], treatment: Treatment) -> Array:
         """Predict for a batch of ablations that each reuse the branch of one component."""
-        index = {component.name: component.index for component in self.components}
+        index = {component.name: component.index for component in self.in_graph}
         own = [index[name] for name in names]
-        marks = np.zeros((len(names), len(self.components)), dtype=np.float32)
+        marks = np.zeros((len(names), len(index)), dtype=np.float32)
         marks[np.arange(len(names)), own] = 1
         return self.denoiser.recall(
             sample,
@@ -208,13 +214,14 @@ def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
 def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
     """Cut ablations into batches of one treatment and bin; the cuts depend on nothing else."""
 
-    def key(entry: tuple[Ablation, int]) -> tuple[int, str, int]:
-        return entry[1], entry[0].periodic.treatment.value, entry[0].periodic.period
+    def key(entry: tuple[Ablation, int]) -> tuple[int, str, int, bool]:
+        ablation, b = entry
+        return b, ablation.periodic.treatment.value, ablation.periodic.period, ablation.component == GUIDANCE
 
     size = sweep.ablations_per_batch
     jobs: list[tuple[int, _Job]] = []
     place = {entry: i for i, entry in enumerate(chosen)}
-    for (b, _, _), group in groupby(sorted(chosen, key=key), key):
+    for (b, *_), group in groupby(sorted(chosen, key=key), key):
         alike = [ablation for ablation, _ in group]
         for start in range(0, len(alike), size):
             names = tuple(ablation.component for ablation in alike[start : start + size])
@@ -241,7 +248,7 @@ def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
 def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> tuple[Effect, ...]:
     count, steps = len(job.names), sweep.steps_of(job.bin)
     trajectory = base.states[steps[0]].repeat(count)
-    treated = _Removed(sweep, base, job) if not job.periodic.treatment.reuses else _Reused(sweep, base, job)
+    treated = _treated(sweep, base, job)
     kept = sweep.denoiser.gates({}, count * sweep.samples)
     indices = sweep.indices(count).tolist()
     for step in range(steps[0], sweep.table.steps):
@@ -263,6 +270,18 @@ def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> tuple[Effect, ...]:
         )
         for name, final in zip(job.names, finals, strict=True)
     )
+
+
+class _Treated(Protocol):
+    """Predictions of a batch of ablations in their bin."""
+
+    def predict(self, sample: Array, step: int) -> Array: ...
+
+
+def _treated(sweep: Sweep, base: FullTrajectory, job: _Job) -> _Treated:
+    if job.names == (GUIDANCE,):
+        return _Guidance(sweep, base, job)
+    return _Reused(sweep, base, job) if job.periodic.treatment.reuses else _Removed(sweep, base, job)
 
 
 class _Removed:
@@ -290,6 +309,29 @@ class _Reused:
             return self._sweep.recall(sample, step, self._cache, self._job.names, self._job.periodic.treatment)
         sweep = self._sweep
         return sweep.denoiser.compute_branches(sample, sweep.timestep(step), self._cache, log_snr=sweep.log_snr(step))
+
+
+class _Guidance:
+    """Predictions of an ablation that treats guidance: treated steps compute the samples' own conditions alone."""
+
+    def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
+        self._sweep = sweep
+        self._periodic = job.periodic
+        self._cache = guidance_at(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]))
+
+    def predict(self, sample: Array, step: int) -> Array:
+        denoiser, timestep = self._sweep.denoiser, self._sweep.timestep(step)
+        if self._periodic.treats(step):
+            return denoiser.recall_guidance(sample, timestep, self._cache, self._periodic.treatment)
+        return denoiser.compute_guidance(sample, timestep, self._cache)
+
+
+def guidance_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int]) -> BranchCache:
+    """Compute the difference that guidance amplifies at some steps of the full model's trajectory."""
+    cache = BranchCache()
+    for step in steps:
+        sweep.denoiser.compute_guidance(base.states[step].seen(sweep.table, step), sweep.timestep(step), cache)
+    return cache
 
 
 def branches_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count: int) -> BranchCache:

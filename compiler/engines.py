@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Bin, Profile
+from unetc.artifacts.plan import Assignment, Plan
+from unetc.artifacts.profile import GUIDANCE, Bin, Profile
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.errors import PlanError
+from unetc.treatments import ROWS
 
 
 def compile_full(gated: GatedGraph) -> SerialisedGraph:
@@ -28,22 +29,37 @@ def compile_engines(gated: GatedGraph, plan: Plan, profile: Profile) -> tuple[Se
     check_plan(plan, profile)
     means = np.stack([np.frombuffer(row, dtype="<f4") for row in profile.means])
     return tuple(
-        specialise(gated, assignment.treatments, _means_of(plan, engine, profile, means), assignment.emits)
+        specialise(gated, assignment.in_graph, _means_of(plan, engine, profile, means), _emitted(assignment))
         for engine, assignment in enumerate(plan.engines)
     )
+
+
+def _emitted(assignment: Assignment) -> tuple[str, ...]:
+    """List the branches that a graph emits; the runtime computes the difference of guidance itself."""
+    return tuple(name for name in assignment.emits if name != GUIDANCE)
 
 
 def check_plan(plan: Plan, profile: Profile) -> None:
     """Refuse a plan that was not made from a profile.
 
     Raises:
-        PlanError: If the plan belongs to another model or profile.
+        PlanError: If the plan belongs to another model or profile, or treats guidance in a way that cannot be.
     """
     if plan.model.sha256 != profile.model.sha256 or plan.profile_sha256 != profile.sha256():
         raise PlanError(
             f"the plan was made from another profile (of {plan.model.title}) than the one given (of "
             f"{profile.model.title}). Plan again from this profile."
         )
+    guided = any(component.kind == "guidance" for component in profile.components)
+    for treatment in (engine.treatments[GUIDANCE] for engine in plan.engines if GUIDANCE in engine.treatments):
+        if not guided:
+            raise PlanError(
+                f"the plan treats {GUIDANCE}, which is no component of the profile: the model was analysed without "
+                "guidance, or with guidance of three parts. Analyse it with a guidance scale above 1, or plan again."
+            )
+        if not treatment.row.of_guidance:
+            possible = ", ".join(known for known, row in ROWS.items() if row.of_guidance)
+            raise PlanError(f"{GUIDANCE} cannot get the treatment {treatment}. Expected one of: {possible}.")
 
 
 def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float32]) -> NDArray[np.float32]:

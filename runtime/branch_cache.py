@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from unetc.artifacts.plan import Plan, Position
+from unetc.artifacts.profile import GUIDANCE
 from unetc.device import HOST, Device, Tensor
 from unetc.sampler.prediction_type import PredictionType
-from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD
+from unetc.treatments import COMPUTED, EARLIER, EXTRAPOLATION, HELD, Treatment
 
 History = tuple[tuple[float, Tensor], ...]
 """Timestep and tensor of the last two timesteps at which it was computed, newest first."""
 Branches = Mapping[str, History]
-"""Branches by component index."""
+"""Branches by component index, and the difference of guidance under `guidance`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,10 @@ class BranchCache:
             rows: Rows of the call, each with its factor; 1 for a factor that is broadcast.
         """
         inputs: dict[str, Tensor] = {}
-        for index, history in self._state.branches.items():
-            (last, held), (before, earlier) = history[0], history[-1]
-            factor = (timestep - last) / (last - before) if last != before else 0.0
+        for index in self._state.branches:
+            if index == GUIDANCE:  # no engine reads it
+                continue
+            held, earlier, factor = self._recall(index, timestep)
             key = factor, rows
             if key not in self._factors:
                 self._factors[key] = self._device.full((rows,), factor)
@@ -142,6 +144,30 @@ class BranchCache:
         joined[:, :channels] = sample
         joined[:, channels:] = variance
         return joined
+
+    @property
+    def knows_guidance(self) -> bool:
+        """Whether a step computed both halves of a guided call."""
+        return GUIDANCE in self._state.branches
+
+    def guidance(self, treatment: Treatment, timestep: float) -> Tensor | None:
+        """Recall the difference between the halves of a guided call; None if the treatment drops it.
+
+        Args:
+            treatment: Treatment of guidance.
+            timestep: The scheduler's value.
+        """
+        recall = treatment.row.recall
+        if recall is None:
+            return None
+        held, earlier, factor = self._recall(GUIDANCE, timestep)
+        return recall({HELD: held, EARLIER: earlier, EXTRAPOLATION: factor}.__getitem__)
+
+    def _recall(self, index: str, timestep: float) -> tuple[Tensor, Tensor, float]:
+        """Return the last branch of a component, the one before it, and the extrapolation factor at a timestep."""
+        history = self._state.branches[index]
+        (last, held), (before, earlier) = history[0], history[-1]
+        return held, earlier, (timestep - last) / (last - before) if last != before else 0.0
 
     def snapshot(self) -> Snapshot:
         """Return the state after the last step; later steps do not change it."""

@@ -85,10 +85,17 @@ class FusedLoopDevice(Protocol):
         ...
 
 
-def begin(start: Start, device: Device) -> Loop:
-    """Begin a trajectory in the fastest way that a device has."""
+def begin(start: Start, device: Device, *, halves: bool = False) -> Loop:
+    """Begin a trajectory in the fastest way that a device has.
+
+    Args:
+        start: The start.
+        device: The device.
+        halves: Whether some engines compute half of the rows, which a fused loop cannot.
+    """
     varies = start.conditions.control is not None  # a ControlNet computes inputs of every call
-    fused = device.fused_loop(start) if isinstance(device, FusedLoopDevice) and not varies else None
+    fits = not varies and not (halves and start.conditions.paired)
+    fused = device.fused_loop(start) if isinstance(device, FusedLoopDevice) and fits else None
     return PlainLoop(start, device) if fused is None else fused
 
 

@@ -1,4 +1,9 @@
-"""One trajectory through loaded engines: engine selection, cached branches, and fallback after a non-finite step."""
+"""One trajectory through loaded engines: engine selection, cached branches, and fallback after a non-finite step.
+
+A guided call has its rows in pairs: all samples with their negative conditions, then all with their own. An engine that
+treats guidance computes the second half alone. The difference between the halves is recalled from earlier steps and
+fills in the first half, so the scheduler and later reuse of the step see a whole prediction.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,17 @@ from dataclasses import dataclass
 
 from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import STEP
+from unetc.artifacts.profile import GUIDANCE, STEP
 from unetc.backend import Program
 from unetc.conditions import Conditions
 from unetc.device import Device, Tensor
 from unetc.errors import NonFiniteError, SessionError, StaleEngineError
 from unetc.sampler.prediction_type import PredictionType
+from unetc.treatments import COMPUTED, EXTRAPOLATION
 
 from .branch_cache import BranchCache, Snapshot
 from .engine_pool import EnginePool
+from .rows import Rows, Taken, second_half
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,14 @@ class EngineCall:
     program: Program
     after: Snapshot
     """The branch cache after this call, without its branches: a call that fails may have made them non-finite."""
+    paired: bool = False
+    """Whether the rows are pairs: negative conditions first, then the samples' own."""
+    halved: bool = False
+    """Whether the engine computes the second half of the rows alone."""
+
+    def rows(self, whole: int) -> int:
+        """Count the rows that the engine computes, of a number of rows with both halves."""
+        return whole // 2 if self.halved else whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +125,8 @@ class Rollout:
         Raises:
             SessionError: If the plan reuses the denoised sample, and the type of the prediction is not known.
         """
+        self._plan = plan
+        self._recalls_guidance = plan is not None and any(GUIDANCE in engine.reused for engine in plan.engines)
         self._programs = (full,) if plan is None else programs
         self._full = full
         self._exact = exact or full
@@ -120,7 +137,21 @@ class Rollout:
         self._cache = BranchCache(plan, device)
         self._denoised = None if plan is None else _Denoised.of(plan, prediction_type)
 
-    def predict(self, sample: Tensor, timestep: float, log_snr: float, conditions: Conditions) -> Tensor:
+    @property
+    def halves(self) -> bool:
+        """Whether guided calls may compute half of their rows."""
+        return self._plan is not None and any(engine.halves for engine in self._plan.engines)
+
+    def predict(
+        self,
+        sample: Tensor,
+        timestep: float,
+        log_snr: float,
+        conditions: Conditions,
+        *,
+        paired: bool = False,
+        halve: bool = True,
+    ) -> Tensor:
         """Predict for a scheduler that runs elsewhere.
 
         Args:
@@ -128,6 +159,8 @@ class Rollout:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
             conditions: Conditions of the samples, on the device.
+            paired: Whether the samples are pairs themselves, because the caller guides: negative conditions first.
+            halve: Whether an engine may compute half of paired rows.
 
         Returns:
             The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
@@ -137,67 +170,128 @@ class Rollout:
         """
         inputs = conditions.widen(sample, timestep)
         prediction = self._device.empty((len(inputs["sample"]), self._predicted_channels, *sample.shape[2:]))
-        call = self.run(inputs, prediction, timestep, log_snr)
+        call = self.run(inputs, prediction, timestep, log_snr, paired=paired or conditions.paired, halve=halve)
         if not self._device.is_finite(prediction):
             self.run_again(call, inputs, prediction)
             if not self._device.is_finite(prediction):
                 raise not_finite(call, "and the full model")
         return conditions.guide(prediction, sample.shape[1])
 
-    def run(self, inputs: Mapping[str, Tensor], prediction: Tensor, timestep: float, log_snr: float) -> EngineCall:
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        prediction: Tensor,
+        timestep: float,
+        log_snr: float,
+        *,
+        paired: bool = False,
+        halve: bool = True,
+    ) -> EngineCall:
         """Run the engine of the next step.
 
         Args:
-            inputs: Inputs of the call, without cached branches.
+            inputs: Inputs of the call with all rows, without cached branches.
             prediction: Output, [row, channel, height, width].
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
+            paired: Whether the rows are pairs: negative conditions first.
+            halve: Whether the engine may compute half of paired rows.
         """
-        call = self.choose(timestep, log_snr)
-        sample = inputs[SAMPLE]
-        emitted = call.program({**inputs, **self.reused(call, sample, len(prediction))}, prediction)
-        self.store(call, emitted, sample, prediction)
+        call = self.choose(timestep, log_snr, paired=paired, halve=halve)
+        sample, whole = inputs[SAMPLE], len(prediction)
+        if not call.halved:
+            emitted = call.program({**inputs, **self._reused(call, sample, whole)}, prediction)
+            self.complete(call, sample, prediction, emitted)
+            return call
+        own = self._device.empty((call.rows(whole), *prediction.shape[1:]))
+        emitted = call.program(Taken(self.inputs(call, inputs, whole), self._device), own)
+        prediction[:] = self.complete(call, sample, own, emitted)
         return call
 
-    def choose(self, timestep: float, log_snr: float) -> EngineCall:
-        """Choose the engine of the next step; the caller runs it and stores the branches that it emits.
+    def choose(self, timestep: float, log_snr: float, *, paired: bool = False, halve: bool = True) -> EngineCall:
+        """Choose the engine of the next step; the caller runs it and completes its prediction.
 
         Args:
             timestep: The scheduler's value.
             log_snr: The noise level there, not below the last call's.
+            paired: Whether the rows are pairs: negative conditions first.
+            halve: Whether the engine may compute half of paired rows.
         """
         engine = self._cache.next_engine(log_snr)
         if self._pool is not None:
             self._pool.enter(self, self._cache.phase)
-        return EngineCall(engine, timestep, log_snr, self._programs[engine], self._cache.snapshot().emptied())
+        assignment = None if self._plan is None else self._plan.engines[engine]
+        halved = paired and halve and assignment is not None and assignment.halves
+        if halved and assignment is not None and GUIDANCE in assignment.reused:
+            halved = self._cache.knows_guidance  # earlier rows may not have been pairs
+        after = self._cache.snapshot().emptied()
+        return EngineCall(engine, timestep, log_snr, self._programs[engine], after, paired, halved)
 
-    def reused(self, call: EngineCall, sample: Tensor, rows: int) -> dict[str, Tensor]:
+    def inputs(self, call: EngineCall, inputs: Mapping[str, Tensor], whole: int) -> dict[str, Tensor | Rows]:
+        """Make all inputs of a call.
+
+        Args:
+            call: The call.
+            inputs: Its inputs with all rows, without cached branches.
+            whole: Number of all rows.
+        """
+        if not call.halved:
+            return {**inputs, **self._reused(call, inputs[SAMPLE], whole)}
+        halves = {name: second_half(value, whole) for name, value in inputs.items()}
+        return {**halves, **self._reused(call, inputs[SAMPLE], whole)}
+
+    def _reused(self, call: EngineCall, sample: Tensor, whole: int) -> dict[str, Tensor | Rows]:
         """Make the inputs of a call that come from cached branches.
 
         Args:
             call: The call.
-            sample: Input of the denoiser, [row, channel, height, width].
-            rows: Rows of the call.
+            sample: Input of the denoiser with all rows, [row, channel, height, width].
+            whole: Number of all rows.
         """
-        inputs = self._cache.inputs(call.timestep, rows)
+        inputs = self._cache.inputs(call.timestep, call.rows(whole))
         if (own := self._denoised) is not None and call.engine in own.readers:
             implied = self._cache.denoised_inputs(own.kind, sample, call.log_snr)
             # an engine that reuses the step reads no other component, so it does not matter which of them the step is
             inputs |= {name: implied[prefix] for name in inputs for prefix in implied if name.startswith(prefix)}
-        return inputs
+        if not call.halved:
+            return dict(inputs)
+        return {
+            name: value if name.startswith(EXTRAPOLATION) else second_half(value, whole)
+            for name, value in inputs.items()
+        }
 
-    def store(self, call: EngineCall, emitted: Mapping[str, Tensor], sample: Tensor, prediction: Tensor) -> None:
-        """Store the branches that a call has emitted.
+    def complete(self, call: EngineCall, sample: Tensor, prediction: Tensor, emitted: Mapping[str, Tensor]) -> Tensor:
+        """Store the branches of a call, and fill in the rows that it left out.
 
         Args:
             call: The call.
-            emitted: The branches.
-            sample: Input of the denoiser, [row, channel, height, width].
-            prediction: Its prediction before guidance, [row, channel, height, width].
+            sample: Input of the denoiser with all rows, [row, channel, height, width].
+            prediction: Its output before guidance, [row, channel, height, width].
+            emitted: The branches that it emitted.
+
+        Returns:
+            The prediction with all rows.
         """
-        self._cache.store(emitted, call.timestep)
+        branches, whole = dict(emitted), prediction
+        if call.halved:
+            assert self._plan is not None
+            assignment = self._plan.engines[call.engine]
+            difference = self._cache.guidance(assignment.treatments[GUIDANCE], call.timestep)
+            negative = prediction if difference is None else prediction - difference
+            whole = self._device.concatenate([negative, prediction])
+            # the only branch of half of the rows that others reuse is the step: here it is whole
+            branches = dict.fromkeys(emitted, whole) if STEP in assignment.emits else {}
+        elif call.paired and self._computes_both(call.engine):
+            half = len(prediction) // 2
+            branches[COMPUTED + GUIDANCE] = prediction[half:] - prediction[:half]
+        self._cache.store(branches, call.timestep)
         if (own := self._denoised) is not None and call.engine in own.emitters:
-            self._cache.store_denoised(own.kind, sample, prediction, call.timestep, call.log_snr)
+            self._cache.store_denoised(own.kind, sample, whole, call.timestep, call.log_snr)
+        return whole
+
+    def _computes_both(self, engine: int) -> bool:
+        """Check whether an engine computes the difference that a later one recalls."""
+        return self._recalls_guidance and self._plan is not None and STEP not in self._plan.engines[engine].treatments
 
     @property
     def phase(self) -> int | None:

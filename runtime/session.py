@@ -452,11 +452,11 @@ class Session:
         If the loop allows it, the check for a finite prediction follows the call of the next engine, so that a GPU has
         work meanwhile. With `on_step`, and in the last step, it follows at once.
         """
-        table, loop = start.table, begin(start, self._device)
+        table, loop = start.table, begin(start, self._device, halves=rollout.halves)
         late = loop.runs_ahead and on_step is None
         step, call = start.first, None
         while step < table.steps:
-            before, call = call, self._run(rollout, loop, table, step)
+            before, call = call, self._run(rollout, loop, start, step)
             if late and before is not None and not loop.is_finite(step - 1):
                 step -= 1
                 call = self._make_again(rollout, loop, step, before)
@@ -478,9 +478,10 @@ class Session:
             step += 1
         return self._device.to_array(loop.sample)
 
-    def _run(self, rollout: Rollout, loop: Loop, table: SchedulerTable, step: int) -> EngineCall:
+    def _run(self, rollout: Rollout, loop: Loop, start: Start, step: int) -> EngineCall:
         """Call the engine of a step."""
-        return rollout.run(*loop.call(step), table.timesteps.item(step), table.log_snr.item(step))
+        timestep, log_snr = start.table.timesteps.item(step), start.table.log_snr.item(step)
+        return rollout.run(*loop.call(step), timestep, log_snr, paired=start.conditions.paired)
 
     def _make_again(self, rollout: Rollout, loop: Loop, step: int, failed: EngineCall) -> EngineCall:
         """Make a step with the full model."""

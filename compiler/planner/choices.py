@@ -80,6 +80,8 @@ class Choices:
         )
         self.whole = frozenset(self.position[c.name] for c in profile.components if c.kind == "step")
         """Components that leave nothing to compute; an engine for them costs nothing to have."""
+        self.guidance = next((self.position[c.name] for c in profile.components if c.kind == "guidance"), None)
+        """Guidance, which saves rows: other components then save a share of the rows that are left; None without it."""
         self.freed = np.zeros(len(self.names))
         """Share of the full engine's weights that an engine without the component does not hold, [component]."""
         for cost in profile.costs:
@@ -110,7 +112,7 @@ class Choices:
         for outer, members in self.inner.items():
             if outer not in timed:
                 continue
-            leaves = [c for c in members if c not in self.inner]
+            leaves = [c for c in members if c not in self.inner and c != self.guidance]
             if (total := float(shares[leaves].sum())) > shares[outer]:
                 shares[leaves] *= shares[outer] / total
         return shares
@@ -164,9 +166,18 @@ class Choices:
         least: NDArray[np.float64] = np.min([np.full(len(self.names), np.inf), *self.squared(run).values()], axis=0)
         return least
 
-    def saving(self, run: BinRun) -> NDArray[np.float64]:
-        """Time that each component saves over a run, in steps of the full model, [component]."""
-        return self.treated_steps(run) * self.saved
+    def saving(self, run: BinRun, *, halved: bool = False) -> NDArray[np.float64]:
+        """Time that each component saves over a run, in steps of the full model, [component].
+
+        Args:
+            run: The run.
+            halved: Whether guidance is treated too. The others then save a share of the time that guidance leaves.
+        """
+        saving: NDArray[np.float64] = self.treated_steps(run) * self.saved
+        if halved and self.guidance is not None:
+            others = np.arange(len(self.names)) != self.guidance
+            saving[others] *= 1 - self.saved[self.guidance]
+        return saving
 
     def treat(self, run: BinRun, chosen: Iterable[int]) -> TreatedRun:
         """Treat each chosen component in the least harmful way."""
@@ -178,8 +189,9 @@ class Choices:
         """Predict time and damage of treated runs."""
         saved, squared = 0.0, 0.0
         for treated in plan:
-            tables, saving = self.squared(treated.run), self.saving(treated.run)
-            for c in self._outermost(treated.treatments):
+            tables, outermost = self.squared(treated.run), self._outermost(treated.treatments)
+            saving = self.saving(treated.run, halved=self.guidance in outermost)
+            for c in outermost:
                 saved += float(saving[c])
                 squared += float(tables[treated.treatments[self.names[c]]][c])
         return Prediction(

@@ -105,16 +105,19 @@ class _Relaxation:
         self._max_engines = limits.max_engines
         self._max_runs = min(len(choices.steps), limits.max_phases or len(choices.steps))
         self._runs: dict[tuple[int, int], list[BinRun]] = {}
-        self._totals: dict[BinRun, _Totals] = {}
+        self._totals: dict[tuple[BinRun, bool], _Totals] = {}
+        """Totals by run and whether guidance is treated too."""
         self._possible: dict[BinRun, NDArray[np.bool_]] = {}
         whole = np.isin(np.arange(len(choices.names)), list(choices.whole))
         for run in sorted(choices.runs, key=lambda run: run.last):
             squared = choices.least(run)
             possible = np.isfinite(squared)
             self._runs.setdefault((run.first, run.last), []).append(run)
-            self._totals[run] = np.column_stack(
-                [np.where(possible, squared, 0), choices.saving(run), -choices.freed * ~whole]
-            )
+            for halved in (False, True)[: 1 if choices.guidance is None else 2]:
+                saving = choices.saving(run, halved=halved)
+                self._totals[run, halved] = np.column_stack(
+                    [np.where(possible, squared, 0), saving, -choices.freed * ~whole]
+                )
             self._possible[run] = possible
 
     def solve(self, weights: _Totals) -> _Found:
@@ -138,25 +141,38 @@ class _Relaxation:
         while bins > 0:
             part = last[bins, engines, count]
             chosen[part.run] = part.chosen
-            totals += self._totals[part.run][list(part.chosen)].sum(axis=0) + part.engines * _FULL
+            own = self._totals[part.run, self._choices.guidance in part.chosen]
+            totals += own[list(part.chosen)].sum(axis=0) + part.engines * _FULL
             bins, engines, count = part.run.first, engines - part.engines, count - 1
         return _Found(chosen=chosen, totals=totals)
 
     def _parts(self, runs: Sequence[BinRun], weights: _Totals) -> tuple[_Part, _Part]:
         """Find the best treatment of a run without a separate engine, and with one."""
         free, computing = [], []
+        guidance = self._choices.guidance
         for run in runs:
-            value = np.where(self._possible[run], self._totals[run] @ weights, 0)
+            value = np.where(self._possible[run], self._totals[run, False] @ weights, 0)
             whole = tuple(c for c in sorted(self._choices.whole) if value[c] < 0)
             free.append(_Part(run=run, chosen=whole, engines=0, value=float(value[list(whole)].sum())))
-            value[list(self._choices.whole)] = 0
-            best = _best_set(self._choices.inner, value)
+            value[[*self._choices.whole, *([] if guidance is None else [guidance])]] = 0
+            best = best_set(self._choices.inner, value)
             total = float(value[list(best)].sum() + weights @ _FULL)
             computing.append(_Part(run=run, chosen=best, engines=1, value=total))
+            if guidance is not None and self._possible[run][guidance]:
+                computing.append(self._with_guidance(run, guidance, weights))
         return min(free, key=lambda part: part.value), min(computing, key=lambda part: part.value)
 
+    def _with_guidance(self, run: BinRun, guidance: int, weights: _Totals) -> _Part:
+        """Find the best treatment of a run in which guidance is treated, so that the others save less."""
+        value = np.where(self._possible[run], self._totals[run, True] @ weights, 0)
+        own = float(value[guidance])
+        value[[*self._choices.whole, guidance]] = 0
+        others = best_set(self._choices.inner, value)
+        total = own + float(value[list(others)].sum() + weights @ _FULL)
+        return _Part(run=run, chosen=tuple(sorted((*others, guidance))), engines=1, value=total)
 
-def _best_set(inner: Mapping[int, Sequence[int]], value: NDArray[np.float64]) -> tuple[int, ...]:
+
+def best_set(inner: Mapping[int, Sequence[int]], value: NDArray[np.float64]) -> tuple[int, ...]:
     """Choose the components with the least sum of values; never a component together with one nested in it."""
     chosen = set(np.flatnonzero(value < 0).tolist())
     # innermost first, so that a nested set is final before it is compared with the component around it

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import msgspec
 
 from unetc.artifacts.plan import Assignment, Plan
-from unetc.artifacts.profile import Component
+from unetc.artifacts.profile import GUIDANCE, STEP, Component
 from unetc.treatments import Treatment
 
 
@@ -16,14 +16,18 @@ def with_emissions(
 ) -> tuple[Assignment, ...]:
     """Let every engine emit the branches that it computes and another engine reuses.
 
-    A component that is nested in one that an engine does not compute is not computed there either.
+    A component that is nested in one that an engine does not compute is not computed there either. An engine that
+    treats guidance computes half of the rows, so it emits the step alone.
     """
     nested = {component.name: component.nested for component in components}
     reused = {name for engine in assignments for name, treatment in engine.items() if treatment.reuses}
     engines = []
     for treatments in assignments:
         gone = set(treatments).union(*(nested.get(name, ()) for name in treatments))
-        engines.append(Assignment(treatments=dict(sorted(treatments.items())), emits=tuple(sorted(reused - gone))))
+        emits = reused - gone
+        if GUIDANCE in treatments:
+            emits &= {STEP}
+        engines.append(Assignment(treatments=dict(sorted(treatments.items())), emits=tuple(sorted(emits))))
     return tuple(engines)
 
 

@@ -1,7 +1,8 @@
 """The exact planner: an integer program over runs of bins, solved by HiGHS.
 
 Columns per run of bins and period: x[c] = the run treats component c, z = it treats any, y = the plan uses the run.
-Every bin lies in exactly one used run.
+Every bin lies in exactly one used run. For a guided model, there is one more column per run: the time that the other
+components do not save because guidance, treated too, leaves fewer rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .choices import BinRun, Choices, Limits
+from .dynamic import best_set
 
 
 def solve_exactly(choices: Choices, limits: Limits, *, time_limit_s: float) -> dict[BinRun, tuple[int, ...]] | None:
@@ -29,14 +31,14 @@ def solve_exactly(choices: Choices, limits: Limits, *, time_limit_s: float) -> d
         The chosen components by run, or None if there is no such choice.
     """
     program = _Program(choices, limits)
-    values = _minimise(program.squared, [*program.structure, program.saves(limits)], program.bounds, time_limit_s).x
+    values = _minimise(program, program.squared, [*program.structure, program.saves(limits)], time_limit_s).x
     return None if values is None else program.read(values)
 
 
 def most_saved(choices: Choices, limits: Limits, *, time_limit_s: float) -> float:
     """Find the most time, in steps, that a plan can save within all other limits."""
     program = _Program(choices, limits)
-    values = _minimise(-program.saving, program.structure, program.bounds, time_limit_s).x
+    values = _minimise(program, -program.saving, program.structure, time_limit_s).x
     return 0.0 if values is None else float(program.saving @ values)
 
 
@@ -45,7 +47,8 @@ class _Program:
 
     def __init__(self, choices: Choices, limits: Limits) -> None:
         self._runs, self._components = choices.runs, len(choices.names)
-        count, width = len(self._runs), self._components + 2
+        guidance = choices.guidance
+        count, width = len(self._runs), self._components + 2 + (guidance is not None)
         rows = _Rows(count * width)
         for b in range(len(choices.steps)):
             used = {m * width + width - 1: 1.0 for m, run in enumerate(self._runs) if run.first <= b < run.last}
@@ -53,7 +56,7 @@ class _Program:
         engines: dict[int, float] = {}
         memory: dict[int, float] = {}
         for m in range(count):
-            z, y = m * width + self._components, m * width + self._components + 1
+            z, y = m * width + self._components, m * width + width - 1
             rows.add({z: 1.0, y: -1.0}, -np.inf, 0)
             for c in range(self._components):
                 rows.add({m * width + c: 1.0, z: -1.0}, -np.inf, 0)
@@ -66,7 +69,6 @@ class _Program:
         rows.add(memory, -np.inf, limits.max_memory - 1)
         if limits.max_phases is not None:
             rows.add({m * width + width - 1: 1.0 for m in range(count)}, 0, limits.max_phases)
-        self.structure = [rows.constraint()]
         saving, squared, allowed = np.zeros((3, count, width))
         least = np.array([choices.least(run) for run in self._runs])
         saving[:, : self._components] = [choices.saving(run) for run in self._runs]
@@ -74,6 +76,20 @@ class _Program:
         useful = (saving[:, : self._components] > 0) | (np.isfinite(limits.max_memory) & (choices.freed > 0))
         allowed[:, : self._components] = np.isfinite(least) & useful
         allowed[:, self._components :] = 1
+        whole = np.ones((count, width))
+        if guidance is not None:
+            loss, share = self._components + 1, choices.saved[guidance]
+            for m, run in enumerate(self._runs):
+                others = choices.saving(run)
+                others[[guidance, *choices.whole]] = 0
+                most = share * float(others[list(best_set(choices.inner, -others))].sum())
+                lost = {m * width + c: -share * saved for c, saved in enumerate(others) if saved > 0}
+                # lost >= share * (saved by others), unless guidance is not treated
+                rows.add({**lost, m * width + loss: 1.0, m * width + guidance: -most}, -most, np.inf)
+                allowed[m, loss] = most
+            saving[:, loss], whole[:, loss] = -1, 0
+        self.structure = [rows.constraint()]
+        self.integrality = whole.ravel()
         self.saving, self.squared, self.bounds = saving.ravel(), squared.ravel(), Bounds(0, allowed.ravel())
 
     def saves(self, limits: Limits) -> LinearConstraint:
@@ -91,7 +107,7 @@ class _Program:
 
 
 def _minimise(
-    objective: NDArray[np.float64], constraints: list[LinearConstraint], bounds: Bounds, time_limit_s: float
+    program: _Program, objective: NDArray[np.float64], constraints: list[LinearConstraint], time_limit_s: float
 ) -> Any:
     """Solve a program in zeros and ones; `x` of the result is None if there is no solution.
 
@@ -102,13 +118,13 @@ def _minimise(
         Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5; scipy.optimize.milp.
     """
     scaled = objective / (np.abs(objective).max() or 1.0)
-    relaxed = milp(scaled, constraints=constraints, bounds=bounds)
+    relaxed = milp(scaled, constraints=constraints, bounds=program.bounds)
     unit = max(abs(relaxed.fun or 0.0), 1e-6)
     return milp(
         scaled / unit,
         constraints=constraints,
-        integrality=np.ones(len(objective)),
-        bounds=bounds,
+        integrality=program.integrality,
+        bounds=program.bounds,
         options={"time_limit": time_limit_s, "mip_rel_gap": 1e-4},
     )
 

@@ -17,7 +17,7 @@ class Restriction(StrEnum):
     CHOSEN_STEPS = "chosen_steps"
     """Only whole steps are reused, and each by holding the last prediction."""
     REMOVAL_ONLY = "removal_only"
-    """Nothing is reused: components are dropped or replaced by their mean."""
+    """Nothing is reused: components of the graph are dropped or replaced by their mean."""
 
     def allows(self, kind: str, treatment: Treatment) -> bool:
         """Check whether a plan may use a treatment.
@@ -32,6 +32,6 @@ class Restriction(StrEnum):
             case Restriction.CHOSEN_STEPS:
                 return kind == "step" and treatment is Treatment.HOLD
             case Restriction.REMOVAL_ONLY:
-                return kind != "step" and not treatment.reuses
+                return kind not in ("step", "guidance") and not treatment.reuses
             case _:
                 return True

@@ -2,7 +2,8 @@
 
 The planner adds single damages. That is too coarse to tell whether whole steps or parts of them are better to reuse.
 So both plans are made, repaired and judged on the same samples. Then the search goes on from the better one with the
-engines of both. A plan is therefore never worse than one of whole steps, on the samples that it is chosen on.
+engines of both, and for a guided model with one that forecasts guidance, which saves half of a step. A plan is never
+worse than one of whole steps, on the samples that it is chosen on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from unetc.artifacts.profile import GUIDANCE
 from unetc.compiler.planner.emissions import emitting, with_emissions
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.planner.restriction import Restriction
@@ -118,8 +120,10 @@ def _better(best: Repaired, other: Repaired, budget: float, what: str, notes: li
 def _union(
     workbench: Workbench, start: Candidate, first: Candidate, second: Candidate, emits: Collection[str]
 ) -> Candidate:
-    """Make a candidate with the engines of two others and the schedule of one of them."""
+    """Make a candidate with the engines of two others, one for guidance, and the schedule of one of the two."""
     assignments = [dict(engine.treatments) for one in (first, second) for engine in one.plan.engines]
+    if any(component.kind == "guidance" for component in workbench.profile.components):
+        assignments.append({GUIDANCE: Treatment.FORECAST})
     return _with_engines(workbench, start, _distinct(assignments), emits)
 
 

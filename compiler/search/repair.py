@@ -112,14 +112,17 @@ def _neighbours(
     if len(schedule) < 2:
         return
     count = len(candidate.programs)
+    halves = [i for i, engine in enumerate(candidate.plan.engines) if engine.halves]
     for _ in range(_PROPOSALS):
         changed = list(schedule)
         first, second = generator.integers(1, len(schedule), size=2)
-        move = generator.integers(3)
+        move = generator.integers(4 if halves else 3)
         if move == 0:  # two steps change places
             changed[first], changed[second] = changed[second], changed[first]
         elif move == 1:  # neighbours change places
             changed[first], changed[first - 1] = changed[first - 1], changed[first]
+        elif move == 3:  # two steps compute half of the rows, which takes the time of one full and one skipped step
+            changed[first] = changed[second] = halves[int(generator.integers(len(halves)))]
         else:  # one step gets another engine, engine 0 as often as all others together
             changed[first] = FULL_ENGINE if generator.integers(2) else int(generator.integers(count))
         proposal = workbench.reschedule(candidate, changed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.profile import Profile, without_guidance
 from unetc.compiler.engines import check_plan
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import Prepared, prepare, prepare_decoder, prepare_scheduler
@@ -72,7 +72,7 @@ def set_up(
     conditions = _encode(model, profile)  # before the capture, which takes long
     _check_control(profile, conditions)
     prepared = prepare(model, cache, on_progress)
-    if profile.components != prepared.gated.components:
+    if without_guidance(profile.components) != prepared.gated.components:
         raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
     scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
     calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)

@@ -23,6 +23,7 @@ from unetc.metrics.damage import measure_damage
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.decoder import Decoder
 from unetc.runtime.rollout import FULL_ENGINE
+from unetc.runtime.rows import own_half
 from unetc.runtime.session import Session
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 from unetc.timing import interleaved_ms
@@ -118,7 +119,8 @@ class Workbench:
         """
         graphs = compile_engines(self._gated, plan, self.profile)
         full, *programs = (self._load(graph) for graph in (self.full, *graphs))
-        full_times, times = self._time(full, programs)
+        halved = [self._conditions.paired and engine.halves for engine in plan.engines]
+        full_times, times = self._time(full, programs, halved)
         session = self._session(plan, programs)
         used = session.schedule(self.steps)
         ratio = np.median(times[:, used].sum(axis=1) / (full_times * len(used)))
@@ -286,19 +288,26 @@ class Workbench:
             del self._programs[next(iter(self._programs))]
         return program
 
-    def _time(self, full: Program, programs: Sequence[Program]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Measure milliseconds per alternating call: [round] for the full model, [round, program] for the others."""
+    def _time(
+        self, full: Program, programs: Sequence[Program], halved: Sequence[bool]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Measure milliseconds per alternating call: [round] for the full model, [round, program] for the others.
+
+        Programs that are marked as halved are called with the rows of the samples' own conditions alone.
+        """
         inputs, output = self._call_of(self.profile.batch, programs[FULL_ENGINE : FULL_ENGINE + 1])
-        distinct = list(dict.fromkeys((full, *programs)))  # engine 0 is the full model where it emits nothing
-        calls = [partial(program, inputs, output) for program in distinct]
+        half = own_half(inputs, output, self._device) if any(halved) else (inputs, output)
+        wanted = list(zip(programs, halved, strict=True))
+        distinct = list(dict.fromkeys(((full, False), *wanted)))  # engine 0 is the full model where it emits nothing
+        calls = [partial(program, *(half if is_half else (inputs, output))) for program, is_half in distinct]
         times = interleaved_ms(calls, rounds=ENGINE_ROUNDS, wait=self._device.synchronize, seconds=ENGINE_SECONDS)
-        return times[:, 0], times[:, [distinct.index(program) for program in programs]]
+        return times[:, 0], times[:, [distinct.index(one) for one in wanted]]
 
     def batch_ms(self, candidates: Sequence[Candidate]) -> dict[bytes, tuple[tuple[int, float], ...]]:
         """Time the full model and the engines of some plans at several batches, each in turn with all others.
 
         Batches double from 1 to the profile's batch, and on to `LARGEST_BATCH` while a call of the full model takes no
-        longer than `LONGEST_CALL_MS`.
+        longer than `LONGEST_CALL_MS`. Guided calls have both halves, for every graph.
 
         Returns:
             Numbers of samples with the median milliseconds of a call, by graph.

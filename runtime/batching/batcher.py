@@ -24,12 +24,13 @@ from unetc.device import Array, Tensor
 from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, ShapeMismatch, UnetcError
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import FULL_ENGINE
+from unetc.runtime.rows import Rows
 from unetc.runtime.session import Session
 from unetc.sampler.table import SchedulerTable
 
 from .estimates import Estimate, Estimates, Work
 from .limits import BatchLimits, CallRecord, Load
-from .member import Joined, Member, Rows
+from .member import Joined, Member
 from .orders import Errand, Order, fail, single_starts
 from .pace import Cost, Pace
 from .request import FULL, Progress, SampleRequest, SampleResult, Ticket
@@ -141,7 +142,7 @@ class Batcher:
             session=session,
             starts=single_starts(start)[::-1],
             calls=start.calls,
-            programs=self._programs(request.level, session, start.table, start.first),
+            programs=self._programs(request.level, session, start.table, start.first, start.conditions.paired),
             units=start.units / request.count,
             turn=self._turn,
             submitted=now,
@@ -171,7 +172,7 @@ class Batcher:
         _, own_height, own_width = session.image_shape
         area = (request.height or own_height) * (request.width or own_width) / (own_height * own_width)
         work = Work(
-            programs=self._programs(request.level, session, table, first),
+            programs=self._programs(request.level, session, table, first, conditions.paired),
             units=conditions.rows_per_sample * height * width * area,
             images=request.count,
         )
@@ -265,12 +266,17 @@ class Batcher:
         """Estimate the seconds until everything that was accepted is finished."""
         return self._estimates.backlog(*map(Work.left, self._orders))
 
-    def _programs(self, level: str, session: Session, table: SchedulerTable, first: int) -> Mapping[Program, int]:
-        """Count the calls of every program for an image."""
+    def _programs(
+        self, level: str, session: Session, table: SchedulerTable, first: int, paired: bool
+    ) -> Mapping[Program, float]:
+        """Count the calls of every program for an image; a call of half of the rows counts as a half."""
         if level == FULL:
             return {session.full: table.steps - first}
-        engines = session.plan.schedule(table.log_snr[first:].tolist())
-        return Counter(session.programs[engine] for engine in engines)
+        calls: Counter[Program] = Counter()
+        for engine in session.plan.schedule(table.log_snr[first:].tolist()):
+            halved = paired and session.plan.engines[engine].halves
+            calls[session.programs[engine]] += 1 if halved else 2
+        return {program: halves / 2 for program, halves in calls.items()}
 
     def _position(self, order: Order) -> int | None:
         with self._changed:
@@ -454,6 +460,7 @@ class Batcher:
     ) -> dict[Member, UnetcError]:
         """Call a program for some members and advance them; return the members that cannot go on."""
         rows = sum(member.rows for member in members)
+        units = sum(owners[member].units * member.part for member in members)
         padding = self._padding(rows)
         engine, phase = members[0].engine, members[0].phase
         began = time.perf_counter()
@@ -471,7 +478,7 @@ class Batcher:
                 failed |= self._advance(program, [member], owners)
             return failed
         failed = self._share(members, prediction, emitted, rows + padding)
-        self._record(program, members, owners, engine, phase, rows, padding, time.perf_counter() - began)
+        self._record(program, members, owners, engine, phase, rows, padding, units, time.perf_counter() - began)
         return failed
 
     def _share(
@@ -508,9 +515,10 @@ class Batcher:
         phase: int | None,
         rows: int,
         padding: int,
+        units: float,
         seconds: float,
     ) -> None:
-        self._pace.add(program, sum(owners[member].units for member in members), seconds)
+        self._pace.add(program, units, seconds)
         switched, self._last_program = program is not self._last_program, program
         if self._on_call is not None:
             self._on_call(

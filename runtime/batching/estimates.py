@@ -16,8 +16,8 @@ from .pace import Pace
 class Work:
     """Images of one request that are to be sampled."""
 
-    programs: Mapping[Program, int]
-    """Calls per image by program."""
+    programs: Mapping[Program, float]
+    """Calls per image by program; a call of half of the rows is half a call."""
     units: float
     """Units of a call per image, see `Pace`."""
     images: float

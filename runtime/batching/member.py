@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from unetc.artifacts.call_input import SAMPLE
 from unetc.device import Device, Tensor
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import EngineCall, Rollout, not_finite
+from unetc.runtime.rows import Rows
 from unetc.runtime.session import Session
 from unetc.runtime.trajectory import Trajectory
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Consecutive rows of a tensor that a call of several rollouts returned."""
-
-    tensor: Tensor
-    start: int
-    stop: int
-    of: int
-    """Rows of the whole tensor."""
-
-    def take(self, device: Device) -> Tensor:
-        """Return the rows as a tensor, which may share memory."""
-        return device.rows(self.tensor, self.start, self.stop)
 
 
 class Member:
@@ -42,7 +27,6 @@ class Member:
         """
         device = session.device
         batch, _, height, width = start.noise.shape
-        self.rows = start.rows
         self.steps = start.table.steps
         self.step = start.first
         self.non_finite_steps = 0
@@ -63,6 +47,16 @@ class Member:
         """Shapes of the rows; members of one form can share a call."""
         shapes = sorted((name, tuple(value.shape[1:])) for name, value in self._constant.items())
         return (tuple(self._start.noise.shape[1:]), *shapes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next call."""
+        return self.call.rows(self._start.rows)
+
+    @property
+    def part(self) -> float:
+        """Rows of the next call / rows of a call with both halves of guidance."""
+        return self.rows / self._start.rows
 
     @property
     def made(self) -> int:
@@ -103,12 +97,11 @@ class Member:
         """Build the inputs of the next call."""
         inputs = self._plain_inputs()
         self._sample = inputs[SAMPLE]
-        return inputs | self._rollout.reused(self.call, self._sample, self.rows)
+        return self._rollout.inputs(self.call, inputs, self._start.rows)
 
     def advance(self, prediction: Tensor, emitted: Mapping[str, Rows]) -> None:
         """Make a step from a prediction, [row, channel, height, width], that has no NaN and no infinity."""
-        self._rollout.store(self.call, emitted, self._sample, prediction)
-        self._advance(prediction)
+        self._advance(self._rollout.complete(self.call, self._sample, prediction, emitted))
 
     def repeat(self) -> None:
         """Make a step with the full model alone, because its prediction was not finite.
@@ -116,7 +109,7 @@ class Member:
         Raises:
             NonFiniteError: If the full model's prediction is not finite either.
         """
-        prediction = self._device.empty((self.rows, *self.prediction_shape))
+        prediction = self._device.empty((self._start.rows, *self.prediction_shape))
         self._rollout.run_again(self.call, self._plain_inputs(), prediction)
         if not self._device.is_finite(prediction):
             raise not_finite(self.call, "and the full model")
@@ -141,7 +134,8 @@ class Member:
 
     def _choose(self) -> None:
         table = self._start.table
-        self.call = self._rollout.choose(table.timesteps.item(self.step), table.log_snr.item(self.step))
+        timestep, log_snr = table.timesteps.item(self.step), table.log_snr.item(self.step)
+        self.call = self._rollout.choose(timestep, log_snr, paired=self._conditions.paired)
 
 
 class Joined(Mapping[str, Tensor]):

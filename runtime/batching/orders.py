@@ -26,8 +26,8 @@ class Order:
     """Starts of images without a seat, the next one last."""
     calls: int
     """Calls per image."""
-    programs: Mapping[Program, int]
-    """Calls per image by program."""
+    programs: Mapping[Program, float]
+    """Calls per image by program; a call of half of the rows is half a call."""
     units: float
     """Units of a call per image, see `Pace`."""
     turn: int

@@ -68,7 +68,7 @@ class Pace:
         cost = self._costs.get(program)
         return 0.0 if cost is None else cost.seconds(units)
 
-    def alone(self, calls: Mapping[Program, int], units: float) -> float:
+    def alone(self, calls: Mapping[Program, float], units: float) -> float:
         """Estimate the seconds of calls with nothing else in them.
 
         Args:
@@ -77,7 +77,7 @@ class Pace:
         """
         return self._slowness() * self._sum(calls, units)
 
-    def shared(self, calls: Mapping[Program, int], units: float, full: float) -> float:
+    def shared(self, calls: Mapping[Program, float], units: float, full: float) -> float:
         """Estimate the seconds that a member adds to calls that it shares.
 
         Args:
@@ -88,7 +88,7 @@ class Pace:
         full = max(full, units)
         return self._slowness() * self._sum(calls, full) * units / full
 
-    def _sum(self, calls: Mapping[Program, int], units: float) -> float:
+    def _sum(self, calls: Mapping[Program, float], units: float) -> float:
         return sum(count * self.call(program, units) for program, count in calls.items())
 
     def _slowness(self) -> float:

@@ -99,6 +99,11 @@ class Conditions:
         return bool(self.negative)
 
     @property
+    def paired(self) -> bool:
+        """Whether the rows of a call are pairs: every sample with its negative conditions, and with its own."""
+        return self.rows_per_sample == 2
+
+    @property
     def sets(self) -> tuple[Values, ...]:
         """The sets of conditions in a call, from the first rows to the last: negative, middle, own."""
         return (*(side for side in (self.negative, self.middle) if side), self.own)

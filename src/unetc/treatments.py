@@ -86,6 +86,8 @@ class Row:
     The earlier predictions that an engine gets are then those that imply the earlier denoised samples at the current
     sample. So an engine of such a treatment is the engine of the same formula for branches.
     """
+    of_guidance: bool = False
+    """Whether the difference that guidance amplifies can get it."""
 
     @property
     def gates(self) -> tuple[float, float]:
@@ -104,7 +106,7 @@ def _forecast(take: Callable[[str], Operand]) -> Operand:
 
 ROWS: Mapping[Treatment, Row] = {
     Treatment.KEEP: Row(letter="k", contributes="its computed value"),
-    Treatment.DROP: Row(letter="d", contributes="nothing", mean=0.0, periods=(1,)),
+    Treatment.DROP: Row(letter="d", contributes="nothing", mean=0.0, periods=(1,), of_guidance=True),
     Treatment.MEAN: Row(letter="m", contributes="its calibrated mean per channel", mean=1.0, periods=(1,)),
     Treatment.HOLD: Row(
         letter="h",
@@ -112,6 +114,7 @@ ROWS: Mapping[Treatment, Row] = {
         recall=_last,
         periods=(2, 4),
         of_step=True,
+        of_guidance=True,
     ),
     Treatment.FORECAST: Row(
         letter="f",
@@ -119,6 +122,7 @@ ROWS: Mapping[Treatment, Row] = {
         recall=_forecast,
         periods=(2, 4),
         of_step=True,
+        of_guidance=True,
     ),
     Treatment.HOLD_X0: Row(
         letter="x",

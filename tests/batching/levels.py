@@ -11,6 +11,7 @@ import numpy as np
 from tests.models import Tiny
 from tests.plans import plan_of
 from unetc.artifacts.plan import Phase
+from unetc.artifacts.profile import GUIDANCE, STEP, with_guidance
 from unetc.backend import Backend, Program
 from unetc.call import CONTEXT
 from unetc.compiler.graph.specialise import specialise
@@ -24,7 +25,7 @@ from unetc.treatments import Treatment
 
 STEPS = (3, 5, 8)
 CONFIG = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
-LEVELS = "full", "half", "fast"
+LEVELS = "full", "half", "fast", "guidance"
 
 Wrap = Callable[[Program], Program]
 
@@ -37,7 +38,7 @@ def scheduler_of(name: str) -> SchedulerTables:
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """A full model and two plans that share its engines."""
+    """A full model and plans that share its engines; one of them treats guidance."""
 
     tiny: Tiny
     backend: Backend
@@ -52,11 +53,16 @@ class Levels:
         tiny, means = self.tiny, np.zeros(self.tiny.gated.channels, np.float32)
         level = next(c.name for c in tiny.gated.components if c.kind == "level")
         forecast = {name: Treatment.FORECAST for name in tiny.names if name.endswith("resnets.0")}
-        engines = with_emissions([{}, {level: Treatment.HOLD}, forecast], tiny.gated.components)
+        halves = [{GUIDANCE: Treatment.FORECAST}, {GUIDANCE: Treatment.HOLD, level: Treatment.HOLD}]
+        assignments = [{}, {level: Treatment.HOLD}, forecast, *halves, {STEP: Treatment.HOLD}]
+        engines = with_emissions(assignments, with_guidance(tiny.gated.components))
         loader = self.backend.open_weights(tiny.gated.weights.read_bytes())
-        graphs = [specialise(tiny.gated, one.treatments, means, one.emits) for one in engines]
+        graphs = [
+            specialise(tiny.gated, one.in_graph, means, [name for name in one.emits if name != GUIDANCE])
+            for one in engines
+        ]
         full, *programs = (wrap(loader.load(graph)) for graph in (specialise(tiny.gated, {}, means), *graphs))
-        cycles = {"full": (0,), "half": (0, 1), "fast": (0, 2, 1, 2)}
+        cycles = {"full": (0,), "half": (0, 1), "fast": (0, 2, 1, 2), "guidance": (0, 3, 5, 4)}
 
         def session(phases: Sequence[Phase]) -> Session:
             channels = tiny.inputs(batch=1, height=8, width=8)["sample"].shape[1]

@@ -132,8 +132,8 @@ class Engines:
         self.ran: list[int] = []
         original = Rollout.run
 
-        def run_and_note(rollout: Rollout, *values: Any) -> Any:
-            call = original(rollout, *values)
+        def run_and_note(rollout: Rollout, *values: Any, **named: Any) -> Any:
+            call = original(rollout, *values, **named)
             self.ran.append(call.engine)
             return call
 

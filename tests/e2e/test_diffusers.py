@@ -150,8 +150,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     engines: list[int] = []
     run = Rollout.run
 
-    def run_and_note(self: Rollout, *values: Any) -> EngineCall:
-        call = run(self, *values)
+    def run_and_note(self: Rollout, *values: Any, **named: Any) -> EngineCall:
+        call = run(self, *values, **named)
         engines.append(call.engine)
         return call
 

@@ -1,4 +1,4 @@
-"""Known methods of reuse, written by hand as plans: DeepCache, Faster Diffusion, T-GATE and block caching.
+"""Known methods, written by hand as plans: DeepCache, Faster Diffusion, T-GATE, Adaptive Guidance and block caching.
 
 Each plan is sampled and compared with the denoiser itself in torch, in the same sampling loop. There, hooks implement
 the method as its paper describes it.
@@ -17,12 +17,16 @@ import torch
 from tests.models import Tiny, relative_error, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts.call_input import SAMPLE
-from unetc.artifacts.plan import Phase, Plan
-from unetc.backend import Array
+from unetc.artifacts.plan import Assignment, Phase, Plan
+from unetc.artifacts.profile import GUIDANCE, with_guidance
+from unetc.backend import Array, Program
 from unetc.call import CONTEXT, TIMESTEP
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
+from unetc.conditions import Conditions
+from unetc.runtime.backends.onnxruntime import OnnxRuntimeHost
 from unetc.runtime.branch_cache import BranchCache
+from unetc.runtime.rollout import NonFiniteSteps, Rollout
 from unetc.treatments import Treatment
 
 STEPS = 9
@@ -169,6 +173,91 @@ def test_tgate(tiny: Tiny) -> None:
     plan = plan_for(tiny, [{}, {c.name: HOLD for c in cross}], phases)
     assert plan.schedule(LEVELS) == (0,) * gate + (1,) * (STEPS - gate)
     check(tiny, plan, {c.name: lambda step: step >= gate for c in cross})
+
+
+SCALE = 4.0
+
+
+def sample_guided_by_plan(tiny: Tiny, assignments: Sequence[Mapping[str, Treatment]], phases: tuple[Phase, ...]) -> Any:
+    """Sample with guidance through a rollout; return the samples and the rows of every engine call."""
+    engines = with_emissions(assignments, with_guidance(tiny.gated.components))
+    means, rows = np.zeros(tiny.gated.channels, np.float32), []
+
+    def counting(engine: Assignment) -> Program:
+        emits = [name for name in engine.emits if name != GUIDANCE]
+        program = tiny.load(specialise(tiny.gated, engine.in_graph, means, emits))
+
+        def run(inputs: Mapping[str, Any], output: Array) -> Mapping[str, Any]:
+            rows.append(len(output))
+            return program(inputs, output)
+
+        return run
+
+    programs = [counting(engine) for engine in engines]
+    rollout = Rollout(
+        programs,
+        programs[0],
+        predicted_channels=tiny.gated.predicted_channels,
+        plan=plan_of(engines, phases),
+        device=OnnxRuntimeHost(),
+        non_finite_steps=NonFiniteSteps(),
+    )
+
+    def predict(step: int, inputs: Mapping[str, Array]) -> Array:
+        negative, own = both_conditions(tiny, len(inputs[SAMPLE]))
+        conditions = Conditions(own={CONTEXT: own}, negative={CONTEXT: negative}, scale=SCALE, device=OnnxRuntimeHost())
+        predicted: Array = rollout.predict(inputs[SAMPLE], float(inputs[TIMESTEP][0]), LEVELS[step], conditions)
+        return predicted
+
+    return sample(tiny, predict), rows
+
+
+def both_conditions(tiny: Tiny, batch: int) -> tuple[Array, Array]:
+    """Draw negative conditions and the samples' own."""
+    drawn = tiny.inputs(batch=2 * batch, height=8, width=8, seed=11)[CONTEXT]
+    return drawn[:batch], drawn[batch:]
+
+
+def sample_guided_with_hooks(tiny: Tiny, gate: int, hooks: Mapping[str, Hook]) -> Array:
+    """Sample in torch: two calls and guidance before the gate step, one call with the samples' own conditions after."""
+    now = 0
+
+    def bind(hook: Hook) -> Callable[[torch.nn.Module, Any, Any], Any]:
+        return lambda _module, given, output: hook(now, given, output)
+
+    def predict(step: int, inputs: Mapping[str, Array]) -> Array:
+        nonlocal now
+        now = step
+        negative, own = both_conditions(tiny, len(inputs[SAMPLE]))
+        first = tiny.run_denoiser({**inputs, CONTEXT: negative}) if step < gate else None
+        second = tiny.run_denoiser({**inputs, CONTEXT: own})
+        return second if first is None else first + np.float32(SCALE) * (second - first)
+
+    handles = [tiny.denoiser.get_submodule(name).register_forward_hook(bind(hook)) for name, hook in hooks.items()]
+    try:
+        return sample(tiny, predict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("gates_attention", [True, False], ids=["T-GATE", "Adaptive Guidance"])
+def test_methods_that_end_guidance(tiny: Tiny, gates_attention: bool) -> None:
+    """Both guide until a step, and then call the denoiser with the samples' own conditions alone.
+
+    T-GATE (Liu et al. 2024, arXiv:2404.02747) also repeats the last output of cross-attention from there on: here the
+    one with the samples' own conditions, in the paper its mean with the negative ones. Adaptive Guidance (Castillo et
+    al. 2023, arXiv:2312.12487) chooses the step for every sample; here it is the same for all.
+    """
+    gate = 4
+    cross = [c.name for c in tiny.gated.components if c.name.endswith("attn2")] if gates_attention else []
+    phases = (Phase(low=0.0, high=float(gate), cycle=(0,)), Phase(low=float(gate), high=float(STEPS), cycle=(1,)))
+    late = {GUIDANCE: Treatment.DROP, **dict.fromkeys(cross, HOLD)}
+    by_plan, rows = sample_guided_by_plan(tiny, [{}, late], phases)
+    hooks = {name: reusing(lambda step: step >= gate) for name in cross}
+    assert relative_error(by_plan, sample_guided_with_hooks(tiny, gate, hooks)) < LIBRARIES_AGREE
+    assert relative_error(by_plan, sample_guided_with_hooks(tiny, STEPS, {})) > 10 * LIBRARIES_AGREE
+    assert rows == [4] * gate + [2] * (STEPS - gate)
 
 
 def test_block_caching(tiny: Tiny) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Phase, Plan
-from unetc.artifacts.profile import STEP, Bin, Component, Cost, Effect, Estimate, ModelReference, Profile
+from unetc.artifacts.profile import GUIDANCE, STEP, Bin, Component, Cost, Effect, Estimate, ModelReference, Profile
 from unetc.compiler.planner.choices import TOLERANCE, BinRun, Choices, TreatedRun
 from unetc.compiler.planner.dynamic import solve_fast
 from unetc.compiler.planner.emissions import with_emissions
@@ -53,6 +53,7 @@ def make_profile(
     freed: Sequence[int] | None = None,
     mean_share: float = 0.5,
     step: bool = False,
+    guidance: bool = False,
 ) -> Profile:
     """Make a profile.
 
@@ -65,6 +66,7 @@ def make_profile(
         freed: Of the `FULL_BYTES`, how many each component's removal frees; none when not given.
         mean_share: The mean of every damage as a share of its upper bound.
         step: Whether the last component is the whole call, which only reuse is known of.
+        guidance: Whether the component before the step is guidance, which has no mean.
     """
     kinds, bins, count = upper.shape
     names = [f"c{c}" for c in range(count)]
@@ -72,10 +74,12 @@ def make_profile(
     if step:
         names[-1] = STEP
         nested[count - 1] = range(count - 1)
+    if guidance:
+        names[-2] = GUIDANCE
     components = tuple(
         Component(
             name=name,
-            kind="step" if name == STEP else "residual",
+            kind="step" if name == STEP else "guidance" if name == GUIDANCE else "residual",
             owner=name,
             index=c,
             channels=1,
@@ -98,6 +102,7 @@ def make_profile(
         for b in range(bins)
         for c, name in enumerate(names)
         if not np.isnan(upper[k, b, c]) and (treatment.reuses or name != STEP)
+        if name != GUIDANCE or treatment is not Treatment.MEAN
     )
     return Profile(
         unetc="0",
@@ -120,7 +125,7 @@ def make_profile(
         ),
         effects=effects,
         samplings=1.0,
-        means=tuple(np.zeros(count, "<f4").tobytes() for _ in range(bins)),
+        means=tuple(np.zeros(count - guidance, "<f4").tobytes() for _ in range(bins)),
     )
 
 
@@ -134,16 +139,17 @@ def random_profile(count: int, bins: int, seed: int, *, kinds: int = 2, decades:
 
 @st.composite
 def profiles(draw: st.DrawFn, *, components: int = 6, bins: int = 5) -> Profile:
-    """Draw profiles with nesting, some components without savings and some without damage; most have a step."""
+    """Draw profiles with nesting, some components without savings and some without damage; half have a step."""
     step = draw(st.booleans())
-    count, cuts = draw(st.integers(2 + step, components)), draw(st.integers(1, bins))
+    guidance = step and draw(st.booleans())
+    count, cuts = draw(st.integers(2 + step + guidance, components)), draw(st.integers(1, bins))
     kinds = draw(st.sampled_from([2, 2 + step, 4, 5]))
     amount = st.one_of(st.floats(-4, 0.2).map(lambda decade: 10.0**decade), st.just(0.0))
     size = kinds * cuts * count
     upper = np.reshape(draw(st.lists(amount, min_size=size, max_size=size)), (kinds, cuts, count))
     steps = draw(st.lists(st.integers(1, 5), min_size=cuts, max_size=cuts))
     # a forest: the parent of a component comes after it or is none
-    roots = count - step
+    roots = count - step - guidance
     parents = [draw(st.integers(c + 1, roots)) for c in range(roots)]
     nested: dict[int, list[int]] = {}
     for c in range(roots):
@@ -157,11 +163,16 @@ def profiles(draw: st.DrawFn, *, components: int = 6, bins: int = 5) -> Profile:
     saved = [float(own[c] if c not in nested else own[[c, *nested[c]]].clip(0).sum()) for c in range(roots)]
     weights = draw(st.lists(st.integers(0, FULL_BYTES // count), min_size=count, max_size=count))
     freed = [sum(weights[i] for i in (c, *nested.get(c, ()))) for c in range(roots)]
+    if guidance:
+        saved.append(float(own[roots]))
+        freed.append(0)
     if step:
         saved.append(float(own.clip(0).sum()))
         freed.append(FULL_BYTES)
     share = draw(st.floats(0, 1))
-    return make_profile(upper, saved, steps=steps, nested=nested, freed=freed, mean_share=share, step=step)
+    return make_profile(
+        upper, saved, steps=steps, nested=nested, freed=freed, mean_share=share, step=step, guidance=guidance
+    )
 
 
 budgets = st.floats(0.001, 0.7)
@@ -209,7 +220,8 @@ class Search:
 
     def saved_share(self, run: BinRun, chosen: Collection[int]) -> float:
         share = self.treated(run.first, run.last, run.period) / sum(self.steps)
-        return share * sum(self.saved[c] for c in chosen)
+        rows = 1 - sum(self.saved[c] for c in chosen if self.names[c] == GUIDANCE)
+        return share * (1 - rows + rows * sum(self.saved[c] for c in chosen if self.names[c] != GUIDANCE))
 
     def needs_engine(self, chosen: Collection[int]) -> bool:
         return any(self.names[c] != STEP for c in chosen)

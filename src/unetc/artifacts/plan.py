@@ -10,7 +10,7 @@ import msgspec
 
 from unetc.treatments import Treatment
 
-from .profile import ModelReference
+from .profile import GUIDANCE, STEP, ModelReference
 from .record import Artifact, Record, finite, require
 
 
@@ -25,11 +25,23 @@ class Assignment(Record, frozen=True, kw_only=True):
         """Check that no treatment is `keep`, and that every emitted component is computed."""
         require(Treatment.KEEP not in self.treatments.values(), "an assignment must not list components that it keeps")
         require(not self.treatments.keys() & set(self.emits), "an engine can only emit components that it computes")
+        alone = not self.halves or set(self.emits) <= {STEP}
+        require(alone, f"an engine that treats {GUIDANCE} computes half of the rows, so it can emit {STEP} alone")
 
     @property
     def reused(self) -> frozenset[str]:
         """Components whose branches it takes from earlier steps."""
         return frozenset(name for name, treatment in self.treatments.items() if treatment.reuses)
+
+    @property
+    def halves(self) -> bool:
+        """Whether a guided call computes the rows of the samples' own conditions alone."""
+        return GUIDANCE in self.treatments and STEP not in self.treatments
+
+    @property
+    def in_graph(self) -> dict[str, Treatment]:
+        """Treatments that the engine's graph is specialised for: all but the one of guidance."""
+        return {name: treatment for name, treatment in self.treatments.items() if name != GUIDANCE}
 
 
 class Phase(Record, frozen=True, kw_only=True):

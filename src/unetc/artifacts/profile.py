@@ -12,6 +12,8 @@ from .record import Artifact, Record, finite, require
 
 STEP = "step"
 """Name of the component that is the whole denoiser call."""
+GUIDANCE = "guidance"
+"""Name of the component that is the difference between the two halves of a guided call: own - negative."""
 
 
 class ModelReference(Record, frozen=True, kw_only=True):
@@ -51,14 +53,18 @@ class ControlMeasured(Record, frozen=True, kw_only=True):
 
 
 class Component(Record, frozen=True, kw_only=True):
-    """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the scheduler."""
+    """A place in the graph where a branch joins the trunk; the denoiser call itself, `step`, joins the scheduler.
+
+    A guided model has one more, outside its graph: `guidance`. Treating it leaves out the rows of the negative
+    conditions.
+    """
 
     name: str
-    kind: Literal["residual", "skip", "level", "step"]
+    kind: Literal["residual", "skip", "level", "step", "guidance"]
     owner: str
     """Path of the module that owns the join."""
     index: int
-    """Row of the component in the gate input."""
+    """Row of the component in the gate input; guidance, which has no gate, comes after the last."""
     channels: int
     """Width of the branch."""
     axis: int
@@ -72,6 +78,34 @@ class Component(Record, frozen=True, kw_only=True):
     def rank(self) -> int:
         """Number of axes of the branch: channels come second in images and last in token sequences."""
         return 4 if self.axis == 1 else 3
+
+
+def with_guidance(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """Add guidance to the components of a graph; it is nested in the step, as skipping the step skips both halves."""
+    (step,) = (component for component in components if component.kind == "step")
+    guidance = Component(
+        name=GUIDANCE,
+        kind="guidance",
+        owner="",
+        index=len(components),
+        channels=step.channels,
+        axis=step.axis,
+        nested=(),
+        offset=sum(component.channels for component in components),
+    )
+    outer = msgspec.structs.replace(step, nested=(*step.nested, GUIDANCE))
+    return (*(outer if component is step else component for component in components), guidance)
+
+
+def without_guidance(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """List the components that a graph has."""
+    if not any(component.kind == "guidance" for component in components):
+        return components
+    return tuple(
+        msgspec.structs.replace(component, nested=tuple(name for name in component.nested if name != GUIDANCE))
+        for component in components
+        if component.kind != "guidance"
+    )
 
 
 class Bin(Record, frozen=True, kw_only=True):
@@ -201,7 +235,7 @@ class Profile(Artifact, frozen=True, kw_only=True):
         require(all(effect.component in names for effect in self.effects), "an effect names an unknown component")
         require(all(cost.component in names for cost in self.costs), "a cost names an unknown component")
         require(all(0 <= effect.bin < len(self.bins) for effect in self.effects), "an effect names an unknown bin")
-        width = 4 * sum(component.channels for component in self.components)
+        width = 4 * sum(component.channels for component in without_guidance(self.components))
         require(len(self.means) == len(self.bins), "there must be one row of means per bin")
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
         require(0 <= self.used_prompts <= len(self.prompts), "used_prompts must not exceed the number of prompts")

@@ -311,7 +311,8 @@ def _engine_facts(engine: BundleEngine) -> dict[str, object]:
 def bundle_table(manifest: Manifest) -> RenderableType:
     """Lay out the engines, the ladder and the plans of a bundle."""
     sizes = {record.path: record.bytes for record in manifest.files}
-    listed = {engine.graph: engine for engine in manifest.level_engines()}
+    # an engine that treats guidance may share its graph with one that computes all rows
+    listed = {(engine.graph, *sorted(engine.treatments)): engine for engine in manifest.level_engines()}
     rows = [
         [engine.graph, f"{engine.step_ms:.2f}", str(len(engine.treatments)), f"{sizes[engine.graph] / 1000:.0f}"]
         for engine in listed.values()

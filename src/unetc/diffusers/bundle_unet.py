@@ -140,7 +140,7 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         self._full_model = full_model
         self._level = level
         self._lock = threading.Lock()
-        reuses = not full_model and any(engine.reused for engine in session.plan.engines)
+        reuses = not full_model and any(engine.reused or engine.halves for engine in session.plan.engines)
         self._trajectories = Trajectories(lambda: session.rollout(full_model=full_model), reuses=reuses)
         self.register_buffer("_interface", torch.empty(0), persistent=False)
         if self.config.get("addition_embed_type") == "text_time":  # SDXL pipelines compare this width with their own
@@ -256,7 +256,14 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         conditions = Conditions(own=arrays, controlnet=self._session.conditions.controlnet).on(device)
         trajectory = self._trajectories.of(call)
         try:
-            predicted = trajectory.rollout.predict(device.put(call.sample), call.timestep, call.log_snr, conditions)
+            predicted = trajectory.rollout.predict(
+                device.put(call.sample),
+                call.timestep,
+                call.log_snr,
+                conditions,
+                paired=call.repeats,
+                halve=trajectory.guided,
+            )
             prediction = device.to_array(predicted)
         except BaseException:
             self._trajectories.drop(trajectory)

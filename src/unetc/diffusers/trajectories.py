@@ -116,6 +116,11 @@ class Call:
     conditions: str
     """Hash of the conditions, without ControlNet inputs: those change from step to step."""
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the second half of the rows has the samples of the first, as in a pipeline that guides."""
+        return len(self.sample) % 2 == 0 and _repeats(self.sample, 2)
+
 
 @dataclass(slots=True)
 class _Node:
@@ -139,6 +144,10 @@ class Trajectory:
     last: Call
     shared: bool = False
     """Whether another trajectory of the run has the same timesteps and conditions."""
+    split: bool = False
+    """Whether a call had equal samples in both halves, and other predictions in the second."""
+    guided: bool = False
+    """Whether the samples after such a call were equal again: then the pipeline combines both predictions."""
     cut_off: str = ""
     """Why it does not continue the trajectory that its first samples come from; empty if nothing shows that."""
     nodes: deque[_Node] = field(default_factory=lambda: deque(maxlen=_HISTORY))
@@ -217,6 +226,7 @@ class Trajectories:
         Channels beyond the samples' own hold a predicted variance, which no scheduler adds to the samples.
         """
         call = trajectory.last
+        trajectory.split |= call.repeats and not _repeats(prediction, 2)
         own = (one for one in self._live if one.nodes and (call.place is None or _same_run(one, call)))
         node = next((one.nodes[-1] for one in own if one.nodes[-1].is_of(call)), None)
         if node is None:
@@ -292,6 +302,7 @@ class Trajectories:
             )
 
     def _continue(self, trajectory: Trajectory, call: Call) -> Trajectory:
+        trajectory.guided |= trajectory.split and call.repeats and call.timestep < trajectory.last.timestep
         trajectory.last = call
         self._live.remove(trajectory)
         self._live.insert(0, trajectory)

@@ -25,7 +25,7 @@ from .charts import BLANK, FAINT, INK, MUTED, PLAN, WIDTH, engine_colour, ink_on
 
 _RAMP = ("#fff9ee", "#fbe6c3", "#f2c792", "#dfa067", "#bd7341", "#874620")
 _DAMAGE = LinearSegmentedColormap.from_list("damage", _RAMP, 64)
-_MARKERS = {"residual": "o", "skip": "D", "level": "v", "step": "s"}
+_MARKERS = {"residual": "o", "skip": "D", "level": "v", "step": "s", "guidance": "^"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
