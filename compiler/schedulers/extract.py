@@ -23,7 +23,18 @@ from .names import SCHEDULERS
 from .probe import MOST, probe
 from .replay import replay
 from .solve import solve
-from .walk import Scheduler, asks_variance, at_first_order, begin, calls_of, is_flow, log_snr, rising, starts_late, trained_levels
+from .walk import (
+    Scheduler,
+    asks_variance,
+    at_first_order,
+    begin,
+    calls_of,
+    is_flow,
+    log_snr,
+    rising,
+    starts_late,
+    trained_levels,
+)
 
 logger = logging.getLogger(__name__)
 
