@@ -355,6 +355,23 @@ def test_two_schedulers_take_turns_from_the_same_noise(
         torch.testing.assert_close(results[place], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "LCMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_runs_with_noise_of_their_own_take_turns(  # B1
+    shared: Path, fresh: BundleUNet, scheduler: str, same_noise: bool
+) -> None:
+    """Each run has its own generator, so turns do not change what it draws."""
+    seeds = (0, 0) if same_noise else (0, 1)
+    options = {"scheduler": scheduler, "steps": 10}
+    running = [
+        run(fresh, noise(seed), words(0), generator=place, **options)  # another generator each
+        for place, seed in enumerate(seeds)
+    ]
+    *_, together = zip(*running, strict=True)
+    for place, seed in enumerate(seeds):
+        assert_equal(together[place], alone(shared, noise(seed), words(0), generator=place, **options)[-1])
+
+
 def test_a_prompt_that_changes_continues_no_run_from_the_same_noise(shared: Path) -> None:
     """Only the other run has the prompt of the second call, and the samples come from a call with the first prompt."""
     unet, timing = dropin_of(FREE, shared), begin("DDIMScheduler")
