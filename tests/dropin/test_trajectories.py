@@ -391,6 +391,32 @@ def test_a_prompt_that_changes_continues_no_run_from_the_same_noise(shared: Path
     torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-5)
 
 
+def test_a_run_that_made_room_continues_no_other_from_the_same_noise(shared: Path) -> None:
+    """Other prompts take the room of the first run; the second one begins equally and goes on alone."""
+    unet, full = dropin_of(FREE, shared), dropin_of(FREE, shared, full_model=True)
+    timing = begin("DDIMScheduler")
+
+    def call(sample: Tensor, timestep: float, prompt: int = 0) -> Tensor:
+        with torch.no_grad():
+            predicted: Tensor = unet(sample, timestep, words(prompt)).sample
+        return predicted
+
+    starts = timing.timesteps[0].item()
+    made_room = 0.7 * noise(0) + 0.4 * call(noise(0), starts)
+    stays = noise(0)
+    for timestep in timing.timesteps[:3]:
+        predicted = call(stays, timestep.item())
+        if timestep == starts:
+            for other in range(1, LIVE):
+                call(noise(other), starts, other)
+        stays = timing.step(predicted, timestep, stays).prev_sample
+    later = timing.timesteps[2].item() - 20
+    predicted = call(made_room, later)
+    with torch.no_grad():
+        expected = full(made_room, later, words(0)).sample
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-5)
+
+
 MASK = torch.zeros(1, 1, SIDE, SIDE)
 MASK[..., :5, 3:] = 1
 

@@ -25,7 +25,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Self
 
@@ -170,11 +170,14 @@ class Trajectories:
         self._reuses = reuses
         self._live: list[Trajectory] = []
         """Most recently continued first."""
+        self._ended: deque[Trajectory] = deque(maxlen=LIVE)
+        """Trajectories that made room, without their branches; their next calls may still come."""
         self._warned = False
 
     def clear(self) -> None:
         """Forget all trajectories."""
         self._live.clear()
+        self._ended.clear()
 
     def of(self, call: Call) -> Trajectory:
         """Return the trajectory that a call continues, or a new one."""
@@ -219,6 +222,7 @@ class Trajectories:
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
             ended = lone[-1] if lone else self._live[-1]
             self._live.remove(ended)
+            self._ended.appendleft(replace(ended, rollout=self._begin()))
             if self._reuses and _same_run(ended, call):
                 self._warn(f"more than {LIVE} trajectories take turns, so the oldest lose their branches")
         self._live.insert(0, new)
@@ -249,7 +253,8 @@ class Trajectories:
     def _only(self, call: Call, explained: list[Trajectory], tolerance: float) -> Trajectory | None:
         """Choose the trajectory that a call continues from the trajectories that explain it; None if it is not sure.
 
-        A trajectory with other conditions may explain the call too: its prompt may have changed just now.
+        A trajectory with other conditions may explain the call too: its prompt may have changed just now. A trajectory
+        that made room may do so as well.
 
         Args:
             call: The call.
@@ -261,10 +266,10 @@ class Trajectories:
         nodes = [one.nodes[-1] for one in explained]
         rivals = (
             one
-            for one in self._live
+            for one in (*self._live, *self._ended)
             if one.nodes
             and not any(one.nodes[-1] is node for node in nodes)
-            and one.last.conditions != call.conditions
+            and not any(one is other for other in explained)
             and one.last.sample.shape == call.sample.shape
             and call.timestep <= one.last.timestep
             and not _of_other_runs(one, call)
