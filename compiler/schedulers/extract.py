@@ -23,7 +23,18 @@ from .names import SCHEDULERS
 from .probe import MOST, probe
 from .replay import replay
 from .solve import solve
-from .walk import Scheduler, asks_variance, at_first_order, begin, calls_of, is_flow, log_snr, rising, trained_levels
+from .walk import (
+    Scheduler,
+    asks_variance,
+    at_first_order,
+    begin,
+    calls_of,
+    is_flow,
+    log_snr,
+    rising,
+    starts_late,
+    trained_levels,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +91,8 @@ def supports(scheduler: Scheduler, steps: int) -> bool:
     """Check whether diffusers makes a proper schedule with a number of steps.
 
     Rounding sometimes makes it one of another length (61 steps with spacing "trailing"), one beyond the training
-    timesteps, or one with steps that do not change the noise level.
+    timesteps, or one with steps that do not change the noise level. It may also make the first two timesteps equal, so
+    that a pipeline would start one step late.
 
     Args:
         scheduler: Is not changed.
@@ -101,7 +113,7 @@ def _proper(scheduler: Scheduler, steps: int) -> Any:
         return None
     last = trained if is_flow(scheduler) else trained - 1  # a flow begins at noise without any signal
     calls = calls_of(begun, steps)
-    if len(begun.timesteps) != calls or begun.timesteps.max() > last:
+    if len(begun.timesteps) != calls or begun.timesteps.max() > last or starts_late(begun):
         return None
     if not _is_continuous(begun) and begun.timesteps.min() < 0:
         return None
@@ -131,10 +143,22 @@ def extract(scheduler: Scheduler, steps: int) -> SchedulerTable:
     if begun is None:
         trained = scheduler.config.get("num_train_timesteps")
         reason = f": it has {trained} timesteps" if isinstance(trained, int) and steps > trained else ""
+        reason = reason or _twice(scheduler, steps)
         raise ModelError(
             f"{type(scheduler).__name__} makes no proper schedule of {steps} steps{reason}. Choose another number."
         )
     return _extract(begun, steps)
+
+
+def _twice(scheduler: Scheduler, steps: int) -> str:
+    """Say that the first timestep comes twice, as the end of a message; empty if it does not."""
+    try:
+        begun = begin(scheduler, steps)
+    except (ValueError, IndexError):
+        return ""
+    first = float(begun.timesteps[0])
+    late = f": its first timestep {first:g} comes twice, so diffusers skips the first step or fails at the last one"
+    return late if starts_late(begun) else ""
 
 
 def extract_along(scheduler: Scheduler, timesteps: Sequence[int]) -> SchedulerTable:

@@ -28,6 +28,9 @@ that range are refused. The table says what a bundle for a model with betas, suc
 Every name is compared with diffusers over whole trajectories, to 1e-5 of the largest number of a step. So is every key
 of its configuration. The tests are in `tests/compiler/schedulers`.
 
+A number of steps is left out where rounding makes the first two timesteps equal. Pipelines of diffusers then skip the
+first step, or fail at the last one. Karras and beta noise levels with many steps may have such timesteps.
+
 ## Names
 
 | name | class in diffusers | settings of the name |

@@ -86,6 +86,7 @@ def run(
     steps: int = STEPS,
     numbers: bool = False,
     scale: float = 3.0,
+    generator: int = 7,
 ) -> Iterator[Tensor]:
     """Sample; yield the samples after every step, so that runs can take turns.
 
@@ -98,8 +99,9 @@ def run(
         steps: Number of steps.
         numbers: Whether timesteps are passed as numbers, and not as elements of the scheduler's.
         scale: Guidance scale.
+        generator: Seed of the noise that the scheduler adds.
     """
-    timing, generator = begin(scheduler, steps), torch.Generator().manual_seed(7)
+    timing, random = begin(scheduler, steps), torch.Generator().manual_seed(generator)
     if hasattr(timing, "set_begin_index"):
         timing.set_begin_index(start)
     sigmas = getattr(timing, "sigmas", None)
@@ -114,7 +116,7 @@ def run(
                 predicted = negative + scale * (own[0] - negative) if own else negative
             else:
                 predicted = unet(seen, given).sample
-        extra = {"generator": generator} if "generator" in timing.step.__code__.co_varnames else {}
+        extra = {"generator": random} if "generator" in timing.step.__code__.co_varnames else {}
         sample = timing.step(predicted, timestep, sample, **extra).prev_sample
         yield sample
 

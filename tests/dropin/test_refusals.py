@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.dropin.runs import dropin_of, noise, words
+from tests.dropin.runs import SIDE, dropin_of, noise, words
+from tests.models import tiny_of
 from tests.pipelines import save_stable_diffusion
 from unetc.diffusers import BundleUNet
 from unetc.diffusers.bundle_unet import _KEPT
@@ -283,14 +284,41 @@ def test_from_pipe_takes_the_drop_in_over(unet: BundleUNet, without_weights: Pat
     assert getattr(diffusers, kind).from_pipe(pipeline).unet is unet
 
 
-def test_a_pipeline_opens_with_the_drop_in_alone(unet: BundleUNet, without_weights: Path) -> None:  # D3
+def test_a_pipeline_opens_with_the_drop_in_alone(unet: BundleUNet, without_weights: Path, shared: Path) -> None:  # D3
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
     assert pipeline.unet is unet
-    later = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=None, safety_checker=None)
-    later.unet = unet
-    assert later.unet is unet
     image_to_image = diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
     assert image_to_image.unet is unet
+    original = tiny_of("cross-attention", shared).denoiser
+    expected = image_of(
+        diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=original, safety_checker=None)
+    )
+    assert expected.std() > 0.01
+    exact = dropin_of("cross-attention", shared, full_model=True)
+    alone = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=exact, safety_checker=None)
+    np.testing.assert_allclose(image_of(alone), expected, rtol=0, atol=1e-4)
+
+
+def test_a_pipeline_that_opened_without_a_unet_needs_the_size(without_weights: Path, shared: Path) -> None:  # D3
+    """The constructor of a pipeline reads the default size from the UNet, of diffusers too."""
+    original = tiny_of("cross-attention", shared).denoiser
+    images = []
+    for unet in (original, dropin_of("cross-attention", shared, full_model=True)):
+        later = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=None, safety_checker=None)
+        later.unet = unet
+        assert later.unet is unet
+        with pytest.raises(TypeError, match="'int' object is not subscriptable"):
+            image_of(later)
+        side = SIDE * later.vae_scale_factor
+        images.append(image_of(later, height=side, width=side))
+    np.testing.assert_allclose(images[1], images[0], rtol=0, atol=1e-4)
+
+
+def image_of(pipeline: Any, **options: Any) -> Any:
+    """Sample an image."""
+    pipeline.set_progress_bar_config(disable=True)
+    embeddings = {"prompt_embeds": words(0), "negative_prompt_embeds": words(1)}
+    return pipeline(**embeddings, latents=noise(0), num_inference_steps=4, output_type="np", **options).images
 
 
 def test_what_a_pipeline_does_to_its_unet_is_refused_by_name(  # D2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import threading
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.dropin.runs import SIDE, STEPS, Engines, begin, diffusers, dropin_of, last, noise, run, words
+from unetc.compiler.schedulers.classes import CLASSES, Family
 from unetc.diffusers import BundleUNet
 from unetc.diffusers.trajectories import LIVE, Place
 
@@ -312,6 +314,107 @@ def test_runs_that_take_turns_equal_runs_alone(shared: Path, runs: list[dict[str
         expected = list(steps_of(dropin_of(FREE, shared), one))
         for actual, wanted in zip(results[place], expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+
+
+WITH_BETAS = sorted(
+    name
+    for name, row in CLASSES.items()
+    if row.family == Family.BETAS and name != "KDPM2AncestralDiscreteScheduler"  # gives NaN with these betas
+)
+
+
+@functools.cache
+def sampled_alone(shared: Path, scheduler: str, prompts: int, *, numbers: bool) -> Tensor:
+    return alone(shared, noise(0), *map(words, range(prompts)), scheduler=scheduler, numbers=numbers)[-1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    first=st.sampled_from(WITH_BETAS),
+    second=st.sampled_from(WITH_BETAS),
+    prompts=st.sampled_from([1, 2]),
+    numbers=st.booleans(),
+)
+@example(first="DEISMultistepScheduler", second="LMSDiscreteScheduler", prompts=1, numbers=True)
+@example(first="DEISMultistepScheduler", second="LMSDiscreteScheduler", prompts=2, numbers=True)
+@example(first="DPMSolverMultistepScheduler", second="DEISMultistepScheduler", prompts=1, numbers=True)
+@example(first="EulerDiscreteScheduler", second="LMSDiscreteScheduler", prompts=1, numbers=False)
+@example(first="DDIMScheduler", second="DDPMScheduler", prompts=1, numbers=False)
+def test_two_schedulers_take_turns_from_the_same_noise(
+    shared: Path, first: str, second: str, prompts: int, numbers: bool
+) -> None:
+    """They have their first calls in common, so one trajectory explains calls of the other; savings stay too."""
+    unet, results = dropin_of(FREE, shared), dict[int, Tensor]()
+    running = [
+        run(unet, noise(0), *map(words, range(prompts)), scheduler=one, numbers=numbers) for one in (first, second)
+    ]
+    for turn in itertools.zip_longest(*running):
+        results.update({place: sample for place, sample in enumerate(turn) if sample is not None})
+    for place, scheduler in enumerate((first, second)):
+        expected = sampled_alone(shared, scheduler, prompts, numbers=numbers)
+        torch.testing.assert_close(results[place], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "LCMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_runs_with_noise_of_their_own_take_turns(  # B1
+    shared: Path, fresh: BundleUNet, scheduler: str, same_noise: bool
+) -> None:
+    """Each run has its own generator, so turns do not change what it draws."""
+    seeds = (0, 0) if same_noise else (0, 1)
+    options = {"scheduler": scheduler, "steps": 10}
+    running = [
+        run(fresh, noise(seed), words(0), generator=place, **options)  # another generator each
+        for place, seed in enumerate(seeds)
+    ]
+    *_, together = zip(*running, strict=True)
+    for place, seed in enumerate(seeds):
+        assert_equal(together[place], alone(shared, noise(seed), words(0), generator=place, **options)[-1])
+
+
+def test_a_prompt_that_changes_continues_no_run_from_the_same_noise(shared: Path) -> None:
+    """Only the other run has the prompt of the second call, and the samples come from a call with the first prompt."""
+    unet, timing = dropin_of(FREE, shared), begin("DDIMScheduler")
+    full = dropin_of(FREE, shared, full_model=True)
+
+    def step(sample: Tensor, place: int, prompt: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            predicted = unet(sample, timing.timesteps[place].item(), words(prompt)).sample
+        return predicted, timing.step(predicted, timing.timesteps[place], sample).prev_sample
+
+    _, changed = step(noise(0), 0, 0)
+    _, other = step(noise(0), 0, 1)
+    step(other, 1, 1)
+    predicted, _ = step(changed, 1, 1)
+    with torch.no_grad():
+        expected = full(changed, timing.timesteps[1].item(), words(1)).sample
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_that_made_room_continues_no_other_from_the_same_noise(shared: Path) -> None:
+    """Other prompts take the room of the first run; the second one begins equally and goes on alone."""
+    unet, full = dropin_of(FREE, shared), dropin_of(FREE, shared, full_model=True)
+    timing = begin("DDIMScheduler")
+
+    def call(sample: Tensor, timestep: float, prompt: int = 0) -> Tensor:
+        with torch.no_grad():
+            predicted: Tensor = unet(sample, timestep, words(prompt)).sample
+        return predicted
+
+    starts = timing.timesteps[0].item()
+    made_room = 0.7 * noise(0) + 0.4 * call(noise(0), starts)
+    stays = noise(0)
+    for timestep in timing.timesteps[:3]:
+        predicted = call(stays, timestep.item())
+        if timestep == starts:
+            for other in range(1, LIVE):
+                call(noise(other), starts, other)
+        stays = timing.step(predicted, timestep, stays).prev_sample
+    later = timing.timesteps[2].item() - 20
+    predicted = call(made_room, later)
+    with torch.no_grad():
+        expected = full(made_room, later, words(0)).sample
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-5)
 
 
 MASK = torch.zeros(1, 1, SIDE, SIDE)

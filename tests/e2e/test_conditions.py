@@ -24,6 +24,7 @@ from unetc.compiler.schedulers.extract import extract_all
 from unetc.compiler.schedulers.make import make_scheduler
 from unetc.conditions import Conditions
 from unetc.device import Array
+from unetc.diffusers import BundleUNet
 from unetc.errors import ModelError, ShapeMismatch
 from unetc.models.find import find_model
 from unetc.models.image_conditions import edit, encode_for_editing, encode_for_inpainting, seed_of
@@ -31,6 +32,7 @@ from unetc.models.images import Images
 from unetc.models.model import Model
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
+from unetc.sampler.noise import initial_noise, step_noise
 
 diffusers: Any = untyped_diffusers
 
@@ -49,7 +51,7 @@ def autoencoder_of(model: Model) -> Any:
     return decoder.autoencoder
 
 
-def session_of(model: Model, cache: Path, steps: int = STEPS) -> Session:
+def session_of(model: Model, cache: Path, steps: int = STEPS, scheduler: str = "ddim") -> Session:
     """Open the full model without a build."""
     prepared = prepare(model, cache)
     backend = open_backend("onnxruntime:cpu", threads=1)
@@ -59,7 +61,7 @@ def session_of(model: Model, cache: Path, steps: int = STEPS) -> Session:
         plan=plan_of([Assignment(treatments={})], [Phase(low=-99.0, high=99.0, cycle=(0,))]),
         full=full,
         programs=(full,),
-        scheduler=extract_all(make_scheduler("ddim", model.scheduler_config), "ddim", [steps]),
+        scheduler=extract_all(make_scheduler(scheduler, model.scheduler_config), scheduler, [steps]),
         sample_shape=model.sample_shape,
         steps=steps,
         predicted_channels=prepared.gated.predicted_channels,
@@ -178,6 +180,41 @@ def test_the_guidance_scale_of_an_lcm_is_an_input(tmp_path: Path) -> None:
             assert not conditions.guided
             actual = session.sample(noise=noise(), conditions=conditions, latents=True)
             assert_same(actual, run(folder, noise(), guidance_scale=scale))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_an_lcm_samples_like_its_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The noise of every step, the guidance as an input, and the pipeline's own timesteps, in both places (D4)."""
+    folder = save_stable_diffusion(tmp_path / "pipeline", time_cond_proj_dim=8)
+    diffusers.LCMScheduler(clip_sample=False, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "LatentConsistencyModelPipeline", "scheduler": ["diffusers", "LCMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    model = find_model(str(folder))
+    session = session_of(model, tmp_path, steps, "lcm")
+    original = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    dropin = BundleUNet(session, "UNet2DConditionModel", original.config, full_model=True)
+    shape, seed = session.sample_shape, 5
+
+    def images(unet: Any, scale: float) -> Array:
+        pipeline = diffusers.LatentConsistencyModelPipeline.from_pretrained(folder, unet=unet)
+        pipeline.set_progress_bar_config(disable=True)
+        drawn = (torch.from_numpy(step_noise(seed, range(2), step, shape)) for step in range(steps))
+        monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(drawn))
+        result = pipeline(
+            PROMPTS,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            latents=torch.from_numpy(initial_noise(seed, range(2), shape)),
+            output_type="latent",
+        )
+        latents: Array = result.images.numpy()
+        return latents
+
+    for scale in (8.5, 1.0):
+        expected = images(original, scale)
+        assert_same(images(dropin, scale), expected)
+        assert_same(session.sample(2, seed=seed, conditions=model.encode(PROMPTS, scale), latents=True), expected)
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from tests.conftest import once
 from tests.server.bundles import build_class_bundle, build_free_bundle
 from tests.server.local import in_loop, local
 from tests.server.test_openai import pixels
-from unetc.call import CLASS_LABELS
+from unetc.call import CLASS_LABELS, EXTRA_CHANNELS
 from unetc.conditions import Conditions
 from unetc.models.prompts import encode_labels
 from unetc.report.pictures import to_pixels
 from unetc.runtime.bundle import Bundle
 from unetc.server.errors import RequestError
+from unetc.server.image_request import ImageRequest
 from unetc.server.prompts import PromptReader, Wanted
 
 
@@ -86,6 +88,33 @@ async def test_a_label_makes_an_image_of_its_class(class_bundle: Path) -> None:
         assert np.abs(pixels(answer.json()["data"][0]["b64_json"]) - expected).max() <= 1
         (model,) = (await client.get("/v1/models")).json()["data"]
         assert (model["classes"], model["prompts"], model["free_prompts"]) == (10, [], False)
+
+
+@in_loop
+@pytest.mark.parametrize("fields", [{}, {"guidance_scale": 3.0}, {"prompt": "#0"}], ids=str)
+async def test_an_image_is_not_mixed_with_the_images_of_the_bundle(tiny_bundle: Path, fields: dict[str, Any]) -> None:
+    """Models that inpaint or edit take an image with every prompt, which a request cannot replace."""
+
+    class Editing:
+        calls = SimpleNamespace(names={EXTRA_CHANNELS})
+
+        def __init__(self, bundle: Bundle) -> None:
+            self.bundle = bundle
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.bundle, name)
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "PNG")
+    async with local(tiny_bundle) as (client, service):
+        served: Any = service.models["plain"]
+        served.bundle = Editing(served.bundle)
+        image = base64.b64encode(buffer.getvalue()).decode()
+        answer = await client.post("/v1/images/generations", json={"image": image, **fields})
+        assert answer.status_code == 400
+        assert "image: this model takes an image with every prompt" in answer.text
+        with pytest.raises(RequestError, match="takes an image with every prompt"):
+            await service.submit(ImageRequest(image=np.zeros((1, 3, 16, 16), np.float32), **fields))
 
 
 def test_without_encoders_a_prompt_must_be_one_of_the_bundle(prompted_bundle: Path) -> None:

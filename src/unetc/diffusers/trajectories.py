@@ -13,6 +13,9 @@ cancelled. A call continues an earlier one with one of three proofs:
 - In a part of the image its samples are such a combination, and in the rest a combination of earlier samples alone, as
   in inpainting. See `parts`.
 
+Trajectories from the same noise have calls in common. So an earlier call of one trajectory may explain the samples of
+another one. Where several trajectories explain a call, it continues the one whose last prediction is in its samples.
+
 A call without proof begins a new trajectory, which reuses nothing.
 """
 
@@ -21,8 +24,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -48,6 +52,12 @@ _ROUNDING_OTHERS = 1e-6
 
 _SAME = 16.0
 """Unexplained share of a sample that is a multiple of another one, in squares of the type's rounding error."""
+
+_NEEDED = 10.0
+"""A prediction is needed if the unexplained share grows this many times without it."""
+
+_CLOSE = 1e-11
+"""Energy of the difference of two predictions for samples that differ by rounding, relative; models enlarge it."""
 
 _MOST_NOISE = 0.9
 """Unexplained share above which a sample could be any other one."""
@@ -151,6 +161,8 @@ class Trajectory:
     cut_off: str = ""
     """Why it does not continue the trajectory that its first samples come from; empty if nothing shows that."""
     nodes: deque[_Node] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    predicted: Array | None = None
+    """Its own prediction for the last samples; others may share them, with other conditions."""
 
 
 class Trajectories:
@@ -167,11 +179,14 @@ class Trajectories:
         self._reuses = reuses
         self._live: list[Trajectory] = []
         """Most recently continued first."""
+        self._ended: deque[Trajectory] = deque(maxlen=LIVE)
+        """Trajectories that made room, without their branches; their next calls may still come."""
         self._warned = False
 
     def clear(self) -> None:
         """Forget all trajectories."""
         self._live.clear()
+        self._ended.clear()
 
     def of(self, call: Call) -> Trajectory:
         """Return the trajectory that a call continues, or a new one."""
@@ -183,9 +198,10 @@ class Trajectories:
         candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
         tolerance, rests = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS), []
         for one in candidates:
-            rests.append(rest := _rest(call, one))
-            if rest is not None and max(rest) <= tolerance:
-                return self._continue(one, call)
+            rests.append(_rest(call, one))
+        explained = [one for one, rest in zip(candidates, rests, strict=True) if rest and max(rest) <= tolerance]
+        if own := self._only(call, explained, tolerance):
+            return self._continue(own, call)
         shared = False
         if call.place is not None:
             run = [one for one in alike if _same_run(one, call)]
@@ -197,12 +213,12 @@ class Trajectories:
                 for one, rest in zip(candidates, rests, strict=True)
                 if _same_run(one, call) and _place(one) == call.place.index - 1
             ]
-            for one, rest in () if shared else before:
+            for one, rest in () if shared or explained else before:
                 if rest is not None and _is_noise(rest, call, one):
                     return self._continue(one, call)
         new = Trajectory(rollout=self._begin(), last=call, shared=shared)
         if self._reuses:
-            for one, rest in zip(candidates, rests, strict=True):
+            for one, rest in () if explained else zip(candidates, rests, strict=True):
                 if rest is None or call.timestep >= one.last.timestep or not _same_run(one, call):
                     continue
                 if (proof := _in_parts(call, one, tolerance)) is Proof.WHOLE:
@@ -210,11 +226,12 @@ class Trajectories:
                 if proof is Proof.PART and not new.nodes:
                     new.nodes.extend(one.nodes)  # the next call may be explained as a whole
                     new.cut_off = "no scheduler makes a part of its samples from earlier ones"
-            self._explain(call, new, candidates, rests)
+            self._explain(call, new, candidates, rests, several=bool(explained))
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
             ended = lone[-1] if lone else self._live[-1]
             self._live.remove(ended)
+            self._ended.appendleft(replace(ended, rollout=self._begin()))
             if self._reuses and _same_run(ended, call):
                 self._warn(f"more than {LIVE} trajectories take turns, so the oldest lose their branches")
         self._live.insert(0, new)
@@ -232,8 +249,10 @@ class Trajectories:
         if node is None:
             node = _Node(call.timestep, call.log_snr, call.sample)
         predicted = prediction[:, : call.sample.shape[1]]
-        if not any(np.array_equal(one, predicted) for one in node.predictions):  # from an equal run before
+        known = next((one for one in node.predictions if np.array_equal(one, predicted)), None)
+        if known is None:  # otherwise from an equal run before
             node.predictions.append(predicted)
+        trajectory.predicted = predicted if known is None else known
         if not (trajectory.nodes and trajectory.nodes[-1] is node):
             trajectory.nodes.append(node)
 
@@ -241,8 +260,47 @@ class Trajectories:
         """Forget a trajectory whose last call failed."""
         self._live = [one for one in self._live if one is not trajectory]
 
+    def _only(self, call: Call, explained: list[Trajectory], tolerance: float) -> Trajectory | None:
+        """Choose the trajectory that a call continues from the trajectories that explain it; None if it is not sure.
+
+        A trajectory with other conditions may explain the call too: its prompt may have changed just now. A trajectory
+        that made room may do so as well.
+
+        Args:
+            call: The call.
+            explained: The trajectories with the same conditions that explain it.
+            tolerance: Largest unexplained share that rounding leaves.
+        """
+        if not explained:
+            return None
+        nodes = [one.nodes[-1] for one in explained]
+        rivals = (
+            one
+            for one in (*self._live, *self._ended)
+            if one.nodes
+            and not any(one.nodes[-1] is node for node in nodes)
+            and not any(one is other for other in explained)
+            and one.last.sample.shape == call.sample.shape
+            and call.timestep <= one.last.timestep
+            and not _of_other_runs(one, call)
+        )
+        left = [one for one in explained if _same_run(one, call)] or explained
+        if not _alike(left, call.dtype) or any((rest := _rest(call, one)) and max(rest) <= tolerance for one in rivals):
+            left = [one for one in left if _needs(call, one, one.nodes[-1].predictions)]
+            if not _alike(left, call.dtype):
+                left = [one for one in left if one.predicted is not None and _needs(call, one, [one.predicted])]
+            if not _alike(left, call.dtype):
+                left = _best(call, left)
+        return left[0] if left and _alike(left, call.dtype) else None
+
     def _explain(
-        self, call: Call, new: Trajectory, candidates: list[Trajectory], rests: list[list[float] | None]
+        self,
+        call: Call,
+        new: Trajectory,
+        candidates: list[Trajectory],
+        rests: list[list[float] | None],
+        *,
+        several: bool,
     ) -> None:
         """Warn that a call begins a new trajectory, if it seems to continue an earlier one.
 
@@ -262,6 +320,8 @@ class Trajectories:
                 reason = "no scheduler makes its samples from earlier ones"
                 if any(rest is not None and max(rest) > _MOST_NOISE for rest in rests):
                     reason = "nearly all of its samples is new noise, or they belong to another image"
+            if several:
+                reason = "several runs from the same noise explain its samples"
             if new.shared:
                 reason = "several calls have the same timestep and the same conditions (tiles?)"
             self._warn(said + reason)
@@ -324,6 +384,45 @@ def _of_other_runs(trajectory: Trajectory, call: Call) -> bool:
     return place is not None and call.place is not None and not call.place.may_follow(place)
 
 
+def _best(call: Call, trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Choose the trajectories that explain a call best; the first steps of some schedulers differ by rounding alone."""
+    rests = [max(_rest(call, one) or [math.inf]) for one in trajectories]
+    limit = max(_NEEDED * min(rests, default=0.0), _SAME * torch.finfo(call.dtype).eps ** 2)
+    return [one for one, rest in zip(trajectories, rests, strict=True) if rest <= limit]
+
+
+def _alike(trajectories: list[Trajectory], dtype: torch.dtype) -> bool:
+    """Check whether all trajectories have the same last samples and predictions, so that any may go on.
+
+    Schedulers scale their samples differently, so the same noise differs by rounding.
+    """
+    exact = _SAME * torch.finfo(dtype).eps ** 2
+    return all(
+        one.nodes[-1].timestep == first.nodes[-1].timestep
+        and _distance(one.nodes[-1].sample, first.nodes[-1].sample) <= exact
+        and _distance(one.predicted, first.predicted) <= max(exact, _CLOSE)
+        for first, one in pairwise(trajectories)
+    )
+
+
+def _distance(one: Array | None, other: Array | None) -> float:
+    """Compute the energy of a difference relative to one of the two arrays."""
+    if one is other or one is None or other is None:
+        return 0.0 if one is other else math.inf
+    return float(np.square(one - other, dtype=np.float64).sum() / (np.square(one, dtype=np.float64).sum() or 1.0))
+
+
+def _needs(call: Call, trajectory: Trajectory, last: list[Array]) -> bool:
+    """Check whether only some last predictions of a trajectory explain a call; every scheduler uses its last one."""
+    rounding = _SAME * torch.finfo(call.dtype).eps ** 2
+    rows = zip(_rows(call, trajectory), _rows(call, trajectory, without=last), strict=True)
+    return any(
+        _unexplained(wanted, [*samples, *others])
+        > max(rounding, _NEEDED * _unexplained(wanted, [*samples, *predictions]))
+        for (wanted, samples, predictions), (_, _, others) in rows
+    )
+
+
 def _rest(call: Call, trajectory: Trajectory) -> list[float] | None:
     """Compute the share of every sample's energy that a trajectory's samples and predictions leave unexplained.
 
@@ -343,8 +442,16 @@ def _rest(call: Call, trajectory: Trajectory) -> list[float] | None:
     return shares
 
 
-def _rows(call: Call, trajectory: Trajectory) -> Iterator[tuple[Array, list[Array], list[Array]]]:
-    """List the distinct rows of a call, each with the samples and the predictions that a scheduler may combine."""
+def _rows(
+    call: Call, trajectory: Trajectory, without: Sequence[Array] = ()
+) -> Iterator[tuple[Array, list[Array], list[Array]]]:
+    """List the distinct rows of a call, each with the samples and the predictions that a scheduler may combine.
+
+    Args:
+        call: The call.
+        trajectory: The trajectory with the samples and predictions.
+        without: Predictions that are left out.
+    """
     rows = len(call.sample)
     blocks = max(count for count in (1, 2, 3) if rows % count == 0 and _repeats(call.sample, count))
     distinct = rows // blocks
@@ -354,9 +461,10 @@ def _rows(call: Call, trajectory: Trajectory) -> Iterator[tuple[Array, list[Arra
             one[row + block * distinct]
             for node in trajectory.nodes
             for one in node.predictions
+            if not any(one is other for other in without)
             for block in range(blocks)
         ]
-        if blocks == 1:
+        if blocks == 1 and not without:
             predictions += _clipped(samples[-1], predictions[-1], trajectory.nodes[-1].log_snr)
         yield call.sample[row], samples, predictions
 

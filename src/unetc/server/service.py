@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from unetc.call import EXTRA_CHANNELS
 from unetc.device import Array
 from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, UnetcError
 from unetc.progress import OnProgress, ignore
@@ -361,6 +362,12 @@ class Service:
                 raise request.problem(
                     name, f"{{}} has {len(text)} characters. Expected at most {limits.prompt_characters}."
                 )
+        if request.image is not None and EXTRA_CHANNELS in served.bundle.calls.names:
+            raise request.problem(
+                "image",
+                "{}: this model takes an image with every prompt, and the bundle holds those that it was built with. "
+                "Omit it, or use unetc.diffusers in the model's pipeline.",
+            )
         scale = request.guidance_scale
         if scale is not None and not 0 <= scale <= _LARGEST_SCALE:
             raise request.problem("guidance_scale", f"{{}} is {scale}. Expected 0 to {_LARGEST_SCALE:g}.")
