@@ -25,6 +25,7 @@ from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.device import Device
 from unetc.runtime.rollout import NonFiniteSteps, Rollout
+from unetc.sampler.prediction_type import PredictionType
 from unetc.treatments import Treatment
 
 KEEP, DROP, MEAN = Treatment.KEEP, Treatment.DROP, Treatment.MEAN
@@ -48,7 +49,8 @@ class Paired:
 
     def step(self, assignment: Assignment, inputs: Mapping[str, Array], timestep: float) -> Array:
         memory = dict(self._graph._memory)
-        both = self._graph.step({k: v for k, v in assignment.items() if k != GUIDANCE}, inputs, timestep)
+        graph = {name: own for name, own in assignment.items() if name != GUIDANCE}
+        both = self._graph.step(graph, inputs, timestep, PredictionType.EPSILON)
         treatment, half = assignment.get(GUIDANCE, KEEP), len(both) // 2
         if STEP in assignment:  # nothing is computed
             return both
