@@ -8,12 +8,12 @@ worse than one of whole steps, on the samples that it is chosen on.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
-from unetc.artifacts.profile import GUIDANCE
+from unetc.artifacts.profile import GUIDANCE, STEP
 from unetc.compiler.planner.emissions import emitting, with_emissions
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.planner.restriction import Restriction
@@ -80,7 +80,7 @@ def find_plan(
         if whole is not None:
             evaluated.extend(whole.evaluated)
             best = _better(best, whole, limits.budget, "whole steps alone", notes)
-            both = _union(workbench, best.candidate, joint, whole.candidate, emits)
+            both = _union(workbench, best.candidate, (joint, whole.candidate), limits, emits)
             between = repair(workbench, both, limits.budget, seed, options, on_progress)
             evaluated.extend(between.evaluated)
             best = _better(best, between, limits.budget, "engines of both plans", notes)
@@ -118,11 +118,20 @@ def _better(best: Repaired, other: Repaired, budget: float, what: str, notes: li
 
 
 def _union(
-    workbench: Workbench, start: Candidate, first: Candidate, second: Candidate, emits: Collection[str]
+    workbench: Workbench,
+    start: Candidate,
+    others: Sequence[Candidate],
+    limits: PlanOptions,
+    emits: Collection[str],
 ) -> Candidate:
-    """Make a candidate with the engines of two others, one for guidance, and the schedule of one of the two."""
-    assignments = [dict(engine.treatments) for one in (first, second) for engine in one.plan.engines]
-    if any(component.kind == "guidance" for component in workbench.profile.components):
+    """Make a candidate with the schedule of one and the engines of others.
+
+    An engine for guidance joins them where the limits leave room for one more, which has all weights.
+    """
+    assignments = _distinct([dict(engine.treatments) for one in others for engine in one.plan.engines])
+    guided = any(component.kind == "guidance" for component in workbench.profile.components)
+    computing = sum(1 for own in assignments if own and STEP not in own)
+    if guided and computing < limits.max_engines and limits.max_memory is None:
         assignments.append({GUIDANCE: Treatment.FORECAST})
     return _with_engines(workbench, start, _distinct(assignments), emits)
 

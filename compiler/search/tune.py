@@ -32,7 +32,7 @@ PREDICTIONS = 4
 SAMPLES = 4
 """Number of samples that it combines."""
 RIDGE = 1e-6
-"""Penalty on the weights, as a share of the mean square of what they weigh; keeps them small where data say nothing."""
+"""Penalty on the weights, as a share of the mean square of their tensors; keeps undetermined weights small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ def overflowing_values(
     """
     manifest = bundle.manifest
     levels = (level.engines for level in manifest.levels)
-    plans = [*levels, *(control.engines for control in manifest.controls if controls)]
+    plans = [*levels, *(control.engines for control in manifest.controls if controls and control.engines)]
     emitters = dict.fromkeys(engines[FULL_ENGINE].graph for engines in plans)
     others = dict.fromkeys(engine.graph for engine in (manifest.full, *(e for engines in plans for e in engines)))
     order = [*emitters, *(graph for graph in others if graph not in emitters)]

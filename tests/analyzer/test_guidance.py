@@ -102,7 +102,7 @@ def by_hand(
 def test_its_damage_is_the_one_of_replacing_the_difference(
     tiny: Tiny, conditions: Conditions, sweep: Sweep, base: FullTrajectory
 ) -> None:
-    kinds = treatments_for(sweep.components[-1])
+    kinds = treatments_for(sweep.components[-1], denoises=sweep.denoises)
     assert [kind.treatment for kind in kinds] == [Treatment.DROP, *[Treatment.HOLD] * 2, *[Treatment.FORECAST] * 2]
     chosen = [
         (Ablation(component=name, periodic=kind), b)
@@ -130,7 +130,7 @@ def test_the_screening_probes_it(sweep: Sweep, base: FullTrajectory, tmp_path: P
     probed = {(entry.periodic, b) for entry, b in screen.errors if entry.component == GUIDANCE}
     treated = {
         (kind, b)
-        for kind in treatments_for(sweep.components[-1])
+        for kind in treatments_for(sweep.components[-1], denoises=sweep.denoises)
         for b in range(BINS)
         if any(map(kind.treats, sweep.steps_of(b)))
     }

@@ -99,7 +99,7 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def fits(tiny_build: Path, quick: pytest.MonkeyPatch) -> Fits:
     fits = Fits(Profile.load(tiny_build / "profile.json"))
-    quick.setattr(building, "fit_plan", fits.fit_plan)
+    quick.setattr("unetc.compiler.search.find_plan.fit_plan", fits.fit_plan)
     return fits
 
 
@@ -108,7 +108,7 @@ def options(quality_gate: str | None = None) -> BuildOptions:
         plan=PlanOptions(budget=0.2),
         ladder=(0.4, 0.6),
         steps=STEPS,
-        repair=RepairOptions(evaluations=0),
+        repair=RepairOptions(evaluations=0, tune=False),
         controls=False,
         quality_gate=QualityGate.parse(quality_gate) if quality_gate else None,
     )

@@ -270,6 +270,8 @@ def test_gate_values_encode_treatments() -> None:
         Treatment.MEAN: [0, 1],
         Treatment.HOLD: [1, 0],
         Treatment.FORECAST: [1, 0],
+        Treatment.HOLD_X0: [1, 0],
+        Treatment.FORECAST_X0: [1, 0],
     }
     assert rows.keys() == set(Treatment)
     for treatment, row in rows.items():

@@ -90,7 +90,13 @@ class Reference:
         self._blank: dict[int, Array] = {}
         """Inputs for branches that are not held: NaN of the right shape, so that any read shows."""
 
-    def step(self, assignment: Assignment, inputs: Mapping[str, Array], timestep: float, kind: PredictionType) -> Array:
+    def step(
+        self,
+        assignment: Assignment,
+        inputs: Mapping[str, Array],
+        timestep: float,
+        kind: PredictionType = PredictionType.EPSILON,
+    ) -> Array:
         components = self._tiny.gated.components
         batch = len(inputs[TIMESTEP])
         holds = np.zeros((batch, len(components)), np.float32)

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.nightly
 
 diffusers: Any = untyped_diffusers
 
-KEEP, DROP, MEAN, HOLD, _ = Treatment
+KEEP, DROP, MEAN, HOLD = Treatment.KEEP, Treatment.DROP, Treatment.MEAN, Treatment.HOLD
 
 EXPECTED: Mapping[str, str] = {
     "dit": """

@@ -274,6 +274,8 @@ def test_images_of_the_conditions_are_not_mixed_with_others() -> None:
     assert "takes an image with every prompt" in no_text(bundle)
     assert "--text" not in no_text(bundle)
     own = Conditions(own={EXTRA_CHANNELS: np.zeros((1, 5, 4, 4), np.float32)})
-    session: Any = SimpleNamespace(conditions=own, steps=1, scheduler=SimpleNamespace(table=lambda steps: None))
+    session: Any = SimpleNamespace(
+        conditions=own, steps=1, tuned=None, scheduler=SimpleNamespace(table=lambda steps: None)
+    )
     with pytest.raises(SessionError, match="would only replace the start"):
         Session.start(session, image=np.zeros((1, 4, 4, 4), np.float32))

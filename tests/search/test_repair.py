@@ -68,7 +68,8 @@ def test_repair_never_does_more_damage_and_keeps_the_budget(setup: Setup) -> Non
     found = repair(setup.workbench, candidate, 0.25, 1, RepairOptions(evaluations=20, patience=20), ignore)
     damages = [one.damage.relative_l2.mean for one in found.evaluated]
     assert found.damage.relative_l2.mean == min(damages) < damages[0]  # half of the steps need not be forecast
-    assert found.damage == setup.workbench.damage(found.candidate, seed=1)
+    again = setup.workbench.damage(found.candidate, seed=1)  # a session sums a step in another order than the tuner
+    assert found.damage.relative_l2.mean == pytest.approx(again.relative_l2.mean, rel=1e-4)
     assert min(one.candidate.saving for one in found.evaluated) == 3 / 8  # 2 / 8 is an edge, missed half of the time
     schedules = [one.candidate.session.schedule(STEPS) for one in found.evaluated]
     assert len(set(schedules)) == len(schedules) > 3
@@ -88,7 +89,7 @@ def test_repair_is_repeatable_and_can_be_switched_off(setup: Setup) -> None:
     first, second = (repair(setup.workbench, candidate, 0.2, 1, options, ignore) for _ in range(2))
     assert first.candidate.plan == second.candidate.plan
     none = repair(setup.workbench, candidate, 0.2, 1, RepairOptions(evaluations=0), ignore)
-    assert none.candidate is candidate
+    assert none.candidate.plan is candidate.plan
     assert len(none.evaluated) == 1
 
 
