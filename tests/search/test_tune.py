@@ -23,7 +23,7 @@ STEPS = 8
 SEED, NEW = 5, 6
 
 
-@pytest.fixture(scope="module", params=["ddim", "dpmsolver++", "ddpm"])
+@pytest.fixture(scope="module", params=["dpmsolver++", pytest.param("ddpm", marks=pytest.mark.nightly)])
 def setup(request: pytest.FixtureRequest, tiny_model: Path, cache: Path) -> Setup:
     model = find_model(str(tiny_model))
     options = AnalysisOptions(

@@ -211,7 +211,7 @@ _OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @pytest.mark.parametrize("levels", _OWN_LEVELS)
-@pytest.mark.parametrize("betas", ["scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("betas", [pytest.param("scaled_linear", marks=pytest.mark.nightly), "squaredcos_cap_v2"])
 def test_a_first_timestep_that_comes_twice_is_refused(levels: str, betas: str) -> None:
     """diffusers begins one step late there, or fails at the last step; with other schedules it does neither."""
     refused = []
