@@ -341,9 +341,10 @@ def test_the_prediction_is_what_the_profile_says_about_the_plan(
     for phase in plan.phases:
         bins = bins_of(profile, phase)
         period = len(phase.cycle)
-        for name, treatment in treatments_of(plan, phase).items():
-            share = search.treated(bins[0], bins[-1] + 1, period) / sum(search.steps)
-            saved += share * search.saved[search.names.index(name)]
+        treatments = treatments_of(plan, phase)
+        run = BinRun(first=bins[0], last=bins[-1] + 1, period=period)
+        saved += search.saved_share(run, [search.names.index(name) for name in treatments])
+        for name, treatment in treatments.items():
             squared += sum(search.damage[name, b, treatment, period] for b in bins) ** 2
     assert plan.prediction.time_ratio == pytest.approx(1 - saved, abs=1e-9)
     assert plan.prediction.relative_l2 == pytest.approx(np.sqrt(squared), abs=1e-9)
