@@ -77,6 +77,7 @@ def few_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # E1
+@pytest.mark.nightly
 def test_a_call_gets_what_the_controlnet_of_diffusers_computes_at_every_step(folders: Folders) -> None:
     model = find_model(folders.source)
     prepared = prepare(model, folders.cache)
@@ -188,6 +189,7 @@ def test_damage_is_measured_with_the_images(folders: Folders, profiles: tuple[Pr
     assert profile_facts(controlled, Path("p.json"))["control"] == msgspec.to_builtins(controlled.control)
 
 
+@pytest.mark.nightly
 def test_a_bundle_says_what_its_damage_was_measured_on(
     folders: Folders, profiles: tuple[Profile, Profile], tmp_path: Path
 ) -> None:

@@ -80,7 +80,7 @@ def way(tiny_model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
         "plan": (folder / "profile.json", *LIMITS, "-o", folder / "plan.json"),
         "build": (
             *(tiny_model, "--profile", folder / "profile.json", "--plan", folder / "plan.json"),
-            *("--steps", 4, "--cache", cache, "-o", bundle),
+            *("--steps", 4, "--repair", 4, "--cache", cache, "-o", bundle),
         ),
         "pareto": (
             *(tiny_model, "--profile", folder / "profile.json", "--budgets", 2, "--steps", 4, "--planner", "exact"),
@@ -205,6 +205,7 @@ def test_the_curve_is_saved_with_its_picture(way: Way) -> None:
     assert (way.folder / "pareto.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.nightly
 def test_the_fastest_plan_that_passes_is_built(
     way: Way, tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

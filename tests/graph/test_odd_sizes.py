@@ -47,6 +47,7 @@ def test_a_conditional_unet_computes_every_size_as_diffusers_does(tiny: Tiny, he
     assert relative_error(tiny.run(engine, inputs), tiny.run_denoiser(inputs)) < 1e-5
 
 
+@pytest.mark.nightly
 @settings(max_examples=10)
 @given(data=st.data())
 def test_an_engine_computes_what_the_gated_graph_computes_at_any_size(tiny: Tiny, data: st.DataObject) -> None:
@@ -102,6 +103,7 @@ def with_control() -> Any:
     return model, capture(model, controlnet=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("height", "width"), [(20, 28), (16, 16), (7, 33)])
 @torch.no_grad()
 def test_controlnet_inputs_fit_every_size(

@@ -113,6 +113,7 @@ def test_the_committed_durations_keep_the_gate_short() -> None:
         assert slices.wall_time(part, seconds) <= slices.LIMIT or len(part) == 1, part
 
 
+@pytest.mark.nightly
 def test_slices_of_shuffled_runs_hold_every_nightly_test_once(tmp_path: Path) -> None:
     seen: list[str] = []
     for number in (1, 2, 3):
@@ -125,6 +126,7 @@ def test_slices_of_shuffled_runs_hold_every_nightly_test_once(tmp_path: Path) ->
     assert sorted(seen) == sorted(chain.from_iterable(GROUPS))
 
 
+@pytest.mark.nightly
 def test_the_slices_of_this_suite_hold_every_nightly_test_once() -> None:
     done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

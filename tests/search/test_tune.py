@@ -95,6 +95,7 @@ def test_rows_that_are_right_are_not_changed(setup: Setup) -> None:
     assert np.allclose(found.prediction_coefficients[:, :window], plain.prediction_coefficients, atol=2e-3)
 
 
+@pytest.mark.nightly
 def test_a_bundle_keeps_tuned_rows_for_its_own_number_of_steps(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     model = find_model(str(tiny_model))
     analysis = AnalysisOptions(steps=STEPS, samples=2, bins=2, batch=2, rounds=2, threads=1, decisive=1)
