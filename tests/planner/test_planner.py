@@ -219,9 +219,12 @@ class Search:
         return sum(min(harm.values(), default=np.inf) ** 2 for harm in harms)
 
     def saved_share(self, run: BinRun, chosen: Collection[int]) -> float:
-        share = self.treated(run.first, run.last, run.period) / sum(self.steps)
+        return self.treated(run.first, run.last, run.period) / sum(self.steps) * self.saved_in_a_step(chosen)
+
+    def saved_in_a_step(self, chosen: Collection[int]) -> float:
+        """Compute the saved share of a step; components save a share of the rows that guidance leaves."""
         rows = 1 - sum(self.saved[c] for c in chosen if self.names[c] == GUIDANCE)
-        return share * (1 - rows + rows * sum(self.saved[c] for c in chosen if self.names[c] != GUIDANCE))
+        return 1 - rows + rows * sum(self.saved[c] for c in chosen if self.names[c] != GUIDANCE)
 
     def needs_engine(self, chosen: Collection[int]) -> bool:
         return any(self.names[c] != STEP for c in chosen)
@@ -366,7 +369,7 @@ def test_the_schedule_saves_the_time_that_was_predicted(
     if plan is None:
         return
     search = Search(profile)
-    saved = [sum(search.saved[search.names.index(name)] for name in engine.treatments) for engine in plan.engines]
+    saved = [search.saved_in_a_step([search.names.index(name) for name in one.treatments]) for one in plan.engines]
     schedule = plan.schedule(steps_of(profile))
     assert plan.prediction.time_ratio == pytest.approx(1 - np.mean([saved[engine] for engine in schedule]), abs=1e-9)
 
