@@ -25,6 +25,7 @@ from unetc.backend import Array
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.repair import RepairOptions
 from unetc.compiler.tensorrt.compile_bundle import compile_bundle
 from unetc.compiler.tensorrt.options import CompileOptions
 from unetc.diffusers import BundleUNet
@@ -95,7 +96,8 @@ def build_by_hand(root: Path, *, controlnet: bool) -> None:
     )
     found = find_model(ModelSource(model, controlnet=controlnet))
     profile = analyze_model(found, analysis, cache=cache)
-    options = BuildOptions(plan=PlanOptions(budget=0.0), steps=STEPS, controls=False)
+    plain = RepairOptions(tune=False)  # a pipeline's scheduler has plain rows
+    options = BuildOptions(plan=PlanOptions(budget=0.0), steps=STEPS, repair=plain, controls=False)
     build(found, profile, root / "bundle", options, cache=cache, plan=plan_of(profile))
 
 
