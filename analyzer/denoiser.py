@@ -146,12 +146,10 @@ class GatedDenoiser:
         Raises:
             ProfileError: If the denoiser produces NaN or infinity.
         """
-        conditions = self._conditions(len(sample))
-        prediction = self._whole(sample, timestep, conditions)
+        predicted = self._whole(sample, timestep, self._conditions(len(sample)))
         half = len(sample)
-        cache.store({f"{COMPUTED}{GUIDANCE}": prediction[half:] - prediction[:half]}, timestep)
-        guided: Array = conditions.guide(prediction, sample.shape[1])
-        return guided
+        cache.store({f"{COMPUTED}{GUIDANCE}": predicted[half:] - predicted[:half]}, timestep)
+        return self._guided(predicted, sample)
 
     def recall_guidance(self, sample: Array, timestep: float, cache: BranchCache, treatment: Treatment) -> Array:
         """Run the denoiser with the samples' own conditions, and guide with a difference that a treatment makes.
@@ -168,14 +166,12 @@ class GatedDenoiser:
         own = self._whole(sample, timestep, self._own(len(sample)))
         difference = cache.guidance(treatment, timestep)
         negative = own if difference is None else own - difference
-        guided: Array = self._conditions(len(sample)).guide(np.concatenate([negative, own]), sample.shape[1])
-        return guided
+        return self._guided(np.concatenate([negative, own]), sample)
 
     def _whole(self, sample: Array, timestep: float, conditions: Conditions) -> Array:
         """Predict with all components kept, for every row of a call."""
-        inputs = conditions.widen(sample, timestep, gates=self.gates({}, len(sample)))
-        shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
-        return _finite(self._call(self._program, {**inputs, "means": self._no_means}, shape)[0], timestep)
+        rows = {"gates": self.gates({}, len(sample))}
+        return self._run(self._program, sample, timestep, rows, {"means": self._no_means}, conditions)[0]
 
     def _array_of(self, inputs: Mapping[str, Tensor], index: int, prefix: str) -> Array:
         """Copy an input of a component from the device; only the inputs that a formula reads are copied."""
@@ -189,9 +185,10 @@ class GatedDenoiser:
         timestep: float,
         rows: Mapping[str, Array],
         others: Mapping[str, Tensor],
+        conditions: Conditions | None = None,
     ) -> tuple[Array, Mapping[str, Tensor]]:
         """Run a form of the graph; return the prediction before guidance, and the emitted branches."""
-        conditions = self._conditions(len(sample))
+        conditions = conditions or self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
         prediction, emitted = self._call(program, {**inputs, **others}, shape)

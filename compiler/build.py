@@ -25,7 +25,7 @@ from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine,
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
 from unetc.compiler.search.set_up import Setup, set_up
-from unetc.compiler.search.workbench import SAMPLING_ROUNDS, Candidate, Workbench
+from unetc.compiler.search.workbench import SAMPLING_ROUNDS, TUNED_BATCHES, Candidate, Workbench
 from unetc.errors import CompileError, ModelError, PlanError, QualityGateError
 from unetc.models.model import Model
 from unetc.percent import percent
@@ -38,8 +38,6 @@ from .store import check_destination, write_bundle
 from .text import prepare_text
 
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
-TUNED_BATCHES = 4
-"""Batches that rows are tuned on at last."""
 QUALITY_GATE_SEARCH_STEPS = 5
 """Halvings of the interval that holds the largest budget that passes a quality gate."""
 
@@ -174,7 +172,6 @@ def build(
             limits=options.plan,
             repair=options.repair,
             random_plans=options.random_plans,
-            tuned_batches=TUNED_BATCHES,
         )
     pairs = check_pairs(workbench, default.candidate, seed, on_progress) if wanted else ()
     return _write(path, setup, options, levels, controls, pairs, notes, seed, on_progress)

@@ -17,7 +17,7 @@ from .fit import fit_deep_hold, fit_random, fit_uniform
 from .repair import RepairOptions
 from .restricted import fit_restricted
 from .schedules import Schedule, fewer_steps, other_solver
-from .workbench import SAMPLING_ROUNDS, Candidate, Workbench
+from .workbench import SAMPLING_ROUNDS, TUNED_BATCHES, Candidate, Workbench
 
 MOST_REPAIR = RepairOptions(evaluations=20, patience=8)
 """Longest search for the schedule of a control."""
@@ -63,7 +63,6 @@ def make_controls(
     limits: PlanOptions,
     repair: RepairOptions,
     random_plans: int,
-    tuned_batches: int,
 ) -> Controls:
     """Make the controls of a plan; one that cannot be made is noted and left out.
 
@@ -79,7 +78,6 @@ def make_controls(
         limits: Limits of the plan, which hold for controls too.
         repair: How long the plan was repaired; controls are repaired as long, up to `MOST_REPAIR`.
         random_plans: Number of random plans.
-        tuned_batches: Batches that rows of the scheduler are tuned on, as for the plan.
     """
     target, engines = candidate.saving, candidate.plan.max_engines
     short = replace(
@@ -93,7 +91,7 @@ def make_controls(
 
         def fit() -> Candidate:
             found = fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own)
-            return _tuned(workbench, found.candidate, seed, tuned_batches) if own.tune else found.candidate
+            return _tuned(workbench, found.candidate, seed) if own.tune else found.candidate
 
         return fit
 
@@ -119,10 +117,10 @@ def make_controls(
     return Controls(made=tuple(made), converged=_converged(workbench, model, notes))
 
 
-def _tuned(workbench: Workbench, candidate: Candidate, seed: int, batches: int) -> Candidate:
+def _tuned(workbench: Workbench, candidate: Candidate, seed: int) -> Candidate:
     """Tune rows to a control as to the plan itself: on more batches, or not at all if that does less damage."""
     plain = workbench.plain(candidate)
-    tuned, _ = workbench.tune(plain, seed=seed, batches=batches)
+    tuned, _ = workbench.tune(plain, seed=seed, batches=TUNED_BATCHES)
     judged = [workbench.damage(one, seed=seed + 1, batches=SAMPLING_ROUNDS).relative_l2.mean for one in (tuned, plain)]
     return tuned if judged[0] < judged[1] else plain
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -189,24 +189,36 @@ def fit_random(workbench: Workbench, target: float, correction: float, seed: int
 
 def _closest(workbench: Workbench, draw: Callable[[float], Plan], target: float) -> Candidate:
     """Draw plans for corrected budgets, time each once and return the one whose saving is closest to the target."""
-    budget = target
-    best: Candidate | None = None
     timed: dict[bytes, Candidate] = {}
-    for _ in range(ATTEMPTS):
-        try:
-            plan = draw(budget)
-        except PlanError:
-            budget *= 0.9
-            continue
+
+    def time(budget: float) -> Candidate:
+        plan = draw(budget)
         drawn = msgspec.json.encode((plan.engines, plan.phases))
         if drawn not in timed:
             timed[drawn] = workbench.compile(plan)
-        candidate = timed[drawn]
-        if best is None or abs(candidate.saving - target) < abs(best.saving - target):
-            best = candidate
-        if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
-            break
-        budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))
+        return timed[drawn]
+
+    best = min(attempts(time, target), key=lambda candidate: abs(candidate.saving - target), default=None)
     if best is None:
         raise PlanError(f"no control plan saves {percent(target)} of the time.")
     return best
+
+
+def attempts(draw: Callable[[float], Candidate], target: float) -> Iterator[Candidate]:
+    """Draw candidates for corrected budgets until one saves the target.
+
+    Args:
+        draw: Makes a candidate for a budget, or raises `PlanError`; the next budget is then smaller.
+        target: Share of the time to save.
+    """
+    budget = target
+    for _ in range(ATTEMPTS):
+        try:
+            candidate = draw(budget)
+        except PlanError:
+            budget *= 0.9
+            continue
+        yield candidate
+        if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
+            break
+        budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import msgspec
-import numpy as np
 
 from unetc.compiler.planner.planner import PlanOptions, make_plan
 from unetc.compiler.planner.restriction import Restriction
@@ -14,7 +13,7 @@ from unetc.percent import percent
 from unetc.progress import ignore
 from unetc.runtime.rollout import FULL_ENGINE
 
-from .fit import ATTEMPTS, TOLERANCE
+from .fit import TOLERANCE, attempts
 from .repair import Repaired, RepairOptions, repair
 from .workbench import Candidate, Workbench
 
@@ -59,24 +58,16 @@ def _fit(workbench: Workbench, limits: PlanOptions, target: float, correction: f
 
     log_snr = workbench.scheduler.table(workbench.steps).log_snr.tolist()
     timed: dict[bytes, Candidate] = {}
-    best: Candidate | None = None
-    budget = target
-    for _ in range(ATTEMPTS):
-        try:
-            plan = make_plan(workbench.profile, replace(limits, budget=min(budget, 0.99)), correction=correction)
-        except PlanError:
-            budget *= 0.9
-            continue
+
+    def draw(budget: float) -> Candidate:
+        plan = make_plan(workbench.profile, replace(limits, budget=min(budget, 0.99)), correction=correction)
         engines = msgspec.json.encode(plan.engines)
         if engines in timed:
-            candidate = workbench.reschedule(timed[engines], plan.schedule(log_snr))
-        else:
-            candidate = timed[engines] = workbench.compile(plan)
-        if best is None or misses(candidate) < misses(best):
-            best = candidate
-        if abs(candidate.saving - target) <= TOLERANCE / 2 * target:
-            break
-        budget = float(np.clip(budget * target / max(candidate.saving, 0.01), 0.02, 0.95))
+            return workbench.reschedule(timed[engines], plan.schedule(log_snr))
+        timed[engines] = workbench.compile(plan)
+        return timed[engines]
+
+    best = min(attempts(draw, target), key=misses, default=None)
     if best is None or best.saving < (1 - TOLERANCE) * target:
         most = "" if best is None else f"; the most that was saved is {percent(best.saving)}"
         raise PlanError(f"no plan of this kind saves {percent(target)} of the time{most}.")

@@ -51,10 +51,11 @@ def fewer_steps(workbench: Workbench, model: Model, candidate: Candidate, time_r
     steps = min(full.count - 1, max(1, round(time_ratio * full.count)))
     if steps < 1:
         raise PlanError("a schedule of one step has no shorter one.")
-    choices = {(name, spacing): one for spacing, one in _choices(model, name, full, steps).items()}
-    _, spacing, table = _best(workbench, candidate, choices, seed)
-    text = f"the full model with fewer steps ({steps} of {full.count}); spacing {spacing}, the best of {len(choices)}"
-    return Schedule(scheduler=SchedulerTables(name=name, tables=(table,)), description=text)
+    choices = from_same_start(model, name, full, steps)
+    if not choices:
+        raise PlanError(f"no schedule of {name} in {steps} steps starts at the noise level of the full model's.")
+    words = {name: f"fewer steps ({steps} of {full.count})"}
+    return _best(workbench, candidate, {(name, spacing): one for spacing, one in choices.items()}, words, seed)
 
 
 def other_solver(workbench: Workbench, model: Model, candidate: Candidate, time_ratio: float, seed: int) -> Schedule:
@@ -85,32 +86,30 @@ def other_solver(workbench: Workbench, model: Model, candidate: Candidate, time_
             problems.append(str(error))
     if not choices:
         raise PlanError(" ".join(problems) or f"none starts at the noise level of {own} in {calls} calls.")
-    name, spacing, table = _best(workbench, candidate, choices, seed)
-    text = f"the full model with {SOLVERS[name]} and {calls} calls; spacing {spacing}, the best of {len(choices)}"
-    return Schedule(scheduler=SchedulerTables(name=name, tables=(table,)), description=text)
-
-
-def _choices(model: Model, name: str, full: SchedulerTable, steps: int) -> Mapping[str, SchedulerTable]:
-    """List the schedules of a number of steps with the same start.
-
-    Raises:
-        PlanError: If there is none.
-    """
-    found = from_same_start(model, name, full, steps)
-    if not found:
-        raise PlanError(f"no schedule of {name} in {steps} steps starts at the noise level of the full model's.")
-    return found
+    words = {name: f"{text} and {calls} calls" for name, text in SOLVERS.items()}
+    return _best(workbench, candidate, choices, words, seed)
 
 
 def _best(
-    workbench: Workbench, candidate: Candidate, choices: Mapping[tuple[str, str], SchedulerTable], seed: int
-) -> tuple[str, str, SchedulerTable]:
-    """Sample every schedule, and return scheduler, spacing and table of the one that does the least damage.
+    workbench: Workbench,
+    candidate: Candidate,
+    choices: Mapping[tuple[str, str], SchedulerTable],
+    words: Mapping[str, str],
+    seed: int,
+) -> Schedule:
+    """Sample every schedule, and return the one that does the least damage.
+
+    Args:
+        workbench: Where to measure.
+        candidate: The plan.
+        choices: Tables by scheduler and spacing.
+        words: Description of every scheduler.
+        seed: Seed of the noise that damage is measured on.
 
     Raises:
         PlanError: If all of them give NaN or infinity.
     """
-    best: tuple[str, str, SchedulerTable] | None = None
+    best: Schedule | None = None
     least = inf
     for (name, spacing), table in choices.items():
         scheduler = SchedulerTables(name=name, tables=(table,))
@@ -119,7 +118,8 @@ def _best(
         except NonFiniteError:
             continue
         if damage < least:
-            best, least = (name, spacing, table), damage
+            text = f"the full model with {words[name]}; spacing {spacing}, the best of {len(choices)}"
+            best, least = Schedule(scheduler=scheduler, description=text), damage
     if best is None:
         raise PlanError("every schedule gives NaN or infinity.")
     return best

@@ -34,6 +34,8 @@ ENGINE_ROUNDS = 15
 ENGINE_SECONDS = 5.0
 """Least time spent on engines with short calls: a disturbance of the machine may last a second or two."""
 SAMPLING_ROUNDS = 5
+TUNED_BATCHES = 4
+"""Batches that rows are tuned on at last."""
 LARGEST_BATCH = 32
 """Largest batch that engines are timed at, unless the profile's is larger."""
 LONGEST_CALL_MS = 250.0
@@ -181,10 +183,14 @@ class Workbench:
             self._references[seed, batch] = self._sample(candidate, seed, batch, full_model=True)
         return self._references[seed, batch]
 
-    def _sample(self, candidate: Candidate, seed: int, batch: int, *, full_model: bool = False) -> NDArray[np.float32]:
+    def _sample(
+        self, candidate: Candidate, seed: int, batch: int, *, full_model: bool = False, latents: bool = False
+    ) -> NDArray[np.float32]:
         """Sample one batch of a seed."""
         size = self.profile.batch
-        return candidate.session.sample(size, seed=seed, first_index=batch * size, full_model=full_model)
+        return candidate.session.sample(
+            size, seed=seed, first_index=batch * size, full_model=full_model, latents=latents
+        )
 
     def tune(self, candidate: Candidate, *, seed: int, batches: int) -> tuple[Candidate, Damage]:
         """Tune the rows of the scheduler table to a plan.
@@ -240,24 +246,14 @@ class Workbench:
             )
             ratios.append(float(times[0, 1] / times[0, 0]))
         if self._conditions.control is not None:
-            full, pruned = self._with_control(candidate, seed)
+            full, pruned = (
+                [self._sample(candidate, seed, i, full_model=full_model, latents=True) for i in range(SAMPLING_ROUNDS)]
+                for full_model in (True, False)
+            )
         images = [candidate.session.decode(part) for part in full]
         self._references |= {(seed, i): image for i, image in enumerate(images)}
         damage = measure_damage(np.concatenate(images), candidate.session.decode(np.concatenate(pruned)))
         return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
-
-    def _with_control(
-        self, candidate: Candidate, seed: int
-    ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
-        """Sample latents with control images, with the full model and with the plan."""
-        batch, rounds = self.profile.batch, range(SAMPLING_ROUNDS)
-
-        def sample(i: int, full_model: bool) -> NDArray[np.float32]:
-            return candidate.session.sample(
-                batch, seed=seed, first_index=i * batch, full_model=full_model, latents=True
-            )
-
-        return [sample(i, True) for i in rounds], [sample(i, False) for i in rounds]
 
     def plain(self, candidate: Candidate) -> Candidate:
         """Give a candidate the scheduler's plain rows."""

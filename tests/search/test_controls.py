@@ -152,7 +152,6 @@ def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
         limits=PlanOptions(budget=0.5),
         repair=NO_REPAIR,
         random_plans=1,
-        tuned_batches=1,
     )
     names = [one.name for one in controls.made]
     assert names[:4] == ["fewer_steps", "other_solver", "steps_only", "chosen_steps"]

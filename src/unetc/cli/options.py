@@ -36,6 +36,9 @@ Cache = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads of the target (default: all cores).")]
+BundleThreads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads of the target (default: the bundle's).")
+]
 
 DEFAULT_BUDGET = 0.27
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import BundlePath, BundleTarget, Json, QualityLevel, Seed
+from ..options import BundlePath, BundleTarget, BundleThreads, Json, QualityLevel, Seed
 
 DEFAULT_STRENGTH = 0.8
 
@@ -47,10 +47,7 @@ def sample(
         str,
         typer.Option(metavar="fast|low", help="fast, or low: weights are held once, and on a GPU two phases' engines."),
     ] = "fast",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="CPU threads of the target (default: the bundle's)."),
-    ] = None,
+    threads: BundleThreads = None,
     as_json: Json = False,
 ) -> None:
     """Sample from a bundle into one picture. Needs no torch.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..groups import Group
-from ..options import BundleTarget, Json
+from ..options import BundleTarget, BundleThreads, Json
 
 
 class LoadGroup(Group, panel="Under load"):
@@ -54,9 +54,7 @@ def serve(
     load: LoadGroup,
     target: BundleTarget = None,
     memory: Annotated[str, typer.Option(metavar="fast|low", help="fast, or low: weights are held once.")] = "fast",
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="CPU threads of the target (default: the bundle's).")
-    ] = None,
+    threads: BundleThreads = None,
     as_json: Json = False,
 ) -> None:
     """Serve bundles to many clients at once, behind the APIs of OpenAI and others. Needs the extra serve.
