@@ -16,7 +16,7 @@ from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
-from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.conditions import UNCONDITIONAL, Conditions, check_scale
 from unetc.environment import cores
 from unetc.errors import ArtifactError, ProfileError
 from unetc.progress import OnProgress, Progress, ignore
@@ -68,6 +68,7 @@ class AnalysisOptions:
 
         Raises:
             ProfileError: If one is out of range.
+            SessionError: If the guidance scale is out of range.
         """
         for name in ("steps", "samples", "bins", "threads", "batch", "rounds"):
             if getattr(self, name) < 1:
@@ -76,10 +77,8 @@ class AnalysisOptions:
             raise ProfileError(f"decisive must be at least 0, or None for all, got {self.decisive}.")
         if not self.time_limit_s > 0:
             raise ProfileError(f"a time limit must be above 0 seconds, got {self.time_limit_s}.")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < 1000:
-            raise ProfileError(
-                f"a guidance scale lies in [0, 1000), and 0 to 1 turns guidance off; got {self.guidance_scale}."
-            )
+        if self.guidance_scale is not None:
+            check_scale(self.guidance_scale)
         if self.prompts and self.labels:
             raise ProfileError("prompts and labels are given. Give labels to a model with classes, prompts to others.")
         if not 0 <= self.seed < 2**63:

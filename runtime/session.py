@@ -7,6 +7,7 @@ predictions, conditions and emitted branches. In each step one value comes back:
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -315,12 +316,7 @@ class Session:
             batch, height, width = self._of_image(image, noise, height, width)
             table = table.starting_at(first)
         elif table.log_snr[0] > 0:  # one step of many schedulers: findings/one-step-starts-without-noise.sh
-            logger.warning(
-                "sampling in %d step(s) begins at log-SNR %.1f, where images are nearly finished, so pure noise "
-                "cannot become one. Use more steps, or a scheduler with timestep_spacing trailing.",
-                table.steps,
-                table.log_snr[0],
-            )
+            _warn_of_start(table.steps, round(table.log_snr[0], 1))
         noise = self._noise(batch, seed, first_index, noise, height, width)
         if self.scheduler.one_size and noise.shape[2:] != self.sample_shape[1:]:
             raise ShapeMismatch(
@@ -494,6 +490,17 @@ class Session:
 
 _Choice = tuple[Plan | None, tuple[BundleEngine, ...], str | None]
 """Plan, its engines, and the name of a schedule; no plan is the full model."""
+
+
+@functools.cache  # a command opens many sessions; one warning is enough
+def _warn_of_start(steps: int, log_snr: float) -> None:
+    """Warn that a schedule begins at a noise level where nothing can be made of noise."""
+    logger.warning(
+        "sampling in %d step(s) begins at log-SNR %.1f, where images are nearly finished, so pure noise cannot become "
+        "one. Use more steps, or a scheduler with timestep_spacing trailing.",
+        steps,
+        log_snr,
+    )
 
 
 def _choose(manifest: Manifest, level: str | None) -> _Choice:

@@ -126,7 +126,7 @@ class TextEncoder:
 
         Raises:
             ShapeMismatch: If there is no prompt, or another number of negative prompts.
-            SessionError: If the guidance scale is not finite, or a text encoder cannot be run.
+            SessionError: If the guidance scale is out of range, or a text encoder cannot be run.
             MissingDependency: If the library `tokenizers` is not installed.
         """
         scale = self._guidance_scale if guidance_scale is None else guidance_scale

@@ -13,7 +13,6 @@ Source:
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,15 +34,21 @@ NEGATIVE, MIDDLE = "negative.", "middle."
 _OWN_SIZE, _TARGET_SIZE = slice(0, 2), slice(4, 6)
 """Columns of SDXL's `time_ids` for the original and the target size, each as height and width."""
 
+_LARGEST_SCALE = 1000
+
 
 def check_scale(scale: float) -> None:
-    """Refuse a guidance scale that is not finite: NaN compares as no guidance, and infinity makes NaN of a sample.
+    """Refuse a guidance scale that nobody means.
+
+    NaN and negative numbers compare as no guidance, and infinity makes NaN of a sample.
 
     Raises:
-        SessionError: If it is not finite.
+        SessionError: If it is out of range.
     """
-    if not math.isfinite(scale):
-        raise SessionError(f"a guidance scale is a finite number, and 1 or less turns guidance off; got {scale}.")
+    if not 0 <= scale < _LARGEST_SCALE:
+        raise SessionError(
+            f"a guidance scale lies in [0, {_LARGEST_SCALE}), and 0 to 1 turns guidance off; got {scale:g}."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,7 @@ class Conditions:
     Raises:
         ShapeMismatch: If inputs differ in their number of rows, if negative or middle conditions have other names or
             shapes, or if there are middle conditions without negative ones.
-        SessionError: If a guidance scale is not finite.
+        SessionError: If a guidance scale is out of range.
     """
 
     own: Values = field(default_factory=dict)

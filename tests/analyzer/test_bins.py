@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tests.analyzer.sweeps import table_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.sweep import make_bins
-from unetc.errors import ProfileError
+from unetc.errors import SessionError
 
 
 def test_there_are_at_most_as_many_bins_as_steps() -> None:
@@ -24,7 +24,7 @@ def test_there_are_at_most_as_many_bins_as_steps() -> None:
 @pytest.mark.parametrize("scale", [-0.1, 1000.0, float("nan")])
 def test_a_guidance_scale_out_of_range_is_refused(scale: float) -> None:
     AnalysisOptions(guidance_scale=0.0)
-    with pytest.raises(ProfileError, match=r"lies in \[0, 1000\)"):
+    with pytest.raises(SessionError, match=r"lies in \[0, 1000\)"):
         AnalysisOptions(guidance_scale=scale)
 
 

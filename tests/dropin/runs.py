@@ -15,6 +15,10 @@ from tests.models import CONTEXT_WIDTH, Reuse, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts import Phase
 from unetc.call import CallSignature
+from unetc.compiler.schedulers.classes import CLASSES, Family
+from unetc.compiler.schedulers.extract import extract_all
+from unetc.compiler.schedulers.make import make_scheduler
+from unetc.compiler.schedulers.names import SCHEDULERS
 from unetc.diffusers import BundleUNet
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.rollout import Rollout
@@ -26,9 +30,19 @@ diffusers: Any = untyped_diffusers
 STEPS = 6
 SIDE = 8
 
+SETTINGS: dict[Family, dict[str, Any]] = {
+    Family.BETAS: {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
+    Family.EDM: {},
+    Family.FLOW: {"shift": 3.0},
+}
+"""Settings of the schedulers of a family that differ from their defaults."""
+
+OWN = {Family.BETAS: "ddim", Family.EDM: "edm-euler", Family.FLOW: "flow-euler"}
+"""The scheduler that a bundle of each family is built for."""
+
 
 @functools.cache
-def session_of(architecture: str, folder: Path) -> Session:
+def session_of(architecture: str, folder: Path, family: Family) -> Session:
     """Load engines that alternate between computing everything and holding or forecasting two components."""
     tiny = tiny_of(architecture, folder)
     level = next(component for component in tiny.gated.components if component.kind == "level")
@@ -37,11 +51,12 @@ def session_of(architecture: str, folder: Path) -> Session:
     backend = open_backend("onnxruntime:cpu", threads=1)
     loader = backend.open_weights(tiny.gated.weights.read_bytes())
     calls = CallSignature.of(type(tiny.denoiser).__name__, tiny.denoiser.config)
+    name, own = OWN[family], dict(begin(SCHEDULERS[OWN[family]][0]).config)
     return Session(
         plan=plan_of(reuse.engines, [Phase(low=-20.0, high=20.0, cycle=(0, 1))]),
         full=loader.load(reuse.full),
         programs=[loader.load(graph) for graph in reuse.graphs],
-        scheduler=reuse.scheduler,
+        scheduler=extract_all(make_scheduler(name, own), name, [STEPS]),
         sample_shape=(calls.channels, SIDE, SIDE),
         steps=STEPS,
         device=backend.device,
@@ -49,11 +64,13 @@ def session_of(architecture: str, folder: Path) -> Session:
     )
 
 
-def dropin_of(architecture: str, folder: Path, *, full_model: bool = False) -> BundleUNet:
-    """Make a fresh drop-in."""
-    tiny = tiny_of(architecture, folder)
-    denoiser = tiny.denoiser
-    return BundleUNet(session_of(architecture, folder), type(denoiser).__name__, denoiser.config, full_model=full_model)
+def dropin_of(
+    architecture: str, folder: Path, family: Family = Family.BETAS, *, full_model: bool = False
+) -> BundleUNet:
+    """Make a fresh drop-in of a bundle for the schedulers of a family."""
+    denoiser = tiny_of(architecture, folder).denoiser
+    session = session_of(architecture, folder, family)
+    return BundleUNet(session, type(denoiser).__name__, denoiser.config, full_model=full_model)
 
 
 def noise(seed: int, channels: int = 4) -> Tensor:
@@ -68,7 +85,8 @@ def words(seed: int) -> Tensor:
 
 def begin(scheduler: str, steps: int = STEPS) -> Any:
     """Make a scheduler of diffusers at the beginning of a run."""
-    made = getattr(diffusers, scheduler)(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    family = CLASSES[scheduler].family if scheduler in CLASSES else Family.BETAS
+    made = getattr(diffusers, scheduler)(**SETTINGS[family])
     if "clip_sample" in made.config:
         made = type(made).from_config(made.config, clip_sample=False)
     if "skip_prk_steps" in made.config:
@@ -105,10 +123,11 @@ def run(
     if hasattr(timing, "set_begin_index"):
         timing.set_begin_index(start)
     sigmas = getattr(timing, "sigmas", None)
-    level = timing.init_noise_sigma if not start or sigmas is None else (sigmas[start] ** 2 + 1) ** 0.5
-    sample = sample * (level if timing.init_noise_sigma != 1.0 else 1.0)
+    first = getattr(timing, "init_noise_sigma", 1.0)  # flow matching begins with unit noise
+    level = first if not start or sigmas is None else (sigmas[start] ** 2 + 1) ** 0.5
+    sample = sample * (level if first != 1.0 else 1.0)
     for timestep in timing.timesteps[start:]:
-        seen = timing.scale_model_input(sample, timestep)
+        seen = timing.scale_model_input(sample, timestep) if hasattr(timing, "scale_model_input") else sample
         given = timestep.item() if numbers else timestep
         with torch.no_grad():
             if prompts:

@@ -265,6 +265,18 @@ def test_an_index_fits_its_shards(original: Path, tmp_path: Path) -> None:
     assert "'conv_in.bias'" in refusal(lambda: open_model(folder))
 
 
+def test_a_tensor_that_the_index_leaves_out_is_read(original: Path, tmp_path: Path) -> None:
+    folder, index = sharded(original, tmp_path)
+    whole = open_model(folder).reference
+    content = json.loads(index.read_text())
+    del content["weight_map"]["conv_in.bias"]
+    index.write_text(json.dumps(content))
+    assert open_model(folder).reference == whole
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    expected = diffusers.UNet2DConditionModel.from_pretrained(original / "unet")
+    torch.testing.assert_close(theirs.conv_in.bias, expected.conv_in.bias, rtol=0, atol=0)
+
+
 def test_shards_without_an_index_are_refused(original: Path, tmp_path: Path) -> None:
     folder, index = sharded(original, tmp_path)
     index.unlink()

@@ -59,6 +59,9 @@ _NEEDED = 10.0
 _CLOSE = 1e-11
 """Energy of the difference of two predictions for samples that differ by rounding, relative; models enlarge it."""
 
+_CLOSE_TIMESTEPS = 1e-6
+"""Relative difference of timesteps that differ by rounding."""
+
 _MOST_NOISE = 0.9
 """Unexplained share above which a sample could be any other one."""
 
@@ -394,11 +397,11 @@ def _best(call: Call, trajectories: list[Trajectory]) -> list[Trajectory]:
 def _alike(trajectories: list[Trajectory], dtype: torch.dtype) -> bool:
     """Check whether all trajectories have the same last samples and predictions, so that any may go on.
 
-    Schedulers scale their samples differently, so the same noise differs by rounding.
+    Schedulers scale their samples and compute their timesteps in different ways, so both may differ by rounding.
     """
     exact = _SAME * torch.finfo(dtype).eps ** 2
     return all(
-        one.nodes[-1].timestep == first.nodes[-1].timestep
+        math.isclose(one.nodes[-1].timestep, first.nodes[-1].timestep, rel_tol=_CLOSE_TIMESTEPS)
         and _distance(one.nodes[-1].sample, first.nodes[-1].sample) <= exact
         and _distance(one.predicted, first.predicted) <= max(exact, _CLOSE)
         for first, one in pairwise(trajectories)

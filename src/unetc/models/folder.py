@@ -337,9 +337,10 @@ def _shards(index: Path, variant: str | None) -> Weights:
             if name in found:
                 raise ModelError(f"{path} and {found[name]} both hold {name!r}. Expected every tensor in one shard.")
             shapes[name], found[name] = shape, path.name
-    if strangers := sorted(name for name in homes.keys() | found.keys() if homes.get(name) != found.get(name)):
+    # Tensors that the index leaves out are read as well, as diffusers reads them.
+    if strangers := sorted(name for name, home in homes.items() if home != found.get(name)):
         raise ModelError(
-            f"{index} does not fit its shards: it says that {strangers[0]!r} is in {homes.get(strangers[0])}, and it "
+            f"{index} does not fit its shards: it says that {strangers[0]!r} is in {homes[strangers[0]]}, and it "
             f"is in {found.get(strangers[0])}. Download the weights again."
         )
     return Weights(files=files, shapes=shapes, homes=found, variant=variant)

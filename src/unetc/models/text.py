@@ -81,7 +81,7 @@ def encode_prompts(
 
     Raises:
         ModelError: If a tokenizer does not fit its text encoder.
-        SessionError: If the guidance scale is not finite.
+        SessionError: If the guidance scale is out of range.
     """
     import torch
 
