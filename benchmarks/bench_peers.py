@@ -1,6 +1,6 @@
 """How much damage do peers do in the time that DeepCache takes, on the same trained, prompted model?
 
-    python benchmarks/bench_peers.py             # about 35 minutes on two cores; resumes
+    python benchmarks/bench_peers.py             # about an hour and a half on two cores; resumes
 
 The setting is `prompted-digits`, DDIM, 50 steps, diffusers' default guidance (7.5), 80 prompts that name every
 attribute, and seeds that neither analysis nor build has used. Every contender samples the same noise under the same
@@ -8,9 +8,14 @@ prompts and is compared with the full model in the same runtime:
 
 - DeepCache: the published package (0.1.1) around the unmodified diffusers pipeline, in torch
 - T-GATE: `tgate.py` around the unmodified pipeline, in torch, with the gate step that saves the same time
+- TaylorSeer's hook in diffusers, and the package hicache-pp, in torch, with the interval of DeepCache
+- the rules of ZEUS, Spectrum, AdaptiveDiffusion and Adaptive Guidance, written here in `peer_rules.py`, in torch, with
+  as many calls of the denoiser as fit into the same time
 - the plan: `unetc build` with DeepCache's saving as its budget, in onnxruntime
-- three more in onnxruntime: DeepCache's rule; T-GATE's rule as a plan, which holds cross-attention from a step on,
-  leaves guidance unchanged, and saves the same time if it can; and fewer steps
+- in onnxruntime, the controls of its bundle (docs/concepts.md#controls), and T-GATE's rule as a plan, which holds
+  cross-attention from a step on, leaves guidance unchanged, and saves the same time if it can
+
+DeepCache counts the steps of schedulers that repeat timesteps wrongly. A table shows what it does with two of them.
 
 Finally, a plan with a budget of 0.27 draws more pictures, to check whether it follows its prompts as well as the full
 model does.
@@ -24,7 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +39,11 @@ import torch
 from captioned_digits import PICTURES, new_ruler
 from captioned_digits import draw as draw_pictures
 from DeepCache import DeepCacheSDHelper
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from digit_classifier import DigitClassifier
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from peer_rules import AdaptiveDiffusion, HiCache, Rule, Spectrum, Zeus, guided_until, skipping, taylorseer
 from prompt_following import Request, followed, full_requests
 from tgate import gated
 
@@ -71,8 +77,23 @@ MODEL = "prompted-digits"
 STEPS = 50
 BATCH = 8
 SEED = 5000
+REPEATING = {
+    "pndm": partial(PNDMScheduler.from_config, skip_prk_steps=True),
+    "heun": HeunDiscreteScheduler.from_config,
+}
+"""Schedulers that call the denoiser twice at some timesteps."""
+CONTROLS = {
+    "fewer_steps": "fewer steps",
+    "other_solver": "another solver",
+    "chosen_steps": "chosen steps",
+    "steps_only": "unetc, whole steps only",
+    "deep-hold": "DeepCache's rule, best level and period",
+}
+"""Controls of a bundle, and their names here."""
 INTERVALS = (2, 3)
 """DeepCache's intervals, in steps: the full model runs at one step of each interval."""
+SLOWER = 1.1
+"""Most time of a peer / time of DeepCache, where both count as equally fast."""
 BUDGET, BUDGET_SEEDS = 0.27, 4
 """Budget of the plan that draws more pictures, and number of pictures per prompt."""
 ANALYSIS = AnalysisOptions(samples=6, batch=BATCH)
@@ -82,12 +103,17 @@ Contender = Callable[[Conditions, Array], Array]
 
 
 class Torch:
-    """The diffusers pipeline, unmodified or with DeepCache or T-GATE around it."""
+    """The diffusers pipeline, unmodified or with a peer around it."""
 
-    def __init__(self, model: PipelineModel, guidance: float) -> None:
-        """Load the pipeline."""
+    def __init__(
+        self,
+        model: PipelineModel,
+        guidance: float,
+        scheduler: Callable[[Mapping[str, Any]], Any] = DDIMScheduler.from_config,
+    ) -> None:
+        """Load the pipeline, with a scheduler made of the model's configuration."""
         self._pipeline = StableDiffusionPipeline.from_pretrained(model.folder, safety_checker=None)
-        self._pipeline.scheduler = DDIMScheduler.from_config(model.scheduler_config)
+        self._pipeline.scheduler = scheduler(model.scheduler_config)
         self._pipeline.set_progress_bar_config(disable=True)
         self._guidance = guidance
 
@@ -105,6 +131,27 @@ class Torch:
         """Sample latents with T-GATE."""
         with gated(self._pipeline, gate) as options:
             return self.sample(conditions, noise, **options)
+
+    def guided_until(self, conditions: Conditions, noise: Array, *, step: int) -> Array:
+        """Sample latents without guidance from a step on."""
+        with guided_until(self._pipeline, step) as options:
+            return self.sample(conditions, noise, **options)
+
+    def taylorseer(self, conditions: Conditions, noise: Array, *, interval: int, order: int) -> Array:
+        """Sample latents with the TaylorSeer hook of diffusers."""
+        with taylorseer(self._pipeline, interval, order):
+            return self.sample(conditions, noise)
+
+    def skipping(self, conditions: Conditions, noise: Array, *, rule: Callable[[], Rule]) -> Array:
+        """Sample latents with a rule that skips calls."""
+        with skipping(self._pipeline, rule()):
+            return self.sample(conditions, noise)
+
+    def calls_of(self, rule: Rule, conditions: Conditions, noise: Array) -> int:
+        """Count the calls that a rule makes."""
+        with skipping(self._pipeline, rule) as computed:
+            self.sample(conditions, noise)
+        return len(computed)
 
     def sample(self, conditions: Conditions, noise: Array, **options: Any) -> Array:
         """Sample latents."""
@@ -141,6 +188,61 @@ def gate_step(behind: float, saving: float) -> int:
         saving: Share of the sampling time.
     """
     return int(np.clip(round(STEPS * (1 - saving / max(1e-3, 1 - behind))), 1, STEPS - 1))
+
+
+def rules_at(
+    torch_side: Torch, interval: int, saving: float, conditions: Conditions, noise: Array
+) -> dict[str, Contender]:
+    """Set peers that skip calls to a saving, or to the interval that DeepCache has.
+
+    Args:
+        torch_side: The pipeline.
+        interval: The interval in steps.
+        saving: Share of the sampling time.
+        conditions: Conditions of one batch, which is not among those compared.
+        noise: Its noise.
+    """
+    calls = int(STEPS * (1 - saving))
+    thresholds = np.geomspace(1e-4, 1.0, 15)  # of these, the smallest that needs no more calls
+    threshold = next(
+        (one for one in thresholds if torch_side.calls_of(AdaptiveDiffusion(one), conditions, noise) <= calls),
+        thresholds[-1],
+    )
+    full = partial(torch_side.sample, conditions, noise)
+    earliest = time_ratio(partial(torch_side.guided_until, conditions, noise, step=1), full)
+    guided = gate_step((earliest * STEPS - 1) / (STEPS - 1), saving)
+    rules: dict[str, Callable[[], Rule]] = {
+        "rule of ZEUS": partial(Zeus, STEPS, calls),
+        "rule of Spectrum": partial(Spectrum, STEPS, calls),
+        f"rule of AdaptiveDiffusion, threshold {threshold:.1g}": partial(AdaptiveDiffusion, threshold),
+        f"hicache-pp 1.3.0, Hermite, interval {interval}": partial(HiCache, STEPS, interval, "hermite"),
+        f"hicache-pp 1.3.0, DMD, interval {interval}": partial(HiCache, STEPS, interval, "dmd"),
+    }
+    return {
+        **{
+            f"TaylorSeer in diffusers, order {order}, interval {interval}": partial(
+                torch_side.taylorseer, interval=interval, order=order
+            )
+            for order in (1, 2)
+        },
+        **{name: partial(torch_side.skipping, rule=rule) for name, rule in rules.items()},
+        f"rule of Adaptive Guidance, {guided} guided steps": partial(torch_side.guided_until, step=guided),
+    }
+
+
+def repeating(model: PipelineModel, guidance: float) -> list[list[object]]:
+    """Run DeepCache with schedulers that repeat timesteps; each row has the damage and the time of one."""
+    conditions = model.encode([request.prompt for request in full_requests()[:BATCH]], guidance)
+    noise = initial_noise(SEED, range(BATCH), model.sample_shape)
+    rows: list[list[object]] = []
+    for name, scheduler in REPEATING.items():
+        one = Torch(model, guidance, scheduler)
+        full = one.sample(conditions, noise)
+        for interval in INTERVALS:
+            cached = partial(one.cached, conditions, noise, interval=interval)
+            damage = float(np.linalg.norm(cached() - full) / np.linalg.norm(full))
+            rows.append([name, interval, time_ratio(cached, partial(one.sample, conditions, noise)), damage])
+    return rows
 
 
 def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
@@ -237,17 +339,22 @@ def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guida
     profile = Profile.from_json(bundle.profile, "the bundle's profile")
     setup = set_up(model, profile, steps=STEPS, cache=work)
     gate, crossing_held = tgate(setup, saving)
-    fewer = max(1, round(STEPS * (1 - saving)))
-    deep = next(control for control in bundle.manifest.controls if control.name == "deep-hold")
+    controls = {
+        CONTROLS[control.name]: partial(
+            in_session, Session.of(bundle, backend, control=control), full_model=control.plan is None
+        )
+        for control in bundle.manifest.controls
+        if control.name in CONTROLS
+    }
     contenders: dict[str, Contender] = {
         "full, torch": torch_side.sample,
         f"DeepCache 0.1.1, interval {interval}": partial(torch_side.cached, interval=interval),
         f"T-GATE, gate {torch_gate}": partial(torch_side.gated, gate=torch_gate),
+        **rules_at(torch_side, interval, saving, few, noise),
         "full": partial(in_session, session, full_model=True),
         f"unetc, budget {saving:.2f}": partial(in_session, session),
-        "DeepCache's rule, best level and period": partial(in_session, Session.of(bundle, backend, control=deep)),
         f"T-GATE's rule as a plan, from step {gate}": partial(in_session, crossing_held),
-        f"fewer steps ({fewer})": partial(in_session, session, full_model=True, steps=fewer),
+        **controls,
     }
     times, latents = sample_all(contenders, conditions, SEED)
     images = {name: session.decode(own) for name, own in latents.items()}
@@ -321,13 +428,22 @@ def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list
     for interval in INTERVALS:
         own = [row for row in rows if row["interval"] == interval]
         mine, theirs = (
-            next(row for row in own if row["contender"].startswith(name)) for name in ("unetc", "DeepCache 0.1.1")
+            next(row for row in own if row["contender"].startswith(name))
+            for name in ("unetc, budget", "DeepCache 0.1.1")
         )
-        ratio = mine["damage"]["relative_l2"]["mean"] / theirs["damage"]["relative_l2"]["mean"]
+        peers = [row for row in own if not row["contender"].startswith(("full", "unetc", *CONTROLS.values()))]
+        in_time = [row for row in peers if row["time_ratio"] <= SLOWER * theirs["time_ratio"]]
+        best = min(in_time, key=_damage_of)
         found += [
             {
                 "figure": f"damage of unetc / damage of DeepCache, interval {interval}",
-                "value": ratio,
+                "value": _damage_of(mine) / _damage_of(theirs),
+                "goal": {"at_most": 0.5},
+            },
+            {
+                "figure": f"damage of unetc / damage of the best peer in that time ({best['contender']}), "
+                f"interval {interval}",
+                "value": _damage_of(mine) / _damage_of(best),
                 "goal": {"at_most": 0.5},
             },
             {
@@ -344,6 +460,10 @@ def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list
         }
         for name, words in (("digit", "right digit"), ("everything", "everything right"))
     ]
+
+
+def _damage_of(row: Mapping[str, Any]) -> float:
+    return float(row["damage"]["relative_l2"]["mean"])
 
 
 def table_of(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -381,6 +501,13 @@ def main() -> None:
         )
         for interval in INTERVALS
     ]
+    tables.append(
+        {
+            "title": "DeepCache with schedulers that repeat timesteps, against the full model with the same one",
+            "columns": ["scheduler", "interval", "time ratio", "relative L2 of the latents"],
+            "rows": repeating(model, guidance),
+        }
+    )
     tables.append(table_of(f"At a budget of {BUDGET}, {at_budget[0]['samples']} samples", at_budget))
     record = {
         "command": "python benchmarks/bench_peers.py",
