@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from unetc.artifacts.profile import Component, Effect
+from unetc.artifacts.profile import Component, Effect, NonFinite
 from unetc.errors import ProfileError
 from unetc.treatments import ROWS, Row, Treatment
 
@@ -38,8 +38,8 @@ class Ablation:
     periodic: PeriodicTreatment
 
 
-def entry_of(effect: Effect) -> tuple[Ablation, int]:
-    """Return the ablation and the bin of an effect."""
+def entry_of(effect: Effect | NonFinite) -> tuple[Ablation, int]:
+    """Return the ablation and the bin of a result."""
     kind = PeriodicTreatment(treatment=effect.treatment, period=effect.period)
     return Ablation(component=effect.component, periodic=kind), effect.bin
 

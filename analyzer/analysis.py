@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Component, Effect, ImageSource, ModelReference, Profile, with_guidance
+from unetc.artifacts.profile import Component, ImageSource, ModelReference, NonFinite, Profile, with_guidance
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph
@@ -27,7 +27,7 @@ from .cost import Costs, measure_costs
 from .denoiser import GatedDenoiser
 from .duration import entries_of, predict_duration
 from .screen import choose, estimate_rest, run_screen
-from .sweep import FullTrajectory, Sweep, make_bins, run_base, run_sweep, sweep_calls
+from .sweep import FullTrajectory, Sweep, Swept, make_bins, run_base, run_sweep, sweep_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def analyze(
 
     Raises:
         ArtifactError: If `work` cannot be written.
-        ProfileError: If the denoiser produces NaN or infinity, or a pattern matches no component.
+        ProfileError: If the full model produces NaN or infinity, or a pattern matches no component.
     """
     deadline = time.monotonic() + options.time_limit_s
     components = with_guidance(gated.components) if conditions.paired else gated.components
@@ -150,7 +150,7 @@ def analyze(
     base = run_base(sweep, on_progress)
     numbers = (options.steps, options.samples, options.bins, options.seed)
     folder = work / _key("damage", options.scheduler, options.target, *numbers, conditions.sha256())
-    effects, calls = _damages(sweep, base, costs, options, deadline, folder, on_progress)
+    swept, calls = _damages(sweep, base, costs, options, deadline, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
         model=reference,
@@ -173,7 +173,8 @@ def analyze(
         full_ms=costs.full_ms,
         full_bytes=costs.full_bytes,
         costs=costs.costs,
-        effects=effects,
+        effects=swept.effects,
+        non_finite=swept.non_finite or msgspec.UNSET,
         samplings=(calls + 2 * table.steps) / table.steps,
         means=tuple(row.astype("<f4").tobytes() for row in base.means),
     )
@@ -187,7 +188,7 @@ def _damages(
     deadline: float,
     folder: Path,
     on_progress: OnProgress,
-) -> tuple[tuple[Effect, ...], int]:
+) -> tuple[Swept, int]:
     """Screen all ablations and carry the decisive ones to the final output; also count denoiser calls per sample."""
     if not options.screens:
         everything = entries_of(sweep)
@@ -195,8 +196,13 @@ def _damages(
     screen = run_screen(sweep, base, folder, on_progress)
     chosen = choose(screen, costs.costs, costs.full_ms.mean, options.decisive)
     measured = run_sweep(sweep, base, chosen, folder, on_progress, deadline=deadline)
-    calls = screen.calls + sweep_calls(sweep, [entry_of(effect) for effect in measured])
-    return measured + estimate_rest(screen, measured), calls
+    calls = screen.calls + sweep_calls(sweep, [entry_of(one) for one in measured.all])
+    broken = [
+        NonFinite(component=own.component, treatment=own.periodic.treatment, period=own.periodic.period, bin=b)
+        for own, b in screen.non_finite
+    ]
+    effects = measured.effects + estimate_rest(screen, measured.effects, measured.non_finite)
+    return Swept(effects=effects, non_finite=measured.non_finite + tuple(broken)), calls
 
 
 def _costs(

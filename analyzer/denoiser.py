@@ -16,7 +16,6 @@ from unetc.compiler.graph.gated import HOLDS, GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
-from unetc.errors import ProfileError
 from unetc.runtime.branch_cache import BranchCache
 from unetc.sampler.prediction_type import PredictionType
 from unetc.treatments import COMPUTED, HELD, Treatment
@@ -64,9 +63,6 @@ class GatedDenoiser:
 
         Returns:
             The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
-
-        Raises:
-            ProfileError: If the denoiser produces NaN or infinity.
         """
         predicted, _ = self._run(self._program, sample, timestep, {"gates": gates}, {"means": means})
         return self._guided(predicted, sample)
@@ -84,9 +80,6 @@ class GatedDenoiser:
             timestep: The scheduler's value.
             cache: Where to store them.
             log_snr: The noise level.
-
-        Raises:
-            ProfileError: If the denoiser produces NaN or infinity.
         """
         predicted, emitted = self._run(self._emitting, sample, timestep, {}, {})
         cache.store(emitted, timestep)
@@ -113,9 +106,6 @@ class GatedDenoiser:
             log_snr: The noise level.
             treatments: By component index, a treatment that reuses branches.
             holds: [batch, component], 1 where a sample's component gets its treatment.
-
-        Raises:
-            ProfileError: If the denoiser produces NaN or infinity.
         """
         inputs = cache.inputs(timestep, rows=1)
         for index, treatment in treatments.items():
@@ -141,11 +131,7 @@ class GatedDenoiser:
         return guided
 
     def compute_guidance(self, sample: Array, timestep: float, cache: BranchCache) -> Array:
-        """Run the denoiser with all components kept, and store the difference between the halves of a guided call.
-
-        Raises:
-            ProfileError: If the denoiser produces NaN or infinity.
-        """
+        """Run the denoiser with all components kept, and store the difference between the halves of a guided call."""
         predicted = self._whole(sample, timestep, self._conditions(len(sample)))
         half = len(sample)
         cache.store({f"{COMPUTED}{GUIDANCE}": predicted[half:] - predicted[:half]}, timestep)
@@ -159,9 +145,6 @@ class GatedDenoiser:
             timestep: The scheduler's value.
             cache: Differences of earlier steps, from a batch of the same size; empty for a treatment that drops it.
             treatment: The treatment.
-
-        Raises:
-            ProfileError: If the denoiser produces NaN or infinity.
         """
         own = self._whole(sample, timestep, self._own(len(sample)))
         difference = cache.guidance(treatment, timestep)
@@ -192,7 +175,7 @@ class GatedDenoiser:
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
         prediction, emitted = self._call(program, {**inputs, **others}, shape)
-        return _finite(prediction, timestep), emitted
+        return prediction, emitted
 
     def _call(
         self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]
@@ -221,12 +204,3 @@ class GatedDenoiser:
     @cached_property
     def _remembering(self) -> Program:
         return self._loader.load(self._gated.remembering())
-
-
-def _finite(prediction: Array, timestep: float) -> Array:
-    """Return a prediction, or refuse one with NaN or infinity."""
-    if not np.isfinite(prediction).all():
-        raise ProfileError(
-            f"the denoiser produced NaN or infinity at timestep {timestep:g}. Check that the weights are finite."
-        )
-    return prediction

@@ -86,6 +86,8 @@ class Ranking:
 def rank(profile: Profile, by: By = By.WORTH) -> Ranking:
     """Rank all components that have a measured cost and an effect.
 
+    A way that ends in NaN or infinity in one of the noise levels is no way over them.
+
     Args:
         profile: The analysis.
         by: The order. Equal components keep the order of worth, saving, damage, and last of the network.
@@ -96,6 +98,7 @@ def rank(profile: Profile, by: By = By.WORTH) -> Ranking:
         if effect.component in shares:
             way = ways.setdefault((effect.component, effect.treatment, effect.period), {})
             way[effect.bin] = effect
+    broken = {(one.component, one.treatment, one.period, one.bin) for one in profile.broken}
     steps = [bin.steps for bin in profile.bins]
     position = {component.name: i for i, component in enumerate(profile.components)}
 
@@ -111,7 +114,7 @@ def rank(profile: Profile, by: By = By.WORTH) -> Ranking:
         return in_order(
             _rank_way(*way, shares[way[0]], effects, bins, steps)
             for way, effects in ways.items()
-            if any(bin in effects for bin in bins)
+            if any(bin in effects for bin in bins) and not any((*way, bin) in broken for bin in bins)
         )
 
     every = range(len(steps))

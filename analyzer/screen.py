@@ -8,6 +8,7 @@ a bin, from local error to final damage, is learned from the bin's ablations tha
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import GUIDANCE, STEP, Component, Cost, Effect, Estimate
+from unetc.artifacts.profile import GUIDANCE, STEP, Component, Cost, Effect, Estimate, NonFinite
 from unetc.artifacts.record import Record, read_bounded, write_atomically
+from unetc.backend import Array
 from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
@@ -39,7 +41,8 @@ class _Local(Record, frozen=True, kw_only=True):
     component: str
     treatment: Treatment
     period: int
-    error: float
+    error: float | None
+    """None if the prediction is NaN or infinity."""
 
 
 class _Screened(Record, frozen=True, kw_only=True):
@@ -53,6 +56,8 @@ class Screen:
 
     errors: dict[tuple[Ablation, int], float]
     """By ablation and bin: relative change of the prediction × treated steps in the bin."""
+    non_finite: tuple[tuple[Ablation, int], ...] = ()
+    """Ablations whose prediction is NaN or infinity, with the bin."""
     calls: int
     """Denoiser calls per sample."""
 
@@ -62,9 +67,9 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
 
     Raises:
         ArtifactError: If `work` cannot be written.
-        ProfileError: If the denoiser produces NaN or infinity.
     """
     errors: dict[tuple[Ablation, int], float] = {}
+    non_finite: list[tuple[Ablation, int]] = []
     calls = 0
     names = tuple(component.name for component in sweep.ablated)
     tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
@@ -78,11 +83,16 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
             write_atomically(path, msgspec.json.encode(screened))
         for local in screened.errors:
             kind = PeriodicTreatment(treatment=local.treatment, period=local.period)
-            if treated := sum(map(kind.treats, sweep.steps_of(b))):
-                errors[Ablation(component=local.component, periodic=kind), b] = local.error * treated
+            entry = Ablation(component=local.component, periodic=kind), b
+            if not (treated := sum(map(kind.treats, sweep.steps_of(b)))):
+                continue
+            if local.error is None:
+                non_finite.append(entry)
+            else:
+                errors[entry] = local.error * treated
         calls += screened.calls
         on_progress(Progress(stage="screen", done=b + 1, total=len(sweep.bins)))
-    return Screen(errors=errors, calls=calls)
+    return Screen(errors=errors, non_finite=tuple(non_finite), calls=calls)
 
 
 def screen_calls(sweep: Sweep) -> int:
@@ -149,7 +159,7 @@ def _best(ordered: Sequence[Ablation], count: int | None) -> Sequence[Ablation]:
     return [*taken, *[ablation for ablation in rest if ablation.component == GUIDANCE][:1]]
 
 
-def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, ...]:
+def estimate_rest(screen: Screen, measured: Sequence[Effect], broken: Sequence[NonFinite] = ()) -> tuple[Effect, ...]:
     """Estimate the final damage of the other ablations, from their local errors and the measured ones of their bins.
 
     In a bin, damage = error amplification x local error. The amplification is the geometric mean over the ablations
@@ -157,6 +167,7 @@ def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, .
     nothing was measured, amplification and scatter come from another model.
     """
     known = {entry_of(effect): effect.relative_l2.mean for effect in measured}
+    without = {*known, *map(entry_of, broken)}
     ratios: dict[int, list[float]] = {}
     for (ablation, b), damage in known.items():
         if damage > 0 and (error := screen.errors.get((ablation, b), 0.0)) > 0:
@@ -168,7 +179,7 @@ def estimate_rest(screen: Screen, measured: Sequence[Effect]) -> tuple[Effect, .
     factor = float(np.exp(Z_95 * spread))
     effects = []
     for (ablation, b), error in screen.errors.items():
-        if (ablation, b) not in known:
+        if (ablation, b) not in without:
             mean = float(np.exp(amplifications.get(b, everywhere))) * error
             effects.append(
                 Effect(
@@ -223,17 +234,23 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
                 predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])
             predicted = predicted[:, : expected.shape[1]]  # a predicted variance is not compared
             for name, prediction in zip(own, np.split(predicted, size), strict=False):
-                error = float(relative_l2(expected, prediction).mean())
-                errors.append(_Local(component=name, treatment=kind.treatment, period=kind.period, error=error))
+                errors.append(_local(name, kind, expected, prediction))
             calls += size
     for kind in _of_guidance(sweep, step):
         sources = _sources(kind, step)
         seen, cache = base.states[step].seen(sweep.table, step), guidance_at(sweep, base, sources)
         predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
-        error = float(relative_l2(expected, predicted[:, : expected.shape[1]]).mean())
-        errors.append(_Local(component=GUIDANCE, treatment=kind.treatment, period=kind.period, error=error))
+        errors.append(_local(GUIDANCE, kind, expected, predicted[:, : expected.shape[1]]))
         calls += 1 + len(sources)
     return _Screened(calls=calls, errors=tuple(errors))
+
+
+def _local(name: str, kind: PeriodicTreatment, expected: Array, predicted: Array) -> _Local:
+    """Compare a prediction with the full model's."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = float(relative_l2(expected, predicted).mean())
+    finite = np.isfinite(predicted).all() and math.isfinite(error)
+    return _Local(component=name, treatment=kind.treatment, period=kind.period, error=error if finite else None)
 
 
 def _in_graph(sweep: Sweep) -> list[Component]:

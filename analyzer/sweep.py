@@ -4,6 +4,7 @@ For a bin, the ablated trajectories start from the full model's trajectory at th
 prefix is computed once). They carry their treatment through the bin, and the full model finishes them. Several
 ablations share one batch, each with its own gates. One batch is one job with one result file, so a killed sweep
 continues where it stopped. An interruption does not change how batches are cut, so the numbers are equal bit by bit.
+An ablation that produces NaN or infinity has no effect; the others of its batch are measured as if it were not there.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.artifacts.profile import GUIDANCE, Bin, Component, Effect, without_guidance
-from unetc.artifacts.record import read_bounded, write_atomically
+from unetc.artifacts.profile import GUIDANCE, Bin, Component, Effect, NonFinite, without_guidance
+from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
-from unetc.errors import ArtifactError
+from unetc.errors import ArtifactError, ProfileError
 from unetc.metrics.damage import estimate
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
@@ -125,6 +126,18 @@ class FullTrajectory:
         return final
 
 
+class Swept(Record, frozen=True, kw_only=True):
+    """Results of ablations that were carried to the final output."""
+
+    effects: tuple[Effect, ...]
+    non_finite: tuple[NonFinite, ...]
+
+    @property
+    def all(self) -> tuple[Effect | NonFinite, ...]:
+        """All results."""
+        return (*self.effects, *self.non_finite)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     bin: int
@@ -149,7 +162,11 @@ def make_bins(log_snr: NDArray[np.float64], count: int) -> tuple[Bin, ...]:
 
 
 def run_base(sweep: Sweep, on_progress: OnProgress) -> FullTrajectory:
-    """Sample with the full model, keeping the state before every step and the mean of every branch."""
+    """Sample with the full model, keeping the state before every step and the mean of every branch.
+
+    Raises:
+        ProfileError: If the full model produces NaN or infinity.
+    """
     indices = sweep.indices(1)
     trajectory = Trajectory.start(sweep.table, initial_noise(sweep.seed, indices.tolist(), sweep.sample_shape))
     gates = sweep.denoiser.gates({}, sweep.samples)
@@ -159,6 +176,12 @@ def run_base(sweep: Sweep, on_progress: OnProgress) -> FullTrajectory:
         seen, timestep = trajectory.seen(sweep.table, step), sweep.timestep(step)
         means.append(sweep.denoiser.branch_means(seen, timestep))
         prediction = sweep.denoiser.predict(seen, timestep, gates=gates, means=means[step])
+        if not np.isfinite(prediction).all():
+            raise ProfileError(
+                f"the full model produces NaN or infinity at step {step + 1} of {sweep.table.steps} (timestep "
+                f"{timestep:g}), {_first_non_finite(sweep, means[step])}. Check that the weights are finite, and that "
+                "the target's precision can hold what the model computes."
+            )
         trajectory = trajectory.advance(sweep.table, step, prediction, seed=sweep.seed, indices=indices.tolist())
         states.append(trajectory)
         on_progress(Progress(stage="full model", done=step + 1, total=sweep.table.steps))
@@ -176,7 +199,7 @@ def run_sweep(
     on_progress: OnProgress,
     *,
     deadline: float = math.inf,
-) -> tuple[Effect, ...]:
+) -> Swept:
     """Measure ablations in bins; results that are already in `work` are read.
 
     A batch takes the place of its first ablation in the given order. After the deadline, a time of the monotonic clock,
@@ -184,21 +207,24 @@ def run_sweep(
 
     Raises:
         ArtifactError: If `work` cannot be written.
-        ProfileError: If the denoiser produces NaN or infinity.
     """
     jobs = _jobs(sweep, chosen)
     weights = [_calls(sweep, job) for job in jobs]
-    effects: list[Effect] = []
+    results: list[Swept] = []
     done = 0
     for job, weight in zip(jobs, weights, strict=True):
         result = _read(work / job.file, job)
         if result is None and time.monotonic() < deadline:
             result = _run(sweep, base, job)
             write_atomically(work / job.file, msgspec.json.encode(result))
-        effects.extend(result or ())
+        if result is not None:
+            results.append(result)
         done += weight
         on_progress(Progress(stage="ablations", done=done, total=sum(weights)))
-    return tuple(effects)
+    return Swept(
+        effects=tuple(effect for result in results for effect in result.effects),
+        non_finite=tuple(one for result in results for one in result.non_finite),
+    )
 
 
 def sweep_calls(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> int:
@@ -234,42 +260,65 @@ def _calls(sweep: Sweep, job: _Job) -> int:
     return (sweep.table.steps - first + len(recall_steps(job.periodic, first))) * len(job.names)
 
 
-def _read(path: Path, job: _Job) -> tuple[Effect, ...] | None:
+def _read(path: Path, job: _Job) -> Swept | None:
     """Read a finished job; a missing or damaged file means that it has to run again."""
     try:
-        result = msgspec.json.decode(read_bounded(path, 2**26), type=tuple[Effect, ...])
+        result = msgspec.json.decode(read_bounded(path, 2**26), type=Swept)
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    measured = [(effect.component, effect.treatment, effect.period, effect.bin) for effect in result]
-    wanted = [(name, job.periodic.treatment, job.periodic.period, job.bin) for name in job.names]
+    measured = {(one.component, one.treatment, one.period, one.bin) for one in result.all}
+    wanted = {(name, job.periodic.treatment, job.periodic.period, job.bin) for name in job.names}
     return result if measured == wanted else None
 
 
-def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> tuple[Effect, ...]:
+def _first_non_finite(sweep: Sweep, means: Array) -> str:
+    """Name the first component of the network whose branch is not finite, given the means of all branches."""
+    for component in sorted(sweep.in_graph, key=lambda component: component.index):
+        own = means[component.offset : component.offset + component.channels]
+        if component.kind in ("residual", "skip") and not np.isfinite(own).all():
+            return f"first in {component.name}"
+    return "in no component alone"
+
+
+def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> Swept:
     count, steps = len(job.names), sweep.steps_of(job.bin)
     trajectory = base.states[steps[0]].repeat(count)
     treated = _treated(sweep, base, job)
     kept = sweep.denoiser.gates({}, count * sweep.samples)
     indices = sweep.indices(count).tolist()
+    finite = np.ones(count, dtype=bool)
     for step in range(steps[0], sweep.table.steps):
         seen = trajectory.seen(sweep.table, step)
         if step in steps:
             prediction = treated.predict(seen, step)
         else:
             prediction = sweep.denoiser.predict(seen, sweep.timestep(step), gates=kept, means=base.means[job.bin])
-        trajectory = trajectory.advance(sweep.table, step, prediction, seed=sweep.seed, indices=indices)
+        finite &= np.isfinite(prediction).reshape(count, -1).all(axis=1)  # clipping would hide infinity
+        with np.errstate(over="ignore", invalid="ignore"):
+            trajectory = trajectory.advance(sweep.table, step, prediction, seed=sweep.seed, indices=indices)
     finals = trajectory.sample.reshape(count, sweep.samples, *sweep.sample_shape)
-    return tuple(
-        Effect(
-            component=name,
-            treatment=job.periodic.treatment,
-            period=job.periodic.period,
-            bin=job.bin,
-            measured=True,
-            relative_l2=estimate(relative_l2(base.final, final)),
-        )
-        for name, final in zip(job.names, finals, strict=True)
-    )
+    effects, non_finite = [], []
+    for name, final, own in zip(job.names, finals, finite, strict=True):
+        place: _Place = {
+            "component": name,
+            "treatment": job.periodic.treatment,
+            "period": job.periodic.period,
+            "bin": job.bin,
+        }
+        with np.errstate(over="ignore", invalid="ignore"):
+            distances = relative_l2(base.final, final)
+        if own and np.isfinite(distances).all():
+            effects.append(Effect(**place, measured=True, relative_l2=estimate(distances)))
+        else:
+            non_finite.append(NonFinite(**place))
+    return Swept(effects=tuple(effects), non_finite=tuple(non_finite))
+
+
+class _Place(TypedDict):
+    component: str
+    treatment: Treatment
+    period: int
+    bin: int
 
 
 class _Treated(Protocol):

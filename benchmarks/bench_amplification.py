@@ -67,7 +67,7 @@ def main() -> None:
         for b in range(options.bins):
             own = [entry for entry in entries_of(sweep) if entry[1] == b]
             chosen += [own[i] for i in rng.choice(len(own), options.drawn, replace=False)]
-        effects = run_sweep(sweep, base, chosen, work, on_progress)
+        effects = run_sweep(sweep, base, chosen, work, on_progress).effects
     ratios: dict[int, list[float]] = {b: [] for b in range(options.bins)}
     for effect in effects:
         error = screen.errors[entry_of(effect)]

@@ -98,6 +98,8 @@ class _Fitted:
     plain: Damage | None
     """Damage with the scheduler's plain rows, if others are tuned to the plan."""
     evaluated: tuple[Measurement, ...]
+    whole_steps: Candidate | None = None
+    """The best plan of whole steps alone that the search has found."""
 
 
 def build(
@@ -169,6 +171,7 @@ def build(
             seed,
             on_progress,
             time_ratio=default.measured.time_ratio,
+            whole_steps=default.whole_steps,
             limits=options.plan,
             repair=options.repair,
             random_plans=options.random_plans,
@@ -290,7 +293,7 @@ def _fit_and_repair(
     found = find_plan(workbench, plan, options.repair, notes, seed, on_progress, correction=correction, emits=emits)
     measured = _measure(workbench, found.candidate, options, seed, notes)
     evaluated = tuple(Measurement(time_ratio=one.candidate.time_ratio, damage=one.damage) for one in found.evaluated)
-    return replace(measured, correction=found.correction, evaluated=evaluated)
+    return replace(measured, correction=found.correction, evaluated=evaluated, whole_steps=found.whole_steps)
 
 
 def _measure(workbench: Workbench, candidate: Candidate, options: BuildOptions, seed: int, notes: list[str]) -> _Fitted:

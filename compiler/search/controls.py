@@ -60,6 +60,7 @@ def make_controls(
     on_progress: OnProgress,
     *,
     time_ratio: float,
+    whole_steps: Candidate | None,
     limits: PlanOptions,
     repair: RepairOptions,
     random_plans: int,
@@ -75,6 +76,7 @@ def make_controls(
         seed: Seed of the noise that controls are chosen on.
         on_progress: Called as the work advances.
         time_ratio: Time of the plan's sampling / the full model's.
+        whole_steps: The best plan of whole steps that the search for the plan has found; searched when not given.
         limits: Limits of the plan, which hold for controls too.
         repair: How long the plan was repaired; controls are repaired as long, up to `MOST_REPAIR`.
         random_plans: Number of random plans.
@@ -90,8 +92,11 @@ def make_controls(
         own = replace(short, tune=repair.tune and restriction is Restriction.STEPS_ONLY)  # the others tune nothing
 
         def fit() -> Candidate:
-            found = fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own)
-            return _tuned(workbench, found.candidate, seed) if own.tune else found.candidate
+            found = whole_steps if restriction is Restriction.STEPS_ONLY else None
+            if found is None:
+                kind, budget = restriction, target
+                found = fit_restricted(workbench, kind, budget, correction, seed, limits=limits, options=own).candidate
+            return _tuned(workbench, found, seed) if own.tune else found
 
         return fit
 

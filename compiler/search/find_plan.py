@@ -2,8 +2,9 @@
 
 The planner adds single damages. That is too coarse to tell whether whole steps or parts of them are better to reuse.
 So both plans are made, repaired and judged on the same samples. Then the search goes on from the better one with the
-engines of both, and for a guided model with one that forecasts guidance, which saves half of a step. A plan is never
-worse than one of whole steps, on the samples that it is chosen on.
+engines of both, and for a guided model with one that forecasts guidance, which saves half of a step. Searches sample
+one batch, on which the best of many schedules looks better than it is. So the best few of all searches are judged again
+on more batches. A plan is never worse than one of whole steps, on the samples that it is chosen on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from unetc.runtime.rollout import FULL_ENGINE
 from unetc.treatments import Treatment
 
 from .fit import fit_plan, middle_of
-from .repair import Evaluated, Repaired, RepairOptions, repair
+from .repair import Evaluated, Repaired, RepairOptions, judge, repair
 from .restricted import fit_restricted
-from .workbench import Candidate, Workbench
+from .workbench import TUNED_BATCHES, Candidate, Workbench
+
+_PER_FINALIST = 10
+"""One in so many schedules that a search may sample is judged again, at least one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class Found:
     """The best plan for a budget."""
 
     candidate: Candidate
+    whole_steps: Candidate | None
+    """The best plan of whole steps alone; None if none was searched or found."""
     correction: float
     """Measured / predicted saving, see `make_plan`."""
     evaluated: tuple[Evaluated, ...]
@@ -69,24 +75,78 @@ def find_plan(
     joint, correction = fit_plan(workbench, limits, notes, correction=correction, emits=emits)
     on_progress(Progress(stage="fitting the plan", done=1, total=1))
     best = repair(workbench, joint, limits.budget, seed, options, on_progress)
-    first, last = (damage.relative_l2.mean for damage in (best.evaluated[0].damage, best.damage))
     notes.append(
-        f"planned for a damage of {joint.plan.prediction.relative_l2:.4f}, measured {first:.4f}; after sampling "
-        f"{len(best.evaluated)} schedules {last:.4f}"
+        f"planned for a damage of {joint.plan.prediction.relative_l2:.4f}, measured {_damage(best.evaluated[0]):.4f}; "
+        f"after sampling {len(best.evaluated)} schedules {_damage(best):.4f}"
     )
     evaluated = list(best.evaluated)
+    candidate, of_steps = best.candidate, None
     if limits.budget > 0 and options.evaluations > 0 and limits.restriction is Restriction.ALL:
         whole = _of_whole_steps(workbench, limits, options, correction, seed, on_progress)
         if whole is not None:
             evaluated.extend(whole.evaluated)
-            best = _better(best, whole, limits.budget, "whole steps alone", notes)
-            both = _union(workbench, best.candidate, (joint, whole.candidate), limits, emits)
+            start = min(_saving((best, whole), limits.budget), key=_damage, default=best)
+            both = _union(workbench, start.candidate, (joint, whole.candidate), limits, emits)
             between = repair(workbench, both, limits.budget, seed, options, on_progress)
             evaluated.extend(between.evaluated)
-            best = _better(best, between, limits.budget, "engines of both plans", notes)
-    candidate = _without_unused(workbench, best.candidate, emits)
+        first, of_steps = _judge_again(workbench, evaluated, limits.budget, seed, options, notes, on_progress)
+        candidate = candidate if first is None else first
+    candidate = _without_unused(workbench, candidate, emits)
     plan = msgspec.structs.replace(candidate.plan, budget=limits.budget)
-    return Found(candidate=replace(candidate, plan=plan), correction=correction, evaluated=tuple(evaluated))
+    return Found(
+        candidate=replace(candidate, plan=plan),
+        whole_steps=None if of_steps is None else _without_unused(workbench, of_steps, ()),
+        correction=correction,
+        evaluated=tuple(evaluated),
+    )
+
+
+def _judge_again(
+    workbench: Workbench,
+    evaluated: Sequence[Evaluated],
+    budget: float,
+    seed: int,
+    options: RepairOptions,
+    notes: list[str],
+    on_progress: OnProgress,
+) -> tuple[Candidate | None, Candidate | None]:
+    """Judge the best schedules again on more batches.
+
+    Returns:
+        The best of all that save the budget, and the best of whole steps alone; None where there is none.
+    """
+    count = max(1, options.evaluations // _PER_FINALIST)
+    saving = sorted((one for one in evaluated if one.candidate.saving >= budget), key=_damage)
+    whole = [one for one in saving if _is_of_whole_steps(workbench, one.candidate)]
+    finalists = {id(one): one.candidate for one in (*saving[:count], *whole[:count])}
+    judged: list[tuple[float, bool, Candidate]] = []
+    for done, own in enumerate(finalists.values()):
+        on_progress(Progress(stage="finalists", done=done, total=len(finalists)))
+        damage = judge(workbench, own, seed, options, batches=TUNED_BATCHES)[1].relative_l2.mean
+        judged.append((damage, _is_of_whole_steps(workbench, own), own))
+    on_progress(Progress(stage="finalists", done=len(finalists), total=len(finalists)))
+    best = min(judged, key=lambda one: one[0], default=None)
+    best_whole = min((one for one in judged if one[1]), key=lambda one: one[0], default=None)
+    if best is None:
+        return None, None
+    kind = "whole steps alone" if best[1] else "components"
+    notes.append(f"judged the best {len(judged)} schedules again on more samples: {best[0]:.4f} with {kind}")
+    return best[2], None if best_whole is None else best_whole[2]
+
+
+def _damage(judged: Repaired | Evaluated) -> float:
+    return judged.damage.relative_l2.mean
+
+
+def _saving(repaired: Sequence[Repaired], budget: float) -> list[Repaired]:
+    """List those that save the budget."""
+    return [one for one in repaired if one.candidate.saving >= budget]
+
+
+def _is_of_whole_steps(workbench: Workbench, candidate: Candidate) -> bool:
+    """Check whether every step is computed in full or skipped as a whole."""
+    used = {*workbench.schedule(candidate)} - {FULL_ENGINE}
+    return all(set(candidate.plan.engines[engine].treatments) == {STEP} for engine in used)
 
 
 def _of_whole_steps(
@@ -106,15 +166,6 @@ def _of_whole_steps(
         return None
     finally:
         on_progress(Progress(stage="whole steps", done=1, total=1))
-
-
-def _better(best: Repaired, other: Repaired, budget: float, what: str, notes: list[str]) -> Repaired:
-    """Return the one that does less damage, if it saves the budget."""
-    before, after = best.damage.relative_l2.mean, other.damage.relative_l2.mean
-    if other.candidate.saving < budget or after >= before:
-        return best
-    notes.append(f"{what} do less damage: {after:.4f} in place of {before:.4f}")
-    return other
 
 
 def _union(

@@ -69,7 +69,7 @@ def repair(
         options: How long to search.
         on_progress: Called as the work advances.
     """
-    best, least = _judge(workbench, candidate, seed, options)
+    best, least = judge(workbench, candidate, seed, options)
     evaluated = [Evaluated(candidate=best, damage=least)]
     tried = {workbench.schedule(best)}
     misses = 0
@@ -82,7 +82,7 @@ def repair(
         if changed is None:
             break
         tried.add(workbench.schedule(changed))
-        changed, damage = _judge(workbench, changed, seed, options)
+        changed, damage = judge(workbench, changed, seed, options)
         evaluated.append(Evaluated(candidate=changed, damage=damage))
         better = damage.relative_l2.mean < least.relative_l2.mean
         misses = 0 if better else misses + 1
@@ -93,11 +93,13 @@ def repair(
     return Repaired(candidate=best, damage=least, evaluated=tuple(evaluated))
 
 
-def _judge(workbench: Workbench, candidate: Candidate, seed: int, options: RepairOptions) -> tuple[Candidate, Damage]:
-    """Measure a schedule on one batch, with its rows tuned on that batch if wanted."""
+def judge(
+    workbench: Workbench, candidate: Candidate, seed: int, options: RepairOptions, *, batches: int = 1
+) -> tuple[Candidate, Damage]:
+    """Measure a schedule, with its rows tuned on the same samples if wanted; return it with these rows."""
     if options.tune:
-        return workbench.tune(candidate, seed=seed, batches=1)
-    return candidate, workbench.damage(candidate, seed=seed)
+        return workbench.tune(candidate, seed=seed, batches=batches)
+    return candidate, workbench.damage(candidate, seed=seed, batches=batches)
 
 
 _PROPOSALS = 200

@@ -34,6 +34,7 @@ from tests.analyzer.sweeps import (
     estimate_of,
     everything,
     kind_of,
+    made_up_costs,
     sweep_of,
     table_of,
     tiny,
@@ -43,7 +44,8 @@ from unetc.analyzer import analysis
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.duration import Duration, predict_duration
-from unetc.artifacts.profile import STEP, Cost, Profile
+from unetc.analyzer.sweep import Swept
+from unetc.artifacts.profile import STEP, Profile
 from unetc.backend import Array, Backend
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
@@ -54,17 +56,7 @@ from unetc.progress import OnProgress, Progress, ignore
 @pytest.fixture
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the timing, which is tested elsewhere."""
-
-    def measure_costs(gated: GatedGraph, *_: object, **__: object) -> Costs:
-        # later components save more, so that the decisive ablations are not simply the first ones
-        saved = [1 + component.index for component in gated.components]
-        costs = (
-            Cost(component=c.name, saved_ms=estimate_of(s), freed_bytes=0)
-            for c, s in zip(gated.components, saved, strict=True)
-        )
-        return Costs(full_ms=estimate_of(100.0), full_bytes=1, costs=tuple(costs))
-
-    monkeypatch.setattr(analysis, "measure_costs", measure_costs)
+    monkeypatch.setattr(analysis, "measure_costs", made_up_costs)
 
 
 def analyse(
@@ -135,7 +127,7 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
         return Costs(full_ms=estimate_of(10.0 + len(measured)), full_bytes=1, costs=())
 
     monkeypatch.setattr(analysis, "measure_costs", measure_costs)
-    monkeypatch.setattr(analysis, "run_sweep", lambda *_: ())
+    monkeypatch.setattr(analysis, "run_sweep", lambda *_: Swept(effects=(), non_finite=()))
     profile_of = functools.partial(analyse, decisive=None)  # skip the screen, which is tested elsewhere
     assert profile_of(tmp_path).full_ms == profile_of(tmp_path).full_ms == profile_of(tmp_path, seed=1).full_ms
     assert len(measured) == 1
@@ -160,7 +152,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     weights[name].flat[0] = value
     save_file(weights, tmp_path / gated.weights.name)
     broken = dataclasses.replace(gated, folder=tmp_path)
-    with pytest.raises(ProfileError, match=r"NaN or infinity at timestep \d+\. Check that the weights are finite\."):
+    with pytest.raises(ProfileError, match=r"at step 1 of \d+ .*, first in .*\. Check that the weights are finite"):
         analyse(tmp_path / "work", broken)
 
 

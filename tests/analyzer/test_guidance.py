@@ -112,8 +112,8 @@ def test_its_damage_is_the_one_of_replacing_the_difference(
         if any(map(kind.treats, sweep.steps_of(b)))
     ]
     with tempfile.TemporaryDirectory() as work:
-        effects = run_sweep(sweep, base, chosen, Path(work), ignore)
-        again = run_sweep(sweep, base, chosen, Path(work), ignore)
+        effects = run_sweep(sweep, base, chosen, Path(work), ignore).effects
+        again = run_sweep(sweep, base, chosen, Path(work), ignore).effects
     assert effects == again
     assert len(effects) == len(chosen)
     for effect in effects:

@@ -8,11 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from tests.analyzer.sweeps import estimate_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.plan import Plan
+from unetc.artifacts.profile import Damage
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.planner.restriction import Restriction
 from unetc.compiler.schedulers.extract import extract
@@ -20,12 +23,13 @@ from unetc.compiler.schedulers.make import scheduler_for
 from unetc.compiler.schedulers.same_start import CONVERGED_STEPS, from_same_start
 from unetc.compiler.search import workbench as workbench_module
 from unetc.compiler.search.controls import make_controls
+from unetc.compiler.search.find_plan import find_plan
 from unetc.compiler.search.fit import TOLERANCE, hold_everywhere
-from unetc.compiler.search.repair import RepairOptions
+from unetc.compiler.search.repair import RepairOptions, judge
 from unetc.compiler.search.restricted import fit_restricted
 from unetc.compiler.search.schedules import fewer_steps, other_solver
 from unetc.compiler.search.set_up import Setup, set_up
-from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.compiler.search.workbench import TUNED_BATCHES, Candidate, Workbench
 from unetc.errors import PlanError
 from unetc.models.find import find_model
 from unetc.progress import ignore
@@ -149,6 +153,7 @@ def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
         SEED,
         ignore,
         time_ratio=plan.time_ratio,
+        whole_steps=None,
         limits=PlanOptions(budget=0.5),
         repair=NO_REPAIR,
         random_plans=1,
@@ -161,3 +166,65 @@ def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
     assert all((one.candidate is None) != (one.scheduler is None) for one in controls.made)
     assert controls.converged is not None
     assert controls.converged.tables[0].steps >= CONVERGED_STEPS
+
+
+@pytest.mark.parametrize("tune", [True, False])
+def test_a_plan_is_never_worse_than_its_control_of_whole_steps(setup: Setup, tune: bool) -> None:
+    """Both are judged on more batches than the search sees, and the control is the best that the search found."""
+    workbench, options, notes = setup.workbench, RepairOptions(evaluations=20, patience=20, tune=tune), list[str]()
+    found = find_plan(workbench, PlanOptions(budget=0.25), options, notes, SEED, ignore)
+    assert found.whole_steps is not None
+    assert found.candidate.saving >= 0.25
+    assert found.whole_steps.saving >= 0.25
+    assert {name for engine in found.whole_steps.plan.engines for name in engine.treatments} == {"step"}
+    plan, whole = (
+        judge(workbench, one, SEED, options, batches=TUNED_BATCHES)[1].relative_l2.mean
+        for one in (found.candidate, found.whole_steps)
+    )
+    assert plan <= whole
+    assert any(note.startswith("judged the best") for note in notes)
+    controls = make_controls(
+        workbench,
+        setup.prepared.model,
+        found.candidate,
+        1.0,
+        notes,
+        SEED,
+        ignore,
+        time_ratio=found.candidate.time_ratio,
+        whole_steps=found.whole_steps,
+        limits=PlanOptions(budget=0.25),
+        repair=replace(NO_REPAIR, tune=tune),
+        random_plans=0,
+    )
+    (control,) = (one.candidate for one in controls.made if one.name == "steps_only")
+    assert control is not None
+    assert workbench.schedule(control) == workbench.schedule(found.whole_steps)
+
+
+def test_the_final_judgement_corrects_a_search_that_saw_one_batch(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one batch the worst schedule looks best; on more batches it does not."""
+    workbench, options = setup.workbench, RepairOptions(evaluations=20, patience=20)
+    tune = Workbench.tune
+    misled: dict[tuple[int, ...], float] = {}
+
+    def flatter(self: Workbench, candidate: Candidate, *, seed: int, batches: int) -> tuple[Candidate, Damage]:
+        tuned, damage = tune(self, candidate, seed=seed, batches=batches)
+        if batches == 1:
+            shown = estimate_of(1 / damage.relative_l2.mean if damage.relative_l2.mean else 1e9)
+            misled[self.schedule(candidate)] = shown.mean
+            return tuned, msgspec.structs.replace(damage, relative_l2=shown)
+        return tuned, damage
+
+    monkeypatch.setattr(Workbench, "tune", flatter)
+    found = find_plan(workbench, PlanOptions(budget=0.25), options, [], SEED, ignore)
+    first = sorted(misled, key=lambda schedule: misled[schedule])[: options.evaluations // 10]
+    assert workbench.schedule(found.candidate) in first
+    true = {
+        schedule: tune(workbench, workbench.reschedule(found.candidate, schedule), seed=SEED, batches=TUNED_BATCHES)
+        for schedule in first
+    }
+    best = min(true, key=lambda schedule: true[schedule][1].relative_l2.mean)
+    assert workbench.schedule(found.candidate) == best

@@ -164,6 +164,16 @@ class Effect(Record, frozen=True, kw_only=True):
         require((self.period > 1) == self.treatment.reuses, "hold and forecast need a period above 1, others period 1")
 
 
+class NonFinite(Record, frozen=True, kw_only=True):
+    """An ablation whose predictions are NaN or infinity; no plan makes it."""
+
+    component: str
+    treatment: Treatment
+    period: int
+    """The component is computed once in this many steps; 1 if it is never computed."""
+    bin: int
+
+
 class Cost(Record, frozen=True, kw_only=True):
     """Savings from removing one component: the full graph minus the graph specialised without it."""
 
@@ -218,6 +228,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     """Bytes of the weights that the full graph reads."""
     costs: tuple[Cost, ...]
     effects: tuple[Effect, ...]
+    non_finite: tuple[NonFinite, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Ablations that end in NaN or infinity, which have no effect; not written without any, as above."""
     samplings: float
     """Effort of measuring the damage, in sampling runs of the full model: denoiser calls per sample / steps."""
     means: tuple[bytes, ...]
@@ -228,6 +240,11 @@ class Profile(Artifact, frozen=True, kw_only=True):
         """Control images of the samples; None if all ControlNet inputs, if there are any, were zero."""
         return None if isinstance(self.control_images, msgspec.UnsetType) else self.control_images
 
+    @property
+    def broken(self) -> tuple[NonFinite, ...]:
+        """Ablations that end in NaN or infinity."""
+        return () if isinstance(self.non_finite, msgspec.UnsetType) else self.non_finite
+
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""
         names = {component.name for component in self.components}
@@ -235,6 +252,12 @@ class Profile(Artifact, frozen=True, kw_only=True):
         require(all(effect.component in names for effect in self.effects), "an effect names an unknown component")
         require(all(cost.component in names for cost in self.costs), "a cost names an unknown component")
         require(all(0 <= effect.bin < len(self.bins) for effect in self.effects), "an effect names an unknown bin")
+        known = {(effect.component, effect.treatment, effect.period, effect.bin) for effect in self.effects}
+        for one in self.broken:
+            require(one.component in names, "an ablation that is not finite names an unknown component")
+            require(0 <= one.bin < len(self.bins), "an ablation that is not finite names an unknown bin")
+            own = (one.component, one.treatment, one.period, one.bin)
+            require(own not in known, f"an ablation has an effect, and is not finite: {one}")
         width = 4 * sum(component.channels for component in without_guidance(self.components))
         require(len(self.means) == len(self.bins), "there must be one row of means per bin")
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")

@@ -118,6 +118,7 @@ def profile_facts(
         "notes": list(profile.notes or ()),
         "measured": sum(effect.measured for effect in profile.effects),
         "estimated": sum(not effect.measured for effect in profile.effects),
+        "non_finite": to_builtins(profile.broken),
         "control": to_builtins(profile.control),
         "components": [
             {
@@ -173,6 +174,8 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
         f"{profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}; {measured} of "
         f"{len(profile.effects)} damages measured, the others estimated; cost {profile.samplings:.0f} sampling runs"
     )
+    if profile.broken:
+        about += f"; {len(profile.broken)} ablations end in NaN or infinity, and no plan makes them"
     if scope := control_scope(profile.model, profile.control):
         about += f"; {escape(scope)}"
     figures = ["component", "treatment", "saves", "relative L2", "worth", "basis"]

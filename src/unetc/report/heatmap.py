@@ -13,18 +13,20 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Assignment, Plan
-from unetc.artifacts.profile import STEP, Bin, Component, Effect, Profile
+from unetc.artifacts.profile import STEP, Bin, Effect, Profile
 from unetc.treatments import Treatment
 
 from .charts import BLANK, FAINT, INK, MUTED, PLAN, WIDTH, engine_colour, ink_on, inline, level, number, shorten, styled
 
 _RAMP = ("#fff9ee", "#fbe6c3", "#f2c792", "#dfa067", "#bd7341", "#874620")
 _DAMAGE = LinearSegmentedColormap.from_list("damage", _RAMP, 64)
+_BROKEN = "#5b4b8a"
+"""Colour of ablations that end in NaN or infinity."""
 _MARKERS = {"residual": "o", "skip": "D", "level": "v", "step": "s", "guidance": "^"}
 
 
@@ -89,9 +91,10 @@ def draw(profile: Profile, plan: Plan) -> str:
     sheet = _Sheet(profile)
     cells = removed_cells(profile, plan)
     _draw_damage(sheet, profile, {(cell.component, cell.bin) for cell in cells})
+    _draw_broken(sheet, profile)
     _draw_removed(sheet, cells)
     _draw_phases(sheet, profile, plan)
-    _draw_kinds(sheet, profile.components)
+    _draw_kinds(sheet, profile)
     _draw_costs(sheet, profile, {cell.component for cell in cells})
     return inline(sheet.figure, "Damage of removing each component at each noise level, and the plan's treatments")
 
@@ -146,6 +149,18 @@ def _draw_damage(sheet: _Sheet, profile: Profile, planned: set[tuple[str, int]])
             ink = ink_on(_DAMAGE(float(norm(damages[row, bin]))))
             sheet.write(bin, row, effect.treatment.row.letter, color=ink, alpha=0.7)
     _draw_scales(sheet, norm, _borders(profile.bins))
+
+
+def _draw_broken(sheet: _Sheet, profile: Profile) -> None:
+    """Fill the cells in which every ablation ends in NaN or infinity; in a cell where only some do, fill a corner."""
+    sound = {(effect.component, effect.bin) for effect in profile.effects}
+    for name, bin in dict.fromkeys((one.component, one.bin) for one in profile.broken):
+        row = sheet.rows[name]
+        if (name, bin) in sound:
+            corner = [(bin + 0.78, row + 1), (bin + 1, row + 1), (bin + 1, row + 0.5)]
+            sheet.heat.add_patch(Polygon(corner, facecolor=_BROKEN, linewidth=0))
+        else:
+            sheet.heat.add_patch(Rectangle((bin, row), 1, 1, facecolor=_BROKEN, edgecolor="white", linewidth=0.6))
 
 
 def _least_damage(profile: Profile) -> dict[tuple[str, int], Effect]:
@@ -229,14 +244,16 @@ def _draw_cycle(strip: Axes, cycle: Sequence[int], left: float, right: float) ->
         strip.text((start + end) / 2, 0.5, str(engine), color=ink_on(colour), **style)
 
 
-def _draw_kinds(sheet: _Sheet, components: Sequence[Component]) -> None:
+def _draw_kinds(sheet: _Sheet, profile: Profile) -> None:
     for kind, marker in _MARKERS.items():
-        rows = [row + 0.5 for row, component in enumerate(components) if component.kind == kind]
+        rows = [row + 0.5 for row, component in enumerate(profile.components) if component.kind == kind]
         sheet.kinds.scatter([0.5] * len(rows), rows, s=11, marker=marker, color=MUTED, linewidths=0)
     sheet.kinds.set(xlim=(0, 1), xticks=[])
     sheet.kinds.set_yticks([row + 0.5 for row in sheet.rows.values()], [shorten(name) for name in sheet.rows])
     sheet.kinds.tick_params(length=0, pad=1, labelsize=sheet.font, labelcolor=INK)
     handles = [Line2D([], [], linestyle="", marker=m, markersize=4, color=MUTED, label=k) for k, m in _MARKERS.items()]
+    if profile.broken:
+        handles.append(Line2D([], [], linestyle="", marker="s", markersize=5, color=_BROKEN, label="NaN or infinity"))
     layout: dict[str, Any] = {"ncols": 3, "handletextpad": 0, "columnspacing": 1, "borderpad": 0}
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
     sheet.strip.legend(handles=handles, frameon=False, labelcolor=MUTED, **place, **layout)
