@@ -478,7 +478,22 @@ class Batcher:
                 failed |= self._advance(program, [member], owners)
             return failed
         failed = self._share(members, prediction, emitted, rows + padding)
-        self._record(program, members, owners, engine, phase, rows, padding, units, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._pace.add(program, units, seconds)
+        switched, self._last_program = program is not self._last_program, program
+        if self._on_call is not None:
+            self._on_call(
+                CallRecord(
+                    level=owners[members[0]].ticket.request.level,
+                    engine=engine,
+                    phase=phase,
+                    rows=rows,
+                    padding=padding,
+                    rollouts=len(members),
+                    seconds=seconds,
+                    switched=switched,
+                )
+            )
         return failed
 
     def _share(
@@ -505,34 +520,6 @@ class Batcher:
         if not self._device.captures_shapes:
             return 0
         return next((size - rows for size in self._limits.captured if size >= rows), 0)
-
-    def _record(
-        self,
-        program: Program,
-        members: Sequence[Member],
-        owners: Mapping[Member, Order],
-        engine: int,
-        phase: int | None,
-        rows: int,
-        padding: int,
-        units: float,
-        seconds: float,
-    ) -> None:
-        self._pace.add(program, units, seconds)
-        switched, self._last_program = program is not self._last_program, program
-        if self._on_call is not None:
-            self._on_call(
-                CallRecord(
-                    level=owners[members[0]].ticket.request.level,
-                    engine=engine,
-                    phase=phase,
-                    rows=rows,
-                    padding=padding,
-                    rollouts=len(members),
-                    seconds=seconds,
-                    switched=switched,
-                )
-            )
 
     def _report(self, order: Order) -> None:
         """Tell a request's owner about its progress, or hand over its images."""
