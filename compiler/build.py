@@ -19,7 +19,7 @@ from unetc.compiler.planner.emissions import share_engines
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
 from unetc.compiler.search.controls import Controls, MadeControl, make_controls
-from unetc.compiler.search.find_plan import find_plan
+from unetc.compiler.search.find_plan import Found, choose_again, find_plan
 from unetc.compiler.search.fit import fit_plan
 from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
@@ -264,33 +264,32 @@ def _fit(
 ) -> _Fitted:
     """Fit by the engines' times and repair by sampling; aim higher once if the mean of both misses the budget.
 
-    Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few.
+    Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few. The higher aim is met by
+    another schedule that was sampled, if one saves so much, and otherwise by another search.
     """
-    fitted = _fit_and_repair(workbench, options, asked, 1.0, notes, seed, on_progress, emits)
+    repair = options.repair
+    found = find_plan(workbench, asked, repair, notes, seed, on_progress, emits=emits)
+    fitted = _measure_found(workbench, found, options, seed, notes)
     budget = asked.budget
     shortfall = budget - (fitted.candidate.saving + 1 - fitted.measured.time_ratio) / 2
     if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
         aim = replace(asked, budget=min(0.99, budget + shortfall + 0.01 * budget))
-        notes.append(f"engines and sampling saved {percent(budget - shortfall)}; fitted again to {percent(aim.budget)}")
+        notes.append(
+            f"engines and sampling saved {percent(budget - shortfall)}; chosen again for {percent(aim.budget)}"
+        )
+        again = choose_again(workbench, found, aim.budget, repair, notes, seed, on_progress, emits=emits)
         try:
-            fitted = _fit_and_repair(workbench, options, aim, fitted.correction, notes, seed, on_progress, emits)
+            if again is None:
+                correction = found.correction
+                again = find_plan(workbench, aim, repair, notes, seed, on_progress, correction=correction, emits=emits)
+            fitted = _measure_found(workbench, again, options, seed, notes)
         except PlanError as error:
             notes.append(f"kept the plan that is {percent(shortfall)} short: {error}")
     plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
     return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
 
 
-def _fit_and_repair(
-    workbench: Workbench,
-    options: BuildOptions,
-    plan: PlanOptions,
-    correction: float,
-    notes: list[str],
-    seed: int,
-    on_progress: OnProgress,
-    emits: Collection[str],
-) -> _Fitted:
-    found = find_plan(workbench, plan, options.repair, notes, seed, on_progress, correction=correction, emits=emits)
+def _measure_found(workbench: Workbench, found: Found, options: BuildOptions, seed: int, notes: list[str]) -> _Fitted:
     measured = _measure(workbench, found.candidate, options, seed, notes)
     evaluated = tuple(Measurement(time_ratio=one.candidate.time_ratio, damage=one.damage) for one in found.evaluated)
     return replace(measured, correction=found.correction, evaluated=evaluated, whole_steps=found.whole_steps)

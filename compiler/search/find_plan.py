@@ -91,14 +91,56 @@ def find_plan(
             evaluated.extend(between.evaluated)
         first, of_steps = _judge_again(workbench, evaluated, limits.budget, seed, options, notes, on_progress)
         candidate = candidate if first is None else first
-    candidate = _without_unused(workbench, candidate, emits)
-    plan = msgspec.structs.replace(candidate.plan, budget=limits.budget)
     return Found(
-        candidate=replace(candidate, plan=plan),
+        candidate=_finished(workbench, candidate, limits.budget, emits),
         whole_steps=None if of_steps is None else _without_unused(workbench, of_steps, ()),
         correction=correction,
         evaluated=tuple(evaluated),
     )
+
+
+def choose_again(
+    workbench: Workbench,
+    found: Found,
+    budget: float,
+    options: RepairOptions,
+    notes: list[str],
+    seed: int,
+    on_progress: OnProgress,
+    *,
+    emits: Collection[str] = (),
+) -> Found | None:
+    """Choose a plan that saves more from the schedules that a search has sampled.
+
+    Args:
+        workbench: Where to measure.
+        found: The search.
+        budget: Share of the time to save.
+        options: How long the search was.
+        notes: Receives the choice in words.
+        seed: Seed of the noise that damage is measured on.
+        on_progress: Called as the work advances.
+        emits: Branches that engine 0 emits for other quality levels.
+
+    Returns:
+        The plan; None if no schedule saves the budget.
+    """
+    if options.evaluations == 0:
+        return None
+    candidate, of_steps = _judge_again(workbench, found.evaluated, budget, seed, options, notes, on_progress)
+    if candidate is None:
+        return None
+    return replace(
+        found,
+        candidate=_finished(workbench, candidate, budget, emits),
+        whole_steps=None if of_steps is None else _without_unused(workbench, of_steps, ()),
+    )
+
+
+def _finished(workbench: Workbench, candidate: Candidate, budget: float, emits: Collection[str]) -> Candidate:
+    """Leave out what a chosen candidate does not use, and write the budget into its plan."""
+    candidate = _without_unused(workbench, candidate, emits)
+    return replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=budget))
 
 
 def _judge_again(

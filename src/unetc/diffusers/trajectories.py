@@ -60,7 +60,7 @@ _CLOSE = 1e-11
 """Energy of the difference of two predictions for samples that differ by rounding, relative; models enlarge it."""
 
 _CLOSE_TIMESTEPS = 1e-6
-"""Relative difference of timesteps that differ by rounding."""
+"""Difference of timesteps that differ by rounding, relative, or absolute near zero."""
 
 _MOST_NOISE = 0.9
 """Unexplained share above which a sample could be any other one."""
@@ -401,7 +401,12 @@ def _alike(trajectories: list[Trajectory], dtype: torch.dtype) -> bool:
     """
     exact = _SAME * torch.finfo(dtype).eps ** 2
     return all(
-        math.isclose(one.nodes[-1].timestep, first.nodes[-1].timestep, rel_tol=_CLOSE_TIMESTEPS)
+        math.isclose(
+            one.nodes[-1].timestep,
+            first.nodes[-1].timestep,
+            rel_tol=_CLOSE_TIMESTEPS,
+            abs_tol=_CLOSE_TIMESTEPS,  # those of EDM cross zero
+        )
         and _distance(one.nodes[-1].sample, first.nodes[-1].sample) <= exact
         and _distance(one.predicted, first.predicted) <= max(exact, _CLOSE)
         for first, one in pairwise(trajectories)
