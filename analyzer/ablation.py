@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from unetc.artifacts.profile import Component, Effect, NonFinite
+from unetc.artifacts.profile import Ablated, Component
 from unetc.errors import ProfileError
 from unetc.treatments import ROWS, Row, Treatment
 
@@ -38,10 +38,10 @@ class Ablation:
     periodic: PeriodicTreatment
 
 
-def entry_of(effect: Effect | NonFinite) -> tuple[Ablation, int]:
+def entry_of(ablated: Ablated) -> tuple[Ablation, int]:
     """Return the ablation and the bin of a result."""
-    kind = PeriodicTreatment(treatment=effect.treatment, period=effect.period)
-    return Ablation(component=effect.component, periodic=kind), effect.bin
+    kind = PeriodicTreatment(treatment=ablated.treatment, period=ablated.period)
+    return Ablation(component=ablated.component, periodic=kind), ablated.bin
 
 
 TRIED = tuple(

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Component, ImageSource, ModelReference, NonFinite, Profile, with_guidance
+from unetc.artifacts.profile import Component, ImageSource, ModelReference, Profile, with_guidance
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph
@@ -197,12 +197,8 @@ def _damages(
     chosen = choose(screen, costs.costs, costs.full_ms.mean, options.decisive)
     measured = run_sweep(sweep, base, chosen, folder, on_progress, deadline=deadline)
     calls = screen.calls + sweep_calls(sweep, [entry_of(one) for one in measured.all])
-    broken = [
-        NonFinite(component=own.component, treatment=own.periodic.treatment, period=own.periodic.period, bin=b)
-        for own, b in screen.non_finite
-    ]
     effects = measured.effects + estimate_rest(screen, measured.effects, measured.non_finite)
-    return Swept(effects=effects, non_finite=measured.non_finite + tuple(broken)), calls
+    return Swept(effects=effects, non_finite=measured.non_finite + screen.non_finite), calls
 
 
 def _costs(

@@ -174,8 +174,7 @@ class GatedDenoiser:
         conditions = conditions or self._conditions(len(sample))
         inputs = conditions.widen(sample, timestep, **rows)
         shape = (len(inputs["sample"]), self._gated.predicted_channels, *sample.shape[2:])
-        prediction, emitted = self._call(program, {**inputs, **others}, shape)
-        return prediction, emitted
+        return self._call(program, {**inputs, **others}, shape)
 
     def _call(
         self, program: Program, inputs: Mapping[str, Tensor], shape: tuple[int, ...]

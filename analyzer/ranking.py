@@ -98,7 +98,7 @@ def rank(profile: Profile, by: By = By.WORTH) -> Ranking:
         if effect.component in shares:
             way = ways.setdefault((effect.component, effect.treatment, effect.period), {})
             way[effect.bin] = effect
-    broken = {(one.component, one.treatment, one.period, one.bin) for one in profile.broken}
+    broken = {one.key for one in profile.broken}
     steps = [bin.steps for bin in profile.bins]
     position = {component.name: i for i, component in enumerate(profile.components)}
 

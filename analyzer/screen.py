@@ -56,8 +56,8 @@ class Screen:
 
     errors: dict[tuple[Ablation, int], float]
     """By ablation and bin: relative change of the prediction × treated steps in the bin."""
-    non_finite: tuple[tuple[Ablation, int], ...] = ()
-    """Ablations whose prediction is NaN or infinity, with the bin."""
+    non_finite: tuple[NonFinite, ...] = ()
+    """Ablations whose prediction is NaN or infinity."""
     calls: int
     """Denoiser calls per sample."""
 
@@ -69,7 +69,7 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
         ArtifactError: If `work` cannot be written.
     """
     errors: dict[tuple[Ablation, int], float] = {}
-    non_finite: list[tuple[Ablation, int]] = []
+    non_finite: list[NonFinite] = []
     calls = 0
     names = tuple(component.name for component in sweep.ablated)
     tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
@@ -83,13 +83,14 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
             write_atomically(path, msgspec.json.encode(screened))
         for local in screened.errors:
             kind = PeriodicTreatment(treatment=local.treatment, period=local.period)
-            entry = Ablation(component=local.component, periodic=kind), b
             if not (treated := sum(map(kind.treats, sweep.steps_of(b)))):
                 continue
             if local.error is None:
-                non_finite.append(entry)
+                non_finite.append(
+                    NonFinite(component=local.component, treatment=local.treatment, period=local.period, bin=b)
+                )
             else:
-                errors[entry] = local.error * treated
+                errors[Ablation(component=local.component, periodic=kind), b] = local.error * treated
         calls += screened.calls
         on_progress(Progress(stage="screen", done=b + 1, total=len(sweep.bins)))
     return Screen(errors=errors, non_finite=tuple(non_finite), calls=calls)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -266,7 +266,7 @@ def _read(path: Path, job: _Job) -> Swept | None:
         result = msgspec.json.decode(read_bounded(path, 2**26), type=Swept)
     except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    measured = {(one.component, one.treatment, one.period, one.bin) for one in result.all}
+    measured = {one.key for one in result.all}
     wanted = {(name, job.periodic.treatment, job.periodic.period, job.bin) for name in job.names}
     return result if measured == wanted else None
 
@@ -298,27 +298,20 @@ def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> Swept:
             trajectory = trajectory.advance(sweep.table, step, prediction, seed=sweep.seed, indices=indices)
     finals = trajectory.sample.reshape(count, sweep.samples, *sweep.sample_shape)
     effects, non_finite = [], []
+    treatment, period = job.periodic.treatment, job.periodic.period
     for name, final, own in zip(job.names, finals, finite, strict=True):
-        place: _Place = {
-            "component": name,
-            "treatment": job.periodic.treatment,
-            "period": job.periodic.period,
-            "bin": job.bin,
-        }
         with np.errstate(over="ignore", invalid="ignore"):
             distances = relative_l2(base.final, final)
         if own and np.isfinite(distances).all():
-            effects.append(Effect(**place, measured=True, relative_l2=estimate(distances)))
+            damage = estimate(distances)
+            effects.append(
+                Effect(
+                    component=name, treatment=treatment, period=period, bin=job.bin, measured=True, relative_l2=damage
+                )
+            )
         else:
-            non_finite.append(NonFinite(**place))
+            non_finite.append(NonFinite(component=name, treatment=treatment, period=period, bin=job.bin))
     return Swept(effects=tuple(effects), non_finite=tuple(non_finite))
-
-
-class _Place(TypedDict):
-    component: str
-    treatment: Treatment
-    period: int
-    bin: int
 
 
 class _Treated(Protocol):

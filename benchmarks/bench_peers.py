@@ -62,6 +62,7 @@ from unetc.compiler.search.set_up import Setup, set_up
 from unetc.conditions import Conditions
 from unetc.environment import cores, describe
 from unetc.metrics.damage import measure_damage
+from unetc.metrics.distances import relative_l2
 from unetc.models.find import find_model
 from unetc.models.pipeline import PipelineModel
 from unetc.report.charts import FAINT, MUTED, PLAN, WIDTH, inline, number, styled
@@ -180,13 +181,14 @@ def time_ratio(one: Callable[[], Array], full: Callable[[], Array]) -> float:
     return float(np.median(times[:, 1] / times[:, 0]))
 
 
-def gate_step(behind: float, saving: float) -> int:
+def gate_step(earliest: float, saving: float) -> int:
     """Choose the gate step for a saving, or the largest saving that the method allows.
 
     Args:
-        behind: Time of a step after the gate / time of a step before it.
+        earliest: Time of sampling with the gate after the first step / time of the full model's sampling.
         saving: Share of the sampling time.
     """
+    behind = (earliest * STEPS - 1) / (STEPS - 1)  # time of a step after the gate / time of a step before it
     return int(np.clip(round(STEPS * (1 - saving / max(1e-3, 1 - behind))), 1, STEPS - 1))
 
 
@@ -210,7 +212,7 @@ def rules_at(
     )
     full = partial(torch_side.sample, conditions, noise)
     earliest = time_ratio(partial(torch_side.guided_until, conditions, noise, step=1), full)
-    guided = gate_step((earliest * STEPS - 1) / (STEPS - 1), saving)
+    guided = gate_step(earliest, saving)
     rules: dict[str, Callable[[], Rule]] = {
         "rule of ZEUS": partial(Zeus, STEPS, calls),
         "rule of Spectrum": partial(Spectrum, STEPS, calls),
@@ -240,7 +242,7 @@ def repeating(model: PipelineModel, guidance: float) -> list[list[object]]:
         full = one.sample(conditions, noise)
         for interval in INTERVALS:
             cached = partial(one.cached, conditions, noise, interval=interval)
-            damage = float(np.linalg.norm(cached() - full) / np.linalg.norm(full))
+            damage = float(relative_l2(full, cached()).mean())
             rows.append([name, interval, time_ratio(cached, partial(one.sample, conditions, noise)), damage])
     return rows
 
@@ -271,7 +273,7 @@ def tgate(setup: Setup, saving: float) -> tuple[int, Session]:
     """Choose the gate step for a saving, or the largest saving that cross-attention allows."""
     log_snr = setup.scheduler.table(STEPS).log_snr.tolist()
     earliest = setup.workbench.compile(gated_at(setup.profile, log_snr, 1))
-    step = gate_step(1 - earliest.saving * STEPS / (STEPS - 1), saving)
+    step = gate_step(earliest.time_ratio, saving)
     return step, setup.workbench.compile(gated_at(setup.profile, log_snr, step)).session
 
 
@@ -332,7 +334,7 @@ def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guida
     in_full = partial(torch_side.sample, few, noise)
     saving = 1 - time_ratio(partial(torch_side.cached, few, noise, interval=interval), in_full)
     earliest = time_ratio(partial(torch_side.gated, few, noise, gate=1), in_full)
-    torch_gate = gate_step((earliest * STEPS - 1) / (STEPS - 1), saving)
+    torch_gate = gate_step(earliest, saving)
     bundle = build_at(saving, work, controls=True)
     backend = open_backend(bundle.manifest.target, threads=bundle.manifest.threads)
     session = Session.of(bundle, backend)

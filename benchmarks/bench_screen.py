@@ -40,7 +40,7 @@ Entry = tuple[str, Treatment, int, int]
 
 def entries_of(profile: Profile) -> dict[Entry, Effect]:
     """Index the effects of a profile."""
-    return {(effect.component, effect.treatment, effect.period, effect.bin): effect for effect in profile.effects}
+    return {effect.key: effect for effect in profile.effects}
 
 
 def ranked_by_price(profile: Profile) -> list[list[Entry]]:

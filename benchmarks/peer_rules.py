@@ -26,6 +26,7 @@ from hicache_pp import (
     hicache_init,
     hicache_update_derivatives,
 )
+from tgate import end_guidance
 from torch import Tensor
 
 
@@ -266,9 +267,6 @@ def guided_until(pipeline: StableDiffusionPipeline, step: int) -> Iterator[dict[
     """
 
     def end(running: Any, place: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if place != step - 1:
-            return {}
-        running._guidance_scale = 1.0  # the way that diffusers' guide to callbacks ends guidance
-        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+        return end_guidance(running, tensors) if place == step - 1 else {}
 
     yield {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}

@@ -42,6 +42,14 @@ class Crossing:
         self._kept = torch.add(*self._last.chunk(2)) / 2 if guided else self._last
 
 
+def end_guidance(running: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """End guidance within a callback of a running pipeline; return the tensors that change."""
+    if not running.do_classifier_free_guidance:
+        return {}
+    running._guidance_scale = 1.0  # the way that diffusers' guide to callbacks ends guidance
+    return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+
 @contextmanager
 def gated(pipeline: StableDiffusionPipeline, gate: int) -> Iterator[dict[str, Any]]:
     """Put T-GATE around a pipeline.
@@ -59,13 +67,9 @@ def gated(pipeline: StableDiffusionPipeline, gate: int) -> Iterator[dict[str, An
     def close(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step != gate - 1:
             return {}
-        guided = running.do_classifier_free_guidance
         for crossing in crossings.values():
-            crossing.close(guided)
-        if not guided:
-            return {}
-        running._guidance_scale = 1.0  # the way that diffusers' guide to callbacks ends guidance
-        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+            crossing.close(running.do_classifier_free_guidance)
+        return end_guidance(running, tensors)
 
     pipeline.unet.set_attn_processor(own | crossings)
     try:

@@ -92,11 +92,11 @@ def make_controls(
         own = replace(short, tune=repair.tune and restriction is Restriction.STEPS_ONLY)  # the others tune nothing
 
         def fit() -> Candidate:
-            found = whole_steps if restriction is Restriction.STEPS_ONLY else None
-            if found is None:
-                kind, budget = restriction, target
-                found = fit_restricted(workbench, kind, budget, correction, seed, limits=limits, options=own).candidate
-            return _tuned(workbench, found, seed) if own.tune else found
+            made = whole_steps if restriction is Restriction.STEPS_ONLY else None
+            if made is None:
+                found = fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own)
+                made = found.candidate
+            return _tuned(workbench, made, seed) if own.tune else made
 
         return fit
 

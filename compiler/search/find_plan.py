@@ -80,23 +80,19 @@ def find_plan(
         f"after sampling {len(best.evaluated)} schedules {_damage(best):.4f}"
     )
     evaluated = list(best.evaluated)
-    candidate, of_steps = best.candidate, None
+    chosen = None
     if limits.budget > 0 and options.evaluations > 0 and limits.restriction is Restriction.ALL:
         whole = _of_whole_steps(workbench, limits, options, correction, seed, on_progress)
         if whole is not None:
             evaluated.extend(whole.evaluated)
-            start = min(_saving((best, whole), limits.budget), key=_damage, default=best)
+            saving = [one for one in (best, whole) if one.candidate.saving >= limits.budget]
+            start = min(saving, key=_damage, default=best)
             both = _union(workbench, start.candidate, (joint, whole.candidate), limits, emits)
             between = repair(workbench, both, limits.budget, seed, options, on_progress)
             evaluated.extend(between.evaluated)
-        first, of_steps = _judge_again(workbench, evaluated, limits.budget, seed, options, notes, on_progress)
-        candidate = candidate if first is None else first
-    return Found(
-        candidate=_finished(workbench, candidate, limits.budget, emits),
-        whole_steps=None if of_steps is None else _without_unused(workbench, of_steps, ()),
-        correction=correction,
-        evaluated=tuple(evaluated),
-    )
+        chosen = _choose(workbench, evaluated, limits.budget, seed, options, notes, on_progress, emits)
+    candidate, of_steps = chosen or (_finished(workbench, best.candidate, limits.budget, emits), None)
+    return Found(candidate=candidate, whole_steps=of_steps, correction=correction, evaluated=tuple(evaluated))
 
 
 def choose_again(
@@ -127,14 +123,43 @@ def choose_again(
     """
     if options.evaluations == 0:
         return None
-    candidate, of_steps = _judge_again(workbench, found.evaluated, budget, seed, options, notes, on_progress)
-    if candidate is None:
+    chosen = _choose(workbench, found.evaluated, budget, seed, options, notes, on_progress, emits)
+    return None if chosen is None else replace(found, candidate=chosen[0], whole_steps=chosen[1])
+
+
+def _choose(
+    workbench: Workbench,
+    evaluated: Sequence[Evaluated],
+    budget: float,
+    seed: int,
+    options: RepairOptions,
+    notes: list[str],
+    on_progress: OnProgress,
+    emits: Collection[str],
+) -> tuple[Candidate, Candidate | None] | None:
+    """Judge the best schedules again on more batches.
+
+    Returns:
+        The best of all that save the budget, and the best of whole steps alone, if there is one; None if no schedule
+        saves the budget.
+    """
+    count = max(1, options.evaluations // _PER_FINALIST)
+    saving = sorted((one for one in evaluated if one.candidate.saving >= budget), key=_damage)
+    if not saving:
         return None
-    return replace(
-        found,
-        candidate=_finished(workbench, candidate, budget, emits),
-        whole_steps=None if of_steps is None else _without_unused(workbench, of_steps, ()),
-    )
+    whole = [one.candidate for one in saving if _is_of_whole_steps(workbench, one.candidate)]
+    finalists = {id(own): own for own in (*(one.candidate for one in saving[:count]), *whole[:count])}
+    damages: dict[int, float] = {}
+    for done, (key, own) in enumerate(finalists.items()):
+        on_progress(Progress(stage="finalists", done=done, total=len(finalists)))
+        damages[key] = judge(workbench, own, seed, options, batches=TUNED_BATCHES)[1].relative_l2.mean
+    on_progress(Progress(stage="finalists", done=len(finalists), total=len(finalists)))
+    best = min(finalists, key=lambda key: damages[key])
+    best_whole = min((id(own) for own in whole[:count]), key=lambda key: damages[key], default=None)
+    kind = "whole steps alone" if _is_of_whole_steps(workbench, finalists[best]) else "components"
+    notes.append(f"judged the best {len(finalists)} schedules again on more samples: {damages[best]:.4f} with {kind}")
+    of_steps = None if best_whole is None else _without_unused(workbench, finalists[best_whole], ())
+    return _finished(workbench, finalists[best], budget, emits), of_steps
 
 
 def _finished(workbench: Workbench, candidate: Candidate, budget: float, emits: Collection[str]) -> Candidate:
@@ -143,46 +168,8 @@ def _finished(workbench: Workbench, candidate: Candidate, budget: float, emits: 
     return replace(candidate, plan=msgspec.structs.replace(candidate.plan, budget=budget))
 
 
-def _judge_again(
-    workbench: Workbench,
-    evaluated: Sequence[Evaluated],
-    budget: float,
-    seed: int,
-    options: RepairOptions,
-    notes: list[str],
-    on_progress: OnProgress,
-) -> tuple[Candidate | None, Candidate | None]:
-    """Judge the best schedules again on more batches.
-
-    Returns:
-        The best of all that save the budget, and the best of whole steps alone; None where there is none.
-    """
-    count = max(1, options.evaluations // _PER_FINALIST)
-    saving = sorted((one for one in evaluated if one.candidate.saving >= budget), key=_damage)
-    whole = [one for one in saving if _is_of_whole_steps(workbench, one.candidate)]
-    finalists = {id(one): one.candidate for one in (*saving[:count], *whole[:count])}
-    judged: list[tuple[float, bool, Candidate]] = []
-    for done, own in enumerate(finalists.values()):
-        on_progress(Progress(stage="finalists", done=done, total=len(finalists)))
-        damage = judge(workbench, own, seed, options, batches=TUNED_BATCHES)[1].relative_l2.mean
-        judged.append((damage, _is_of_whole_steps(workbench, own), own))
-    on_progress(Progress(stage="finalists", done=len(finalists), total=len(finalists)))
-    best = min(judged, key=lambda one: one[0], default=None)
-    best_whole = min((one for one in judged if one[1]), key=lambda one: one[0], default=None)
-    if best is None:
-        return None, None
-    kind = "whole steps alone" if best[1] else "components"
-    notes.append(f"judged the best {len(judged)} schedules again on more samples: {best[0]:.4f} with {kind}")
-    return best[2], None if best_whole is None else best_whole[2]
-
-
 def _damage(judged: Repaired | Evaluated) -> float:
     return judged.damage.relative_l2.mean
-
-
-def _saving(repaired: Sequence[Repaired], budget: float) -> list[Repaired]:
-    """List those that save the budget."""
-    return [one for one in repaired if one.candidate.saving >= budget]
 
 
 def _is_of_whole_steps(workbench: Workbench, candidate: Candidate) -> bool:

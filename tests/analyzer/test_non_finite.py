@@ -13,7 +13,17 @@ import msgspec
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.analyzer.sweeps import REFERENCE, SHAPE, backend, everything, made_up_costs, sweep_of, table_of, tiny
+from tests.analyzer.sweeps import (
+    REFERENCE,
+    SHAPE,
+    backend,
+    estimate_of,
+    everything,
+    made_up_costs,
+    sweep_of,
+    table_of,
+    tiny,
+)
 from unetc.analyzer import analysis
 from unetc.analyzer.ablation import entry_of
 from unetc.analyzer.analysis import AnalysisOptions, analyze
@@ -21,7 +31,7 @@ from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.ranking import rank
 from unetc.analyzer.screen import choose, estimate_rest, run_screen
 from unetc.analyzer.sweep import FullTrajectory, Sweep, run_base, run_sweep
-from unetc.artifacts.profile import Cost, Estimate, Profile
+from unetc.artifacts.profile import Cost, Profile
 from unetc.cli.summary import profile_facts, profile_table
 from unetc.compiler.planner.planner import PlanOptions, make_plan
 from unetc.errors import ProfileError
@@ -73,15 +83,13 @@ def test_they_are_read_again_from_partial_results(tmp_path: Path) -> None:
 def test_the_screen_names_them_and_chooses_others(tmp_path: Path) -> None:
     sweep, base = swept()
     screen = run_screen(sweep, with_huge_means(sweep, base), tmp_path, ignore)
-    assert {(own.component, own.periodic.treatment, b) for own, b in screen.non_finite} == {
+    assert {(one.component, one.treatment, one.bin) for one in screen.non_finite} == {
         (BROKEN, Treatment.MEAN, b) for b in (0, 1)
     }
-    assert not {*screen.non_finite} & {*screen.errors}
-    costs = [
-        Cost(component=one.name, saved_ms=Estimate(mean=1.0, low=1.0, high=1.0), freed_bytes=0)
-        for one in sweep.components
-    ]
-    assert not {*screen.non_finite} & {*choose(screen, costs, 80.0, None)}
+    broken = {*map(entry_of, screen.non_finite)}
+    assert not broken & {*screen.errors}
+    costs = [Cost(component=one.name, saved_ms=estimate_of(1.0), freed_bytes=0) for one in sweep.components]
+    assert not broken & {*choose(screen, costs, 80.0, None)}
     assert run_screen(sweep, base, tmp_path, ignore) == screen, "a finished bin is not probed again"
 
 

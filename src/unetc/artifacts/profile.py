@@ -145,14 +145,24 @@ class Damage(Record, frozen=True, kw_only=True):
     """Structural similarity, 1 = same."""
 
 
-class Effect(Record, frozen=True, kw_only=True):
-    """Damage to the final output if one component has one treatment in one bin and everything else is kept."""
+class Ablated(Record, frozen=True, kw_only=True):
+    """One component with one treatment in one bin, while everything else is kept."""
 
     component: str
     treatment: Treatment
     period: int
     """The component is computed once in this many steps; 1 if it is never computed."""
     bin: int
+
+    @property
+    def key(self) -> tuple[str, Treatment, int, int]:
+        """What was ablated, apart from what came of it."""
+        return self.component, self.treatment, self.period, self.bin
+
+
+class Effect(Ablated, frozen=True, kw_only=True):
+    """Damage of an ablation to the final output."""
+
     measured: bool
     """Whether the damage was measured on the final output; otherwise it is estimated from the local error."""
     relative_l2: Estimate
@@ -164,14 +174,8 @@ class Effect(Record, frozen=True, kw_only=True):
         require((self.period > 1) == self.treatment.reuses, "hold and forecast need a period above 1, others period 1")
 
 
-class NonFinite(Record, frozen=True, kw_only=True):
+class NonFinite(Ablated, frozen=True, kw_only=True):
     """An ablation whose predictions are NaN or infinity; no plan makes it."""
-
-    component: str
-    treatment: Treatment
-    period: int
-    """The component is computed once in this many steps; 1 if it is never computed."""
-    bin: int
 
 
 class Cost(Record, frozen=True, kw_only=True):
@@ -252,12 +256,11 @@ class Profile(Artifact, frozen=True, kw_only=True):
         require(all(effect.component in names for effect in self.effects), "an effect names an unknown component")
         require(all(cost.component in names for cost in self.costs), "a cost names an unknown component")
         require(all(0 <= effect.bin < len(self.bins) for effect in self.effects), "an effect names an unknown bin")
-        known = {(effect.component, effect.treatment, effect.period, effect.bin) for effect in self.effects}
+        known = {effect.key for effect in self.effects}
         for one in self.broken:
             require(one.component in names, "an ablation that is not finite names an unknown component")
             require(0 <= one.bin < len(self.bins), "an ablation that is not finite names an unknown bin")
-            own = (one.component, one.treatment, one.period, one.bin)
-            require(own not in known, f"an ablation has an effect, and is not finite: {one}")
+            require(one.key not in known, f"an ablation has an effect, and is not finite: {one}")
         width = 4 * sum(component.channels for component in without_guidance(self.components))
         require(len(self.means) == len(self.bins), "there must be one row of means per bin")
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
