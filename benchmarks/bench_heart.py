@@ -1,10 +1,13 @@
 """How much damage does a plan do, beside an older version of unetc and beside all controls, at equal measured time?
 
-    python benchmarks/bench_heart.py             # about an hour on two cores; resumes
+    python benchmarks/bench_heart.py                       # two to four hours on two cores; resumes
+    python benchmarks/bench_heart.py --only "digits, ddpm"   # some regimes; the result keeps its other rows
 
 Both versions analyse, build and verify every regime through their command lines, in turn, on the same machine. The
-older one is checked out next to this one. Both verify on the same seed, so they start from the same noise. Writes
-`results/heart.json`: damages and times of both, and of every control of the newer one.
+older one is checked out next to this one. Both verify on the same seed, so they start from the same noise.
+
+Writes `results/heart.json`: damages and times of both, and of every control of the newer one. Each row names its commit
+and its machine.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkout import ROOT, commit
+from checkout import ROOT, check_out, commit
 from result_file import write
+
+from unetc.environment import describe
 
 HERE = Path(__file__).parent
 OLDER = "a993132"
@@ -98,6 +103,8 @@ def row(regime: Regime, budget: float, older: Mapping[str, Any], newer: Mapping[
     return {
         "regime": regime.name,
         "budget": budget,
+        "commit": commit(),
+        "environment": describe(),
         "older": {"time": older["time_ratio"], "damage": older["damage"]["relative_l2"]["mean"]},
         "newer": {"time": newer["time_ratio"], "damage": newer["damage"]["relative_l2"]["mean"]},
         "asked": (1 - newer["time_ratio"]) / budget,
@@ -133,13 +140,20 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write all damages in one table, each with its time."""
     names = list(dict.fromkeys(name for one in rows for name in one["controls"]))
-    columns = ["regime", "budget", OLDER, "plan", *names]
+    columns = ["regime", "budget", "commit", OLDER, "plan", *names]
     lines = []
     for one in rows:
         cells = [one["older"], one["newer"], *(one["controls"].get(name) for name in names)]
         shown = ["–" if cell is None else f"{cell['damage']:.4f} at {cell['time']:.3f}" for cell in cells]
-        lines.append([one["regime"], one["budget"], *shown])
+        lines.append([one["regime"], one["budget"], one["commit"], *shown])
     return {"title": "relative L2 at time / full model", "columns": columns, "rows": lines}
+
+
+def rows_of(results: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    """Read the rows of an earlier result by regime and budget."""
+    path = results / "heart.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(one["regime"], one["budget"]): one for one in rows}
 
 
 def main() -> None:
@@ -149,22 +163,21 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--samples", type=int, default=4, help="trajectories of the analysis")
     parser.add_argument("--rounds", type=int, default=8, help="batches that every contender samples")
-    parser.add_argument("--regimes", type=int, default=len(REGIMES), help="measure only the first of them")
+    parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     older = options.work / OLDER
-    if not older.exists():
-        subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(older), OLDER], check=True)
+    check_out(OLDER, older)
     folders = {ROOT: options.work / f"newer-{commit()}", older: options.work / "older"}
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
-    rows = []
-    for regime in REGIMES[: options.regimes]:
+    rows = rows_of(options.results)
+    for regime in (one for one in REGIMES if one.name.startswith(options.only)):
         for budget in regime.budgets:
             new, old = (measured(sources, regime, budget, work, options) for sources, work in folders.items())
-            rows.append(row(regime, budget, old, new))
-            measured_so_far = {"commit": commit(), "figures": figures(rows), "tables": [table(rows)], "rows": rows}
-            write(options.results, "heart", measured_so_far)
+            rows[regime.name, budget] = row(regime, budget, old, new)
+            known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
+            write(options.results, "heart", {"figures": figures(known), "tables": [table(known)], "rows": known})
 
 
 if __name__ == "__main__":

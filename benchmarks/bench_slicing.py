@@ -23,8 +23,8 @@ import onnx_ir as ir
 from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
-from unetc.backend import SerialisedGraph
-from unetc.compiler.graph.gate import DOMAIN
+from unetc.backend import DOMAIN, SerialisedGraph
+from unetc.compiler.graph import group_norm
 from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import serialise
@@ -102,7 +102,9 @@ def block(case: Case, *, with_skip: bool) -> ir.Model:
     for name, shape in shapes.items():
         array = rng.standard_normal(shape, dtype=np.float32) / np.sqrt(np.prod(shape[1:], dtype=np.float32))
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.serde.deserialize_model(proto)
+    model = ir.serde.deserialize_model(proto)
+    group_norm.from_onnx(model)
+    return model
 
 
 def engines(case: Case) -> Iterator[tuple[str, SerialisedGraph]]:

@@ -27,6 +27,14 @@ def commit() -> str:
         return "unknown"
 
 
+def check_out(revision: str, folder: Path) -> None:
+    """Write the sources of another commit to a folder, unless it exists."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        archive = subprocess.run(["git", "-C", str(ROOT), "archive", revision], check=True, stdout=subprocess.PIPE)
+        subprocess.run(["tar", "-x", "-C", str(folder)], check=True, input=archive.stdout)
+
+
 @functools.cache
 def sources_sha256() -> str:
     """Hash these sources, which works without git too."""

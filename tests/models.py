@@ -199,8 +199,8 @@ def condition_well(model: nn.Module, seed: int, *, own_eps: bool = False) -> Non
 
     With `own_eps`, norms keep their epsilon: then no group of channels may become constant.
 
-    Fresh models have layers whose output is zero. Removals may also leave a group of channels nearly constant. ONNX
-    defines the variance in a GroupNormalization as E[x²] − E[x]², so only a large epsilon keeps it accurate then.
+    Fresh models have layers whose output is zero. Removals may also leave a group of channels nearly constant; a norm
+    with a small epsilon amplifies its rounding errors then.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from unetc.artifacts.call_input import SAMPLE
 from unetc.errors import CompileError
 from unetc.models.latent_decoder import LatentDecoder
 
+from . import group_norm
 from .gated import OPSET, quietly
 from .size_names import name_sizes
 
@@ -49,5 +50,6 @@ def export_decoder(decoder: LatentDecoder) -> bytes:
     assert program is not None
     common.ClearMetadataAndDocStringPass()(program.model)
     name_sizes(program.model.graph, SAMPLE)
+    group_norm.from_onnx(program.model)
     graph: bytes = ir.to_proto(program.model).SerializeToString()
     return graph

@@ -13,6 +13,7 @@ from unetc.models.latent_encoder import LatentEncoder
 from unetc.models.vae import CHANNELS
 from unetc.runtime.encoder import IMAGE
 
+from . import group_norm
 from .gated import OPSET, quietly
 from .size_names import name_sizes
 
@@ -55,6 +56,7 @@ def export_encoder(encoder: LatentEncoder) -> bytes:
         )
     assert program is not None
     common.ClearMetadataAndDocStringPass()(program.model)
+    group_norm.from_onnx(program.model)
     name_sizes(program.model.graph, IMAGE)
     graph: bytes = ir.to_proto(program.model).SerializeToString()
     return graph

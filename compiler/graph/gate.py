@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unetc.artifacts.profile import Component
+from unetc.backend import DOMAIN
 from unetc.treatments import Treatment
 
-DOMAIN = "unetc"
 OPERATOR = "Gate"
 KEEP, MEAN = 0, 1
 """Columns of the gate input; `unetc.treatments` holds the row of each treatment."""

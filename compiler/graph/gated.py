@@ -25,12 +25,13 @@ from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
 from unetc.artifacts.sizes import SampleSizes
-from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.backend import DOMAIN, WEIGHTS, SerialisedGraph
 from unetc.errors import ArtifactError, CompileError
 from unetc.treatments import COMPUTED, HELD
 
+from . import group_norm
 from .capture import GATES, MEANS, OUTPUT, Capture
-from .gate import DOMAIN, OPERATOR, TRANSLATIONS, onnx_function
+from .gate import OPERATOR, TRANSLATIONS, onnx_function
 from .nodes import add_integers, add_name, add_node, add_reshape
 from .size_names import name_sizes
 from .weights import externalise, serialise
@@ -259,6 +260,7 @@ def _export(capture: Capture) -> ir.Model:
     function = onnx_function(OPSET)
     model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = 1
+    group_norm.from_onnx(model)
     model.producer_name, model.producer_version = "unetc", ""
     return model
 

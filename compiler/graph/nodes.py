@@ -51,7 +51,8 @@ def add_integers(graph: ir.Graph, *numbers: int) -> ir.Value:
 def copy_node(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], **changed: int) -> ir.Value:
     """Add a copy of a node with other inputs and, where given, other integer attributes."""
     attributes = {name: attribute for name, attribute in node.attributes.items() if name not in changed}
-    copy = ir.Node("", node.op_type, inputs, [*attributes.values(), *map(ir.AttrInt64, changed, changed.values())])
+    given = map(ir.AttrInt64, changed, changed.values())
+    copy = ir.Node(node.domain, node.op_type, inputs, [*attributes.values(), *given])
     graph.append(copy)
     return copy.outputs[0]
 

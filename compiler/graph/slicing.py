@@ -4,8 +4,8 @@
 activation. Both are split exactly, up to rounding:
 
 - a norm over whole groups of h is a norm of h with fewer groups, and a group of constants alone is constant;
-- in a group with channels of both, the statistics of h are combined with the constants. The constants then have a value
-  per sample;
+- in a group with channels of both, the constants are joined to h again. There are fewer of them than a group has
+  channels;
 - a convolution becomes one over h with fewer weights, plus a term for the constants. The term is the same at all
   positions where no tap of the kernel reads padding. It is a bias if the convolution has no padding, and otherwise the
   sum of the taps that read no padding.
@@ -27,6 +27,8 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from unetc.backend import GROUP_NORM
 
 from .nodes import add_initializer, add_integers, add_node, add_reshape, add_slice, copy_node
 
@@ -59,19 +61,18 @@ class _Run:
     begin: int
     end: int
     value: ir.Value
-    """[1 or batch, channel]."""
-    per_sample: bool
+    """[1, channel]."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """Channels with one computed run; the other runs are constant, and channels outside the runs are zero."""
+    """Channels with one computed run, and perhaps a constant one; channels outside the runs are zero."""
 
     computed: ir.Value
     """[batch, channel, ...]."""
     begin: int
     end: int
-    runs: tuple[_Run, ...]
+    constant: _Run | None = None
 
 
 def slice_constants(graph: ir.Graph, constants: Constants) -> None:
@@ -86,7 +87,7 @@ def slice_constants(graph: ir.Graph, constants: Constants) -> None:
             for reader in _readers(join.output):
                 if _is_narrowable(reader, "Conv", join.output):
                     _narrow(graph, reader, _whole(graph, join, _channels(reader)))
-                elif _is_narrowable(reader, "GroupNormalization", join.output):
+                elif _is_narrowable(reader, GROUP_NORM, join.output):
                     _narrow_behind(graph, reader, join)
 
 
@@ -147,8 +148,9 @@ def _narrow_behind(graph: ir.Graph, norm: ir.Node, join: _Join) -> None:
 
     image = _normalise(graph, norm, join, rank=len(_sizes(convolutions[0])))
     image.computed.name = norm.outputs[0].name
-    runs = tuple(replace(run, value=activate(run.value, ".constant")) for run in image.runs)
-    image = replace(image, computed=activate(image.computed, ""), runs=runs)
+    image = replace(image, computed=activate(image.computed, ""))
+    if run := image.constant:
+        image = replace(image, constant=replace(run, value=activate(run.value, ".constant")))
     for convolution in convolutions:
         _narrow(graph, convolution, image)
 
@@ -179,12 +181,12 @@ def _replay(graph: ir.Graph, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Va
 def _whole(graph: ir.Graph, join: _Join, channels: int) -> _Image:
     """Describe a concatenation as a convolution reads it."""
     begin, end = join.split(channels)
-    image = _Image(join.computed, begin, end, ())
+    image = _Image(join.computed, begin, end)
     if not join.constant.any():
         return image
     first = 0 if begin else end
     value = add_initializer(graph, f"{join.output.name}.constant", join.constant[np.newaxis])
-    return replace(image, runs=(_Run(first, first + join.constant.size, value, per_sample=False),))
+    return replace(image, constant=_Run(first, first + join.constant.size, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +195,10 @@ class _Groups:
 
     size: int
     """Channels per group."""
-    begin: int
-    end: int
-    """Range of the computed channels."""
     low: int
     high: int
     """Range of the groups with computed channels."""
-    mixed: NDArray[np.float32]
+    seam: NDArray[np.float32]
     """Constants in the group that also has computed channels."""
     alone: NDArray[np.float32]
     """Constants in the other groups."""
@@ -212,10 +211,10 @@ class _Groups:
         size = channels // norm.attributes["num_groups"].as_int()
         begin, end = join.split(channels)
         low, high = begin // size * size, -(-end // size) * size
-        seam = high - end if join.computed_first else low
-        parts = join.constant[:seam], join.constant[seam:]
-        mixed, alone = parts if join.computed_first else reversed(parts)
-        return cls(size, begin, end, low, high, mixed, alone, high if join.computed_first else 0)
+        split = high - end if join.computed_first else low
+        parts = join.constant[:split], join.constant[split:]
+        seam, alone = parts if join.computed_first else reversed(parts)
+        return cls(size, low, high, seam, alone, high if join.computed_first else 0)
 
     @property
     def count(self) -> int:
@@ -226,12 +225,10 @@ class _Groups:
 def _normalise(graph: ir.Graph, norm: ir.Node, join: _Join, *, rank: int) -> _Image:
     """Apply a group norm to a concatenation; `rank` is the number of axes of an image."""
     groups = _Groups.of(norm, join)
-    if groups.mixed.size:
-        image = _normalise_mixed(graph, norm, join, groups, rank)
-    else:
-        parameters = _parameters(graph, norm, groups.begin, groups.end)
-        narrow = copy_node(graph, norm, [join.computed, *parameters], num_groups=groups.count)
-        image = _Image(narrow, groups.begin, groups.end, ())
+    computed = _join_seam(graph, norm, join, groups.seam, rank) if groups.seam.size else join.computed
+    parameters = _parameters(graph, norm, groups.low, groups.high)
+    narrow = copy_node(graph, norm, [computed, *parameters], num_groups=groups.count)
+    image = _Image(narrow, groups.low, groups.high)
     if not groups.alone.size:
         return image
     begin, end = groups.alone_begin, groups.alone_begin + groups.alone.size
@@ -239,8 +236,17 @@ def _normalise(graph: ir.Graph, norm: ir.Node, join: _Join, *, rank: int) -> _Im
     if groups.alone.any():
         normal = add_initializer(graph, f"{norm.outputs[0].name}.alone", _normal(groups.alone, groups.size, norm))
         bias = add_node(graph, "Add", [add_node(graph, "Mul", [normal, scale]), bias])
-    run = _Run(begin, end, add_reshape(graph, bias, 1, -1), per_sample=False)
-    return replace(image, runs=(*image.runs, run))
+    return replace(image, constant=_Run(begin, end, add_reshape(graph, bias, 1, -1)))
+
+
+def _join_seam(graph: ir.Graph, norm: ir.Node, join: _Join, seam: NDArray[np.float32], rank: int) -> ir.Value:
+    """Join the computed channels with the constants that share a group with them."""
+    value = add_initializer(graph, f"{norm.outputs[0].name}.seam", seam.reshape(1, -1, *[1] * (rank - 2)))
+    batch, positions = (add_node(graph, "Shape", [join.computed], part) for part in ({"end": 1}, {"start": 2}))
+    size = add_node(graph, "Concat", [batch, add_integers(graph, seam.size), positions], {"axis": 0})
+    constants = add_node(graph, "Expand", [value, size])
+    parts = [join.computed, constants] if join.computed_first else [constants, join.computed]
+    return add_node(graph, "Concat", parts, {"axis": 1})
 
 
 def _parameters(graph: ir.Graph, norm: ir.Node, begin: int, end: int) -> tuple[ir.Value, ir.Value]:
@@ -261,111 +267,38 @@ def _normal(constant: NDArray[np.float32], size: int, norm: ir.Node) -> NDArray[
     return members.reshape(-1).astype(constant.dtype)
 
 
-def _normalise_mixed(graph: ir.Graph, norm: ir.Node, join: _Join, groups: _Groups, rank: int) -> _Image:
-    """Apply a group norm to the groups with computed channels, where one group also has constants.
-
-    A group's mean and mean square are averages over its channels, and a constant's are known. The norm is then one
-    factor and one summand per channel, for computed channels and constants alike.
-    """
-
-    def add(operator: str, *inputs: ir.Value) -> ir.Value:
-        return add_node(graph, operator, inputs)
-
-    width = groups.end - groups.begin
-    before, after = groups.begin - groups.low, groups.high - groups.end
-    name = norm.outputs[0].name
-
-    def mean(values: ir.Value, known: NDArray[np.float32], name: str) -> ir.Value:
-        """Average over the positions and the channels of each group; [batch, group, 1]."""
-        positions = add_integers(graph, *range(2, rank))
-        computed = add_node(graph, "ReduceMean", [values, positions], {"keepdims": 0})
-        every = add("Pad", computed, add_integers(graph, 0, before, 0, after))
-        if known.any():
-            padded = np.pad(known, (width, 0) if after else (0, width))
-            every = add("Add", every, add_initializer(graph, name, padded))
-        return add("ReduceMean", add_reshape(graph, every, 0, groups.count, groups.size), add_integers(graph, 2))
-
-    average = mean(join.computed, groups.mixed, f"{name}.mixed")
-    squared = add("Mul", join.computed, join.computed)
-    variance = add("Sub", mean(squared, groups.mixed**2, f"{name}.mixed_squared"), add("Mul", average, average))
-    epsilon = add_initializer(graph, f"{name}.epsilon", np.array(_epsilon(norm), dtype=groups.mixed.dtype))
-    deviation = add("Sqrt", add("Add", variance, epsilon))
-    scale, bias = (
-        add_reshape(graph, value, 1, groups.count, groups.size)
-        for value in _parameters(graph, norm, groups.low, groups.high)
-    )
-    factor = add("Div", scale, deviation)
-    summand = add("Sub", bias, add("Mul", average, factor))
-    factor, summand = (add_reshape(graph, value, 0, -1) for value in (factor, summand))
-
-    def part(value: ir.Value, begin: int, end: int) -> ir.Value:
-        return add_slice(graph, value, begin - groups.low, end - groups.low, axis=1)
-
-    def per_position(value: ir.Value) -> ir.Value:
-        return add("Unsqueeze", part(value, groups.begin, groups.end), add_integers(graph, *range(2, rank)))
-
-    computed = add("Add", add("Mul", join.computed, per_position(factor)), per_position(summand))
-    begin, end = (groups.end, groups.high) if after else (groups.low, groups.begin)
-    value = part(summand, begin, end)
-    if groups.mixed.any():
-        mixed = add_initializer(graph, f"{name}.seam", groups.mixed)
-        value = add("Add", add("Mul", mixed, part(factor, begin, end)), value)
-    return _Image(computed, groups.begin, groups.end, (_Run(begin, end, value, per_sample=True),))
-
-
 def _narrow(graph: ir.Graph, convolution: ir.Node, image: _Image) -> None:
     """Replace a convolution with one over the computed channels, plus a term for the constant channels."""
     weight, *bias = (value for value in convolution.inputs[1:] if value is not None)
     inner = add_slice(graph, weight, image.begin, image.end, axis=1)
-    border = any(convolution.attributes.get_ints("pads", ()))
-    fixed = [run for run in image.runs if not run.per_sample]
-    if fixed and not border:
-        added = add_reshape(graph, _sum_of_taps(graph, convolution, fixed), -1)
+    run, border = image.constant, any(convolution.attributes.get_ints("pads", ()))
+    if run and not border:
+        added = add_node(graph, "ReduceSum", [_taps(graph, convolution, run), add_integers(graph, 1)], {"keepdims": 0})
         bias = [add_node(graph, "Add", [*bias, added])] if bias else [added]
     output = partial = copy_node(graph, convolution, [image.computed, inner, *bias])
     partial.name = f"{convolution.outputs[0].name}{PARTIAL}"
-    if image.runs and border:
-        output = add_node(graph, "Add", [output, _within_border(graph, convolution, image)])
-    elif varying := [run for run in image.runs if run.per_sample]:
-        positions = add_integers(graph, *range(2, len(_sizes(convolution))))
-        added = add_node(graph, "Unsqueeze", [_sum_of_taps(graph, convolution, varying), positions])
-        output = add_node(graph, "Add", [output, added])
+    if run and border:
+        output = add_node(graph, "Add", [output, _within_border(graph, convolution, image.computed, run)])
     output.name = convolution.outputs[0].name
     convolution.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
 
 
-def _taps(graph: ir.Graph, convolution: ir.Node, runs: Sequence[_Run]) -> ir.Value:
-    """Compute the term for constant channels at each tap of the kernel; [1 or batch, channel, tap]."""
+def _taps(graph: ir.Graph, convolution: ir.Node, run: _Run) -> ir.Value:
+    """Compute the term for constant channels at each tap of the kernel; [output channel, tap]."""
     outputs, _, *kernel = _sizes(convolution)
     weight = convolution.inputs[1]
     assert weight is not None
-    products = []
-    for run in runs:
-        own = add_slice(graph, weight, run.begin, run.end, axis=1)
-        by_input = add_node(graph, "Transpose", [own], {"perm": [1, 0, *range(2, 2 + len(kernel))]})
-        products.append(add_node(graph, "MatMul", [run.value, add_reshape(graph, by_input, run.end - run.begin, -1)]))
-    total = products[0] if len(products) == 1 else add_node(graph, "Add", products)
-    return add_reshape(graph, total, -1, outputs, math.prod(kernel))
+    own = add_slice(graph, weight, run.begin, run.end, axis=1)
+    by_input = add_node(graph, "Transpose", [own], {"perm": [1, 0, *range(2, 2 + len(kernel))]})
+    taps = add_node(graph, "MatMul", [run.value, add_reshape(graph, by_input, run.end - run.begin, -1)])
+    return add_reshape(graph, taps, outputs, math.prod(kernel))
 
 
-def _sum_of_taps(graph: ir.Graph, convolution: ir.Node, runs: Sequence[_Run]) -> ir.Value:
-    """Compute the term for constant channels where no tap reads padding; [1 or batch, channel]."""
-    return add_node(graph, "ReduceSum", [_taps(graph, convolution, runs), add_integers(graph, 2)], {"keepdims": 0})
-
-
-def _within_border(graph: ir.Graph, convolution: ir.Node, image: _Image) -> ir.Value:
-    """Compute the term for constant channels at each position; [1 or batch, channel, ...]."""
+def _within_border(graph: ir.Graph, convolution: ir.Node, like: ir.Value, run: _Run) -> ir.Value:
+    """Compute the term for constant channels at each position of an image; [1, output channel, ...]."""
     outputs, _, *kernel = _sizes(convolution)
-    taps = _taps(graph, convolution, image.runs)
     one = add_initializer(graph, "one", np.ones([1] * (2 + len(kernel)), dtype=np.float32))
-    size = add_node(graph, "Shape", [image.computed], {"start": 2})
+    size = add_node(graph, "Shape", [like], {"start": 2})
     ones = add_node(graph, "Expand", [one, add_node(graph, "Concat", [add_integers(graph, 1, 1), size], {"axis": 0})])
-    if not any(run.per_sample for run in image.runs):
-        return copy_node(graph, convolution, [ones, add_reshape(graph, taps, outputs, 1, *kernel)])
-    count = math.prod(kernel)
-    each = np.eye(count, dtype=np.float32).reshape(count, 1, *kernel)
-    inside = copy_node(graph, convolution, [ones, add_initializer(graph, f"taps.{'x'.join(map(str, kernel))}", each)])
-    total = add_node(graph, "MatMul", [taps, add_reshape(graph, inside, 1, count, -1)])
-    size = add_node(graph, "Shape", [inside], {"start": 2})
-    shape = add_node(graph, "Concat", [add_integers(graph, -1, outputs), size], {"axis": 0})
-    return add_node(graph, "Reshape", [total, shape])
+    taps = add_reshape(graph, _taps(graph, convolution, run), outputs, 1, *kernel)
+    return copy_node(graph, convolution, [ones, taps])

@@ -24,7 +24,6 @@ from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
 from .capture import GATES, MEANS, OUTPUT
-from .gate import DOMAIN
 from .gated import GatedGraph, emit, gate_index, is_gate
 from .nodes import Expression, add_initializer, add_integers, add_name, add_node, add_reshape
 from .slicing import slice_constants
@@ -223,8 +222,10 @@ def _clean(model: ir.Model) -> None:
         raise CompileError("a gate is left in a specialised graph. Please report the model.")
     for value in [value for value in model.graph.inputs if value.name in (GATES, MEANS) or _is_unread(value)]:
         model.graph.inputs.remove(value)
-    model.functions.clear()
-    model.opset_imports.pop(DOMAIN, None)
+    called = {node.op_identifier() for node in model.graph}
+    for unused in model.functions.keys() - called:
+        del model.functions[unused]
+    common.RemoveUnusedOpsetsPass()(model)
     for node in model.graph:
         node.name = None
         for value in node.outputs:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from unetc.artifacts.record import write_atomically
+from unetc.backend import DOMAIN, GROUP_NORM
 from unetc.environment import peak_memory
 from unetc.errors import EngineBuildError
 from unetc.nvidia.library import Library, library_of, started, words
@@ -81,10 +84,20 @@ def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]
 
 def _parse(trt: Any, network: Any, logger: Any, path: Path) -> None:
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
+    if not parser.parse(_read(path), str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
         raise EngineBuildError(f"the parser of {trt.__name__} {trt.__version__} refuses the graph: {said}")
+
+
+def _read(path: Path) -> bytes:
+    """Read a graph; its group norms become those of ONNX, for which the libraries have kernels."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, GROUP_NORM):
+            node.domain, node.op_type = "", "GroupNormalization"
+    graph: bytes = model.SerializeToString()
+    return graph
 
 
 def _strongly_typed(trt: Any) -> int:

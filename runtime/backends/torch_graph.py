@@ -17,6 +17,7 @@ import torch
 from onnx import inliner, shape_inference
 from torch import Tensor, fx
 
+from unetc.backend import DOMAIN, GROUP_NORM
 from unetc.errors import SessionError
 
 from .torch_operators import OPERATORS
@@ -44,7 +45,9 @@ def translate(serialised: bytes, weights: Mapping[str, Tensor], device: torch.de
         SessionError: If the graph cannot be read, or has an operator that is not in the table.
     """
     try:
-        model = inliner.inline_local_functions(onnx.load_model_from_string(serialised))
+        model = inliner.inline_selected_functions(
+            onnx.load_model_from_string(serialised), [(DOMAIN, GROUP_NORM)], exclude=True
+        )
     except Exception as error:  # protobuf raises its own class
         raise SessionError(f"torch cannot load an engine: {str(error).splitlines()[0]}") from error
     graph, builder = model.graph, Builder(device)
@@ -83,7 +86,7 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     """
     alike = onnx.ModelProto.FromString(model.SerializeToString())
     for node in alike.graph.node:
-        if node.op_type == "GroupNormalization":
+        if node.op_type in (GROUP_NORM, "GroupNormalization"):
             node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
     graph = shape_inference.infer_shapes(alike).graph
     tensors = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
@@ -100,7 +103,9 @@ def _weight(initializer: onnx.TensorProto, weights: Mapping[str, Tensor], device
 
 def _apply(node: onnx.NodeProto, builder: Builder, inputs: Sequence[Value | None]) -> Sequence[Value]:
     """Translate one node; return its outputs."""
-    operator: Callable[..., Any] | None = OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    operator: Callable[..., Any] | None = (
+        OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx", DOMAIN) else None
+    )
     if operator is None:
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         raise SessionError(f"torch cannot run the operator {name}. Use the target onnxruntime:cpu.")

@@ -19,6 +19,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from onnx import TensorProto
 from torch import Tensor, fx
 
+from unetc.backend import GROUP_NORM
+
 from .torch_values import Builder, Numbers, Unsupported, Value, are_numbers, each, size, tensor_of
 
 Attributes = Mapping[str, Any]
@@ -501,6 +503,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Gelu": _gelu,
     "Gemm": _gemm,
     "Greater": _arithmetic(operator.gt),
+    GROUP_NORM: _group_normalization,
     "GroupNormalization": _group_normalization,
     "Identity": _identity,
     "LayerNormalization": _layer_normalization,

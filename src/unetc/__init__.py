@@ -12,6 +12,7 @@ Names are loaded on first use, so importing the package is cheap and needs no to
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from .runtime.session import Session, Step, load
 
 __version__ = "0.1.0"
+
+# onnxruntime reads it when it is imported, and no later switch works: findings/onnxruntime-marks-the-machine.sh
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "AnalysisOptions": "unetc.analyzer.analysis",

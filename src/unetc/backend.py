@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 """Name that graphs use for the file of their external initializers."""
+DOMAIN = "unetc"
+"""Domain of the operators that graphs define themselves."""
+GROUP_NORM = "GroupNorm"
+"""Such an operator: `GroupNormalization` of ONNX, with a definition that is precise and fast in onnxruntime."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,7 @@ from unetc import timing
 from unetc.analyzer.cost import measure_costs
 from unetc.artifacts.profile import Component, Estimate
 from unetc.artifacts.sizes import SampleSizes
-from unetc.backend import Array, Loader, Program, SerialisedGraph
-from unetc.compiler.graph.gate import DOMAIN
+from unetc.backend import DOMAIN, Array, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.device import HOST, Device
 from unetc.progress import Progress, ignore

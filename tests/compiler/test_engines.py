@@ -16,9 +16,8 @@ from safetensors.numpy import save
 from unetc.artifacts.plan import Phase, Plan, Prediction
 from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Profile
 from unetc.artifacts.sizes import SampleSizes
-from unetc.backend import SerialisedGraph
+from unetc.backend import DOMAIN, SerialisedGraph
 from unetc.compiler.engines import compile_engines
-from unetc.compiler.graph.gate import DOMAIN
 from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.errors import CompileError, PlanError

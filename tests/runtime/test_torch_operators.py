@@ -7,13 +7,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import parser
 
 from tests.models import relative_error
-from unetc.backend import Array, SerialisedGraph
+from unetc.backend import DOMAIN, Array, SerialisedGraph
+from unetc.compiler.graph.gated import OPSET
+from unetc.compiler.graph.group_norm import definition
 from unetc.errors import SessionError
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.backends.torch_operators import OPERATORS
@@ -88,6 +91,7 @@ BODIES: Mapping[str, str] = {
     "Gemm": "f = Flatten <axis = 3> (x) y = Gemm <transB = 1> (f, f)",
     "Gemm with a bias": "f = Flatten <axis = 3> (x) y = Gemm <transA = 1> (f, f, bias)",
     "Greater": "zero = Constant <value_float = 0.0> () g = Greater (x, zero) y = Cast <to = 1> (g)",
+    "GroupNorm": "y = unetc.GroupNorm <num_groups = 2, epsilon = 0.1> (x, four, four)",
     "GroupNormalization": "y = GroupNormalization <num_groups = 2, epsilon = 0.1> (x, four, four)",
     "Identity": "y = Identity (x)",
     "LayerNormalization": "y = LayerNormalization <axis = -1, epsilon = 0.1> (x, bias, bias)",
@@ -145,6 +149,10 @@ BODIES: Mapping[str, str] = {
     "Shape from an axis on, of a normalised tensor": """
         a = GroupNormalization <num_groups = 2> (x, four, four) s = Shape <start = 2> (a) y = Cast <to = 1> (s)
         """,
+    "Shape from an axis on, of a tensor with a group norm of unetc": """
+        a = unetc.GroupNorm <num_groups = 2, epsilon = 0.1> (x, four, four) s = Shape <start = 2> (a)
+        y = Cast <to = 1> (s)
+        """,
     "Shape from the end": "s = Shape <start = -2> (x) y = Cast <to = 1> (s)",
     "Sigmoid": "y = Sigmoid (x)",
     "Sin": "y = Sin (x)",
@@ -187,14 +195,16 @@ BODIES: Mapping[str, str] = {
 
 def model_of(body: str) -> bytes:
     """Make a graph of x, [batch, 4, height, width]."""
-    return onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 23]>
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>
         graph (float[n, 4, h, w] x) => (float y)
         <float[2, 4, 3, 3] kernel = {{{", ".join(f"{0.1 * (i % 7) - 0.3:.1f}" for i in range(72))}}},
          float[2] outer = {{0.5, -1.0}}, float[4] four = {{1.0, 2.0, -1.0, 0.5}}, int64[2] axes = {{2, 3}},
          float[8] bias = {{1.0, 0.5, -1.0, 2.0, 0.1, -0.2, 0.3, 1.5}}>
         {{ {body} }}"""
-    ).SerializeToString()
+    )
+    model.functions.append(ir.to_proto(definition(OPSET)))
+    return model.SerializeToString()
 
 
 def drawn(batch: int = 2, height: int = 6) -> Array:
