@@ -108,7 +108,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The sources of a version, and where they keep what is needed."""
+    """The sources of a version, and its names of the needed modules."""
 
     sources: Path
     package: str

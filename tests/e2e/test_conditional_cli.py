@@ -13,6 +13,7 @@ from PIL import Image
 
 import unetc
 import unetc.diffusers
+from tests.adm_twin import Form, adm_twin
 from tests.command import run
 from tests.glide_twin import SHAPES, small, tokens_of, twin
 from tests.models import condition_well
@@ -90,6 +91,23 @@ def test_glide_from_its_checkpoint_to_pictures(name: str, tmp_path: Path, monkey
     planned, full = session.sample(2, seed=1), session.sample(2, seed=1, full_model=True)
     assert np.isfinite(planned).all()
     assert np.abs(planned - full).max() > 0
+
+
+def test_a_checkpoint_of_guided_diffusion_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (4,))
+    form = Form(head_channels=16, out_channels=6, classes=10)
+    torch.save(adm_twin(form).state_dict(), tmp_path / "model.pt")
+    name = "adm:image_size=16,num_head_channels=16"
+    go(name, tmp_path, "--weights", tmp_path / "model.pt")
+    for labels in ("3", "5,5"):
+        sampled = run("sample", tmp_path / "bundle", "--batch", 2, "--labels", labels, "-o", tmp_path / f"{labels}.png")
+        assert sampled.code == 0, sampled.err
+    assert (tmp_path / "3.png").read_bytes() != (tmp_path / "5,5.png").read_bytes()
+    verified = run("verify", tmp_path / "bundle", "--rounds", 1, "--json")
+    assert verified.code == 0, verified.err
+    wrong = ("analyze", "adm:image_size=16,num_head_channels=24", "--weights", tmp_path / "model.pt")
+    assert "cannot have heads of 24 channels" in run(*wrong).error
+    assert "Pass it with --weights" in run("analyze", name).error
 
 
 def test_classes_from_the_model_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # C4

@@ -1,4 +1,4 @@
-"""Every form of norm and attention that graphs have, beside float64, on every CPU target."""
+"""Every form of norm and attention in graphs agrees with float64, on every CPU target."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def drawn(mean: float) -> Tensor:
 
 
 def error(form: str, x: Tensor, target: str, precision: Precision = Precision.FP32) -> float:
-    """Compare a target with float64 in torch, which gets the values that the target gets."""
+    """Compare a target with float64 in torch, on the same values."""
     graph = exported(form)
     if precision is not Precision.FP32:
         graph = lower_graph(graph, precision)
@@ -119,7 +119,7 @@ def test_the_forms_are_those_of_denoisers(form: str) -> None:
 @pytest.mark.parametrize("form", NORMS)
 @pytest.mark.parametrize(("mean", "bound"), [(0, 1e-6), (100, 1e-5), (1000, 1e-4), (10_000, 1e-3)])
 def test_norms_keep_their_digits_far_from_zero(form: str, mean: float, bound: float, target: str) -> None:
-    """The bound is what is left of float32 when a mean that is so much larger than the rest is taken away."""
+    """Bounds grow with the mean, because float32 rounds the values in proportion to it."""
     assert error(form, drawn(mean), target) < bound
 
 

@@ -27,9 +27,10 @@ from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 from unetc.models.find import ModelSource, find_model, usual_sampling
 from unetc.models.glide import LOW_RES, VARIANTS, GlideModel, Variant, enlarge, find_glide, tokenize
-from unetc.models.glide_checkpoint import convert, read
+from unetc.models.glide_checkpoint import convert
 from unetc.models.glide_text import TextTransformer, text_transformer
-from unetc.models.glide_unet import load_unet
+from unetc.models.openai_checkpoint import read
+from unetc.models.openai_unet import load_unet
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
 from unetc.sampler.noise import initial_noise, step_noise
@@ -62,7 +63,7 @@ def twins(request: pytest.FixtureRequest) -> Twins:
     checkpoint = convert(original.state_dict(), variant.unet)
     return Twins(
         original=original,
-        unet=load_unet(variant.unet, checkpoint.unet),
+        unet=load_unet(variant.denoiser, variant.unet, checkpoint.unet),
         text=text_transformer(checkpoint.text, variant.text_heads),
         variant=variant,
     )
@@ -116,7 +117,7 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     weights, variant = dict(twin("glide:base").state_dict()), small("glide:base")
     checkpoint = convert({**weights, "out.2.bias": torch.zeros(3)}, variant.unet)
     with pytest.raises(ModelError, match=r"conv_out\.bias"):
-        load_unet(variant.unet, checkpoint.unet)
+        load_unet(variant.denoiser, variant.unet, checkpoint.unet)
     checkpoint = convert({key: value for key, value in weights.items() if key != "final_ln.bias"}, variant.unet)
     with pytest.raises(ModelError, match=r"final_ln\.bias"):
         text_transformer(checkpoint.text, variant.text_heads)

@@ -55,7 +55,7 @@ LIGHT = (
 )
 
 
-CHECKPOINTS = "unetc.models.glide_checkpoint"
+CHECKPOINTS = "unetc.models.openai_checkpoint"
 """The only module that reads pickles, restricted to tensors."""
 
 

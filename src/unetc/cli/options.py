@@ -49,12 +49,13 @@ class ModelGroup(Group, panel="Model"):
     model: Annotated[
         str,
         typer.Argument(
-            help="Built-in model (digits, prompted-digits), diffusers folder, Hub id, or glide:base or glide:upsample.",
+            help="Built-in model (digits, prompted-digits), diffusers folder, Hub id, glide:base, glide:upsample, or "
+            "adm:OPTIONS.",
             metavar="MODEL",
         ),
     ]
     weights: Annotated[
-        Path | None, typer.Option(help="Checkpoint of glide:base or glide:upsample, .pt or .safetensors.")
+        Path | None, typer.Option(help="Checkpoint of glide:base, glide:upsample or adm:OPTIONS, .pt or .safetensors.")
     ] = None
     lora: Annotated[
         list[str] | None,

@@ -1,4 +1,4 @@
-"""Find a model by name: a built-in model, a diffusers folder, a Hub id, or GLIDE with its checkpoint."""
+"""Find a model by name: a built-in model, a diffusers folder, a Hub id, or one of OpenAI's with its checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from unetc.errors import ModelError, brief
 
+from .adm import PREFIX as ADM
+from .adm import AdmOptions, Process, find_adm
 from .control_images import ControlSource
 from .folder import CONFIG, DIFFUSERS, SCHEDULER_CONFIG, TRANSFORMERS
 from .glide import VARIANTS, find_glide
@@ -28,10 +30,11 @@ class ModelSource:
     """The source of a model, and the preparation of its denoiser."""
 
     name: str
-    """A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), or one of `VARIANTS`."""
+    """A built-in name, the path of a diffusers pipeline folder, a Hub id ("owner/name"), one of `VARIANTS`,
+    or `ADM` and `AdmOptions`."""
     _: KW_ONLY
     weights: str | Path | None = None
-    """Checkpoint of one of `VARIANTS`; all other models include their weights."""
+    """Checkpoint of one of `VARIANTS` or of "adm:"; all other models include their weights."""
     loras: tuple[Lora, ...] = ()
     """LoRAs to fuse into the UNet and the text encoders, in order."""
     controlnet: bool = False
@@ -57,8 +60,11 @@ class Sampling:
 
 def usual_sampling(model: ModelSource | str) -> Sampling:
     """Look up the default scheduler and number of steps of a model."""
-    if variant := VARIANTS.get(ModelSource.of(model).name):
+    name = ModelSource.of(model).name
+    if variant := VARIANTS.get(name):
         return Sampling(scheduler=variant.scheduler, steps=variant.steps)
+    if name.startswith(ADM) and AdmOptions.parse(name).process == Process.EDM:
+        return Sampling(scheduler="edm-euler")
     return Sampling()
 
 
@@ -73,16 +79,17 @@ def find_model(model: ModelSource | str) -> Model:
     """
     source = ModelSource.of(model)
     name = source.name
-    if name in VARIANTS:
+    if name in VARIANTS or name.startswith(ADM):
         if source.loras:
             raise ModelError(f"{name} takes no LoRA. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
         if source.controlnet or source.control:
             raise ModelError(f"{name} takes no ControlNet. Supported pipelines: {', '.join(TEXT_PIPELINES)}.")
         if source.variant is not None:
             raise ModelError(f"{name} has no variants; --variant is for diffusers folders and Hub ids.")
-        return find_glide(name, None if source.weights is None else Path(source.weights))
+        weights = None if source.weights is None else Path(source.weights)
+        return find_adm(name, weights) if name.startswith(ADM) else find_glide(name, weights)
     if source.weights is not None:
-        raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)}.")
+        raise ModelError(f"{name} includes its weights; --weights is only for {', '.join(VARIANTS)} and {ADM}…")
     controlnet = source.controlnet or source.control is not None
     opened = open_pipeline(name, _find(name, source.variant), source.loras, controlnet, source.variant)
     return opened if source.control is None else opened.with_control(source.control)

@@ -238,15 +238,16 @@ class GlideModel:
         Raises:
             ModelError: If the checkpoint does not fit the variant.
         """
-        from .glide_unet import load_unet
+        from .openai_unet import load_unet
 
-        return load_unet(self.variant.unet, self._read().unet)
+        return load_unet(self.variant.denoiser, self.variant.unet, self._read().unet)
 
     def _read(self) -> Checkpoint:
         """Read the checkpoint each time; keeping it would double the memory of the model."""
-        from . import glide_checkpoint
+        from .glide_checkpoint import convert
+        from .openai_checkpoint import read
 
-        return glide_checkpoint.convert(glide_checkpoint.read(self.weights), self.variant.unet)
+        return convert(read(self.weights), self.variant.unet)
 
     def _low_res(self, count: int) -> dict[str, NDArray[np.float32]]:
         path = self.weights.with_name(LOW_RES)

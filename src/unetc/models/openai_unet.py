@@ -1,20 +1,21 @@
-"""GLIDE's UNets as diffusers modules."""
+"""OpenAI's UNets as diffusers modules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+import diffusers
 from torch import Tensor, nn
 
 from unetc.errors import ModelError, brief
 
 
-def load_unet(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+def load_unet(kind: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     """Create a UNet from converted weights.
 
     Args:
+        kind: Class of the UNet in diffusers.
         config: Configuration of the UNet.
         weights: Weights under the names of diffusers.
 
@@ -24,7 +25,7 @@ def load_unet(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Mo
     Raises:
         ModelError: If the weights do not fit the configuration.
     """
-    unet: nn.Module = UNet2DConditionModel(**config)
+    unet: nn.Module = getattr(diffusers, kind)(**config)
     try:
         unet.load_state_dict(dict(weights))
     except RuntimeError as error:
