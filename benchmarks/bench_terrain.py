@@ -1,0 +1,111 @@
+"""How do plans do on a model that nobody here has trained?
+
+    pip download --no-deps adaptive-terrain-diffusion==0.4.1 -d /tmp
+    python benchmarks/bench_terrain.py /tmp/adaptive_terrain_diffusion-0.4.1-py3-none-any.whl    # hours; resumes
+
+`terrain.py` describes the model. Analyses, builds and verifies each regime through the command line. Writes
+`results/terrain.json`: damages and times of plans and controls, and how long each command took. Draws `terrain.png`
+from the first bundle: full model, plan, and their difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from builds import Effort, Regime, Workplace, row, rows_of, shown
+from checkout import ROOT, commit
+from matplotlib import pyplot
+from result_file import write
+from terrain import make_pipeline
+
+import unetc
+
+HERE = Path(__file__).parent
+REGIMES = (
+    Regime(model="terrain", scheduler="ddpm", steps=20, budgets=(0.27, 0.5)),
+    Regime(model="terrain", scheduler="dpmsolver++", steps=10, budgets=(0.27, 0.5)),
+    Regime(model="terrain", scheduler="ddpm", steps=50, budgets=(0.27, 0.5)),
+)
+EFFORT = Effort(analysis=("--samples", "4", "--bins", "5", "--batch", "2"), rounds=4)
+GOAL = 0.5
+"""Most damage of a plan / damage of the best control at no more time."""
+
+
+def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every plan with its best control, and count the seconds of the commands."""
+    found = []
+    for one in rows:
+        what = f"{one['regime']}, budget {one['budget']:g}"
+        best, control = min((own["damage"], name) for name, own in one["controls"].items())
+        value = one["plan"]["damage"] / best
+        found.append({"figure": f"{what}: damage / {control}", "value": value, "goal": {"at_most": GOAL}})
+        found += [
+            {"figure": f"{what}: seconds of {command}", "value": seconds}
+            for command, seconds in one["verification"]["seconds"].items()
+        ]
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write all damages in one table, each with its time."""
+    names = list(dict.fromkeys(name for one in rows for name in one["controls"]))
+    lines = []
+    for one in rows:
+        contenders = [one["plan"], *(one["controls"].get(name) for name in names)]
+        lines.append([one["regime"], one["budget"], one["commit"], *shown(contenders)])
+    return {
+        "title": "relative L2 at time / full model",
+        "columns": ["regime", "budget", "commit", "plan", *names],
+        "rows": lines,
+    }
+
+
+def draw(bundle: Path, path: Path, *, count: int = 4) -> None:
+    """Draw samples of the full model and of the plan, and how they differ."""
+    session = unetc.load(bundle)
+    full, planned = (session.sample(count, seed=2001, full_model=own)[:, 0] for own in (True, False))
+    difference = planned - full
+    figure, axes = pyplot.subplots(3, count, figsize=(2 * count, 6.3), layout="constrained")
+    low, high = np.percentile(full, [1, 99])
+    largest = float(np.abs(difference).max())
+    for name, images, lines in (("full model", full, axes[0]), ("plan", planned, axes[1])):
+        for axis, image in zip(lines, images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=low, vmax=high)
+        lines[0].set_ylabel(name)
+    for axis, image in zip(axes[2], difference, strict=True):
+        axis.imshow(image, cmap="RdBu", vmin=-largest, vmax=largest)
+    axes[2][0].set_ylabel(f"difference, at most {largest / (high - low):.1%} of the range")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path, help="wheel of adaptive-terrain-diffusion 0.4.1")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/terrain", help="caches and bundles")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
+    options = parser.parse_args()
+    place = Workplace(ROOT, options.work / commit())
+    place.folder.mkdir(parents=True, exist_ok=True)
+    pipeline = options.work / "terrain"
+    make_pipeline(options.wheel).save_pretrained(pipeline)
+    rows = rows_of(options.results / "terrain.json")
+    for regime in (one for one in REGIMES if one.name.startswith(options.only)):
+        for budget in regime.budgets:
+            rows[regime.name, budget] = row(regime, budget, place.measure(regime, budget, EFFORT, str(pipeline)))
+            known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
+            write(options.results, "terrain", {"figures": figures(known), "tables": [table(known)], "rows": known})
+            if not (picture := options.results / "terrain.png").exists():
+                draw(place.folder / f"{regime.slug}-{budget:g}", picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Analyse, build and verify through the command line, and put plans next to their controls."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkout import commit
+
+from unetc.environment import describe
+
+VERIFIED_SEED = 2001
+"""Seed that no build uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regime:
+    """A model with a way to sample it."""
+
+    model: str
+    scheduler: str
+    steps: int
+    budgets: tuple[float, ...]
+    guidance: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        guided = f", guidance {self.guidance:g}" if self.guidance else ""
+        return f"{self.model}, {self.scheduler} {self.steps}{guided}"
+
+    @property
+    def slug(self) -> str:
+        """Name of files."""
+        return self.name.replace(", ", "-").replace(" ", "-").replace("+", "p")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """Options of the commands."""
+
+    analysis: tuple[str, ...]
+    """Options of analyze."""
+    rounds: int
+    """Batches that every contender samples in verify."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """The sources of a version, and a folder for the files that it makes; finished files are read again."""
+
+    sources: Path
+    folder: Path
+
+    def measure(self, regime: Regime, budget: float, effort: Effort, model: str | None = None) -> Mapping[str, Any]:
+        """Analyse, build and verify.
+
+        Args:
+            regime: The regime.
+            budget: Share of the time to save.
+            effort: Options of the commands.
+            model: The model's name for this version, if it is not the regime's.
+
+        Returns:
+            What verify found, and under `seconds` how long analyze and build took.
+        """
+        name = model or regime.model
+        profile, bundle = self.folder / f"{regime.slug}.json", self.folder / f"{regime.slug}-{budget:g}"
+        result = bundle.with_name(f"{bundle.name}.verification.json")
+        guidance = () if regime.guidance is None else ("--guidance-scale", f"{regime.guidance:g}")
+        sampling = ("--scheduler", regime.scheduler, "--steps", str(regime.steps))
+        asked = ("--profile", str(profile), "--budget", f"{budget:g}", "--steps", str(regime.steps))
+        checked = ("--rounds", str(effort.rounds), "--seed", str(VERIFIED_SEED))
+        cache = ("--cache", str(self.folder / "cache"))
+        seconds = {
+            "analyze": self._make(profile, "analyze", name, *sampling, *effort.analysis, *guidance, *cache),
+            "build": self._make(bundle, "build", name, *asked, *cache),
+        }
+        self._make(result, "verify", str(bundle), *checked)
+        verified: dict[str, Any] = json.loads(result.read_text())
+        return verified | {"seconds": seconds}
+
+    def _make(self, made: Path, *command: str) -> float:
+        """Run a command that makes a file or a folder, unless it is there; return how many seconds it took."""
+        note = made.with_name(f"{made.name}.seconds")
+        if not note.exists():
+            environment = {**os.environ, "PYTHONPATH": str(self.sources / "src")}
+            start = time.monotonic()
+            subprocess.run([sys.executable, "-m", "unetc", *command, "-o", str(made)], check=True, env=environment)
+            note.write_text(f"{time.monotonic() - start:.1f}")
+        return float(note.read_text())
+
+
+def row(regime: Regime, budget: float, verified: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a plan and its controls side by side."""
+    return {
+        "regime": regime.name,
+        "budget": budget,
+        "commit": commit(),
+        "environment": describe(),
+        "plan": outcome(verified),
+        "asked": (1 - verified["time_ratio"]) / budget,
+        "controls": {name: outcome(one) for name, one in verified["controls"].items()},
+        "loses_to": verified["loses_to"],
+        "verification": verified,
+    }
+
+
+def outcome(verified: Mapping[str, Any]) -> dict[str, float]:
+    """Return the time and the damage of a contender."""
+    return {"time": verified["time_ratio"], "damage": verified["damage"]["relative_l2"]["mean"]}
+
+
+def shown(outcomes: Iterable[Mapping[str, float] | None]) -> list[str]:
+    """Write damages with their times, for a table."""
+    return ["–" if one is None else f"{one['damage']:.4f} at {one['time']:.3f}" for one in outcomes]
+
+
+def rows_of(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    """Read the rows of an earlier result by regime and budget."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(one["regime"], one["budget"]): one for one in rows}
