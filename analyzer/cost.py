@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from unetc.artifacts.profile import Component, Cost, Estimate
 from unetc.artifacts.record import Record
-from unetc.backend import Backend, SerialisedGraph
+from unetc.backend import Backend
+from unetc.compiler.graph.forms import removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import tensor_ranges
@@ -18,8 +19,13 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.metrics.damage import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rows import own_half
-from unetc.timing import interleaved_ms
+from unetc.timing import MORE, interleaved_ms
 from unetc.treatments import Treatment
+
+_MOST_TOGETHER, _MOST_BYTES = 3, 2**30
+"""Most graphs that are timed in turns with the full one, and most bytes of their weights; each holds its own."""
+_SECONDS = 2.0
+"""Seconds of timed calls per graph after which a part of the rounds is enough."""
 
 
 class Costs(Record, frozen=True, kw_only=True):
@@ -43,8 +49,9 @@ def measure_costs(
 ) -> Costs:
     """Time the full graph against the graph specialised without each component.
 
-    Calls of each component's graph alternate with calls of the full one, so that slow moments of the machine affect
-    both. A pair yields the saved *share*: a machine that is three times slower for a minute stretches both times.
+    Components of one form save the same, so one of each form is timed for all. Calls of a few graphs alternate with
+    calls of the full one, so that slow moments of the machine affect all of them. A round yields the saved *shares*: a
+    machine that is three times slower for a minute stretches all its times.
 
     Args:
         gated: The graph.
@@ -53,8 +60,8 @@ def measure_costs(
         conditions: Conditions of the samples.
         batch: Number of samples per call.
         sample_shape: [channel, height, width].
-        rounds: Timed repetitions of each pair.
-        on_progress: Told after each component.
+        rounds: Most timed rounds of each form; slow calls vary less and get fewer.
+        on_progress: Told how many components are done.
 
     Returns:
         Milliseconds per call of the full graph and the saving of each component's removal: median time of the full
@@ -63,38 +70,48 @@ def measure_costs(
     """
     no_means = np.zeros(gated.channels, dtype=np.float32)
     loader = backend.open_weights(gated.weights.read_bytes())
-    ranges = tensor_ranges(gated.weights)
-
-    def size(engine: SerialisedGraph) -> int:
-        return sum(end - begin for begin, end in (ranges[name] for name in engine.weights))
-
+    ranges = {name: end - begin for name, (begin, end) in tensor_ranges(gated.weights).items()}
     sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
     device = backend.device
     inputs = conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
     output = device.empty((len(inputs["sample"]), gated.predicted_channels, *sample_shape[1:]))
     full_engine = specialise(gated, {}, no_means)
+    full_bytes = sum(ranges[name] for name in full_engine.weights)
     full = partial(loader.load(full_engine), inputs, output)
+
+    def without(component: Component) -> Callable[[], object]:
+        if component.kind == "guidance":  # the same graph, called with half of the rows
+            return partial(full.func, *own_half(inputs, output, device))
+        return partial(loader.load(specialise(gated, {component.name: Treatment.DROP}, no_means)), inputs, output)
+
+    removals = removals_of(gated, sample_shape)
+    forms: dict[Hashable, list[Component]] = {}
+    for component in components:
+        form = component.kind if component.kind == "guidance" else removals[component.name].form
+        forms.setdefault(form, []).append(component)
+    together = max(1, min(_MOST_TOGETHER, _MOST_BYTES // max(1, full_bytes)))
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
-    freed: dict[str, int] = {}
-    for component in components:
-        if component.kind == "guidance":  # the same graph, called with half of the rows
-            freed[component.name] = 0
-            calls = [full, partial(full.func, *own_half(inputs, output, device))]
-        else:
-            engine = specialise(gated, {component.name: Treatment.DROP}, no_means)
-            freed[component.name] = size(full_engine) - size(engine)
-            calls = [full, partial(loader.load(engine), inputs, output)]
-        times = interleaved_ms(calls, rounds=rounds, wait=device.synchronize)
+    groups = list(forms.values())
+    for first in range(0, len(groups), together):
+        group = groups[first : first + together]
+        calls: list[Callable[[], object]] = [full, *(without(alike[0]) for alike in group)]
+        least, seconds = (rounds // MORE, _SECONDS * len(calls)) if rounds >= MORE else (rounds, 0.0)
+        times = interleaved_ms(calls, rounds=least, wait=device.synchronize, seconds=seconds)
         full_times.extend(times[:, 0])
-        shares[component.name] = 1 - times[:, 1] / times[:, 0]
+        for column, alike in enumerate(group, 1):
+            shares |= dict.fromkeys((one.name for one in alike), 1 - times[:, column] / times[:, 0])
         on_progress(Progress(stage="timing", done=len(shares), total=len(components)))
     full_ms = _around_median(np.array(full_times))
     costs = tuple(
-        Cost(component=name, saved_ms=_around_median(full_ms.mean * share), freed_bytes=freed[name])
-        for name, share in shares.items()
+        Cost(
+            component=one.name,
+            saved_ms=_around_median(full_ms.mean * shares[one.name]),
+            freed_bytes=sum(ranges.get(name, 0) for name in removals[one.name].weights) if one.name in removals else 0,
+        )
+        for one in components
     )
-    return Costs(full_ms=full_ms, full_bytes=size(full_engine), costs=costs)
+    return Costs(full_ms=full_ms, full_bytes=full_bytes, costs=costs)
 
 
 def _around_median(values: NDArray[np.float64]) -> Estimate:

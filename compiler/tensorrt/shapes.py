@@ -7,10 +7,9 @@ input. The graph writes height and width of held branches as arithmetic over the
 
 from __future__ import annotations
 
-import ast
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from unetc.compiler.graph.size_arithmetic import compute
 from unetc.controlnet import ControlNetInput
 from unetc.errors import EngineBuildError
 from unetc.nvidia.sizes import MOST, SAMPLE, Shape, Sizes
@@ -78,32 +77,11 @@ def _size(name: str, one: Dimension, known: Mapping[str, int]) -> int:
     if isinstance(one, int):
         return one
     try:
-        size = _compute(ast.parse(one.strip(), mode="eval").body, known)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError) as error:
+        size = compute(one, known)
+    except ValueError as error:
         raise EngineBuildError(
             f"cannot compute the size {one!r} of input {name!r} from the sizes {dict(known)}. Please report the model."
         ) from error
     if not 0 < size <= MOST:
         raise EngineBuildError(f"input {name!r} would have a size of {size}. Build for larger or smaller samples.")
     return size
-
-
-_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
-
-
-def _compute(term: ast.expr, known: Mapping[str, int]) -> int:
-    match term:
-        case ast.Constant(value=int(value)):
-            return value
-        case ast.Name(id=name):
-            return known[name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_compute(operand, known)
-        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
-            return _OPERATORS[type(sign)](_compute(left, known), _compute(right, known))
-    raise ValueError(ast.dump(term))

@@ -13,11 +13,13 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
+from tests.models import tiny_of
 from unetc import timing
 from unetc.analyzer.cost import measure_costs
 from unetc.artifacts.profile import Component, Estimate
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import DOMAIN, Array, Loader, Program, SerialisedGraph
+from unetc.compiler.graph.forms import removals_of
 from unetc.compiler.graph.gated import OPSET, GatedGraph
 from unetc.device import HOST, Device
 from unetc.progress import Progress, ignore
@@ -29,7 +31,9 @@ NODES = {"short": 3, "long": 5, "inner": 2, "outer": 4}
 FULL_MS = BASE_MS + NODE_MS * sum(NODES.values())
 SAVED_MS = {"short": 3.0, "long": 5.0, "inner": 2.0, "outer": 6.0, "step": 14.0}
 """Milliseconds that each removal saves; without the step, only the fixed cost of a call remains."""
-WARMUP, ROUNDS = 2, 5
+WARMUP, ROUNDS = 2, 8
+TURNS = (("short", "long", "inner"), ("outer", "step"))
+"""Components whose graphs are timed in turns with the full one."""
 
 
 @pytest.fixture
@@ -123,6 +127,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
+def turn_of(call: int) -> tuple[int, int]:
+    """Return the turns and the round, warm-up included, that a call belongs to."""
+    for turns, names in enumerate(TURNS):
+        calls = (1 + len(names)) * (WARMUP + ROUNDS)
+        if call < calls:
+            return turns, call // (1 + len(names))
+        call -= calls
+    raise AssertionError(call)
+
+
 def measure(gated: GatedGraph, machine: Machine, rounds: int = ROUNDS) -> tuple[Estimate, dict[str, Estimate]]:
     measured = measure_costs(
         gated, gated.components, machine, batch=3, sample_shape=SHAPE, rounds=rounds, on_progress=ignore
@@ -138,13 +152,13 @@ def test_a_cost_is_the_full_time_minus_the_time_without(gated: GatedGraph, machi
     assert all(estimate.high - estimate.low < 1e-6 for estimate in (full, *saved.values()))
 
 
-def test_the_full_graph_alternates_with_the_graph_without_the_component(gated: GatedGraph, machine: Machine) -> None:
+def test_the_full_graph_alternates_with_graphs_without_components(gated: GatedGraph, machine: Machine) -> None:
     measure(gated, machine)
     full = sum(NODES.values())
-    calls = np.reshape(machine.calls, (len(SAVED_MS), WARMUP + ROUNDS, 2))
-    assert (calls[:, :, 0] == full).all()
-    without = [full - int(SAVED_MS[name] / NODE_MS) for name in SAVED_MS]
-    assert (calls[:, :, 1] == np.array(without)[:, None]).all()
+    expected: list[int] = []
+    for names in TURNS:
+        expected += [full, *(full - int(SAVED_MS[name] / NODE_MS) for name in names)] * (WARMUP + ROUNDS)
+    assert machine.calls == expected
 
 
 def test_graphs_run_at_the_requested_batch_and_shape(gated: GatedGraph, machine: Machine) -> None:
@@ -153,13 +167,15 @@ def test_graphs_run_at_the_requested_batch_and_shape(gated: GatedGraph, machine:
 
 
 def test_the_first_calls_are_not_timed(gated: GatedGraph, machine: Machine) -> None:
-    machine.slowness = lambda call: 50.0 if call % (2 * (WARMUP + ROUNDS)) < 2 * WARMUP else 1.0
+    machine.slowness = lambda call: 50.0 if turn_of(call)[1] < WARMUP else 1.0
     full, saved = measure(gated, machine)
     assert full.high == pytest.approx(FULL_MS)
     assert saved["long"].high == pytest.approx(SAVED_MS["long"])
 
 
-@pytest.mark.parametrize("slow_call", range(2 * WARMUP, 2 * (WARMUP + ROUNDS)))
+@pytest.mark.parametrize(
+    "slow_call", [4 * round + column for round in range(WARMUP, WARMUP + ROUNDS) for column in (0, 1)]
+)
 def test_one_slow_moment_does_not_move_a_cost(gated: GatedGraph, machine: Machine, slow_call: int) -> None:
     machine.slowness = lambda call: 100.0 if call == slow_call else 1.0
     full, saved = measure(gated, machine)
@@ -169,16 +185,15 @@ def test_one_slow_moment_does_not_move_a_cost(gated: GatedGraph, machine: Machin
     assert saved["short"].high - saved["short"].low > SAVED_MS["short"]
 
 
-@pytest.mark.parametrize("slow", SAVED_MS)
+@pytest.mark.parametrize("slow", range(len(TURNS)))
 def test_a_machine_that_is_slow_for_a_minute_does_not_make_a_component_expensive(
-    gated: GatedGraph, machine: Machine, slow: str
+    gated: GatedGraph, machine: Machine, slow: int
 ) -> None:
-    # all pairs of one component fall into the slow minute, so the difference of its times is three times its saving
-    per_component = 2 * (WARMUP + ROUNDS)
-    machine.slowness = lambda call: 3.0 if call // per_component == list(SAVED_MS).index(slow) else 1.0
+    # all turns of some components fall into the slow minute, so the difference of their times is three times the saving
+    machine.slowness = lambda call: 3.0 if turn_of(call)[0] == slow else 1.0
     full, saved = measure(gated, machine)
-    assert full.mean == pytest.approx(FULL_MS)
-    assert {name: cost.mean for name, cost in saved.items()} == pytest.approx(SAVED_MS)
+    shares = {name: saving / FULL_MS for name, saving in SAVED_MS.items()}
+    assert {name: cost.mean / full.mean for name, cost in saved.items()} == pytest.approx(shares)
 
 
 def test_one_round_has_no_interval(gated: GatedGraph, machine: Machine) -> None:
@@ -189,6 +204,35 @@ def test_one_round_has_no_interval(gated: GatedGraph, machine: Machine) -> None:
 def test_progress_counts_components(gated: GatedGraph, machine: Machine) -> None:
     reports: list[Progress] = []
     measure_costs(gated, gated.components, machine, batch=1, sample_shape=SHAPE, rounds=1, on_progress=reports.append)
-    assert [(report.stage, report.done, report.total) for report in reports] == [
-        ("timing", done, len(SAVED_MS)) for done in range(1, len(SAVED_MS) + 1)
-    ]
+    assert [(report.stage, report.done, report.total) for report in reports] == [("timing", 3, 5), ("timing", 5, 5)]
+
+
+def test_slow_calls_get_fewer_rounds(gated: GatedGraph, machine: Machine) -> None:
+    machine.slowness = lambda call: 100.0  # a round of four calls takes about 8 s
+    full, saved = measure(gated, machine, rounds=12)
+    assert len(machine.calls) == sum((1 + len(names)) * (WARMUP + 3) for names in TURNS)
+    assert full.mean == pytest.approx(100 * FULL_MS)
+    assert saved["long"].mean == pytest.approx(100 * SAVED_MS["long"])
+
+
+def test_components_of_one_form_are_timed_once(shared: Path) -> None:
+    tiny = tiny_of("attention", shared)
+    removals = removals_of(tiny.gated, (tiny.gated.predicted_channels, 16, 16))
+    forms = {removals[one.name].form for one in tiny.gated.components}
+    loaded: list[SerialisedGraph] = []
+
+    class Loading(Machine):
+        def load(self, graph: SerialisedGraph) -> Program:
+            loaded.append(graph)
+            return super().load(graph)
+
+    backend = Loading()
+    costs = measure_costs(
+        tiny.gated, tiny.gated.components, backend, batch=1, sample_shape=SHAPE, rounds=1, on_progress=ignore
+    ).costs
+    assert len(loaded) == 1 + len(forms) < 1 + len(tiny.gated.components)
+    assert [cost.component for cost in costs] == [one.name for one in tiny.gated.components]
+    by_form: dict[object, set[float]] = {}
+    for cost in costs:
+        by_form.setdefault(removals[cost.component].form, set()).add(cost.saved_ms.mean)
+    assert all(len(values) == 1 for values in by_form.values())

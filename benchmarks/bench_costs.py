@@ -1,0 +1,131 @@
+"""How well are components timed by their form, and how much sooner, than each by itself?
+
+    python benchmarks/bench_costs.py                                     # some minutes, on all cores
+    pip download --no-deps adaptive-terrain-diffusion==0.4.1 -d /tmp
+    python benchmarks/bench_costs.py --wheel /tmp/adaptive_terrain_diffusion-0.4.1-py3-none-any.whl     # about an hour
+
+The reference alternates every component's graph with the full one, 15 rounds each, as unetc did before components had
+forms. Writes `results/costs.json`. Relative errors are of components that save at least a hundredth of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkout import commit
+from result_file import write
+from scipy.stats import spearmanr
+from terrain import make_pipeline
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.analyzer.cost import measure_costs
+from unetc.compiler.graph.gated import GatedGraph
+from unetc.compiler.graph.specialise import specialise
+from unetc.compiler.prepare import prepare
+from unetc.conditions import UNCONDITIONAL
+from unetc.environment import cores, describe
+from unetc.models.find import find_model
+from unetc.progress import ignore
+from unetc.runtime.backends.registry import open_backend
+from unetc.timing import interleaved_ms
+from unetc.treatments import Treatment
+
+HERE = Path(__file__).parent
+TARGET = "onnxruntime:cpu"
+ROUNDS = AnalysisOptions().rounds
+LEAST_SHARE = 0.01
+GOALS: Mapping[str, dict[str, float]] = {
+    "seconds / reference": {"at_most": 0.1},
+    "Spearman": {"at_least": 0.98},
+    "median relative error": {"at_most": 0.05},
+}
+
+
+def reference(gated: GatedGraph, batch: int, shape: tuple[int, int, int]) -> dict[str, float]:
+    """Measure the share of the time that each removal saves, one by one."""
+    loader = open_backend(TARGET, threads=cores()).open_weights(gated.weights.read_bytes())
+    none = np.zeros(gated.channels, np.float32)
+    sample = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
+    inputs = UNCONDITIONAL.widen(sample, 500.0)
+    output = np.empty((batch, gated.predicted_channels, *shape[1:]), np.float32)
+    full = partial(loader.load(specialise(gated, {}, none)), inputs, output)
+    shares = {}
+    for component in gated.components:
+        engine = loader.load(specialise(gated, {component.name: Treatment.DROP}, none))
+        times = interleaved_ms([full, partial(engine, inputs, output)], rounds=ROUNDS)
+        shares[component.name] = float(np.median(1 - times[:, 1] / times[:, 0]))
+    return shares
+
+
+def measure(name: str, model: str, batch: int, work: Path) -> dict[str, Any]:
+    """Time the components of a model both ways."""
+    found = find_model(model)
+    gated = prepare(found, work).gated
+    start = time.monotonic()
+    costs = measure_costs(
+        gated,
+        gated.components,
+        open_backend(TARGET, threads=cores()),
+        batch=batch,
+        sample_shape=found.sample_shape,
+        rounds=ROUNDS,
+        on_progress=ignore,
+    )
+    by_form = time.monotonic() - start
+    exact = reference(gated, batch, found.sample_shape)
+    one_by_one = time.monotonic() - start - by_form
+    shares = {cost.component: cost.saved_ms.mean / costs.full_ms.mean for cost in costs.costs}
+    large = [name for name, share in exact.items() if share >= LEAST_SHARE]
+    errors = [abs(shares[name] / exact[name] - 1) for name in large]
+    return {
+        "model": name,
+        "batch": batch,
+        "commit": commit(),
+        "environment": describe(),
+        "seconds": {"by form": by_form, "reference": one_by_one},
+        "seconds / reference": by_form / one_by_one,
+        "Spearman": float(spearmanr([shares[name] for name in exact], list(exact.values())).statistic),
+        "median relative error": float(np.median(errors)),
+        "shares": {name: [exact[name], shares[name]] for name in exact},
+    }
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every model with the goals."""
+    return [
+        {"figure": f"{row['model']}, batch {row['batch']}: {what}", "value": row[what], "goal": goal}
+        for row in rows
+        for what, goal in GOALS.items()
+    ]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheel", type=Path, help="wheel of adaptive-terrain-diffusion 0.4.1, to time terrain instead")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    options = parser.parse_args()
+    path = options.results / "costs.json"
+    rows = {row["model"]: row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if options.wheel is None:
+            for name, batch in (("digits", 8), ("digits", 1)):
+                title = name if batch > 1 else f"{name}, one sample"
+                rows[title] = measure(title, name, batch, work / "cache")
+        else:
+            make_pipeline(options.wheel).save_pretrained(work / "terrain")
+            rows["terrain"] = measure("terrain", str(work / "terrain"), 2, work / "cache")
+    write(options.results, "costs", {"figures": figures(list(rows.values())), "rows": list(rows.values())})
+
+
+if __name__ == "__main__":
+    main()
