@@ -1,8 +1,7 @@
 """How well are components timed by their form, and how much sooner, than each by itself?
 
-    python benchmarks/bench_costs.py                                     # some minutes, on all cores
-    pip download --no-deps adaptive-terrain-diffusion==0.4.1 -d /tmp
-    python benchmarks/bench_costs.py --wheel /tmp/adaptive_terrain_diffusion-0.4.1-py3-none-any.whl     # about an hour
+    python benchmarks/bench_costs.py                  # about half an hour, on all cores
+    python benchmarks/bench_costs.py --only digits    # some models; the result keeps its other rows
 
 The reference alternates every component's graph with the full one, 15 rounds each, as unetc did before components had
 forms. Writes `results/costs.json`. Relative errors are of components that save at least a hundredth of the time.
@@ -23,7 +22,7 @@ import numpy as np
 from checkout import commit
 from result_file import write
 from scipy.stats import spearmanr
-from terrain import make_pipeline
+from terrain import download, make_pipeline
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.cost import measure_costs
@@ -42,6 +41,8 @@ HERE = Path(__file__).parent
 TARGET = "onnxruntime:cpu"
 ROUNDS = AnalysisOptions().rounds
 LEAST_SHARE = 0.01
+CASES = (("digits", 8), ("terrain", 2))
+"""Models and batch sizes."""
 GOALS: Mapping[str, dict[str, float]] = {
     "seconds / reference": {"at_most": 0.1},
     "Spearman": {"at_least": 0.98},
@@ -110,21 +111,22 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheel", type=Path, help="wheel of adaptive-terrain-diffusion 0.4.1, to time terrain instead")
+    parser.add_argument("--only", default="", help="time only the models whose names begin with this")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
     path = options.results / "costs.json"
     rows = {row["model"]: row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        if options.wheel is None:
-            for name, batch in (("digits", 8), ("digits", 1)):
-                title = name if batch > 1 else f"{name}, one sample"
-                rows[title] = measure(title, name, batch, work / "cache")
-        else:
-            make_pipeline(options.wheel).save_pretrained(work / "terrain")
-            rows["terrain"] = measure("terrain", str(work / "terrain"), 2, work / "cache")
-    write(options.results, "costs", {"figures": figures(list(rows.values())), "rows": list(rows.values())})
+        for name, batch in CASES:
+            if name.startswith(options.only):
+                model = name
+                if name == "terrain":
+                    make_pipeline(download(work)).save_pretrained(work / name)
+                    model = str(work / name)
+                rows[name] = measure(name, model, batch, work / "cache")
+                known = [rows[own] for own, _ in CASES if own in rows]
+                write(options.results, "costs", {"figures": figures(known), "rows": known})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How do plans do on a model that nobody here has trained?
 
-    pip download --no-deps adaptive-terrain-diffusion==0.4.1 -d /tmp
-    python benchmarks/bench_terrain.py /tmp/adaptive_terrain_diffusion-0.4.1-py3-none-any.whl    # hours; resumes
+    python benchmarks/bench_terrain.py                       # hours on two cores; resumes
+    python benchmarks/bench_terrain.py --only "terrain, ddpm 20"   # some regimes; the result keeps its other rows
 
 `terrain.py` describes the model. Analyses, builds and verifies each regime through the command line. Writes
 `results/terrain.json`: damages and times of plans and controls, and how long each command took. Draws `terrain.png`
@@ -11,6 +11,7 @@ from the first bundle: full model, plan, and their difference.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from builds import Effort, Regime, Workplace, row, rows_of, shown
 from checkout import ROOT, commit
 from matplotlib import pyplot
 from result_file import write
-from terrain import make_pipeline
+from terrain import download, make_pipeline
 
 import unetc
 
@@ -88,7 +89,6 @@ def draw(bundle: Path, path: Path, *, count: int = 4) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path, help="wheel of adaptive-terrain-diffusion 0.4.1")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/terrain", help="caches and bundles")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
@@ -96,7 +96,8 @@ def main() -> None:
     place = Workplace(ROOT, options.work / commit())
     place.folder.mkdir(parents=True, exist_ok=True)
     pipeline = options.work / "terrain"
-    make_pipeline(options.wheel).save_pretrained(pipeline)
+    with tempfile.TemporaryDirectory() as folder:
+        make_pipeline(download(Path(folder))).save_pretrained(pipeline)
     rows = rows_of(options.results / "terrain.json")
     for regime in (one for one in REGIMES if one.name.startswith(options.only)):
         for budget in regime.budgets:

@@ -1,7 +1,6 @@
 """Makes a diffusers pipeline from the terrain model inside a package on PyPI.
 
-    pip download --no-deps adaptive-terrain-diffusion==0.4.1 -d /tmp
-    python benchmarks/terrain.py /tmp/adaptive_terrain_diffusion-0.4.1-py3-none-any.whl terrain/
+    python benchmarks/terrain.py terrain/        # downloads the package
     unetc analyze terrain/
 
 Nothing of the package is in this repository. Its network is a UNet of guided-diffusion, distilled to a consistency
@@ -24,6 +23,9 @@ import argparse
 import hashlib
 import math
 import re
+import subprocess
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from unetc.models.openai_unet import load_unet
 
 diffusers: Any = untyped_diffusers
 
+PACKAGE = "adaptive-terrain-diffusion==0.4.1"
 SIDE = 128
 HEADS = Heads(channels=32, by_part=True)
 DEVIATION = 0.5
@@ -56,6 +59,19 @@ _MEMBER = "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx
 _WHEEL_SHA256 = "ae45819f1be906e67839"
 _FILE_SHA256 = "230f0ec1fae9"
 """Beginnings of the hashes of the wheel of version 0.4.1 and of its file."""
+
+
+def download(folder: Path) -> Path:
+    """Download the wheel of the package.
+
+    Raises:
+        SystemExit: If it cannot be downloaded.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{PACKAGE} cannot be downloaded.")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def read_file(wheel: Path) -> bytes:
@@ -142,10 +158,10 @@ def make_pipeline(wheel: Path) -> Any:
 def main() -> None:
     """Make the pipeline folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path, help="wheel of adaptive-terrain-diffusion 0.4.1")
     parser.add_argument("folder", type=Path, help="folder to write")
     options = parser.parse_args()
-    make_pipeline(options.wheel).save_pretrained(options.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        make_pipeline(download(Path(folder))).save_pretrained(options.folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ activation. Both are split exactly, up to rounding:
 
 - a norm over whole groups of h is a norm of h with fewer groups, and a group of constants alone is constant;
 - in a group with channels of both, the constants are joined to h again. There are fewer of them than a group has
-  channels;
+  channels. Convolutions then read a multiple of `ALIGNMENT` channels, the last of which may be zero;
 - a convolution becomes one over h with fewer weights, plus a term for the constants. The term is the same at all
   positions where no tap of the kernel reads padding. It is a bias if the convolution has no padding, and otherwise the
   sum of the taps that read no padding.
@@ -32,6 +32,8 @@ from unetc.backend import GROUP_NORM
 
 from .nodes import add_initializer, add_integers, add_node, add_reshape, add_slice, copy_node
 
+ALIGNMENT = 4
+"""Kernels are slower with other numbers of channels: findings/odd-channels-cost-more.sh."""
 PARTIAL = ".partial"
 """Ending of a name: the value before the term for the constants is added."""
 
@@ -73,6 +75,8 @@ class _Image:
     begin: int
     end: int
     constant: _Run | None = None
+    padding: int = 0
+    """Number of zero channels at the end of the computed ones."""
 
 
 def slice_constants(graph: ir.Graph, constants: Constants) -> None:
@@ -148,11 +152,25 @@ def _narrow_behind(graph: ir.Graph, norm: ir.Node, join: _Join) -> None:
 
     image = _normalise(graph, norm, join, rank=len(_sizes(convolutions[0])))
     image.computed.name = norm.outputs[0].name
-    image = replace(image, computed=activate(image.computed, ""))
+    image = _align(graph, replace(image, computed=activate(image.computed, "")))
     if run := image.constant:
         image = replace(image, constant=replace(run, value=activate(run.value, ".constant")))
     for convolution in convolutions:
         _narrow(graph, convolution, image)
+
+
+def _align(graph: ir.Graph, image: _Image) -> _Image:
+    """Append zero channels up to a multiple of `ALIGNMENT`."""
+    padding = -(image.end - image.begin) % ALIGNMENT
+    return replace(image, computed=_pad(graph, image.computed, padding), padding=padding)
+
+
+def _pad(graph: ir.Graph, value: ir.Value, channels: int) -> ir.Value:
+    """Append zeros along the axis of channels."""
+    if not channels:
+        return value
+    integers = (add_integers(graph, 0, channels), add_integers(graph, 1))
+    return add_node(graph, "Pad", [value, integers[0], None, integers[1]])
 
 
 def _activation(value: ir.Value) -> tuple[ir.Node, ...]:
@@ -270,7 +288,7 @@ def _normal(constant: NDArray[np.float32], size: int, norm: ir.Node) -> NDArray[
 def _narrow(graph: ir.Graph, convolution: ir.Node, image: _Image) -> None:
     """Replace a convolution with one over the computed channels, plus a term for the constant channels."""
     weight, *bias = (value for value in convolution.inputs[1:] if value is not None)
-    inner = add_slice(graph, weight, image.begin, image.end, axis=1)
+    inner = _pad(graph, add_slice(graph, weight, image.begin, image.end, axis=1), image.padding)
     run, border = image.constant, any(convolution.attributes.get_ints("pads", ()))
     if run and not border:
         added = add_node(graph, "ReduceSum", [_taps(graph, convolution, run), add_integers(graph, 1)], {"keepdims": 0})

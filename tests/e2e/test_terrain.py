@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from unetc.runtime.backends.registry import open_backend
 
 pytestmark = pytest.mark.nightly
 
-PACKAGE = "adaptive-terrain-diffusion==0.4.1"
 NEAR, ANYWHERE = 5e-5, 0.02
 """Largest difference of denoised heights in -1 to 1. The package offsets noise levels by 0.002, which matters to the
 small ones. Seen: 2.5e-5, 9e-3."""
@@ -30,12 +27,10 @@ small ones. Seen: 2.5e-5, 9e-3."""
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip(f"{PACKAGE} cannot be downloaded here")
-    (found,) = folder.glob("*.whl")
-    return found
+    try:
+        return terrain.download(tmp_path_factory.mktemp("wheel"))
+    except SystemExit as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
