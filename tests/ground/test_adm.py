@@ -106,6 +106,7 @@ def test_heads_and_their_order_matter(case: str, wrong: str, tmp_path: Path) -> 
     assert relative_error(actual.numpy(), twin(x, steps).numpy()) > 1e-3
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", ["guided, classes", "improved"])
 def test_engines_compute_what_the_network_computes(case: str, tmp_path: Path) -> None:
     form, options = FORMS[case]
