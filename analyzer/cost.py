@@ -22,10 +22,8 @@ from unetc.runtime.rows import own_half
 from unetc.timing import MORE, interleaved_ms
 from unetc.treatments import Treatment
 
-_MOST_TOGETHER, _MOST_BYTES = 3, 2**30
-"""Most graphs that are timed in turns with the full one, and most bytes of their weights; each holds its own."""
-_SECONDS = 2.0
-"""Seconds of timed calls per graph after which a part of the rounds is enough."""
+_SECONDS = 4.0
+"""Seconds of timed calls of a pair after which a part of the rounds is enough."""
 
 
 class Costs(Record, frozen=True, kw_only=True):
@@ -49,9 +47,9 @@ def measure_costs(
 ) -> Costs:
     """Time the full graph against the graph specialised without each component.
 
-    Components of one form save the same, so one of each form is timed for all. Calls of a few graphs alternate with
-    calls of the full one, so that slow moments of the machine affect all of them. A round yields the saved *shares*: a
-    machine that is three times slower for a minute stretches all its times.
+    Components of one form save the same, so one of each form is timed for all. Calls of its graph alternate with calls
+    of the full one, so that slow moments of the machine affect both. A pair yields the saved *share*: a machine that is
+    three times slower for a minute stretches both times.
 
     Args:
         gated: The graph.
@@ -89,18 +87,14 @@ def measure_costs(
     for component in components:
         form = component.kind if component.kind == "guidance" else removals[component.name].form
         forms.setdefault(form, []).append(component)
-    together = max(1, min(_MOST_TOGETHER, _MOST_BYTES // max(1, full_bytes)))
+    least, seconds = (rounds // MORE, _SECONDS) if rounds >= MORE else (rounds, 0.0)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
-    groups = list(forms.values())
-    for first in range(0, len(groups), together):
-        group = groups[first : first + together]
-        calls: list[Callable[[], object]] = [full, *(without(alike[0]) for alike in group)]
-        least, seconds = (rounds // MORE, _SECONDS * len(calls)) if rounds >= MORE else (rounds, 0.0)
+    for alike in forms.values():
+        calls: list[Callable[[], object]] = [full, without(alike[0])]
         times = interleaved_ms(calls, rounds=least, wait=device.synchronize, seconds=seconds)
         full_times.extend(times[:, 0])
-        for column, alike in enumerate(group, 1):
-            shares |= dict.fromkeys((one.name for one in alike), 1 - times[:, column] / times[:, 0])
+        shares |= dict.fromkeys((one.name for one in alike), 1 - times[:, 1] / times[:, 0])
         on_progress(Progress(stage="timing", done=len(shares), total=len(components)))
     full_ms = _around_median(np.array(full_times))
     costs = tuple(

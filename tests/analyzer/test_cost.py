@@ -32,8 +32,6 @@ FULL_MS = BASE_MS + NODE_MS * sum(NODES.values())
 SAVED_MS = {"short": 3.0, "long": 5.0, "inner": 2.0, "outer": 6.0, "step": 14.0}
 """Milliseconds that each removal saves; without the step, only the fixed cost of a call remains."""
 WARMUP, ROUNDS = 2, 8
-TURNS = (("short", "long", "inner"), ("outer", "step"))
-"""Components whose graphs are timed in turns with the full one."""
 
 
 @pytest.fixture
@@ -127,14 +125,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def turn_of(call: int) -> tuple[int, int]:
-    """Return the turns and the round, warm-up included, that a call belongs to."""
-    for turns, names in enumerate(TURNS):
-        calls = (1 + len(names)) * (WARMUP + ROUNDS)
-        if call < calls:
-            return turns, call // (1 + len(names))
-        call -= calls
-    raise AssertionError(call)
+def pair_of(call: int) -> tuple[int, int]:
+    """Return the component and the round, warm-up included, that a call belongs to."""
+    component, call = divmod(call, 2 * (WARMUP + ROUNDS))
+    return component, call // 2
 
 
 def measure(gated: GatedGraph, machine: Machine, rounds: int = ROUNDS) -> tuple[Estimate, dict[str, Estimate]]:
@@ -152,12 +146,12 @@ def test_a_cost_is_the_full_time_minus_the_time_without(gated: GatedGraph, machi
     assert all(estimate.high - estimate.low < 1e-6 for estimate in (full, *saved.values()))
 
 
-def test_the_full_graph_alternates_with_graphs_without_components(gated: GatedGraph, machine: Machine) -> None:
+def test_the_full_graph_alternates_with_the_graph_without_the_component(gated: GatedGraph, machine: Machine) -> None:
     measure(gated, machine)
     full = sum(NODES.values())
     expected: list[int] = []
-    for names in TURNS:
-        expected += [full, *(full - int(SAVED_MS[name] / NODE_MS) for name in names)] * (WARMUP + ROUNDS)
+    for saved in SAVED_MS.values():
+        expected += [full, full - int(saved / NODE_MS)] * (WARMUP + ROUNDS)
     assert machine.calls == expected
 
 
@@ -167,15 +161,13 @@ def test_graphs_run_at_the_requested_batch_and_shape(gated: GatedGraph, machine:
 
 
 def test_the_first_calls_are_not_timed(gated: GatedGraph, machine: Machine) -> None:
-    machine.slowness = lambda call: 50.0 if turn_of(call)[1] < WARMUP else 1.0
+    machine.slowness = lambda call: 50.0 if pair_of(call)[1] < WARMUP else 1.0
     full, saved = measure(gated, machine)
     assert full.high == pytest.approx(FULL_MS)
     assert saved["long"].high == pytest.approx(SAVED_MS["long"])
 
 
-@pytest.mark.parametrize(
-    "slow_call", [4 * round + column for round in range(WARMUP, WARMUP + ROUNDS) for column in (0, 1)]
-)
+@pytest.mark.parametrize("slow_call", range(2 * WARMUP, 2 * (WARMUP + ROUNDS)))
 def test_one_slow_moment_does_not_move_a_cost(gated: GatedGraph, machine: Machine, slow_call: int) -> None:
     machine.slowness = lambda call: 100.0 if call == slow_call else 1.0
     full, saved = measure(gated, machine)
@@ -185,12 +177,12 @@ def test_one_slow_moment_does_not_move_a_cost(gated: GatedGraph, machine: Machin
     assert saved["short"].high - saved["short"].low > SAVED_MS["short"]
 
 
-@pytest.mark.parametrize("slow", range(len(TURNS)))
+@pytest.mark.parametrize("slow", range(len(SAVED_MS)))
 def test_a_machine_that_is_slow_for_a_minute_does_not_make_a_component_expensive(
     gated: GatedGraph, machine: Machine, slow: int
 ) -> None:
-    # all turns of some components fall into the slow minute, so the difference of their times is three times the saving
-    machine.slowness = lambda call: 3.0 if turn_of(call)[0] == slow else 1.0
+    # all pairs of one component fall into the slow minute, so the difference of its times is three times its saving
+    machine.slowness = lambda call: 3.0 if pair_of(call)[0] == slow else 1.0
     full, saved = measure(gated, machine)
     shares = {name: saving / FULL_MS for name, saving in SAVED_MS.items()}
     assert {name: cost.mean / full.mean for name, cost in saved.items()} == pytest.approx(shares)
@@ -204,13 +196,15 @@ def test_one_round_has_no_interval(gated: GatedGraph, machine: Machine) -> None:
 def test_progress_counts_components(gated: GatedGraph, machine: Machine) -> None:
     reports: list[Progress] = []
     measure_costs(gated, gated.components, machine, batch=1, sample_shape=SHAPE, rounds=1, on_progress=reports.append)
-    assert [(report.stage, report.done, report.total) for report in reports] == [("timing", 3, 5), ("timing", 5, 5)]
+    assert [(report.stage, report.done, report.total) for report in reports] == [
+        ("timing", done, len(SAVED_MS)) for done in range(1, len(SAVED_MS) + 1)
+    ]
 
 
 def test_slow_calls_get_fewer_rounds(gated: GatedGraph, machine: Machine) -> None:
-    machine.slowness = lambda call: 100.0  # a round of four calls takes about 8 s
+    machine.slowness = lambda call: 100.0  # a pair takes about 4 s
     full, saved = measure(gated, machine, rounds=12)
-    assert len(machine.calls) == sum((1 + len(names)) * (WARMUP + 3) for names in TURNS)
+    assert len(machine.calls) == 2 * (WARMUP + 3) * len(SAVED_MS)
     assert full.mean == pytest.approx(100 * FULL_MS)
     assert saved["long"].mean == pytest.approx(100 * SAVED_MS["long"])
 
