@@ -29,7 +29,7 @@ from unetc.analyzer.sweep import FullTrajectory, Sweep, branches_at, make_bins, 
 from unetc.artifacts.profile import Component
 from unetc.backend import Array, Backend
 from unetc.cli.output import progress
-from unetc.compiler.graph.gated import GatedGraph, emit, gate_index, is_gate
+from unetc.compiler.graph.gated import GatedGraph, emit, gates_of
 from unetc.compiler.graph.nodes import add_name
 from unetc.compiler.graph.weights import serialise
 from unetc.compiler.prepare import prepare
@@ -56,7 +56,7 @@ class TracedDenoiser:
     def __init__(self, gated: GatedGraph, components: Sequence[Component], backend: Backend) -> None:
         """Load the graph with all branches and the trunks of the given residual components as outputs."""
         model = gated.model.clone()
-        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        gates = gates_of(model.graph)
         for component in gated.components:
             emit(model.graph, gates[component.index], component)
         for component in components:

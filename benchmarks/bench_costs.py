@@ -11,7 +11,6 @@ forms. It is measured twice, which shows how far such figures repeat at all, and
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from checkout import commit
-from result_file import write
+from result_file import earlier, write
 from scipy.stats import spearmanr
 from terrain import download, make_pipeline
 
@@ -128,8 +127,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="time only the models whose names begin with this")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    path = options.results / "costs.json"
-    rows = {row["model"]: row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
+    rows = earlier(options.results, "costs", "model")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for name, batch in CASES:

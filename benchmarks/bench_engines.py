@@ -26,7 +26,7 @@ import diffusers as untyped_diffusers
 import numpy as np
 import torch
 from checkout import ROOT, check_out, commit
-from result_file import write
+from result_file import earlier, write
 
 from unetc.backend import Array, SerialisedGraph
 from unetc.environment import describe
@@ -212,8 +212,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure only the models whose names begin with this")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    path = options.results / "engines.json"
-    rows = {row["model"]: row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
+    rows = earlier(options.results, "engines", "model")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         check_out(OLDER, work / OLDER)

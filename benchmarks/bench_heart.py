@@ -16,9 +16,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from builds import Effort, Regime, Workplace, outcome, row, rows_of, shown
+from builds import Effort, Regime, Workplace, outcome, row, table
 from checkout import ROOT, check_out, commit
-from result_file import write
+from result_file import earlier, write
 
 HERE = Path(__file__).parent
 OLDER = "a993132"
@@ -64,17 +64,6 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write all damages in one table, each with its time."""
-    names = list(dict.fromkeys(name for one in rows for name in one["controls"]))
-    lines = []
-    for one in rows:
-        contenders = [one["older"], one["plan"], *(one["controls"].get(name) for name in names)]
-        lines.append([one["regime"], one["budget"], one["commit"], *shown(contenders)])
-    columns = ["regime", "budget", "commit", OLDER, "plan", *names]
-    return {"title": "relative L2 at time / full model", "columns": columns, "rows": lines}
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,13 +79,14 @@ def main() -> None:
     older = Workplace(options.work / OLDER, options.work / "older")
     for place in (newer, older):
         place.folder.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(options.results / "heart.json")
+    rows = earlier(options.results, "heart", "regime", "budget")
     for regime in (one for one in REGIMES if one.name.startswith(options.only)):
         for budget in regime.budgets:
             own, other = (place.measure(regime, budget, effort) for place in (newer, older))
             rows[regime.name, budget] = row(regime, budget, own) | {"older": outcome(other)}
             known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
-            write(options.results, "heart", {"figures": figures(known), "tables": [table(known)], "rows": known})
+            tables = [table(known, {OLDER: "older", "plan": "plan"})]
+            write(options.results, "heart", {"figures": figures(known), "tables": tables, "rows": known})
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builds import Effort, Regime, Workplace, row, rows_of, shown
+from builds import Effort, Regime, Workplace, row, table
 from checkout import ROOT, commit
 from matplotlib import pyplot
-from result_file import write
+from result_file import earlier, write
 from terrain import download, make_pipeline
 
 import unetc
@@ -32,7 +32,7 @@ REGIMES = (
 )
 EFFORT = Effort(analysis=("--samples", "4", "--bins", "5", "--batch", "2"), rounds=4)
 GOAL = 0.5
-"""Most damage of a plan / damage of the best control at no more time."""
+"""Most damage of a plan / damage of the best control."""
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,20 +48,6 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for command, seconds in one["verification"]["seconds"].items()
         ]
     return found
-
-
-def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write all damages in one table, each with its time."""
-    names = list(dict.fromkeys(name for one in rows for name in one["controls"]))
-    lines = []
-    for one in rows:
-        contenders = [one["plan"], *(one["controls"].get(name) for name in names)]
-        lines.append([one["regime"], one["budget"], one["commit"], *shown(contenders)])
-    return {
-        "title": "relative L2 at time / full model",
-        "columns": ["regime", "budget", "commit", "plan", *names],
-        "rows": lines,
-    }
 
 
 def draw(bundle: Path, path: Path, *, count: int = 4) -> None:
@@ -98,12 +84,13 @@ def main() -> None:
     pipeline = options.work / "terrain"
     with tempfile.TemporaryDirectory() as folder:
         make_pipeline(download(Path(folder))).save_pretrained(pipeline)
-    rows = rows_of(options.results / "terrain.json")
+    rows = earlier(options.results, "terrain", "regime", "budget")
     for regime in (one for one in REGIMES if one.name.startswith(options.only)):
         for budget in regime.budgets:
             rows[regime.name, budget] = row(regime, budget, place.measure(regime, budget, EFFORT, str(pipeline)))
             known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
-            write(options.results, "terrain", {"figures": figures(known), "tables": [table(known)], "rows": known})
+            tables = [table(known, {"plan": "plan"})]
+            write(options.results, "terrain", {"figures": figures(known), "tables": tables, "rows": known})
             if not (picture := options.results / "terrain.png").exists():
                 draw(place.folder / f"{regime.slug}-{budget:g}", picture)
 

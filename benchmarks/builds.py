@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,21 @@ def outcome(verified: Mapping[str, Any]) -> dict[str, float]:
     return {"time": verified["time_ratio"], "damage": verified["damage"]["relative_l2"]["mean"]}
 
 
-def shown(outcomes: Iterable[Mapping[str, float] | None]) -> list[str]:
-    """Write damages with their times, for a table."""
-    return ["–" if one is None else f"{one['damage']:.4f} at {one['time']:.3f}" for one in outcomes]
+def table(rows: Sequence[Mapping[str, Any]], first: Mapping[str, str]) -> dict[str, Any]:
+    """Write all damages in one table, each with its time.
 
-
-def rows_of(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
-    """Read the rows of an earlier result by regime and budget."""
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {(one["regime"], one["budget"]): one for one in rows}
+    Args:
+        rows: Rows of `row`, perhaps with further outcomes.
+        first: Keys of the outcomes that come before the controls, by the title of their column.
+    """
+    names = list(dict.fromkeys(name for one in rows for name in one["controls"]))
+    lines = []
+    for one in rows:
+        outcomes = [*(one[key] for key in first.values()), *(one["controls"].get(name) for name in names)]
+        shown = ["–" if own is None else f"{own['damage']:.4f} at {own['time']:.3f}" for own in outcomes]
+        lines.append([one["regime"], one["budget"], one["commit"], *shown])
+    return {
+        "title": "relative L2 at time / full model",
+        "columns": ["regime", "budget", "commit", *first, *names],
+        "rows": lines,
+    }

@@ -7,8 +7,16 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from unetc.environment import describe
+
+
+def earlier(folder: Path, name: str, *keys: str) -> dict[Any, dict[str, Any]]:
+    """Read the rows of an earlier result, if there is one, by the value of a key or the values of several."""
+    path = folder / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys)): row for row in rows}
 
 
 def write(folder: Path, name: str, measured: Mapping[str, object]) -> None:

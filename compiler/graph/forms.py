@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from unetc.artifacts.profile import Component
 
-from .gated import GatedGraph, gate_index, is_gate
+from .gated import GatedGraph, gates_of, is_gate
 from .size_arithmetic import compute
 
 
@@ -36,7 +36,7 @@ def removals_of(gated: GatedGraph, sample_shape: tuple[int, int, int]) -> dict[s
         sample_shape: [channel, height, width] at which work is compared: two blocks of the same layers differ in size.
     """
     known = {"height": sample_shape[1], "width": sample_shape[2]}
-    gates = {gate_index(node): node for node in gated.model.graph if is_gate(node)}
+    gates = gates_of(gated.model.graph)
     return {one.name: _removal(one, gates[one.index], known) for one in gated.components}
 
 

@@ -95,7 +95,7 @@ class GatedGraph:
         The means replace the prediction: [channel of all components], in the order of the means input.
         """
         model = self.model.clone()
-        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        gates = gates_of(model.graph)
         means = [_mean_of(model.graph, gates[component.index], component) for component in self.components]
         output = add_node(model.graph, "Concat", means, {"axis": 0})
         output.name, output.dtype, output.shape = BRANCH_MEANS, ir.DataType.FLOAT, ir.Shape([self.channels])
@@ -113,7 +113,7 @@ class GatedGraph:
         rows, components, _ = _shape(_input(model, GATES))
         holds = ir.val(HOLDS, dtype=ir.DataType.FLOAT, shape=ir.Shape([rows, components]))
         model.graph.inputs.append(holds)
-        gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+        gates = gates_of(model.graph)
         for component in self.components:
             gate = gates[component.index]
             branch = gate.inputs[0]
@@ -190,9 +190,9 @@ def is_gate(node: ir.Node) -> bool:
     return node.op_type == OPERATOR and node.domain == DOMAIN
 
 
-def gate_index(gate: ir.Node) -> int:
-    """Return the index of the component that a gate belongs to."""
-    return gate.attributes["index"].as_ints()[0]
+def gates_of(graph: ir.Graph) -> dict[int, ir.Node]:
+    """Map the index of every component to its gate."""
+    return {node.attributes["index"].as_ints()[0]: node for node in graph if is_gate(node)}
 
 
 def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:

@@ -67,6 +67,28 @@ def add_reshape(graph: ir.Graph, value: ir.Value, *sizes: int) -> ir.Value:
     return add_node(graph, "Reshape", [value, add_integers(graph, *sizes)])
 
 
+def add_repeated(
+    graph: ir.Graph, constant: ir.Value, like: ir.Value, axis: int, *, name: str | None = None
+) -> ir.Value:
+    """Repeat a constant over the sizes of another value.
+
+    Args:
+        graph: The graph.
+        constant: A constant of as many axes as the result, each of size 1 but one.
+        like: The value whose sizes the result has along all axes but one.
+        axis: The axis along which the result has the size of the constant.
+        name: Name of the added nodes.
+    """
+    assert constant.const_value is not None
+    sizes = constant.const_value.shape.numpy()
+    parts = [add_node(graph, "Shape", [like], {"start": 0, "end": axis}, name=name)]
+    parts.append(add_integers(graph, sizes[axis]))
+    if axis + 1 < len(sizes):
+        parts.append(add_node(graph, "Shape", [like], {"start": axis + 1, "end": len(sizes)}, name=name))
+    shape = add_node(graph, "Concat", parts, {"axis": 0}, name=name)
+    return add_node(graph, "Expand", [constant, shape], name=name)
+
+
 @dataclass(frozen=True, slots=True)
 class Expression:
     """A value of a graph in a formula; each operation adds a node and returns its output."""

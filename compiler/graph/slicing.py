@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from unetc.backend import GROUP_NORM
 
-from .nodes import add_initializer, add_integers, add_node, add_reshape, add_slice, copy_node
+from .nodes import add_initializer, add_integers, add_node, add_repeated, add_reshape, add_slice, copy_node
 
 ALIGNMENT = 4
 """Kernels are slower with other numbers of channels: findings/odd-channels-cost-more.sh."""
@@ -169,8 +169,7 @@ def _pad(graph: ir.Graph, value: ir.Value, channels: int) -> ir.Value:
     """Append zeros along the axis of channels."""
     if not channels:
         return value
-    integers = (add_integers(graph, 0, channels), add_integers(graph, 1))
-    return add_node(graph, "Pad", [value, integers[0], None, integers[1]])
+    return add_node(graph, "Pad", [value, add_integers(graph, 0, channels), None, add_integers(graph, 1)])
 
 
 def _activation(value: ir.Value) -> tuple[ir.Node, ...]:
@@ -260,9 +259,7 @@ def _normalise(graph: ir.Graph, norm: ir.Node, join: _Join, *, rank: int) -> _Im
 def _join_seam(graph: ir.Graph, norm: ir.Node, join: _Join, seam: NDArray[np.float32], rank: int) -> ir.Value:
     """Join the computed channels with the constants that share a group with them."""
     value = add_initializer(graph, f"{norm.outputs[0].name}.seam", seam.reshape(1, -1, *[1] * (rank - 2)))
-    batch, positions = (add_node(graph, "Shape", [join.computed], part) for part in ({"end": 1}, {"start": 2}))
-    size = add_node(graph, "Concat", [batch, add_integers(graph, seam.size), positions], {"axis": 0})
-    constants = add_node(graph, "Expand", [value, size])
+    constants = add_repeated(graph, value, join.computed, axis=1)
     parts = [join.computed, constants] if join.computed_first else [constants, join.computed]
     return add_node(graph, "Concat", parts, {"axis": 1})
 

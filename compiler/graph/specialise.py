@@ -24,8 +24,8 @@ from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
 from .capture import GATES, MEANS, OUTPUT
-from .gated import GatedGraph, emit, gate_index, is_gate
-from .nodes import Expression, add_initializer, add_integers, add_name, add_node, add_reshape
+from .gated import GatedGraph, emit, gates_of, is_gate
+from .nodes import Expression, add_initializer, add_name, add_repeated, add_reshape
 from .slicing import slice_constants
 from .weights import serialise
 
@@ -71,7 +71,7 @@ def specialise(
             )
     model = gated.model.clone()
     prediction = model.graph.outputs[0]
-    gates = {gate_index(node): node for node in model.graph if is_gate(node)}
+    gates = gates_of(model.graph)
     for component in gated.components:
         if component.name in emits:
             emit(model.graph, gates[component.index], component)
@@ -134,7 +134,7 @@ def _make_constant(
     if component.kind == "step":
         value = add_initializer(graph, f"mean.{component.index}", constant.reshape(shape))
         (sample,) = (value for value in graph.inputs if value.name == SAMPLE)
-        _replace(gate.outputs[0], _repeat(graph, sample, value, component))
+        _replace(gate.outputs[0], add_repeated(graph, value, sample, component.axis, name=_SPREAD))
         return None
     (join,) = {use.node for use in gate.outputs[0].uses()}
     if join.op_type == "Add":
@@ -147,7 +147,7 @@ def _make_constant(
     elif join.op_type == "Concat":
         value = add_initializer(graph, f"mean.{component.index}", constant.reshape(shape))
         like = _shape_source(graph, join, gate, component.axis)
-        repeated = _repeat(graph, like, value, component)
+        repeated = add_repeated(graph, value, like, component.axis, name=_SPREAD)
         _replace(gate.outputs[0], repeated)
         return repeated
     else:
@@ -159,17 +159,6 @@ def _make_constant(
 
 _SPREAD = "spread"
 """Name of the nodes that repeat a constant."""
-
-
-def _repeat(graph: ir.Graph, like: ir.Value, value: ir.Value, component: Component) -> ir.Value:
-    """Repeat a constant per channel over the batch and positions of another value."""
-    axis = component.axis
-    parts = [_add(graph, "Shape", [like], {"start": 0, "end": axis})]
-    parts.append(add_integers(graph, component.channels))
-    if axis + 1 < component.rank:
-        parts.append(_add(graph, "Shape", [like], {"start": axis + 1, "end": component.rank}))
-    shape = _add(graph, "Concat", parts, {"axis": 0})
-    return _add(graph, "Expand", [value, shape])
 
 
 def _shape_source(graph: ir.Graph, join: ir.Node, gate: ir.Node, axis: int) -> ir.Value:
@@ -196,11 +185,6 @@ def _is_computed(value: ir.Value) -> bool:
     """Check whether a part of a concatenation stays in the graph."""
     producer = value.producer()
     return producer is None or not (is_gate(producer) or producer.name == _SPREAD)
-
-
-def _add(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
-    """Add a node that helps to repeat a constant."""
-    return add_node(graph, operator, inputs, attributes, name=_SPREAD)
 
 
 def _is_unread(value: ir.Value) -> bool:

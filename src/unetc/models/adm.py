@@ -27,6 +27,7 @@ from unetc.call import CallSignature
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ModelError, brief
 
+from .folder import hash_file
 from .prompts import encode_labels, spread_labels
 
 if TYPE_CHECKING:
@@ -253,11 +254,7 @@ def find_adm(name: str, weights: Path | None) -> AdmModel:
     from .openai_checkpoint import read
 
     digest = hashlib.sha256(json.dumps(msgspec.to_builtins(options), sort_keys=True).encode())
-    try:
-        with weights.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError as error:
-        raise ModelError(f"cannot read {weights}: {error.strerror}. Expected .pt or .safetensors weights.") from error
+    digest.update(hash_file(weights, expected=".pt or .safetensors weights"))
     read_weights = read(weights)
     network = read_network(read_weights)
     convert(read_weights, network, options.heads())

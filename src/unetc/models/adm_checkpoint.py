@@ -148,17 +148,16 @@ def _levels(weights: Mapping[str, Tensor]) -> tuple[int, int]:
 
     Only the decoder tells the levels apart: the last block of each but the lowest also has a layer that enlarges.
     """
-    found: dict[int, set[str]] = {}
-    for name in weights:
-        if name.startswith("output_blocks."):
-            _, block, part, layer = name.split(".")[:4]
-            if part != "0" and layer in ("in_layers", "conv"):
-                found.setdefault(int(block), set()).add(part)
-    if not found:
+    enlarging = {
+        int(block)
+        for _, block, part, layer in (name.split(".")[:4] for name in weights if name.startswith("output_blocks."))
+        if part != "0" and layer in ("in_layers", "conv")
+    }
+    if not enlarging:
         raise ModelError(
             "the checkpoint has no output_blocks that enlarge. Expected a UNet of two levels or more, no classifier."
         )
-    return min(found), len(found) + 1
+    return min(enlarging), len(enlarging) + 1
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

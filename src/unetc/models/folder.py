@@ -157,8 +157,12 @@ def _is_pointer(path: Path) -> bool:
         return False
 
 
-def hash_file(path: Path) -> bytes:
+def hash_file(path: Path, *, expected: str = "a file of a pipeline folder") -> bytes:
     """Hash a file.
+
+    Args:
+        path: The file.
+        expected: Description of it in the error message.
 
     Raises:
         ModelError: If it cannot be read.
@@ -168,7 +172,7 @@ def hash_file(path: Path) -> bytes:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}. Expected a file of a pipeline folder.") from error
+        raise ModelError(f"cannot read {path}: {error.strerror}. Expected {expected}.") from error
 
 
 def part_folder(folder: Path, name: str) -> Path:

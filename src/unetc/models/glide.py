@@ -26,6 +26,7 @@ from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.conditions import Conditions
 from unetc.errors import MissingDependency, ModelError
 
+from .folder import hash_file
 from .prompts import cut_note
 
 if TYPE_CHECKING:
@@ -277,11 +278,7 @@ def find_glide(name: str, weights: Path | None) -> GlideModel:
         raise ModelError(f"{name} needs a checkpoint of OpenAI. Pass it with --weights.")
     variant = VARIANTS[name]
     digest = hashlib.sha256(json.dumps([dict(variant.unet), dict(variant.scheduler_config)]).encode())
-    try:
-        with weights.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError as error:
-        raise ModelError(f"cannot read {weights}: {error.strerror}. Expected .pt or .safetensors weights.") from error
+    digest.update(hash_file(weights, expected=".pt or .safetensors weights"))
     reference = ModelReference(name=name, sha256=digest.hexdigest(), pipeline="GLIDE", denoiser=variant.denoiser)
     return GlideModel(reference=reference, variant=variant, weights=weights)
 
