@@ -20,6 +20,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions, check_scale
 from unetc.environment import cores
 from unetc.errors import ArtifactError, ProfileError
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
 
 from .ablation import entry_of, select
@@ -56,8 +57,8 @@ class AnalysisOptions:
     """Seconds after which no further ablation is carried to the final output; the rest is screened."""
     prompts: tuple[str, ...] = ()
     """Prompts for a model that takes some; the model's list when empty."""
-    labels: tuple[int, ...] = ()
-    """Labels for a model that takes some; spread over all its classes when empty."""
+    labels: tuple[str | int, ...] = ()
+    """Labels, by number or by name, for a model that takes some; spread over all its classes when empty."""
     images: str | None = None
     """Folder of images for a model that takes some; drawn when not given."""
     guidance_scale: float | None = None
@@ -88,6 +89,10 @@ class AnalysisOptions:
     def screens(self) -> bool:
         """Whether local errors are needed: unless every ablation reaches the final output."""
         return self.decisive is not None or self.time_limit_s < math.inf
+
+
+BRANCH_BYTES = 2**29
+"""Most bytes of all branches that one call emits. Screening holds the branches of two steps, and passes them on."""
 
 
 def analyze(
@@ -128,8 +133,9 @@ def analyze(
     components = with_guidance(gated.components) if conditions.paired else gated.components
     ablated = select(components, options.components)
     costs = _costs(gated, ablated, backend, conditions, sample_shape, options, work, on_progress)
+    denoiser = GatedDenoiser(gated, backend, conditions.take(range(options.samples)), table.prediction_type)
     sweep = Sweep(
-        denoiser=GatedDenoiser(gated, backend, conditions.take(range(options.samples)), table.prediction_type),
+        denoiser=denoiser,
         components=components,
         ablated=ablated,
         table=table,
@@ -137,7 +143,7 @@ def analyze(
         sample_shape=sample_shape,
         samples=options.samples,
         seed=options.seed,
-        rows=CACHED_ROWS,
+        rows=_rows(denoiser, sample_shape, table),
     )
     duration = predict_duration(
         sweep,
@@ -180,6 +186,12 @@ def analyze(
     )
 
 
+def _rows(denoiser: GatedDenoiser, sample_shape: tuple[int, int, int], table: SchedulerTable) -> int:
+    """Choose the most samples of a batch; the branches of a batch of a large model would fill the memory."""
+    row = denoiser.branch_bytes(initial_noise(0, (0,), sample_shape), float(table.timesteps[0]))
+    return max(1, min(CACHED_ROWS, BRANCH_BYTES // row))
+
+
 def _damages(
     sweep: Sweep,
     base: FullTrajectory,
@@ -188,7 +200,7 @@ def _damages(
     deadline: float,
     folder: Path,
     on_progress: OnProgress,
-) -> tuple[Swept, int]:
+) -> tuple[Swept, float]:
     """Screen all ablations and carry the decisive ones to the final output; also count denoiser calls per sample."""
     if not options.screens:
         everything = entries_of(sweep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from unetc.artifacts.profile import GUIDANCE
-from unetc.backend import Array, Backend, Program
+from unetc.backend import Array, Backend, Loader, Program
 from unetc.compiler.graph.gate import gate_values
 from unetc.compiler.graph.gated import HOLDS, GatedGraph
 from unetc.compiler.graph.specialise import specialise
@@ -22,7 +23,7 @@ from unetc.treatments import COMPUTED, HELD, Treatment
 
 
 class GatedDenoiser:
-    """A gated graph on a backend. An analysis needs it in four forms; each is loaded when it is first used."""
+    """A gated graph on a backend, with the conditions of some samples."""
 
     def __init__(
         self,
@@ -40,13 +41,28 @@ class GatedDenoiser:
             prediction_type: How the denoised sample follows from a prediction; None if it is never reused.
         """
         self._gated = gated
-        self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
-        self._own = functools.cache(lambda rows: replace(conditions.take(range(rows)), negative={}))
+        self._condition(conditions)
         self._device = backend.device
         self.prediction_type = prediction_type
         """How the denoised sample follows from a prediction; None if it is never reused."""
-        self._loader = backend.open_weights(gated.weights.read_bytes())
+        self._forms = _Forms(gated, backend.open_weights(gated.weights.read_bytes()))
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
+
+    def of_first(self, samples: int) -> GatedDenoiser:
+        """Return a denoiser of the first samples; it shares the loaded programs."""
+        other = copy.copy(self)
+        other._condition(self._conditions(samples))
+        return other
+
+    def _condition(self, conditions: Conditions) -> None:
+        """Take conditions: sample k of a call gets row k, modulo their number."""
+        self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
+        self._own = functools.cache(lambda rows: replace(conditions.take(range(rows)), negative={}))
+
+    def branch_bytes(self, sample: Array, timestep: float) -> int:
+        """Measure the bytes of all branches that one call emits, for samples [batch, channel, height, width]."""
+        _, emitted = self._run(self._forms.emitting, sample, timestep, {}, {})
+        return sum(self._device.to_array(branch).nbytes for branch in emitted.values())
 
     def gates(self, treatments: Mapping[str, Treatment], batch: int) -> Array:
         """Return the gates of one assignment for a batch, [batch, component, 2]."""
@@ -64,13 +80,13 @@ class GatedDenoiser:
         Returns:
             The guided prediction; it has more channels than the sample if the denoiser also predicts a variance.
         """
-        predicted, _ = self._run(self._program, sample, timestep, {"gates": gates}, {"means": means})
+        predicted, _ = self._run(self._forms.gated, sample, timestep, {"gates": gates}, {"means": means})
         return self._guided(predicted, sample)
 
     def branch_means(self, sample: Array, timestep: float) -> Array:
         """Measure the mean of every branch per channel at a timestep, [channel of all components]."""
         inputs = self._conditions(len(sample)).widen(sample, timestep, gates=self.gates({}, len(sample)))
-        return self._call(self._observing, {**inputs, "means": self._no_means}, (self._gated.channels,))[0]
+        return self._call(self._forms.observing, {**inputs, "means": self._no_means}, (self._gated.channels,))[0]
 
     def compute_branches(self, sample: Array, timestep: float, cache: BranchCache, *, log_snr: float) -> Array:
         """Run the denoiser with all components kept, and store every branch and the denoised sample in a cache.
@@ -81,7 +97,7 @@ class GatedDenoiser:
             cache: Where to store them.
             log_snr: The noise level.
         """
-        predicted, emitted = self._run(self._emitting, sample, timestep, {}, {})
+        predicted, emitted = self._run(self._forms.emitting, sample, timestep, {}, {})
         cache.store(emitted, timestep)
         if (kind := self.prediction_type) is not None:
             cache.store_denoised(kind, self._widened(sample), predicted, timestep, log_snr)
@@ -118,7 +134,7 @@ class GatedDenoiser:
                 own = inputs | {f"{prefix}{index}": value for prefix, value in implied.items()}
             inputs[f"{HELD}{index}"] = recall(partial(self._array_of, own, index))
         rows = {"gates": self.gates({}, len(sample)), HOLDS: holds}
-        predicted, _ = self._run(self._remembering, sample, timestep, rows, {"means": self._no_means, **inputs})
+        predicted, _ = self._run(self._forms.remembering, sample, timestep, rows, {"means": self._no_means, **inputs})
         return self._guided(predicted, sample)
 
     def _widened(self, sample: Array) -> Array:
@@ -154,7 +170,7 @@ class GatedDenoiser:
     def _whole(self, sample: Array, timestep: float, conditions: Conditions) -> Array:
         """Predict with all components kept, for every row of a call."""
         rows = {"gates": self.gates({}, len(sample))}
-        return self._run(self._program, sample, timestep, rows, {"means": self._no_means}, conditions)[0]
+        return self._run(self._forms.gated, sample, timestep, rows, {"means": self._no_means}, conditions)[0]
 
     def _array_of(self, inputs: Mapping[str, Tensor], index: int, prefix: str) -> Array:
         """Copy an input of a component from the device; only the inputs that a formula reads are copied."""
@@ -187,19 +203,27 @@ class GatedDenoiser:
         )
         return self._device.to_array(output), emitted
 
+
+class _Forms:
+    """The four forms of a gated graph; each is loaded when it is first used."""
+
+    def __init__(self, gated: GatedGraph, loader: Loader) -> None:
+        self._gated, self._loader = gated, loader
+
     @cached_property
-    def _program(self) -> Program:
+    def gated(self) -> Program:
         return self._loader.load(self._gated.runnable())
 
     @cached_property
-    def _observing(self) -> Program:
+    def observing(self) -> Program:
         return self._loader.load(self._gated.observing())
 
     @cached_property
-    def _emitting(self) -> Program:
+    def emitting(self) -> Program:
         names = [component.name for component in self._gated.components]
-        return self._loader.load(specialise(self._gated, {}, self._no_means, names))
+        no_means = np.zeros(self._gated.channels, dtype=np.float32)
+        return self._loader.load(specialise(self._gated, {}, no_means, names))
 
     @cached_property
-    def _remembering(self) -> Program:
+    def remembering(self) -> Program:
         return self._loader.load(self._gated.remembering())

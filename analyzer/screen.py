@@ -1,15 +1,16 @@
 """The screening: rank all ablations by their local error, at one step of every bin.
 
 An ablation's *local error* is the change of the denoiser's prediction at a step of the full model's trajectory. It
-takes one call; an ablation that is carried to the final output takes half a sampling run. The *error amplification* of
-a bin, from local error to final damage, is learned from the bin's ablations that were carried to the final output.
+takes one call, for a few of the samples; an ablation that is carried to the final output takes half a sampling run. The
+*error amplification* of a bin, from local error to final damage, is learned from the bin's ablations that were carried
+to the final output.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,11 @@ from .ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, entry_of, t
 from .sweep import FullTrajectory, Sweep, branches_at, guidance_at
 
 Z_95 = 1.96
+
+SCREENED_SHARE, LEAST_SCREENED = 4, 2
+"""The screening takes one of so many samples, and at least so many. Local errors differ little between samples: those
+of 4 of 16 samples rank like those of all, with a Spearman correlation of 0.996 on `digits` and 0.990 on
+`prompted-digits`; those of 2 samples with 0.994 and 0.978."""
 _LEAST_SPREAD = 0.1
 """Standard deviation of the logarithm that an estimate has at least, however well few measurements agree."""
 
@@ -46,7 +52,6 @@ class _Local(Record, frozen=True, kw_only=True):
 
 
 class _Screened(Record, frozen=True, kw_only=True):
-    calls: int
     errors: tuple[_Local, ...]
 
 
@@ -58,8 +63,8 @@ class Screen:
     """By ablation and bin: relative change of the prediction × treated steps in the bin."""
     non_finite: tuple[NonFinite, ...] = ()
     """Ablations whose prediction is NaN or infinity."""
-    calls: int
-    """Denoiser calls per sample."""
+    calls: float
+    """Denoiser calls per sample of the analysis."""
 
 
 def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnProgress) -> Screen:
@@ -68,18 +73,25 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
     Raises:
         ArtifactError: If `work` cannot be written.
     """
+    few = _few(sweep)
     errors: dict[tuple[Ablation, int], float] = {}
     non_finite: list[NonFinite] = []
-    calls = 0
     names = tuple(component.name for component in sweep.ablated)
     tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
-    key = hashlib.sha256(repr((names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((few.samples, names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
+    expected = [_calls(few, b) for b in range(len(sweep.bins))]
+    total = sum(expected)
     for b in range(len(sweep.bins)):
+        before = sum(expected[:b])
+
+        def advance(done: int, before: int = before) -> None:
+            on_progress(Progress(stage="screen", done=before + done, total=total))
+
         path = work / f"bin{b:02d}-local-{key}.json"
         try:
             screened = msgspec.json.decode(read_bounded(path, 2**26), type=_Screened)
         except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-            screened = _screen_bin(sweep, base, b)
+            screened = _screen_bin(few, base, b, advance)
             write_atomically(path, msgspec.json.encode(screened))
         for local in screened.errors:
             kind = PeriodicTreatment(treatment=local.treatment, period=local.period)
@@ -91,24 +103,30 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
                 )
             else:
                 errors[Ablation(component=local.component, periodic=kind), b] = local.error * treated
-        calls += screened.calls
-        on_progress(Progress(stage="screen", done=b + 1, total=len(sweep.bins)))
-    return Screen(errors=errors, non_finite=tuple(non_finite), calls=calls)
+        advance(expected[b])
+    return Screen(errors=errors, non_finite=tuple(non_finite), calls=screen_calls(sweep))
 
 
-def screen_calls(sweep: Sweep) -> int:
-    """Count the denoiser calls per sample that `run_screen` makes."""
-    size = sweep.ablations_per_batch
-    calls = 0
-    for step in (_probed(sweep, b) for b in range(len(sweep.bins))):
-        calls += sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
-        for kind in REMOVALS + REUSES:
-            if not kind.treatment.reuses or _sources(kind, step):
-                denoises = sweep.denoises
-                count = sum(kind in treatments_for(c, denoises=denoises) for c in _in_graph(sweep))
-                calls += -(-count // size) * size
-        calls += sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step))
-    return calls
+def screen_calls(sweep: Sweep) -> float:
+    """Count the denoiser calls that `run_screen` makes, per sample of the analysis."""
+    few = _few(sweep)
+    return sum(_calls(few, b) for b in range(len(sweep.bins))) * few.samples / sweep.samples
+
+
+def _few(sweep: Sweep) -> Sweep:
+    """Take the samples that are screened."""
+    return sweep.of_first(min(sweep.samples, max(LEAST_SCREENED, sweep.samples // SCREENED_SHARE)))
+
+
+def _calls(sweep: Sweep, b: int) -> int:
+    """Count the denoiser calls of a bin, per sample of the sweep."""
+    size, step = sweep.ablations_per_batch, _probed(sweep, b)
+    calls = sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
+    for kind in REMOVALS + REUSES:
+        if not kind.treatment.reuses or _sources(kind, step):
+            count = sum(kind in treatments_for(c, denoises=sweep.denoises) for c in _in_graph(sweep))
+            calls += -(-count // size) * size
+    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step))
 
 
 def choose(
@@ -208,28 +226,28 @@ def _sources(kind: PeriodicTreatment, step: int) -> list[int]:
     return [at for at in (latest - kind.period, latest) if 0 <= at < step]
 
 
-def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
+def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int, advance: Callable[[int], None]) -> _Screened:
     """Probe the middle step of a bin; branches held there are as old as they are on average."""
     step = _probed(sweep, b)
     size = sweep.ablations_per_batch
-    sample = np.concatenate([base.states[step].seen(sweep.table, step)] * size)
-    expected = base.states[step + 1].predictions[0]
+    sample = np.concatenate([base.seen(sweep, step)] * size)
+    expected = base.states[step + 1].predictions[0][: sweep.samples]
     errors: list[_Local] = []
     calls = 0
-    branches: dict[int, BranchCache] = {}
-    for kind in REMOVALS + REUSES:
+    branches, age = BranchCache(), 0
+    for kind in sorted(REMOVALS + REUSES, key=lambda kind: kind.period):  # one period's branches fill much memory
         names = [c.name for c in _in_graph(sweep) if kind in treatments_for(c, denoises=sweep.denoises)]
         sources = _sources(kind, step)
         if not names or (kind.treatment.reuses and not sources):
             continue
-        if kind.treatment.reuses and kind.period not in branches:
-            branches[kind.period] = branches_at(sweep, base, sources, size)
+        if kind.treatment.reuses and kind.period != age:
+            branches, age = branches_at(sweep, base, sources, size), kind.period
             calls += size * len(sources)
         for start in range(0, len(names), size):
             own = names[start : start + size]
             padded = [*own, *[own[-1]] * (size - len(own))]  # all branches have one batch size
             if kind.treatment.reuses:
-                predicted = sweep.recall(sample, step, branches[kind.period], padded, kind.treatment)
+                predicted = sweep.recall(sample, step, branches, padded, kind.treatment)
             else:
                 gates = sweep.gates(padded, kind.treatment)
                 predicted = sweep.denoiser.predict(sample, sweep.timestep(step), gates=gates, means=base.means[b])
@@ -237,13 +255,13 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int) -> _Screened:
             for name, prediction in zip(own, np.split(predicted, size), strict=False):
                 errors.append(_local(name, kind, expected, prediction))
             calls += size
+            advance(calls)
     for kind in _of_guidance(sweep, step):
         sources = _sources(kind, step)
-        seen, cache = base.states[step].seen(sweep.table, step), guidance_at(sweep, base, sources)
+        seen, cache = base.seen(sweep, step), guidance_at(sweep, base, sources)
         predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
         errors.append(_local(GUIDANCE, kind, expected, predicted[:, : expected.shape[1]]))
-        calls += 1 + len(sources)
-    return _Screened(calls=calls, errors=tuple(errors))
+    return _Screened(errors=tuple(errors))
 
 
 def _local(name: str, kind: PeriodicTreatment, expected: Array, predicted: Array) -> _Local:

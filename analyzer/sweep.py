@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +61,10 @@ class Sweep:
     def in_graph(self) -> Sequence[Component]:
         """Components that have a gate."""
         return without_guidance(tuple(self.components))
+
+    def of_first(self, samples: int) -> Sweep:
+        """Return the sweep with only the first samples."""
+        return replace(self, samples=samples, denoiser=self.denoiser.of_first(samples))
 
     @property
     def ablations_per_batch(self) -> int:
@@ -118,6 +122,11 @@ class FullTrajectory:
     """State before every step, and the last one."""
     means: NDArray[np.float32]
     """[bin, channel of all components], mean of every branch over the steps of the bin."""
+
+    def seen(self, sweep: Sweep, step: int) -> Array:
+        """Scale the samples of a sweep to the denoiser's input at a step."""
+        seen: Array = self.states[step].seen(sweep.table, step)
+        return seen[: sweep.samples]
 
     @property
     def final(self) -> Array:
@@ -372,7 +381,7 @@ def guidance_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int]) -> Bra
     """Compute the difference that guidance amplifies at some steps of the full model's trajectory."""
     cache = BranchCache()
     for step in steps:
-        sweep.denoiser.compute_guidance(base.states[step].seen(sweep.table, step), sweep.timestep(step), cache)
+        sweep.denoiser.compute_guidance(base.seen(sweep, step), sweep.timestep(step), cache)
     return cache
 
 
@@ -380,6 +389,6 @@ def branches_at(sweep: Sweep, base: FullTrajectory, steps: Iterable[int], count:
     """Compute all branches at some steps of the full model's trajectory, for a batch of `count` ablations."""
     cache = BranchCache()
     for step in steps:
-        sample = np.concatenate([base.states[step].seen(sweep.table, step)] * count)
+        sample = np.concatenate([base.seen(sweep, step)] * count)
         sweep.denoiser.compute_branches(sample, sweep.timestep(step), cache, log_snr=sweep.log_snr(step))
     return cache

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from digit_classifier import DigitClassifier
+from image_classifier import ImageClassifier
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
@@ -44,7 +44,7 @@ CONFIDENT = 0.9
 
 def judge(session: Session, seed: int) -> dict[str, float]:
     """Classify the digits that the full and the pruned model sample from the same noise."""
-    classifier = DigitClassifier.load(Path(unetc.__file__).parent / "models/digits/classifier/model.safetensors")
+    classifier = ImageClassifier.load(Path(unetc.__file__).parent / "models/digits/classifier/model.safetensors")
     chances = {}
     for full_model in (True, False):
         batches = [

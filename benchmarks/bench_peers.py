@@ -40,7 +40,7 @@ from captioned_digits import PICTURES, new_ruler
 from captioned_digits import draw as draw_pictures
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
-from digit_classifier import DigitClassifier
+from image_classifier import ImageClassifier
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from peer_rules import AdaptiveDiffusion, HiCache, Rule, Spectrum, Zeus, guided_until, skipping, taylorseer
@@ -306,7 +306,7 @@ class Judge:
 
     def __init__(self, model: PipelineModel) -> None:
         """Load the classifier and calibrate the ruler."""
-        self._classifier = DigitClassifier.load(model.folder / "classifier/model.safetensors")
+        self._classifier = ImageClassifier.load(model.folder / "classifier/model.safetensors")
         self._ruler = new_ruler(draw_pictures(PICTURES, seed=0))  # the pictures that the model was trained on
 
     def followed(self, requests: Sequence[Request], images: Array) -> dict[str, float]:

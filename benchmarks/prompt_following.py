@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from captioned_digits import CAPTION_FORMS, DIGITS, GROUNDS, PENS, SLANTS, Ruler, caption
 from diffusers import StableDiffusionPipeline
-from digit_classifier import DigitClassifier
+from image_classifier import ImageClassifier
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], guidance: 
 
 
 def followed(
-    requests: Sequence[Request], images: Tensor, classifier: DigitClassifier, ruler: Ruler
+    requests: Sequence[Request], images: Tensor, classifier: ImageClassifier, ruler: Ruler
 ) -> dict[str, float]:
     """Compute the share of pictures `[count, 1, 32, 32]` with the right digit, each right attribute, and all right."""
     digits = torch.tensor([request.digit for request in requests])

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from digit_classifier import DigitClassifier, frechet_distance
-from handwritten_digits import accuracy, divided, fit_classifier, real_digits, shifted
+from fit_classifier import accuracy, fit_classifier, shifted
+from handwritten_digits import divided, real_digits
+from image_classifier import ImageClassifier, frechet_distance
 from model_card import machine, write_card
 from PIL import Image
 from safetensors.torch import save_file
@@ -82,7 +83,7 @@ def train_unet(work: Path, steps: int, seed: int) -> tuple[UNet2DModel, Training
     return unet, training
 
 
-def train_classifier(seed: int, epochs: int = 25) -> tuple[DigitClassifier, float]:
+def train_classifier(seed: int, epochs: int = 25) -> tuple[ImageClassifier, float]:
     """Train the classifier on 4/5 of the real digits and return it with its accuracy on the remaining fifth."""
     images, labels = real_digits()
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +114,7 @@ def save_grid(samples: np.ndarray, path: Path, side: int = 10, scale: int = 2) -
     Image.fromarray(pixels).resize((side * 32 * scale,) * 2, Image.Resampling.NEAREST).save(path)
 
 
-def evaluate(samples: np.ndarray, classifier: DigitClassifier) -> dict[str, object]:
+def evaluate(samples: np.ndarray, classifier: ImageClassifier) -> dict[str, object]:
     """Evaluate samples with the classifier, with the same figures for the real digits."""
     images, _ = real_digits()
     real_features, real_probabilities = classifier.describe(images.numpy())

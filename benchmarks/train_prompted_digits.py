@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from captioned_digits import DIGITS, GROUNDS, PENS, PICTURES, SLANTS, Pictures, Ruler, draw, new_ruler
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from digit_classifier import DigitClassifier
-from handwritten_digits import accuracy, divided, fit_classifier, scans
+from fit_classifier import accuracy, fit_classifier
+from handwritten_digits import divided, scans
+from image_classifier import ImageClassifier
 from model_card import machine, write_card
 from prompt_following import STEPS, Request, followed, full_requests, left_open, sample, save_gallery
 from safetensors.torch import load_file, save_file
@@ -244,7 +245,7 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: tuple[str, ...]) -> Tensor:
     return tokens
 
 
-def train_classifier(work: Path, seed: int) -> tuple[DigitClassifier, float]:
+def train_classifier(work: Path, seed: int) -> tuple[ImageClassifier, float]:
     """Train the classifier on pictures of 4/5 of the scans; return it with its accuracy on pictures of the rest."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -253,7 +254,7 @@ def train_classifier(work: Path, seed: int) -> tuple[DigitClassifier, float]:
         pictures = draw(CLASSIFIER_PICTURES, seed, train)
         fitted = fit_classifier(pictures.images, pictures.digits, generator, epochs=CLASSIFIER_EPOCHS)
         save_file(fitted.state_dict(), path)
-    classifier = DigitClassifier.load(path)
+    classifier = ImageClassifier.load(path)
     unseen = draw(UNSEEN_PICTURES, seed + UNSEEN, held_out)
     return classifier, accuracy(classifier, unseen.images, unseen.digits)
 
@@ -271,7 +272,7 @@ def ruler_accuracy(ruler: Ruler, pictures: Pictures) -> dict[str, float]:
     return {name: round(float((seen[name] == drawn[name]).float().mean()), 3) for name in drawn}
 
 
-def evaluate(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, pictures: Pictures, seed: int) -> Figures:
+def evaluate(pipeline: StableDiffusionPipeline, classifier: ImageClassifier, pictures: Pictures, seed: int) -> Figures:
     """Evaluate samples of the pipeline, at the guidance of the card and at others."""
     ruler, unseen = new_ruler(pictures), draw(UNSEEN_PICTURES, seed + UNSEEN)
     requests = full_requests()
@@ -297,7 +298,7 @@ def evaluate(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, pic
     }
 
 
-def save_model(pipeline: StableDiffusionPipeline, classifier: DigitClassifier, folder: Path) -> None:
+def save_model(pipeline: StableDiffusionPipeline, classifier: ImageClassifier, folder: Path) -> None:
     """Write the pipeline folder with the classifier, and the tokenizer in a format that every release reads."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     shutil.rmtree(folder / "tokenizer")

@@ -19,9 +19,10 @@ from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan, full_plan
 from unetc.backend import Backend, Program
 from unetc.call import EXTRA_CHANNELS, CallSignature
+from unetc.class_labels import encode_labels
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
-from unetc.errors import SessionError, ShapeMismatch
+from unetc.errors import ModelError, SessionError, ShapeMismatch
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
@@ -363,6 +364,23 @@ class Session:
         if self._decoder is not None:
             raise SessionError("the bundle has no encoder for images. Build it again, from a model whose VAE has one.")
         return images.astype(np.float32, copy=False)
+
+    def encode_labels(self, labels: Sequence[str | int], guidance_scale: float | None = None) -> Conditions:
+        """Turn classes into conditions, for `sample`.
+
+        Args:
+            labels: One class per sample, by number or by name.
+            guidance_scale: Scale of classifier-free guidance; the bundle's when not given.
+
+        Raises:
+            ModelError: If the model has no classes, a label is not one of them, or it cannot be guided.
+            SessionError: If the scale is out of range.
+        """
+        classes = None if self.calls is None else self.calls.classes
+        if classes is None:
+            raise ModelError("the model has no classes, so it takes no labels. Omit them.")
+        scale = self.conditions.scale if guidance_scale is None else guidance_scale
+        return encode_labels("the model", labels, classes, scale)
 
     def _of_image(
         self, image: Array, noise: Array | None, height: int | None, width: int | None

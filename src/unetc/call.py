@@ -7,13 +7,15 @@ and `unetc.diffusers` check their calls with it before an engine runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from .artifacts.call_input import SAMPLE, CallInput
+from .artifacts.classes import Classes
 from .artifacts.sizes import SampleSizes
 from .controlnet import PREFIX, ControlNetInput, controlnet_inputs, spread
 from .errors import ModelError, SessionError, ShapeMismatch
@@ -108,9 +110,16 @@ class CallSignature:
         return self.inputs[1:]
 
     @property
-    def classes(self) -> int | None:
-        """Number of classes; None for a model without class labels, or whose labels are not numbers of classes."""
+    def classes(self) -> Classes | None:
+        """The classes; None for a model without class labels, or whose labels are not numbers of classes."""
         return next((item.classes for item in self.conditions if item.name == CLASS_LABELS), None)
+
+    def with_classes(self, classes: Classes) -> CallSignature:
+        """Return the signature with names for its classes."""
+        named = (
+            item if item.classes is None else msgspec.structs.replace(item, classes=classes) for item in self.inputs
+        )
+        return replace(self, inputs=tuple(named))
 
     @property
     def names(self) -> frozenset[str]:
@@ -306,7 +315,7 @@ def _class_labels(denoiser: str, config: Mapping[str, Any]) -> list[CallInput]:
     kind = config.get("class_embed_type")
     if kind is None:
         count = config.get("num_class_embeds")
-        return [] if count is None else [CallInput(name=CLASS_LABELS, axes=(), classes=int(count))]
+        return [] if count is None else [CallInput(name=CLASS_LABELS, axes=(), classes=Classes(count=int(count)))]
     if kind == "timestep":
         return [CallInput(name=CLASS_LABELS, axes=())]
     if kind == "identity":

@@ -110,6 +110,23 @@ def test_partial_results_of_other_options_are_not_reused(tmp_path: Path, change:
 
 
 @pytest.mark.usefixtures("no_timing")
+def test_a_model_with_large_branches_is_analysed_in_small_batches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    most = {}
+    for limit in (2**29, 1):
+        monkeypatch.setattr("unetc.analyzer.analysis.BRANCH_BYTES", limit)
+        recorder = Recorder(backend())
+        profile = analyse(tmp_path / str(limit), on=recorder, samples=SAMPLES)
+        most[limit] = (
+            max(len(call["sample"]) for call in recorder.calls),
+            {e.key: e.relative_l2.mean for e in profile.effects},
+        )
+    assert most[1][0] == SAMPLES < most[2**29][0]
+    assert most[1][1] == pytest.approx(most[2**29][1], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.usefixtures("no_timing")
 def test_another_target_is_measured_separately(tmp_path: Path) -> None:
     counts = []
     for target in ("onnxruntime:cpu", "tensorrt-rtx:fp16", "onnxruntime:cpu"):
@@ -178,7 +195,7 @@ def test_a_few_ablations_of_every_bin_are_measured_and_the_rest_is_estimated(tmp
 def test_samplings_count_the_calls_of_an_analysis(tmp_path: Path, decisive: int | None) -> None:
     recorder = Recorder(backend())
     profile = analyse(tmp_path, on=recorder, steps=STEPS, samples=SAMPLES, bins=BINS, decisive=decisive)
-    rows = sum(len(call["sample"]) for call in recorder.calls)
+    rows = sum(len(call["sample"]) for call in recorder.calls) - 1  # one sample, to measure the branches
     assert profile.samplings == pytest.approx(rows / SAMPLES / STEPS)
 
 

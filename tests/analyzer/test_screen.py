@@ -58,7 +58,9 @@ class Counter(Watched):
         self.rows += len(output)
 
 
-def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2) -> Sweep:
+def sweep_on(
+    backend: Backend, *, samples: int = SAMPLES, rows: int = 5 * SAMPLES, steps: int = STEPS, bins: int = 2
+) -> Sweep:
     """Create a sweep in which the last batch of a kind is smaller than the others."""
     table = extract(make_scheduler("ddim", {"beta_schedule": "scaled_linear"}), steps)
     return Sweep(
@@ -68,7 +70,7 @@ def sweep_on(backend: Backend, *, rows: int = 5 * SAMPLES, steps: int = STEPS, b
         table=table,
         bins=make_bins(table.log_snr, bins),
         sample_shape=SHAPE,
-        samples=SAMPLES,
+        samples=samples,
         seed=SEED,
         rows=rows,
     )
@@ -190,7 +192,10 @@ def test_progress_rises_to_the_end(work: Path) -> None:
     reports: list[Progress] = []
     sorted(work.iterdir())[1].unlink()
     run_screen(*swept(), work, reports.append)
-    assert [(report.stage, report.done, report.total) for report in reports] == [("screen", 1, 2), ("screen", 2, 2)]
+    assert {(report.stage, report.total) for report in reports} == {("screen", reports[0].total)}
+    done = [report.done for report in reports]
+    assert done == sorted(done)
+    assert 0 < done[0] < done[1] < done[-1] == reports[0].total, "the finished bin at once, the other call by call"
 
 
 NAMES = ("a", "b", "c", "d")
@@ -362,3 +367,23 @@ def test_the_typical_error_amplification_is_the_committed_measurement() -> None:
     figures = {figure["figure"]: figure["value"] for figure in json.loads(path.read_text())["figures"]}
     assert pytest.approx(figures["log(damage / local error), mean"], abs=0.05) == TYPICAL_LOG_AMPLIFICATION
     assert pytest.approx(figures["log(damage / local error), standard deviation"], abs=0.05) == TYPICAL_SPREAD
+
+
+def test_a_screen_takes_a_quarter_of_the_samples(tmp_path: Path) -> None:
+    """Its local errors are those of an analysis with only these samples, whatever fits in a batch."""
+    many, few = (sweep_on(open_backend("onnxruntime:cpu", threads=1), samples=count) for count in (8, 2))
+    counter = Counter()
+    counted = sweep_on(counter, samples=8, rows=3)
+    base = run_base(counted, ignore)
+    counter.rows = 0
+    screens = [
+        run_screen(many, run_base(many, ignore), tmp_path / "many", ignore),
+        run_screen(few, run_base(few, ignore), tmp_path / "few", ignore),
+        run_screen(counted, base, tmp_path / "counted", ignore),
+    ]
+    assert counter.rows / 8 == screens[2].calls < screens[1].calls
+    for ablation, b in screens[1].errors:
+        errors = [screen.errors[ablation, b] for screen in screens]
+        assert errors[2] == pytest.approx(errors[0], rel=1e-3, abs=1e-5)
+        if ablation.periodic.treatment is not Treatment.MEAN:  # the means are of all samples
+            assert errors[1] == pytest.approx(errors[0], rel=1e-3, abs=1e-5)

@@ -29,6 +29,7 @@ from unetc.errors import ModelError, ShapeMismatch
 from unetc.models.find import find_model
 from unetc.models.image_conditions import edit, encode_for_editing, encode_for_inpainting, seed_of
 from unetc.models.images import Images
+from unetc.models.labels import LABELS
 from unetc.models.model import Model
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session
@@ -315,12 +316,36 @@ def test_class_labels_are_conditions(tmp_path: Path) -> None:  # C4
         predicted = unet(sample, timestep, class_labels=torch.tensor([7, 3])).sample
         sample = scheduler.step(predicted, timestep, sample).prev_sample
     assert_same(session.sample(noise=latents, conditions=conditions, latents=True), sample.numpy())
+    with pytest.raises(ModelError, match="none of its labels means no class"):
+        model.encode(["7"], 2.0)
     for wrong, message in (("10", "from 0 to 9"), ("a cat", "from 0 to 9: pass them with --labels"), ("-1", "0 to 9")):
         with pytest.raises(ModelError, match=message):
             model.encode([wrong], 1.0)
     for labels in ([10, 0], [-1, 0], [0.5, 1]):  # a negative one would silently count from the end
         with pytest.raises(ShapeMismatch, match="class_labels are"):
             session.sample(noise=latents, conditions=Conditions(own={CLASS_LABELS: np.array(labels)}))
+
+
+@torch.no_grad()
+def test_classes_with_names_are_guided(tmp_path: Path) -> None:
+    """Guidance moves samples away from the label that means no class, as in the loop of a user of diffusers."""
+    folder = save_classes(tmp_path / "pipeline", num_class_embeds=4)
+    (folder / LABELS).write_text('{"names": ["cat", "dog", "T-shirt/top"], "no_class": 1}')
+    model = find_model(str(folder))
+    assert sorted(model.prompts()) == ["T-shirt/top", "cat", "dog"]
+    assert model.encode(["CAT", "dog", "t-shirt/top"], 1.0).own[CLASS_LABELS].tolist() == [0, 2, 3]
+    session, unet = session_of(model, tmp_path), model.load_denoiser()
+    latents = np.random.default_rng(0).standard_normal((2, 1, 16, 16), dtype=np.float32)
+    scheduler: Any = make_scheduler("ddim", model.scheduler_config)
+    scheduler.set_timesteps(STEPS)
+    sample = torch.from_numpy(latents)
+    for timestep in scheduler.timesteps:
+        negative = unet(sample, timestep, class_labels=torch.tensor([1, 1])).sample
+        own = unet(sample, timestep, class_labels=torch.tensor([2, 3])).sample
+        sample = scheduler.step(negative + 3.0 * (own - negative), timestep, sample).prev_sample
+    conditions = session.encode_labels(["dog", 3], 3.0)
+    assert_same(session.sample(noise=latents, conditions=conditions, latents=True), sample.numpy())
+    assert_same(session.sample(noise=latents, conditions=model.encode(["2", "3"], 3.0), latents=True), sample.numpy())
 
 
 @pytest.mark.parametrize("kind", ["timestep", "identity"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from unetc.artifacts.classes import Classes
 from unetc.call import CallSignature
 from unetc.errors import ModelError, SessionError, ShapeMismatch
 
@@ -70,9 +71,9 @@ def values_of(calls: CallSignature) -> dict[str, Any]:
     """Make values that fit, as tensors."""
     rng = np.random.default_rng(0)
 
-    def draw(shape: tuple[int, ...], classes: int | None) -> Any:
+    def draw(shape: tuple[int, ...], classes: Classes | None) -> Any:
         return torch.from_numpy(
-            rng.standard_normal(shape, dtype=np.float32) if classes is None else rng.integers(0, classes, shape)
+            rng.standard_normal(shape, dtype=np.float32) if classes is None else rng.integers(0, classes.count, shape)
         )
 
     return {

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from digit_classifier import FEATURES, DigitClassifier, frechet_distance
 from hypothesis import given
 from hypothesis import strategies as st
+from image_classifier import FEATURES, ImageClassifier, frechet_distance
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch.nn import functional
@@ -174,7 +174,7 @@ def test_frechet_distance_of_fewer_samples_than_features_is_finite() -> None:
 
 def test_the_classifier_describes_images_by_features_and_probabilities() -> None:
     torch.manual_seed(0)
-    classifier = DigitClassifier().eval()
+    classifier = ImageClassifier().eval()
     batch = images(0, batch=5, channels=1, size=32)
     features, probabilities = classifier.describe(batch)
     assert features.shape == (5, FEATURES)
@@ -188,9 +188,9 @@ def test_the_shipped_classifier_knows_digits() -> None:
     digits = load_digits()
     small = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     large = functional.interpolate(small, size=(32, 32), mode="bicubic", align_corners=False).clamp(-1, 1)
-    _, probabilities = DigitClassifier.load(CLASSIFIER).describe(large.numpy())
+    _, probabilities = ImageClassifier.load(CLASSIFIER).describe(large.numpy())
     assert (probabilities.argmax(axis=1) == digits.target).mean() > 0.95
     # a classifier that is sure to see digits in noise could not tell broken samples from good ones
     noise = np.random.default_rng(0).uniform(-1, 1, (200, 1, 32, 32)).astype(np.float32)
-    _, of_noise = DigitClassifier.load(CLASSIFIER).describe(noise)
+    _, of_noise = ImageClassifier.load(CLASSIFIER).describe(noise)
     assert of_noise.max(axis=1).mean() < probabilities.max(axis=1).mean()

@@ -11,7 +11,7 @@ import diffusers as untyped_diffusers
 import numpy as np
 import pytest
 import torch
-from digit_classifier import DigitClassifier
+from image_classifier import ImageClassifier
 from numpy.typing import NDArray
 from tgate import gated
 from transformers import CLIPTokenizer
@@ -90,7 +90,7 @@ def test_any_text_has_tokens(pipeline: Any) -> None:
 
 def test_it_draws_the_digit_of_its_prompt(pipeline: Any) -> None:
     prompts = [f"a {slant} {digit}" for slant in ("upright", "slanted") for digit in DIGITS]
-    classifier = DigitClassifier.load(FOLDER / "classifier/model.safetensors")
+    classifier = ImageClassifier.load(FOLDER / "classifier/model.safetensors")
     _, probabilities = classifier.describe(sample(pipeline, prompts))
     card = json.loads((FOLDER / "card.json").read_text())
     expected = card["prompt_followed"]["digit"]

@@ -18,7 +18,18 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
-GROUND = {"artifacts", "backend", "call", "conditions", "controlnet", "device", "environment", "errors", "extras"}
+GROUND = {
+    "artifacts",
+    "backend",
+    "call",
+    "class_labels",
+    "conditions",
+    "controlnet",
+    "device",
+    "environment",
+    "errors",
+    "extras",
+}
 GROUND |= {"metrics", "models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
 GROUND |= {"treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers", "server"}

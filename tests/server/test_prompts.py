@@ -18,9 +18,10 @@ from tests.conftest import once
 from tests.server.bundles import build_class_bundle, build_free_bundle
 from tests.server.local import in_loop, local
 from tests.server.test_openai import pixels
+from unetc.artifacts.classes import Classes
 from unetc.call import CLASS_LABELS, EXTRA_CHANNELS
+from unetc.class_labels import encode_labels
 from unetc.conditions import Conditions
-from unetc.models.prompts import encode_labels
 from unetc.report.pictures import to_pixels
 from unetc.runtime.bundle import Bundle
 from unetc.server.errors import RequestError
@@ -51,7 +52,7 @@ def read(bundle: Path, **fields: Any) -> Conditions | None:
 
 
 def test_a_label_conditions_every_image(class_bundle: Path) -> None:
-    assert PromptReader(Bundle.open(class_bundle), None).classes == 10
+    assert PromptReader(Bundle.open(class_bundle), None).classes == Classes(count=10)
     for fields in ({"label": 7}, {"prompt": "7"}):
         conditions = read(class_bundle, **fields)
         assert conditions is not None
@@ -64,7 +65,7 @@ def test_a_label_conditions_every_image(class_bundle: Path) -> None:
     ("fields", "field", "problem"),
     [
         ({"label": 10}, "label", "label 10 is not one of 0 to 9"),
-        ({"prompt": "a cat"}, "prompt", "takes a label from 0 to 9 and no other prompt"),
+        ({"prompt": "a cat"}, "prompt", "takes a label and no other prompt: whole numbers from 0 to 9"),
         ({"prompt": "3", "label": 3}, "prompt", "and no other prompt"),
         ({"negative_prompt": "dogs"}, "negative_prompt", "takes no prompts"),
         ({"guidance_scale": 2.0}, "guidance_scale", "has no guidance"),
@@ -78,16 +79,49 @@ def test_a_model_of_classes_refuses_the_rest(
     assert caught.value.field == field
 
 
+NAMED = Classes(count=10, names=tuple("abcdefghi"), no_class=9)
+
+
+def read_named(bundle: Path, **fields: Any) -> Conditions | None:
+    opened = Bundle.open(bundle)
+    named: Any = SimpleNamespace(
+        manifest=opened.manifest, conditions=opened.conditions, calls=opened.calls.with_classes(NAMED)
+    )
+    return PromptReader(named, None).read(wanted(**fields))
+
+
+def test_classes_with_names_and_a_label_for_none_are_guided(class_bundle: Path) -> None:
+    own = Bundle.open(class_bundle).conditions.own[CLASS_LABELS][:2].tolist()
+    for fields, labels, scale in (
+        ({"prompt": "C"}, [2, 2], 1.0),
+        ({"prompt": "2", "guidance_scale": 3.0}, [2, 2], 3.0),
+        ({"label": 4, "guidance_scale": 2.0}, [4, 4], 2.0),
+        ({"guidance_scale": 2.0}, own, 2.0),
+        ({"label": 4, "guidance_scale": 1.0}, [4, 4], 1.0),
+    ):
+        conditions = read_named(class_bundle, **fields)
+        assert conditions is not None
+        assert (conditions.own[CLASS_LABELS].tolist(), conditions.scale) == (labels, scale)
+        assert conditions.guided == (scale > 1)
+        if conditions.guided:
+            assert conditions.negative[CLASS_LABELS].tolist() == [9, 9]
+    assert read_named(class_bundle) is None
+    for fields, field in (({"prompt": "z"}, "prompt"), ({"negative_prompt": "a"}, "negative_prompt")):
+        with pytest.raises(RequestError) as caught:
+            read_named(class_bundle, **fields)
+        assert caught.value.field == field
+
+
 @in_loop
 async def test_a_label_makes_an_image_of_its_class(class_bundle: Path) -> None:
     session = unetc.load(class_bundle)
     async with local(class_bundle) as (client, _):
         answer = await client.post("/v1/images/generations", json={"label": 4, "seed": 2})
-        conditions = encode_labels("the model", ["4"], 10)
+        conditions = encode_labels("the model", [4], Classes(count=10))
         expected = to_pixels(session.sample(seed=2, conditions=conditions, full_model=True))[0]
         assert np.abs(pixels(answer.json()["data"][0]["b64_json"]) - expected).max() <= 1
         (model,) = (await client.get("/v1/models")).json()["data"]
-        assert (model["classes"], model["prompts"], model["free_prompts"]) == (10, [], False)
+        assert (model["classes"], model["prompts"], model["free_prompts"]) == ([*"0123456789"], [], False)
 
 
 @in_loop

@@ -39,7 +39,7 @@ def _unet(model: Any, generator: torch.Generator, multiple: int, *, calls: CallS
             case _ if item.classes is None:
                 inputs.append(Input(name=item.name, example=torch.tensor([1.0, 2.0])))
             case _:
-                inputs.append(Input(name=item.name, example=torch.tensor([0, item.classes - 1])))
+                inputs.append(Input(name=item.name, example=torch.tensor([0, item.classes.count - 1])))
     return inputs
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from unetc.errors import ShapeMismatch
 
+from .classes import Classes
 from .record import Record, require
 
 SAMPLE = "sample"
@@ -21,8 +22,8 @@ class CallInput(Record, frozen=True, kw_only=True):
     name: str
     axes: tuple[int | str, ...]
     """Sizes after the batch: a number, or the name of a size that a call may choose; equal names are equal sizes."""
-    classes: int | None = None
-    """The values are whole numbers from 0 to below this; None for real numbers."""
+    classes: Classes | None = None
+    """Classes whose labels the values are; None for real numbers."""
     optional: bool = False
     """Whether a UNet may be called without it, which is the same as zeros."""
 
@@ -46,9 +47,9 @@ class CallInput(Record, frozen=True, kw_only=True):
         if self.classes is None:
             return array.astype(np.float32, copy=False)
         whole = array.astype(np.int64, copy=False)
-        if (whole != array).any() or ((whole < 0) | (whole >= self.classes)).any():
+        if (whole != array).any() or ((whole < 0) | (whole >= self.classes.count)).any():
             raise ShapeMismatch(
-                f"{self.name} are {array.ravel()[:8].tolist()}. Expected whole numbers from 0 to {self.classes - 1}: "
-                f"the model knows {self.classes} classes."
+                f"{self.name} are {array.ravel()[:8].tolist()}. Expected whole numbers from 0 to "
+                f"{self.classes.count - 1}: the model knows {self.classes.count} classes."
             )
         return whole

@@ -250,8 +250,8 @@ class BundleText(Record, frozen=True, kw_only=True):
 class Manifest(Artifact, frozen=True, kw_only=True):
     """Everything a session needs to know about a bundle."""
 
-    SCHEMA: ClassVar[int] = 7
-    schema: int = 7
+    SCHEMA: ClassVar[int] = 8
+    schema: int = 8
     unetc: str
     model: ModelReference
     target: str

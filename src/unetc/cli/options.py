@@ -134,7 +134,7 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
     labels: Annotated[
         str | None,
         typer.Option(
-            help="Class labels to measure on, as 0,3,7; the last quarter is kept for verify (default: spread over all)."
+            help="Classes to measure on, as 0,3,7 or by name; the last quarter is kept for verify (default: all)."
         ),
     ] = None
     images: Annotated[
@@ -164,12 +164,12 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
 
         Raises:
             ProfileError: If a number is out of range.
-            ModelError: If the prompts or the labels cannot be read.
+            ModelError: If the prompts cannot be read.
         """
         from unetc.analyzer.analysis import AnalysisOptions
         from unetc.environment import cores
         from unetc.models.find import usual_sampling
-        from unetc.models.prompts import read_labels, read_prompts
+        from unetc.models.prompts import read_prompts
 
         return AnalysisOptions(
             scheduler=self.scheduler or usual_sampling(model).scheduler,
@@ -181,7 +181,7 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
             threads=self.threads or cores(),
             batch=self.batch,
             prompts=read_prompts(self.prompts) if self.prompts else (),
-            labels=read_labels(self.labels) if self.labels else (),
+            labels=tuple(self.labels.split(",")) if self.labels else (),
             images=str(self.images) if self.images else None,
             guidance_scale=self.guidance_scale,
             components=components,

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from unetc.device import Array
-from unetc.errors import ModelError
 from unetc.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
-    from unetc.call import CallSignature
     from unetc.conditions import Conditions
     from unetc.runtime.session import Step
 
@@ -47,25 +45,6 @@ class DrawFromImage(Protocol):
     ) -> Array:
         """Sample from images with noise."""
         ...
-
-
-def with_labels(draw: Draw, calls: CallSignature, text: str) -> Draw:
-    """Give every sample a class label: sample k gets label k, modulo their number.
-
-    Args:
-        draw: Samples one batch, as `Session.sample` does.
-        calls: The calls that the engines take.
-        text: Labels, as in '0,3,7'.
-
-    Raises:
-        ModelError: If the model has no classes, or a label is not one of them.
-    """
-    from unetc.models.prompts import encode_labels, read_labels
-
-    classes = calls.classes
-    if classes is None:
-        raise ModelError("the model has no classes, so it takes no labels. Omit --labels.")
-    return with_conditions(draw, encode_labels("the model", tuple(map(str, read_labels(text))), classes))
 
 
 def with_conditions(draw: Draw, rows: Conditions) -> Draw:

@@ -24,11 +24,11 @@ import msgspec
 
 from unetc.artifacts.profile import ModelReference
 from unetc.call import CallSignature
+from unetc.class_labels import encode_labels, spread_labels
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.errors import ModelError, brief
 
 from .folder import hash_file
-from .prompts import encode_labels, spread_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,7 +196,7 @@ class AdmModel:
 
     def prompts(self) -> tuple[str, ...]:
         """List labels of the classes; empty without classes."""
-        return () if self.network.classes is None else spread_labels(self.network.classes)
+        return () if self.calls.classes is None else spread_labels(self.calls.classes)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
         """Turn labels of classes into conditions.
@@ -207,8 +207,8 @@ class AdmModel:
         name = self.reference.name
         if images is not None and images.folder is not None:
             raise ModelError(f"{name} takes no images. Omit them.")
-        if self.network.classes is not None:
-            return encode_labels(name, prompts, self.network.classes)
+        if (classes := self.calls.classes) is not None:
+            return encode_labels(name, prompts, classes, guidance_scale)
         if prompts:
             raise ModelError(f"{name} takes no prompts, and its checkpoint has no classes.")
         return UNCONDITIONAL

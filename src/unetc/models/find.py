@@ -14,6 +14,7 @@ from .adm import AdmOptions, Process, find_adm
 from .control_images import ControlSource
 from .folder import CONFIG, DIFFUSERS, SCHEDULER_CONFIG, TRANSFORMERS
 from .glide import VARIANTS, find_glide
+from .labels import LABELS
 from .lora import Lora
 from .model import Model
 from .model_index import MODEL_INDEX, read_model_index
@@ -137,6 +138,7 @@ def _download(name: str, variant: str | None) -> Path:
 _SETTINGS = (
     MODEL_INDEX,
     PROMPTS,
+    LABELS,
     CONFIG,
     SCHEDULER_CONFIG,
     f"{DIFFUSERS}*.index*.json",

@@ -29,6 +29,7 @@ from unetc.call import (
     TIMESTEP_COND,
     CallSignature,
 )
+from unetc.class_labels import encode_labels, spread_labels
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
 from unetc.errors import MissingDependency, ModelError, ShapeMismatch
@@ -51,13 +52,14 @@ from .folder import (
     view,
 )
 from .images import Images
+from .labels import read_classes
 from .loading import load_model
 from .lora import Lora
 from .lora_file import check_loras
 from .lora_names import PARTS
 from .model_index import MODEL_INDEX, ModelIndex, read_model_index
 from .pipelines import PIPELINES, TEXT_PIPELINES, sample_channels
-from .prompts import PROMPTS, encode_labels, read_prompts, spread_labels
+from .prompts import PROMPTS, read_prompts
 from .vae import Latents, read_vae
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ class PipelineModel:
         if images is not None and images.folder is not None and EXTRA_CHANNELS not in self.calls.names:
             raise ModelError(f"{name} takes no images; it is a {pipeline} without extra channels. Omit the images.")
         if self.calls.classes is not None:
-            return encode_labels(name, prompts, self.calls.classes)
+            return encode_labels(name, prompts, self.calls.classes, guidance_scale)
         if not self.conditional:
             if prompts:
                 raise ModelError(f"{name} takes no prompts; it is a {pipeline}.")
@@ -297,6 +299,8 @@ def open_pipeline(
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
     _check_conditions(name, pipeline, calls)
+    if calls.classes is not None:
+        calls = calls.with_classes(read_classes(folder, calls.classes.count))
     height, width = _sample_size(folder, config)
     parts = _open_parts(name, folder, index, config, variant)
     check_loras(loras, {part: parts[part].weights.shapes for part in PARTS if part in parts})

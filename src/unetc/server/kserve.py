@@ -197,12 +197,11 @@ def _sampling_metadata(served: Served) -> dict[str, Any]:
 def _applies(name: str, served: Served) -> bool:
     """Check whether an input has a meaning for a model."""
     prompts = served.prompts
-    has_prompts = prompts.free or bool(prompts.prompts)
     return {
-        "prompt": has_prompts,
+        "prompt": prompts.free or bool(prompts.prompts) or prompts.classes is not None,
         "negative_prompt": prompts.free,
         "label": prompts.classes is not None,
-        "guidance_scale": has_prompts,
+        "guidance_scale": prompts.guided,
     }.get(name, True)
 
 

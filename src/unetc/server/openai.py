@@ -161,7 +161,7 @@ def _common(level: str, shape: tuple[int, ...], body: GenerationBody) -> dict[st
 
 
 def _model(served: Served, created: int) -> dict[str, Any]:
-    height, width = served.size
+    (height, width), classes = served.size, served.prompts.classes
     return {
         "id": served.name,
         "object": "model",
@@ -172,7 +172,7 @@ def _model(served: Served, created: int) -> dict[str, Any]:
         "default_steps": served.bundle.manifest.steps,
         "scheduler": served.bundle.scheduler.name,
         "size": f"{width}x{height}",
-        "classes": served.prompts.classes,
+        "classes": None if classes is None else list(classes.words),
         "prompts": list(served.prompts.prompts),
         "free_prompts": served.prompts.free,
         "guidance_scale": served.prompts.guidance_scale,

@@ -90,7 +90,7 @@ def _describe(served: Served) -> dict[str, Any]:
     if prompts.free:
         kind, choices = "free", []
     elif prompts.classes is not None:
-        kind, choices = "labels", [str(label) for label in range(prompts.classes)]
+        kind, choices = "labels", list(prompts.classes.words)
     else:
         kind = "list" if choices else "none"
     return {
@@ -98,7 +98,7 @@ def _describe(served: Served) -> dict[str, Any]:
         "about": f"{width} × {height} pixels, {manifest.scheduler.name}, {manifest.target}",
         "prompts": kind,
         "choices": choices,
-        "guided": kind in ("free", "list") and prompts.guidance_scale > 1,
+        "guided": prompts.guided and prompts.guidance_scale > 1,
         "guidance_scale": prompts.guidance_scale,
         "steps": manifest.steps,
         "step_counts": list(served.steps),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from unetc.call import TIMESTEP_COND
+from unetc.artifacts.classes import Classes
+from unetc.call import CLASS_LABELS, TIMESTEP_COND
+from unetc.class_labels import encode_labels
 from unetc.conditions import Conditions
-from unetc.errors import ModelError
-from unetc.models.prompts import encode_labels
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.text import TextEncoder
 
@@ -53,9 +53,16 @@ class PromptReader:
         self._encoder = encoder
 
     @property
-    def classes(self) -> int | None:
-        """Number of classes of a class-conditional model; None for others."""
+    def classes(self) -> Classes | None:
+        """Classes of a class-conditional model; None for others."""
         return self._classes
+
+    @property
+    def guided(self) -> bool:
+        """Whether a request may name a guidance scale."""
+        if self._classes is not None:
+            return self._classes.no_class is not None
+        return self.free or bool(self.prompts)
 
     @property
     def free(self) -> bool:
@@ -87,20 +94,23 @@ class PromptReader:
         rows = self._own.take([self._index(wanted.prompt)] * len(wanted.indices))
         return rows if wanted.guidance_scale is None else self._scaled(rows, wanted.guidance_scale)
 
-    def _labelled(self, wanted: Wanted, classes: int) -> Conditions | None:
-        """Take a label, also where a client writes it as the prompt."""
-        label = wanted.label
+    def _labelled(self, wanted: Wanted, classes: Classes) -> Conditions | None:
+        """Take a label, or the name or number of a class as the prompt."""
+        label, scale = wanted.label, wanted.guidance_scale
         if wanted.prompt:
-            if label is not None or not wanted.prompt.strip().isdecimal():
-                raise RequestError(f"this model takes a label from 0 to {classes - 1} and no other prompt.", "prompt")
-            label = int(wanted.prompt)
-        self._refuse_guidance(wanted)
-        if label is None:
+            found = classes.find(wanted.prompt)
+            if label is not None or found is None:
+                raise RequestError(f"this model takes a label and no other prompt: {classes.describe()}.", "prompt")
+            label = found
+        if wanted.negative_prompt or not self.guided:
+            self._refuse_guidance(wanted)
+        if label is None and scale is None:
             return None
-        try:
-            return encode_labels("the model", [str(label)] * len(wanted.indices), classes)
-        except ModelError:
-            raise RequestError(f"label {label} is not one of 0 to {classes - 1}.", "label") from None
+        if label is not None and label not in range(classes.count):
+            raise RequestError(f"label {label} is not one of 0 to {classes.count - 1}.", "label")
+        own = self._rows(wanted).own[CLASS_LABELS].tolist()
+        labels = own if label is None else [label] * len(wanted.indices)
+        return encode_labels("the model", labels, classes, self.guidance_scale if scale is None else scale)
 
     def _refuse_prompts(self, wanted: Wanted) -> None:
         if wanted.prompt:

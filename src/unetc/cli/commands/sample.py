@@ -22,7 +22,9 @@ def sample(
     full_model: Annotated[bool, typer.Option("--full-model", help="Run the full model at every step.")] = False,
     labels: Annotated[
         str | None,
-        typer.Option(help="Class labels of the samples, as 0,3,7, in turn (default: those of the bundle)."),
+        typer.Option(
+            help="Classes of the samples, by number or name, as 0,3,7, in turn (default: those of the bundle)."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -33,7 +35,7 @@ def sample(
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Scale of classifier-free guidance; needs --prompt (default: the bundle's)."),
+        typer.Option(help="Scale of classifier-free guidance; needs --prompt or --labels (default: the bundle's)."),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="PNG, JPEG or WebP to start from; it is cropped to the size of the samples.")
@@ -67,10 +69,12 @@ def sample(
     from unetc.runtime.text import no_text
 
     from ..output import ERR, OUT, print_json, progress
-    from ..sampling import Draw, sample_in_calls, with_conditions, with_image, with_labels
+    from ..sampling import Draw, sample_in_calls, with_conditions, with_image
 
-    if not prompt and (negative_prompt is not None or guidance_scale is not None):
-        raise typer.BadParameter("--negative-prompt and --guidance-scale belong to --prompt; give one.")
+    if not prompt and negative_prompt is not None:
+        raise typer.BadParameter("--negative-prompt belongs to --prompt; give one.")
+    if not prompt and labels is None and guidance_scale is not None:
+        raise typer.BadParameter("--guidance-scale belongs to --prompt or --labels; give one.")
     if strength is not None and image is None:
         raise typer.BadParameter("--strength belongs to --image; give one.")
     if prompt and labels is not None:
@@ -91,7 +95,7 @@ def sample(
             pixels = read_image(image, height, width, channels=channels)[None]
             draw = with_image(sampling, session.encode(pixels), DEFAULT_STRENGTH if strength is None else strength)
         if labels is not None:
-            draw = with_labels(draw, opened.calls, labels)
+            draw = with_conditions(draw, session.encode_labels(labels.split(","), guidance_scale))
         if prompt:
             if session.text is None:
                 raise SessionError(no_text(opened))

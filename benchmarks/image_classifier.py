@@ -1,8 +1,8 @@
-"""A small classifier of handwritten digits, the task metric of the reference model `digits`.
+"""A small classifier of images, the task metric of the reference models.
 
-It ships with the reference model. It answers two questions about a batch of images: are they digits (confidence), and
-are they distributed like the real ones (Fréchet distance of its features)? The distance is *not* FID, which is defined
-on the features of one particular Inception network.
+Every reference model ships with its own weights. It answers two questions about a batch of images: is it sure of their
+classes (confidence), and are they distributed like the real ones (Fréchet distance of its features)? The distance is
+*not* FID, which is defined on the features of one particular Inception network.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FEATURES = 64
 """Width of the feature layer."""
 
 
-class DigitClassifier(nn.Module):
-    """Classify 32x32 grey images in [-1, 1] as one of ten digits."""
+class ImageClassifier(nn.Module):
+    """Classify 32x32 grey images in [-1, 1] as one of ten classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class DigitClassifier(nn.Module):
         return features, self.head(features)
 
     @classmethod
-    def load(cls, path: Path) -> DigitClassifier:
+    def load(cls, path: Path) -> ImageClassifier:
         """Load the weights from a safetensors file and switch to evaluation mode."""
         classifier = cls()
         classifier.load_state_dict(load_file(path))
