@@ -48,8 +48,6 @@ TRIED = tuple(
     PeriodicTreatment(treatment=treatment, period=period) for treatment, row in ROWS.items() for period in row.periods
 )
 """Everything that an analysis tries on a component."""
-REMOVALS = tuple(tried for tried in TRIED if not tried.treatment.reuses)
-REUSES = tuple(tried for tried in TRIED if tried.treatment.reuses)
 
 
 def select(components: Sequence[Component], patterns: Sequence[str]) -> tuple[Component, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 import unetc
-from unetc.artifacts.profile import Component, ImageSource, ModelReference, Profile, with_guidance
+from unetc.artifacts.profile import ImageSource, ModelReference, Profile, with_guidance
 from unetc.artifacts.record import read_bounded, write_atomically
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph
@@ -24,8 +26,8 @@ from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
 
 from .ablation import entry_of, select
-from .cost import Costs, measure_costs
-from .denoiser import GatedDenoiser
+from .cost import Costs, forms_of, measure_costs, predict_timing
+from .denoiser import FirstCall, GatedDenoiser
 from .duration import entries_of, predict_duration
 from .screen import choose, estimate_rest, run_screen
 from .sweep import FullTrajectory, Sweep, Swept, make_bins, run_base, run_sweep, sweep_calls
@@ -54,7 +56,7 @@ class AnalysisOptions:
     decisive: int | None = 7
     """Ablations per bin that are carried to the final output; the others are screened. None carries all of them."""
     time_limit_s: float = math.inf
-    """Seconds after which no further ablation is carried to the final output; the rest is screened."""
+    """Seconds after which nothing more is measured; what was screened is estimated, the rest is never planned."""
     prompts: tuple[str, ...] = ()
     """Prompts for a model that takes some; the model's list when empty."""
     labels: tuple[str | int, ...] = ()
@@ -132,8 +134,8 @@ def analyze(
     deadline = time.monotonic() + options.time_limit_s
     components = with_guidance(gated.components) if conditions.paired else gated.components
     ablated = select(components, options.components)
-    costs = _costs(gated, ablated, backend, conditions, sample_shape, options, work, on_progress)
     denoiser = GatedDenoiser(gated, backend, conditions.take(range(options.samples)), table.prediction_type)
+    first = denoiser.try_call(initial_noise(0, range(options.batch), sample_shape), float(table.timesteps[0]))
     sweep = Sweep(
         denoiser=denoiser,
         components=components,
@@ -143,20 +145,38 @@ def analyze(
         sample_shape=sample_shape,
         samples=options.samples,
         seed=options.seed,
-        rows=_rows(denoiser, sample_shape, table),
+        rows=max(1, min(CACHED_ROWS, BRANCH_BYTES // first.branch_bytes)),
     )
+    timing = _Timing(forms=len(forms_of(gated, ablated, sample_shape)), first=first, options=options)
+    numbers = (options.target, options.threads, options.batch, options.rounds)
+    timed = work / _key("cost", *numbers, conditions.shapes(), tuple(one.name for one in ablated))
+    costs = _read_costs(timed, timing.files)
     duration = predict_duration(
         sweep,
         screened=options.screens,
         decisive=options.decisive,
         limit_s=deadline - time.monotonic(),
-        sample_ms=costs.full_ms.mean / options.batch,
+        sample_ms=1e3 * first.call_s / options.batch,
+        forms=0 if costs else timing.forms,
+        timing_s=0.0 if costs else timing.seconds(timing.rounds),
     )
-    on_progress(Progress(stage="full model", done=0, total=table.steps, note=str(duration)))
+    on_progress(Progress(stage="timing", done=0, total=len(ablated), note=str(duration)))
+    if costs is None:
+        costs = measure_costs(
+            gated,
+            ablated,
+            backend,
+            conditions=conditions,
+            batch=options.batch,
+            sample_shape=sample_shape,
+            rounds=timing.rounds,
+            on_progress=on_progress,
+        )
+        write_atomically(timed / timing.files[-1], msgspec.json.encode(costs))
     base = run_base(sweep, on_progress)
-    numbers = (options.steps, options.samples, options.bins, options.seed)
-    folder = work / _key("damage", options.scheduler, options.target, *numbers, conditions.sha256())
-    swept, calls = _damages(sweep, base, costs, options, deadline, folder, on_progress)
+    drawn = (options.steps, options.samples, options.bins, options.seed)
+    folder = work / _key("damage", options.scheduler, options.target, *drawn, conditions.sha256())
+    swept, calls, notes = _damages(sweep, base, costs, options, deadline, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
         model=reference,
@@ -170,7 +190,7 @@ def analyze(
         sample_shape=sample_shape,
         prompts=prompts,
         images=images or msgspec.UNSET,
-        notes=conditions.notes or msgspec.UNSET,
+        notes=(*conditions.notes, *notes) or msgspec.UNSET,
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
         control_images=msgspec.UNSET if conditions.control is None else conditions.control.measured,
@@ -186,10 +206,35 @@ def analyze(
     )
 
 
-def _rows(denoiser: GatedDenoiser, sample_shape: tuple[int, int, int], table: SchedulerTable) -> int:
-    """Choose the most samples of a batch; the branches of a batch of a large model would fill the memory."""
-    row = denoiser.branch_bytes(initial_noise(0, (0,), sample_shape), float(table.timesteps[0]))
-    return max(1, min(CACHED_ROWS, BRANCH_BYTES // row))
+_TIMING_SHARE = 3
+"""The timing may take one of so many parts of a time limit."""
+_LEAST_ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timing:
+    """The timing of an analysis, as far as its time limit allows."""
+
+    forms: int
+    first: FirstCall
+    options: AnalysisOptions
+
+    def seconds(self, rounds: int) -> float:
+        """Predict how long it takes."""
+        return predict_timing(self.forms, call_s=self.first.call_s, load_s=self.first.load_s, rounds=rounds)
+
+    @property
+    def rounds(self) -> int:
+        """Most rounds of each form."""
+        rounds, limit_s = self.options.rounds, self.options.time_limit_s / _TIMING_SHARE
+        while rounds > _LEAST_ROUNDS and self.seconds(rounds) > limit_s:
+            rounds -= 1
+        return rounds
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that may hold its results; the last one is written."""
+        return ("timing.json",) if self.rounds == self.options.rounds else ("timing.json", "short-timing.json")
 
 
 def _damages(
@@ -200,48 +245,32 @@ def _damages(
     deadline: float,
     folder: Path,
     on_progress: OnProgress,
-) -> tuple[Swept, float]:
-    """Screen all ablations and carry the decisive ones to the final output; also count denoiser calls per sample."""
+) -> tuple[Swept, float, tuple[str, ...]]:
+    """Screen all ablations and carry the decisive ones to the final output; count calls per sample, and take notes."""
     if not options.screens:
         everything = entries_of(sweep)
-        return run_sweep(sweep, base, everything, folder, on_progress), sweep_calls(sweep, everything)
-    screen = run_screen(sweep, base, folder, on_progress)
+        return run_sweep(sweep, base, everything, folder, on_progress), sweep_calls(sweep, everything), ()
+    screen = run_screen(sweep, base, folder, on_progress, deadline=deadline)
     chosen = choose(screen, costs.costs, costs.full_ms.mean, options.decisive)
     measured = run_sweep(sweep, base, chosen, folder, on_progress, deadline=deadline)
     calls = screen.calls + sweep_calls(sweep, [entry_of(one) for one in measured.all])
     effects = measured.effects + estimate_rest(screen, measured.effects, measured.non_finite)
-    return Swept(effects=effects, non_finite=measured.non_finite + screen.non_finite), calls
+    notes = () if screen.complete else (_CUT_SHORT,)
+    return Swept(effects=effects, non_finite=measured.non_finite + screen.non_finite), calls, notes
 
 
-def _costs(
-    gated: GatedGraph,
-    ablated: tuple[Component, ...],
-    backend: Backend,
-    conditions: Conditions,
-    sample_shape: tuple[int, int, int],
-    options: AnalysisOptions,
-    work: Path,
-    on_progress: OnProgress,
-) -> Costs:
-    """Measure costs, or read those an interrupted analysis has measured: time is the one thing that never repeats."""
-    numbers = (options.threads, options.batch, options.rounds)
-    names = tuple(component.name for component in ablated)
-    path = work / _key("cost", options.target, *numbers, conditions.shapes(), names) / "timing.json"
-    try:
-        return msgspec.json.decode(read_bounded(path, 2**26), type=Costs)
-    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-        costs = measure_costs(
-            gated,
-            ablated,
-            backend,
-            conditions=conditions,
-            batch=options.batch,
-            sample_shape=sample_shape,
-            rounds=options.rounds,
-            on_progress=on_progress,
-        )
-    write_atomically(path, msgspec.json.encode(costs))
-    return costs
+_CUT_SHORT = (
+    "the time limit came before the end of the screening: treatments that were not tried are never planned. Analyse "
+    "again with more time, which continues, or analyse less with --components, --bins or --samples"
+)
+
+
+def _read_costs(folder: Path, files: Iterable[str]) -> Costs | None:
+    """Read the costs that an interrupted analysis has measured: time is the one thing that never repeats."""
+    for file in files:
+        with suppress(ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+            return msgspec.json.decode(read_bounded(folder / file, 2**26), type=Costs)
+    return None
 
 
 def _key(what: str, *values: object) -> str:

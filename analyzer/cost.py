@@ -19,7 +19,7 @@ from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.metrics.damage import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rows import own_half
-from unetc.timing import MORE, interleaved_ms
+from unetc.timing import MORE, WARMUP, interleaved_ms
 from unetc.treatments import Treatment
 
 _SECONDS = 4.0
@@ -83,14 +83,10 @@ def measure_costs(
         return partial(loader.load(specialise(gated, {component.name: Treatment.DROP}, no_means)), inputs, output)
 
     removals = removals_of(gated, sample_shape)
-    forms: dict[Hashable, list[Component]] = {}
-    for component in components:
-        form = component.kind if component.kind == "guidance" else removals[component.name].form
-        forms.setdefault(form, []).append(component)
-    least, seconds = (rounds // MORE, _SECONDS) if rounds >= MORE else (rounds, 0.0)
+    least, seconds = _effort(rounds)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
-    for alike in forms.values():
+    for alike in forms_of(gated, components, sample_shape):
         calls: list[Callable[[], object]] = [full, without(alike[0])]
         times = interleaved_ms(calls, rounds=least, wait=device.synchronize, seconds=seconds)
         full_times.extend(times[:, 0])
@@ -106,6 +102,38 @@ def measure_costs(
         for one in components
     )
     return Costs(full_ms=full_ms, full_bytes=full_bytes, costs=costs)
+
+
+def forms_of(
+    gated: GatedGraph, components: Sequence[Component], sample_shape: tuple[int, int, int]
+) -> tuple[list[Component], ...]:
+    """Group components whose removal saves the same work; see `measure_costs` for the arguments."""
+    removals = removals_of(gated, sample_shape)
+    forms: dict[Hashable, list[Component]] = {}
+    for component in components:
+        form = component.kind if component.kind == "guidance" else removals[component.name].form
+        forms.setdefault(form, []).append(component)
+    return tuple(forms.values())
+
+
+def predict_timing(forms: int, *, call_s: float, load_s: float, rounds: int) -> float:
+    """Predict the seconds that `measure_costs` takes.
+
+    Args:
+        forms: Number of forms.
+        call_s: Seconds of a call of the full graph.
+        load_s: Seconds that loading a graph takes.
+        rounds: Most timed rounds of each form.
+    """
+    least, seconds = _effort(rounds)
+    pair = 2 * call_s
+    timed = least if pair * least > seconds else min(rounds, seconds / pair)
+    return load_s + forms * (load_s + (WARMUP + timed) * pair)
+
+
+def _effort(rounds: int) -> tuple[int, float]:
+    """Return the least rounds, and the seconds for which they go on, up to all of them."""
+    return (rounds // MORE, _SECONDS) if rounds >= MORE else (rounds, 0.0)
 
 
 def _around_median(values: NDArray[np.float64]) -> Estimate:

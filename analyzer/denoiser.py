@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -20,6 +21,18 @@ from unetc.device import Tensor
 from unetc.runtime.branch_cache import BranchCache
 from unetc.sampler.prediction_type import PredictionType
 from unetc.treatments import COMPUTED, HELD, Treatment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstCall:
+    """Time and memory of a call, measured before any plan of the work."""
+
+    load_s: float
+    """Seconds that loading the graph took."""
+    call_s: float
+    """Seconds of the second call."""
+    branch_bytes: int
+    """Bytes of all branches, per sample."""
 
 
 class GatedDenoiser:
@@ -59,10 +72,17 @@ class GatedDenoiser:
         self._conditions = functools.cache(lambda rows: conditions.take(range(rows)))
         self._own = functools.cache(lambda rows: replace(conditions.take(range(rows)), negative={}))
 
-    def branch_bytes(self, sample: Array, timestep: float) -> int:
-        """Measure the bytes of all branches that one call emits, for samples [batch, channel, height, width]."""
-        _, emitted = self._run(self._forms.emitting, sample, timestep, {}, {})
-        return sum(self._device.to_array(branch).nbytes for branch in emitted.values())
+    def try_call(self, sample: Array, timestep: float) -> FirstCall:
+        """Measure a call that emits all branches, for samples [batch, channel, height, width]."""
+        begin = time.perf_counter()
+        program = self._forms.emitting
+        loaded = time.perf_counter()
+        _, emitted = self._run(program, sample, timestep, {}, {})
+        size = sum(self._device.to_array(branch).nbytes for branch in emitted.values())
+        ran = time.perf_counter()
+        self._run(program, sample, timestep, {}, {})
+        call_s = time.perf_counter() - ran
+        return FirstCall(load_s=loaded - begin, call_s=call_s, branch_bytes=size // len(sample))
 
     def gates(self, treatments: Mapping[str, Treatment], batch: int) -> Array:
         """Return the gates of one assignment for a batch, [batch, component, 2]."""

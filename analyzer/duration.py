@@ -15,9 +15,11 @@ from .sweep import Sweep, sweep_calls
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duration:
-    """Remaining work of an analysis after the cost measurement, and its duration if no result is cached."""
+    """Work of an analysis, and its duration if no damage is cached."""
 
     seconds: float
+    forms: int
+    """Number of forms of components that are timed; 0 if that is done."""
     probes: int
     """Number of local errors."""
     ablations: int
@@ -25,7 +27,8 @@ class Duration:
 
     def __str__(self) -> str:
         """Format as one line."""
-        parts = [f"{self.probes:,} local probes"] if self.probes else []
+        parts = [f"timing of {self.forms:,} forms of components"] if self.forms else []
+        parts += [f"{self.probes:,} local probes"] if self.probes else []
         parts += [f"{self.ablations:,} ablations to the final output"] if self.ablations else []
         return f"about {_in_words(self.seconds)}: {', '.join(parts)}"
 
@@ -41,20 +44,28 @@ def entries_of(sweep: Sweep) -> tuple[tuple[Ablation, int], ...]:
 
 
 def predict_duration(
-    sweep: Sweep, *, screened: bool, decisive: int | None, limit_s: float, sample_ms: float
+    sweep: Sweep,
+    *,
+    screened: bool,
+    decisive: int | None,
+    limit_s: float,
+    sample_ms: float,
+    forms: int = 0,
+    timing_s: float = 0.0,
 ) -> Duration:
-    """Predict the duration of everything but the timing.
+    """Predict the duration of an analysis.
 
     Args:
         sweep: The ablations and trajectories.
         screened: Whether local errors are measured.
         decisive: Ablations of every bin that are carried to the final output; all when None. They are not chosen yet,
             so each counts as an average one of its bin.
-        limit_s: Seconds after which no ablation is begun.
+        limit_s: Seconds after which nothing more is begun but the full model's trajectory.
         sample_ms: Milliseconds of a denoiser call, per sample.
+        forms: Number of forms of components to time.
+        timing_s: Seconds that this takes.
     """
-    before = 2 * sweep.table.steps + (screen_calls(sweep) if screened else 0)
-    calls, ablations = 0.0, 0
+    calls, ablations = screen_calls(sweep) if screened else 0.0, 0
     for b in range(len(sweep.bins)):
         own = [entry for entry in entries_of(sweep) if entry[1] == b]
         always = decisive is not None and decisive > 0 and any(entry.component == GUIDANCE for entry, _ in own)
@@ -62,8 +73,10 @@ def predict_duration(
         calls += count * float(np.mean([sweep_calls(sweep, [entry]) for entry in own]))
         ablations += count
     call_s = sample_ms / 1000 * sweep.samples
+    always_s = timing_s + 2 * sweep.table.steps * call_s
     return Duration(
-        seconds=before * call_s + min(calls * call_s, max(0.0, limit_s - before * call_s)),
+        seconds=always_s + min(calls * call_s, max(0.0, limit_s - always_s)),
+        forms=forms,
         probes=len(entries_of(sweep)) if screened else 0,
         ablations=ablations,
     )

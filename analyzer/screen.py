@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from unetc.artifacts.profile import GUIDANCE, STEP, Component, Cost, Effect, Estimate, NonFinite
+from unetc.artifacts.profile import GUIDANCE, STEP, Cost, Effect, Estimate, NonFinite
 from unetc.artifacts.record import Record, read_bounded, write_atomically
 from unetc.backend import Array
 from unetc.errors import ArtifactError
@@ -26,7 +27,7 @@ from unetc.progress import OnProgress, Progress
 from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import Treatment
 
-from .ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, entry_of, treatments_for
+from .ablation import TRIED, Ablation, PeriodicTreatment, entry_of, treatments_for
 from .sweep import FullTrajectory, Sweep, branches_at, guidance_at
 
 Z_95 = 1.96
@@ -41,6 +42,10 @@ _LEAST_SPREAD = 0.1
 TYPICAL_LOG_AMPLIFICATION, TYPICAL_SPREAD = -2.22, 1.23
 """Mean and standard deviation of log(damage / local error), for an analysis without measured ablations: from random
 ablations in all bins of `digits` at 50 steps, see benchmarks/results/amplification.json."""
+
+
+_PERIODS = tuple(sorted({kind.period for kind in TRIED}, key=lambda period: (period == 1, period)))
+"""Periods in the order in which they are probed: removals, which save least for their damage, come last."""
 
 
 class _Local(Record, frozen=True, kw_only=True):
@@ -65,10 +70,17 @@ class Screen:
     """Ablations whose prediction is NaN or infinity."""
     calls: float
     """Denoiser calls per sample of the analysis."""
+    complete: bool = True
+    """Whether there was time for all of them."""
 
 
-def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnProgress) -> Screen:
+def run_screen(
+    sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnProgress, *, deadline: float = math.inf
+) -> Screen:
     """Measure the local error of every ablation in every bin where it treats a step.
+
+    After the deadline, a time of the monotonic clock, no further bin is probed with treatments of a further period;
+    finished ones are still read.
 
     Raises:
         ArtifactError: If `work` cannot be written.
@@ -79,20 +91,23 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
     names = tuple(component.name for component in sweep.ablated)
     tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
     key = hashlib.sha256(repr((few.samples, names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
-    expected = [_calls(few, b) for b in range(len(sweep.bins))]
-    total = sum(expected)
-    for b in range(len(sweep.bins)):
-        before = sum(expected[:b])
+    parts = [(b, period, _calls(few, b, period)) for period in _PERIODS for b in range(len(sweep.bins))]
+    total, before, made = sum(calls for *_, calls in parts), 0, 0
+    for b, period, calls in parts:
 
         def advance(done: int, before: int = before) -> None:
             on_progress(Progress(stage="screen", done=before + done, total=total))
 
-        path = work / f"bin{b:02d}-local-{key}.json"
-        try:
-            screened = msgspec.json.decode(read_bounded(path, 2**26), type=_Screened)
-        except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-            screened = _screen_bin(few, base, b, advance)
+        path = work / f"bin{b:02d}-local{period}-{key}.json"
+        screened = _read(path)
+        if screened is None and time.monotonic() < deadline:
+            screened = _probe(few, base, b, period, advance)
             write_atomically(path, msgspec.json.encode(screened))
+        before += calls
+        advance(0, before)
+        if screened is None:
+            continue
+        made += calls
         for local in screened.errors:
             kind = PeriodicTreatment(treatment=local.treatment, period=local.period)
             if not (treated := sum(map(kind.treats, sweep.steps_of(b)))):
@@ -103,14 +118,26 @@ def run_screen(sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnPr
                 )
             else:
                 errors[Ablation(component=local.component, periodic=kind), b] = local.error * treated
-        advance(expected[b])
-    return Screen(errors=errors, non_finite=tuple(non_finite), calls=screen_calls(sweep))
+    return Screen(
+        errors=errors,
+        non_finite=tuple(non_finite),
+        calls=made * few.samples / sweep.samples,
+        complete=made == total,
+    )
 
 
 def screen_calls(sweep: Sweep) -> float:
     """Count the denoiser calls that `run_screen` makes, per sample of the analysis."""
     few = _few(sweep)
-    return sum(_calls(few, b) for b in range(len(sweep.bins))) * few.samples / sweep.samples
+    calls = sum(_calls(few, b, period) for b in range(len(sweep.bins)) for period in _PERIODS)
+    return calls * few.samples / sweep.samples
+
+
+def _read(path: Path) -> _Screened | None:
+    try:
+        return msgspec.json.decode(read_bounded(path, 2**26), type=_Screened)
+    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def _few(sweep: Sweep) -> Sweep:
@@ -118,15 +145,23 @@ def _few(sweep: Sweep) -> Sweep:
     return sweep.of_first(min(sweep.samples, max(LEAST_SCREENED, sweep.samples // SCREENED_SHARE)))
 
 
-def _calls(sweep: Sweep, b: int) -> int:
-    """Count the denoiser calls of a bin, per sample of the sweep."""
+def _calls(sweep: Sweep, b: int, period: int) -> int:
+    """Count the denoiser calls of a bin with treatments of a period, per sample of the sweep."""
     size, step = sweep.ablations_per_batch, _probed(sweep, b)
-    calls = sum(size * len(_sources(kind, step)) for kind in {kind.period: kind for kind in REUSES}.values())
-    for kind in REMOVALS + REUSES:
-        if not kind.treatment.reuses or _sources(kind, step):
-            count = sum(kind in treatments_for(c, denoises=sweep.denoises) for c in _in_graph(sweep))
-            calls += -(-count // size) * size
-    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step))
+    probed = _probed_kinds(sweep, step, period)
+    sources = {source for kind, names in probed if names for source in _sources(kind, step)}
+    calls = size * len(sources) + sum(-(-len(names) // size) * size for _, names in probed)
+    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step) if kind.period == period)
+
+
+def _probed_kinds(sweep: Sweep, step: int, period: int) -> list[tuple[PeriodicTreatment, list[str]]]:
+    """List the treatments of a period that a probe of a step can try, each with its components in the graph."""
+    components = [component for component in sweep.ablated if component.kind != "guidance"]
+    return [
+        (kind, [one.name for one in components if kind in treatments_for(one, denoises=sweep.denoises)])
+        for kind in TRIED
+        if kind.period == period and (not kind.treatment.reuses or _sources(kind, step))
+    ]
 
 
 def choose(
@@ -226,27 +261,23 @@ def _sources(kind: PeriodicTreatment, step: int) -> list[int]:
     return [at for at in (latest - kind.period, latest) if 0 <= at < step]
 
 
-def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int, advance: Callable[[int], None]) -> _Screened:
-    """Probe the middle step of a bin; branches held there are as old as they are on average."""
+def _probe(sweep: Sweep, base: FullTrajectory, b: int, period: int, advance: Callable[[int], None]) -> _Screened:
+    """Probe the middle step of a bin with treatments of a period; held branches are as old as they are on average."""
     step = _probed(sweep, b)
     size = sweep.ablations_per_batch
     sample = np.concatenate([base.seen(sweep, step)] * size)
     expected = base.states[step + 1].predictions[0][: sweep.samples]
     errors: list[_Local] = []
+    branches: BranchCache | None = None
     calls = 0
-    branches, age = BranchCache(), 0
-    for kind in sorted(REMOVALS + REUSES, key=lambda kind: kind.period):  # one period's branches fill much memory
-        names = [c.name for c in _in_graph(sweep) if kind in treatments_for(c, denoises=sweep.denoises)]
-        sources = _sources(kind, step)
-        if not names or (kind.treatment.reuses and not sources):
-            continue
-        if kind.treatment.reuses and kind.period != age:
-            branches, age = branches_at(sweep, base, sources, size), kind.period
-            calls += size * len(sources)
+    for kind, names in _probed_kinds(sweep, step, period):
+        if names and kind.treatment.reuses and branches is None:
+            branches = branches_at(sweep, base, _sources(kind, step), size)
+            calls += size * len(_sources(kind, step))
         for start in range(0, len(names), size):
             own = names[start : start + size]
             padded = [*own, *[own[-1]] * (size - len(own))]  # all branches have one batch size
-            if kind.treatment.reuses:
+            if branches is not None:
                 predicted = sweep.recall(sample, step, branches, padded, kind.treatment)
             else:
                 gates = sweep.gates(padded, kind.treatment)
@@ -257,10 +288,10 @@ def _screen_bin(sweep: Sweep, base: FullTrajectory, b: int, advance: Callable[[i
             calls += size
             advance(calls)
     for kind in _of_guidance(sweep, step):
-        sources = _sources(kind, step)
-        seen, cache = base.seen(sweep, step), guidance_at(sweep, base, sources)
-        predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
-        errors.append(_local(GUIDANCE, kind, expected, predicted[:, : expected.shape[1]]))
+        if kind.period == period:
+            seen, cache = base.seen(sweep, step), guidance_at(sweep, base, _sources(kind, step))
+            predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
+            errors.append(_local(GUIDANCE, kind, expected, predicted[:, : expected.shape[1]]))
     return _Screened(errors=tuple(errors))
 
 
@@ -270,11 +301,6 @@ def _local(name: str, kind: PeriodicTreatment, expected: Array, predicted: Array
         error = float(relative_l2(expected, predicted).mean())
     finite = np.isfinite(predicted).all() and math.isfinite(error)
     return _Local(component=name, treatment=kind.treatment, period=kind.period, error=error if finite else None)
-
-
-def _in_graph(sweep: Sweep) -> list[Component]:
-    """List the ablated components that have a gate."""
-    return [component for component in sweep.ablated if component.kind != "guidance"]
 
 
 def _of_guidance(sweep: Sweep, step: int) -> list[PeriodicTreatment]:

@@ -12,6 +12,10 @@ MORE = 4
 """Factor by which the number of rounds may grow if they are short."""
 
 
+WARMUP = 2
+"""Usual number of untimed rounds."""
+
+
 def _nothing_is_pending() -> None:
     """Return at once, because the call has finished its work."""
 
@@ -20,7 +24,7 @@ def interleaved_ms(
     calls: Sequence[Callable[[], object]],
     *,
     rounds: int,
-    warmup: int = 2,
+    warmup: int = WARMUP,
     wait: Callable[[], object] = _nothing_is_pending,
     seconds: float = 0.0,
 ) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.models import Tiny, shared_folder, tiny_of
-from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of
+from unetc.analyzer.ablation import TRIED, Ablation, PeriodicTreatment, ablations_of
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.sweep import Sweep, make_bins
@@ -120,6 +120,10 @@ class Recorder(Watched):
         self.calls.append(
             {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
         )
+
+
+REMOVALS = tuple(kind for kind in TRIED if not kind.treatment.reuses)
+REUSES = tuple(kind for kind in TRIED if kind.treatment.reuses)
 
 
 def estimate_of(value: float) -> Estimate:

@@ -117,7 +117,7 @@ def test_a_model_with_large_branches_is_analysed_in_small_batches(
     for limit in (2**29, 1):
         monkeypatch.setattr("unetc.analyzer.analysis.BRANCH_BYTES", limit)
         recorder = Recorder(backend())
-        profile = analyse(tmp_path / str(limit), on=recorder, samples=SAMPLES)
+        profile = analyse(tmp_path / str(limit), on=recorder, samples=SAMPLES, batch=1)
         most[limit] = (
             max(len(call["sample"]) for call in recorder.calls),
             {e.key: e.relative_l2.mean for e in profile.effects},
@@ -195,7 +195,7 @@ def test_a_few_ablations_of_every_bin_are_measured_and_the_rest_is_estimated(tmp
 def test_samplings_count_the_calls_of_an_analysis(tmp_path: Path, decisive: int | None) -> None:
     recorder = Recorder(backend())
     profile = analyse(tmp_path, on=recorder, steps=STEPS, samples=SAMPLES, bins=BINS, decisive=decisive)
-    rows = sum(len(call["sample"]) for call in recorder.calls) - 1  # one sample, to measure the branches
+    rows = sum(len(call["sample"]) for call in recorder.calls[2:])  # two calls measure the time of one
     assert profile.samplings == pytest.approx(rows / SAMPLES / STEPS)
 
 
@@ -214,9 +214,12 @@ def test_the_duration_of_an_analysis_is_predicted(tmp_path: Path, decisive: int 
     told = predict_duration(sweep, screened=decisive is not None, decisive=decisive, limit_s=math.inf, sample_ms=1000.0)
     # the decisive ablations are not known in advance, so their calls are predicted by averages
     assert told.seconds == pytest.approx(profile.samplings * STEPS * SAMPLES, rel=0.05 if decisive else 1e-9)
-    limited = predict_duration(sweep, screened=True, decisive=None, limit_s=1.0, sample_ms=1e9)
-    without = predict_duration(sweep, screened=True, decisive=0, limit_s=1.0, sample_ms=1e9)
-    assert limited.seconds == without.seconds
+    full_model_s = 2 * STEPS * SAMPLES * 1e6
+    for timing_s in (0.0, 60.0):
+        limited = predict_duration(
+            sweep, screened=True, decisive=None, limit_s=1.0, sample_ms=1e9, forms=3, timing_s=timing_s
+        )
+        assert limited.seconds == full_model_s + timing_s, "what a limit cannot cut"
 
 
 @pytest.mark.parametrize(
@@ -224,8 +227,9 @@ def test_the_duration_of_an_analysis_is_predicted(tmp_path: Path, decisive: int 
     [(0.1, "1 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"), (7200, "2 hours")],
 )
 def test_a_duration_is_written_in_words(seconds: float, words: str) -> None:
-    duration = Duration(seconds=seconds, probes=1616, ablations=80)
-    assert str(duration) == f"about {words}: 1,616 local probes, 80 ablations to the final output"
+    duration = Duration(seconds=seconds, forms=9, probes=1616, ablations=80)
+    work = "timing of 9 forms of components, 1,616 local probes, 80 ablations to the final output"
+    assert str(duration) == f"about {words}: {work}"
 
 
 @pytest.mark.usefixtures("no_timing")
@@ -272,7 +276,7 @@ class Clock(Watched):
 
 
 @pytest.mark.usefixtures("no_timing")
-def test_ablations_beyond_the_time_limit_are_estimated_and_measured_by_a_later_run(
+def test_a_time_limit_ends_the_measuring_and_a_later_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"steps": 4, "samples": 2, "bins": 2, "decisive": 6}
@@ -284,13 +288,23 @@ def test_ablations_beyond_the_time_limit_are_estimated_and_measured_by_a_later_r
         return profile, clock.now - start
 
     whole, spent = run("whole", math.inf)
-    screened, least = run("none", 1.0)
-    assert not any(effect.measured for effect in screened.effects)
+    nothing, always = run("none", 1.0)
+    assert nothing.effects == ()
+    assert "the time limit came before the end of the screening" in nothing.notes[0]
+    part, took = run("part", always + (spent - always) / 4)
+    assert always < took < spent
+    assert {effect.bin for effect in part.effects} == {0, 1}  # the bins take turns
+    assert not any(effect.measured for effect in part.effects)
+    assert run("part", math.inf)[0] == whole
+    options["decisive"] = 0
+    least = run("screened", math.inf)[1]
+    options["decisive"] = 6
     some, took = run("some", (spent + least) / 2)
-    assert took < spent
+    assert least < took < spent
+    assert not some.notes
     measured, all_measured = ({e for e in p.effects if e.measured} for p in (some, whole))
     assert measured < all_measured
-    assert {effect.bin for effect in measured} == {0, 1}  # the bins alternate
+    assert {effect.bin for effect in measured} == {0, 1}
     assert len(some.effects) == len(whole.effects)
     later, rest = run("some", math.inf)
     assert later == whole

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.analyzer.sweeps import SAMPLES, SEED, SHAPE, Watched, relative_l2, tiny
+from tests.analyzer.sweeps import REMOVALS, REUSES, SAMPLES, SEED, SHAPE, Watched, relative_l2, tiny
 from tests.models import shared_folder
-from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, entry_of
+from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of, entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.screen import (
     TYPICAL_LOG_AMPLIFICATION,

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.analyzer.sweeps import (
     CONFIG,
+    REMOVALS,
+    REUSES,
     SAMPLES,
     SEED,
     SHAPE,
@@ -36,7 +38,7 @@ from tests.analyzer.sweeps import (
     tiny,
 )
 from tests.models import shared_folder
-from unetc.analyzer.ablation import REMOVALS, REUSES, Ablation, PeriodicTreatment, ablations_of, treatments_for
+from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of, treatments_for
 from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
 from unetc.artifacts.profile import STEP, Effect
 from unetc.backend import Array

@@ -29,7 +29,7 @@ class EffortGroup(Group, panel="Effort"):
     ] = False
     time_limit: Annotated[
         float | None,
-        typer.Option(min=1, help="Seconds after which no ablation is begun; the rest is estimated (default: none)."),
+        typer.Option(min=1, help="Seconds after which nothing more is measured; a later run goes on (default: none)."),
     ] = None
 
     def decisive(self) -> int | None:
