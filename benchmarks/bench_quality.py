@@ -1,4 +1,4 @@
-"""How good are the images of a plan, beside those of the full model and of simpler methods?
+"""How good are the images of a plan, the full model and simpler methods?
 
     apt-get install dataset-fashion-mnist
     python benchmarks/bench_quality.py                            # hours on two cores; resumes
@@ -9,7 +9,7 @@ benchmark can: it samples the class-conditional reference model, and measures th
 classifier's features of these samples and of the 10,000 test images of Fashion-MNIST, and how often the classifier
 sees the class that was asked for. The distance is not FID. All contenders sample the same noise and the same classes.
 Intervals of 95 % are a jackknife over ten groups of samples. Times are those that `unetc verify` measures. Writes
-`results/quality.json`, and draws samples of the last row's contenders as `quality.png`.
+`results/quality.json`, and draws samples of the last row's contenders as `docs/images/quality.png`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session
 
 HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs/images/quality.png"
 GUIDANCE = 2.0
 REGIMES = tuple(
     Regime(model="fashion", scheduler="ddim", steps=steps, budgets=(0.27, 0.5), guidance=GUIDANCE)
     for steps in (10, 20, 50)
 )
 EFFORT = Effort(analysis=("--samples", "8"), rounds=4)
-SAMPLES = 1000
+SAMPLES = 500
 BATCH = 50
 SEED = 4001
 """Seed that neither builds nor verifications use."""
@@ -139,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say how much larger the plan's distance is than the full model's, and than that of the best control."""
+    """Compare the plan's distance with the full model's and with the best control's."""
     found = []
     for one in rows:
         what = f"{one['regime']}, budget {one['budget']:g}"
@@ -184,7 +185,7 @@ def main() -> None:
             record = {"settings": settings, "figures": figures(known), "tables": [table(known)], "rows": known}
             write(options.results, "quality", record)
             drawn = grid(np.concatenate([*pictures.values()]), columns=len(NAMES))
-            (options.results / "quality.png").write_bytes(png_bytes(drawn))
+            PICTURE.write_bytes(png_bytes(drawn))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python benchmarks/bench_terrain.py --only "terrain, ddpm 20"   # some regimes; the result keeps its other rows
 
 `terrain.py` describes the model. Analyses, builds and verifies each regime through the command line. Writes
-`results/terrain.json`: damages and times of plans and controls, and how long each command took. Draws `terrain.png`
-from the first bundle: full model, plan, and their difference.
+`results/terrain.json`: damages and times of plans and controls, and how long each command took. Draws
+`docs/images/terrain.png` from the first bundle: full model, plan, and their difference.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ REGIMES = (
     Regime(model="terrain", scheduler="ddpm", steps=50, budgets=(0.27, 0.5)),
 )
 EFFORT = Effort(analysis=("--samples", "4", "--bins", "5", "--batch", "2"), rounds=4)
+PICTURE = HERE.parent / "docs/images/terrain.png"
 GOAL = 0.5
 """Most damage of a plan / damage of the best control."""
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare every plan with its best control, and count the seconds of the commands."""
+    """Compare every plan with its best control at no more time, and count the seconds of the commands."""
     found = []
     for one in rows:
         what = f"{one['regime']}, budget {one['budget']:g}"
-        best, control = min((own["damage"], name) for name, own in one["controls"].items())
+        most = one["verification"]["time_ratio_p90"]
+        best, control = min((own["damage"], name) for name, own in one["controls"].items() if own["time"] <= most)
         value = one["plan"]["damage"] / best
         found.append({"figure": f"{what}: damage / {control}", "value": value, "goal": {"at_most": GOAL}})
         found += [
@@ -64,7 +66,8 @@ def draw(bundle: Path, path: Path, *, count: int = 4) -> None:
         lines[0].set_ylabel(name)
     for axis, image in zip(axes[2], difference, strict=True):
         axis.imshow(image, cmap="RdBu", vmin=-largest, vmax=largest)
-    axes[2][0].set_ylabel(f"difference, at most {largest / (high - low):.1%} of the range")
+    axes[2][0].set_ylabel("difference")
+    figure.supxlabel(f"largest difference: {largest / (high - low):.1%} of the range of the full model's samples")
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -91,8 +94,8 @@ def main() -> None:
             known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
             tables = [table(known, {"plan": "plan"})]
             write(options.results, "terrain", {"figures": figures(known), "tables": tables, "rows": known})
-            if not (picture := options.results / "terrain.png").exists():
-                draw(place.folder / f"{regime.slug}-{budget:g}", picture)
+            if (regime, budget) == (REGIMES[0], REGIMES[0].budgets[0]):
+                draw(place.folder / f"{regime.slug}-{budget:g}", PICTURE)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,31 @@ def budgets(result: dict[str, Any]) -> str:
     return "\n".join(lines[:-1])
 
 
+def terrain(result: dict[str, Any]) -> str:
+    """Write the first row of the model that nobody here has trained, with short names of the controls."""
+    first = result["rows"][0]
+    return "\n".join([setting_of(first["verification"], "`terrain`"), "", *table_of(first, short=True)])
+
+
+def every_terrain(result: dict[str, Any]) -> str:
+    """Write all rows of that model, each with all controls."""
+    lines = [f"{setting_of(result['rows'][0]['verification'], '`terrain`')} A control that beats the plan is bold."]
+    for row in result["rows"]:
+        lines += ["", f"{row['regime']}:", "", *table_of(row)]
+    return "\n".join(lines)
+
+
 def setting(result: dict[str, Any]) -> str:
     """Describe how the budgets were measured."""
-    verified = result["budgets"][BUDGET]["verification"]
+    return setting_of(result["budgets"][BUDGET]["verification"], "`digits`")
+
+
+def setting_of(verified: Mapping[str, Any], model: str) -> str:
+    """Describe a verification."""
+    threads = f"{verified['threads']} thread{'s' if verified['threads'] > 1 else ''}"
     return (
-        f"`digits`, {verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples on "
-        f"new seeds, `{verified['target']}`, {verified['threads']} threads ({verified['environment']['processor']}). "
+        f"{model}, {verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples on "
+        f"new seeds, `{verified['target']}`, {threads} ({verified['environment']['processor']}). "
         "Times are relative to the full model. Damage is measured at the same noise, with 95 % intervals."
     )
 
@@ -151,8 +170,15 @@ def first_table(result: dict[str, Any]) -> str:
 
 
 PAGES: Mapping[str, Mapping[str, Writer]] = {
-    "README.md": {"budget": one_budget},
-    "docs/results.md": {"budget": budgets, "pareto": first_table, "peers": peers, "rtx_build": first_table},
+    "README.md": {"budget": one_budget, "terrain": terrain},
+    "docs/results.md": {
+        "budget": budgets,
+        "terrain": every_terrain,
+        "quality": first_table,
+        "pareto": first_table,
+        "peers": peers,
+        "rtx_build": first_table,
+    },
     "docs/serving.md": {"serve": first_table},
     "docs/targets.md": {"support": first_table},
 }

@@ -346,6 +346,12 @@ def test_classes_with_names_are_guided(tmp_path: Path) -> None:
     conditions = session.encode_labels(["dog", 3], 3.0)
     assert_same(session.sample(noise=latents, conditions=conditions, latents=True), sample.numpy())
     assert_same(session.sample(noise=latents, conditions=model.encode(["2", "3"], 3.0), latents=True), sample.numpy())
+    dropin, current = BundleUNet(session, "UNet2DModel", unet.config), torch.from_numpy(latents)
+    for timestep in scheduler.timesteps:
+        both = dropin(torch.cat([current] * 2), timestep, class_labels=torch.tensor([1, 1, 2, 3])).sample
+        negative, own = both.chunk(2)
+        current = scheduler.step(negative + 3.0 * (own - negative), timestep, current).prev_sample
+    assert_same(current.numpy(), sample.numpy())
 
 
 @pytest.mark.parametrize("kind", ["timestep", "identity"])

@@ -49,8 +49,8 @@ class ModelGroup(Group, panel="Model"):
     model: Annotated[
         str,
         typer.Argument(
-            help="Built-in model (digits, prompted-digits), diffusers folder, Hub id, glide:base, glide:upsample, or "
-            "adm:OPTIONS.",
+            help="Built-in model (digits, fashion, prompted-digits), diffusers folder, Hub id, glide:base, "
+            "glide:upsample, or adm:OPTIONS.",
             metavar="MODEL",
         ),
     ]

@@ -22,7 +22,7 @@ from .pipeline import open_pipeline
 from .pipelines import TEXT_PIPELINES
 from .prompts import PROMPTS
 
-BUILT_IN = ("digits", "prompted-digits")
+BUILT_IN = ("digits", "fashion", "prompted-digits")
 """Models shipped with unetc."""
 
 
