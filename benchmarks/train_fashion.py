@@ -188,7 +188,7 @@ def main() -> None:
     unet, training = train_unet(options.work, options.steps, options.seed)
     classifier = train_classifier(options.work / "classifier.safetensors", options.seed)
     DDPMPipeline(unet=unet, scheduler=new_scheduler()).save_pretrained(options.out, safe_serialization=True)
-    (options.out / "labels.json").write_text(json.dumps({"names": NAMES, "no_class": NO_CLASS}, indent=2) + "\\n")
+    (options.out / "labels.json").write_text(json.dumps({"names": NAMES, "no_class": NO_CLASS}, indent=2) + "\n")
     (options.out / "classifier").mkdir(exist_ok=True)
     save_file(classifier.state_dict(), options.out / "classifier/model.safetensors")
     labels = torch.arange(SAMPLES) % len(NAMES)
