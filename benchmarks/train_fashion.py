@@ -78,15 +78,15 @@ def new_unet() -> UNet2DModel:
 def new_scheduler() -> DDPMScheduler:
     """Build the noise schedule that the model is trained with; the model predicts v.
 
-    Sampling begins at the last timestep, which is pure noise. From an earlier one, the model takes the missing trace of
-    the dark background for a bright image, and guidance makes bags of sneakers.
+    Predicted images are not clipped. With guidance they overshoot, and DDIM in diffusers would combine the clipped image
+    with the noise of the other one: samples get brighter at every step, until a sneaker is a bag.
     """
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
-        clip_sample=True,
+        clip_sample=False,
     )
 
 
