@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -11,7 +12,7 @@ from unetc.call import EXTRA_CHANNELS, TIMESTEP_COND
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract
-from unetc.compiler.schedulers.make import scheduler_for
+from unetc.compiler.schedulers.make import scheduler_for, turns_guidance_round
 from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.models.images import Images
@@ -40,7 +41,8 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     """
     if options.target == "null":
         raise ProfileError("target null computes nothing that could be measured. Use onnxruntime:cpu.")
-    table = extract(scheduler_for(options.scheduler, model), options.steps)
+    scheduler = scheduler_for(options.scheduler, model)
+    table = extract(scheduler, options.steps)
     target = open_backend(options.target, threads=options.threads)
     if options.labels and model.calls.classes is None:
         raise ProfileError(f"{model.reference.name} has no classes, so it takes no labels. Omit them.")
@@ -51,6 +53,8 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
     conditions = model.encode(used, scale, images=images)
     if scale > 1 and options.guidance_scale is not None and not (conditions.guided or TIMESTEP_COND in conditions.own):
         raise ProfileError(f"{model.reference.name} has no guidance, so it takes no guidance scale. Omit it.")
+    if conditions.guided and turns_guidance_round(scheduler):
+        conditions = replace(conditions, notes=(*conditions.notes, _CLIPS))
     calls = MeasuredCalls.of(model.sample_shape, options.batch, options.samples, conditions)
     prepared = prepare(model, cache, on_progress)
     finder = overflow_finder(prepared, options.scheduler, conditions, on_progress)
@@ -69,6 +73,12 @@ def analyze_model(model: Model, options: AnalysisOptions, *, cache: Path, on_pro
             work=prepared.work,
             on_progress=on_progress,
         )
+
+
+_CLIPS = (
+    "the scheduler clips predicted images, which guidance overshoots: DDIM of diffusers may then draw the opposite of "
+    "what is asked for. Set clip_sample to false in scheduler/scheduler_config.json, or use another scheduler"
+)
 
 
 def _source(images: Images, folder: str | None) -> ImageSource:

@@ -48,13 +48,13 @@ def budgets(result: dict[str, Any]) -> str:
 
 
 def terrain(result: dict[str, Any]) -> str:
-    """Write the first row of the model that nobody here has trained, with short names of the controls."""
+    """Write the main budget of `terrain`, with short names of the controls."""
     first = result["rows"][0]
     return "\n".join([setting_of(first["verification"], "`terrain`"), "", *table_of(first, short=True)])
 
 
 def every_terrain(result: dict[str, Any]) -> str:
-    """Write all rows of that model, each with all controls."""
+    """Write all rows of `terrain`, each with all controls."""
     lines = [f"{setting_of(result['rows'][0]['verification'], '`terrain`')} A control that beats the plan is bold."]
     for row in result["rows"]:
         lines += ["", f"{row['regime']}:", "", *table_of(row)]

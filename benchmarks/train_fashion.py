@@ -78,8 +78,8 @@ def new_unet() -> UNet2DModel:
 def new_scheduler() -> DDPMScheduler:
     """Build the noise schedule that the model is trained with; the model predicts v.
 
-    Predicted images are not clipped. With guidance they overshoot, and DDIM in diffusers would combine the clipped image
-    with the noise of the other one: samples get brighter at every step, until a sneaker is a bag.
+    Predicted images are not clipped. With guidance they overshoot, and DDIM in diffusers would combine the clipped
+    image with the noise of the other one. Samples get brighter at every step, until a sneaker is a bag.
     """
     return DDPMScheduler(
         num_train_timesteps=1000,

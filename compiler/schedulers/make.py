@@ -50,6 +50,15 @@ def scheduler_for(name: str, model: Model) -> Scheduler:
     return make_scheduler(name, model.scheduler_config, model.reference.pipeline)
 
 
+def turns_guidance_round(scheduler: Scheduler) -> bool:
+    """Check whether a scheduler combines a clipped image with the noise of the image before clipping, as DDIM does.
+
+    A guided image overshoots, so this shifts every step: findings/clipping-turns-guidance-round.sh.
+    """
+    clips: bool = getattr(scheduler.config, "clip_sample", False)
+    return type(scheduler).__name__ in ("DDIMScheduler", "DDIMParallelScheduler") and clips
+
+
 def make_scheduler(
     name: str, config: Mapping[str, Any], pipeline: str | None = None, *, image_tokens: int | None = None
 ) -> Scheduler:

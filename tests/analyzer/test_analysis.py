@@ -219,7 +219,7 @@ def test_the_duration_of_an_analysis_is_predicted(tmp_path: Path, decisive: int 
         limited = predict_duration(
             sweep, screened=True, decisive=None, limit_s=1.0, sample_ms=1e9, forms=3, timing_s=timing_s
         )
-        assert limited.seconds == full_model_s + timing_s, "what a limit cannot cut"
+        assert limited.seconds == full_model_s + timing_s, "the rest, no limit cuts"
 
 
 @pytest.mark.parametrize(

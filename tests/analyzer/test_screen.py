@@ -370,7 +370,7 @@ def test_the_typical_error_amplification_is_the_committed_measurement() -> None:
 
 
 def test_a_screen_takes_a_quarter_of_the_samples(tmp_path: Path) -> None:
-    """Its local errors are those of an analysis with only these samples, whatever fits in a batch."""
+    """Its local errors equal an analysis of only these samples, whatever fits in a batch."""
     many, few = (sweep_on(open_backend("onnxruntime:cpu", threads=1), samples=count) for count in (8, 2))
     counter = Counter()
     counted = sweep_on(counter, samples=8, rows=3)

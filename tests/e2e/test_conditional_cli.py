@@ -128,6 +128,24 @@ def test_classes_from_the_model_to_pictures(tmp_path: Path, monkeypatch: pytest.
     assert "takes labels of its 10 classes" in run("analyze", model, "--prompts", _file(tmp_path, "a cat")).error
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_guidance_that_the_scheduler_would_turn_round_is_noted(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (2,))
+    model = save_classes(tmp_path / "pipeline", num_class_embeds=3)
+    (model / "labels.json").write_text('{"no_class": 2}')
+    short = ("--steps", 2, "--samples", 1, "--bins", 1, "--batch", 1, "--threads", 1, "--screen-only")
+    for scale, expected in (("1", False), ("2", scheduler == "ddim")):
+        made = run(
+            *("analyze", model, "--scheduler", scheduler, *short, "--components", "mid_block.*"),
+            *("--guidance-scale", scale, "-o", tmp_path / "profile.json", "--cache", tmp_path / "cache"),
+        )
+        assert made.code == 0, made.err
+        notes = Profile.load(tmp_path / "profile.json").notes or ()
+        assert any("Set clip_sample to false" in note for note in notes) == expected
+
+
 def _file(folder: Path, text: str) -> Path:
     path = folder / "text.txt"
     path.write_text(text)

@@ -42,6 +42,7 @@ from unetc.artifacts import (
     Verification,
 )
 from unetc.artifacts.call_input import CallInput
+from unetc.artifacts.classes import Classes
 from unetc.artifacts.manifest import BundleDecoder, Conditioning, EnginePair
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, check_writable, read_bounded, write_atomically
@@ -172,7 +173,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         CallInput,
         name=text,
         axes=st.lists(count | text, max_size=3).map(tuple),
-        classes=st.none() | count,
+        classes=st.none() | st.builds(Classes, count=count),
         optional=st.booleans(),
     )
     return Manifest(
@@ -679,7 +680,7 @@ def test_a_plan_emits_nothing_by_default() -> None:
 
 
 def test_the_version_of_the_layout_is_saved() -> None:
-    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 7), (curve(), 3)):
+    for saved, schema in ((plan(), 3), (profile(), 3), (manifest(), 8), (curve(), 3)):
         assert json.loads(saved.to_json())["schema"] == type(saved).SCHEMA == schema
 
 
