@@ -3,8 +3,8 @@
     python benchmarks/bench_screened.py            # about five minutes on two cores; resumes
 
 An analysis ranks ablations by their local error, averaged over a part of its samples. This benchmark screens the
-reference models with 1 to 16 samples of the same trajectories, and compares the errors with the means over all 16. Writes
-`results/screened.json`.
+reference models with 1 to 16 samples of the same trajectories, and compares the errors with the means over all 16.
+Writes `results/screened.json`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def budgets(result: dict[str, Any]) -> str:
 def terrain(result: dict[str, Any]) -> str:
     """Write the main budget of `terrain`, with short names of the controls."""
     first = result["rows"][0]
-    return "\n".join([setting_of(first["verification"], "`terrain`"), "", *table_of(first, short=True)])
+    verified = first["verification"]
+    how = f"{verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples"
+    return "\n".join([f"`terrain`, {how}, measured in the same way:", "", *table_of(first, short=True)])
 
 
 def every_terrain(result: dict[str, Any]) -> str:

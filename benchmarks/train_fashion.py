@@ -53,8 +53,8 @@ can be measured, not only its fidelity. It is not meant to generate images for a
 
 ![Ten samples of each class, without guidance and with it, DDIM, 50 steps](samples.png)
 
-Data: Fashion-MNIST, H. Xiao, K. Rasul and R. Vollgraf, arXiv:1708.07747, MIT licence, as in Debian's `dataset-
-fashion-mnist`, with a border of two pixels. The included classifier was trained on the same 60,000 images. The
+Data: Fashion-MNIST, H. Xiao, K. Rasul and R. Vollgraf, arXiv:1708.07747, MIT licence, as in Debian's
+`dataset-fashion-mnist`, with a border of two pixels. The included classifier was trained on the same 60,000 images. The
 distances below are Fréchet distances of its features to the 10,000 test images: they are not FID. For comparison, the
 distance of as many training images is given. A class is *right* if the classifier sees the class that was asked for."""
 
