@@ -34,8 +34,7 @@ Z_95 = 1.96
 
 SCREENED_SHARE, LEAST_SCREENED = 4, 2
 """The screening takes one of so many samples, and at least so many. Local errors differ little between samples: those
-of 4 of 16 samples rank like those of all, with a Spearman correlation of 0.996 on `digits` and 0.990 on
-`prompted-digits`; those of 2 samples with 0.994 and 0.978."""
+of 4 of 16 samples rank like the means of all, see benchmarks/results/screened.json."""
 _LEAST_SPREAD = 0.1
 """Standard deviation of the logarithm that an estimate has at least, however well few measurements agree."""
 

@@ -63,6 +63,28 @@ def every_terrain(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality(result: dict[str, Any]) -> str:
+    """Write the distances to real images, a table for every regime and budget."""
+    settings = result["settings"]
+    lines = [f"{settings['samples']} samples of each contender, guidance {settings['guidance_scale']:g}."]
+    for row in result["rows"]:
+        rows = [
+            [
+                name,
+                f"{own['time']:.3f}",
+                f"{own['distance']['mean']:.2f}",
+                f"{own['more_than_full']['low']:+.2f} to {own['more_than_full']['high']:+.2f}"
+                if name != "full"
+                else "",
+                percent(own["right"]),
+            ]
+            for name, own in row["contenders"].items()
+        ]
+        columns = ["contender", "time", "distance", "more than the full model", "right class"]
+        lines += ["", f"{row['regime']}, budget {row['budget']:g}:", "", table(columns, rows)]
+    return "\n".join(lines)
+
+
 def setting(result: dict[str, Any]) -> str:
     """Describe how the budgets were measured."""
     return setting_of(result["budgets"][BUDGET]["verification"], "`digits`")
@@ -176,7 +198,7 @@ PAGES: Mapping[str, Mapping[str, Writer]] = {
     "docs/results.md": {
         "budget": budgets,
         "terrain": every_terrain,
-        "quality": first_table,
+        "quality": quality,
         "pareto": first_table,
         "peers": peers,
         "rtx_build": first_table,

@@ -20,7 +20,15 @@ from unetc.models.pipelines import PIPELINES
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MOST_WORDS = 850
-WRITTEN = {"labels.json", "manifest.json", "profile.json", "plan.json", "gpu.json", "adapter_config.json"}
+WRITTEN = {
+    "labels.json",
+    "model_index.json",
+    "manifest.json",
+    "profile.json",
+    "plan.json",
+    "gpu.json",
+    "adapter_config.json",
+}
 """Files that pages name, and that users, commands or other libraries write."""
 
 
