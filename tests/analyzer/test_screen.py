@@ -169,13 +169,13 @@ DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
     "truncated": lambda own: own[: len(own) // 2],
     "not text": lambda own: own.replace(b"drop", b"\xff\xfe\xfd\xfc"),
     "of another kind": lambda own: b"[]",
-    "without calls": lambda own: own.replace(b'"calls"', b'"bells"'),
+    "without errors": lambda own: own.replace(b'"errors"', b'"terrors"'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_part_of_a_screen_is_measured_again(work: Path, damage: Callable[[bytes], bytes]) -> None:
-    _, second = sorted(work.iterdir())
+    (second,) = work.glob("bin01-local1-*.json")
     whole = second.read_bytes()
     second.write_bytes(damage(whole))
     assert run_screen(*swept(), work, ignore) == screened()
@@ -183,8 +183,8 @@ def test_a_damaged_part_of_a_screen_is_measured_again(work: Path, damage: Callab
 
 
 def test_an_interrupted_screen_resumes_to_the_same_bits(work: Path) -> None:
-    first, _ = sorted(work.iterdir())
-    first.unlink()
+    for part in sorted(work.iterdir())[::2]:
+        part.unlink()
     assert run_screen(*swept(), work, ignore) == screened()
 
 
