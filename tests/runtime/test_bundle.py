@@ -260,30 +260,30 @@ def test_a_file_that_is_not_listed_is_not_read(bundle: Path) -> None:
         unetc.load(bundle)
 
 
-@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 5, 6, 8, -1, 10**12])
+@pytest.mark.parametrize("schema", [0, 1, 2, 3, 4, 5, 6, 7, 9, -1, 10**12])
 def test_another_schema_is_named_as_such(bundle: Path, schema: int, no_parser: pytest.MonkeyPatch) -> None:
     edit(bundle, lambda manifest: manifest.update(schema=schema, a_field_of_that_schema=1))
     assert f"schema {schema}" in refusal(bundle, SchemaVersionError)
 
 
-NESTED = b'{"schema": 7, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+NESTED = b'{"schema": 8, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
 MALFORMED = {
     "empty": b"",
     "not JSON": b"\x80\x04]",
     "null": b"null",
     "a list": b"[1]",
-    "half": b'{"schema": 7, "unetc": "',
+    "half": b'{"schema": 8, "unetc": "',
     "no schema": b"{}",
-    "schema as text": b'{"schema": "7"}',
-    "no fields": b'{"schema": 7}',
+    "schema as text": b'{"schema": "8"}',
+    "no fields": b'{"schema": 8}',
     "byte order mark": b"\xef\xbb\xbf{}",
-    "invalid UTF-8": b'{"schema": 7, "unetc": "\xff\xfe"}',
-    "lone surrogate": rb'{"schema": 7, "unetc": "\ud800"}',
+    "invalid UTF-8": b'{"schema": 8, "unetc": "\xff\xfe"}',
+    "lone surrogate": rb'{"schema": 8, "unetc": "\ud800"}',
     "deep lists": b"[" * 10**6,
     "deep objects": b'{"a":' * 10**6,
     "deep in a field": NESTED,
     "deep in an unknown field": NESTED.replace(b"notes", b"other"),
-    "deep before the schema": NESTED[:-1].replace(b'"schema": 7, ', b"") + b', "schema": 6}',
+    "deep before the schema": NESTED[:-1].replace(b'"schema": 8, ', b"") + b', "schema": 7}',
     "a long number": b'{"schema": ' + b"9" * 10**6 + b"}",
 }
 
