@@ -6,7 +6,6 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +13,14 @@ import msgspec
 
 import unetc
 from unetc.artifacts.profile import ImageSource, ModelReference, Profile, with_guidance
-from unetc.artifacts.record import read_bounded, write_atomically
+from unetc.artifacts.record import read_cached, write_atomically
 from unetc.backend import Backend
+from unetc.compiler.graph.forms import removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
 from unetc.conditions import UNCONDITIONAL, Conditions, check_scale
 from unetc.environment import cores
-from unetc.errors import ArtifactError, ProfileError
+from unetc.errors import ProfileError
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
@@ -147,7 +147,7 @@ def analyze(
         seed=options.seed,
         rows=max(1, min(CACHED_ROWS, BRANCH_BYTES // first.branch_bytes)),
     )
-    timing = _Timing(forms=len(forms_of(gated, ablated, sample_shape)), first=first, options=options)
+    timing = _Timing(forms=len(forms_of(ablated, removals_of(gated, sample_shape))), first=first, options=options)
     numbers = (options.target, options.threads, options.batch, options.rounds)
     timed = work / _key("cost", *numbers, conditions.shapes(), tuple(one.name for one in ablated))
     costs = _read_costs(timed, timing.files)
@@ -267,10 +267,8 @@ _CUT_SHORT = (
 
 def _read_costs(folder: Path, files: Iterable[str]) -> Costs | None:
     """Read the costs that an interrupted analysis has measured: time is the one thing that never repeats."""
-    for file in files:
-        with suppress(ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-            return msgspec.json.decode(read_bounded(folder / file, 2**26), type=Costs)
-    return None
+    found = (read_cached(folder / file, Costs) for file in files)
+    return next((costs for costs in found if costs is not None), None)
 
 
 def _key(what: str, *values: object) -> str:

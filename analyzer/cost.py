@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from unetc.artifacts.profile import Component, Cost, Estimate
 from unetc.artifacts.record import Record
 from unetc.backend import Backend
-from unetc.compiler.graph.forms import removals_of
+from unetc.compiler.graph.forms import Removal, removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import tensor_ranges
@@ -86,7 +86,7 @@ def measure_costs(
     least, seconds = _effort(rounds)
     full_times: list[float] = []
     shares: dict[str, NDArray[np.float64]] = {}
-    for alike in forms_of(gated, components, sample_shape):
+    for alike in forms_of(components, removals):
         calls: list[Callable[[], object]] = [full, without(alike[0])]
         times = interleaved_ms(calls, rounds=least, wait=device.synchronize, seconds=seconds)
         full_times.extend(times[:, 0])
@@ -104,11 +104,8 @@ def measure_costs(
     return Costs(full_ms=full_ms, full_bytes=full_bytes, costs=costs)
 
 
-def forms_of(
-    gated: GatedGraph, components: Sequence[Component], sample_shape: tuple[int, int, int]
-) -> tuple[list[Component], ...]:
-    """Group components whose removal saves the same work; see `measure_costs` for the arguments."""
-    removals = removals_of(gated, sample_shape)
+def forms_of(components: Sequence[Component], removals: Mapping[str, Removal]) -> tuple[list[Component], ...]:
+    """Group components whose removal saves the same work."""
     forms: dict[Hashable, list[Component]] = {}
     for component in components:
         form = component.kind if component.kind == "guidance" else removals[component.name].form

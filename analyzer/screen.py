@@ -19,9 +19,8 @@ import msgspec
 import numpy as np
 
 from unetc.artifacts.profile import GUIDANCE, STEP, Cost, Effect, Estimate, NonFinite
-from unetc.artifacts.record import Record, read_bounded, write_atomically
+from unetc.artifacts.record import Record, read_cached, write_atomically
 from unetc.backend import Array
-from unetc.errors import ArtifactError
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.branch_cache import BranchCache
@@ -92,18 +91,18 @@ def run_screen(
     key = hashlib.sha256(repr((few.samples, names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
     parts = [(b, period, _calls(few, b, period)) for period in _PERIODS for b in range(len(sweep.bins))]
     total, before, made = sum(calls for *_, calls in parts), 0, 0
+
+    def advance(done: int) -> None:
+        on_progress(Progress(stage="screen", done=before + done, total=total))
+
     for b, period, calls in parts:
-
-        def advance(done: int, before: int = before) -> None:
-            on_progress(Progress(stage="screen", done=before + done, total=total))
-
         path = work / f"bin{b:02d}-local{period}-{key}.json"
-        screened = _read(path)
+        screened = read_cached(path, _Screened)
         if screened is None and time.monotonic() < deadline:
             screened = _probe(few, base, b, period, advance)
             write_atomically(path, msgspec.json.encode(screened))
         before += calls
-        advance(0, before)
+        advance(0)
         if screened is None:
             continue
         made += calls
@@ -132,13 +131,6 @@ def screen_calls(sweep: Sweep) -> float:
     return calls * few.samples / sweep.samples
 
 
-def _read(path: Path) -> _Screened | None:
-    try:
-        return msgspec.json.decode(read_bounded(path, 2**26), type=_Screened)
-    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-
-
 def _few(sweep: Sweep) -> Sweep:
     """Take the samples that are screened."""
     return sweep.of_first(min(sweep.samples, max(LEAST_SCREENED, sweep.samples // SCREENED_SHARE)))
@@ -150,7 +142,7 @@ def _calls(sweep: Sweep, b: int, period: int) -> int:
     probed = _probed_kinds(sweep, step, period)
     sources = {source for kind, names in probed if names for source in _sources(kind, step)}
     calls = size * len(sources) + sum(-(-len(names) // size) * size for _, names in probed)
-    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step) if kind.period == period)
+    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step, period))
 
 
 def _probed_kinds(sweep: Sweep, step: int, period: int) -> list[tuple[PeriodicTreatment, list[str]]]:
@@ -286,11 +278,10 @@ def _probe(sweep: Sweep, base: FullTrajectory, b: int, period: int, advance: Cal
                 errors.append(_local(name, kind, expected, prediction))
             calls += size
             advance(calls)
-    for kind in _of_guidance(sweep, step):
-        if kind.period == period:
-            seen, cache = base.seen(sweep, step), guidance_at(sweep, base, _sources(kind, step))
-            predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
-            errors.append(_local(GUIDANCE, kind, expected, predicted[:, : expected.shape[1]]))
+    for kind in _of_guidance(sweep, step, period):
+        seen, cache = base.seen(sweep, step), guidance_at(sweep, base, _sources(kind, step))
+        predicted = sweep.denoiser.recall_guidance(seen, sweep.timestep(step), cache, kind.treatment)
+        errors.append(_local(GUIDANCE, kind, expected, predicted[:, : expected.shape[1]]))
     return _Screened(errors=tuple(errors))
 
 
@@ -302,12 +293,12 @@ def _local(name: str, kind: PeriodicTreatment, expected: Array, predicted: Array
     return _Local(component=name, treatment=kind.treatment, period=kind.period, error=error if finite else None)
 
 
-def _of_guidance(sweep: Sweep, step: int) -> list[PeriodicTreatment]:
-    """List the treatments of guidance that a probe of a step can try; none without guidance."""
+def _of_guidance(sweep: Sweep, step: int, period: int) -> list[PeriodicTreatment]:
+    """List the treatments of guidance, of a period, that a probe of a step can try; none without guidance."""
     return [
         kind
         for component in sweep.ablated
         if component.kind == "guidance"
         for kind in treatments_for(component, denoises=sweep.denoises)
-        if not kind.treatment.reuses or _sources(kind, step)
+        if kind.period == period and (not kind.treatment.reuses or _sources(kind, step))
     ]

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.profile import GUIDANCE, Bin, Component, Effect, NonFinite, without_guidance
-from unetc.artifacts.record import Record, read_bounded, write_atomically
+from unetc.artifacts.record import Record, read_cached, write_atomically
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
-from unetc.errors import ArtifactError, ProfileError
+from unetc.errors import ProfileError
 from unetc.metrics.damage import estimate
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
@@ -271,9 +271,7 @@ def _calls(sweep: Sweep, job: _Job) -> int:
 
 def _read(path: Path, job: _Job) -> Swept | None:
     """Read a finished job; a missing or damaged file means that it has to run again."""
-    try:
-        result = msgspec.json.decode(read_bounded(path, 2**26), type=Swept)
-    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+    if (result := read_cached(path, Swept)) is None:
         return None
     measured = {one.key for one in result.all}
     wanted = {(name, job.periodic.treatment, job.periodic.period, job.bin) for name in job.names}

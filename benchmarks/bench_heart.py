@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from builds import Effort, Regime, Workplace, outcome, row, table
+from builds import Effort, Regime, Workplace, measured, outcome, row, table
 from checkout import ROOT, check_out, commit
 from result_file import earlier, write
 
@@ -84,7 +84,7 @@ def main() -> None:
         for budget in regime.budgets:
             own, other = (place.measure(regime, budget, effort) for place in (newer, older))
             rows[regime.name, budget] = row(regime, budget, own) | {"older": outcome(other)}
-            known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
+            known = measured(rows, REGIMES)
             tables = [table(known, {OLDER: "older", "plan": "plan"})]
             write(options.results, "heart", {"figures": figures(known), "tables": tables, "rows": known})
 

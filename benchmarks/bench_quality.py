@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builds import Effort, Regime, Workplace
+from builds import Effort, Regime, Workplace, measured
 from checkout import ROOT, commit
 from fashion_images import NAMES, UNSEEN, as_samples, read
 from image_classifier import ImageClassifier, frechet_distance
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from result_file import earlier, write
 
 import unetc
+from unetc.analyzer.screen import Z_95
 from unetc.environment import describe
 from unetc.report.pictures import grid, png_bytes
 from unetc.runtime.backends.registry import open_backend
@@ -49,32 +50,29 @@ BATCH = 50
 SEED = 4001
 """Seed that neither builds nor verifications use."""
 GROUPS = 10
-Z_95 = 1.96
 Features = NDArray[np.float64]
 
 
-def contenders(bundle: Path) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """List the full model, the plan and every control of a bundle, each with its sampler."""
+def contenders(bundle: Path) -> Iterator[tuple[str, Session, bool]]:
+    """List the full model, the plan and every control of a bundle: session, and whether it runs the full model."""
     opened = Bundle.open(bundle)
     loaded = LoadedBundle(opened, open_backend(opened.manifest.target, threads=opened.manifest.threads))
     own = Session.over(loaded)
-    yield "full", lambda *args, **options: own.sample(*args, full_model=True, **options)
-    yield "plan", own.sample
+    yield "full", own, True
+    yield "plan", own, False
     for control in opened.manifest.controls:
         if not re.search(r"-\d+$", control.name):  # the random plans
-            session = Session.over(loaded, control=control)
-            full = control.plan is None
-            yield (
-                control.name,
-                lambda *args, own=session, full=full, **options: own.sample(*args, full_model=full, **options),
-            )
+            yield control.name, Session.over(loaded, control=control), control.plan is None
 
 
-def draw(sample: Callable[..., Any], session: Session) -> NDArray[np.float32]:
+def draw(session: Session, *, full_model: bool) -> NDArray[np.float32]:
     """Sample all classes in turn."""
     labels = [*range(len(NAMES))] * (BATCH // len(NAMES))
     conditions = session.encode_labels(labels, GUIDANCE)
-    parts = [sample(BATCH, seed=SEED, first_index=first, conditions=conditions) for first in range(0, SAMPLES, BATCH)]
+    parts = [
+        session.sample(BATCH, seed=SEED, first_index=first, conditions=conditions, full_model=full_model)
+        for first in range(0, SAMPLES, BATCH)
+    ]
     return np.concatenate(parts)
 
 
@@ -99,14 +97,13 @@ def measure(bundle: Path, verified: Mapping[str, Any], pictures: dict[str, Any])
     """Judge every contender of a bundle."""
     classifier = ImageClassifier.load(Path(unetc.__file__).parent / "models/fashion/classifier/model.safetensors")
     real, _ = classifier.describe(as_samples(read(UNSEEN)[0]).numpy())
-    session = unetc.load(bundle)
     wanted = np.arange(SAMPLES) % len(NAMES)
     times = {"full": 1.0, "plan": verified["time_ratio"]}
     times |= {name: one["time_ratio"] for name, one in verified["controls"].items()}
     found: dict[str, Any] = {}
     of_full: Features | None = None
-    for name, sample in contenders(bundle):
-        images = draw(sample, session)
+    for name, session, full_model in contenders(bundle):
+        images = draw(session, full_model=full_model)
         pictures[name] = images[: len(NAMES)]
         features, chances = classifier.describe(images)
         of_full = features if of_full is None else of_full
@@ -180,7 +177,7 @@ def main() -> None:
                 "contenders": judged,
                 "verification": verified,
             }
-            known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
+            known = measured(rows, REGIMES)
             settings = {"samples": SAMPLES, "guidance_scale": GUIDANCE, "seed": SEED}
             record = {"settings": settings, "figures": figures(known), "tables": [table(known)], "rows": known}
             write(options.results, "quality", record)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builds import Effort, Regime, Workplace, row, table
+from builds import Effort, Regime, Workplace, measured, row, table
 from checkout import ROOT, commit
 from matplotlib import pyplot
 from result_file import earlier, write
@@ -91,7 +91,7 @@ def main() -> None:
     for regime in (one for one in REGIMES if one.name.startswith(options.only)):
         for budget in regime.budgets:
             rows[regime.name, budget] = row(regime, budget, place.measure(regime, budget, EFFORT, str(pipeline)))
-            known = [rows[one.name, asked] for one in REGIMES for asked in one.budgets if (one.name, asked) in rows]
+            known = measured(rows, REGIMES)
             tables = [table(known, {"plan": "plan"})]
             write(options.results, "terrain", {"figures": figures(known), "tables": tables, "rows": known})
             if (regime, budget) == (REGIMES[0], REGIMES[0].budgets[0]):

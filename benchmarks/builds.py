@@ -85,7 +85,8 @@ class Workplace:
         }
         self._make(result, "verify", str(bundle), *checked)
         verified: dict[str, Any] = json.loads(result.read_text())
-        return verified | {"seconds": seconds}
+        named = verified["model"] | {"name": regime.model}  # not the path of a folder on this machine
+        return verified | {"model": named, "seconds": seconds}
 
     def _make(self, made: Path, *command: str) -> float:
         """Run a command that makes a file or a folder, unless it is there; return how many seconds it took."""
@@ -96,6 +97,11 @@ class Workplace:
             subprocess.run([sys.executable, "-m", "unetc", *command, "-o", str(made)], check=True, env=environment)
             note.write_text(f"{time.monotonic() - start:.1f}")
         return float(note.read_text())
+
+
+def measured(rows: Mapping[Any, dict[str, Any]], regimes: Sequence[Regime]) -> list[dict[str, Any]]:
+    """List the rows that are there, by regime and budget, in the order of the regimes."""
+    return [rows[one.name, budget] for one in regimes for budget in one.budgets if (one.name, budget) in rows]
 
 
 def row(regime: Regime, budget: float, verified: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,9 +50,8 @@ def budgets(result: dict[str, Any]) -> str:
 def terrain(result: dict[str, Any]) -> str:
     """Write the main budget of `terrain`, with short names of the controls."""
     first = result["rows"][0]
-    verified = first["verification"]
-    how = f"{verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples"
-    return "\n".join([f"`terrain`, {how}, measured in the same way:", "", *table_of(first, short=True)])
+    how = f"`terrain`, {sampling_of(first['verification'])}, measured in the same way:"
+    return "\n".join([how, "", *table_of(first, short=True)])
 
 
 def every_terrain(result: dict[str, Any]) -> str:
@@ -94,10 +93,15 @@ def setting_of(verified: Mapping[str, Any], model: str) -> str:
     """Describe a verification."""
     threads = f"{verified['threads']} thread{'s' if verified['threads'] > 1 else ''}"
     return (
-        f"{model}, {verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples on "
-        f"new seeds, `{verified['target']}`, {threads} ({verified['environment']['processor']}). "
+        f"{model}, {sampling_of(verified)} on new seeds, `{verified['target']}`, {threads} "
+        f"({verified['environment']['processor']}). "
         "Times are relative to the full model. Damage is measured at the same noise, with 95 % intervals."
     )
+
+
+def sampling_of(verified: Mapping[str, Any]) -> str:
+    """Describe the scheduler and the samples of a verification."""
+    return f"{verified['scheduler'].upper()} with {verified['steps']} steps, {verified['samples']} samples"
 
 
 def table_of(run: dict[str, Any], *, short: bool = False) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from unetc.artifacts.call_input import SAMPLE
-from unetc.artifacts.record import MAX_JSON_BYTES, read_bounded, write_atomically
+from unetc.artifacts.record import MAX_JSON_BYTES, read_cached, write_atomically
 from unetc.compiler.engines import compile_full
 from unetc.compiler.graph.capture import GATES, MEANS
 from unetc.compiler.graph.gate import gate_values
@@ -19,7 +19,6 @@ from unetc.compiler.prepare import Prepared
 from unetc.compiler.schedulers.extract import extract
 from unetc.compiler.schedulers.make import scheduler_for
 from unetc.conditions import Conditions
-from unetc.errors import ArtifactError
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.backends.registry import DEFAULT_TARGET, open_backend
 from unetc.runtime.rollout import NonFiniteSteps, Rollout
@@ -54,10 +53,8 @@ def overflowing_in_model(
     conditions = conditions.take(range(SAMPLES))
     question = repr((scheduler, SAMPLES, STEPS, LIMIT, conditions.sha256())).encode()
     known = prepared.work / f"overflow-{hashlib.sha256(question).hexdigest()[:16]}.json"
-    try:
-        return frozenset(msgspec.json.decode(read_bounded(known, MAX_JSON_BYTES), type=list[str]))
-    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
-        pass  # not searched yet
+    if (searched := read_cached(known, list[str], MAX_JSON_BYTES)) is not None:
+        return frozenset(searched)
     table = extract(scheduler_for(scheduler, model), STEPS)
     watching = Watching(open_backend(DEFAULT_TARGET, threads=0))
     weights = gated.weights.read_bytes()

@@ -7,11 +7,13 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
+
+T = TypeVar("T")
 
 MAX_JSON_BYTES = 256 * 2**20
 """Larger files are refused before they are parsed."""
@@ -114,6 +116,20 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
+
+
+def read_cached(path: Path, kind: type[T], limit: int = 2**26) -> T | None:
+    """Read an intermediate result; None if it is missing or damaged, so that it has to be made again.
+
+    Args:
+        path: JSON file of at most `limit` bytes.
+        kind: Type of the result.
+        limit: Larger files count as damaged.
+    """
+    try:
+        return msgspec.json.decode(read_bounded(path, limit), type=kind)
+    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def check_writable(path: Path) -> None:

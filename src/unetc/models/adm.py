@@ -196,7 +196,7 @@ class AdmModel:
 
     def prompts(self) -> tuple[str, ...]:
         """List labels of the classes; empty without classes."""
-        return () if self.calls.classes is None else spread_labels(self.calls.classes)
+        return () if (classes := self.calls.classes) is None else spread_labels(classes)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float, *, images: Images | None = None) -> Conditions:
         """Turn labels of classes into conditions.
