@@ -5,8 +5,12 @@
 Contenders, each a process behind FastAPI on the same bundle: `unetc serve`; `unetc.load` with one request after the
 other; batches of whole requests, which wait 50 ms for up to 8; and the model's own pipeline in torch (the full model,
 one request after the other). Requests come from this process, in turns for all contenders, at the same times. Arrivals
-are Poisson and do not wait for answers. Saturation is measured with 48 requests on their way. Missing bundles are
-built from the committed profiles. Writes `results/serve.json` and a picture of latency against load.
+are Poisson and do not wait for answers. A 95th percentile is taken over as many requests for every contender, those of
+all rounds together. Saturation is measured with 48 requests on their way. Missing bundles are built from the committed
+profiles. Writes `results/serve.json` and a picture of latency against load.
+
+What no batcher can exceed follows from the times that the build has measured by batch: `serve_simulation.py` queues the
+same arrivals before engines that cost just that, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import math
 import os
 import signal
 import statistics
@@ -32,6 +35,8 @@ from typing import Any
 import httpx2
 import numpy as np
 from result_file import write
+from serve_contenders import BATCH, WINDOW
+from serve_simulation import arrivals, simulate
 
 import unetc
 from unetc.runtime.bundle import Bundle
@@ -170,12 +175,11 @@ async def saturate(client: Any, server: Server, seconds: float, quality: str = L
 
 
 async def arrive(
-    client: Any, server: Server, rate: float, seconds: float, seed: int, body: Callable[[int], dict[str, Any]]
+    client: Any, server: Server, rate: float, count: int, seed: int, body: Callable[[int], dict[str, Any]]
 ) -> list[Answer]:
     """Send requests at Poisson times; return all answers, in the order of arrival."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, math.ceil(rate * seconds))
-    times, began, tasks = np.cumsum(gaps), time.perf_counter(), []
-    for k, at in enumerate(times.tolist()):
+    began, tasks = time.perf_counter(), []
+    for k, at in enumerate(arrivals(rate, count, seed)):
         await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
         tasks.append(asyncio.create_task(server.ask(client, body(k))))
     return list(await asyncio.gather(*tasks))
@@ -187,28 +191,36 @@ def p95(answers: Sequence[Answer]) -> float:
     return float(np.quantile([answer.seconds for answer in answers], 0.95))
 
 
-async def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+async def measure(case: Case, rounds: int, seconds: float, requests: int) -> dict[str, Any]:
     """Measure capacities and latencies of all contenders."""
     async with serving(case, "unetc", "serial", "whole", "diffusers") as (client, servers):
         by_name = {server.name: server for server in servers}
-        runs = {name: partial(saturate, client, server, seconds / 2) for name, server in by_name.items()}
+        runs = {name: partial(saturate, client, server, seconds) for name, server in by_name.items()}
         capacity = {name: statistics.median(values) for name, values in (await in_turns(rounds, runs)).items()}
         latency: dict[str, dict[str, float]] = {}
         for against in ("serial", "whole"):
             rate, pair = 0.8 * capacity[against], ("unetc", against)
-            waits: dict[str, list[float]] = {name: [] for name in pair}
+            answers: dict[str, list[Answer]] = {name: [] for name in pair}
             for turn in range(rounds):
                 for name in pair if turn % 2 else reversed(pair):
-                    waits[name].append(p95(await arrive(client, by_name[name], rate, seconds, turn, case.body)))
-            latency[against] = {name: statistics.median(values) for name, values in waits.items()}
+                    answers[name] += await arrive(client, by_name[name], rate, requests, turn, case.body)
+            latency[against] = {name: p95(one) for name, one in answers.items()}
         curve = []
         for load in LOADS if case.steps == STEPS[-1] else ():
             rate = load * capacity["serial"]
             for name in ("unetc", "serial", "whole"):
                 if rate < 0.97 * capacity[name]:
-                    answers = await arrive(client, by_name[name], rate, seconds, 99, case.body)
-                    curve.append({"server": name, "load": load, "images_per_s": rate, "p95_s": p95(answers)})
-    return {"capacity": capacity, "latency": latency, "curve": curve}
+                    found = await arrive(client, by_name[name], rate, requests, 99, case.body)
+                    curve.append({"server": name, "load": load, "images_per_s": rate, "p95_s": p95(found)})
+    return {"capacity": capacity, "latency": latency, "curve": curve, "engines_alone": engines_alone(case)}
+
+
+def engines_alone(case: Case) -> dict[str, Any]:
+    """Queue requests before engines that cost what the build has measured, and nothing else."""
+    session = unetc.load(case.bundle)
+    level = next(one for one in Bundle.open(case.bundle).manifest.levels if one.name == LEVEL)
+    schedule = session.plan.schedule(session.scheduler.table(case.steps).log_snr.tolist())
+    return simulate(schedule, [engine.batch_ms for engine in level.engines], batch=BATCH, window_s=WINDOW)
 
 
 async def in_turns(rounds: int, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
@@ -254,10 +266,10 @@ async def measure_share(case: Case, rounds: int, others: int = 7) -> dict[str, f
     return {"alone_s": statistics.median(full), "together_s": statistics.median(together), "share_s": share}
 
 
-async def measure_ladder(case: Case, seconds: float) -> dict[str, Any]:
+async def measure_ladder(case: Case, seconds: float, requests: int) -> dict[str, Any]:
     """Offer half more than the full model can make, with and without leave to step down."""
     async with serving(case, "unetc") as (client, (server,)):
-        full = await saturate(client, server, seconds / 2, "full")
+        full = await saturate(client, server, seconds, "full")
         alone = (await server.ask(client, case.body(1, "full"))).seconds
     target, rate = 20 * alone, 1.5 * full
     extra = ["--degrade-to", "55%", "--target-p95", f"{target:.3f}"]
@@ -266,7 +278,7 @@ async def measure_ladder(case: Case, seconds: float) -> dict[str, Any]:
         return case.body(seed, "full", degrade=True)
 
     async with serving(case, "unetc", extra=extra) as (client, (server,)):
-        answers = await arrive(client, server, rate, 2 * seconds, 7, body)
+        answers = await arrive(client, server, rate, 2 * requests, 7, body)
     levels = [answer.level for answer in answers]
     return {
         "capacity_full": full,
@@ -310,6 +322,12 @@ def figures(results: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
         for against, words, goal in (("serial", "one request after the other", 0.4), ("whole", "whole requests", 0.6)):
             ratio = latency[against]["unetc"] / latency[against][against]
             add(f"{name}: p95 at 0.8 of its capacity / {words}", ratio, at_most=goal)
+        alone = result["engines_alone"]
+        add(f"{name}: images per second / whole requests, engines alone", alone["images_per_s"])
+        add(
+            f"{name}: p95 at 0.8 of its capacity / whole requests, engines alone, best seats",
+            min(alone["p95"].values()),
+        )
         if "adds" in result:
             add(f"{name}: seconds of one request alone / the session's", result["adds"], at_most=1.03)
         if "share" in result:
@@ -352,17 +370,17 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-async def run(bundles: Path, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+async def run(bundles: Path, rounds: int, seconds: float, requests: int) -> dict[str, dict[str, Any]]:
     """Measure every case."""
     results = {}
     for case in cases(bundles):
         name = f"{case.model}, {case.steps} steps"
         print(f"{name} …", file=sys.stderr, flush=True)
-        result = await measure(case, rounds, seconds)
+        result = await measure(case, rounds, seconds, requests)
         if case.steps == STEPS[-1]:
             result["adds"] = await measure_alone(case, 5 * rounds)
             result["share"] = await measure_share(case, 2 * rounds)
-            result["ladder"] = await measure_ladder(case, seconds)
+            result["ladder"] = await measure_ladder(case, seconds, requests)
         results[name] = result
         print(json.dumps({name: result}), file=sys.stderr, flush=True)
     return results
@@ -373,12 +391,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, required=True, help="Folder of the bundles; missing ones are built.")
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
-    parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement.")
+    parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement of capacity.")
+    parser.add_argument("--requests", type=int, default=200, help="Requests of one measurement of latency.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
     options = parser.parse_args()
-    results = asyncio.run(run(options.bundles, options.rounds, options.seconds))
+    results = asyncio.run(run(options.bundles, options.rounds, options.seconds, options.requests))
     draw(results, PICTURE)
-    settings = {"rounds": options.rounds, "seconds": options.seconds, "quality": LEVEL, "threads": THREADS}
+    settings = {"rounds": options.rounds, "seconds": options.seconds, "requests": options.requests}
+    settings |= {"quality": LEVEL, "threads": THREADS}
     write(options.results, "serve", {"settings": settings, "figures": figures(results), "measured": results})
 
 

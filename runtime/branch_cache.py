@@ -62,16 +62,18 @@ class BranchCache:
         if self._plan is None:
             return 0
         engine, position = self._plan.advance(self._state.position, log_snr)
-        self._state = replace(self._state, position=position)
+        self._state = Snapshot(position, self._state.branches, self._state.denoised)
         return engine
 
     def store(self, emitted: Mapping[str, Tensor], timestep: float) -> None:
         """Store the branches that an engine emitted at a step."""
+        if not emitted:
+            return
         branches = dict(self._state.branches)
         for name, value in emitted.items():
             index = name.removeprefix(COMPUTED)
             branches[index] = _with(branches.get(index, ()), timestep, value)
-        self._state = replace(self._state, branches=branches)
+        self._state = Snapshot(self._state.position, branches, self._state.denoised)
 
     def store_denoised(
         self, kind: PredictionType, sample: Tensor, prediction: Tensor, timestep: float, log_snr: float

@@ -74,7 +74,8 @@ class Trajectory:
         noisy = table.noise_coefficient.item(step)
         noise = self.device.put(step_noise(seed, indices, step, shape)) if noisy else None
         following = update(table, step, self.samples, predictions, noise, variance, self.device)
-        return replace(self, samples=(following, *self.samples)[: table.window], predictions=predictions)
+        samples = (following, *self.samples)[: table.window]
+        return Trajectory(samples=samples, predictions=predictions, device=self.device)
 
     def repeat(self, times: int) -> Trajectory:
         """Repeat the whole batch `times` times."""

@@ -31,6 +31,8 @@ class Member:
         self.step = start.first
         self.non_finite_steps = 0
         self._start = start
+        self._whole = start.rows
+        """Rows of a call with both halves of guidance."""
         self._device = device
         self._trajectory = Trajectory.start(start.table, start.noise, device, image=start.image, first=start.first)
         self._conditions = start.conditions.on(device)
@@ -51,12 +53,12 @@ class Member:
     @property
     def rows(self) -> int:
         """Rows of the next call."""
-        return self.call.rows(self._start.rows)
+        return self.call.rows(self._whole)
 
     @property
     def part(self) -> float:
         """Rows of the next call / rows of a call with both halves of guidance."""
-        return self.rows / self._start.rows
+        return self.rows / self._whole
 
     @property
     def made(self) -> int:
@@ -97,7 +99,7 @@ class Member:
         """Build the inputs of the next call."""
         inputs = self._plain_inputs()
         self._sample = inputs[SAMPLE]
-        return self._rollout.inputs(self.call, inputs, self._start.rows)
+        return self._rollout.inputs(self.call, inputs, self._whole)
 
     def advance(self, prediction: Tensor, emitted: Mapping[str, Rows]) -> None:
         """Make a step from a prediction, [row, channel, height, width], that has no NaN and no infinity."""
@@ -109,7 +111,7 @@ class Member:
         Raises:
             NonFiniteError: If the full model's prediction is not finite either.
         """
-        prediction = self._device.empty((self._start.rows, *self.prediction_shape))
+        prediction = self._device.empty((self._whole, *self.prediction_shape))
         self._rollout.run_again(self.call, self._plain_inputs(), prediction)
         if not self._device.is_finite(prediction):
             raise not_finite(self.call, "and the full model")

@@ -116,7 +116,7 @@ class Conditions:
     @property
     def rows_per_sample(self) -> int:
         """Rows of a denoiser call for each sample: 1, 2 with guidance, 3 if it has middle conditions."""
-        return len(self.sets)
+        return 1 + bool(self.negative) + bool(self.middle)
 
     @property
     def rows(self) -> int | None:

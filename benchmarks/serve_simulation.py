@@ -1,0 +1,110 @@
+"""Queues before engines that cost what the build has measured by batch, and nothing else: for bench_serve.py.
+
+It shows what the engines themselves allow, without servers, Python and noise. Whole requests share batches, as in
+`serve_contenders.py`; the others share calls, in the turns that the batcher chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unetc.runtime.batching.turns import Waiting, choose
+
+SEATS = 4, 8, 12, 16, 32
+REQUESTS, SEEDS = 1000, 3
+
+Cost = Callable[[int, int], float]
+"""Returns the seconds of a call, for an engine and a number of samples."""
+
+
+def arrivals(rate: float, count: int, seed: int) -> list[float]:
+    """Draw Poisson times in seconds."""
+    times: list[float] = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count)).tolist()
+    return times
+
+
+def simulate(
+    schedule: Sequence[int], batch_ms: Sequence[Sequence[tuple[int, float]]], *, batch: int, window_s: float
+) -> dict[str, object]:
+    """Compare step batching with batches of whole requests.
+
+    Args:
+        schedule: Engine of every step.
+        batch_ms: Measured samples and milliseconds of calls, by engine.
+        batch: Most requests of a whole batch.
+        window_s: Seconds for which the first request of a batch waits for others.
+
+    Returns:
+        `images_per_s`: images per second / those of whole requests, with as many seats as the largest measured call.
+        `p95`: 95th percentiles of the latency at 0.8 of the capacity of whole requests / theirs, by number of seats.
+    """
+
+    def cost(engine: int, samples: int) -> float:
+        sizes, times = zip(*batch_ms[engine], strict=True)
+        return float(np.interp(samples, sizes, times)) / 1e3
+
+    whole = batch / sum(cost(engine, batch) for engine in schedule)
+    full = [0.0] * (8 * SEATS[-1])
+    ended = max(shared(schedule, cost, full, SEATS[-1]))
+    queues = [arrivals(0.8 * whole, REQUESTS, seed) for seed in range(SEEDS)]
+
+    theirs = _p95([in_batches(schedule, cost, queue, batch, window_s) for queue in queues])
+    own = {seats: _p95([shared(schedule, cost, queue, seats) for queue in queues]) for seats in SEATS}
+    return {
+        "images_per_s": len(full) / ended / whole,
+        "p95": {seats: value / theirs for seats, value in own.items()},
+    }
+
+
+def in_batches(schedule: Sequence[int], cost: Cost, queue: list[float], batch: int, window_s: float) -> list[float]:
+    """Return the latencies of requests that share whole batches."""
+    now, latencies, waiting = 0.0, [], queue
+    while waiting:
+        closes = max(now, waiting[0]) + window_s
+        taken = [at for at in waiting[:batch] if at <= closes]
+        begins = closes if len(taken) < batch else max(now, taken[-1])
+        now = begins + sum(cost(engine, len(taken)) for engine in schedule)
+        latencies += [now - at for at in taken]
+        waiting = waiting[len(taken) :]
+    return latencies
+
+
+def _p95(latencies: Sequence[list[float]]) -> float:
+    return float(np.quantile(np.concatenate(latencies), 0.95))
+
+
+@dataclass(slots=True, eq=False)
+class _Image:
+    """A request on its way."""
+
+    arrived: float
+    step: int = 0
+    turn: int = 0
+
+
+def shared(schedule: Sequence[int], cost: Cost, queue: list[float], seats: int) -> list[float]:
+    """Return the latencies of requests that share calls, with a number of seats."""
+    now, turn, latencies, coming, running = 0.0, 0, [], list(reversed(queue)), list[_Image]()
+    while coming or running:
+        if not running:
+            now = max(now, coming[-1])
+        while coming and coming[-1] <= now and len(running) < seats:
+            running.append(_Image(coming.pop(), turn=turn))
+        turn += 1
+        waiting = [
+            Waiting(
+                member=one, key=schedule[one.step], rows=1, age=turn - one.turn, seconds=cost(schedule[one.step], 1)
+            )
+            for one in running
+        ]
+        engine, members = choose(waiting, lambda key: seats)
+        now += cost(engine, len(members))
+        for one in members:
+            one.step, one.turn = one.step + 1, turn
+            if one.step == len(schedule):
+                running.remove(one)
+                latencies.append(now - one.arrived)
+    return latencies
