@@ -80,15 +80,15 @@ class Workplace:
         checked = ("--rounds", str(effort.rounds), "--seed", str(VERIFIED_SEED))
         cache = ("--cache", str(self.folder / "cache"))
         seconds = {
-            "analyze": self._make(profile, "analyze", name, *sampling, *effort.analysis, *guidance, *cache),
-            "build": self._make(bundle, "build", name, *asked, *cache),
+            "analyze": self.make(profile, "analyze", name, *sampling, *effort.analysis, *guidance, *cache),
+            "build": self.make(bundle, "build", name, *asked, *cache),
         }
-        self._make(result, "verify", str(bundle), *checked)
+        self.make(result, "verify", str(bundle), *checked)
         verified: dict[str, Any] = json.loads(result.read_text())
         named = verified["model"] | {"name": regime.model}  # not the path of a folder on this machine
         return verified | {"model": named, "seconds": seconds}
 
-    def _make(self, made: Path, *command: str) -> float:
+    def make(self, made: Path, *command: str) -> float:
         """Run a command that makes a file or a folder, unless it is there; return how many seconds it took."""
         note = made.with_name(f"{made.name}.seconds")
         if not note.exists():
