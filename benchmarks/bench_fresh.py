@@ -53,7 +53,7 @@ def measure(place: Workplace, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Count the builds that save what was asked, and describe both scatters."""
+    """Count the builds that meet the budget, and describe both scatters."""
     found: list[dict[str, Any]] = []
     for one in rows:
         what = f"{MODEL}, {SCHEDULER} {one['steps']}, budget {BUDGET:g}"

@@ -5,12 +5,12 @@
 Contenders, each a process behind FastAPI on the same bundle: `unetc serve`; `unetc.load` with one request after the
 other; batches of whole requests, which wait 50 ms for up to 8; and the model's own pipeline in torch (the full model,
 one request after the other). Requests come from this process, in turns for all contenders, at the same times. Arrivals
-are Poisson and do not wait for answers. A 95th percentile is taken over as many requests for every contender, those of
-all rounds together. Saturation is measured with 48 requests on their way. Missing bundles are built from the committed
+are Poisson and do not wait for answers. A 95th percentile is taken over the requests of all rounds together, as many for
+every contender. Saturation is measured with 48 requests on their way. Missing bundles are built from the committed
 profiles. Writes `results/serve.json` and a picture of latency against load.
 
-What no batcher can exceed follows from the times that the build has measured by batch: `serve_simulation.py` queues the
-same arrivals before engines that cost just that, and nothing else.
+The engines themselves set a limit: `serve_simulation.py` queues requests before calls that take the times measured by
+the build, and nothing else.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ async def measure(case: Case, rounds: int, seconds: float, requests: int) -> dic
 
 
 def engines_alone(case: Case) -> dict[str, Any]:
-    """Queue requests before engines that cost what the build has measured, and nothing else."""
+    """Queue requests before calls that take the measured times, and nothing else."""
     session = unetc.load(case.bundle)
     level = next(one for one in Bundle.open(case.bundle).manifest.levels if one.name == LEVEL)
     schedule = session.plan.schedule(session.scheduler.table(case.steps).log_snr.tolist())

@@ -1,6 +1,6 @@
-"""Queues before engines that cost what the build has measured by batch, and nothing else: for bench_serve.py.
+"""Queues before calls that take the times measured by the build, and nothing else: for bench_serve.py.
 
-It shows what the engines themselves allow, without servers, Python and noise. Whole requests share batches, as in
+They show the limits that the engines set, without servers, Python and noise. Whole requests share batches, as in
 `serve_contenders.py`; the others share calls, in the turns that the batcher chooses.
 """
 
@@ -38,7 +38,7 @@ def simulate(
         window_s: Seconds for which the first request of a batch waits for others.
 
     Returns:
-        `images_per_s`: images per second / those of whole requests, with as many seats as the largest measured call.
+        `images_per_s`: ratio of images per second to whole requests, with as many seats as the largest measured call.
         `p95`: 95th percentiles of the latency at 0.8 of the capacity of whole requests / theirs, by number of seats.
     """
 
