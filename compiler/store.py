@@ -56,7 +56,7 @@ def write_bundle(
         _write(temporary, DIGEST, digest_of(data))
         _write(temporary, MANIFEST, data)
         temporary.chmod(0o755)
-        _replace(path, temporary)
+        replace_folder(path, temporary)
     except OSError as error:
         raise ArtifactError(
             f"cannot write the bundle {path}: {error.strerror}. Choose a folder that can be written and has room."
@@ -78,7 +78,7 @@ def _write(root: Path, name: str, content: bytes | Path) -> FileRecord:
     return FileRecord(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _replace(path: Path, temporary: Path) -> None:
+def replace_folder(path: Path, temporary: Path) -> None:
     """Put the new folder in the place of the old one; a crash between the two renames leaves both next to it."""
     if not path.exists():
         os.replace(temporary, path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, Manifest, digest_of
+from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, FileRecord, Manifest, digest_of
 from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
 from unetc.call import CallSignature
@@ -94,9 +94,7 @@ class Bundle:
                 f"{path / MANIFEST} does not match {DIGEST}: it was edited. Build the bundle again."
             )
         manifest = Manifest.from_json(data, str(path / MANIFEST))
-        contents = {
-            record.path: _read_verified(path, record.path, record.bytes, record.sha256) for record in manifest.files
-        }
+        contents = {record.path: read_verified(path, record) for record in manifest.files}
         encoders = () if manifest.text is None else manifest.text.encoders
         try:
             tensors = frozenset(load(contents[manifest.weights]))
@@ -141,11 +139,21 @@ def _controlnet_inputs(manifest: Manifest) -> tuple[ControlNetInput, ...]:
     return controlnet_inputs(manifest.denoiser_config) if manifest.model.controlnet else ()
 
 
-def _read_verified(root: Path, name: str, size: int, sha256: str) -> bytes:
-    data = _read_plain(root, name, size)
-    if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+def read_verified(root: Path, record: FileRecord) -> bytes:
+    """Read a file of a bundle.
+
+    Args:
+        root: Folder of the bundle.
+        record: The file's record in the manifest.
+
+    Raises:
+        ArtifactError: If it cannot be read.
+        CorruptArtifactError: If it has changed since the build, is a link, or is missing.
+    """
+    data = _read_plain(root, record.path, record.bytes)
+    if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
         raise CorruptArtifactError(
-            f"{root / name} has changed since the build (its hash differs). Build the bundle again."
+            f"{root / record.path} has changed since the build (its hash differs). Build the bundle again."
         )
     return data
 

@@ -52,7 +52,7 @@ def largest_calls(bundle: Bundle, sessions: Mapping[str, Session]) -> dict[Progr
         Rows of a call with the bundle's guidance, by program; programs that were not timed are left out.
     """
     rows = bundle.conditions.rows_per_sample
-    return {program: rows * _best_batch(times) for program, times in _times(bundle, sessions).items()}
+    return {program: rows * best_batch(times) for program, times in _times(bundle, sessions).items()}
 
 
 def limits_for(bundle: Bundle, sessions: Mapping[str, Session], *, queue: int) -> BatchLimits:
@@ -71,7 +71,7 @@ def limits_for(bundle: Bundle, sessions: Mapping[str, Session], *, queue: int) -
     if not times:
         return BatchLimits(queue=queue)
     longest = max(map(_alone, times))
-    samples = max(_best_batch(one) for one in times if _alone(one) >= LONG * longest)
+    samples = max(best_batch(one) for one in times if _alone(one) >= LONG * longest)
     return BatchLimits(rows=samples * bundle.conditions.rows_per_sample, seats=max(FEW_SEATS, samples), queue=queue)
 
 
@@ -92,7 +92,7 @@ def _alone(batch_ms: Sequence[tuple[int, float]]) -> float:
     return batch_ms[0][1]
 
 
-def _best_batch(batch_ms: Sequence[tuple[int, float]]) -> int:
+def best_batch(batch_ms: Sequence[tuple[int, float]]) -> int:
     """Return the smallest batch whose time per sample is at most `GAIN` above the least."""
     least = min(ms / size for size, ms in batch_ms)
     return next(size for size, ms in batch_ms if ms / size <= least * (1 + GAIN))

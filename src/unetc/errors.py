@@ -85,6 +85,15 @@ class BatcherStopped(SessionError):
     """The thread that runs the engines has ended."""
 
 
+class RequestError(UnetcError):
+    """A field of a request is wrong."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        """Keep the name of the field; None if the request as a whole is wrong."""
+        super().__init__(message)
+        self.field = field
+
+
 class MissingDependency(UnetcError, ImportError):
     """An optional library is not installed; the message names the extra that installs it."""
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from unetc.server.errors import RequestError
+from unetc.errors import RequestError
 from unetc.server.images import decode
 
 

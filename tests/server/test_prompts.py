@@ -22,9 +22,9 @@ from unetc.artifacts.classes import Classes
 from unetc.call import CLASS_LABELS, EXTRA_CHANNELS
 from unetc.class_labels import encode_labels
 from unetc.conditions import Conditions
+from unetc.errors import RequestError
 from unetc.report.pictures import to_pixels
 from unetc.runtime.bundle import Bundle
-from unetc.server.errors import RequestError
 from unetc.server.image_request import ImageRequest
 from unetc.server.prompts import PromptReader, Wanted
 

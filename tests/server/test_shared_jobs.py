@@ -12,9 +12,8 @@ import pytest
 
 from tests.server.local import in_loop, local
 from unetc.device import Array
-from unetc.errors import QueueFull
+from unetc.errors import QueueFull, RequestError
 from unetc.server.bodies import ImageBody
-from unetc.server.errors import RequestError
 from unetc.server.images import encode
 from unetc.server.jobs import Job, Jobs, JobState
 from unetc.server.latest import Latest

@@ -23,11 +23,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from unetc.device import Array
-from unetc.errors import brief
+from unetc.errors import RequestError, brief
 
 from .a1111_fields import A1111Request, read_fields
 from .door import Door, answer_unless_gone
-from .errors import Problem, RequestCancelled, RequestError
+from .errors import Problem, RequestCancelled
 from .images import decode_base64, encode_base64
 from .keys import key_of
 from .service import ImageAnswer, ImageRequest, Running, Served, Service

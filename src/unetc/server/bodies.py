@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from unetc.errors import RequestError
 from unetc.runtime.batching.ladder import AUTO
 
-from .errors import RequestError
 from .images import Format, decode_base64
 from .service import ImageRequest
 

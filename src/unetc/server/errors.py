@@ -19,6 +19,7 @@ from unetc.errors import (
     DeadlineExceeded,
     ModelError,
     QueueFull,
+    RequestError,
     SessionError,
     ShapeMismatch,
     UnetcError,
@@ -28,15 +29,6 @@ CLIENT_GONE = 499
 """Status, never seen by its client, of a request whose client went away."""
 _LEAST_WAIT, _LONGEST_WAIT = 1, 10
 """Range of Retry-After in seconds: official clients sleep for any value."""
-
-
-class RequestError(UnetcError):
-    """A field of a request is wrong."""
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        """Keep the name of the field; None if the request as a whole is wrong."""
-        super().__init__(message)
-        self.field = field
 
 
 class UnknownModel(UnetcError):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from unetc.artifacts.profile import Damage
 from unetc.device import Array
+from unetc.errors import RequestError
 from unetc.runtime.batching.ladder import AUTO
 
-from .errors import RequestError
 from .images import Format
 
 

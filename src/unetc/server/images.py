@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unetc.device import Array
+from unetc.errors import RequestError
 from unetc.report.pictures import to_pixels
-
-from .errors import RequestError
 
 _PNG_LEVEL = 4
 """Compression of PNG: twice as fast as the default for a few per cent more bytes."""

@@ -14,11 +14,11 @@ from enum import StrEnum
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from unetc.errors import QueueFull, UnetcError
+from unetc.errors import QueueFull, RequestError, UnetcError
 
 from .bodies import ImageBody
 from .door import Door, EventStream, event
-from .errors import Problem, RequestCancelled, RequestError, UnknownJob, problem_of
+from .errors import Problem, RequestCancelled, UnknownJob, problem_of
 from .images import Format
 from .openai import error_body
 from .service import ImageAnswer, Running, Service

@@ -1,6 +1,6 @@
 """KServe's Open Inference Protocol v2: whole sampling, and single calls of the denoiser.
 
-A served model `m` is two models here. `m` samples: it takes the inputs in `_INPUTS`, and returns `images` and `seed`.
+A served model `m` is two models here. `m` samples: it takes the inputs in `inputs.py`, and returns `images` and `seed`.
 `m.denoiser` makes one call of the full model: it takes the inputs of the denoiser, and returns `prediction`.
 
 Source:
@@ -13,7 +13,6 @@ import io
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,12 @@ from starlette.responses import Response
 import unetc
 from unetc.artifacts.call_input import CallInput
 from unetc.call import TIMESTEP
-from unetc.errors import ShapeMismatch
+from unetc.errors import RequestError, ShapeMismatch
 from unetc.report.pictures import to_pixels
 
 from .door import Door, answer_unless_gone
-from .errors import Problem, RequestError, UnknownModel
+from .errors import Problem, UnknownModel
+from .inputs import INPUTS, applies
 from .open_inference import BYTES, HEADER_LENGTH, BodyError, InferRequest, TensorInput, read_infer, write_infer
 from .service import ImageAnswer, ImageRequest, Served, Service, State
 
@@ -48,33 +48,6 @@ _ROWS_PER_IMAGE = 3
 """Most rows that guidance calls the denoiser with, per image."""
 _IGNORED = frozenset({"priority"})
 """Parameters of the protocol that change no output."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Input:
-    """An input of a sampling model. All are optional, and scalars may be parameters instead."""
-
-    datatype: str
-    field: str
-    """Field of `ImageRequest`."""
-    shape: tuple[int, ...] = (1,)
-
-
-_INPUTS: Mapping[str, _Input] = {
-    "prompt": _Input(datatype=BYTES, field="prompt"),
-    "negative_prompt": _Input(datatype=BYTES, field="negative_prompt"),
-    "label": _Input(datatype="INT64", field="label"),
-    "guidance_scale": _Input(datatype="FP32", field="guidance_scale"),
-    "seed": _Input(datatype="INT64", field="seed", shape=(-1,)),
-    "count": _Input(datatype="INT32", field="count"),
-    "steps": _Input(datatype="INT32", field="steps"),
-    "height": _Input(datatype="INT32", field="height"),
-    "width": _Input(datatype="INT32", field="width"),
-    "quality": _Input(datatype=BYTES, field="quality"),
-    "least_quality": _Input(datatype=BYTES, field="least_quality"),
-    "image": _Input(datatype="UINT8", field="image", shape=(-1, -1, -1)),
-    "strength": _Input(datatype="FP32", field="strength"),
-}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -184,25 +157,14 @@ def _sampling_metadata(served: Served) -> dict[str, Any]:
     return {
         "inputs": [
             {"name": name, "datatype": one.datatype, "shape": list(one.shape), "parameters": {"optional": True}}
-            for name, one in _INPUTS.items()
-            if _applies(name, served)
+            for name, one in INPUTS.items()
+            if applies(name, served.prompts)
         ],
         "outputs": [
             {"name": "images", "datatype": _default_datatype(channels), "shape": [-1, -1, -1, channels]},
             {"name": "seed", "datatype": "INT64", "shape": [-1]},
         ],
     }
-
-
-def _applies(name: str, served: Served) -> bool:
-    """Check whether an input has a meaning for a model."""
-    prompts = served.prompts
-    return {
-        "prompt": prompts.free or bool(prompts.prompts) or prompts.classes is not None,
-        "negative_prompt": prompts.free,
-        "label": prompts.classes is not None,
-        "guidance_scale": prompts.guided,
-    }.get(name, True)
 
 
 def _channels(served: Served) -> int:
@@ -236,13 +198,13 @@ def _image_request(asked: InferRequest, served: Served) -> ImageRequest:
     for name, value in parameters.items():
         if name in asked.inputs:
             problems[name] = "is an input and a parameter; send one of them"
-        elif name not in _INPUTS or name == "image":
+        elif name not in INPUTS or name == "image":
             if name not in _IGNORED:
                 problems[name] = f"is not a known parameter; expected one of {', '.join(_known(served))}"
         else:
             _read(name, value, values, problems)
     for name, tensor in asked.inputs.items():
-        if name not in _INPUTS:
+        if name not in INPUTS:
             problems[name] = f"is not a known input; expected some of {', '.join(_known(served))}"
         elif name == "image":
             _read_image(tensor, values, problems)
@@ -266,12 +228,12 @@ def _image_request(asked: InferRequest, served: Served) -> ImageRequest:
 
 
 def _known(served: Served) -> list[str]:
-    return [name for name in _INPUTS if _applies(name, served)]
+    return [name for name in INPUTS if applies(name, served.prompts)]
 
 
 def _read(name: str, value: Any, values: dict[str, Any], problems: dict[str, str]) -> None:
     """Read one scalar."""
-    wanted = _INPUTS[name]
+    wanted = INPUTS[name]
     if wanted.datatype == BYTES:
         good, expected = isinstance(value, str), "a string"
     elif wanted.datatype.startswith("INT"):
@@ -300,7 +262,7 @@ def _read_tensor(name: str, tensor: TensorInput, values: dict[str, Any], problem
     for value in listed:
         _read(name, value, values, problems)
     if several and name not in problems:
-        values[_INPUTS[name].field] = tuple(listed)
+        values[INPUTS[name].field] = tuple(listed)
 
 
 def _read_image(tensor: TensorInput, values: dict[str, Any], problems: dict[str, str]) -> None:

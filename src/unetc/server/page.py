@@ -13,11 +13,11 @@ from fastapi import APIRouter
 from starlette.responses import HTMLResponse, Response
 
 from unetc.artifacts.plan import Plan
+from unetc.errors import RequestError
 from unetc.percent import percent
 from unetc.runtime.batching.request import FULL, SampleRequest
 
 from .door import Door
-from .errors import RequestError
 from .health import error_body
 from .service import Level, Served, Service
 

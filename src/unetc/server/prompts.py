@@ -9,10 +9,9 @@ from unetc.artifacts.classes import Classes
 from unetc.call import CLASS_LABELS, TIMESTEP_COND
 from unetc.class_labels import encode_labels
 from unetc.conditions import Conditions
+from unetc.errors import RequestError
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.text import TextEncoder
-
-from .errors import RequestError
 
 _SHOWN = 20
 """Prompts of a bundle that a message lists."""

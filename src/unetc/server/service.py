@@ -19,24 +19,24 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
-from pathlib import PurePath
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from unetc.call import EXTRA_CHANNELS
 from unetc.device import Array
-from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, UnetcError
+from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, RequestError, SessionError, UnetcError
 from unetc.progress import OnProgress, ignore
 from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest
 from unetc.runtime.bundle import Bundle
 
 from .calls import Calls
-from .errors import NotReady, RequestCancelled, RequestError, UnknownModel, problem_of
+from .errors import NotReady, RequestCancelled, UnknownModel, problem_of
 from .image_request import ImageAnswer, ImageRequest, Level
 from .images import Format, encode
 from .metrics import Metrics, Outcome
+from .names import NAME, short_name
 from .prompts import Wanted
 from .running import Running
 from .served import Served
@@ -44,8 +44,6 @@ from .settings import ServerSettings
 
 __all__ = ["ImageAnswer", "ImageRequest", "Level", "Running", "Served", "Service", "State"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Names of served models, which stand in addresses."""
 _HALF = re.compile(r"[\ud800-\udfff]")
 """Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
 _LARGEST_SEED = 2**63 - 1
@@ -101,8 +99,8 @@ class Service:
         models: dict[str, Served] = {}
         for source in settings.bundles:
             bundle = Bundle.open(source.path)
-            name = source.name or _short(bundle.manifest.model.name)
-            if not _NAME.fullmatch(name):
+            name = source.name or short_name(bundle.manifest.model.name)
+            if not NAME.fullmatch(name):
                 raise SessionError(f"{name!r} cannot name a model. Use letters, digits, dots, hyphens and underscores.")
             if name in models:
                 raise SessionError(f"two bundles are called {name}. Name them, as in {name}-2={source.path}.")
@@ -477,8 +475,3 @@ def _at(request: SampleRequest, level: Level) -> SampleRequest:
 def _together(parts: list[SampleRequest]) -> SampleRequest:
     """Return a request as large as all parts, to estimate them."""
     return replace(parts[0], count=len(parts))  # with the guidance and the strength that all parts share
-
-
-def _short(name: str) -> str:
-    """Shorten a model's name, which may be a path or a Hub id, so that answers reveal no folders."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(name).name).strip("-._") or "model"
