@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .analyzer.analysis import AnalysisOptions
     from .analyzer.verify import VerifyOptions
-    from .api import analyze, build, compile, pareto, plan, verify, write_report
+    from .api import analyze, build, compile, export_triton, pareto, plan, verify, write_report
     from .artifacts import Manifest, Plan, Profile, Verification
     from .artifacts.pareto import Pareto
     from .compiler.build import BuildOptions
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .runtime.bundle import Bundle
     from .runtime.session import Session, Step, load
+    from .triton.options import ExportOptions
+    from .triton.repository import Export
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,8 @@ _HOMES = {
     "Bundle": "unetc.runtime.bundle",
     "CompileOptions": "unetc.compiler.tensorrt.options",
     "CompiledEngine": "unetc.compiler.tensorrt.wanted",
+    "Export": "unetc.triton.repository",
+    "ExportOptions": "unetc.triton.options",
     "Lora": "unetc.models.lora",
     "Manifest": "unetc.artifacts",
     "ModelSource": "unetc.models.find",
@@ -65,6 +69,7 @@ _HOMES = {
     "analyze": "unetc.api",
     "build": "unetc.api",
     "compile": "unetc.api",
+    "export_triton": "unetc.api",
     "load": "unetc.runtime.session",
     "pareto": "unetc.api",
     "plan": "unetc.api",
@@ -78,6 +83,8 @@ __all__ = [
     "Bundle",
     "CompileOptions",
     "CompiledEngine",
+    "Export",
+    "ExportOptions",
     "Lora",
     "Manifest",
     "ModelSource",
@@ -98,6 +105,7 @@ __all__ = [
     "analyze",
     "build",
     "compile",
+    "export_triton",
     "load",
     "pareto",
     "plan",

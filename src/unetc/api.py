@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .compiler.tensorrt.wanted import CompiledEngine
     from .models.find import ModelSource
     from .models.model import Model
+    from .triton.options import ExportOptions
+    from .triton.repository import Export
 
 AnyPath = str | Path
 """A path of a file or a folder."""
@@ -199,6 +201,35 @@ def compile(  # the name of the command; the builtin is not used here
     from .compiler.tensorrt.compile_bundle import compile_bundle
 
     return compile_bundle(Path(bundle), options, cache=_cache(cache), on_progress=on_progress)
+
+
+@needed()
+def export_triton(
+    bundle: AnyPath, destination: AnyPath, options: ExportOptions | None = None, *, on_progress: OnProgress = ignore
+) -> Export:
+    """Write a model repository for NVIDIA's Triton Inference Server from a bundle.
+
+        export = unetc.export_triton("bundle/", "repository/")
+        print(export.model, export.bytes_on_disk)
+
+    Args:
+        bundle: Folder of the bundle.
+        destination: Folder of the repository; an earlier export there is replaced. A bad one is refused before any
+            work.
+        options: Where Triton runs the engines, and the name of the model; as the bundle says when not given.
+        on_progress: Called after each engine.
+
+    Returns:
+        The models, with their largest batches, and the bytes of the repository.
+
+    Raises:
+        ArtifactError: If the bundle cannot be read or is damaged, or the repository cannot be written.
+        CompileError: If Triton cannot run the engines on the target.
+    """
+    from .triton.export import export_bundle
+    from .triton.options import ExportOptions
+
+    return export_bundle(Path(bundle), Path(destination), options or ExportOptions(), on_progress=on_progress)
 
 
 @needed()

@@ -36,6 +36,7 @@ def test_every_command_and_option_is_there_with_its_default() -> None:
             "pareto",
             "sample",
             "serve",
+            "export",
             "compile",
             "verify",
             "report",

@@ -19,6 +19,7 @@ BASE = [
     "unetc.cli.output",
     "unetc.cli.summary",
     "unetc.compiler.tensorrt.compile_bundle",
+    "unetc.triton.model",
 ]
 """Modules that work without extras: all imports of `unetc sample` and `unetc compile` except engine libraries."""
 

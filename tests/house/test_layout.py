@@ -32,7 +32,7 @@ GROUND = {
 }
 GROUND |= {"metrics", "models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
 GROUND |= {"treatments"}
-FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers", "server"}
+FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers", "server", "triton"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
 
@@ -65,6 +65,9 @@ LIGHT = (
     "unetc.treatments",
 )
 
+
+HOSTS = {"triton_python_backend_utils"}
+"""Modules that a host process brings, so no package installs them."""
 
 CHECKPOINTS = "unetc.models.openai_checkpoint"
 """The only module that reads pickles, restricted to tensors."""
@@ -168,7 +171,7 @@ def test_every_imported_library_is_declared() -> None:
         f"{path}:{line}: {target}"
         for name, path in modules().items()
         for line, target in imports(name, path)
-        if (library := target.split(".")[0]) not in {*sys.stdlib_module_names, "unetc"}
+        if (library := target.split(".")[0]) not in {*sys.stdlib_module_names, *HOSTS, "unetc"}
         and declared.isdisjoint(
             distribution.lower().replace("_", "-") for distribution in distributions.get(library, [library])
         )

@@ -13,6 +13,7 @@ from .commands.build import build
 from .commands.compile import compile_
 from .commands.demo import demo
 from .commands.doctor import doctor
+from .commands.export import export
 from .commands.inspect import inspect
 from .commands.pareto import pareto
 from .commands.plan import plan
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (analyze, plan, build, pareto, sample, serve, compile_, verify, report, inspect, doctor, demo):
+for command in (analyze, plan, build, pareto, sample, serve, export, compile_, verify, report, inspect, doctor, demo):
     app.command(command.__name__.rstrip("_"))(spliced(command))
 
 
