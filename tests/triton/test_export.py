@@ -64,7 +64,7 @@ def test_engines_batch_as_many_rows_as_the_build_found_best(
         for engine in manifest.level_engines():
             config = config_of(folder, by_graph[engine.graph])
             assert config.max_batch_size == rows * best_batch(engine.batch_ms)
-            assert config.HasField("dynamic_batching")
+            assert config.HasField("dynamic_batching") == (config.max_batch_size > 1)
             assert config.parameters["intra_op_thread_count"].string_value == str(manifest.threads)
             assert [one.kind for one in config.instance_group] == [SCHEMA.ModelInstanceGroup.KIND_CPU]
 

@@ -11,7 +11,6 @@ from tests.triton.server import Refused, Server
 from unetc.artifacts.manifest import MANIFEST, Manifest
 from unetc.errors import CorruptArtifactError
 from unetc.report.pictures import to_pixels
-from unetc.runtime.session import Session
 from unetc.triton.asked import MOST_IMAGES
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -66,30 +65,15 @@ def test_a_seed_is_drawn_and_returned(server: Server) -> None:
     np.testing.assert_array_equal(again["samples"], first["samples"])
 
 
-def test_more_rows_than_an_engine_takes_make_several_calls(server: Server, ladder_bundle: Path) -> None:
-    limits = {name: model.config.max_batch_size for name, model in server.models.items()}
-    for model in server.models.values():
-        model.calls.clear()
-        model.config.max_batch_size = 2
-    graphs = [program._graph for session in sessions(server) for program in session.programs]
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for program in {id(one): one for session in sessions(server) for one in session.programs}.values():
-                patch.setattr(program, "_graph", type(graphs[0])(**fields(program._graph, most_rows=2)))
-            got = server.infer(seed=4, count=5)["samples"]
-    finally:
-        for name, model in server.models.items():
-            model.config.max_batch_size = limits[name]
+def test_more_rows_than_an_engine_takes_make_several_calls(
+    ladder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unetc.triton.export.best_batch", lambda times: 2)
+    unetc.export_triton(ladder_bundle, tmp_path / "r", unetc.ExportOptions(name="m"))
+    server = Server(tmp_path / "r")
+    got = server.infer(seed=4, count=5)["samples"]
     assert {rows for model in server.models.values() for rows in model.calls} == {1, 2}
     np.testing.assert_allclose(got, unetc.load(ladder_bundle).sample(5, seed=4), **CLOSE)
-
-
-def sessions(server: Server) -> list[Session]:
-    return [*server._sampling.sampling._sessions.values()]
-
-
-def fields(graph: object, **others: object) -> dict[str, object]:
-    return {name: getattr(graph, name) for name in ("model", "inputs", "outputs", "most_rows")} | others
 
 
 def test_only_requested_outputs_are_sent(server: Server) -> None:

@@ -59,9 +59,9 @@ class Asked:
         Raises:
             RequestError: If there is one.
         """
-        if not 1 <= max(self.count, len(self.seeds)) <= MOST_IMAGES or self.count < 1:
-            number = max(self.count, len(self.seeds)) if self.count >= 1 else self.count
-            raise RequestError(f"count is {number}. Expected 1 to {MOST_IMAGES} images.", "count")
+        for number in (self.count, len(self.seeds)):
+            if not 1 <= number <= MOST_IMAGES:
+                raise RequestError(f"count is {number}. Expected 1 to {MOST_IMAGES} images.", "count")
         if len(self.seeds) > 1 and self.count > 1:
             raise RequestError("count is given with several seeds, which make one image each. Omit it.", "count")
         for seed in self.seeds:

@@ -52,7 +52,7 @@ class EngineConfig:
                 "output": [self._tensor(one) for one in self.signature.outputs],
                 "version_policy": _ONE_VERSION,
                 "instance_group": ({"count": 1, "kind": self.placement.kind},),
-                **({"dynamic_batching": {}} if self.most_rows else {}),
+                **({"dynamic_batching": {}} if (self.most_rows or 0) > 1 else {}),
                 **self.placement.optimization,
                 "parameters": (threads,) if self.placement.threads else (),
                 "model_warmup": self._warm_up() if self.warm_up else (),
