@@ -26,8 +26,7 @@ def write_loop_bundle(bundle: Bundle, folder: Path, graphs: Mapping[str, ServedG
     Args:
         bundle: The whole bundle.
         folder: Folder to write.
-        graphs: Models by the path of their graph in the bundle: those of all quality levels, the full model's, and
-            those of the decoder and the text encoders, if there are any.
+        graphs: Models by the path of their graph in the bundle, for every path of `graphs_of`.
 
     Raises:
         ArtifactError: If a file cannot be read or written.

@@ -40,7 +40,7 @@ class Export(Artifact, frozen=True, kw_only=True):
     bytes_on_disk: int
     """Bytes of all files besides this one; files that share their content count once."""
     bytes_apart: int
-    """The same where every file counts: what a copy without hard links takes."""
+    """The same where every file counts, as in a copy without hard links."""
 
 
 def check_repository(path: Path) -> None:
@@ -123,7 +123,7 @@ def share_file(first: Path, path: Path) -> None:
 
 
 def sizes_of(root: Path) -> tuple[int, int]:
-    """Add up the bytes of all files: those on the disk, and those of copies without hard links."""
+    """Add up the bytes of all files: on the disk, and in a copy without hard links."""
     found = [path.stat() for path in root.rglob("*") if path.is_file()]
     once = {(one.st_dev, one.st_ino): one.st_size for one in found}
     return sum(once.values()), sum(one.st_size for one in found)

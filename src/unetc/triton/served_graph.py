@@ -1,4 +1,4 @@
-"""What stands for a graph in the loop's bundle: the model of Triton that runs it."""
+"""The loop's bundle names, in place of each graph, the model of Triton that runs it."""
 
 from __future__ import annotations
 
