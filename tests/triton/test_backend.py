@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.batching.levels import LEVELS, STEPS, Levels
 from tests.models import Reuse, tiny_of
 from tests.triton.server import OnnxModel, Server
 from unetc.backend import WEIGHTS, Loader, Program, SerialisedGraph
@@ -103,6 +104,42 @@ def test_random_plans_sample_the_same(
         for backend, (full, *engines) in zip(
             (exporting, open_backend("onnxruntime:cpu", threads=1)), programs, strict=True
         )
+    ]
+    np.testing.assert_allclose(*images, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def levels(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Levels, Levels]:
+    """Levels of a model with prompts, in Triton and in onnxruntime; some of them treat guidance."""
+    tiny = tiny_of("cross-attention", shared)
+    inside = Exporting(tmp_path_factory.mktemp("guided"), most_rows=3)
+    return Levels(tiny, inside), Levels(tiny, open_backend("onnxruntime:cpu", threads=1))
+
+
+@pytest.mark.nightly
+@settings(max_examples=40)
+@given(
+    level=st.sampled_from(LEVELS),
+    scheduler=st.sampled_from(["ddim", "ddpm", "dpmsolver++"]),
+    steps=st.sampled_from(STEPS),
+    batch=st.integers(1, 4),
+    scale=st.sampled_from([1.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_guided_calls_and_halves_of_them_sample_the_same(
+    level: str,
+    scheduler: str,
+    steps: int,
+    batch: int,
+    scale: float,
+    seed: int,
+    levels: tuple[Levels, Levels],
+) -> None:
+    images = [
+        own.opened(scheduler)[level].sample(
+            batch, seed=seed, steps=steps, conditions=own.conditions(batch, seed, scale=scale)
+        )
+        for own in levels
     ]
     np.testing.assert_allclose(*images, rtol=1e-4, atol=1e-5)
 

@@ -67,7 +67,7 @@ class EngineConfig:
         return described if dims else {**described, "reshape": {}}
 
     def _warm_up(self) -> list[dict[str, Any]]:
-        """Call with one row and with as many as possible, so that no client waits for the preparations of a first call."""
+        """Call with one row and with as many as possible, so that no client waits for first calls."""
         types = {one.name: one.data_type for one in self.signature.inputs}
         inputs = [
             {"key": name, "value": {"data_type": types[name], "dims": tuple(shape) or (1,), "zero_data": True}}
