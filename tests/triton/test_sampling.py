@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import unetc
+from tests.house.test_imports import BLOCK
+from tests.house.test_imports import run as run_alone
 from tests.triton.server import Refused, Server
 from unetc.artifacts.manifest import MANIFEST, Manifest
 from unetc.errors import CorruptArtifactError
@@ -131,6 +133,46 @@ def test_a_changed_loop_is_refused(repository: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"tiny-full", b"evil-full"))
     with pytest.raises(CorruptArtifactError, match="has changed since the build"):
         Server(copied)
+
+
+WITHOUT_EXTRAS = """
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from unetc.triton.sampling import SamplingModel
+
+
+def tensor(name, array):
+    return SimpleNamespace(name=name, as_numpy=lambda: array)
+
+
+def request(model_name, requested_output_names, inputs, **others):
+    zeros = [tensor(name, np.zeros_like(inputs[0].as_numpy())) for name in requested_output_names]
+    response = SimpleNamespace(tensors=zeros, has_error=lambda: False)
+    return SimpleNamespace(exec=lambda: response)
+
+
+utilities = SimpleNamespace(
+    Tensor=tensor,
+    InferenceRequest=request,
+    InferenceResponse=lambda output_tensors: output_tensors,
+    PreferredMemory=lambda *memory: memory,
+    TRITONSERVER_MEMORY_CPU=0,
+    get_input_tensor_by_name=lambda request, name: None,
+    get_output_tensor_by_name=lambda response, name: next(one for one in response.tensors if one.name == name),
+)
+model = SamplingModel.open(Path(FOLDER), utilities)
+((images, seed),) = model.execute([SimpleNamespace(requested_output_names=lambda: ["images", "seed"])])
+print(images.as_numpy().shape, images.as_numpy().dtype)
+"""
+
+
+def test_the_loop_runs_in_the_base_installation(repository: Path) -> None:
+    """Engines that predict zeros are enough to run it; onnxruntime, torch and the server's libraries are blocked."""
+    code = WITHOUT_EXTRAS.replace("FOLDER", repr(str(repository / "tiny/1")))
+    assert run_alone(f"{BLOCK}\n{code}") == "(1, 16, 16, 1) uint8\n"
 
 
 @pytest.mark.nightly
