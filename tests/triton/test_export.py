@@ -12,6 +12,8 @@ import pytest
 
 import unetc
 from tests.command import run
+from tests.house.test_imports import BLOCK
+from tests.house.test_imports import run as run_alone
 from tests.triton.schema import SCHEMA, parse
 from tests.triton.server import OnnxModel, Server
 from unetc.artifacts.manifest import MANIFEST, Manifest
@@ -281,6 +283,16 @@ def test_a_graph_that_refers_to_other_files_is_refused(ladder_bundle: Path, tmp_
 def test_a_name_that_is_no_folder_is_refused(name: str, ladder_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot name a model"):
         unetc.export_triton(ladder_bundle, tmp_path / "r", unetc.ExportOptions(name=name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_is_asked_for_where_it_is_missing(ladder_bundle: Path, tmp_path: Path) -> None:
+    code = (
+        f"{BLOCK}\nimport unetc\nfrom unetc.errors import MissingDependency\n"
+        f"try: unetc.export_triton({str(ladder_bundle)!r}, {str(tmp_path / 'r')!r})\n"
+        "except MissingDependency as error: print(error)"
+    )
+    assert run_alone(code) == "this needs onnx: pip install 'unetc[compile]'\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -74,7 +74,7 @@ class EngineConfig:
             for name, shape in self.warm_up.items()
         ]
         return [
-            {"name": f"{rows} rows", "batch_size": rows, "inputs": inputs}
+            {"name": f"batch of {rows}", "batch_size": rows, "inputs": inputs}
             for rows in dict.fromkeys((1, self.most_rows or 1))
         ]
 

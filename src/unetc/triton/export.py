@@ -78,6 +78,7 @@ def export_bundle(path: Path, destination: Path, options: ExportOptions, *, on_p
         ArtifactError: If the bundle cannot be read, or the repository cannot be written.
         CompileError: If Triton cannot run the bundle on the target.
     """
+    _check(options)
     check_repository(destination)
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(path)):
         raise ArtifactError(f"{destination} lies in the bundle {path}. Choose a folder outside of it.")
@@ -86,10 +87,6 @@ def export_bundle(path: Path, destination: Path, options: ExportOptions, *, on_p
     target = options.target or manifest.target
     placement = placement_of(target)
     name = short_name(manifest.model.name) if options.name is None else options.name
-    if not NAME.fullmatch(name):
-        raise ArtifactError(
-            f"{name!r} cannot name a model. Use letters, digits, dots, hyphens and underscores, with --name."
-        )
     models = _models(bundle, name)
     with written_whole(destination) as root:
         _write_engines(root, models, placement, manifest.threads, on_progress)
@@ -110,6 +107,21 @@ def export_bundle(path: Path, destination: Path, options: ExportOptions, *, on_p
         )
         write_file(root / EXPORT, export.to_json())
     return export
+
+
+def _check(options: ExportOptions) -> None:
+    """Refuse bad options before the bundle is read.
+
+    Raises:
+        ArtifactError: If the name is none.
+        CompileError: If Triton has no backend for the target.
+    """
+    if options.target is not None:
+        placement_of(options.target)
+    if options.name is not None and not NAME.fullmatch(options.name):
+        raise ArtifactError(
+            f"{options.name!r} cannot name a model. Use letters, digits, dots, hyphens and underscores, with --name."
+        )
 
 
 def _models(bundle: Bundle, name: str) -> dict[str, _Model]:
