@@ -49,9 +49,13 @@ def test_levels_share_one_model_per_engine(repository: Path, ladder_bundle: Path
     assert "tiny-full" in {one.name for one in export.models}
 
 
-def test_engines_run_under_the_names_types_and_sizes_of_their_configuration(server: Server) -> None:
+def test_engines_run_under_the_names_types_and_sizes_of_their_configuration(
+    server: Server, ladder_bundle: Path
+) -> None:
+    own_size = [*Manifest.load(ladder_bundle / MANIFEST).sample_shape]
     for model in server.models.values():
         assert model.config.model_warmup
+        assert all([*one.inputs["sample"].dims] == own_size for one in model.config.model_warmup)
         model.warm_up()
         assert model.calls == [*dict.fromkeys((1, model.config.max_batch_size))]
         model.calls.clear()
