@@ -27,6 +27,7 @@ WRITTEN = {
     "profile.json",
     "plan.json",
     "gpu.json",
+    "unetc-export.json",
     "adapter_config.json",
 }
 """Files that pages name, and that users, commands or other libraries write."""
