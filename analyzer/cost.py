@@ -16,7 +16,7 @@ from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import tensor_ranges
 from unetc.conditions import UNCONDITIONAL, Conditions
-from unetc.metrics.damage import estimate
+from unetc.metrics.interval import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rows import own_half
 from unetc.timing import MORE, WARMUP, interleaved_ms

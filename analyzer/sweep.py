@@ -27,8 +27,8 @@ from unetc.artifacts.record import Record, read_cached, write_atomically
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ProfileError
-from unetc.metrics.damage import estimate
 from unetc.metrics.distances import relative_l2
+from unetc.metrics.interval import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.trajectory import Trajectory

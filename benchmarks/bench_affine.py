@@ -29,7 +29,8 @@ from unetc.analyzer.sweep import FullTrajectory, Sweep, branches_at, make_bins, 
 from unetc.artifacts.profile import Component
 from unetc.backend import Array, Backend
 from unetc.cli.output import progress
-from unetc.compiler.graph.gated import GatedGraph, emit, gates_of
+from unetc.compiler.graph.gate import gates_of
+from unetc.compiler.graph.gated import GatedGraph, emit
 from unetc.compiler.graph.nodes import add_name
 from unetc.compiler.graph.weights import serialise
 from unetc.compiler.prepare import prepare

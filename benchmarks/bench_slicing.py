@@ -25,7 +25,8 @@ from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import DOMAIN, SerialisedGraph
 from unetc.compiler.graph import group_norm
-from unetc.compiler.graph.gated import OPSET, GatedGraph
+from unetc.compiler.graph.gate import OPSET
+from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import serialise
 from unetc.environment import describe

@@ -15,7 +15,8 @@ from unetc.artifacts.record import write_atomically
 from unetc.compiler.graph.capture import Capture, capture
 from unetc.compiler.graph.decoder import export_decoder
 from unetc.compiler.graph.encoder import export_encoder
-from unetc.compiler.graph.gated import OPSET, GatedGraph, open_or_build
+from unetc.compiler.graph.gate import OPSET
+from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.errors import ArtifactError
 from unetc.models.model import Model
 from unetc.progress import OnProgress, Progress, ignore

@@ -24,9 +24,10 @@ from unetc.artifacts import Phase
 from unetc.artifacts.call_input import SAMPLE
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.call import TIMESTEP
-from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
+from unetc.compiler.graph.capture import Capture, capture
 from unetc.compiler.graph.denoisers.denoiser import denoiser_of
 from unetc.compiler.graph.denoisers.inputs import Input
+from unetc.compiler.graph.gate import GATES, MEANS
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions

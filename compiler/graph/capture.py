@@ -20,10 +20,8 @@ from unetc.compiler.graph.denoisers.inputs import Input
 from unetc.errors import ModelError
 
 from .components import Site, discover
-from .gate import gate
-
-GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
-"""Names of the graph's additional inputs and of its output."""
+from .gate import GATES, MEANS
+from .torch_gate import gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,4 +153,4 @@ def _origin(node: fx.Node) -> dict[str, Any]:
     return {"nn_module_stack": node.meta["nn_module_stack"]} if "nn_module_stack" in node.meta else {}
 
 
-__all__ = ["GATES", "MEANS", "OUTPUT", "Capture", "capture", "gate"]
+__all__ = ["Capture", "capture", "gate"]

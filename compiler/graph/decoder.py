@@ -12,7 +12,8 @@ from unetc.errors import CompileError
 from unetc.models.latent_decoder import LatentDecoder
 
 from . import group_norm
-from .gated import OPSET, quietly
+from .export import quietly
+from .gate import OPSET
 from .size_names import name_sizes
 
 IMAGE = "image"

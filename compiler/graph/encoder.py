@@ -14,7 +14,8 @@ from unetc.models.vae import CHANNELS
 from unetc.runtime.encoder import IMAGE
 
 from . import group_norm
-from .gated import OPSET, quietly
+from .export import quietly
+from .gate import OPSET
 from .size_names import name_sizes
 
 

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from unetc.artifacts.profile import Component
 
-from .gated import GatedGraph, gates_of, is_gate
+from .gate import gates_of, is_gate
+from .gated import GatedGraph
 from .size_arithmetic import compute
 
 

@@ -1,4 +1,4 @@
-"""The gate: one operator, defined once for torch and once for ONNX.
+"""The gate: one operator, defined here for ONNX and in `torch_gate.py` for torch.
 
     gate(branch, gates, means)[b] = gates[b, index, KEEP] * branch[b] + gates[b, index, MEAN] * means[offset : offset +
     channels]
@@ -10,16 +10,12 @@ can fuse it away before `specialise` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from unetc.artifacts.profile import Component
 from unetc.backend import DOMAIN
@@ -29,6 +25,12 @@ OPERATOR = "Gate"
 KEEP, MEAN = 0, 1
 """Columns of the gate input; `unetc.treatments` holds the row of each treatment."""
 
+GATES, MEANS, OUTPUT = "gates", "means", "out_sample"
+"""Names of a gated graph's additional inputs and of its output."""
+
+OPSET = 23
+"""Includes Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""
+
 
 def gate_values(components: Sequence[Component], treatments: Mapping[str, Treatment]) -> NDArray[np.float32]:
     """Encode an assignment as one sample's gates, [component, 2]; unnamed components are kept."""
@@ -36,21 +38,7 @@ def gate_values(components: Sequence[Component], treatments: Mapping[str, Treatm
     return np.array(rows, dtype=np.float32).reshape(len(components), 2)
 
 
-@torch.library.custom_op("unetc::gate", mutates_args=())
-def gate(branch: Tensor, gates: Tensor, means: Tensor, index: int, offset: int, axis: int) -> Tensor:
-    """Gate a branch [batch, ...]; see the module docstring."""
-    per_sample = [-1] + [1] * (branch.ndim - 1)
-    per_channel = [branch.shape[i] if i == axis else 1 for i in range(branch.ndim)]
-    mean = means[offset : offset + branch.shape[axis]].reshape(per_channel)
-    return branch * gates[:, index, KEEP].reshape(per_sample) + mean * gates[:, index, MEAN].reshape(per_sample)
-
-
-@gate.register_fake
-def _(branch: Tensor, gates: Tensor, means: Tensor, index: int, offset: int, axis: int) -> Tensor:
-    return torch.empty_like(branch)
-
-
-def _register_schema() -> onnxscript.values.Opset:
+def _register_schema() -> None:
     """Register the ONNX operator with the exporter and the checker of this process."""
     schema = onnx.defs.OpSchema
     if not onnx.defs.has(OPERATOR, DOMAIN):
@@ -68,29 +56,9 @@ def _register_schema() -> onnxscript.values.Opset:
                 ],
             )
         )
-    return onnxscript.values.Opset(DOMAIN, 1)
 
 
-_OPSET = _register_schema()
-
-
-def to_onnx(branch: Any, gates: Any, means: Any, index: int, offset: int, axis: int) -> Any:
-    """Translate the torch operator during ONNX export; all numbers become attributes."""
-    rank, channels = len(branch.shape), int(branch.shape[axis])
-    return _OPSET.Gate(
-        branch,
-        gates,
-        means,
-        index=[index],
-        begin=[offset],
-        end=[offset + channels],
-        per_sample=[-1] + [1] * (rank - 1),
-        per_channel=[-1 if i == axis else 1 for i in range(rank)],
-    )
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.unetc.gate.default: to_onnx}
-"""Translations for `torch.onnx.export`."""
+_register_schema()
 
 _BODY = """
 <opset_import: ["" : {opset}], domain: "unetc">
@@ -117,3 +85,13 @@ Gate <index, begin, end, per_sample, per_channel> (branch, gates, means) => (gat
 def onnx_function(opset: int) -> ir.Function:
     """Define the gate in standard ONNX operators, so that any runtime can run a gated graph."""
     return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY.format(opset=opset)))
+
+
+def is_gate(node: ir.Node) -> bool:
+    """Check whether a node is a gate."""
+    return node.op_type == OPERATOR and node.domain == DOMAIN
+
+
+def gates_of(graph: ir.Graph) -> dict[int, ir.Node]:
+    """Map the index of every component to its gate."""
+    return {node.attributes["index"].as_ints()[0]: node for node in graph if is_gate(node)}

@@ -7,37 +7,30 @@ file. It is a safetensors file, and the ONNX external-data records point into it
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-import torch
 
-from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
 from unetc.artifacts.sizes import SampleSizes
-from unetc.backend import DOMAIN, WEIGHTS, SerialisedGraph
-from unetc.errors import ArtifactError, CompileError
+from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.errors import ArtifactError
 from unetc.treatments import COMPUTED, HELD
 
-from . import group_norm
-from .capture import GATES, MEANS, OUTPUT, Capture
-from .gate import OPERATOR, TRANSLATIONS, onnx_function
-from .nodes import add_integers, add_name, add_node, add_reshape
-from .size_names import name_sizes
+from .gate import GATES, gates_of
+from .nodes import add_integers, add_name, add_node, add_reshape, input_of, shape_of
 from .weights import externalise, serialise
 
-OPSET = 23
-"""Includes Attention, GroupNormalization and RMSNormalization as operators; older opsets need ten nodes for each."""
+if TYPE_CHECKING:
+    from .capture import Capture
 
 HOLDS = "holds"
 """Input of a remembering graph, [batch, component]: 1 where the given tensor replaces the branch."""
@@ -110,7 +103,7 @@ class GatedGraph:
         `computed.INDEX` is always the branch that the graph itself computes.
         """
         model = self.model.clone()
-        rows, components, _ = _shape(_input(model, GATES))
+        rows, components, _ = shape_of(input_of(model.graph, GATES))
         holds = ir.val(HOLDS, dtype=ir.DataType.FLOAT, shape=ir.Shape([rows, components]))
         model.graph.inputs.append(holds)
         gates = gates_of(model.graph)
@@ -133,7 +126,9 @@ class GatedGraph:
             CompileError: If the export fails.
             ArtifactError: If the folder cannot be written.
         """
-        model = _export(capture)
+        from .export import export  # needs torch, which a machine that only measures does not have
+
+        model = export(capture)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -185,16 +180,6 @@ class GatedGraph:
         )
 
 
-def is_gate(node: ir.Node) -> bool:
-    """Check whether a node is a gate."""
-    return node.op_type == OPERATOR and node.domain == DOMAIN
-
-
-def gates_of(graph: ir.Graph) -> dict[int, ir.Node]:
-    """Map the index of every component to its gate."""
-    return {node.attributes["index"].as_ints()[0]: node for node in graph if is_gate(node)}
-
-
 def emit(graph: ir.Graph, gate: ir.Node, component: Component) -> None:
     """Make the branch of a component an output of the graph."""
     branch = gate.inputs[0]
@@ -224,70 +209,6 @@ def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
         return GatedGraph.build(capture(), folder)
 
 
-def _export(capture: Capture) -> ir.Model:
-    try:
-        with quietly():
-            program = torch.onnx.export(
-                capture.program,
-                dynamo=True,
-                optimize=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[*capture.inputs, GATES, MEANS],
-                output_names=[OUTPUT],
-                custom_translation_table=TRANSLATIONS,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise CompileError(f"ONNX export failed: {str(error).splitlines()[0]}.") from error
-    assert program is not None
-    model = program.model
-    gates = sum(1 for node in model.graph if is_gate(node))
-    if gates != len(capture.components):
-        raise CompileError(
-            f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report the model."
-        )
-    common.ClearMetadataAndDocStringPass()(model)
-    for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
-        value.metadata_props.clear()
-    name_sizes(model.graph, SAMPLE)
-    batch, _, height, width = _shape(_input(model, SAMPLE))
-    prediction = model.graph.outputs[0]
-    prediction.shape = ir.Shape([batch, _shape(prediction)[1], height, width])
-    # the exporter assumes that gates and means may have any size
-    _input(model, GATES).shape = ir.Shape([batch, len(capture.components), 2])
-    _input(model, MEANS).shape = ir.Shape([sum(component.channels for component in capture.components)])
-    model.functions.clear()
-    function = onnx_function(OPSET)
-    model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = 1
-    group_norm.from_onnx(model)
-    model.producer_name, model.producer_version = "unetc", ""
-    return model
-
-
-def _input(model: ir.Model, name: str) -> ir.Value:
-    return next(value for value in model.graph.inputs if value.name == name)
-
-
-def _shape(value: ir.Value) -> ir.Shape:
-    assert value.shape is not None
-    return value.shape
-
-
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silence the exporter's warnings about libraries that are not needed here."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

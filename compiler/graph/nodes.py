@@ -107,3 +107,14 @@ class Expression:
 
     def _with(self, operator: str, other: Expression) -> Expression:
         return Expression(self.graph, add_node(self.graph, operator, [self.value, other.value]))
+
+
+def input_of(graph: ir.Graph, name: str) -> ir.Value:
+    """Return the input of a graph with a name."""
+    return next(value for value in graph.inputs if value.name == name)
+
+
+def shape_of(value: ir.Value) -> ir.Shape:
+    """Return the shape of a value, which must have one."""
+    assert value.shape is not None
+    return value.shape

@@ -23,8 +23,8 @@ from unetc.backend import SerialisedGraph
 from unetc.errors import CompileError
 from unetc.treatments import EARLIER, EXTRAPOLATION, HELD, Recall, Treatment
 
-from .capture import GATES, MEANS, OUTPUT
-from .gated import GatedGraph, emit, gates_of, is_gate
+from .gate import GATES, MEANS, OUTPUT, gates_of, is_gate
+from .gated import GatedGraph, emit
 from .nodes import Expression, add_initializer, add_name, add_repeated, add_reshape
 from .slicing import slice_constants
 from .weights import serialise

@@ -12,7 +12,8 @@ from unetc.errors import CompileError, brief
 from unetc.models.text_graphs import TextPart
 from unetc.runtime.text import TOKENS
 
-from .gated import OPSET, quietly
+from .export import quietly
+from .gate import OPSET
 from .weights import externalise
 
 STATES, POOLED = "states", "pooled"

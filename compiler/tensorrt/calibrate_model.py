@@ -11,8 +11,7 @@ import numpy as np
 from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.record import MAX_JSON_BYTES, read_cached, write_atomically
 from unetc.compiler.engines import compile_full
-from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.overflow import LIMIT, overflowing
 from unetc.compiler.prepare import Prepared

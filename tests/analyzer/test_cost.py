@@ -20,7 +20,8 @@ from unetc.artifacts.profile import Component, Estimate
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import DOMAIN, Array, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.forms import removals_of
-from unetc.compiler.graph.gated import OPSET, GatedGraph
+from unetc.compiler.graph.gate import OPSET
+from unetc.compiler.graph.gated import GatedGraph
 from unetc.device import HOST, Device
 from unetc.progress import Progress, ignore
 

@@ -18,7 +18,8 @@ from unetc.artifacts.profile import Bin, Component, Estimate, ModelReference, Pr
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import DOMAIN, SerialisedGraph
 from unetc.compiler.engines import compile_engines
-from unetc.compiler.graph.gated import OPSET, GatedGraph
+from unetc.compiler.graph.gate import OPSET
+from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.errors import CompileError, PlanError
 from unetc.runtime.backends.registry import open_backend

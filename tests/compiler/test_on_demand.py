@@ -28,8 +28,7 @@ from unetc.artifacts.profile import Profile
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.compiler.build import BuildOptions
 from unetc.compiler.build import build as build_bundle
-from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import HOLDS, GatedGraph
 from unetc.compiler.graph.lowering import lower_graphs
 from unetc.compiler.graph.specialise import specialise

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tests.models import relative_error
 from unetc.backend import Array, SerialisedGraph
 from unetc.compiler.graph import group_norm
-from unetc.compiler.graph.gated import OPSET, quietly
+from unetc.compiler.graph.export import quietly
+from unetc.compiler.graph.gate import OPSET
 from unetc.compiler.graph.lowering import lower_graph
 from unetc.precision import Precision
 from unetc.runtime.backends.registry import open_backend

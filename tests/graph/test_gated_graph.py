@@ -22,8 +22,8 @@ from unetc.artifacts.profile import STEP, Component
 from unetc.backend import Array
 from unetc.compiler.graph import gated as gated_module
 from unetc.compiler.graph import weights as weights_module
-from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.capture import Capture, capture
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import tensor_ranges

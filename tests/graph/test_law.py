@@ -23,8 +23,7 @@ from torch import fx
 from tests.models import ARCHITECTURES, Tiny, relative_error, tiny_of
 from unetc.artifacts.profile import STEP
 from unetc.backend import DOMAIN, GROUP_NORM, Array, SerialisedGraph
-from unetc.compiler.graph.capture import GATES, MEANS, OUTPUT
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gate import GATES, MEANS, OUTPUT, gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.treatments import Treatment

@@ -23,8 +23,7 @@ from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array, Program, SerialisedGraph
 from unetc.call import TIMESTEP
-from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions

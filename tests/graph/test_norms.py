@@ -14,9 +14,9 @@ import torch
 
 from tests.models import ARCHITECTURES, condition_well, relative_error
 from unetc.backend import Array
-from unetc.compiler.graph.capture import GATES, MEANS, capture
+from unetc.compiler.graph.capture import capture
 from unetc.compiler.graph.denoisers.denoiser import denoiser_of
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.registry import open_backend

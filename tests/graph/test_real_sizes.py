@@ -20,8 +20,8 @@ from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP
-from unetc.compiler.graph.capture import GATES, MEANS, Capture, capture
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.capture import Capture, capture
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.registry import open_backend

@@ -19,9 +19,8 @@ from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import DOMAIN, GROUP_NORM, Array, SerialisedGraph
 from unetc.compiler.graph import group_norm
-from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.gate import gate_values, onnx_function
-from unetc.compiler.graph.gated import OPSET, GatedGraph
+from unetc.compiler.graph.gate import GATES, MEANS, OPSET, gate_values, onnx_function
+from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.slicing import PARTIAL
 from unetc.compiler.graph.specialise import specialise
 from unetc.runtime.backends.registry import Memory, open_backend

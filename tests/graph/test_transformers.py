@@ -23,8 +23,8 @@ from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
 from unetc.backend import Array
 from unetc.call import TIMESTEP
-from unetc.compiler.graph.capture import GATES, MEANS, capture
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.capture import capture
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.schedulers.extract import extract_all

@@ -18,8 +18,10 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 import unetc.models
 from unetc.backend import Array
 from unetc.errors import ShapeMismatch
-from unetc.metrics.damage import estimate, measure_damage
-from unetc.metrics.distances import PSNR_CAP_DB, psnr, relative_l2, ssim
+from unetc.metrics.damage import measure_damage
+from unetc.metrics.distances import PSNR_CAP_DB, psnr, relative_l2
+from unetc.metrics.interval import estimate
+from unetc.metrics.ssim import ssim
 
 CLASSIFIER = Path(unetc.models.__file__).parent / "digits/classifier/model.safetensors"
 

@@ -22,8 +22,7 @@ from tests.stand_ins import tensorrt_on_cpu
 from tests.stand_ins.tensorrt_on_cpu import CpuTensorRt
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.backend import Array, Backend, Program, SerialisedGraph
-from unetc.compiler.graph.capture import GATES, MEANS
-from unetc.compiler.graph.gate import gate_values
+from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import HOLDS
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.measured_calls import MeasuredCalls

@@ -15,7 +15,7 @@ from onnx import parser
 
 from tests.models import relative_error
 from unetc.backend import DOMAIN, Array, SerialisedGraph
-from unetc.compiler.graph.gated import OPSET
+from unetc.compiler.graph.gate import OPSET
 from unetc.compiler.graph.group_norm import definition
 from unetc.errors import SessionError
 from unetc.runtime.backends.registry import open_backend

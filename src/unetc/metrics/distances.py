@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unetc.backend import Array
 from unetc.errors import ShapeMismatch
@@ -15,9 +13,6 @@ VALUE_RANGE = 2.0
 
 PSNR_CAP_DB = 100.0
 """PSNR reported for equal images, because a mean over infinity would be useless."""
-
-WINDOW = 11
-"""Height and width of the SSIM window, in pixels; images must be at least this large."""
 
 
 def relative_l2(reference: Array, candidate: Array) -> NDArray[np.float64]:
@@ -58,41 +53,20 @@ def psnr(reference: Array, candidate: Array) -> NDArray[np.float64]:
     return result
 
 
-def ssim(reference: Array, candidate: Array) -> NDArray[np.float64]:
-    """Measure the structural similarity.
-
-    Args:
-        reference: Samples of the full model, [batch, channel, height, width].
-        candidate: Samples to compare, same shape.
-
-    Returns:
-        [batch], dimensionless, at most 1; 1 means identical.
+def require_equal(reference: Array, candidate: Array) -> None:
+    """Refuse to compare samples of different shapes.
 
     Raises:
-        ShapeMismatch: If the shapes differ, or the images are smaller than the window.
-
-    Source:
-        Wang et al. 2004, eq. (13), as computed by torchmetrics with a Gaussian window of 11 pixels.
+        ShapeMismatch: If the shapes differ.
     """
-    _flat(candidate, reference)
-    if min(reference.shape[2:]) < WINDOW:
+    if reference.shape != candidate.shape:
         raise ShapeMismatch(
-            f"cannot compare samples of shape {reference.shape} by SSIM. Expected at least {WINDOW}x{WINDOW} pixels."
+            f"cannot compare samples of shape {candidate.shape} with {reference.shape}. Expected equal shapes."
         )
-    values = structural_similarity_index_measure(
-        torch.from_numpy(np.ascontiguousarray(candidate)),
-        torch.from_numpy(np.ascontiguousarray(reference)),
-        reduction="none",
-        data_range=VALUE_RANGE,
-    )
-    assert isinstance(values, torch.Tensor)
-    return values.double().reshape(len(reference)).numpy()
 
 
 def _flat(samples: Array, minus: Array | None = None) -> NDArray[np.float64]:
-    if minus is not None and samples.shape != minus.shape:
-        raise ShapeMismatch(
-            f"cannot compare samples of shape {samples.shape} with {minus.shape}. Expected equal shapes."
-        )
+    if minus is not None:
+        require_equal(minus, samples)
     flat = samples.reshape(len(samples), -1).astype(np.float64)
     return flat if minus is None else flat - minus.reshape(len(minus), -1)
