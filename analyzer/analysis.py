@@ -14,23 +14,23 @@ import msgspec
 import unetc
 from unetc.artifacts.profile import ImageSource, ModelReference, Profile, with_guidance
 from unetc.artifacts.record import read_cached, write_atomically
-from unetc.backend import Backend
 from unetc.compiler.graph.forms import removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
 from unetc.conditions import UNCONDITIONAL, Conditions, check_scale
 from unetc.environment import cores
 from unetc.errors import ProfileError
+from unetc.jobs import Advance, Workers, run_one
 from unetc.progress import OnProgress, Progress, ignore
-from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable
 
 from .ablation import entry_of, select
-from .cost import Costs, forms_of, measure_costs, predict_timing
-from .denoiser import FirstCall, GatedDenoiser
+from .bench import Bench, TryCall
+from .cost import Costs, MeasureCosts, forms_of, predict_timing
+from .denoiser import FirstCall
 from .duration import entries_of, predict_duration
 from .screen import choose, estimate_rest, run_screen
-from .sweep import FullTrajectory, Sweep, Swept, make_bins, run_base, run_sweep, sweep_calls
+from .sweep import Course, Outline, RunBase, SharedCourse, Swept, make_bins, run_sweep, sweep_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def analyze(
     gated: GatedGraph,
     reference: ModelReference,
     table: SchedulerTable,
-    backend: Backend,
+    workers: Workers[Bench],
     *,
     sample_shape: tuple[int, int, int],
     conditions: Conditions = UNCONDITIONAL,
@@ -117,7 +117,7 @@ def analyze(
         gated: The denoiser's gated graph.
         reference: The model.
         table: The scheduler of `options.scheduler` at `options.steps`.
-        backend: The target, opened.
+        workers: Who measures; their benches have this graph, these conditions and the target.
         sample_shape: [channel, height, width].
         conditions: Conditions of the samples: sample k gets row k, modulo the number of rows.
         prompts: The conditions in words, and more prompts that are kept for `verify`.
@@ -130,14 +130,15 @@ def analyze(
     Raises:
         ArtifactError: If `work` cannot be written.
         ProfileError: If the full model produces NaN or infinity, or a pattern matches no component.
+        WorkerError: If workers fail.
     """
     deadline = time.monotonic() + options.time_limit_s
     components = with_guidance(gated.components) if conditions.paired else gated.components
     ablated = select(components, options.components)
-    denoiser = GatedDenoiser(gated, backend, conditions.take(range(options.samples)), table.prediction_type)
-    first = denoiser.try_call(initial_noise(0, range(options.batch), sample_shape), float(table.timesteps[0]))
-    sweep = Sweep(
-        denoiser=denoiser,
+    first = workers.run_alone(
+        TryCall(batch=options.batch, sample_shape=sample_shape, timestep=float(table.timesteps[0]))
+    )
+    outline = Outline(
         components=components,
         ablated=ablated,
         table=table,
@@ -149,10 +150,11 @@ def analyze(
     )
     timing = _Timing(forms=len(forms_of(ablated, removals_of(gated, sample_shape))), first=first, options=options)
     numbers = (options.target, options.threads, options.batch, options.rounds)
-    timed = work / _key("cost", *numbers, conditions.shapes(), tuple(one.name for one in ablated))
+    names = tuple(one.name for one in ablated)
+    timed = work / _key("cost", workers.machine, *numbers, conditions.shapes(), names)
     costs = _read_costs(timed, timing.files)
     duration = predict_duration(
-        sweep,
+        outline,
         screened=options.screens,
         decisive=options.decisive,
         limit_s=deadline - time.monotonic(),
@@ -162,21 +164,16 @@ def analyze(
     )
     on_progress(Progress(stage="timing", done=0, total=len(ablated), note=str(duration)))
     if costs is None:
-        costs = measure_costs(
-            gated,
-            ablated,
-            backend,
-            conditions=conditions,
-            batch=options.batch,
-            sample_shape=sample_shape,
-            rounds=timing.rounds,
-            on_progress=on_progress,
+        costs = workers.run_alone(
+            MeasureCosts(components=ablated, batch=options.batch, sample_shape=sample_shape, rounds=timing.rounds),
+            _reporter("timing", len(ablated), on_progress),
         )
         write_atomically(timed / timing.files[-1], msgspec.json.encode(costs))
-    base = run_base(sweep, on_progress)
+    base = run_one(workers, RunBase(outline=outline), _reporter("full model", table.steps, on_progress))
     drawn = (options.steps, options.samples, options.bins, options.seed)
-    folder = work / _key("damage", options.scheduler, options.target, *drawn, conditions.sha256())
-    swept, calls, notes = _damages(sweep, base, costs, options, deadline, folder, on_progress)
+    folder = work / _key("damage", workers.machine, options.scheduler, options.target, *drawn, conditions.sha256())
+    course = workers.sharing(SharedCourse(outline=outline, base=base))
+    swept, calls, notes = _damages(course, outline, costs, options, deadline, folder, on_progress)
     return Profile(
         unetc=unetc.__version__,
         model=reference,
@@ -185,17 +182,18 @@ def analyze(
         samples=options.samples,
         seed=options.seed,
         target=options.target,
+        timed_on=workers.machine,
         threads=options.threads,
         batch=options.batch,
         sample_shape=sample_shape,
         prompts=prompts,
         images=images or msgspec.UNSET,
-        notes=(*conditions.notes, *notes) or msgspec.UNSET,
+        notes=(*conditions.notes, *workers.notes, *notes) or msgspec.UNSET,
         used_prompts=conditions.rows or 0,
         guidance_scale=conditions.scale,
         control_images=msgspec.UNSET if conditions.control is None else conditions.control.measured,
         components=components,
-        bins=sweep.bins,
+        bins=outline.bins,
         full_ms=costs.full_ms,
         full_bytes=costs.full_bytes,
         costs=costs.costs,
@@ -238,8 +236,8 @@ class _Timing:
 
 
 def _damages(
-    sweep: Sweep,
-    base: FullTrajectory,
+    workers: Workers[Course],
+    outline: Outline,
     costs: Costs,
     options: AnalysisOptions,
     deadline: float,
@@ -248,12 +246,12 @@ def _damages(
 ) -> tuple[Swept, float, tuple[str, ...]]:
     """Screen all ablations and carry the decisive ones to the final output; count calls per sample, and take notes."""
     if not options.screens:
-        everything = entries_of(sweep)
-        return run_sweep(sweep, base, everything, folder, on_progress), sweep_calls(sweep, everything), ()
-    screen = run_screen(sweep, base, folder, on_progress, deadline=deadline)
+        everything = entries_of(outline)
+        return run_sweep(workers, outline, everything, folder, on_progress), sweep_calls(outline, everything), ()
+    screen = run_screen(workers, outline, folder, on_progress, deadline=deadline)
     chosen = choose(screen, costs.costs, costs.full_ms.mean, options.decisive)
-    measured = run_sweep(sweep, base, chosen, folder, on_progress, deadline=deadline)
-    calls = screen.calls + sweep_calls(sweep, [entry_of(one) for one in measured.all])
+    measured = run_sweep(workers, outline, chosen, folder, on_progress, deadline=deadline)
+    calls = screen.calls + sweep_calls(outline, [entry_of(one) for one in measured.all])
     effects = measured.effects + estimate_rest(screen, measured.effects, measured.non_finite)
     notes = () if screen.complete else (_CUT_SHORT,)
     return Swept(effects=effects, non_finite=measured.non_finite + screen.non_finite), calls, notes
@@ -271,5 +269,10 @@ def _read_costs(folder: Path, files: Iterable[str]) -> Costs | None:
     return next((costs for costs in found if costs is not None), None)
 
 
+def _reporter(stage: str, total: int, on_progress: OnProgress) -> Advance:
+    return lambda done: on_progress(Progress(stage=stage, done=done, total=total))
+
+
 def _key(what: str, *values: object) -> str:
-    return f"{what}-{hashlib.sha256(repr(values).encode()).hexdigest()[:16]}"
+    """Name a folder of results by all that they depend on, apart from the model: `work` belongs to one."""
+    return f"{what}-{hashlib.sha256(repr((unetc.__version__, *values)).encode()).hexdigest()[:16]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,13 +15,16 @@ from unetc.backend import Backend
 from unetc.compiler.graph.forms import Removal, removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
-from unetc.compiler.graph.weights import tensor_ranges
+from unetc.compiler.graph.weights import tensor_sizes
 from unetc.conditions import UNCONDITIONAL, Conditions
+from unetc.jobs import Advance
 from unetc.metrics.interval import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rows import own_half
 from unetc.timing import MORE, WARMUP, interleaved_ms
 from unetc.treatments import Treatment
+
+from .bench import Bench
 
 _SECONDS = 4.0
 """Seconds of timed calls of a pair after which a part of the rounds is enough."""
@@ -32,6 +36,30 @@ class Costs(Record, frozen=True, kw_only=True):
     full_ms: Estimate
     full_bytes: int
     costs: tuple[Cost, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureCosts:
+    """The job of the timing; see `measure_costs`."""
+
+    components: Sequence[Component]
+    batch: int
+    sample_shape: tuple[int, int, int]
+    rounds: int
+    name: str = "the timing"
+
+    def run(self, bench: Bench, advance: Advance) -> Costs:
+        """Time the components."""
+        return measure_costs(
+            bench.gated,
+            self.components,
+            bench.backend,
+            conditions=bench.conditions,
+            batch=self.batch,
+            sample_shape=self.sample_shape,
+            rounds=self.rounds,
+            on_progress=lambda progress: advance(progress.done),
+        )
 
 
 def measure_costs(
@@ -67,14 +95,14 @@ def measure_costs(
         components are not counted as freed.
     """
     no_means = np.zeros(gated.channels, dtype=np.float32)
-    loader = backend.open_weights(gated.weights.read_bytes())
-    ranges = {name: end - begin for name, (begin, end) in tensor_ranges(gated.weights).items()}
+    weights = gated.read_weights()
+    loader, sizes = backend.open_weights(weights), tensor_sizes(weights)
     sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
     device = backend.device
     inputs = conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)
     output = device.empty((len(inputs["sample"]), gated.predicted_channels, *sample_shape[1:]))
     full_engine = specialise(gated, {}, no_means)
-    full_bytes = sum(ranges[name] for name in full_engine.weights)
+    full_bytes = sum(sizes[name] for name in full_engine.weights)
     full = partial(loader.load(full_engine), inputs, output)
 
     def without(component: Component) -> Callable[[], object]:
@@ -97,7 +125,7 @@ def measure_costs(
         Cost(
             component=one.name,
             saved_ms=_around_median(full_ms.mean * shares[one.name]),
-            freed_bytes=sum(ranges.get(name, 0) for name in removals[one.name].weights) if one.name in removals else 0,
+            freed_bytes=sum(sizes.get(name, 0) for name in removals[one.name].weights) if one.name in removals else 0,
         )
         for one in components
     )

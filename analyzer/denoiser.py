@@ -58,7 +58,7 @@ class GatedDenoiser:
         self._device = backend.device
         self.prediction_type = prediction_type
         """How the denoised sample follows from a prediction; None if it is never reused."""
-        self._forms = _Forms(gated, backend.open_weights(gated.weights.read_bytes()))
+        self._forms = _Forms(gated, backend.open_weights(gated.read_weights()))
         self._no_means = np.zeros(gated.channels, dtype=np.float32)
 
     def of_first(self, samples: int) -> GatedDenoiser:

@@ -10,7 +10,7 @@ from unetc.artifacts.profile import GUIDANCE
 
 from .ablation import Ablation, ablations_of
 from .screen import screen_calls
-from .sweep import Sweep, sweep_calls
+from .sweep import Outline, sweep_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +33,18 @@ class Duration:
         return f"about {_in_words(self.seconds)}: {', '.join(parts)}"
 
 
-def entries_of(sweep: Sweep) -> tuple[tuple[Ablation, int], ...]:
+def entries_of(outline: Outline) -> tuple[tuple[Ablation, int], ...]:
     """List all ablations, each with every bin where it treats a step."""
     return tuple(
         (ablation, b)
-        for ablation in ablations_of(sweep.ablated, denoises=sweep.denoises)
-        for b in range(len(sweep.bins))
-        if any(map(ablation.periodic.treats, sweep.steps_of(b)))
+        for ablation in ablations_of(outline.ablated, denoises=outline.denoises)
+        for b in range(len(outline.bins))
+        if any(map(ablation.periodic.treats, outline.steps_of(b)))
     )
 
 
 def predict_duration(
-    sweep: Sweep,
+    outline: Outline,
     *,
     screened: bool,
     decisive: int | None,
@@ -56,7 +56,7 @@ def predict_duration(
     """Predict the duration of an analysis.
 
     Args:
-        sweep: The ablations and trajectories.
+        outline: The ablations and trajectories.
         screened: Whether local errors are measured.
         decisive: Ablations of every bin that are carried to the final output; all when None. They are not chosen yet,
             so each counts as an average one of its bin.
@@ -65,19 +65,19 @@ def predict_duration(
         forms: Number of forms of components to time.
         timing_s: Seconds that this takes.
     """
-    calls, ablations = screen_calls(sweep) if screened else 0.0, 0
-    for b in range(len(sweep.bins)):
-        own = [entry for entry in entries_of(sweep) if entry[1] == b]
+    calls, ablations = screen_calls(outline) if screened else 0.0, 0
+    for b in range(len(outline.bins)):
+        own = [entry for entry in entries_of(outline) if entry[1] == b]
         always = decisive is not None and decisive > 0 and any(entry.component == GUIDANCE for entry, _ in own)
         count = len(own) if decisive is None else min(decisive + always, len(own))
-        calls += count * float(np.mean([sweep_calls(sweep, [entry]) for entry in own]))
+        calls += count * float(np.mean([sweep_calls(outline, [entry]) for entry in own]))
         ablations += count
-    call_s = sample_ms / 1000 * sweep.samples
-    always_s = timing_s + 2 * sweep.table.steps * call_s
+    call_s = sample_ms / 1000 * outline.samples
+    always_s = timing_s + 2 * outline.table.steps * call_s
     return Duration(
         seconds=always_s + min(calls * call_s, max(0.0, limit_s - always_s)),
         forms=forms,
-        probes=len(entries_of(sweep)) if screened else 0,
+        probes=len(entries_of(outline)) if screened else 0,
         ablations=ablations,
     )
 

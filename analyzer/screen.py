@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from unetc.artifacts.profile import GUIDANCE, STEP, Cost, Effect, Estimate, NonFinite
-from unetc.artifacts.record import Record, read_cached, write_atomically
+from unetc.artifacts.record import Record, read_cached
 from unetc.backend import Array
+from unetc.jobs import Advance, Workers, finish
 from unetc.metrics.distances import relative_l2
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import Treatment
 
 from .ablation import TRIED, Ablation, PeriodicTreatment, entry_of, treatments_for
-from .sweep import FullTrajectory, Sweep, branches_at, guidance_at
+from .sweep import Course, FullTrajectory, Outline, Sweep, branches_at, guidance_at
 
 Z_95 = 1.96
 
@@ -72,8 +71,34 @@ class Screen:
     """Whether there was time for all of them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The job of a bin and of the treatments of one period."""
+
+    bin: int
+    period: int
+    samples: int
+    key: str
+    """Hash of what is probed."""
+    calls: int
+    """Denoiser calls per sample that is screened."""
+
+    @property
+    def name(self) -> str:
+        """Name of the result's file."""
+        return f"bin{self.bin:02d}-local{self.period}-{self.key}.json"
+
+    def read(self, path: Path) -> _Screened | None:
+        """Read the result; None if the file is missing or damaged."""
+        return read_cached(path, _Screened)
+
+    def run(self, course: Course, advance: Advance) -> _Screened:
+        """Measure the local errors."""
+        return _probe(course.sweep.of_first(self.samples), course.base, self.bin, self.period, advance)
+
+
 def run_screen(
-    sweep: Sweep, base: FullTrajectory, work: Path, on_progress: OnProgress, *, deadline: float = math.inf
+    workers: Workers[Course], outline: Outline, work: Path, on_progress: OnProgress, *, deadline: float = math.inf
 ) -> Screen:
     """Measure the local error of every ablation in every bin where it treats a step.
 
@@ -83,73 +108,74 @@ def run_screen(
     Raises:
         ArtifactError: If `work` cannot be written.
     """
-    few = _few(sweep)
-    errors: dict[tuple[Ablation, int], float] = {}
-    non_finite: list[NonFinite] = []
-    names = tuple(component.name for component in sweep.ablated)
-    tried = {tried for component in sweep.ablated for tried in treatments_for(component, denoises=sweep.denoises)}
-    key = hashlib.sha256(repr((few.samples, names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
-    parts = [(b, period, _calls(few, b, period)) for period in _PERIODS for b in range(len(sweep.bins))]
-    total, before, made = sum(calls for *_, calls in parts), 0, 0
+    jobs = _probes(_few(outline))
+    total = sum(job.calls for job in jobs)
 
     def advance(done: int) -> None:
-        on_progress(Progress(stage="screen", done=before + done, total=total))
+        on_progress(Progress(stage="screen", done=done, total=total))
 
-    for b, period, calls in parts:
-        path = work / f"bin{b:02d}-local{period}-{key}.json"
-        screened = read_cached(path, _Screened)
-        if screened is None and time.monotonic() < deadline:
-            screened = _probe(few, base, b, period, advance)
-            write_atomically(path, msgspec.json.encode(screened))
-        before += calls
-        advance(0)
+    errors: dict[tuple[Ablation, int], float] = {}
+    non_finite: list[NonFinite] = []
+    made = 0
+    for job, screened in zip(jobs, finish(workers, jobs, work, deadline=deadline, advance=advance), strict=True):
         if screened is None:
             continue
-        made += calls
+        made += job.calls
         for local in screened.errors:
             kind = PeriodicTreatment(treatment=local.treatment, period=local.period)
-            if not (treated := sum(map(kind.treats, sweep.steps_of(b)))):
+            if not (treated := sum(map(kind.treats, outline.steps_of(job.bin)))):
                 continue
             if local.error is None:
                 non_finite.append(
-                    NonFinite(component=local.component, treatment=local.treatment, period=local.period, bin=b)
+                    NonFinite(component=local.component, treatment=local.treatment, period=local.period, bin=job.bin)
                 )
             else:
-                errors[Ablation(component=local.component, periodic=kind), b] = local.error * treated
+                errors[Ablation(component=local.component, periodic=kind), job.bin] = local.error * treated
     return Screen(
         errors=errors,
         non_finite=tuple(non_finite),
-        calls=made * few.samples / sweep.samples,
+        calls=made * _few(outline).samples / outline.samples,
         complete=made == total,
     )
 
 
-def screen_calls(sweep: Sweep) -> float:
+def _probes(few: Outline) -> list[Probe]:
+    """List the jobs of a screening of a few samples."""
+    names = tuple(component.name for component in few.ablated)
+    tried = {tried for component in few.ablated for tried in treatments_for(component, denoises=few.denoises)}
+    key = hashlib.sha256(repr((few.samples, names, sorted(map(str, tried)))).encode()).hexdigest()[:16]
+    return [
+        Probe(bin=b, period=period, samples=few.samples, key=key, calls=_calls(few, b, period))
+        for period in _PERIODS
+        for b in range(len(few.bins))
+    ]
+
+
+def screen_calls(outline: Outline) -> float:
     """Count the denoiser calls that `run_screen` makes, per sample of the analysis."""
-    few = _few(sweep)
-    calls = sum(_calls(few, b, period) for b in range(len(sweep.bins)) for period in _PERIODS)
-    return calls * few.samples / sweep.samples
+    few = _few(outline)
+    return sum(job.calls for job in _probes(few)) * few.samples / outline.samples
 
 
-def _few(sweep: Sweep) -> Sweep:
+def _few(outline: Outline) -> Outline:
     """Take the samples that are screened."""
-    return sweep.of_first(min(sweep.samples, max(LEAST_SCREENED, sweep.samples // SCREENED_SHARE)))
+    return outline.of_first(min(outline.samples, max(LEAST_SCREENED, outline.samples // SCREENED_SHARE)))
 
 
-def _calls(sweep: Sweep, b: int, period: int) -> int:
-    """Count the denoiser calls of a bin with treatments of a period, per sample of the sweep."""
-    size, step = sweep.ablations_per_batch, _probed(sweep, b)
-    probed = _probed_kinds(sweep, step, period)
+def _calls(few: Outline, b: int, period: int) -> int:
+    """Count the denoiser calls of a bin with treatments of a period, per sample that is screened."""
+    size, step = few.ablations_per_batch, _probed(few, b)
+    probed = _probed_kinds(few, step, period)
     sources = {source for kind, names in probed if names for source in _sources(kind, step)}
     calls = size * len(sources) + sum(-(-len(names) // size) * size for _, names in probed)
-    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(sweep, step, period))
+    return calls + sum(1 + len(_sources(kind, step)) for kind in _of_guidance(few, step, period))
 
 
-def _probed_kinds(sweep: Sweep, step: int, period: int) -> list[tuple[PeriodicTreatment, list[str]]]:
+def _probed_kinds(outline: Outline, step: int, period: int) -> list[tuple[PeriodicTreatment, list[str]]]:
     """List the treatments of a period that a probe of a step can try, each with its components in the graph."""
-    components = [component for component in sweep.ablated if component.kind != "guidance"]
+    components = [component for component in outline.ablated if component.kind != "guidance"]
     return [
-        (kind, [one.name for one in components if kind in treatments_for(one, denoises=sweep.denoises)])
+        (kind, [one.name for one in components if kind in treatments_for(one, denoises=outline.denoises)])
         for kind in TRIED
         if kind.period == period and (not kind.treatment.reuses or _sources(kind, step))
     ]
@@ -239,8 +265,8 @@ def estimate_rest(screen: Screen, measured: Sequence[Effect], broken: Sequence[N
     return tuple(effects)
 
 
-def _probed(sweep: Sweep, b: int) -> int:
-    steps = sweep.steps_of(b)
+def _probed(outline: Outline, b: int) -> int:
+    steps = outline.steps_of(b)
     return steps[len(steps) // 2]
 
 
@@ -252,7 +278,7 @@ def _sources(kind: PeriodicTreatment, step: int) -> list[int]:
     return [at for at in (latest - kind.period, latest) if 0 <= at < step]
 
 
-def _probe(sweep: Sweep, base: FullTrajectory, b: int, period: int, advance: Callable[[int], None]) -> _Screened:
+def _probe(sweep: Sweep, base: FullTrajectory, b: int, period: int, advance: Advance) -> _Screened:
     """Probe the middle step of a bin with treatments of a period; held branches are as old as they are on average."""
     step = _probed(sweep, b)
     size = sweep.ablations_per_batch
@@ -293,12 +319,12 @@ def _local(name: str, kind: PeriodicTreatment, expected: Array, predicted: Array
     return _Local(component=name, treatment=kind.treatment, period=kind.period, error=error if finite else None)
 
 
-def _of_guidance(sweep: Sweep, step: int, period: int) -> list[PeriodicTreatment]:
+def _of_guidance(outline: Outline, step: int, period: int) -> list[PeriodicTreatment]:
     """List the treatments of guidance, of a period, that a probe of a step can try; none without guidance."""
     return [
         kind
-        for component in sweep.ablated
+        for component in outline.ablated
         if component.kind == "guidance"
-        for kind in treatments_for(component, denoises=sweep.denoises)
+        for kind in treatments_for(component, denoises=outline.denoises)
         if kind.period == period and (not kind.treatment.reuses or _sources(kind, step))
     ]

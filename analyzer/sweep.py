@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.profile import GUIDANCE, Bin, Component, Effect, NonFinite, without_guidance
-from unetc.artifacts.record import Record, read_cached, write_atomically
+from unetc.artifacts.record import Record, read_cached
 from unetc.backend import Array
 from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ProfileError
+from unetc.jobs import Advance, Workers, finish
 from unetc.metrics.distances import relative_l2
 from unetc.metrics.interval import estimate
 from unetc.progress import OnProgress, Progress
@@ -37,14 +36,14 @@ from unetc.sampler.table import SchedulerTable
 from unetc.treatments import Treatment
 
 from .ablation import Ablation, PeriodicTreatment
+from .bench import Bench
 from .denoiser import GatedDenoiser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
-    """The ablations and trajectories of an analysis."""
+class Outline:
+    """The ablations and trajectories of an analysis, without the denoiser."""
 
-    denoiser: GatedDenoiser
     components: Sequence[Component]
     """All components of the denoiser, and guidance where it is guided."""
     ablated: Sequence[Component]
@@ -62,9 +61,10 @@ class Sweep:
         """Components that have a gate."""
         return without_guidance(tuple(self.components))
 
-    def of_first(self, samples: int) -> Sweep:
-        """Return the sweep with only the first samples."""
-        return replace(self, samples=samples, denoiser=self.denoiser.of_first(samples))
+    @property
+    def denoises(self) -> bool:
+        """Whether the denoised sample follows from a prediction, so that it can be reused."""
+        return self.table.prediction_type is not None
 
     @property
     def ablations_per_batch(self) -> int:
@@ -76,14 +76,28 @@ class Sweep:
         first = sum(bin.steps for bin in self.bins[:bin_index])
         return range(first, first + self.bins[bin_index].steps)
 
+    def of_first(self, samples: int) -> Outline:
+        """Return the outline with only the first samples."""
+        return replace(self, samples=samples)
+
+    def on(self, denoiser: GatedDenoiser) -> Sweep:
+        """Add the denoiser."""
+        return Sweep(**{one.name: getattr(self, one.name) for one in fields(Outline)}, denoiser=denoiser)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep(Outline):
+    """An outline with the denoiser that runs it."""
+
+    denoiser: GatedDenoiser
+
+    def of_first(self, samples: int) -> Sweep:
+        """Return the sweep with only the first samples."""
+        return replace(self, samples=samples, denoiser=self.denoiser.of_first(samples))
+
     def indices(self, count: int) -> NDArray[np.int64]:
         """Return the index within the seed of every sample in a batch of `count` ablations."""
         return np.tile(np.arange(self.samples), count)
-
-    @property
-    def denoises(self) -> bool:
-        """Whether the denoised sample follows from a prediction, so that it can be reused."""
-        return self.denoiser.prediction_type is not None
 
     def timestep(self, step: int) -> float:
         """Return the scheduler's value at a step."""
@@ -135,6 +149,26 @@ class FullTrajectory:
         return final
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """A sweep and the full model's trajectory, from which ablations start: what their jobs run on."""
+
+    sweep: Sweep
+    base: FullTrajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedCourse:
+    """A course as it travels to workers, which have the denoiser."""
+
+    outline: Outline
+    base: FullTrajectory
+
+    def on(self, bench: Bench) -> Course:
+        """Add the denoiser."""
+        return Course(sweep=self.outline.on(bench.denoiser), base=self.base)
+
+
 class Swept(Record, frozen=True, kw_only=True):
     """Results of ablations that were carried to the final output."""
 
@@ -148,15 +182,43 @@ class Swept(Record, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class Batch:
+    """The job of a batch of ablations: one treatment of several components in one bin."""
+
     bin: int
     periodic: PeriodicTreatment
     names: tuple[str, ...]
+    calls: int
+    """Denoiser calls per sample."""
 
     @property
-    def file(self) -> str:
+    def name(self) -> str:
+        """Name of the result's file."""
         key = hashlib.sha256(repr((self.periodic, self.names)).encode()).hexdigest()[:16]
         return f"bin{self.bin:02d}-{self.periodic.treatment}{self.periodic.period}-{key}.json"
+
+    def read(self, path: Path) -> Swept | None:
+        """Read the result; None if the file is missing or damaged, so that the job has to run again."""
+        if (result := read_cached(path, Swept)) is None:
+            return None
+        wanted = {(name, self.periodic.treatment, self.periodic.period, self.bin) for name in self.names}
+        return result if {one.key for one in result.all} == wanted else None
+
+    def run(self, course: Course, advance: Advance) -> Swept:
+        """Carry the ablations to the final output."""
+        return _run(course.sweep, course.base, self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBase:
+    """The job of the full model's trajectory."""
+
+    outline: Outline
+    name: str = "the full model's trajectory"
+
+    def run(self, bench: Bench, advance: Advance) -> FullTrajectory:
+        """Sample with the full model."""
+        return run_base(self.outline.on(bench.denoiser), lambda progress: advance(progress.done))
 
 
 def make_bins(log_snr: NDArray[np.float64], count: int) -> tuple[Bin, ...]:
@@ -201,8 +263,8 @@ def run_base(sweep: Sweep, on_progress: OnProgress) -> FullTrajectory:
 
 
 def run_sweep(
-    sweep: Sweep,
-    base: FullTrajectory,
+    workers: Workers[Course],
+    outline: Outline,
     chosen: Sequence[tuple[Ablation, int]],
     work: Path,
     on_progress: OnProgress,
@@ -217,28 +279,22 @@ def run_sweep(
     Raises:
         ArtifactError: If `work` cannot be written.
     """
-    jobs = _jobs(sweep, chosen)
-    weights = [_calls(sweep, job) for job in jobs]
-    results: list[Swept] = []
-    done = 0
-    for job, weight in zip(jobs, weights, strict=True):
-        result = _read(work / job.file, job)
-        if result is None and time.monotonic() < deadline:
-            result = _run(sweep, base, job)
-            write_atomically(work / job.file, msgspec.json.encode(result))
-        if result is not None:
-            results.append(result)
-        done += weight
-        on_progress(Progress(stage="ablations", done=done, total=sum(weights)))
+    jobs = _batches(outline, chosen)
+    total = sum(job.calls for job in jobs)
+
+    def advance(done: int) -> None:
+        on_progress(Progress(stage="ablations", done=done, total=total))
+
+    results = [one for one in finish(workers, jobs, work, deadline=deadline, advance=advance) if one is not None]
     return Swept(
         effects=tuple(effect for result in results for effect in result.effects),
         non_finite=tuple(one for result in results for one in result.non_finite),
     )
 
 
-def sweep_calls(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> int:
+def sweep_calls(outline: Outline, chosen: Sequence[tuple[Ablation, int]]) -> int:
     """Count the denoiser calls per sample that `run_sweep` makes."""
-    return sum(_calls(sweep, job) for job in _jobs(sweep, chosen))
+    return sum(job.calls for job in _batches(outline, chosen))
 
 
 def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
@@ -246,36 +302,25 @@ def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
     return tuple(step for step in range(first) if not kind.treats(step))[-2:]
 
 
-def _jobs(sweep: Sweep, chosen: Sequence[tuple[Ablation, int]]) -> list[_Job]:
+def _batches(outline: Outline, chosen: Sequence[tuple[Ablation, int]]) -> list[Batch]:
     """Cut ablations into batches of one treatment and bin; the cuts depend on nothing else."""
 
     def key(entry: tuple[Ablation, int]) -> tuple[int, str, int, bool]:
         ablation, b = entry
         return b, ablation.periodic.treatment.value, ablation.periodic.period, ablation.component == GUIDANCE
 
-    size = sweep.ablations_per_batch
-    jobs: list[tuple[int, _Job]] = []
+    size = outline.ablations_per_batch
+    batches: list[tuple[int, Batch]] = []
     place = {entry: i for i, entry in enumerate(chosen)}
     for (b, *_), group in groupby(sorted(chosen, key=key), key):
         alike = [ablation for ablation, _ in group]
+        periodic, first = alike[0].periodic, outline.steps_of(b)[0]
+        calls = outline.table.steps - first + len(recall_steps(periodic, first))
         for start in range(0, len(alike), size):
             names = tuple(ablation.component for ablation in alike[start : start + size])
-            jobs.append((place[alike[start], b], _Job(bin=b, periodic=alike[0].periodic, names=names)))
-    return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]
-
-
-def _calls(sweep: Sweep, job: _Job) -> int:
-    first = sweep.steps_of(job.bin)[0]
-    return (sweep.table.steps - first + len(recall_steps(job.periodic, first))) * len(job.names)
-
-
-def _read(path: Path, job: _Job) -> Swept | None:
-    """Read a finished job; a missing or damaged file means that it has to run again."""
-    if (result := read_cached(path, Swept)) is None:
-        return None
-    measured = {one.key for one in result.all}
-    wanted = {(name, job.periodic.treatment, job.periodic.period, job.bin) for name in job.names}
-    return result if measured == wanted else None
+            batch = Batch(bin=b, periodic=periodic, names=names, calls=calls * len(names))
+            batches.append((place[alike[start], b], batch))
+    return [batch for _, batch in sorted(batches, key=lambda entry: entry[0])]
 
 
 def _first_non_finite(sweep: Sweep, means: Array) -> str:
@@ -287,7 +332,7 @@ def _first_non_finite(sweep: Sweep, means: Array) -> str:
     return "in no component alone"
 
 
-def _run(sweep: Sweep, base: FullTrajectory, job: _Job) -> Swept:
+def _run(sweep: Sweep, base: FullTrajectory, job: Batch) -> Swept:
     count, steps = len(job.names), sweep.steps_of(job.bin)
     trajectory = base.states[steps[0]].repeat(count)
     treated = _treated(sweep, base, job)
@@ -327,7 +372,7 @@ class _Treated(Protocol):
     def predict(self, sample: Array, step: int) -> Array: ...
 
 
-def _treated(sweep: Sweep, base: FullTrajectory, job: _Job) -> _Treated:
+def _treated(sweep: Sweep, base: FullTrajectory, job: Batch) -> _Treated:
     if job.names == (GUIDANCE,):
         return _Guidance(sweep, base, job)
     return _Reused(sweep, base, job) if job.periodic.treatment.reuses else _Removed(sweep, base, job)
@@ -336,7 +381,7 @@ def _treated(sweep: Sweep, base: FullTrajectory, job: _Job) -> _Treated:
 class _Removed:
     """Predictions of a batch in which each ablation removes one component."""
 
-    def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
+    def __init__(self, sweep: Sweep, base: FullTrajectory, job: Batch) -> None:
         self._sweep = sweep
         self._gates = sweep.gates(job.names, job.periodic.treatment)
         self._means = base.means[job.bin]
@@ -348,7 +393,7 @@ class _Removed:
 class _Reused:
     """Predictions of a batch in which each ablation reuses one component, with regular refreshes."""
 
-    def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
+    def __init__(self, sweep: Sweep, base: FullTrajectory, job: Batch) -> None:
         self._sweep = sweep
         self._job = job
         self._cache = branches_at(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]), len(job.names))
@@ -363,7 +408,7 @@ class _Reused:
 class _Guidance:
     """Predictions of an ablation that treats guidance: treated steps compute the samples' own conditions alone."""
 
-    def __init__(self, sweep: Sweep, base: FullTrajectory, job: _Job) -> None:
+    def __init__(self, sweep: Sweep, base: FullTrajectory, job: Batch) -> None:
         self._sweep = sweep
         self._periodic = job.periodic
         self._cache = guidance_at(sweep, base, recall_steps(job.periodic, sweep.steps_of(job.bin)[0]))

@@ -11,6 +11,7 @@ constants against this result. Writes `results/amplification.json`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ from unetc.analyzer.ablation import entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.duration import entries_of
 from unetc.analyzer.screen import run_screen
-from unetc.analyzer.sweep import Sweep, make_bins, run_base, run_sweep
+from unetc.analyzer.sweep import Course, Sweep, make_bins, run_base, run_sweep
 from unetc.cli.output import progress
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract
 from unetc.compiler.schedulers.make import make_scheduler
+from unetc.jobs import InProcess
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
 
@@ -48,7 +50,8 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     with progress() as on_progress:
         prepared = prepare(model, options.work, on_progress)
-        table = extract(make_scheduler("ddim", model.scheduler_config), options.steps)
+        # without a type of the prediction, no ablation reuses the denoised sample
+        table = replace(extract(make_scheduler("ddim", model.scheduler_config), options.steps), prediction_type=None)
         sweep = Sweep(
             denoiser=GatedDenoiser(prepared.gated, open_backend("onnxruntime:cpu", threads=options.threads)),
             components=prepared.gated.components,
@@ -62,12 +65,13 @@ def main() -> None:
         )
         base = run_base(sweep, on_progress)
         work = prepared.work / f"amplification-{options.steps}-{options.samples}-{options.bins}-{options.seed}"
-        screen = run_screen(sweep, base, work, on_progress)
+        workers = InProcess(bench=Course(sweep=sweep, base=base))
+        screen = run_screen(workers, sweep, work, on_progress)
         chosen = []
         for b in range(options.bins):
             own = [entry for entry in entries_of(sweep) if entry[1] == b]
             chosen += [own[i] for i in rng.choice(len(own), options.drawn, replace=False)]
-        effects = run_sweep(sweep, base, chosen, work, on_progress).effects
+        effects = run_sweep(workers, sweep, chosen, work, on_progress).effects
     ratios: dict[int, list[float]] = {b: [] for b in range(options.bins)}
     for effect in effects:
         error = screen.errors[entry_of(effect)]

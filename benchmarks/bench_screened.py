@@ -20,13 +20,14 @@ from unetc.analyzer import screen
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.denoiser import GatedDenoiser
 from unetc.analyzer.screen import run_screen
-from unetc.analyzer.sweep import Sweep, make_bins, run_base
+from unetc.analyzer.sweep import Course, Sweep, make_bins, run_base
 from unetc.artifacts.profile import with_guidance
 from unetc.cli.output import progress
 from unetc.compiler.measured_calls import CACHED_ROWS
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract
 from unetc.compiler.schedulers.make import scheduler_for
+from unetc.jobs import InProcess
 from unetc.models.find import find_model
 from unetc.progress import OnProgress
 from unetc.runtime.backends.registry import open_backend
@@ -58,10 +59,11 @@ def measure(name: str, work: Path, on_progress: OnProgress) -> list[dict[str, ob
         rows=CACHED_ROWS,
     )
     base = run_base(sweep, on_progress)
-    errors = {
-        count: run_screen(sweep.of_first(count), base, work / f"{name}-{count}", on_progress).errors
-        for count in (*COUNTS, ALL)
-    }
+    errors = {}
+    for count in (*COUNTS, ALL):
+        few = sweep.of_first(count)
+        workers = InProcess(bench=Course(sweep=few, base=base))
+        errors[count] = run_screen(workers, few, work / f"{name}-{count}", on_progress).errors
     entries = [entry for entry, error in errors[ALL].items() if error > 0]
     expected = np.array([errors[ALL][entry] for entry in entries])
     figures: list[dict[str, object]] = []

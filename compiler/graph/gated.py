@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
@@ -62,11 +63,27 @@ class GatedGraph:
     sizes: SampleSizes
     folder: Path
     """Folder of the weights file that the model's initializers point into."""
+    held_weights: bytes | None = None
+    """Content of the weights file of a graph that has travelled, which has no folder."""
 
     @property
     def weights(self) -> Path:
         """Path of the weights file."""
         return self.folder / WEIGHTS
+
+    def read_weights(self) -> bytes:
+        """Read the weights file."""
+        return self.weights.read_bytes() if self.held_weights is None else self.held_weights
+
+    def pack(self) -> PackedGraph:
+        """Return the graph and its weights as plain values."""
+        return PackedGraph(
+            graph=ir.to_proto(self.model).SerializeToString(),
+            components=self.components,
+            inputs=self.inputs,
+            sizes=self.sizes,
+            weights=self.read_weights(),
+        )
 
     @property
     def channels(self) -> int:
@@ -177,6 +194,28 @@ class GatedGraph:
             inputs=record.inputs,
             sizes=record.sizes,
             folder=folder,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedGraph:
+    """A gated graph on its way to another machine."""
+
+    graph: bytes
+    components: tuple[Component, ...]
+    inputs: tuple[str, ...]
+    sizes: SampleSizes
+    weights: bytes
+
+    def unpack(self) -> GatedGraph:
+        """Read the graph; nothing is written to a disk, because specialising a graph reads no weights."""
+        return GatedGraph(
+            model=ir.from_proto(onnx.ModelProto.FromString(self.graph)),
+            components=self.components,
+            inputs=self.inputs,
+            sizes=self.sizes,
+            folder=Path(),
+            held_weights=self.weights,
         )
 
 

@@ -97,11 +97,20 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
         raise SessionError(
             f"cannot run with {threads} CPU threads. Expected 1 to {MOST_THREADS}, or 0 for the default."
         )
-    if target not in BACKENDS:
-        raise SessionError(f"no backend for target {target!r}. {_advice(target)} `unetc doctor` lists all.")
+    check_target(target)
     module = importlib.import_module(BACKENDS[target])
     backend: TargetBackend = module.open_backend(target, threads=threads, memory=memory)
     return backend
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that no machine has.
+
+    Raises:
+        SessionError: If no backend has this name.
+    """
+    if target not in BACKENDS:
+        raise SessionError(f"no backend for target {target!r}. {_advice(target)} `unetc doctor` lists all.")
 
 
 def takes_graphs(backend: Backend, *, threads: int) -> Backend:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .compiler.tensorrt.options import CompileOptions
     from .compiler.tensorrt.wanted import CompiledEngine
     from .errors import UnetcError
+    from .jobs import Cluster
     from .models.find import ModelSource
     from .models.lora import Lora
     from .progress import Progress
@@ -46,6 +47,7 @@ _HOMES = {
     "AnalysisOptions": "unetc.analyzer.analysis",
     "BuildOptions": "unetc.compiler.build",
     "Bundle": "unetc.runtime.bundle",
+    "Cluster": "unetc.jobs",
     "CompileOptions": "unetc.compiler.tensorrt.options",
     "CompiledEngine": "unetc.compiler.tensorrt.wanted",
     "Export": "unetc.triton.repository",
@@ -81,6 +83,7 @@ __all__ = [
     "AnalysisOptions",
     "BuildOptions",
     "Bundle",
+    "Cluster",
     "CompileOptions",
     "CompiledEngine",
     "Export",

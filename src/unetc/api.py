@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .compiler.search.pareto import ParetoOptions
     from .compiler.tensorrt.options import CompileOptions
     from .compiler.tensorrt.wanted import CompiledEngine
+    from .jobs import Cluster
     from .models.find import ModelSource
     from .models.model import Model
     from .triton.options import ExportOptions
@@ -45,6 +46,7 @@ def analyze(
     options: AnalysisOptions | None = None,
     *,
     cache: AnyPath | None = None,
+    cluster: Cluster | None = None,
     on_progress: OnProgress = ignore,
 ) -> Profile:
     """Measure damage and cost of every component of a model at every noise level.
@@ -58,17 +60,19 @@ def analyze(
         model: The model, or just its name.
         options: How to measure; the defaults with the model's usual scheduler and steps when not given.
         cache: Folder for captures and partial results; `$UNETC_CACHE` or `~/.cache/unetc` when not given.
+        cluster: A Ray cluster that measures, in place of this process.
         on_progress: Called as the work advances.
 
     Raises:
         ModelError: If the model cannot be found or is not supported.
         ProfileError: If it cannot be analysed.
+        WorkerError: If the cluster cannot be joined or fails.
     """
     from .analyzer.analyze import analyze_model
     from .models.find import find_model
 
     found = find_model(model)
-    return analyze_model(found, options or _usual(model), cache=_cache(cache), on_progress=on_progress)
+    return analyze_model(found, options or _usual(model), cache=_cache(cache), cluster=cluster, on_progress=on_progress)
 
 
 @needed()

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .errors import EngineBuildError
+from .nvidia.driver import ask
+
 LIBRARIES = (
     "numpy",
     "onnxruntime",
@@ -105,6 +108,29 @@ def describe() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return facts
+
+
+def machine_for(target: str) -> str:
+    """Describe this machine as far as the results of a target depend on it, apart from its load.
+
+    Args:
+        target: Name of the target.
+    """
+    place = _processor()
+    if not on_cpu(target):
+        try:
+            (place,) = ask("name")
+        except EngineBuildError:
+            place = "unknown GPU"
+    library = "tensorrt" if target.startswith("tensorrt") else target.partition(":")[0]
+    facts = describe()
+    computing = [name for name in LIBRARIES if name in facts and (name == "numpy" or name.startswith(library))]
+    return ", ".join([place, *(f"{name} {facts[name]}" for name in computing)])
+
+
+def on_cpu(target: str) -> bool:
+    """Check whether a target needs no GPU."""
+    return target.startswith(("onnxruntime:cpu", "torch:cpu", "null"))
 
 
 def _processor() -> str:

@@ -19,6 +19,10 @@ class ProfileError(UnetcError):
     """An analysis cannot be run, or its profile does not belong to this model."""
 
 
+class WorkerError(UnetcError):
+    """Other machines cannot do the work."""
+
+
 class PlanError(UnetcError, ValueError):
     """A plan cannot be made, or is not valid."""
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "tokenizers": "text",
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
+    "ray": "ray",
 }
 """Extra by the name under which the library is imported."""
 

@@ -10,15 +10,17 @@ import numpy as np
 
 from tests.models import Tiny, shared_folder, tiny_of
 from unetc.analyzer.ablation import TRIED, Ablation, PeriodicTreatment, ablations_of
+from unetc.analyzer.bench import Bench
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.denoiser import GatedDenoiser
-from unetc.analyzer.sweep import Sweep, make_bins
+from unetc.analyzer.sweep import Course, FullTrajectory, Sweep, make_bins
 from unetc.artifacts.profile import Cost, Effect, Estimate, ModelReference
 from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.schedulers.extract import extract
 from unetc.compiler.schedulers.make import make_scheduler
 from unetc.device import Device
+from unetc.jobs import InProcess
 from unetc.runtime.backends.registry import open_backend
 from unetc.sampler.table import SchedulerTable
 
@@ -57,6 +59,16 @@ def sweep_of(scheduler: str, *, on: Backend | None = None, **changes: Any) -> Sw
         "rows": 5 * SAMPLES,  # not a divisor of the number of ablations: the last batch is smaller
     }
     return Sweep(**(settings | changes))
+
+
+def along(sweep: Sweep, base: FullTrajectory) -> InProcess[Course]:
+    """Run jobs along the full model's trajectory in this process."""
+    return InProcess(bench=Course(sweep=sweep, base=base))
+
+
+def here(gated: GatedGraph, on: Backend, table: SchedulerTable, samples: int) -> InProcess[Bench]:
+    """Run the jobs of an analysis in this process."""
+    return InProcess(bench=Bench.of(gated, on, samples=samples, prediction_type=table.prediction_type))
 
 
 def everything(sweep: Sweep) -> list[tuple[Ablation, int]]:

@@ -33,6 +33,7 @@ from tests.analyzer.sweeps import (
     backend,
     estimate_of,
     everything,
+    here,
     kind_of,
     made_up_costs,
     sweep_of,
@@ -40,7 +41,7 @@ from tests.analyzer.sweeps import (
     tiny,
 )
 from tests.models import shared_folder
-from unetc.analyzer import analysis
+from unetc.analyzer import analysis, cost
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.duration import Duration, predict_duration
@@ -56,7 +57,7 @@ from unetc.progress import OnProgress, Progress, ignore
 @pytest.fixture
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the timing, which is tested elsewhere."""
-    monkeypatch.setattr(analysis, "measure_costs", made_up_costs)
+    monkeypatch.setattr(cost, "measure_costs", made_up_costs)
 
 
 def analyse(
@@ -67,11 +68,12 @@ def analyse(
     **changes: Any,
 ) -> Profile:
     options = AnalysisOptions(**({"steps": 2, "samples": 1, "bins": 1, "threads": 1} | changes))
+    gated, table = gated or tiny().gated, table_of(options.scheduler, options.steps)
     return analyze(
-        gated or tiny().gated,
+        gated,
         REFERENCE,
-        table_of(options.scheduler, options.steps),
-        on or backend(),
+        table,
+        here(gated, on or backend(), table, options.samples),
         sample_shape=SHAPE,
         options=options,
         work=work,
@@ -143,7 +145,7 @@ def test_times_are_measured_once_for_the_same_options(monkeypatch: pytest.Monkey
         measured.append(options)
         return Costs(full_ms=estimate_of(10.0 + len(measured)), full_bytes=1, costs=())
 
-    monkeypatch.setattr(analysis, "measure_costs", measure_costs)
+    monkeypatch.setattr(cost, "measure_costs", measure_costs)
     monkeypatch.setattr(analysis, "run_sweep", lambda *_: Swept(effects=(), non_finite=()))
     profile_of = functools.partial(analyse, decisive=None)  # skip the screen, which is tested elsewhere
     assert profile_of(tmp_path).full_ms == profile_of(tmp_path).full_ms == profile_of(tmp_path, seed=1).full_ms
@@ -341,9 +343,10 @@ import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 from unetc.analyzer.analysis import AnalysisOptions, analyze
-from unetc.analyzer.cost import Costs
+from unetc.analyzer.bench import Bench
 from unetc.artifacts.profile import ModelReference
 from unetc.compiler.graph.gated import GatedGraph
+from unetc.jobs import InProcess
 from unetc.runtime.backends.registry import open_backend
 from unetc.compiler.schedulers.extract import extract
 from unetc.compiler.schedulers.make import make_scheduler
@@ -358,11 +361,15 @@ def start(work, out):
         return child
     try:
         options = AnalysisOptions(**task["options"])
+        gated = GatedGraph.load(Path(task["gated"]))
+        table = extract(make_scheduler(options.scheduler, task["config"]), options.steps)
+        backend = open_backend("onnxruntime:cpu", threads=1)
+        kind = table.prediction_type
         analyze(
-            GatedGraph.load(Path(task["gated"])),
+            gated,
             ModelReference(name="m", sha256="0" * 64, pipeline="DDPMPipeline", denoiser="UNet2DModel"),
-            extract(make_scheduler(options.scheduler, task["config"]), options.steps),
-            open_backend("onnxruntime:cpu", threads=1),
+            table,
+            InProcess(bench=Bench.of(gated, backend, samples=options.samples, prediction_type=kind)),
             sample_shape=tuple(task["shape"]),
             options=options,
             work=work,

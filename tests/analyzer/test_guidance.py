@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.analyzer.sweeps import BINS, SAMPLES, SEED, STEPS, backend, estimate_of, relative_l2, table_of
+from tests.analyzer.sweeps import BINS, SAMPLES, SEED, STEPS, along, backend, estimate_of, relative_l2, table_of
 from tests.models import Tiny, tiny_of
 from unetc.analyzer.ablation import Ablation, PeriodicTreatment, select, treatments_for
 from unetc.analyzer.cost import measure_costs
@@ -44,7 +44,7 @@ def sweep(tiny: Tiny, conditions: Conditions) -> Sweep:
     table, components = table_of("dpmsolver++"), with_guidance(tiny.gated.components)
     channels = tiny.inputs(batch=1, height=8, width=8)["sample"].shape[1]
     return Sweep(
-        denoiser=GatedDenoiser(tiny.gated, backend(), conditions),
+        denoiser=GatedDenoiser(tiny.gated, backend(), conditions, table.prediction_type),
         components=components,
         ablated=select(components, [tiny.names[0]]),
         table=table,
@@ -112,8 +112,8 @@ def test_its_damage_is_the_one_of_replacing_the_difference(
         if any(map(kind.treats, sweep.steps_of(b)))
     ]
     with tempfile.TemporaryDirectory() as work:
-        effects = run_sweep(sweep, base, chosen, Path(work), ignore).effects
-        again = run_sweep(sweep, base, chosen, Path(work), ignore).effects
+        effects = run_sweep(along(sweep, base), sweep, chosen, Path(work), ignore).effects
+        again = run_sweep(along(sweep, base), sweep, chosen, Path(work), ignore).effects
     assert effects == again
     assert len(effects) == len(chosen)
     for effect in effects:
@@ -126,7 +126,7 @@ def test_its_damage_is_the_one_of_replacing_the_difference(
 
 
 def test_the_screening_probes_it(sweep: Sweep, base: FullTrajectory, tmp_path: Path) -> None:
-    screen = run_screen(sweep, base, tmp_path, ignore)
+    screen = run_screen(along(sweep, base), sweep, tmp_path, ignore)
     probed = {(entry.periodic, b) for entry, b in screen.errors if entry.component == GUIDANCE}
     treated = {
         (kind, b)

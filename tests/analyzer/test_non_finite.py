@@ -16,15 +16,16 @@ from safetensors.numpy import load_file, save_file
 from tests.analyzer.sweeps import (
     REFERENCE,
     SHAPE,
+    along,
     backend,
     estimate_of,
     everything,
+    here,
     made_up_costs,
     sweep_of,
     table_of,
     tiny,
 )
-from unetc.analyzer import analysis
 from unetc.analyzer.ablation import entry_of
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -64,8 +65,8 @@ def removals(sweep: Sweep) -> list[Any]:
 
 def test_they_have_no_effect_and_the_others_keep_theirs(tmp_path: Path) -> None:
     sweep, base = swept()
-    sound = run_sweep(sweep, base, removals(sweep), tmp_path / "sound", ignore)
-    broken = run_sweep(sweep, with_huge_means(sweep, base), removals(sweep), tmp_path / "broken", ignore)
+    sound = run_sweep(along(sweep, base), sweep, removals(sweep), tmp_path / "sound", ignore)
+    broken = run_sweep(along(sweep, with_huge_means(sweep, base)), sweep, removals(sweep), tmp_path / "broken", ignore)
     assert sound.non_finite == ()
     assert {(one.component, one.treatment) for one in broken.non_finite} == {(BROKEN, Treatment.MEAN)}
     assert {one.bin for one in broken.non_finite} == {0, 1}
@@ -76,13 +77,15 @@ def test_they_have_no_effect_and_the_others_keep_theirs(tmp_path: Path) -> None:
 def test_they_are_read_again_from_partial_results(tmp_path: Path) -> None:
     sweep, base = swept()
     huge = with_huge_means(sweep, base)
-    first = run_sweep(sweep, huge, removals(sweep), tmp_path, ignore)
-    assert run_sweep(sweep, base, removals(sweep), tmp_path, ignore) == first, "a finished job is not run again"
+    first = run_sweep(along(sweep, huge), sweep, removals(sweep), tmp_path, ignore)
+    assert run_sweep(along(sweep, base), sweep, removals(sweep), tmp_path, ignore) == first, (
+        "a finished job is not run again"
+    )
 
 
 def test_the_screen_names_them_and_chooses_others(tmp_path: Path) -> None:
     sweep, base = swept()
-    screen = run_screen(sweep, with_huge_means(sweep, base), tmp_path, ignore)
+    screen = run_screen(along(sweep, with_huge_means(sweep, base)), sweep, tmp_path, ignore)
     assert {(one.component, one.treatment, one.bin) for one in screen.non_finite} == {
         (BROKEN, Treatment.MEAN, b) for b in (0, 1)
     }
@@ -90,14 +93,14 @@ def test_the_screen_names_them_and_chooses_others(tmp_path: Path) -> None:
     assert not broken & {*screen.errors}
     costs = [Cost(component=one.name, saved_ms=estimate_of(1.0), freed_bytes=0) for one in sweep.components]
     assert not broken & {*choose(screen, costs, 80.0, None)}
-    assert run_screen(sweep, base, tmp_path, ignore) == screen, "a finished bin is not probed again"
+    assert run_screen(along(sweep, base), sweep, tmp_path, ignore) == screen, "a finished bin is not probed again"
 
 
 def test_nothing_is_estimated_for_them(tmp_path: Path) -> None:
     """The screen may find nothing wrong at one step, and the trajectory may still end in NaN."""
     sweep, base = swept()
-    screen = run_screen(sweep, base, tmp_path / "screen", ignore)
-    broken = run_sweep(sweep, with_huge_means(sweep, base), removals(sweep), tmp_path / "sweep", ignore)
+    screen = run_screen(along(sweep, base), sweep, tmp_path / "screen", ignore)
+    broken = run_sweep(along(sweep, with_huge_means(sweep, base)), sweep, removals(sweep), tmp_path / "sweep", ignore)
     rest = estimate_rest(screen, broken.effects, broken.non_finite)
     assert {entry_of(one) for one in broken.non_finite} <= {*screen.errors}
     assert not {entry_of(one) for one in broken.non_finite} & {*map(entry_of, rest)}
@@ -106,12 +109,12 @@ def test_nothing_is_estimated_for_them(tmp_path: Path) -> None:
 @pytest.fixture
 def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
     """Analyse the tiny model with means that break one ablation in every bin."""
-    monkeypatch.setattr(analysis, "measure_costs", made_up_costs)
-    monkeypatch.setattr(analysis, "run_base", lambda sweep, say: with_huge_means(sweep, run_base(sweep, say)))
+    monkeypatch.setattr("unetc.analyzer.cost.measure_costs", made_up_costs)
+    monkeypatch.setattr("unetc.analyzer.sweep.run_base", lambda own, say: with_huge_means(own, run_base(own, say)))
     options = AnalysisOptions(scheduler="ddim", steps=5, samples=2, bins=2, batch=2, rounds=1, threads=1, decisive=4)
-    return analyze(
-        tiny().gated, REFERENCE, table_of("ddim"), backend(), sample_shape=SHAPE, options=options, work=tmp_path
-    )
+    gated, table = tiny().gated, table_of("ddim")
+    workers = here(gated, backend(), table, options.samples)
+    return analyze(gated, REFERENCE, table, workers, sample_shape=SHAPE, options=options, work=tmp_path)
 
 
 def test_a_profile_names_them_and_no_plan_has_them(profile: Profile) -> None:

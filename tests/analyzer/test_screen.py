@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.analyzer.sweeps import REMOVALS, REUSES, SAMPLES, SEED, SHAPE, Watched, relative_l2, tiny
+from tests.analyzer.sweeps import REMOVALS, REUSES, SAMPLES, SEED, SHAPE, Watched, along, relative_l2, tiny
 from tests.models import shared_folder
 from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of, entry_of
 from unetc.analyzer.denoiser import GatedDenoiser
@@ -86,7 +86,7 @@ def swept() -> tuple[Sweep, FullTrajectory]:
 def finished() -> tuple[Screen, Path]:
     """Run a screen and return it with its folder of partial results, which tests must copy before changing it."""
     work = Path(tempfile.mkdtemp(dir=shared_folder(), prefix="screen-"))
-    return run_screen(*swept(), work, ignore), work
+    return run_screen(along(*swept()), swept()[0], work, ignore), work
 
 
 def screened() -> Screen:
@@ -142,7 +142,7 @@ def test_a_local_error_is_the_change_of_one_prediction_times_the_treated_steps(k
 
 def test_no_error_is_counted_where_no_step_is_treated(tmp_path: Path) -> None:
     sweep = sweep_on(open_backend("onnxruntime:cpu", threads=1), steps=4, bins=4)  # one step per bin
-    screen = run_screen(sweep, run_base(sweep, ignore), tmp_path, ignore)
+    screen = run_screen(along(sweep, run_base(sweep, ignore)), sweep, tmp_path, ignore)
     for ablation, b in screen.errors:
         assert ablation.periodic.treats(b)
     assert {b for ablation, b in screen.errors if ablation.periodic == DROP} == {0, 1, 2, 3}
@@ -154,13 +154,13 @@ def test_the_predicted_calls_equal_the_calls_made(tmp_path: Path) -> None:
     sweep = sweep_on(counter)
     base = run_base(sweep, ignore)
     counter.rows = 0
-    assert run_screen(sweep, base, tmp_path, ignore).calls == counter.rows / SAMPLES
+    assert run_screen(along(sweep, base), sweep, tmp_path, ignore).calls == counter.rows / SAMPLES
     assert screen_calls(sweep) == counter.rows / SAMPLES
 
 
 def test_a_finished_screen_is_read_instead_of_run(work: Path) -> None:
     counter = Counter()
-    assert run_screen(sweep_on(counter), swept()[1], work, ignore) == screened()
+    assert run_screen(along(sweep_on(counter), swept()[1]), sweep_on(counter), work, ignore) == screened()
     assert counter.rows == 0
 
 
@@ -178,20 +178,20 @@ def test_a_damaged_part_of_a_screen_is_measured_again(work: Path, damage: Callab
     (second,) = work.glob("bin01-local1-*.json")
     whole = second.read_bytes()
     second.write_bytes(damage(whole))
-    assert run_screen(*swept(), work, ignore) == screened()
+    assert run_screen(along(*swept()), swept()[0], work, ignore) == screened()
     assert second.read_bytes() == whole
 
 
 def test_an_interrupted_screen_resumes_to_the_same_bits(work: Path) -> None:
     for part in sorted(work.iterdir())[::2]:
         part.unlink()
-    assert run_screen(*swept(), work, ignore) == screened()
+    assert run_screen(along(*swept()), swept()[0], work, ignore) == screened()
 
 
 def test_progress_rises_to_the_end(work: Path) -> None:
     reports: list[Progress] = []
     sorted(work.iterdir())[1].unlink()
-    run_screen(*swept(), work, reports.append)
+    run_screen(along(*swept()), swept()[0], work, reports.append)
     assert {(report.stage, report.total) for report in reports} == {("screen", reports[0].total)}
     done = [report.done for report in reports]
     assert done == sorted(done)
@@ -377,9 +377,9 @@ def test_a_screen_takes_a_quarter_of_the_samples(tmp_path: Path) -> None:
     base = run_base(counted, ignore)
     counter.rows = 0
     screens = [
-        run_screen(many, run_base(many, ignore), tmp_path / "many", ignore),
-        run_screen(few, run_base(few, ignore), tmp_path / "few", ignore),
-        run_screen(counted, base, tmp_path / "counted", ignore),
+        run_screen(along(many, run_base(many, ignore)), many, tmp_path / "many", ignore),
+        run_screen(along(few, run_base(few, ignore)), few, tmp_path / "few", ignore),
+        run_screen(along(counted, base), counted, tmp_path / "counted", ignore),
     ]
     assert counter.rows / 8 == screens[2].calls < screens[1].calls
     for ablation, b in screens[1].errors:

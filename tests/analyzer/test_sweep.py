@@ -28,6 +28,7 @@ from tests.analyzer.sweeps import (
     SHAPE,
     STEPS,
     Recorder,
+    along,
     backend,
     everything,
     kind_of,
@@ -90,9 +91,8 @@ def work(ddim: Measured, tmp_path: Path) -> Path:
 
 def measure(sweep: Sweep, work: Path) -> Measured:
     base = run_base(sweep, ignore)
-    return Measured(
-        sweep=sweep, base=base, effects=run_sweep(sweep, base, everything(sweep), work, ignore).effects, work=work
-    )
+    effects = run_sweep(along(sweep, base), sweep, everything(sweep), work, ignore).effects
+    return Measured(sweep=sweep, base=base, effects=effects, work=work)
 
 
 class Branches(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -210,13 +210,13 @@ def test_there_is_one_effect_for_every_requested_ablation(measured: Measured) ->
 
 def test_only_chosen_ablations_are_measured_with_the_same_result_as_among_all(ddim: Measured, tmp_path: Path) -> None:
     chosen = everything(ddim.sweep)[::7]
-    effects = run_sweep(ddim.sweep, ddim.base, chosen, tmp_path, ignore).effects
+    effects = run_sweep(along(ddim.sweep, ddim.base), ddim.sweep, chosen, tmp_path, ignore).effects
     assert {(e.component, kind_of(e), e.bin) for e in effects} == {(a.component, a.periodic, b) for a, b in chosen}
     for effect in effects:
         # another batch may sum in another order
         expected = ddim.damages[effect.component, kind_of(effect), effect.bin]
         assert effect.relative_l2.mean == pytest.approx(expected, abs=1e-4)
-    assert run_sweep(ddim.sweep, ddim.base, (), tmp_path, ignore).all == ()
+    assert run_sweep(along(ddim.sweep, ddim.base), ddim.sweep, (), tmp_path, ignore).all == ()
 
 
 def test_every_component_is_removed_and_reused_but_the_step_is_reused_only() -> None:
@@ -328,7 +328,7 @@ def test_a_removal_touches_the_steps_of_its_bin_only(tmp_path: Path) -> None:
     base = run_base(swept, ignore)
     recorder.calls.clear()
     chosen = [(ablation, b) for ablation, b in everything(swept) if ablation.periodic in REMOVALS]
-    effects = run_sweep(swept, base, chosen, tmp_path, ignore).effects
+    effects = run_sweep(along(swept, base), swept, chosen, tmp_path, ignore).effects
     timesteps = swept.table.timesteps.tolist()
     calls = iter(recorder.calls)
     for (b, treatment), group in groupby(effects, lambda e: (e.bin, e.treatment)):
@@ -360,7 +360,7 @@ def test_a_reuse_refreshes_with_its_period_and_touches_the_steps_of_its_bin_only
     base = run_base(swept, ignore)
     recorder.calls.clear()
     chosen = [(ablation, b) for ablation, b in everything(swept) if ablation.periodic == kind]
-    effects = run_sweep(swept, base, chosen, tmp_path, ignore).effects
+    effects = run_sweep(along(swept, base), swept, chosen, tmp_path, ignore).effects
     timesteps = swept.table.timesteps.tolist()
     calls = iter(recorder.calls)
     for b, group in groupby(effects, lambda e: e.bin):
@@ -388,7 +388,7 @@ def test_the_predicted_calls_equal_the_calls_made(tmp_path: Path) -> None:
     base = run_base(swept, ignore)
     recorder.calls.clear()
     chosen = everything(swept)[::3]
-    run_sweep(swept, base, chosen, tmp_path, ignore)
+    run_sweep(along(swept, base), swept, chosen, tmp_path, ignore)
     rows = sum(len(call["sample"]) for call in recorder.calls)
     assert sweep_calls(swept, chosen) == rows / SAMPLES
 
@@ -403,7 +403,7 @@ def test_an_ablation_that_only_refreshes_does_no_damage_to_a_stochastic_trajecto
         for kind in REUSES
         for b in range(0, STEPS, kind.period)
     ]
-    effects = run_sweep(swept, run_base(swept, ignore), chosen, tmp_path, ignore).effects
+    effects = run_sweep(along(swept, run_base(swept, ignore)), swept, chosen, tmp_path, ignore).effects
     assert len(effects) == len(chosen)
     # same denoiser and noise, but a batch of another size may sum in another order
     assert max(effect.relative_l2.high for effect in effects) < 1e-4
@@ -427,7 +427,7 @@ def test_the_batch_size_does_not_change_the_effects(ddim: Measured, tmp_path: Pa
     chosen = [entry for i, entry in enumerate(everything(alone)) if i % 3 == 0 or entry[0].periodic.treatment.row.of_x0]
     assert {b for _, b in chosen} == {0, 1}
     assert {ablation.periodic for ablation, _ in chosen} == {*REMOVALS, *REUSES}
-    one_by_one = run_sweep(alone, ddim.base, chosen, tmp_path, ignore).effects
+    one_by_one = run_sweep(along(alone, ddim.base), alone, chosen, tmp_path, ignore).effects
     assert len(one_by_one) == len(chosen)
     for effect in one_by_one:  # a batch of another size may sum in another order
         expected = ddim.damages[effect.component, kind_of(effect), effect.bin]
@@ -442,7 +442,7 @@ def test_more_samples_leave_the_first_ones_unchanged() -> None:
 def test_a_finished_sweep_is_read_instead_of_run(ddim: Measured, work: Path) -> None:
     recorder = Recorder(backend())
     swept = sweep_of("ddim", on=recorder)
-    assert run_sweep(swept, ddim.base, everything(swept), work, ignore).all == ddim.effects
+    assert run_sweep(along(swept, ddim.base), swept, everything(swept), work, ignore).all == ddim.effects
     assert recorder.calls == []
 
 
@@ -471,14 +471,14 @@ def test_a_damaged_partial_result_is_measured_again(
     first, second, *_ = sorted(work.iterdir())
     whole = first.read_bytes()
     first.write_bytes(damage(whole, second.read_bytes()))
-    assert run_sweep(ddim.sweep, ddim.base, everything(ddim.sweep), work, ignore).all == ddim.effects
+    assert run_sweep(along(ddim.sweep, ddim.base), ddim.sweep, everything(ddim.sweep), work, ignore).all == ddim.effects
     assert first.read_bytes() == whole
 
 
 def test_progress_rises_to_the_end(ddim: Measured, tmp_path: Path) -> None:
     reports: list[Progress] = []
     run_base(ddim.sweep, reports.append)
-    run_sweep(ddim.sweep, ddim.base, everything(ddim.sweep)[::7], tmp_path, reports.append)
+    run_sweep(along(ddim.sweep, ddim.base), ddim.sweep, everything(ddim.sweep)[::7], tmp_path, reports.append)
     for stage in ("full model", "ablations"):
         done = [report.done for report in reports if report.stage == stage]
         assert done == sorted(set(done))

@@ -207,6 +207,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
     samples: int
     seed: int
     target: str
+    timed_on: str | msgspec.UnsetType = msgspec.UNSET
+    """Processor or GPU and libraries of the machines that measured; not in profiles of older versions of unetc."""
     threads: int
     batch: int
     """Batch size of the cost measurement."""

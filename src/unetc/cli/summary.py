@@ -113,6 +113,7 @@ def profile_facts(
         "profile": str(path),
         "model": to_builtins(profile.model),
         "target": profile.target,
+        "timed_on": profile.timed_on or None,
         "full_ms": profile.full_ms.mean,
         "bins": to_builtins(profile.bins),
         "notes": list(profile.notes or ()),
@@ -174,6 +175,8 @@ def profile_table(profile: Profile, *, by: By = By.WORTH, top: int = TOP, bin: i
         f"{profile.samples} samples, {profile.scheduler} {profile.steps}, {profile.target}; {measured} of "
         f"{len(profile.effects)} damages measured, the others estimated; cost {profile.samplings:.0f} sampling runs"
     )
+    if profile.timed_on:
+        about += f"; timed on {escape(profile.timed_on)}"
     if profile.broken:
         about += f"; {len(profile.broken)} ablations end in NaN or infinity, and no plan makes them"
     if scope := control_scope(profile.model, profile.control):

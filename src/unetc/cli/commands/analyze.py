@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..groups import Group
 from ..options import AnalysisGroup, Cache, Json, ModelGroup, RankingGroup
+
+if TYPE_CHECKING:
+    from unetc.jobs import Cluster
 
 
 class EffortGroup(Group, panel="Effort"):
@@ -45,10 +48,42 @@ class EffortGroup(Group, panel="Effort"):
         return None if self.exhaustive else 0 if self.screen_only else AnalysisOptions().decisive
 
 
+class ClusterGroup(Group, panel="Cluster"):
+    """The machines that measure."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Measure on a Ray cluster: host:6379, auto for the one on this machine, or local to start one "
+            "(default: in this process).",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most workers of the cluster (default: CPUs / --threads, or one for each GPU)."),
+    ] = None
+
+    def cluster(self) -> Cluster | None:
+        """Return the cluster; None for this process.
+
+        Raises:
+            typer.BadParameter: If a number of workers is given without a cluster.
+        """
+        from unetc.jobs import Cluster
+
+        if self.ray is None:
+            if self.workers is not None:
+                raise typer.BadParameter("--workers limits the workers of a cluster; give --ray too.")
+            return None
+        return Cluster(address=self.ray, most_workers=self.workers)
+
+
 def analyze(
     model: ModelGroup,
     sampling: AnalysisGroup,
     effort: EffortGroup,
+    machines: ClusterGroup,
     ranking: RankingGroup,
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")] = Path("profile.json"),
     cache: Cache = None,
@@ -65,7 +100,7 @@ def analyze(
     from ..output import OUT, print_json, progress
 
     check_writable(output)
-    by, source = ranking.order(), model.source()
+    by, source, cluster = ranking.order(), model.source(), machines.cluster()
     options = sampling.options(
         source,
         components=tuple(effort.components or ()),
@@ -74,7 +109,7 @@ def analyze(
     )
     summary.check_bin(ranking.bin, min(options.bins, options.steps))
     with progress() as on_progress:
-        profile = measure(source, options, cache=cache, on_progress=on_progress)
+        profile = measure(source, options, cache=cache, cluster=cluster, on_progress=on_progress)
     profile.save(output)
     if as_json:
         print_json(summary.profile_facts(profile, output, by=by, top=ranking.top, bin=ranking.bin))

@@ -1,0 +1,277 @@
+"""How does an analysis scale over workers of a Ray cluster, and what do killed workers cost?
+
+    python benchmarks/bench_ray.py                          # about twelve minutes on two cores
+    python benchmarks/bench_ray.py --terrain terrain/       # also the pipeline of terrain.py, some components
+
+Each model is analysed in this process with one thread, by one worker of a local Ray cluster, and by two, in turns. All
+start from the same measured costs, so they carry the same ablations to the final output, and their profiles must be
+equal byte for byte. Seconds count from the first call to the profile, without the start of the cluster. Then workers
+are killed at random moments while they run a job.
+
+Larger clusters are *simulated*: `ray_simulation.py` hands out jobs of the measured durations to workers, some of which
+are slow. Writes `results/ray.json` and docs/images/ray.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import checkout  # noqa: F401 - makes unetc importable
+from ray_simulation import SIZES, Work, simulate
+from result_file import write
+
+from unetc.analyzer.analysis import AnalysisOptions
+from unetc.progress import Progress
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs/images/ray.png"
+THREADS = 1
+STAGES = ("timing", "full model", "screen", "ablations")
+
+
+def options_of(case: Mapping[str, Any]) -> AnalysisOptions:
+    """Make the options of a case."""
+    return AnalysisOptions(threads=THREADS, **{**case["options"], "components": tuple(case["options"]["components"])})
+
+
+def child(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Analyse a model in this process, or on a local cluster; return seconds and the number of repeated jobs."""
+    import logging
+
+    import unetc
+    from unetc.jobs import Cluster
+
+    repeated: list[logging.LogRecord] = []
+
+    class Repeats(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            repeated.append(record)
+
+    reports: list[tuple[float, Progress]] = []
+
+    def watch(progress: Progress) -> None:
+        reports.append((time.perf_counter(), progress))
+
+    def measure(cluster: Cluster | None) -> float:
+        begin = time.perf_counter()
+        profile = unetc.analyze(
+            case["model"], options_of(case), cache=case["cache"], cluster=cluster, on_progress=watch
+        )
+        seconds = time.perf_counter() - begin
+        profile.save(Path(case["profile"]))
+        return seconds
+
+    if not case["workers"]:
+        return {"seconds": measure(None), "stages": stages(reports)}
+    from ray_cluster import Killer, started
+
+    begin = time.perf_counter()
+    with started(cpus=case["workers"]):
+        start_s = time.perf_counter() - begin
+        repeats = logging.getLogger("unetc.ray_workers")
+        repeats.addHandler(Repeats())
+        repeats.setLevel(logging.INFO)
+        with Killer(case["kills"], seed=1, pause_s=case["pause_s"]) as killer:
+            seconds = measure(Cluster(address="local", most_workers=case["workers"]))
+    return {
+        "seconds": seconds,
+        "start_s": start_s,
+        "stages": stages(reports),
+        "kills": case["kills"] - killer.left,
+        "repeats": len(repeated),
+    }
+
+
+def stages(reports: list[tuple[float, Progress]]) -> dict[str, float]:
+    """Return the seconds of each stage, from the end of the one before it to its last report."""
+    ends = {progress.stage: at for at, progress in reports}
+    before = reports[0][0]
+    seconds = {}
+    for stage in (one for one in STAGES if one in ends):
+        seconds[stage], before = ends[stage] - before, ends[stage]
+    return seconds
+
+
+def run(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a case in a fresh process."""
+    command = [sys.executable, __file__, "--child", json.dumps(case)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"an analysis failed:\n{result.stderr}")
+    measured: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    print(case["model"], case["workers"], case["kills"], measured, file=sys.stderr, flush=True)
+    return measured
+
+
+def jobs_of(work: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read how long each job of an analysis in one process took: from one result's file to the next."""
+    found = sorted((path.stat().st_mtime, path.name) for path in work.rglob("bin*.json"))
+    durations = [(name, later - before) for (before, _), (later, name) in pairwise(found)]
+    return {
+        "screen": [{"name": name, "seconds": seconds} for name, seconds in durations if "-local" in name],
+        "ablations": [{"name": name, "seconds": seconds} for name, seconds in durations if "-local" not in name],
+    }
+
+
+def measure(name: str, model: str, options: Mapping[str, Any], work: Path, rounds: int, kills: int) -> dict[str, Any]:
+    """Measure one model."""
+    folder = work / name
+    shutil.rmtree(folder, ignore_errors=True)
+    case = {"model": model, "options": options, "kills": 0, "pause_s": 0.0}
+    first = run({**case, "workers": 0, "cache": str(folder / "first"), "profile": str(folder / "first.json")})
+    expected = (folder / "first.json").read_bytes()
+    seconds: dict[int, list[dict[str, Any]]] = {0: [], 1: [], 2: []}
+    equal = True
+
+    def again(workers: int, kills: int = 0) -> dict[str, Any]:
+        """Analyse from the measured costs alone."""
+        cache, profile = folder / "again", folder / "again.json"
+        shutil.rmtree(cache, ignore_errors=True)
+        ignored = shutil.ignore_patterns("damage-*", "*.lock")
+        shutil.copytree(folder / "first", cache, ignore=ignored)
+        measured = run(
+            {
+                **case,
+                "workers": workers,
+                "kills": kills,
+                "pause_s": 1.0,
+                "cache": str(cache),
+                "profile": str(profile),
+            }
+        )
+        nonlocal equal
+        equal = equal and profile.read_bytes() == expected
+        return measured
+
+    for _ in range(rounds):
+        for workers, rows in seconds.items():
+            rows.append(again(workers))
+    killed = again(2, kills) if kills else None
+    return {
+        "first": first,
+        "runs": seconds,
+        "killed": killed,
+        "equal": equal,
+        "jobs": jobs_of(folder / "first"),
+    }
+
+
+def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
+    """List the figures of a model."""
+    ratios: dict[str, list[float]] = {"adds": [], "speedup": []}
+    for local, one, two in zip(*(result["runs"][workers] for workers in (0, 1, 2)), strict=True):
+        ratios["adds"].append(one["seconds"] / local["seconds"])
+        ratios["speedup"].append(one["seconds"] / two["seconds"])
+    median = {key: statistics.median(values) for key, values in ratios.items()}
+    rows: list[dict[str, object]] = [
+        {
+            "figure": f"{name}: seconds with one worker / in one process, median of {len(ratios['adds'])} rounds",
+            "value": median["adds"],
+            "goal": {"at_most": 1.05},
+        },
+        {
+            "figure": f"{name}: seconds with one worker / with two",
+            "value": median["speedup"],
+            "goal": {"at_least": 1.7},
+        },
+        {"figure": f"{name}: profiles equal byte for byte", "value": float(result["equal"]), "goal": {"at_least": 1}},
+    ]
+    if (killed := result["killed"]) is not None:
+        whole = statistics.median(run["seconds"] for run in result["runs"][2])
+        rows += [
+            {"figure": f"{name}: workers killed", "value": killed["kills"]},
+            {"figure": f"{name}: jobs repeated / workers killed", "value": killed["repeats"] / max(1, killed["kills"])},
+            {
+                "figure": f"{name}: seconds that a killed worker costs",
+                "value": (killed["seconds"] - whole) / max(1, killed["kills"]),
+            },
+        ]
+    return rows
+
+
+def draw(simulated: Mapping[str, list[dict[str, Any]]], results: Mapping[str, Any], path: Path) -> None:
+    """Draw the speed-up against the number of workers."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    axis.plot(SIZES, SIZES, color="#9aa0a6", linestyle=":", label="linear")
+    for colour, (name, rows) in zip(("#2a6fdb", "#e08e45", "#3a9d5d", "#8e5fbf"), simulated.items(), strict=False):
+        speedups = [row["speedup"] for row in rows]
+        axis.plot([row["workers"] for row in rows], speedups, marker="o", color=colour, label=f"{name}, simulated")
+    for name, result in results.items():
+        one, two = (statistics.median(run["seconds"] for run in result["runs"][workers]) for workers in (1, 2))
+        axis.scatter([1, 2], [1, one / two], marker="x", color="black", zorder=3, label=f"{name}, measured")
+    axis.set(xlabel="workers", ylabel="speed-up over one worker", xscale="log", yscale="log")
+    axis.set_xticks(SIZES, [str(size) for size in SIZES])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Measure, simulate, draw and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/ray", help="caches")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="the picture")
+    parser.add_argument("--terrain", type=Path, help="pipeline folder of terrain.py")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each number of workers")
+    parser.add_argument("--kills", type=int, default=50, help="workers to kill")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--decisive", type=int, default=7)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(json.loads(options.child))))
+        return
+    effort = {"steps": options.steps, "samples": options.samples, "decisive": options.decisive, "rounds": 4}
+    cases: dict[str, tuple[str, dict[str, Any]]] = {"digits": ("digits", {**effort, "components": []})}
+    if options.terrain:
+        some = {**effort, "steps": 10, "samples": 2, "bins": 4, "components": ["down_blocks.3.*", "mid_block.*"]}
+        cases["terrain"] = (str(options.terrain), some)
+    results, simulated = {}, {}
+    for name, (model, own) in cases.items():
+        kills = options.kills if name == "digits" else 0
+        results[name] = measure(name, model, own, options.work, options.rounds, kills)
+        work = Work.of(results[name]["first"]["stages"], results[name]["jobs"], results[name]["runs"][1])
+        simulated[name] = simulate(work)
+        simulated[f"{name}, ten times the jobs"] = simulate(work.times(10))
+    draw(simulated, results, options.picture)
+    columns = ["analysis", "workers", "speed-up", "share of the time: timing", "trajectory", "screening", "ablations"]
+    rows = [
+        [name, row["workers"], f"{row['speedup']:.1f}", *(f"{row['shares'][stage]:.2f}" for stage in STAGES)]
+        for name, own in simulated.items()
+        for row in own
+    ]
+    table = {"title": "Simulated, with the measured durations of jobs", "columns": columns, "rows": rows}
+    measured = {name: {key: own for key, own in result.items() if key != "jobs"} for name, result in results.items()}
+    write(
+        options.results,
+        "ray",
+        {
+            "settings": effort | {"rounds of each": options.rounds, "threads": THREADS},
+            "figures": [row for name, result in results.items() for row in figures_of(name, result)],
+            "tables": [table],
+            "measured": measured,
+            "simulated": simulated,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

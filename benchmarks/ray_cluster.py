@@ -1,0 +1,81 @@
+"""A Ray cluster of several processes on this machine, and a thread that kills workers: for tests and bench_ray.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+WORKER, RUNNING = "ray::_Worker", "ray::_Worker.run"
+"""Titles that Ray gives to the processes of workers, and while they run a job."""
+
+
+@contextmanager
+def started(cpus: int) -> Iterator[None]:
+    """Start a cluster that lasts as long as the context.
+
+    Args:
+        cpus: CPUs that it counts with; more than the machine has are fine for small jobs.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def workers(title: str = WORKER) -> list[int]:
+    """List the worker processes of this process's cluster whose title begins with the given one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(title.encode()) and os.getpid() in _ancestors(folder):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def _ancestors(folder: Path) -> Iterator[int]:
+    while (parent := int((folder / "stat").read_text().rpartition(")")[2].split()[1])) > 1:
+        yield parent
+        folder = folder.parent / str(parent)
+
+
+class Killer:
+    """Kills workers that run a job, at random moments, in a thread."""
+
+    def __init__(self, kills: int, *, seed: int = 0, pause_s: float = 0.5) -> None:
+        """Take the number of kills, and the longest pause between them in seconds."""
+        self.left = kills
+        self._random = random.Random(seed)
+        self._pause_s = pause_s
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Killer:
+        """Begin to kill."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self.left and not self._end.is_set():
+            time.sleep(0.002)
+            if running := workers(RUNNING):
+                os.kill(self._random.choice(running), signal.SIGKILL)
+                self.left -= 1
+                self._end.wait(self._random.uniform(0, self._pause_s))

@@ -1,0 +1,323 @@
+"""Workers of a Ray cluster.
+
+A worker is an actor: a process that keeps one bench. Each has one job at a time, so that none begins after a deadline,
+and a worker that dies costs one job. The job is given out again, and a new process takes the worker's place.
+
+Everything that a bench needs travels through Ray's object store. Workers need unetc and the libraries of the target.
+
+Source:
+    https://docs.ray.io/en/latest/ray-core/actors.html
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import unetc
+from unetc.environment import cores
+from unetc.errors import UnetcError, WorkerError, brief
+from unetc.jobs import Advance, Bench, Job, Other, Recipe, Result, Shared, Workers, ignore
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""Address of a cluster on this machine that lasts as long as the work."""
+MOST_TRIES = 5
+"""Times that a job is given out before the work ends with an error, and times that a worker is started in a row."""
+_ANSWERS_WITHIN_S = 120.0
+"""Machines that do not describe themselves within this time are left out."""
+_LOOK_EVERY_S = 1.0
+"""Interval at which the deadline is looked at while jobs run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one worker needs."""
+
+    cpus: int
+    gpu: bool
+    """Whether it has a GPU, which no other worker shares."""
+    describe: Callable[[], str]
+    """Describes the machine on which it is called; only machines with equal descriptions work together."""
+    most_workers: int | None = None
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Join a cluster, or start one for as long as the context is open.
+
+    A program that has joined a cluster stays in it, whatever the address.
+
+    Raises:
+        WorkerError: If there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use unless asked not to
+    started: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == LOCAL else {}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **started)
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"cannot join a Ray cluster at {address}: {brief(error)}. Give the address of its head, as host:6379, auto "
+            f"for the one on this machine, or {LOCAL} to start one."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:
+    """Choose the machines of the joined cluster that work: those of the kind that has room for most workers.
+
+    Raises:
+        WorkerError: If there is room for none.
+    """
+    kinds, notes = _kinds(needs)
+    if not kinds:
+        what = "a GPU" if needs.gpu else f"{needs.cpus} CPUs for the threads of one worker"
+        raise WorkerError(
+            f"no machine of the cluster has {what} and unetc {unetc.__version__}. "
+            f"{' '.join(f'{note}.' for note in notes)} Check the cluster with `ray status`, or set --threads."
+        )
+    machine = max(kinds, key=lambda kind: len(kinds[kind]))
+    notes += [
+        f"{len(seats)} workers on {kind} were left out: results and times of unlike machines do not mix"
+        for kind, seats in kinds.items()
+        if kind != machine
+    ]
+    crew = _Crew(ray.put(recipe), kinds[machine][: needs.most_workers])
+    return RayWorkers(crew=crew, machine=machine, notes=tuple(notes))
+
+
+def _kinds(needs: Needs) -> tuple[dict[str, list[_Seat]], list[str]]:
+    """Group the seats for workers by the kind of their machine; note the machines that have none."""
+    kinds: dict[str, list[_Seat]] = {}
+    notes = []
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    asked = {
+        ray.remote(_describe).options(num_cpus=0, scheduling_strategy=_on(node)).remote(needs.describe): node
+        for node in nodes
+    }
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWERS_WITHIN_S)
+    for answer in silent:
+        notes.append(f"the machine {nodes[asked[answer]]['NodeManagerHostname']} was left out: it does not answer")
+    for answer in answered:
+        node = nodes[asked[answer]]
+        try:
+            kind, version = ray.get(answer)
+        except RayError as error:
+            notes.append(f"the machine {node['NodeManagerHostname']} was left out: {_said(error)}")
+            continue
+        if version != unetc.__version__:
+            notes.append(f"the machine {node['NodeManagerHostname']} was left out: it has unetc {version}")
+            continue
+        cpus, gpus = node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)
+        count = int(gpus if needs.gpu else cpus // needs.cpus)
+        seat = _Seat(node=node["NodeID"], cpus=1 if needs.gpu else needs.cpus, all_cpus=cpus, gpus=int(needs.gpu))
+        if count:
+            kinds.setdefault(kind, []).extend(replace(seat) for _ in range(count))
+    return kinds, notes
+
+
+def _describe(describe: Callable[[], str]) -> tuple[str, str]:
+    return describe(), unetc.__version__
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+
+
+class _Worker:
+    """A process that keeps a bench."""
+
+    def open(self, recipe: Recipe[Any]) -> None:
+        """Set up the bench."""
+        self._bench = recipe.open()
+
+    def run(self, job: Job[Any, Any], *shared: Shared[Any, Any]) -> Any:
+        """Run a job."""
+        bench = self._bench
+        for extension in shared:
+            bench = extension.on(bench)
+        return job.run(bench, ignore)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Seat:
+    """A place for a worker: its machine and its share of it, and what its worker does."""
+
+    node: str
+    cpus: float
+    all_cpus: float
+    """CPUs of the machine."""
+    gpus: int
+    actor: Any = None
+    answer: Any = None
+    """The object that the worker is making; None if it waits for a job."""
+    position: int | None = None
+    """Position of its job; None while it sets up its bench."""
+    failed: int = 0
+    """Times that setting up failed in a row."""
+
+    def start(self, recipe: Any) -> None:
+        """Start a worker."""
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
+        self.actor = ray.remote(_Worker).options(scheduling_strategy=_on(self.node), **options).remote()
+        self.answer, self.position = self.actor.open.remote(recipe), None
+
+    def stop(self) -> None:
+        """Stop the worker, so that its share of the machine is free."""
+        if self.actor is not None:
+            ray.kill(self.actor)
+        self.actor = self.answer = self.position = None
+
+    def alone(self) -> _Seat:
+        """Return a seat for a worker that has all CPUs of the machine."""
+        return replace(self, cpus=self.all_cpus, actor=None, answer=None, position=None)
+
+
+class _Crew:
+    """The workers of all seats, or a single one that has its machine for itself."""
+
+    def __init__(self, recipe: Any, seats: Sequence[_Seat]) -> None:
+        self._recipe = recipe
+        self._seats = list(seats)
+        self._working: list[_Seat] = []
+
+    @property
+    def count(self) -> int:
+        """Number of seats."""
+        return len(self._seats)
+
+    def spread(self, jobs: Sequence[Job[Any, Any]], shared: tuple[Any, ...], deadline: float) -> Iterator[Any]:
+        """Run jobs on all workers; see `Workers.run`."""
+        if self._working is not self._seats:
+            self._start(self._seats)
+        return self._run(jobs, shared, deadline)
+
+    def spread_over_one(self, job: Job[Any, Any], shared: tuple[Any, ...]) -> Any:
+        """Run a job on a worker that has its machine for itself."""
+        if self._working is self._seats or not self._working:
+            self._start([self._seats[0].alone()])
+        ((_, result),) = self._run((job,), shared, math.inf)
+        return result
+
+    def _start(self, seats: list[_Seat]) -> None:
+        """Stop the workers, and start others."""
+        for seat in self._working:
+            seat.stop()
+        self._working = seats
+        for seat in seats:
+            seat.start(self._recipe)
+
+    def _run(self, jobs: Sequence[Job[Any, Any]], shared: tuple[Any, ...], deadline: float) -> Iterator[Any]:
+        waiting, tries = deque(range(len(jobs))), Counter[int]()
+        while True:
+            for seat in self._working:
+                if seat.answer is None and waiting and time.monotonic() < deadline:
+                    seat.position = waiting.popleft()
+                    seat.answer = seat.actor.run.remote(jobs[seat.position], *shared)
+            busy = any(seat.position is not None for seat in self._working)
+            if not busy and (not waiting or time.monotonic() >= deadline):
+                return
+            answers = {seat.answer: seat for seat in self._working if seat.answer is not None}
+            ended, _ = ray.wait(list(answers), num_returns=1, timeout=_LOOK_EVERY_S)
+            for answer in ended:
+                seat = answers[answer]
+                position = seat.position
+                try:
+                    result = ray.get(answer)
+                except RayError as error:
+                    self._start_again(seat, error)
+                    if position is not None:
+                        tries[position] += 1
+                        if tries[position] == MOST_TRIES:
+                            raise WorkerError(
+                                f"{jobs[position].name} failed {MOST_TRIES} times on the cluster; the last time: "
+                                f"{_said(error)}. Finished jobs are kept: the same command continues."
+                            ) from error
+                        logger.info("%s is given out again: %s", jobs[position].name, _said(error))
+                        waiting.appendleft(position)
+                    continue
+                seat.answer = seat.position = None
+                seat.failed = 0
+                if position is not None:
+                    yield position, result
+
+    def _start_again(self, seat: _Seat, error: RayError) -> None:
+        """Give a seat another worker, unless its machine fails again and again.
+
+        Raises:
+            UnetcError: If a job or the set-up raised it: it would be the same everywhere.
+            WorkerError: If no seat is left.
+        """
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UnetcError):
+            raise error.cause
+        seat.failed = seat.failed + 1 if seat.position is None else 0
+        seat.stop()
+        if seat.failed < MOST_TRIES:
+            seat.start(self._recipe)
+            return
+        self._working.remove(seat)
+        if not self._working:
+            raise WorkerError(
+                f"no worker of the cluster can be started; the last one: {_said(error)}. Check the cluster with "
+                "`ray status`. Finished jobs are kept: the same command continues."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayWorkers(Generic[Bench]):
+    """Workers on machines of one kind; implements `unetc.jobs.Workers`."""
+
+    crew: _Crew
+    shared: tuple[Any, ...] = ()
+    """What extends the benches, in the object store."""
+    machine: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def count(self) -> int:
+        """Number of workers."""
+        return self.crew.count
+
+    def run(
+        self, jobs: Sequence[Job[Bench, Result]], *, deadline: float = math.inf, advance: Advance = ignore
+    ) -> Iterator[tuple[int, Result]]:
+        """Run jobs on all workers.
+
+        Raises:
+            WorkerError: If a job fails again and again, or no worker is left.
+        """
+        return self.crew.spread(jobs, self.shared, deadline)
+
+    def run_alone(self, job: Job[Bench, Result], advance: Advance = ignore) -> Result:
+        """Run a job on a worker that holds all CPUs of its machine."""
+        result: Result = self.crew.spread_over_one(job, self.shared)
+        return result
+
+    def sharing(self, shared: Shared[Bench, Other]) -> Workers[Other]:
+        """Put the extension of the benches into the object store."""
+        extended = (*self.shared, ray.put(shared))
+        return RayWorkers(crew=self.crew, shared=extended, machine=self.machine, notes=self.notes)
+
+
+def _said(error: RayError) -> str:
+    """Shorten what a worker said, or what became of it."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {brief(cause)}" if isinstance(cause, Exception) else brief(error)
