@@ -260,7 +260,7 @@ class _Crew:
                     yield position, result
 
     def _start_again(self, seat: _Seat, error: RayError) -> None:
-        """Give a seat another worker, unless its machine fails again and again.
+        """Give a seat another worker if its own has died, unless its machine fails again and again.
 
         Raises:
             UnetcError: If a job or the set-up raised it: it would be the same everywhere.
@@ -268,6 +268,9 @@ class _Crew:
         """
         if isinstance(error, RayTaskError) and isinstance(error.cause, UnetcError):
             raise error.cause
+        if isinstance(error, RayTaskError) and seat.position is not None:
+            seat.answer = seat.position = None
+            return
         seat.failed = seat.failed + 1 if seat.position is None else 0
         seat.stop()
         if seat.failed < MOST_TRIES:

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("ray")
-
 import ray_cluster
 
 from tests.analyzer.sweeps import REFERENCE, SHAPE, backend, table_of, tiny

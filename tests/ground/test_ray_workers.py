@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,21 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("ray")
-
+import ray
 import ray_cluster
 
+from unetc import ray_workers
 from unetc.environment import machine_for
 from unetc.errors import ProfileError, WorkerError
 from unetc.jobs import Advance, Workers
-from unetc.ray_workers import MOST_TRIES, Needs, joined, workers_of
+from unetc.ray_workers import Needs, joined, workers_of
+
+pytestmark = pytest.mark.nightly  # starting a cluster and its workers takes seconds; tests/analyzer/test_ray.py does it
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)  # workers do not find it
     with ray_cluster.started(cpus=2):
         yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,11 @@ def test_all_workers_run_jobs_and_results_keep_their_places(tmp_path: Path) -> N
 
 
 def test_a_job_that_runs_alone_has_the_machine_for_itself(tmp_path: Path) -> None:
-    import ray
-
     workers = workers_in(tmp_path)
     assert workers.run_alone(Mark(3)) == 9
     assert ray.available_resources().get("CPU", 0) == 0, "no CPU is left for others"
-    assert dict(workers.run([Mark(1), Mark(2)])) == {0: 1, 1: 4}
-    assert len(ray_cluster.workers()) == 2
+    assert dict(workers.run([Mark(number, 0.1) for number in range(10)])) == {n: n**2 for n in range(10)}
+    assert len({process for *_, process in marks(tmp_path)}) == 3, "the first one has gone, two others came"
 
 
 def test_fewer_workers_work_where_they_are_limited(tmp_path: Path) -> None:
@@ -110,11 +113,14 @@ FAILURES = [("killed", "died|killed|crashed"), ("the disk is full", "OSError: th
 
 
 @pytest.mark.parametrize(("failure", "said"), FAILURES)
-def test_a_job_that_fails_everywhere_is_named_with_its_last_error(tmp_path: Path, failure: str, said: str) -> None:
-    message = rf"(?is)^mark 7 failed {MOST_TRIES} times.*{said}.*the same command continues"
+def test_a_job_that_fails_everywhere_is_named_with_its_last_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, said: str
+) -> None:
+    monkeypatch.setattr(ray_workers, "MOST_TRIES", 2)
+    message = r"(?is)^mark 7 failed 2 times.*{said}.*the same command continues"
     with pytest.raises(WorkerError, match=message):
         dict(workers_in(tmp_path).run([Mark(7, failure=failure)]))
-    assert len(marks(tmp_path)) == MOST_TRIES
+    assert len(marks(tmp_path)) == 2
 
 
 def test_an_error_of_the_analysis_itself_is_not_tried_again(tmp_path: Path) -> None:
@@ -154,8 +160,6 @@ def test_a_cluster_without_room_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_program_stays_in_the_cluster_that_it_has_joined() -> None:
-    import ray
-
     with joined("10.255.255.1:6379"):
         pass
     assert ray.is_initialized()
