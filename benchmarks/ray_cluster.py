@@ -33,12 +33,18 @@ def started(cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def workers(title: str = WORKER) -> list[int]:
-    """List the worker processes of this process's cluster whose title begins with the given one."""
+def workers(title: str = WORKER, *, of: int | None = None) -> list[int]:
+    """List the worker processes of a process's cluster.
+
+    Args:
+        title: Beginning of their titles.
+        of: The process that started the cluster; this one when not given.
+    """
+    starter = os.getpid() if of is None else of
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").read_bytes().startswith(title.encode()) and os.getpid() in _ancestors(folder):
+            if (folder / "cmdline").read_bytes().startswith(title.encode()) and starter in _ancestors(folder):
                 found.append(int(folder.name))
         except OSError:
             continue  # it has ended

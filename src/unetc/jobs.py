@@ -69,7 +69,7 @@ class Shared(Protocol[BenchIn, BenchOut]):
         """Extend a bench."""
 
 
-class Workers(Protocol[Bench]):
+class Workers(Protocol[BenchOut]):
     """Benches of one kind, on one machine or many, and who runs jobs on them."""
 
     @property
@@ -81,7 +81,7 @@ class Workers(Protocol[Bench]):
         """What the user should know about the machines."""
 
     def run(
-        self, jobs: Sequence[Job[Bench, Result]], *, deadline: float = math.inf, advance: Advance = ignore
+        self, jobs: Sequence[Job[BenchOut, Result]], *, deadline: float = math.inf, advance: Advance = ignore
     ) -> Iterator[tuple[int, Result]]:
         """Run jobs, and yield the position and the result of each as it ends, in any order.
 
@@ -91,10 +91,10 @@ class Workers(Protocol[Bench]):
             advance: Told how far a job is, if jobs run one by one.
         """
 
-    def run_alone(self, job: Job[Bench, Result], advance: Advance = ignore) -> Result:
+    def run_alone(self, job: Job[BenchOut, Result], advance: Advance = ignore) -> Result:
         """Run a job while nothing else runs on its machine."""
 
-    def sharing(self, shared: Shared[Bench, Other]) -> Workers[Other]:
+    def sharing(self, shared: Shared[BenchOut, Other]) -> Workers[Other]:
         """Return workers with extended benches."""
 
 

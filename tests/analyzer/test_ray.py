@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,45 +81,61 @@ def there(options: AnalysisOptions) -> Workers[Bench]:
     return workers_of(recipe, Needs(cpus=1, gpu=False, describe=lambda: machine_for(TARGET)))
 
 
-def with_times_of(finished: Path, work: Path) -> Path:
-    """Make a folder that holds the times of another one: they never repeat, and choose what is measured."""
-    for folder in finished.glob("cost-*"):
-        shutil.copytree(folder, work / folder.name)
-    return work
+def check_kills(kills: int, options: AnalysisOptions, folder: Path) -> list[Progress]:
+    """Analyse on the cluster while workers are killed, compare with an analysis in this process, and return progress.
+
+    The second analysis gets the times of the first: they never repeat, and choose what is measured.
+    """
+    reports: list[Progress] = []
+    with ray_cluster.Killer(kills, pause_s=1.0) as killer:
+        spread = analyse(there(options), options, folder / "cluster", reports)
+    assert killer.left == 0
+    for times in (folder / "cluster").glob("cost-*"):
+        shutil.copytree(times, folder / "process" / times.name)
+    alone = analyse(here(options), options, folder / "process", [])
+    assert spread.to_json() == alone.to_json()
+    files = [sorted(path.name for path in (folder / place).rglob("*.json")) for place in ("cluster", "process")]
+    assert files[0] == files[1]
+    assert spread.timed_on == machine_for(TARGET)
+    return reports
 
 
 def test_the_profile_is_the_same_as_in_this_process_though_workers_are_killed(tmp_path: Path) -> None:
-    options, reports = options_of(), []
-    local = analyse(here(options), options, tmp_path / "local", [])
-    work = with_times_of(tmp_path / "local", tmp_path / "cluster")
-    with ray_cluster.Killer(3) as killer:
-        spread = analyse(there(options), options, work, reports)
-    assert killer.left == 0
-    assert spread.to_json() == local.to_json()
-    assert sorted(path.name for path in work.rglob("*.json")) == sorted(
-        path.name for path in (tmp_path / "local").rglob("*.json")
-    )
+    reports = check_kills(2, options_of(), tmp_path)
     for stage in ("screen", "ablations"):
         done = [report.done for report in reports if report.stage == stage]
         assert done == sorted(done)
-        assert done[-1] == next(report.total for report in reports if report.stage == stage)
         assert len(done) > 3
-
-
-def test_times_are_measured_by_a_worker_and_kept(tmp_path: Path) -> None:
-    options = options_of(decisive=0, bins=1, steps=2, samples=1)
-    first = analyse(there(options), options, tmp_path, [])
-    again = analyse(here(options), options, tmp_path, [])
-    assert first.to_json() == again.to_json()
-    assert first.timed_on == machine_for(TARGET)
+        assert done[-1] == next(report.total for report in reports if report.stage == stage)
 
 
 @pytest.mark.nightly
 def test_fifty_killed_workers_lose_no_job(tmp_path: Path) -> None:
-    options = options_of(steps=30, samples=16, bins=6, decisive=None)
-    local = analyse(here(options), options, tmp_path / "local", [])
-    work = with_times_of(tmp_path / "local", tmp_path / "cluster")
-    with ray_cluster.Killer(50, pause_s=1.0) as killer:
-        spread = analyse(there(options), options, work, [])
-    assert killer.left == 0
-    assert spread.to_json() == local.to_json()
+    check_kills(50, options_of(steps=30, samples=16, bins=6, decisive=None), tmp_path)
+
+
+@pytest.mark.nightly
+def test_a_driver_that_is_killed_leaves_no_process_and_the_next_one_continues(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "unetc", "analyze", "digits", "--ray", "local", "--threads", "1"]
+    command += ["--steps", "8", "--samples", "4", "--bins", "4", "--batch", "1", "--cache", str(tmp_path / "cache")]
+    command += ["--output", str(tmp_path / "profile.json")]
+
+    def finished() -> int:
+        return len([*(tmp_path / "cache").rglob("bin*.json")])
+
+    driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while finished() < 5 and driver.poll() is None:
+        time.sleep(0.02)
+    mine = ray_cluster.workers(of=driver.pid)
+    driver.kill()
+    driver.wait()
+    before = finished()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in mine) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert mine
+    assert not any(Path(f"/proc/{worker}").exists() for worker in mine)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 5 <= before < finished()
+    assert Profile.load(tmp_path / "profile.json").timed_on == machine_for(TARGET)
+    assert "ray" not in again.stderr.lower().replace("--ray", ""), "Ray is quiet"
