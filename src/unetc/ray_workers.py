@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -285,8 +285,8 @@ class _Crew:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayWorkers(Generic[Bench]):
-    """Workers on machines of one kind; implements `unetc.jobs.Workers`."""
+class RayWorkers(Workers[Bench]):
+    """Workers on machines of one kind."""
 
     crew: _Crew
     shared: tuple[Any, ...] = ()
