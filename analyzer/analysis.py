@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,12 +165,12 @@ def analyze(
     )
     on_progress(Progress(stage="timing", done=0, total=len(ablated), note=str(duration)))
     if costs is None:
-        costs = workers.run_alone(
-            MeasureCosts(components=ablated, batch=options.batch, sample_shape=sample_shape, rounds=timing.rounds),
-            _reporter("timing", len(ablated), on_progress),
-        )
+        measure = MeasureCosts(components=ablated, batch=options.batch, sample_shape=sample_shape, rounds=timing.rounds)
+        with _stage("timing", len(ablated), on_progress) as advance:
+            costs = workers.run_alone(measure, advance)
         write_atomically(timed / timing.files[-1], msgspec.json.encode(costs))
-    base = run_one(workers, RunBase(outline=outline), _reporter("full model", table.steps, on_progress))
+    with _stage("full model", table.steps, on_progress) as advance:
+        base = run_one(workers, RunBase(outline=outline), advance)
     drawn = (options.steps, options.samples, options.bins, options.seed)
     folder = work / _key("damage", workers.machine, options.scheduler, options.target, *drawn, conditions.sha256())
     course = workers.sharing(SharedCourse(outline=outline, base=base))
@@ -269,8 +270,15 @@ def _read_costs(folder: Path, files: Iterable[str]) -> Costs | None:
     return next((costs for costs in found if costs is not None), None)
 
 
-def _reporter(stage: str, total: int, on_progress: OnProgress) -> Advance:
-    return lambda done: on_progress(Progress(stage=stage, done=done, total=total))
+@contextmanager
+def _stage(stage: str, total: int, on_progress: OnProgress) -> Iterator[Advance]:
+    """Report the progress of one job; on other machines it is known only when the job ends."""
+
+    def advance(done: int) -> None:
+        on_progress(Progress(stage=stage, done=done, total=total))
+
+    yield advance
+    advance(total)
 
 
 def _key(what: str, *values: object) -> str:

@@ -25,7 +25,7 @@ def started(cpus: int) -> Iterator[None]:
     Args:
         cpus: CPUs that it counts with; more than the machine has are fine for small jobs.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield

@@ -26,7 +26,7 @@ class Work:
     """The parts of an analysis, in seconds of one worker."""
 
     start: float
-    """Start of the workers: what one worker adds to the same analysis in one process."""
+    """Start of the workers: seconds that one worker adds to the same analysis in one process."""
     timing: float
     trajectory: float
     screen: tuple[float, ...]

@@ -1,8 +1,8 @@
 """Jobs: parts of a long measurement that each run by themselves, in this process or on other machines.
 
-A job is a frozen value that can travel. It runs on a *bench*, which keeps what is slow to set up, such as a loaded
-model. Results that take long are files, written by the process that hands out the jobs. Whoever runs them may die at
-any moment; the next run reads the files and goes on.
+A job is a frozen value that can travel. It runs on a *bench*, which keeps a loaded model or anything else that is slow to
+set up. Results that take long are files, written by the process that hands out the jobs. Any process may die at any
+moment; the next run reads the files and goes on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Recipe(Protocol[BenchOut]):
 
 
 class Shared(Protocol[BenchIn, BenchOut]):
-    """What many jobs need that became known after their bench was set up; it travels once."""
+    """An extension of benches that became known after they were set up; it travels once for many jobs."""
 
     def on(self, bench: BenchIn) -> BenchOut:
         """Extend a bench."""
@@ -78,7 +78,7 @@ class Workers(Protocol[BenchOut]):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the machines."""
+        """Notes about the machines for the user."""
 
     def run(
         self, jobs: Sequence[Job[BenchOut, Result]], *, deadline: float = math.inf, advance: Advance = ignore

@@ -42,9 +42,13 @@ _LOOK_EVERY_S = 1.0
 """Interval at which the deadline is looked at while jobs run."""
 
 
+_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""Settings of a cluster that is started: it does not report its use, and workers are timed like any other process."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What one worker needs."""
+    """Needs of one worker."""
 
     cpus: int
     gpu: bool
@@ -66,7 +70,8 @@ def joined(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use unless asked not to
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     started: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **started)
@@ -82,7 +87,7 @@ def joined(address: str) -> Iterator[None]:
 
 
 def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:
-    """Choose the machines of the joined cluster that work: those of the kind that has room for most workers.
+    """Choose the machines of the joined cluster that work: the kind with room for most workers.
 
     Raises:
         WorkerError: If there is room for none.
@@ -159,7 +164,7 @@ class _Worker:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Seat:
-    """A place for a worker: its machine and its share of it, and what its worker does."""
+    """A place for a worker: its machine, its share of the machine, and the worker's state."""
 
     node: str
     cpus: float
@@ -290,7 +295,7 @@ class RayWorkers(Workers[Bench]):
 
     crew: _Crew
     shared: tuple[Any, ...] = ()
-    """What extends the benches, in the object store."""
+    """Extensions of the benches, in the object store."""
     machine: str
     notes: tuple[str, ...] = field(default=())
 
@@ -321,6 +326,6 @@ class RayWorkers(Workers[Bench]):
 
 
 def _said(error: RayError) -> str:
-    """Shorten what a worker said, or what became of it."""
+    """Describe the failure of a worker in one line."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     return f"{type(cause).__name__}: {brief(cause)}" if isinstance(cause, Exception) else brief(error)

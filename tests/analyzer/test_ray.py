@@ -1,4 +1,4 @@
-"""An analysis on a Ray cluster gives the same profile as one in this process, whoever dies on the way."""
+"""An analysis on a Ray cluster gives the same profile as one in this process, even if workers die."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def there(options: AnalysisOptions) -> Workers[Bench]:
 def check_kills(kills: int, options: AnalysisOptions, folder: Path) -> list[Progress]:
     """Analyse on the cluster while workers are killed, compare with an analysis in this process, and return progress.
 
-    The second analysis gets the times of the first: they never repeat, and choose what is measured.
+    The second analysis gets the times of the first: they never repeat, and decide which ablations are measured.
     """
     reports: list[Progress] = []
     with ray_cluster.Killer(kills, pause_s=1.0) as killer:

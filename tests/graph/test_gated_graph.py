@@ -287,7 +287,7 @@ def test_unknown_component_cannot_be_specialised(folder: Path) -> None:
 
 
 def test_export_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gated_module, "TRANSLATIONS", {})
+    monkeypatch.setattr("unetc.compiler.graph.export.TRANSLATIONS", {})
     with pytest.raises(CompileError):
         GatedGraph.build(toy_capture(), tmp_path / "graph")
     assert not os.listdir(tmp_path)

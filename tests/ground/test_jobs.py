@@ -18,7 +18,7 @@ class Square(Record, frozen=True, kw_only=True):
 
 @dataclass
 class Counter:
-    """A bench that remembers what ran on it."""
+    """A bench that remembers the jobs that ran on it."""
 
     ran: list[int] = field(default_factory=list)
 
