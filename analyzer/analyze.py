@@ -129,8 +129,7 @@ def _opened(
             wide=finder() if Precision.of_target(options.target) is Precision.FP16 else frozenset(),
         )
         workers = workers_of(recipe, needs)
-        words = "worker" if workers.count == 1 else "workers"
-        for note in (f"{workers.count} {words}: {workers.machine}", *workers.notes):
+        for note in (f"{workers}: {workers.machine}", *workers.notes):
             on_progress(Progress(stage="workers", done=workers.count, total=workers.count, note=note))
         return workers
 

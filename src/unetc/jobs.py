@@ -1,8 +1,8 @@
 """Jobs: parts of a long measurement that each run by themselves, in this process or on other machines.
 
-A job is a frozen value that can travel. It runs on a *bench*, which keeps a loaded model or anything else that is slow to
-set up. Results that take long are files, written by the process that hands out the jobs. Any process may die at any
-moment; the next run reads the files and goes on.
+A job is a frozen value that can travel. It runs on a *bench*, which keeps a loaded model or anything else that takes
+long to set up. Results of long jobs are files, written by the process that hands out the jobs. Any process may die at
+any moment; the next run reads the files and goes on.
 """
 
 from __future__ import annotations

@@ -101,12 +101,16 @@ def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:
         )
     machine = max(kinds, key=lambda kind: len(kinds[kind]))
     notes += [
-        f"{len(seats)} workers on {kind} were left out: results and times of unlike machines do not mix"
+        f"{_counted(len(seats))} on {kind} left out: results and times of unlike machines do not mix"
         for kind, seats in kinds.items()
         if kind != machine
     ]
     crew = _Crew(ray.put(recipe), kinds[machine][: needs.most_workers])
     return RayWorkers(crew=crew, machine=machine, notes=tuple(notes))
+
+
+def _counted(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"
 
 
 def _kinds(needs: Needs) -> tuple[dict[str, list[_Seat]], list[str]]:
@@ -303,6 +307,10 @@ class RayWorkers(Workers[Bench]):
     def count(self) -> int:
         """Number of workers."""
         return self.crew.count
+
+    def __str__(self) -> str:
+        """Count them in words."""
+        return _counted(self.count)
 
     def run(
         self, jobs: Sequence[Job[Bench, Result]], *, deadline: float = math.inf, advance: Advance = ignore

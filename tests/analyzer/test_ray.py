@@ -16,12 +16,15 @@ import ray_cluster
 
 from tests.analyzer.sweeps import REFERENCE, SHAPE, backend, table_of, tiny
 from unetc.analyzer.analysis import AnalysisOptions, analyze
+from unetc.analyzer.analyze import analyze_model
 from unetc.analyzer.bench import Bench, BenchRecipe
 from unetc.artifacts.profile import Profile
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.conditions import UNCONDITIONAL
 from unetc.environment import machine_for
-from unetc.jobs import InProcess, Workers
+from unetc.errors import ProfileError, SessionError
+from unetc.jobs import Cluster, InProcess, Workers
+from unetc.models.find import find_model
 from unetc.progress import Progress
 from unetc.ray_workers import Needs, workers_of
 
@@ -139,3 +142,15 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_next_one_continues(tm
     assert 5 <= before < finished()
     assert Profile.load(tmp_path / "profile.json").timed_on == machine_for(TARGET)
     assert "ray" not in again.stderr.lower().replace("--ray", ""), "Ray is quiet"
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx:fp16", "onnxruntime:tensorrt"])
+def test_targets_whose_engines_differ_are_refused_before_a_cluster_is_joined(tmp_path: Path, target: str) -> None:
+    with pytest.raises(ProfileError, match=r"builds engines, which differ from machine to machine.*without --ray"):
+        analyze_model(
+            find_model("digits"), AnalysisOptions(target=target), cache=tmp_path, cluster=Cluster(address="nowhere")
+        )
+    with pytest.raises(SessionError, match="no backend for target 'cpu'"):
+        analyze_model(
+            find_model("digits"), AnalysisOptions(target="cpu"), cache=tmp_path, cluster=Cluster(address="nowhere")
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,7 @@ EXTRAS = {
     "onnxscript",
     "prometheus_client",
     "pydantic",
+    "ray",
     "scipy",
     "sklearn",
     "starlette",
@@ -50,6 +52,7 @@ EXTRAS = {
 
 BLOCK = f"""
 import sys
+from pathlib import Path
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -98,3 +101,18 @@ def test_importing_the_facade_loads_no_library_at_all() -> None:
     code = "import sys\nbefore = set(sys.modules)\nimport unetc\nprint(*set(sys.modules) - before)"
     loaded = {name.partition(".")[0] for name in run(code).split()}
     assert loaded - sys.stdlib_module_names == {"unetc"}
+
+
+def test_a_cluster_without_ray_names_the_extra(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.modules["ray"] = None
+sys.argv = ["unetc", "analyze", "digits", "--ray", "local", "--output", {str(tmp_path / "profile.json")!r}]
+from unetc.cli import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "pip install 'unetc[ray]'" in result.stderr
+    assert "Traceback" not in result.stderr
