@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,11 +58,22 @@ def _ancestors(folder: Path) -> Iterator[int]:
 
 
 class Killer:
-    """Kills workers that run a job, at random moments, in a thread."""
+    """Kills workers that run a job, at random moments, in a thread.
 
-    def __init__(self, kills: int, *, seed: int = 0, pause_s: float = 0.5) -> None:
-        """Take the number of kills, and the longest pause between them in seconds."""
+    It waits for a sign of progress after each kill: nothing ends if workers live for less time than a job takes.
+    """
+
+    def __init__(self, kills: int, done: Callable[[], object], *, seed: int = 0, pause_s: float = 0.3) -> None:
+        """Kill nothing yet.
+
+        Args:
+            kills: Number of workers to kill.
+            done: Returns another value when there has been progress.
+            seed: Seed of the moments and the victims.
+            pause_s: Longest time in seconds between progress and the next kill.
+        """
         self.left = kills
+        self._done = done
         self._random = random.Random(seed)
         self._pause_s = pause_s
         self._end = threading.Event()
@@ -79,9 +90,11 @@ class Killer:
         self._thread.join()
 
     def _run(self) -> None:
+        seen: object = None
         while self.left and not self._end.is_set():
             time.sleep(0.002)
-            if running := workers(RUNNING):
+            if self._done() != seen and (running := workers(RUNNING)):
                 os.kill(self._random.choice(running), signal.SIGKILL)
                 self.left -= 1
+                seen = self._done()
                 self._end.wait(self._random.uniform(0, self._pause_s))

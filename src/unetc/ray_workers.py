@@ -261,7 +261,7 @@ class _Crew:
                                 f"{_said(error)}. Finished jobs are kept: the same command continues."
                             ) from error
                         logger.info("%s is given out again: %s", jobs[position].name, _said(error))
-                        waiting.appendleft(position)
+                        waiting.append(position)  # a job that kills every worker comes last
                     continue
                 seat.answer = seat.position = None
                 seat.failed = 0

@@ -90,7 +90,7 @@ def check_kills(kills: int, options: AnalysisOptions, folder: Path) -> list[Prog
     The second analysis gets the times of the first: they never repeat, and decide which ablations are measured.
     """
     reports: list[Progress] = []
-    with ray_cluster.Killer(kills, pause_s=1.0) as killer:
+    with ray_cluster.Killer(kills, lambda: len(reports)) as killer:
         spread = analyse(there(options), options, folder / "cluster", reports)
     assert killer.left == 0
     for times in (folder / "cluster").glob("cost-*"):
@@ -114,7 +114,7 @@ def test_the_profile_is_the_same_as_in_this_process_though_workers_are_killed(tm
 
 @pytest.mark.nightly
 def test_fifty_killed_workers_lose_no_job(tmp_path: Path) -> None:
-    check_kills(50, options_of(steps=30, samples=16, bins=6, decisive=None), tmp_path)
+    check_kills(50, options_of(steps=12, samples=8, bins=6, decisive=None), tmp_path)
 
 
 @pytest.mark.nightly
