@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ MOST_TRIES = 5
 """Times that a job is given out before the work ends with an error, and times that a worker is started in a row."""
 _ANSWERS_WITHIN_S = 120.0
 """Machines that do not describe themselves within this time are left out."""
+_CONNECTS_WITHIN_S = 10.0
+"""Time within which the head of a cluster accepts a connection."""
 _LOOK_EVERY_S = 1.0
 """Interval at which the deadline is looked at while jobs run."""
 
@@ -74,6 +77,7 @@ def joined(address: str) -> Iterator[None]:
         os.environ.setdefault(name, value)
     started: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == LOCAL else {}
     try:
+        _reach(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **started)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         raise WorkerError(
@@ -84,6 +88,17 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Connect to a host and port, because Ray goes on trying for minutes.
+
+    Raises:
+        OSError: If nothing answers.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_CONNECTS_WITHIN_S).close()
 
 
 def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:

@@ -165,3 +165,13 @@ def test_a_full_model_that_is_not_finite_is_refused_with_its_step_and_component(
     message = rf"at step 1 of 5 \(timestep \d+\), first in {re.escape(part)}\. Check that the weights"
     with pytest.raises(ProfileError, match=message):
         run_base(sweep, ignore)
+
+
+def test_the_machine_is_shown_where_it_is_known(profile: Profile) -> None:
+    older = msgspec.structs.replace(profile, timed_on=msgspec.UNSET)
+    assert b"timed_on" not in older.to_json()
+    assert Profile.from_json(older.to_json(), "the profile") == older
+    for own, said in ((profile, "this machine"), (older, None)):
+        assert profile_facts(own, Path("profile.json"))["timed_on"] == said
+        table: Any = profile_table(own)
+        assert ("; timed on this machine" in str(table.renderables[0].title)) == bool(said)

@@ -26,7 +26,7 @@ from unetc.compiler.graph.capture import Capture, capture
 from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
-from unetc.compiler.graph.weights import tensor_ranges
+from unetc.compiler.graph.weights import tensor_ranges, tensor_sizes
 from unetc.errors import ArtifactError, CompileError, SchemaVersionError
 from unetc.treatments import Treatment
 
@@ -297,3 +297,19 @@ def test_weights_of_the_toy_are_read_back(folder: Path) -> None:
     weights = load_file(folder / "weights.safetensors")
     block = toy_capture().program.state_dict
     np.testing.assert_array_equal(weights["model.body.conv.weight"], block["model.body.conv.weight"].numpy())
+
+
+def test_a_packed_graph_is_the_same_graph_without_its_folder(folder: Path) -> None:
+    graph = GatedGraph.load(folder)
+    packed = graph.pack()
+    unpacked = packed.unpack()
+    for form in (GatedGraph.runnable, GatedGraph.observing, GatedGraph.remembering):
+        assert form(unpacked) == form(graph)
+    means = np.zeros(graph.channels, dtype=np.float32)
+    dropped = {graph.components[0].name: Treatment.DROP}
+    assert specialise(unpacked, dropped, means) == specialise(graph, dropped, means)
+    assert unpacked.read_weights() == graph.weights.read_bytes()
+    assert unpacked.pack() == packed
+    assert (unpacked.components, unpacked.inputs, unpacked.sizes) == (graph.components, graph.inputs, graph.sizes)
+    ranges = tensor_ranges(graph.weights)
+    assert tensor_sizes(packed.weights) == {name: end - begin for name, (begin, end) in ranges.items()}

@@ -116,3 +116,17 @@ main()
     assert result.returncode == 1
     assert "pip install 'unetc[ray]'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "no.such.host.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_refused_at_once(address: str) -> None:
+    code = f"""
+from unetc.errors import WorkerError
+from unetc.ray_workers import joined
+try:
+    with joined({address!r}):
+        pass
+except WorkerError as error:
+    print(error)
+"""
+    assert f"cannot join a Ray cluster at {address}: " in run(code)
