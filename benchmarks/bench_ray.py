@@ -174,10 +174,11 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
 
     def median(of: Callable[[Mapping[str, Any]], float], above: int, below: int) -> float:
         runs = zip(result["runs"][above], result["runs"][below], strict=True)
-        return statistics.median(of(one) / of(other) for one, other in runs)
+        ratios = [of(one) / of(other) for one, other in runs]
+        return float(statistics.median(ratios))
 
     def whole(run: Mapping[str, Any]) -> float:
-        return timing + float(run["seconds"])
+        return float(timing + run["seconds"])
 
     def jobs(run: Mapping[str, Any]) -> float:
         return float(run["stages"]["screen"] + run["stages"]["ablations"])
