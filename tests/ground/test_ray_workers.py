@@ -117,7 +117,7 @@ def test_a_job_that_fails_everywhere_is_named_with_its_last_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, said: str
 ) -> None:
     monkeypatch.setattr(ray_workers, "MOST_TRIES", 2)
-    message = r"(?is)^mark 7 failed 2 times.*{said}.*the same command continues"
+    message = rf"(?is)^mark 7 failed 2 times.*{said}.*the same command continues"
     with pytest.raises(WorkerError, match=message):
         dict(workers_in(tmp_path).run([Mark(7, failure=failure)]))
     assert len(marks(tmp_path)) == 2
