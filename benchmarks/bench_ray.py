@@ -36,6 +36,8 @@ from unetc.progress import Progress
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "docs/images/ray.png"
 THREADS = 1
+PAUSE_S = 10.0
+"""Longest time between two kills: a job that is killed five times ends the analysis, and jobs take seconds."""
 STAGES = ("timing", "full model", "screen", "ablations")
 
 
@@ -81,7 +83,7 @@ def child(case: Mapping[str, Any]) -> dict[str, Any]:
         repeats = logging.getLogger("unetc.ray_workers")
         repeats.addHandler(Repeats())
         repeats.setLevel(logging.INFO)
-        with Killer(case["kills"], lambda: len(reports), seed=1) as killer:
+        with Killer(case["kills"], lambda: len(reports), seed=1, pause_s=PAUSE_S) as killer:
             seconds = measure(Cluster(address="local", most_workers=case["workers"]))
     return {
         "seconds": seconds,
@@ -237,7 +239,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, help="the picture")
     parser.add_argument("--terrain", type=Path, help="pipeline folder of terrain.py")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each number of workers")
-    parser.add_argument("--kills", type=int, default=50, help="workers to kill")
+    parser.add_argument("--kills", type=int, default=50, help="most workers to kill")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--decisive", type=int, default=7)
