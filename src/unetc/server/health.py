@@ -35,7 +35,7 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         """Write the metrics for Prometheus."""
-        return Response(service.metrics.to_text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.scrape(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

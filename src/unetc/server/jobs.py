@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import secrets
@@ -48,7 +49,7 @@ class Job:
     """File format of the images."""
     compression: int | None
     """Quality of JPEG and WebP in per cent; None for their default."""
-    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    id: str
     """Hard to guess: it is all that a client needs to read the job."""
     created: float = field(default_factory=time.time)
     finished: float | None = None
@@ -58,8 +59,8 @@ class Job:
     problem: Problem | None = None
     task: asyncio.Task[None] | None = None
     """Waits for the images."""
-    fetched: bool = False
-    """Whether a client has seen that it is finished."""
+    fetched: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a client has seen that it is finished."""
 
     @property
     def state(self) -> JobState:
@@ -143,7 +144,8 @@ class Jobs:
         while len(self._jobs) >= limits.jobs:  # only now, as a refused request must cost nobody's images
             oldest = next(job for job in self._jobs.values() if job.finished is not None)
             del self._jobs[oldest.id]
-        job = Job(running=running, form=body.form, compression=body.output_compression)
+        name = self._service.job_prefix + secrets.token_hex(16)
+        job = Job(id=name, running=running, form=body.form, compression=body.output_compression)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._finish(job))
         return job
@@ -167,12 +169,21 @@ class Jobs:
             job.finished = time.time()
         else:
             self._jobs.pop(job.id, None)
-        job.fetched = True
+        job.fetched.set()
 
     def unfetched(self) -> int:
         """Count the jobs whose clients can be expected to come for the images, when the server is about to end."""
         lately = time.time() - self._service.settings.drain
-        return sum(not job.fetched and (job.finished or math.inf) > lately for job in self._jobs.values())
+        return sum(not job.fetched.is_set() and (job.finished or math.inf) > lately for job in self._jobs.values())
+
+    async def settled(self, name: str) -> None:
+        """Wait until a job is finished, and its client has come for the images or is no longer expected."""
+        job = self._jobs.get(name)
+        if job is None or job.task is None:
+            return
+        await asyncio.wait({job.task})
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(job.fetched.wait(), self._service.settings.drain)
 
     async def _finish(self, job: Job) -> None:
         """Wait for a job and keep its images."""
@@ -206,7 +217,7 @@ def make_router(service: Service) -> APIRouter:
     """Make the routes of `/v1/jobs`."""
     router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     jobs = Jobs(service)
-    service.unfetched = jobs.unfetched
+    service.unfetched, service.settled = jobs.unfetched, jobs.settled
 
     @router.post("")
     async def submit(body: ImageBody) -> Response:
@@ -218,7 +229,8 @@ def make_router(service: Service) -> APIRouter:
     async def state(name: str) -> Response:
         """Describe a job: its state, its position in the queue, its progress and its result."""
         job = jobs.find(name)
-        job.fetched = job.fetched or (job.finished is not None and not job.files)
+        if job.finished is not None and not job.files:
+            job.fetched.set()
         return JSONResponse(job.to_builtins())
 
     @router.delete("/{name}")
@@ -245,7 +257,8 @@ def make_router(service: Service) -> APIRouter:
         job = jobs.find(name)
         if not 0 <= index < len(job.files):
             raise RequestError(f"job {job.id} has {len(job.files)} images. Expected an index below that.", "index")
-        job.fetched = job.fetched or index == len(job.files) - 1
+        if index == len(job.files) - 1:
+            job.fetched.set()
         return Response(job.files[index], media_type=job.form.media_type)
 
     @router.get("/{name}/events")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 """Bounds of histograms of requests."""
@@ -146,3 +147,31 @@ class Metrics:
     def to_text(self) -> bytes:
         """Write all metrics in the text format."""
         return generate_latest(self._registry)
+
+    def families(self) -> list[Metric]:
+        """Read all metrics as they are now."""
+        return list(self._registry.collect())
+
+
+class Together(Collector):
+    """Metrics of several processes as one; each keeps its values, under the label `replica`."""
+
+    def __init__(self, processes: Mapping[str, Iterable[Metric]]) -> None:
+        """Keep the metrics of each process, by its name."""
+        self._processes = processes
+
+    def collect(self) -> Iterable[Metric]:
+        """Put the values of each metric together."""
+        together: dict[str, Metric] = {}
+        for replica, families in self._processes.items():
+            for family in families:
+                values = [value._replace(labels={"replica": replica, **value.labels}) for value in family.samples]
+                whole = together.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                whole.samples += values
+        return together.values()
+
+    def to_text(self) -> bytes:
+        """Write all metrics in the text format."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)

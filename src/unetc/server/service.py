@@ -15,7 +15,7 @@ import asyncio
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
@@ -86,6 +86,12 @@ class Service:
         """Accepted calls of the denoiser that are not finished."""
         self.unfetched: Callable[[], int] = lambda: 0
         """Counts the jobs whose results wait for their clients; the jobs API replaces it."""
+        self.settled: Callable[[str], Awaitable[None]] = _at_once
+        """Waits until nothing is left to do for a job; the jobs API replaces it."""
+        self.job_prefix = ""
+        """Begins the names of jobs, where requests about a job must find this process among others."""
+        self.scrape: Callable[[], Awaitable[bytes]] = self._scrape
+        """Writes the metrics; replaced where several processes serve together."""
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="unetc-door")
 
     @classmethod
@@ -255,6 +261,9 @@ class Service:
         """Run blocking work, such as encoding images, on a thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    async def _scrape(self) -> bytes:
+        return self.metrics.to_text()
 
     def drain(self) -> None:
         """Take no more requests; accepted ones go on."""
@@ -448,6 +457,10 @@ class Service:
         if not may or self.settings.degrade_to is None:
             return None
         return _slower(self.settings.degrade_to, least)
+
+
+async def _at_once(_: str) -> None:
+    """Wait for no job, where there are none."""
 
 
 def _level(served: Served, request: ImageRequest, field: str, text: str) -> Level:

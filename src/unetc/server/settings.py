@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,27 @@ class ApiKeys:
         """Check a key in a time that depends neither on the key nor on the position of a match."""
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
         return sum([hmac.compare_digest(digest, known) for known in self.digests]) > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRange:
+    """How many processes serve together."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `2`, or `1:4` for as many as the load needs.
+
+        Raises:
+            SessionError: If it is neither.
+        """
+        least, colon, most = text.partition(":")
+        found = [int(number) for number in (least, most if colon else least) if re.fullmatch(r"\d{1,4}", number)]
+        if len(found) < 2 or not 1 <= found[0] <= found[1]:
+            raise SessionError(f"cannot run {text[:40]!r} replicas. Expected a number as 2, or a range as 1:4.")
+        return cls(least=found[0], most=found[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,21 @@ class AccessGroup(Group, panel="Access and limits"):
     max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 16
 
 
+class RayGroup(Group, panel="On Ray"):
+    """Several processes, on one machine or many."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve on Ray, with the extra ray: local starts it here, auto or HOST:PORT joins a cluster.",
+            metavar="ADDRESS",
+        ),
+    ] = None
+    replicas: Annotated[
+        str, typer.Option(help="Processes that serve; MIN:MAX for as many as the load needs.", metavar="MIN[:MAX]")
+    ] = "1"
+
+
 def serve(
     bundles: Annotated[
         list[str],
@@ -52,6 +67,7 @@ def serve(
     ],
     access: AccessGroup,
     load: LoadGroup,
+    on_ray: RayGroup,
     target: BundleTarget = None,
     memory: Annotated[str, typer.Option(metavar="fast|low", help="fast, or low: weights are held once.")] = "fast",
     threads: BundleThreads = None,
@@ -66,10 +82,13 @@ def serve(
     from unetc.server.app import make_app
     from unetc.server.process import address_of, leave, listen, run
     from unetc.server.service import Service
-    from unetc.server.settings import ApiKeys, BundleSource, ServerSettings
+    from unetc.server.settings import ApiKeys, BundleSource, ReplicaRange, ServerSettings
 
     from ..output import ERR, OUT, print_json, progress
 
+    replicas = ReplicaRange.parse(on_ray.replicas)
+    if on_ray.ray is None and replicas.most > 1:
+        raise typer.BadParameter("--replicas needs --ray, as in --ray local.")
     settings = ServerSettings(
         bundles=tuple(BundleSource.parse(text) for text in bundles),
         host=access.host,
@@ -87,13 +106,10 @@ def serve(
         pixels=access.max_pixels,
         body_bytes=access.max_body * 2**20,
     )
-    listening = listen(settings.host, settings.port)
-    address = address_of(listening)
-    service = Service.open(settings)
     shown = contextlib.ExitStack()
     on_progress = shown.enter_context(progress())
 
-    def announce() -> None:
+    def announce(address: str) -> None:
         shown.close()
         if as_json:
             models = {name: list(served.levels) for name, served in service.models.items()}
@@ -105,7 +121,16 @@ def serve(
         OUT.file.flush()
 
     with shown:
-        ending = run(make_app(service, on_progress=on_progress), listening, announce)
+        if on_ray.ray is not None:
+            from unetc.server import cluster
+
+            service = Service.open(settings)
+            ending = cluster.run(service, replicas, on_ray.ray, announce)
+        else:
+            listening = listen(settings.host, settings.port)
+            address = address_of(listening)
+            service = Service.open(settings)
+            ending = run(make_app(service, on_progress=on_progress), listening, lambda: announce(address))
     ERR.print(ending.message)
     if ending.threads_left:
         leave()

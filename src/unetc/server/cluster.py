@@ -1,0 +1,177 @@
+"""The command that serves on Ray: it starts Ray or joins a cluster, deploys the application, and drains it at the end.
+
+The command itself answers no requests: proxies of Ray Serve take them, and `unetc.server.replicas` answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client  # nothing public tells the address of the proxies
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from unetc.errors import SessionError, brief
+
+from .process import Ending, listen
+from .replicas import APPLICATION, LAST_ANSWERS_S, deployed, needs
+from .service import Service
+from .settings import ReplicaRange, ServerSettings
+
+LOCAL = "local"
+"""The address that stands for a Ray of this command alone."""
+_LOOPBACK = "127.0.0.1"
+_LOOK_S = 2.0
+"""Seconds between two looks at the application."""
+_DRAIN_S = 0.2
+"""Seconds between two counts of unfinished requests."""
+
+
+def run(service: Service, replicas: ReplicaRange, address: str, on_ready: Callable[[str], object]) -> Ending:
+    """Serve on Ray until a signal ends the process, as `unetc.server.process.run` does.
+
+    If another command deploys the application to the same cluster meanwhile, this one ends and leaves it alone.
+
+    Args:
+        service: The models, whose engines are loaded in other processes.
+        replicas: Number of processes that serve.
+        address: The address of a running Ray, `auto` to find it, or `LOCAL` to start one.
+        on_ready: Called with the address of the server, once the engines of all replicas have made a call.
+
+    Raises:
+        SessionError: If the cluster cannot be reached, has too few cores or GPUs, or the deployment fails.
+    """
+    with _connected(address):
+        try:
+            if address == LOCAL:
+                _check_room(service, replicas)
+            shown = _start(service.settings, "HeadOnly" if address == LOCAL else "EveryNode")
+            handle = serve.run(deployed(service, replicas), name=APPLICATION, route_prefix="/")
+            with _signals() as signals:
+                on_ready(shown)
+                return _until_the_end(handle, signals, service.settings.drain)
+        except (RayError, RayServeException, RuntimeError) as error:
+            raise SessionError(f"cannot go on serving on Ray: {_last_line(error)}") from error
+
+
+def _start(settings: ServerSettings, proxies: str) -> str:
+    """Start Ray Serve, unless the cluster runs it, and return the address of its proxies.
+
+    Raises:
+        SessionError: If the address is taken.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        with contextlib.closing(listen(settings.host, settings.port)) as listening:
+            port = listening.getsockname()[1]
+        serve.start(
+            proxy_location=proxies,
+            http_options={"host": settings.host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        client = _get_global_client()
+    options = client.http_config
+    return f"http://[{options.host}]:{options.port}" if ":" in options.host else f"http://{options.host}:{options.port}"
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """Join a cluster, or start one for this process alone; leave or end it afterwards."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    on_signal = signal.getsignal(signal.SIGTERM)
+    try:
+        if address == LOCAL:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it sends nothing anywhere
+            ray.init(LOCAL, _node_ip_address=_LOOPBACK, include_dashboard=False, **quiet)
+        else:
+            ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SessionError(
+            f"cannot reach Ray at {address[:100]!r}: {brief(error)}. Expected local, auto, or HOST:PORT of its head."
+        ) from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, on_signal)  # Ray sets another, which ends with another exit code
+    try:
+        yield
+    finally:
+        if address == LOCAL:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _check_room(service: Service, replicas: ReplicaRange) -> None:
+    """Refuse more replicas than the cores and GPUs of this machine can run.
+
+    Raises:
+        SessionError: If there is no room for them.
+    """
+    there = ray.cluster_resources()
+    for name, resource, advice in (("num_cpus", "CPU", " or --threads"), ("num_gpus", "GPU", "")):
+        each = needs(service).get(name, 0)
+        if replicas.most * each > there.get(resource, 0):
+            raise SessionError(
+                f"{replicas.most} replicas of {each:g} {resource}s need {replicas.most * each:g}, but this machine has "
+                f"{there.get(resource, 0):g}. Lower --replicas{advice}."
+            )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Semaphore]:
+    """Count SIGTERM and SIGINT, as far as the main thread has not taken them from the semaphore."""
+    signals = threading.Semaphore(0)
+
+    def count(_: int, __: FrameType | None) -> None:
+        signals.release()
+
+    before = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _until_the_end(handle: DeploymentHandle, signals: threading.Semaphore, drain: float) -> Ending:
+    """Wait for a signal; then let accepted requests finish, for some seconds or until a second signal."""
+    mine = _deployed_at()
+    while not signals.acquire(timeout=_LOOK_S):
+        if _deployed_at() != mine:
+            return Ending(given_up=0, threads_left=False)
+    ends = time.monotonic() + drain
+    while left := _ask_all(handle, "drain"):
+        if signals.acquire(timeout=_DRAIN_S) or time.monotonic() >= ends:
+            left = _ask_all(handle, "give_up")
+            break
+    serve.delete(APPLICATION)
+    return Ending(given_up=left, threads_left=False)
+
+
+def _deployed_at() -> float | None:
+    """Return when the application was deployed; None if it is not there."""
+    application = serve.status().applications.get(APPLICATION)
+    return None if application is None else application.last_deployed_time_s
+
+
+def _ask_all(handle: DeploymentHandle, question: str) -> int:
+    """Ask all replicas for a number, and add up the answers of those that live."""
+    try:
+        answers = handle.broadcast(question).results(timeout_s=LAST_ANSWERS_S, return_exceptions=True)
+    except RayServeException:  # there is none
+        return 0
+    return sum(answer for answer in answers if isinstance(answer, int))
+
+
+def _last_line(error: Exception) -> str:
+    """Return the last line of a message, where Ray puts the error of a replica below its traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return brief(Exception(lines[-1])) + "." if lines else type(error).__name__
