@@ -97,7 +97,8 @@ def _connected(address: str) -> Iterator[None]:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SessionError(
-            f"cannot reach Ray at {address[:100]!r}: {brief(error)}. Expected local, auto, or HOST:PORT of its head."
+            f"cannot reach Ray at {address[:100]!r}: {brief(error)}. Expected local, auto, or HOST:PORT of its head. "
+            "Where Ray asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
         ) from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, on_signal)  # Ray sets another, which ends with another exit code
