@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import ray
 from ray import serve
@@ -56,10 +58,11 @@ def run(service: Service, replicas: ReplicaRange, address: str, on_ready: Callab
             if address == LOCAL:
                 _check_room(service, replicas)
             shown = _start(service.settings, "HeadOnly" if address == LOCAL else "EveryNode")
-            handle = serve.run(deployed(service, replicas), name=APPLICATION, route_prefix="/")
+            owner = secrets.token_hex(8)
+            handle = serve.run(deployed(service, replicas, owner), name=APPLICATION, route_prefix="/")
             with _signals() as signals:
                 on_ready(shown)
-                return _until_the_end(handle, signals, service.settings.drain)
+                return _until_the_end(handle, owner, signals, service.settings.drain)
         except (RayError, RayServeException, RuntimeError) as error:
             raise SessionError(f"cannot go on serving on Ray: {_last_line(error)}") from error
 
@@ -142,34 +145,35 @@ def _signals() -> Iterator[threading.Semaphore]:
             signal.signal(number, handler)
 
 
-def _until_the_end(handle: DeploymentHandle, signals: threading.Semaphore, drain: float) -> Ending:
-    """Wait for a signal; then let accepted requests finish, for some seconds or until a second signal."""
-    mine = _deployed_at()
+def _until_the_end(handle: DeploymentHandle, owner: str, signals: threading.Semaphore, drain: float) -> Ending:
+    """Wait for a signal; then let accepted requests finish, for some seconds or until a second signal.
+
+    Args:
+        handle: Reaches the replicas.
+        owner: The name that this command has given its replicas. When others have taken their place, it ends.
+        signals: Counts signals.
+        drain: Seconds for accepted requests.
+    """
     while not signals.acquire(timeout=_LOOK_S):
-        if _deployed_at() != mine:
+        owners = _ask_all(handle, "owner")
+        if (owners and owner not in owners) or APPLICATION not in serve.status().applications:
             return Ending(given_up=0, threads_left=False)
     ends = time.monotonic() + drain
-    while left := _ask_all(handle, "drain"):
+    while left := sum(_ask_all(handle, "drain")):
         if signals.acquire(timeout=_DRAIN_S) or time.monotonic() >= ends:
-            left = _ask_all(handle, "give_up")
+            left = sum(_ask_all(handle, "give_up"))
             break
     serve.delete(APPLICATION)
     return Ending(given_up=left, threads_left=False)
 
 
-def _deployed_at() -> float | None:
-    """Return when the application was deployed; None if it is not there."""
-    application = serve.status().applications.get(APPLICATION)
-    return None if application is None else application.last_deployed_time_s
-
-
-def _ask_all(handle: DeploymentHandle, question: str) -> int:
-    """Ask all replicas for a number, and add up the answers of those that live."""
+def _ask_all(handle: DeploymentHandle, question: str) -> list[Any]:
+    """Ask all replicas, and return the answers of those that live."""
     try:
         answers = handle.broadcast(question).results(timeout_s=LAST_ANSWERS_S, return_exceptions=True)
-    except RayServeException:  # there is none
-        return 0
-    return sum(answer for answer in answers if isinstance(answer, int))
+    except (RayServeException, TimeoutError):  # there is none, or none answers
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 def _last_line(error: Exception) -> str:

@@ -60,12 +60,17 @@ _CLIENT = re.compile(rb"(?i:bearer|basic) +[!-~]+")
 class Replica:
     """One process with the application and its engines."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, owner: str) -> None:
         """Load the engines: Ray sends no request before that.
+
+        Args:
+            settings: Bundles and limits.
+            owner: The command that deploys it.
 
         Raises:
             UnetcError: If a bundle cannot be opened, or an engine fails.
         """
+        self._owner = owner
         self._service = Service.open(settings)
         self._service.load()
         self._name: str = serve.get_replica_context().replica_tag
@@ -87,6 +92,10 @@ class Replica:
         """
         if self._service.state is State.FAILED:
             raise SessionError("the engines cannot go on.") from self._service.failure
+
+    async def owner(self) -> str:
+        """Return the command that deployed it."""
+        return self._owner
 
     async def drain(self) -> int:
         """Take no more requests, and count those that are not finished or not fetched."""
@@ -255,12 +264,13 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
     return deployed(Service.open(settings), replicas)
 
 
-def deployed(service: Service, replicas: ReplicaRange) -> serve.Application:
+def deployed(service: Service, replicas: ReplicaRange, owner: str = "") -> serve.Application:
     """Describe a deployment to Ray Serve.
 
     Args:
         service: The models, which every replica opens again; no engine need be loaded.
         replicas: Their number.
+        owner: The command that deploys them; nothing for a configuration file.
     """
     settings = service.settings
     sources = tuple(replace(source, path=source.path.absolute()) for source in settings.bundles)
@@ -288,7 +298,7 @@ def deployed(service: Service, replicas: ReplicaRange) -> serve.Application:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
         **scale,
     )
-    return deployment.bind(replace(settings, bundles=sources))
+    return deployment.bind(replace(settings, bundles=sources), owner)
 
 
 def needs(service: Service) -> dict[str, float]:
