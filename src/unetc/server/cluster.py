@@ -103,7 +103,7 @@ def _connected(address: str) -> Iterator[None]:
             f"cannot reach Ray at {address[:100]!r}: {brief(error)}. Expected local, auto, or HOST:PORT of its head. "
             "Where Ray asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
         ) from error
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, on_signal)  # Ray sets another, which ends with another exit code
     try:
         yield
