@@ -5,8 +5,8 @@
 Contenders, each a process behind FastAPI on the same bundle: `unetc serve`; `unetc.load` with one request after the
 other; batches of whole requests, which wait 50 ms for up to 8; and the model's own pipeline in torch (the full model,
 one request after the other). Requests come from this process, in turns for all contenders, at the same times. Arrivals
-are Poisson and do not wait for answers. A 95th percentile is taken over the requests of all rounds together, as many for
-every contender. Saturation is measured with 48 requests on their way. Missing bundles are built from the committed
+are Poisson and do not wait for answers. A 95th percentile is taken over the requests of all rounds together, as many
+for every contender. Saturation is measured with 48 requests on their way. Missing bundles are built from the committed
 profiles. Writes `results/serve.json` and a picture of latency against load.
 
 The engines themselves set a limit: `serve_simulation.py` queues requests before calls that take the times measured by

@@ -77,7 +77,7 @@ def joined(address: str) -> Iterator[None]:
         os.environ.setdefault(name, value)
     started: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == LOCAL else {}
     try:
-        _reach(address)
+        reach(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **started)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         raise WorkerError(
@@ -90,7 +90,7 @@ def joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
+def reach(address: str) -> None:
     """Connect to a host and port, because Ray goes on trying for minutes.
 
     Raises:

@@ -24,14 +24,13 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from unetc.errors import SessionError, brief
+from unetc.ray_workers import LOCAL, reach
 
 from .process import Ending, listen
 from .replicas import APPLICATION, LAST_ANSWERS_S, deployed, needs
 from .service import Service
 from .settings import ReplicaRange, ServerSettings
 
-LOCAL = "local"
-"""The address that stands for a Ray of this command alone."""
 _LOOPBACK = "127.0.0.1"
 _LOOK_S = 2.0
 """Seconds between two looks at the application."""
@@ -97,8 +96,9 @@ def _connected(address: str) -> Iterator[None]:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it sends nothing anywhere
             ray.init(LOCAL, _node_ip_address=_LOOPBACK, include_dashboard=False, **quiet)
         else:
+            reach(address)
             ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise SessionError(
             f"cannot reach Ray at {address[:100]!r}: {brief(error)}. Expected local, auto, or HOST:PORT of its head. "
             "Where Ray asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
