@@ -146,17 +146,18 @@ def test_clients_of_a1111_find_what_runs(pair_of_replicas: Live) -> None:
 def test_beyond_the_queues_requests_get_429_and_none_is_lost(pair_of_replicas: Live) -> None:
     """Ray queues nothing and refuses nothing: every refusal is ours, and says when to come again."""
     address = f"{pair_of_replicas.address}{IMAGES}"
+    rush = 2 * 80  # the seats and the queues of both replicas hold 80 images
 
     def ask(seed: int, steps: int = 50) -> httpx2.Response:
         return httpx2.post(address, json={"seed": seed, "num_inference_steps": steps}, timeout=120)
 
-    with concurrent.futures.ThreadPoolExecutor(64) as threads:
-        answers = list(threads.map(lambda seed: ask(seed, 1000), range(64)))
+    with concurrent.futures.ThreadPoolExecutor(rush) as threads:
+        answers = list(threads.map(lambda seed: ask(seed, 1000), range(rush)))
         refused = [answer for answer in answers if answer.status_code != 200]
         assert {answer.status_code for answer in refused} == {429}
         assert all(1 <= int(answer.headers["Retry-After"]) <= 10 for answer in refused)
         assert {answer.json()["error"]["code"] for answer in refused} == {"queue_full"}
-        again = list(threads.map(lambda seed: retried(lambda: ask(seed), 600)[0], range(64)))
+        again = list(threads.map(lambda seed: retried(lambda: ask(seed), 600)[0], range(rush)))
     assert {answer.status_code for answer in again} == {200}
 
 
