@@ -132,7 +132,7 @@ def _kinds(needs: Needs) -> tuple[dict[str, list[_Seat]], list[str]]:
     """Group the seats for workers by the kind of their machine; note the machines that have none."""
     kinds: dict[str, list[_Seat]] = {}
     notes = []
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     asked = {
         ray.remote(_describe).options(num_cpus=0, scheduling_strategy=_on(node)).remote(needs.describe): node
         for node in nodes
