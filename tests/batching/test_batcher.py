@@ -190,8 +190,10 @@ def test_small_images_do_not_go_before_large_ones(
 ) -> None:
     """A call is short because of its engine."""
     seen: list[dict[int, float]] = []
+    submitted = threading.Event()
 
     def noted(waiting: Sequence[Waiting[Member, Any]], largest: Callable[[Any], int]) -> tuple[Any, list[Member]]:
+        submitted.wait(60)  # or the first request may be finished before the second one comes
         full = [one for one in waiting if one.key[0] is sessions["fast"].full]
         seen.append({one.member.prediction_shape[-2]: one.seconds for one in full})
         return choose(waiting, largest)
@@ -201,6 +203,7 @@ def test_small_images_do_not_go_before_large_ones(
     try:
         batcher.warm_up().result(timeout=60)
         tickets = [batcher.submit(SampleRequest(level=FULL, count=3, height=height)) for height in (8, 16)]
+        submitted.set()
         for ticket in tickets:
             ticket.future.result(timeout=60)
     finally:
