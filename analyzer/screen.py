@@ -108,7 +108,8 @@ def run_screen(
     Raises:
         ArtifactError: If `work` cannot be written.
     """
-    jobs = _probes(_few(outline))
+    few = _few(outline)
+    jobs = _probes(few)
     total = sum(job.calls for job in jobs)
 
     def advance(done: int) -> None:
@@ -134,7 +135,7 @@ def run_screen(
     return Screen(
         errors=errors,
         non_finite=tuple(non_finite),
-        calls=made * _few(outline).samples / outline.samples,
+        calls=made * few.samples / outline.samples,
         complete=made == total,
     )
 

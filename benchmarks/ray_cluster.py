@@ -10,12 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
-
-WORKER, RUNNING = "ray::_Worker", "ray::_Worker.run"
-"""Titles that Ray gives to the processes of workers, and while they run a job."""
+from ray_processes import RUNNING, processes
 
 
 @contextmanager
@@ -31,30 +28,6 @@ def started(cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def workers(title: str = WORKER, *, of: int | None = None) -> list[int]:
-    """List the worker processes of a process's cluster.
-
-    Args:
-        title: Beginning of their titles.
-        of: The process that started the cluster; this one when not given.
-    """
-    starter = os.getpid() if of is None else of
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(title.encode()) and starter in _ancestors(folder):
-                found.append(int(folder.name))
-        except OSError:
-            continue  # it has ended
-    return found
-
-
-def _ancestors(folder: Path) -> Iterator[int]:
-    while (parent := int((folder / "stat").read_text().rpartition(")")[2].split()[1])) > 1:
-        yield parent
-        folder = folder.parent / str(parent)
 
 
 class Killer:
@@ -93,7 +66,7 @@ class Killer:
         seen: object = None
         while self.left and not self._end.is_set():
             time.sleep(0.002)
-            if self._done() != seen and (running := workers(RUNNING)):
+            if self._done() != seen and (running := processes(RUNNING)):
                 os.kill(self._random.choice(running), signal.SIGKILL)
                 self.left -= 1
                 seen = self._done()

@@ -1,16 +1,15 @@
-"""Write a bundle: everything into a temporary folder, the manifest last, then one rename."""
+"""Write a bundle: the manifest comes last, and the folder is there whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST, FileRecord, Manifest, digest_of
 from unetc.errors import ArtifactError
+
+from .whole_folder import checking, write_file, written_whole
 
 
 def check_destination(path: Path) -> None:
@@ -19,17 +18,11 @@ def check_destination(path: Path) -> None:
     Raises:
         ArtifactError: If the folder cannot be written, or something that is not a bundle is there.
     """
-    path = Path(os.path.realpath(path))
-    try:
-        bundle = all((path / name).is_file() for name in (MANIFEST, DIGEST))
-        empty = path.is_dir() and not any(path.iterdir())
-        if path.exists() and not bundle and not empty:
-            raise ArtifactError(f"{path} exists and is not a bundle; it is not overwritten. Choose another folder.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}. Choose another folder.") from error
+    with checking(path) as real:
+        bundle = all((real / name).is_file() for name in (MANIFEST, DIGEST))
+        empty = real.is_dir() and not any(real.iterdir())
+        if real.exists() and not bundle and not empty:
+            raise ArtifactError(f"{real} exists and is not a bundle; it is not overwritten. Choose another folder.")
 
 
 def write_bundle(
@@ -46,48 +39,16 @@ def write_bundle(
         ArtifactError: If the folder cannot be written or the disk is full; nothing is left behind.
     """
     check_destination(path)
-    path = Path(os.path.realpath(path))
-    temporary: Path | None = None
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with written_whole(path, "bundle") as temporary:
         records = tuple(_write(temporary, name, content) for name, content in sorted(contents.items()))
         finished = manifest(records)
         data = finished.to_json()
-        _write(temporary, DIGEST, digest_of(data))
-        _write(temporary, MANIFEST, data)
-        temporary.chmod(0o755)
-        replace_folder(path, temporary)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write the bundle {path}: {error.strerror}. Choose a folder that can be written and has room."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        write_file(temporary / DIGEST, digest_of(data))
+        write_file(temporary / MANIFEST, data)
     return finished
 
 
 def _write(root: Path, name: str, content: bytes | Path) -> FileRecord:
     data = content.read_bytes() if isinstance(content, Path) else content
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(root / name, data)
     return FileRecord(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def replace_folder(path: Path, temporary: Path) -> None:
-    """Put the new folder in the place of the old one; a crash between the two renames leaves both next to it."""
-    if not path.exists():
-        os.replace(temporary, path)
-        return
-    old = temporary.with_name(f"{temporary.name}.old")
-    os.replace(path, old)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

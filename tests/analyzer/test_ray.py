@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import ray_cluster
+from ray_processes import WORKER, processes
 
 from tests.analyzer.sweeps import REFERENCE, SHAPE, backend, table_of, tiny
 from unetc.analyzer.analysis import AnalysisOptions, analyze
@@ -131,7 +132,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_next_one_continues(tm
     driver = subprocess.Popen(command, env=whole, start_new_session=True)
     while finished() < 5 and driver.poll() is None:
         time.sleep(0.02)
-    mine = ray_cluster.workers(of=driver.pid)
+    mine = processes(WORKER, of=driver.pid)
     driver.kill()
     driver.wait()
     before = finished()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from ray_processes import replicas_of
+from ray_processes import REPLICA, processes
 
 from tests.command import run_alone
 from tests.server.live import Live, serving, until
@@ -202,12 +202,17 @@ class Load:
 @pytest.mark.nightly
 def test_a_killed_replica_costs_a_retry_and_is_replaced(tiny_bundle: Path) -> None:
     with serving(f"plain={tiny_bundle}", *TWO) as live:
-        before = replicas_of(live.process.pid)
+        before = processes(REPLICA, of=live.process.pid)
         assert len(before) == 2
         jobs = [live.post("/v1/jobs", LONG | {"seed": seed}).headers["Location"] for seed in range(6)]
         with Load(live) as load:
             os.kill(before[0], signal.SIGKILL)
-            until(lambda: len(of_replicas(live, "unetc_ready")) == 2 and before[0] not in replicas_of(live.process.pid))
+            until(
+                lambda: (
+                    len(of_replicas(live, "unetc_ready")) == 2
+                    and before[0] not in processes(REPLICA, of=live.process.pid)
+                )
+            )
         assert set(load.troubles) <= {0, 500, 503}
         assert len(load.troubles) <= 4, "no client met it twice"
         kept = [live.get(job).status_code for job in jobs]

@@ -30,6 +30,7 @@ from .door import Door, answer_unless_gone
 from .errors import Problem, RequestCancelled
 from .images import decode_base64, encode_base64
 from .keys import key_of
+from .limits import DRAWN_SEEDS
 from .service import ImageAnswer, ImageRequest, Running, Served, Service
 
 _NAMES: Mapping[str, str] = {
@@ -40,7 +41,6 @@ _NAMES: Mapping[str, str] = {
     "strength": "denoising_strength",
 }
 """Fields of this API where `ImageRequest` has other names."""
-_DRAWN_SEEDS = 2**32
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -109,7 +109,7 @@ def make_router(service: Service) -> APIRouter:
         if problems:
             text = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise RequestError(f"{text}.", next(iter(problems)))
-        seed = secrets.randbelow(_DRAWN_SEEDS) if wanted.seed is None else wanted.seed
+        seed = secrets.randbelow(DRAWN_SEEDS) if wanted.seed is None else wanted.seed
         seeds = tuple(seed + k for k in range(wanted.count))
         running = await service.submit(_image_request(served, wanted, seeds))
         answer: ImageAnswer | None = None

@@ -35,6 +35,7 @@ from .calls import Calls
 from .errors import NotReady, RequestCancelled, UnknownModel, problem_of
 from .image_request import ImageAnswer, ImageRequest, Level
 from .images import Format, encode
+from .limits import DRAWN_SEEDS, LARGEST_SCALE, LARGEST_SEED
 from .metrics import Metrics, Outcome
 from .names import NAME, short_name
 from .prompts import Wanted
@@ -46,10 +47,6 @@ __all__ = ["ImageAnswer", "ImageRequest", "Level", "Running", "Served", "Service
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 """Half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
-_LARGEST_SEED = 2**63 - 1
-_DRAWN_SEEDS = 2**32
-"""Seeds that are drawn for requests without one: short enough to type."""
-_LARGEST_SCALE = 100.0
 _FEW_VALUES = 2**14
 """Most values of noise that are drawn on the event loop, in less than a millisecond."""
 _STRENGTH = 0.8
@@ -317,7 +314,7 @@ class Service:
         except RequestError as error:
             raise RequestError(str(error), request.names.get(error.field or "", error.field)) from error
         start = served.to_samples(request, height, width, self.settings.pixels)
-        seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed
+        seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
         own = (height, width) == served.size
         common: dict[str, Any] = {
             "steps": request.steps,
@@ -357,8 +354,8 @@ class Service:
                 "count", f"{{}} is {request.total}, but the queue holds {limits.queue} images. Send smaller requests."
             )
         for seed in (*request.seeds, request.seed or 0, request.first_index):
-            if not 0 <= seed <= _LARGEST_SEED:
-                raise request.problem("seed", f"{{}} is {seed}. Expected a whole number from 0 to {_LARGEST_SEED}.")
+            if not 0 <= seed <= LARGEST_SEED:
+                raise request.problem("seed", f"{{}} is {seed}. Expected a whole number from 0 to {LARGEST_SEED}.")
         if request.steps is not None and request.steps not in served.steps:
             listed = ", ".join(map(str, served.steps))
             raise request.problem("steps", f"{{}} is {request.steps}. This model has tables for {listed} steps.")
@@ -376,8 +373,8 @@ class Service:
                 "Omit it, or use unetc.diffusers in the model's pipeline.",
             )
         scale = request.guidance_scale
-        if scale is not None and not 0 <= scale <= _LARGEST_SCALE:
-            raise request.problem("guidance_scale", f"{{}} is {scale}. Expected 0 to {_LARGEST_SCALE:g}.")
+        if scale is not None and not 0 <= scale <= LARGEST_SCALE:
+            raise request.problem("guidance_scale", f"{{}} is {scale}. Expected 0 to {LARGEST_SCALE:g}.")
         if request.strength is not None and request.image is None:
             raise request.problem("strength", "{} needs an image to start from.")
         if request.strength is not None and not 0 < request.strength <= 1:

@@ -14,6 +14,8 @@ from unetc.artifacts.record import read_bounded
 from unetc.errors import SessionError
 from unetc.runtime.batching.ladder import saving_of
 
+from .limits import LONGEST_PROMPT, MOST_IMAGES
+
 _KEY_FILE_BYTES = 2**20
 """Largest file of API keys."""
 _LEAST_KEY = 8
@@ -124,11 +126,11 @@ class ServerSettings:
 
     body_bytes: int = 16 * 2**20
     """Largest body of a request."""
-    images: int = 16
+    images: int = MOST_IMAGES
     """Most images of one request."""
     pixels: int | None = None
     """Most pixels of an image; None to derive the limit from each model's own size."""
-    prompt_characters: int = 4000
+    prompt_characters: int = LONGEST_PROMPT
     """Longest prompt."""
 
     job_seconds: float = 600.0

@@ -11,6 +11,7 @@ from typing import Any
 from unetc.errors import RequestError
 from unetc.runtime.batching.ladder import AUTO
 from unetc.server.inputs import INPUTS, applies
+from unetc.server.limits import DRAWN_SEEDS, LARGEST_SCALE, LARGEST_SEED, LONGEST_PROMPT, MOST_IMAGES
 from unetc.server.open_inference import BYTES
 from unetc.server.prompts import PromptReader
 
@@ -18,13 +19,6 @@ from .backend import Utilities
 
 NOT_TAKEN = frozenset({"height", "width", "least_quality", "image", "strength"})
 """Inputs of `unetc serve` that the loop does not take: images have the model's own size and start from noise."""
-MOST_IMAGES = 16
-"""Most images of a request, as `unetc serve` allows by default."""
-_LONGEST_PROMPT = 4000
-_LARGEST_SEED = 2**63 - 1
-_DRAWN_SEEDS = 2**32
-"""Seeds that are drawn for requests without one: short enough to type."""
-_LARGEST_SCALE = 100.0
 
 
 def taken(prompts: PromptReader) -> tuple[str, ...]:
@@ -65,14 +59,14 @@ class Asked:
         if len(self.seeds) > 1 and self.count > 1:
             raise RequestError("count is given with several seeds, which make one image each. Omit it.", "count")
         for seed in self.seeds:
-            if not 0 <= seed <= _LARGEST_SEED:
-                raise RequestError(f"seed is {seed}. Expected a whole number from 0 to {_LARGEST_SEED}.", "seed")
+            if not 0 <= seed <= LARGEST_SEED:
+                raise RequestError(f"seed is {seed}. Expected a whole number from 0 to {LARGEST_SEED}.", "seed")
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
-            if text is not None and len(text) > _LONGEST_PROMPT:
-                raise RequestError(f"{name} has {len(text)} characters. Expected at most {_LONGEST_PROMPT}.", name)
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= _LARGEST_SCALE:
+            if text is not None and len(text) > LONGEST_PROMPT:
+                raise RequestError(f"{name} has {len(text)} characters. Expected at most {LONGEST_PROMPT}.", name)
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= LARGEST_SCALE:
             raise RequestError(
-                f"guidance_scale is {self.guidance_scale}. Expected 0 to {_LARGEST_SCALE:g}.", "guidance_scale"
+                f"guidance_scale is {self.guidance_scale}. Expected 0 to {LARGEST_SCALE:g}.", "guidance_scale"
             )
 
     @classmethod
@@ -92,7 +86,7 @@ class Asked:
             tensor = utilities.get_input_tensor_by_name(request, name)
             if tensor is not None:
                 values[name] = _read(name, tensor.as_numpy())
-        seeds = values.pop("seed", None) or (secrets.randbelow(_DRAWN_SEEDS),)
+        seeds = values.pop("seed", None) or (secrets.randbelow(DRAWN_SEEDS),)
         return cls(seeds=seeds, **values)
 
 

@@ -12,6 +12,7 @@ import unetc
 from unetc.artifacts.manifest import BundleEngine, Manifest
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.shapes import resolve
+from unetc.compiler.whole_folder import write_file, written_whole
 from unetc.errors import ArtifactError
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress, ignore
@@ -29,7 +30,7 @@ from .config import EngineConfig, SamplingConfig, Shapes
 from .loop_bundle import graphs_of, write_loop_bundle
 from .options import ExportOptions
 from .placement import Placement, placement_of
-from .repository import EXPORT, Export, ExportedModel, check_repository, share_file, sizes_of, write_file, written_whole
+from .repository import EXPORT, Export, ExportedModel, check_repository, share_file, sizes_of
 from .sampling import BUNDLE
 from .served_graph import ServedGraph
 from .signature import Signature, read_signature
@@ -88,7 +89,8 @@ def export_bundle(path: Path, destination: Path, options: ExportOptions, *, on_p
     placement = placement_of(target)
     name = short_name(manifest.model.name) if options.name is None else options.name
     models = _models(bundle, name)
-    with written_whole(destination) as root:
+    check_repository(destination)  # again: reading the bundle took a while
+    with written_whole(destination, "repository") as root:
         _write_engines(root, models, placement, manifest.threads, on_progress)
         _write_sampling(root / name, name, bundle, {path: model.served() for path, model in models.items()})
         on_disk, apart = sizes_of(root)

@@ -1,16 +1,13 @@
-"""The folder of a repository: it is there whole or not at all, and holds nothing that an export did not write."""
+"""The folder of a repository: it holds nothing that an export did not write."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from unetc.artifacts.record import Artifact, Record
-from unetc.compiler.store import replace_folder
+from unetc.compiler.whole_folder import checking
 from unetc.errors import ArtifactError
 
 EXPORT = "unetc-export.json"
@@ -49,19 +46,13 @@ def check_repository(path: Path) -> None:
     Raises:
         ArtifactError: If the folder cannot be written, or holds something else than an earlier export.
     """
-    path = Path(os.path.realpath(path))
-    try:
-        if path.exists() and not path.is_dir():
-            raise ArtifactError(f"{path} is a file; a repository is a folder. Choose another path.")
-        if path.is_dir() and any(path.iterdir()) and not _is_export(path):
+    with checking(path) as real:
+        if real.exists() and not real.is_dir():
+            raise ArtifactError(f"{real} is a file; a repository is a folder. Choose another path.")
+        if real.is_dir() and any(real.iterdir()) and not _is_export(real):
             raise ArtifactError(
-                f"{path} is not empty, and no export of unetc; it is not overwritten. Choose another folder."
+                f"{real} is not empty, and no export of unetc; it is not overwritten. Choose another folder."
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}. Choose another folder.") from error
 
 
 def _is_export(path: Path) -> bool:
@@ -70,43 +61,6 @@ def _is_export(path: Path) -> bool:
     except ArtifactError:
         return False
     return {one.name for one in path.iterdir()} <= {EXPORT, *(model.name for model in export.models)}
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary folder, which takes the place of `path` if the enclosed code succeeds.
-
-    Raises:
-        ArtifactError: If it cannot be written or the disk is full; nothing is left behind.
-    """
-    check_repository(path)
-    path = Path(os.path.realpath(path))
-    temporary: Path | None = None
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        yield temporary
-        temporary.chmod(0o755)
-        replace_folder(path, temporary)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write the repository {path}: {error.strerror}. Choose a folder that can be written and has room."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file and the folders above it.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def share_file(first: Path, path: Path) -> None:

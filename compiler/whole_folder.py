@@ -1,0 +1,84 @@
+"""Folders that are there whole or not at all: files go into a temporary one, which then takes the place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unetc.errors import ArtifactError
+
+
+@contextmanager
+def checking(path: Path) -> Iterator[Path]:
+    """Give the real path of a folder to write, so that the enclosed code can refuse it; then try to write next to it.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        yield path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {path.parent}: {error.strerror}. Choose another folder.") from error
+
+
+@contextmanager
+def written_whole(path: Path, what: str) -> Iterator[Path]:
+    """Give a temporary folder, which takes the place of `path` if the enclosed code succeeds.
+
+    Args:
+        path: The folder to write.
+        what: Its content, as errors call it.
+
+    Raises:
+        ArtifactError: If it cannot be written or the disk is full; nothing is left behind.
+    """
+    path = Path(os.path.realpath(path))
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        yield temporary
+        temporary.chmod(0o755)
+        _replace(path, temporary)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write the {what} {path}: {error.strerror}. Choose a folder that can be written and has room."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file and the folders above it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, temporary: Path) -> None:
+    """Put the new folder in the place of the old one; a crash between the two renames leaves both next to it."""
+    if not path.exists():
+        os.replace(temporary, path)
+        return
+    old = temporary.with_name(f"{temporary.name}.old")
+    os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
