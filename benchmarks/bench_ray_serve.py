@@ -1,6 +1,6 @@
 """What Ray Serve costs and gives: throughput against the plain server, a killed replica, and overload.
 
-    python benchmarks/bench_ray_serve.py --bundle /work/bundles/digits     # about five minutes on two quiet cores
+    python benchmarks/bench_ray_serve.py --bundle /tmp/bundles/digits     # about five minutes on two quiet cores
 
 Throughput: `unetc serve` and `unetc serve --ray local` with one replica, on the same bundle, with the same threads,
 cores and open connections, in turns. Each turn starts the server again, so the other one costs nothing meanwhile.
@@ -21,18 +21,15 @@ import os
 import re
 import signal
 import statistics
-import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-from bench_serve import LEVEL, ON_THEIR_WAY, UNETC, Case
-from ray_processes import replicas_of
+from bench_serve import LEVEL, ON_THEIR_WAY, Case, Server, saturate, serving
+from ray_processes import REPLICA, processes
 from result_file import write
 
 HERE = Path(__file__).parent
@@ -44,74 +41,13 @@ CROWD = 128
 QUEUE = 16
 """Images that wait per replica in the overload."""
 TRIES = 100
+TWO = "--ray", "local", "--replicas", "2", "--threads", "1"
 READY = re.compile(r'^unetc_ready\{replica="\w+"\} 1\.0$', re.MULTILINE)
 
 
-class Server:
-    """A server in another process."""
-
-    def __init__(self, case: Case, client: Any, process: subprocess.Popen[bytes], address: str) -> None:
-        """Keep what requests need."""
-        self.case = case
-        self.process = process
-        self._client = client
-        self._address = address
-
-    async def post(self, seed: int) -> Any:
-        """Ask for an image, and return the answer."""
-        return await self._client.post(f"{self._address}/v1/images/generations", json=self.case.body(seed))
-
-    async def replicas(self) -> int:
-        """Count the replicas that are ready."""
-        return len(READY.findall((await self._client.get(f"{self._address}/metrics")).text))
-
-    async def wait(self) -> None:
-        """Wait until it is ready, and make two requests."""
-        while True:
-            if self.process.poll() is not None:
-                raise SystemExit(f"the server ended with {self.process.returncode}")
-            try:
-                if (await self._client.get(f"{self._address}/health/ready")).status_code == 200:
-                    break
-            except httpx2.HTTPError:
-                pass
-            await asyncio.sleep(0.1)
-        await asyncio.gather(*(self.post(seed) for seed in range(2)))
-
-
-@asynccontextmanager
-async def serving(case: Case, *options: str) -> AsyncIterator[Server]:
-    """Run a server."""
-    port = next(PORTS)
-    process = subprocess.Popen(
-        [*UNETC, "serve", str(case.bundle), "--port", str(port), *options], stdout=subprocess.DEVNULL
-    )
-    limits = httpx2.Limits(max_connections=600, max_keepalive_connections=600)
-    try:
-        async with httpx2.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
-            server = Server(case, client, process, f"http://127.0.0.1:{port}")
-            await server.wait()
-            yield server
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
-PORTS = itertools.count(20000 + os.getpid() % 2000)
-
-
-async def saturate(server: Server, seconds: float) -> float:
-    """Measure images per second with many requests on their way."""
-    seeds, finished = itertools.count(), []
-    began = time.perf_counter()
-
-    async def ask_again_and_again() -> None:
-        while time.perf_counter() < began + seconds:
-            assert (await server.post(next(seeds))).status_code == 200
-            finished.append(time.perf_counter())
-
-    await asyncio.gather(*(ask_again_and_again() for _ in range(ON_THEIR_WAY)))
-    return len(finished) / (max(finished) - began)
+async def ready(client: Any, server: Server) -> int:
+    """Count the replicas that are ready."""
+    return len(READY.findall((await client.get(f"{server.address}/metrics")).text))
 
 
 async def throughput(case: Case, rounds: int, seconds: float, threads: int) -> dict[str, list[float]]:
@@ -120,17 +56,19 @@ async def throughput(case: Case, rounds: int, seconds: float, threads: int) -> d
     found: dict[str, list[float]] = {name: [] for name in options}
     for turn in range(rounds):
         for name in options if turn % 2 else reversed(options):
-            async with serving(case, "--threads", str(threads), "--queue", "512", *options[name]) as server:
-                await saturate(server, seconds / 4)
-                found[name].append(await saturate(server, seconds))
+            extra = ("--threads", str(threads), *options[name])
+            async with serving(case, "unetc", extra=extra) as (client, (server,)):
+                await saturate(client, server, seconds / 4)
+                found[name].append(await saturate(client, server, seconds))
     return found
 
 
 class Load:
     """Clients that ask until they are told to stop, and ask again after errors."""
 
-    def __init__(self, server: Server, clients: int) -> None:
+    def __init__(self, client: Any, server: Server, clients: int) -> None:
         """Start the clients."""
+        self._client = client
         self._server = server
         self._over = False
         self._seeds = itertools.count()
@@ -162,7 +100,7 @@ class Load:
         """Ask once; after a failure, wait as long as the answer says."""
         began = time.perf_counter()
         try:
-            answer = await self._server.post(seed)
+            answer = await self._server.post(self._client, self._server.case.body(seed))
         except httpx2.TransportError:
             self.statuses[0] += 1
             await asyncio.sleep(0.2)
@@ -180,13 +118,13 @@ class Load:
 async def kill(case: Case, kills: int) -> list[dict[str, Any]]:
     """Kill one of two replicas, and measure until both answer again."""
     found = []
-    async with serving(case, "--ray", "local", "--replicas", "2", "--threads", "1", "--queue", "512") as server:
+    async with serving(case, "unetc", extra=TWO) as (client, (server,)):
         for _ in range(kills):
-            load = Load(server, CLIENTS)
+            load = Load(client, server, CLIENTS)
             await asyncio.sleep(2)
-            (victim, *_), began = replicas_of(server.process.pid), time.perf_counter()
+            (victim, *_), began = processes(REPLICA, of=server.process.pid), time.perf_counter()
             os.kill(victim, signal.SIGKILL)
-            while victim in replicas_of(server.process.pid) or await server.replicas() < 2:
+            while victim in processes(REPLICA, of=server.process.pid) or await ready(client, server) < 2:
                 await asyncio.sleep(0.1)
             recovered = time.perf_counter() - began
             await asyncio.sleep(2)
@@ -205,9 +143,8 @@ async def kill(case: Case, kills: int) -> list[dict[str, Any]]:
 
 async def overload(case: Case, seconds: float) -> dict[str, Any]:
     """Let many more clients ask than the queues hold."""
-    options = ("--ray", "local", "--replicas", "2", "--threads", "1", "--queue", str(QUEUE))
-    async with serving(case, *options) as server:
-        load = Load(server, CROWD)
+    async with serving(case, "unetc", extra=(*TWO, "--queue", str(QUEUE))) as (client, (server,)):
+        load = Load(client, server, CROWD)
         await asyncio.sleep(seconds)
         await load.stop()
     return {

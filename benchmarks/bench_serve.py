@@ -102,13 +102,13 @@ class Server:
         else:
             what = case.model if name == "diffusers" else str(case.bundle)
             command = [sys.executable, str(HERE / "serve_contenders.py"), name, what, str(port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
     async def wait(self, client: httpx2.AsyncClient) -> None:
         """Wait until it is ready, and make two requests."""
         for _ in range(600):
-            if self._process.poll() is not None:
-                raise SystemExit(f"{self.name} ended with {self._process.returncode}")
+            if self.process.poll() is not None:
+                raise SystemExit(f"{self.name} ended with {self.process.returncode}")
             try:
                 if (await client.get(f"{self.address}/health/ready")).status_code == 200:
                     break
@@ -117,11 +117,15 @@ class Server:
             await asyncio.sleep(0.1)
         await asyncio.gather(*(self.ask(client, self.case.body(seed)) for seed in range(2)))
 
+    async def post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> httpx2.Response:
+        """Send a request, and return the answer as it is."""
+        sent = body if self.name == "unetc" else self.case.for_contender(body)
+        return await client.post(f"{self.address}/v1/images/generations", json=sent)
+
     async def ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
         """Send a request and wait for the answer."""
-        sent = body if self.name == "unetc" else self.case.for_contender(body)
         began = time.perf_counter()
-        response = await client.post(f"{self.address}/v1/images/generations", json=sent)
+        response = await self.post(client, body)
         seconds = time.perf_counter() - began
         told = response.json().get("unetc", {}) if response.status_code == 200 else {}
         damage = told.get("damage") or {"relative_l2": 0.0}
@@ -134,12 +138,12 @@ class Server:
 
     def stop(self) -> None:
         """End it."""
-        self._process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(10)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
 
 
 @asynccontextmanager
