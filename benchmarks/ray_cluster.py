@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import signal
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 import ray
 from ray_processes import RUNNING, processes
 
+from unetc.ray_workers import LOCAL, connect
+
 
 @contextmanager
 def started(cpus: int) -> Iterator[None]:
@@ -22,8 +23,7 @@ def started(cpus: int) -> Iterator[None]:
     Args:
         cpus: CPUs that it counts with; more than the machine has are fine for small jobs.
     """
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    connect(LOCAL, num_cpus=cpus, include_dashboard=False)
     try:
         yield
     finally:

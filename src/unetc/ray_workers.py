@@ -73,12 +73,9 @@ def joined(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     started: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == LOCAL else {}
     try:
-        reach(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **started)
+        connect(address, **started)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         raise WorkerError(
             f"cannot join a Ray cluster at {address}: {brief(error)}. Give the address of its head, as host:6379, auto "
@@ -90,7 +87,25 @@ def joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def reach(address: str) -> None:
+def connect(address: str, **options: Any) -> None:
+    """Join a cluster, or start one, without a word from Ray.
+
+    Args:
+        address: The address, or `LOCAL`.
+        options: Further arguments of `ray.init`.
+
+    Raises:
+        OSError: If nothing answers at the address.
+        RuntimeError: If Ray refuses.
+        ValueError: If the address is none.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    _reach(address)
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+def _reach(address: str) -> None:
     """Connect to a host and port, because Ray goes on trying for minutes.
 
     Raises:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import signal
 import threading
@@ -24,7 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from unetc.errors import SessionError, brief
-from unetc.ray_workers import LOCAL, reach
+from unetc.ray_workers import LOCAL, connect
 
 from .process import Ending, listen
 from .replicas import APPLICATION, LAST_ANSWERS_S, deployed, needs
@@ -89,15 +88,10 @@ def _start(settings: ServerSettings, proxies: str) -> str:
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Join a cluster, or start one for this process alone; leave or end it afterwards."""
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    started: dict[str, Any] = {"_node_ip_address": _LOOPBACK, "include_dashboard": False} if address == LOCAL else {}
     on_signal = signal.getsignal(signal.SIGTERM)
     try:
-        if address == LOCAL:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it sends nothing anywhere
-            ray.init(LOCAL, _node_ip_address=_LOOPBACK, include_dashboard=False, **quiet)
-        else:
-            reach(address)
-            ray.init(address, **quiet)
+        connect(address, **started)
     except (OSError, RuntimeError, ValueError) as error:
         raise SessionError(
             f"cannot reach Ray at {address[:100]!r}: {brief(error)}. Expected local, auto, or HOST:PORT of its head. "
