@@ -1,4 +1,4 @@
-.PHONY: install check test nightly nightly-slice durations bounds rtx bench docs build
+.PHONY: install check test nightly nightly-slice durations promises bounds rtx bench docs build
 
 SLICE = auto
 
@@ -21,6 +21,9 @@ nightly-slice:
 
 durations:
 	python -m pytest -q -p no:randomly -m nightly --write-durations tests/durations.json
+
+promises:
+	python -m tests.promises
 
 bounds:
 	python -m tests.house.bounds

@@ -197,6 +197,24 @@ def first_table(result: dict[str, Any]) -> str:
     return table(columns, rows)
 
 
+def promises(result: dict[str, Any]) -> str:
+    """Write a row for every promise, and the tries that broke it."""
+    rows = [
+        [f"**{row['promise']}**: {row['promised']}", row["tried"], row["tries"], row["broken"], figures_of(row)]
+        for row in result["rows"]
+    ]
+    lines = [table(["promise", "how it was tried", "tries", "broken", "largest figures"], rows)]
+    for row in result["rows"]:
+        lines += [f"\n{row['promise']}, broken:\n", *(f"- {one}" for one in row["examples"])] if row["examples"] else []
+    return "\n".join(lines)
+
+
+def figures_of(row: Mapping[str, Any]) -> str:
+    """List the figures of a promise with their limits."""
+    limits = {name: f" (≤ {limit:g})" for name, limit in row["limits"].items()}
+    return "; ".join(f"{name} {value:.4g}{limits.get(name, '')}" for name, value in row["figures"].items())
+
+
 PAGES: Mapping[str, Mapping[str, Writer]] = {
     "README.md": {"budget": one_budget, "terrain": terrain},
     "docs/results.md": {
@@ -207,6 +225,7 @@ PAGES: Mapping[str, Mapping[str, Writer]] = {
         "peers": peers,
         "rtx_build": first_table,
     },
+    "docs/promises.md": {"promises": promises},
     "docs/serving.md": {"serve": first_table},
     "docs/targets.md": {"support": first_table},
 }

@@ -30,7 +30,8 @@ One question each, one file each. This page is written from `results/`: `python 
 
 def section(name: str, result: dict[str, Any]) -> str:
     """Write the question and the figures of one benchmark."""
-    script = next(path for path in (HERE / f"bench_{name}.py", HERE / f"{name}.py") if path.exists())
+    places = (HERE / f"bench_{name}.py", HERE / f"{name}.py", HERE.parent / f"tests/{name}/__main__.py")
+    script = next(path for path in places if path.exists())
     documentation = ast.get_docstring(ast.parse(script.read_text()))
     assert documentation, f"{script} has no docstring"
     parts = [f"## {documentation.splitlines()[0]}"]

@@ -1,4 +1,4 @@
-"""A small analysis and build, for tests of what comes after them."""
+"""A small analysis and build, for tests of later stages."""
 
 from __future__ import annotations
 

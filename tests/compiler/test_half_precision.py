@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 import unetc
-from tests.conftest import once
 from tests.graph.test_law_of_reuse import Reference, inputs_at
 from tests.models import Reuse, Tiny, relative_error, tiny_of
 from tests.nvidia.test_cache import ORIGIN
+from tests.tiny_build import once
 from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.artifacts import Plan, Profile
 from unetc.artifacts.manifest import Manifest

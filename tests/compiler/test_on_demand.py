@@ -17,11 +17,11 @@ from diffusers import DDPMPipeline
 from numpy.typing import NDArray
 from onnx import TensorProto, inliner
 
-from tests.conftest import once
 from tests.graph.test_lowering import evaluate, run
 from tests.nvidia import test_cache as test_engine_cache
 from tests.nvidia.test_tensorrt_backend import backend_of
 from tests.stand_ins.tensorrt_on_cpu import LIBRARY
+from tests.tiny_build import once
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.profile import Profile

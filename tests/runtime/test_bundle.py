@@ -19,16 +19,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import safetensors.numpy
 
 import unetc
+from tests.runtime.parsers import PARSERS
 from unetc.artifacts.manifest import DIGEST, MANIFEST, Manifest
 from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError, SessionError
 from unetc.runtime.bundle import Bundle
-from unetc.sampler.table import SchedulerTables
 
 ENGINE = "engines/full.onnx"
 WEIGHTS = "weights.safetensors"
@@ -46,13 +45,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_parser(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Fail the test when anything parses the contents of a bundle."""
-    for owner, name in (
-        (unetc.runtime.bundle, "load"),
-        (safetensors.numpy, "load"),
-        (np, "load"),
-        (SchedulerTables, "from_array"),
-        (onnxruntime, "InferenceSession"),
-    ):
+    for owner, name in PARSERS:
         monkeypatch.setattr(owner, name, parsed)
     return monkeypatch
 

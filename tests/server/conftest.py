@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import once
 from tests.server.bundles import build_prompted_bundle
 from tests.server.live import Live, pair, serving
+from tests.tiny_build import once
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class Live:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> tuple[int, str]:
-        """Wait for the end; return the exit code and what it wrote on stderr."""
+        """Wait for the end; return the exit code and stderr."""
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import unetc
-from tests.conftest import once
 from tests.server.bundles import build_class_bundle, build_free_bundle
 from tests.server.live import Live, serving
+from tests.tiny_build import once
 from unetc.report.pictures import to_pixels
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 import unetc
-from tests.conftest import once
 from tests.server.bundles import build_class_bundle, build_free_bundle
 from tests.server.local import in_loop, local
 from tests.server.test_openai import pixels
+from tests.tiny_build import once
 from unetc.artifacts.classes import Classes
 from unetc.call import CLASS_LABELS, EXTRA_CHANNELS
 from unetc.class_labels import encode_labels

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import unetc
-from tests.conftest import once
 from tests.server.bundles import build_class_bundle, build_free_bundle, build_prompted_bundle
+from tests.tiny_build import once
 from tests.triton.bundles import add_level
 from tests.triton.server import Server
 

@@ -1,0 +1,8 @@
+"""All promises, in the order of docs/promises.md."""
+
+from __future__ import annotations
+
+from tests.promises import corruption
+from tests.promises.promise import Promise
+
+PROMISES: tuple[Promise, ...] = (corruption.PROMISE,)
