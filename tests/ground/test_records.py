@@ -597,6 +597,25 @@ def test_contradictory_records_are_refused(make: Callable[[], object]) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Bin(low=0.0, high=1.0, steps=1),
+        lambda: Estimate(mean=0.5, low=0.0, high=1.0),
+        lambda: CallInput(name="text", axes=(8, 64)),
+    ],
+)
+def test_a_good_record_is_not_written_out(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An analysis that goes on reads tens of thousands of them."""
+    monkeypatch.setattr(type(make()), "__repr__", lambda _: pytest.fail("it was written out"))
+    make()
+
+
+def test_a_bad_record_is_written_out() -> None:
+    with pytest.raises(ValueError, match=r"must enclose its mean, got Estimate\(mean=2.0, low=0.0, high=1.0\)"):
+        Estimate(mean=2.0, low=0.0, high=1.0)
+
+
 def test_only_holding_and_forecasting_reuse() -> None:
     reuses = {"hold", "forecast", "hold_x0", "forecast_x0"}
     assert {treatment.value for treatment in Treatment if treatment.reuses} == reuses

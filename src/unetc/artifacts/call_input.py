@@ -29,7 +29,7 @@ class CallInput(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        require(all(isinstance(size, str) or size > 0 for size in self.axes), f"sizes must be positive, got {self}")
+        require(all(isinstance(size, str) or size > 0 for size in self.axes), "sizes must be positive", got=self)
 
     def describe(self) -> str:
         """Describe its shape, as in `[batch, tokens, 768]`."""

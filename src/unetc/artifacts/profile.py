@@ -118,7 +118,7 @@ class Bin(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check the range."""
-        require(finite(self.low, self.high) and self.low < self.high, f"a bin must not be empty, got {self}")
+        require(finite(self.low, self.high) and self.low < self.high, "a bin must not be empty", got=self)
 
 
 class Estimate(Record, frozen=True, kw_only=True):
@@ -130,8 +130,8 @@ class Estimate(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check that the interval encloses the mean."""
-        require(finite(self.mean, self.low, self.high), f"an estimate must be finite, got {self}")
-        require(self.low <= self.mean <= self.high, f"an interval must enclose its mean, got {self}")
+        require(finite(self.mean, self.low, self.high), "an estimate must be finite", got=self)
+        require(self.low <= self.mean <= self.high, "an interval must enclose its mean", got=self)
 
 
 class Damage(Record, frozen=True, kw_only=True):

@@ -89,19 +89,24 @@ class _Versioned(msgspec.Struct):
     schema: int
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str, got: object = None) -> None:
     """Refuse a record whose fields contradict each other.
+
+    Args:
+        condition: Holds for a good record.
+        message: Says the same in words.
+        got: A bad record; it is written out only if it is refused, because an analysis reads many records.
 
     Raises:
         ValueError: If the condition does not hold. Decoding turns it into a `CorruptArtifactError`.
     """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if got is None else f"{message}, got {got}")
 
 
 def finite(*values: float) -> bool:
     """Check whether all values are finite numbers."""
-    return all(math.isfinite(value) for value in values)
+    return all(map(math.isfinite, values))
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
