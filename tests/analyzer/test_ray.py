@@ -3,105 +3,30 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray_cluster
 from ray_processes import WORKER, processes
 
-from tests.analyzer.sweeps import REFERENCE, SHAPE, backend, table_of, tiny
-from unetc.analyzer.analysis import AnalysisOptions, analyze
+from tests.analyzer.on_ray import TARGET, bare_cluster, check_kills, options_of
+from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
-from unetc.analyzer.bench import Bench, BenchRecipe
 from unetc.artifacts.profile import Profile
-from unetc.compiler.measured_calls import MeasuredCalls
-from unetc.conditions import UNCONDITIONAL
 from unetc.environment import machine_for
 from unetc.errors import ProfileError, SessionError
-from unetc.jobs import Cluster, InProcess, Workers
+from unetc.jobs import Cluster
 from unetc.models.find import find_model
-from unetc.progress import Progress
-from unetc.ray_workers import Needs, workers_of
-
-TARGET = "onnxruntime:cpu"
-ABSENT = ("torch", "diffusers", "transformers", "torchmetrics", "onnxscript")
-"""Libraries that workers do not need."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Start a cluster whose processes cannot import the libraries of a capture."""
-    absent = tmp_path_factory.mktemp("absent")
-    for library in ABSENT:
-        (absent / f"{library}.py").write_text(f"raise ModuleNotFoundError({library!r})")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(absent), os.environ.get("PYTHONPATH", "")]))
-        with ray_cluster.started(cpus=2):
-            yield
-
-
-def options_of(**changes: Any) -> AnalysisOptions:
-    options = {"steps": 6, "samples": 4, "bins": 3, "threads": 1, "batch": 1, "rounds": 1, "decisive": 5}
-    return AnalysisOptions(**(options | changes))
-
-
-def analyse(workers: Workers[Bench], options: AnalysisOptions, work: Path, reports: list[Progress]) -> Profile:
-    table = table_of(options.scheduler, options.steps)
-    return analyze(
-        tiny().gated,
-        REFERENCE,
-        table,
-        workers,
-        sample_shape=SHAPE,
-        options=options,
-        work=work,
-        on_progress=reports.append,
-    )
-
-
-def here(options: AnalysisOptions) -> Workers[Bench]:
-    kind = table_of(options.scheduler, options.steps).prediction_type
-    bench = Bench.of(tiny().gated, backend(), samples=options.samples, prediction_type=kind)
-    return InProcess(bench=bench, machine=machine_for(TARGET))
-
-
-def there(options: AnalysisOptions) -> Workers[Bench]:
-    recipe = BenchRecipe(
-        graph=tiny().gated.pack(),
-        conditions=UNCONDITIONAL,
-        samples=options.samples,
-        prediction_type=table_of(options.scheduler, options.steps).prediction_type,
-        target=TARGET,
-        threads=1,
-        calls=MeasuredCalls.of(SHAPE, options.batch, options.samples, UNCONDITIONAL),
-        wide=frozenset(),
-    )
-    return workers_of(recipe, Needs(cpus=1, gpu=False, describe=lambda: machine_for(TARGET)))
-
-
-def check_kills(kills: int, options: AnalysisOptions, folder: Path) -> list[Progress]:
-    """Analyse on the cluster while workers are killed, compare with an analysis in this process, and return progress.
-
-    The second analysis gets the times of the first: they never repeat, and decide which ablations are measured.
-    """
-    reports: list[Progress] = []
-    with ray_cluster.Killer(kills, lambda: len(reports)) as killer:
-        spread = analyse(there(options), options, folder / "cluster", reports)
-    assert killer.left == 0
-    for times in (folder / "cluster").glob("cost-*"):
-        shutil.copytree(times, folder / "process" / times.name)
-    alone = analyse(here(options), options, folder / "process", [])
-    assert spread.to_json() == alone.to_json()
-    files = [sorted(path.name for path in (folder / place).rglob("*.json")) for place in ("cluster", "process")]
-    assert files[0] == files[1]
-    assert spread.timed_on == machine_for(TARGET)
-    return reports
+    """Share a cluster whose processes cannot import the libraries of a capture."""
+    with bare_cluster(tmp_path_factory.mktemp("absent")):
+        yield
 
 
 def test_the_profile_is_the_same_as_in_this_process_though_workers_are_killed(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ EXAMPLES = 5
 def main() -> None:
     """Run the trials that are missing."""
     os.environ["OMP_NUM_THREADS"] = "1"  # as in the tests
+    sys.path.append(str(RESULT.parents[1]))  # as in the tests, which share helpers with benchmarks
     names = [promise.name for promise in PROMISES]
     parser = argparse.ArgumentParser(
         prog="python -m tests.promises", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -35,6 +35,12 @@ class Place:
         """Cache that holds the capture of the tiny model after `tiny_build`."""
         return self.shared / "cache"
 
+    @property
+    def captured(self) -> Mapping[str, Path]:
+        """Captures in that cache, by their place in a folder with a cache/ of its own."""
+        _ = self.tiny_build
+        return {str(path.relative_to(self.shared)): path for path in self.cache.glob("*/graph")}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:

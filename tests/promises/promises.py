@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.promises import corruption
+from tests.promises import corruption, kill, sweep
 from tests.promises.promise import Promise
 
-PROMISES: tuple[Promise, ...] = (corruption.PROMISE,)
+PROMISES: tuple[Promise, ...] = (kill.PROMISE, corruption.PROMISE, sweep.PROMISE)
