@@ -25,7 +25,8 @@ from torch import Tensor
 from unetc.artifacts.manifest import SCHEDULER_ROWS, FileRecord
 from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import ModelReference
-from unetc.artifacts.record import Artifact, Record, read_bounded, require
+from unetc.artifacts.reading import read_bounded
+from unetc.artifacts.record import Artifact, Record, require
 from unetc.backend import SerialisedGraph
 from unetc.conditions import Conditions
 from unetc.errors import ArtifactError, CorruptArtifactError

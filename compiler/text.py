@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
-from unetc.artifacts.record import write_atomically
+from unetc.artifacts.record import read_cached, write_atomically
 from unetc.compiler.graph.text import export_text
 from unetc.errors import ArtifactError, CompileError
 from unetc.models.model import Model
@@ -72,12 +72,11 @@ def prepare_text(prepared: Prepared) -> PreparedText | None:
     folder = prepared.work / f"text-{key}"
     try:
         with FileLock(prepared.work / "text.lock"):
-            if not (folder / _RECORD).exists():
+            if (text := read_cached(folder / _RECORD, BundleText)) is None:
                 loaded = model.load_text()
                 if loaded is None:
                     return None
-                _export(loaded, model, folder)
-            text = msgspec.json.decode((folder / _RECORD).read_bytes(), type=BundleText)
+                text = _export(loaded, model, folder)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another folder with --cache.") from error
     return PreparedText(text=text, files={path: folder / Path(path).name for path in files_of(text)})
@@ -88,7 +87,7 @@ def files_of(text: BundleText) -> tuple[str, ...]:
     return tuple(path for one in text.encoders for path in (one.graph, one.weights, one.tokenizer))
 
 
-def _export(loaded: TextEncoders, model: Model, folder: Path) -> None:
+def _export(loaded: TextEncoders, model: Model, folder: Path) -> BundleText:
     """Export text encoders into a folder; the record is written last, after the check."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -114,6 +113,7 @@ def _export(loaded: TextEncoders, model: Model, folder: Path) -> None:
     files = {path: (folder / Path(path).name).read_bytes() for path in files_of(text)}
     check_text(text, files, loaded, model.prompts())
     write_atomically(folder / _RECORD, msgspec.json.encode(text))
+    return text
 
 
 def check_text(text: BundleText, files: Mapping[str, bytes], loaded: TextEncoders, prompts: tuple[str, ...]) -> float:

@@ -12,6 +12,18 @@ from pathlib import Path
 from unetc.errors import ArtifactError
 
 
+def real_path(path: Path) -> Path:
+    """Follow the links of a path, which need not exist.
+
+    Raises:
+        ArtifactError: If it is no path.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # it holds a NUL
+        raise ArtifactError(f"{str(path)!r} is no path: {error}. Choose another one.") from error
+
+
 @contextmanager
 def checking(path: Path) -> Iterator[Path]:
     """Give the real path of a folder to write, so that the enclosed code can refuse it; then try to write next to it.
@@ -19,7 +31,7 @@ def checking(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: If it cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = real_path(path)
     try:
         yield path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +52,7 @@ def written_whole(path: Path, what: str) -> Iterator[Path]:
     Raises:
         ArtifactError: If it cannot be written or the disk is full; nothing is left behind.
     """
-    path = Path(os.path.realpath(path))
+    path = real_path(path)
     temporary: Path | None = None
     try:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, FileRecord, Manifest, digest_of
+from unetc.artifacts.reading import read_plain
 from unetc.artifacts.record import MAX_JSON_BYTES
 from unetc.backend import SerialisedGraph
 from unetc.call import CallSignature
@@ -88,8 +88,8 @@ class Bundle:
             raise ArtifactError(
                 f"{path} has no {MANIFEST}: it is not a bundle, or its build was interrupted. Build it again."
             )
-        data = _read_plain(path, MANIFEST, MAX_JSON_BYTES)
-        if _read_plain(path, DIGEST, 256) != digest_of(data):
+        data = _read(path, MANIFEST, MAX_JSON_BYTES)
+        if _read(path, DIGEST, 256) != digest_of(data):
             raise CorruptArtifactError(
                 f"{path / MANIFEST} does not match {DIGEST}: it was edited. Build the bundle again."
             )
@@ -150,7 +150,7 @@ def read_verified(root: Path, record: FileRecord) -> bytes:
         ArtifactError: If it cannot be read.
         CorruptArtifactError: If it has changed since the build, is a link, or is missing.
     """
-    data = _read_plain(root, record.path, record.bytes)
+    data = _read(root, record.path, record.bytes)
     if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
         raise CorruptArtifactError(
             f"{root / record.path} has changed since the build (its hash differs). Build the bundle again."
@@ -158,27 +158,9 @@ def read_verified(root: Path, record: FileRecord) -> bytes:
     return data
 
 
-def _read_plain(root: Path, name: str, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes; refuse hard links, and symbolic links in its path."""
-    path = root
+def _read(root: Path, name: str, limit: int) -> bytes:
+    """Read a file of a bundle as `read_plain` does."""
     try:
-        for part in name.split("/"):
-            path = path / part
-            if stat.S_ISLNK(path.lstat().st_mode):
-                raise CorruptArtifactError(
-                    f"{path} is a link, but a bundle may hold only plain files. Copy the real files."
-                )
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                raise CorruptArtifactError(f"{path} is not a plain file, or has a second hard link. Copy the bundle.")
-            if status.st_size > limit:
-                raise CorruptArtifactError(
-                    f"{path} has {status.st_size} bytes, expected at most {limit}. Build the bundle again."
-                )
-            return file.read(status.st_size)
-    except FileNotFoundError as error:
-        raise CorruptArtifactError(f"{path} is missing. Build the bundle again.") from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
+        return read_plain(root, name, limit)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"{error} Copy the bundle again, or build it again.") from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from tests.disguises import DISGUISES, within
 from tests.nvidia.cached_engine import (
     ENGINE_BYTES,
     FIELDS,
@@ -22,7 +24,7 @@ from tests.nvidia.cached_engine import (
     differing,
     record,
 )
-from unetc.errors import StaleEngineError
+from unetc.errors import ArtifactError, StaleEngineError
 from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord, trim
 from unetc.nvidia.key import EngineKey, Origin
 from unetc.nvidia.sizes import Range, Sizes
@@ -95,6 +97,48 @@ def test_an_edited_record_is_refused(cache: EngineCache, field: str) -> None:
     path.write_text(json.dumps(edited))
     with pytest.raises(StaleEngineError):
         cache.open(KEY)
+
+
+@pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
+@pytest.mark.parametrize("name", [ENGINE, RECORD])
+def test_only_plain_files_are_read(cache: EngineCache, name: str, disguise: Callable[[Path], None]) -> None:
+    disguise(cache.folder(KEY) / name)
+    with within(20):
+        with pytest.raises(StaleEngineError, match=name):
+            cache.open(KEY, trust=True)
+        with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32"):
+            find(cache)
+
+
+@pytest.mark.parametrize("disguise", [one for name, one in DISGUISES.items() if name != "hard link"])
+def test_a_secret_that_is_no_plain_file_is_refused(cache: EngineCache, disguise: Callable[[Path], None]) -> None:
+    disguise(cache.root / "secret")
+    with within(20), pytest.raises(ArtifactError, match="/secret"):
+        cache.open(KEY)
+
+
+def test_the_folder_of_an_engine_is_no_link(cache: EngineCache, tmp_path: Path) -> None:
+    elsewhere = cache.folder(KEY).rename(tmp_path / "elsewhere")
+    cache.folder(KEY).symlink_to(elsewhere)
+    with pytest.raises(StaleEngineError, match="is a link"):
+        cache.open(KEY, trust=True)
+    (elsewhere / ENGINE).write_bytes(b"mine")
+    cache.put(record(), ENGINE_BYTES)
+    assert cache.open(KEY)[1] == ENGINE_BYTES
+    assert (elsewhere / ENGINE).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("above", [0, 1], ids=["engine", "cache"])
+def test_trimming_follows_no_link(tmp_path: Path, above: int) -> None:
+    cache = cache_in(tmp_path / "caches")
+    cache.put(record(differing("effort")), ENGINE_BYTES)
+    kept, outside = cache.folder(KEY), cache.folder(differing("effort"))
+    os.utime(outside / ENGINE, (0, 0))
+    linked = (outside, cache.root)[above]
+    linked.symlink_to(linked.rename(tmp_path / "outside"))
+    trim(tmp_path / "caches", 0)
+    assert kept.exists()
+    assert (outside / ENGINE).exists()
 
 
 def test_an_engine_from_elsewhere_needs_trust(cache: EngineCache, tmp_path: Path) -> None:

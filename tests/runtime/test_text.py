@@ -19,7 +19,7 @@ from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND
 from unetc.compiler import text as compiled
-from unetc.compiler.text import PROBES, check_text, prepare_text
+from unetc.compiler.text import _RECORD, PROBES, check_text, prepare_text
 from unetc.conditions import Conditions
 from unetc.errors import (
     CompileError,
@@ -83,6 +83,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
         "lcm": save_stable_diffusion(folder / "lcm", kind="LatentConsistencyModelPipeline", time_cond_proj_dim=33),
     }
     return {kind: export(str(source), folder / f"work-{kind}") for kind, source in sources.items()}
+
+
+def test_a_damaged_record_in_the_cache_is_made_again(tmp_path: Path) -> None:
+    one = export("prompted-digits", tmp_path / "work")
+    (record,) = (tmp_path / "work").glob(f"text-*/{_RECORD}")
+    record.write_text("{")
+    model = find_model("prompted-digits")
+    again = prepare_text(SimpleNamespace(model=model, work=tmp_path / "work"))  # type: ignore[arg-type]
+    assert again is not None
+    assert again.text == one.text
 
 
 def check_equal(actual: Conditions, expected: Conditions) -> None:

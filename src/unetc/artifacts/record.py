@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -12,6 +14,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import msgspec
 
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
+
+from .reading import read_bounded, reason
 
 T = TypeVar("T")
 
@@ -109,20 +113,6 @@ def finite(*values: float) -> bool:
     return all(map(math.isfinite, values))
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a whole file of at most `limit` bytes.
-
-    Raises:
-        ArtifactError: If the file is missing, unreadable or larger.
-    """
-    try:
-        if (size := path.stat().st_size) > limit:
-            raise ArtifactError(f"{path} has {size} bytes, above the limit of {limit}. unetc did not write this file.")
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
-
-
 def read_cached(path: Path, kind: type[T], limit: int = 2**26) -> T | None:
     """Read an intermediate result; None if it is missing or damaged, so that it has to be made again.
 
@@ -133,7 +123,7 @@ def read_cached(path: Path, kind: type[T], limit: int = 2**26) -> T | None:
     """
     try:
         return msgspec.json.decode(read_bounded(path, limit), type=kind)
-    except (ArtifactError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (ArtifactError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
 
 
@@ -144,13 +134,14 @@ def check_writable(path: Path) -> None:
         ArtifactError: If the folder cannot be created or written, or the path is a folder.
     """
     try:
-        if path.is_dir():
-            raise ArtifactError(f"cannot write {path}: it is a folder. Give the path of a file.")
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise ArtifactError(f"cannot write {path}: it is a folder. Give the path of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}. Choose a folder that can be written.") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot write {path}: {reason(error)}. Choose a folder that can be written.") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -169,9 +160,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"cannot write {path}: {error.strerror}. Choose a folder that can be written and has room."
+            f"cannot write {path}: {reason(error)}. Choose a folder that can be written and has room."
         ) from error
     finally:
         if temporary is not None:

@@ -17,7 +17,8 @@ from unetc.artifacts.manifest import MANIFEST, BundleEngine, Level, Manifest
 from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Damage, Profile
-from unetc.artifacts.record import read_bounded, to_builtins
+from unetc.artifacts.reading import read_bounded
+from unetc.artifacts.record import to_builtins
 from unetc.artifacts.scope import control_scope, damage_scope
 from unetc.artifacts.verification import WHICH_FIGURE, Verification
 from unetc.compiler.tensorrt.ranges import describe_sides

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from unetc.artifacts.record import Artifact, read_bounded, write_atomically
+from unetc.artifacts.reading import read_plain
+from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, write_atomically
 from unetc.errors import ArtifactError, StaleEngineError
 from unetc.precision import Precision
 
@@ -90,8 +91,8 @@ class EngineCache:
         """
         folder = self.folder(key)
         try:
-            record = EngineRecord.load(folder / RECORD)
-            serialized = read_bounded(folder / ENGINE, record.engine_bytes)
+            record = self._record(folder.name)
+            serialized = self.read(folder / ENGINE, record.engine_bytes)
         except ArtifactError as error:
             raise StaleEngineError(f"there is no engine in {folder}: {error} Build it with `unetc compile`.") from error
         if differences := key.differences(record.key):
@@ -125,15 +126,32 @@ class EngineCache:
         with contextlib.suppress(OSError):
             os.utime(self.folder(key) / ENGINE)
 
+    def read(self, path: Path, limit: int, *, hard_links: bool = False) -> bytes:
+        """Read a file of the cache; nothing below its folder may be a link.
+
+        Args:
+            path: The file.
+            limit: Largest size in bytes.
+            hard_links: Whether it may have another name.
+
+        Raises:
+            ArtifactError: If it is missing, unreadable or larger, or is reached through a link.
+        """
+        return read_plain(self.root, path.relative_to(self.root).as_posix(), limit, hard_links=hard_links)
+
     def records(self) -> list[EngineRecord]:
         """List the readable records of the cache; changes are only detected when an engine is opened."""
         found = []
         for path in sorted(self.root.glob(f"*/{RECORD}")):
             try:
-                found.append(EngineRecord.load(path))
+                found.append(self._record(path.parent.name))
             except ArtifactError:
                 continue  # of another version, or damaged
         return found
+
+    def _record(self, folder: str) -> EngineRecord:
+        path = self.root / folder / RECORD
+        return EngineRecord.from_json(self.read(path, MAX_JSON_BYTES), str(path))
 
     def find(
         self, graph_sha256: str, weights_sha256: str, precision: Precision, here: Origin
@@ -175,13 +193,18 @@ class EngineCache:
         )
 
     def put(self, record: EngineRecord, serialized: bytes) -> EngineRecord:
-        """Write an engine, its record last, sealed.
+        """Write an engine, its record last, sealed. A link in the place of its folder is removed.
 
         Raises:
             ArtifactError: If the folder cannot be written or the disk is full.
         """
         sealed = msgspec.structs.replace(record, seal=self._seal_of(record))
         folder = self.folder(record.key)
+        try:
+            if folder.is_symlink():
+                folder.unlink()
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Delete this link.") from error
         write_atomically(folder / ENGINE, serialized)
         sealed.save(folder / RECORD)
         return sealed
@@ -216,7 +239,7 @@ class EngineCache:
                     pass
                 finally:
                     drawn.unlink()
-            secret = path.read_bytes()
+            secret = self.read(path, _SECRET_BYTES, hard_links=True)  # it has two names while it is being drawn
         except OSError as error:
             raise ArtifactError(f"cannot write {self.root}: {error.strerror}. Choose another with --cache.") from error
         if len(secret) != _SECRET_BYTES:
@@ -232,7 +255,8 @@ def trim(folder: Path, most_bytes: int) -> None:
         most_bytes: Largest total size of the engines that stay.
     """
     left = most_bytes
-    for i, engine in enumerate(sorted(folder.glob(f"*/*/{ENGINE}"), key=_used, reverse=True)):
+    engines = (path for path in folder.glob(f"*/*/{ENGINE}") if not any(map(Path.is_symlink, path.parents[:2])))
+    for i, engine in enumerate(sorted(engines, key=_used, reverse=True)):
         left -= _size(engine)
         if i and left < 0:
             shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be deleting it too

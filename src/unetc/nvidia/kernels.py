@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import logging
 
-from unetc.artifacts.record import read_bounded, write_atomically
+from unetc.artifacts.record import write_atomically
 from unetc.errors import ArtifactError
 
 from .cache import EngineCache, EngineRecord
@@ -46,7 +46,7 @@ class KernelFile:
     def read(self) -> bytes | None:
         """Read the kernels; None if the file has none that this cache has sealed for this engine and place."""
         try:
-            content = read_bounded(self.path, MOST_BYTES)
+            content = self._cache.read(self.path, MOST_BYTES)
             seal, kernels = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
             if not hmac.compare_digest(seal, self._seal(kernels)):
                 logger.warning("%s is damaged or was not written here; its kernels are made again", self.path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from unetc.artifacts.record import read_bounded
+from unetc.artifacts.reading import read_bounded
 from unetc.errors import SessionError
 from unetc.runtime.batching.ladder import saving_of
 

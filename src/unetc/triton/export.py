@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,7 +11,7 @@ import unetc
 from unetc.artifacts.manifest import BundleEngine, Manifest
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.shapes import resolve
-from unetc.compiler.whole_folder import write_file, written_whole
+from unetc.compiler.whole_folder import real_path, write_file, written_whole
 from unetc.errors import ArtifactError
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.progress import OnProgress, Progress, ignore
@@ -81,7 +80,7 @@ def export_bundle(path: Path, destination: Path, options: ExportOptions, *, on_p
     """
     _check(options)
     check_repository(destination)
-    if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(path)):
+    if real_path(destination).is_relative_to(real_path(path)):
         raise ArtifactError(f"{destination} lies in the bundle {path}. Choose a folder outside of it.")
     bundle = Bundle.open(path)
     manifest = bundle.manifest
