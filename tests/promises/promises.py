@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests.promises import corruption, kill, sweep
+from tests.promises import corruption, keys, kill, paths, sweep
 from tests.promises.promise import Promise
 
-PROMISES: tuple[Promise, ...] = (kill.PROMISE, corruption.PROMISE, sweep.PROMISE)
+PROMISES: tuple[Promise, ...] = (
+    kill.PROMISE,
+    corruption.PROMISE,
+    paths.PROMISE,
+    keys.PROMISE,
+    sweep.PROMISE,
+)
