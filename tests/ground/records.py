@@ -225,43 +225,48 @@ def curves(draw: st.DrawFn) -> Pareto:
     )
 
 
-verifications = st.builds(
-    Verification,
-    unetc=text,
-    model=models,
-    plan_sha256=digest,
-    target=text,
-    threads=count,
-    environment=st.dictionaries(text, text, max_size=2),
-    budget=number,
-    scheduler=text,
-    steps=count,
-    samples=count,
-    seed=count,
-    rounds=count,
-    full_ms=number,
-    time_ratio=number,
-    time_ratio_p10=number,
-    time_ratio_p90=number,
-    damage=damages,
-    controls=st.dictionaries(
-        text, st.builds(ControlResult, time_ratio=number, damage=damages, description=text), max_size=2
-    ),
-    loses_to=st.lists(text, max_size=2).map(tuple),
-    converged=st.none()
-    | st.builds(
-        Converged,
+results = st.builds(ControlResult, time_ratio=number, damage=damages, description=text)
+
+
+def verifications_of(controls: list[str]) -> st.SearchStrategy[Verification]:
+    return st.builds(
+        Verification,
+        unetc=text,
+        model=models,
+        plan_sha256=digest,
+        target=text,
+        threads=count,
+        environment=st.dictionaries(text, text, max_size=2),
+        budget=number,
         scheduler=text,
         steps=count,
         samples=count,
-        full=damages,
-        plan=damages,
-        controls=st.dictionaries(text, damages, max_size=2),
-    ),
-    engines=st.lists(st.builds(EngineUse, step_ms=number, steps=count, removed=count), max_size=2).map(tuple),
-    disk_bytes=count,
-    full_disk_bytes=count,
-)
+        seed=count,
+        rounds=count,
+        full_ms=number,
+        time_ratio=number,
+        time_ratio_p10=number,
+        time_ratio_p90=number,
+        damage=damages,
+        controls=st.fixed_dictionaries(dict.fromkeys(controls, results)),
+        loses_to=st.sets(st.sampled_from(controls)).map(tuple) if controls else st.just(()),
+        converged=st.none()
+        | st.builds(
+            Converged,
+            scheduler=text,
+            steps=count,
+            samples=count,
+            full=damages,
+            plan=damages,
+            controls=st.fixed_dictionaries(dict.fromkeys(controls, damages)),
+        ),
+        engines=st.lists(st.builds(EngineUse, step_ms=number, steps=count, removed=count), max_size=2).map(tuple),
+        disk_bytes=count,
+        full_disk_bytes=count,
+    )
+
+
+verifications = st.lists(text, max_size=2, unique=True).flatmap(verifications_of)
 
 ARTIFACTS = {
     "profile": profiles(),

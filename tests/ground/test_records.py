@@ -23,6 +23,8 @@ from unetc.artifacts import (
     BundleEngine,
     Component,
     Control,
+    ControlResult,
+    Converged,
     Cost,
     Damage,
     Effect,
@@ -36,6 +38,7 @@ from unetc.artifacts import (
     Plan,
     Prediction,
     Profile,
+    Verification,
 )
 from unetc.artifacts.call_input import CallInput
 from unetc.artifacts.manifest import EnginePair
@@ -237,6 +240,24 @@ def curve(**fields: Any) -> Pareto:
     return Pareto(**defaults | fields)
 
 
+def verification(**fields: Any) -> Verification:
+    result = ControlResult(time_ratio=1.0, damage=damage(), description="a rule")
+    compared = Converged(scheduler="s", steps=4, samples=1, full=damage(), plan=damage(), controls={"a": damage()})
+    numbers = ("threads", "steps", "samples", "seed", "rounds", "disk_bytes", "full_disk_bytes")
+    defaults: dict[str, Any] = {
+        **dict.fromkeys(("unetc", "plan_sha256", "target", "scheduler"), "t"),
+        **dict.fromkeys(numbers, 1),
+        **dict.fromkeys(("budget", "full_ms", "time_ratio", "time_ratio_p10", "time_ratio_p90"), 0.5),
+        "model": MODEL,
+        "environment": {},
+        "damage": damage(),
+        "controls": {"a": result},
+        "converged": compared,
+        "engines": (),
+    }
+    return Verification(**defaults | fields)
+
+
 def point(time_ratio: float, relative_l2: float) -> Point:
     changed = msgspec.structs.replace(damage(), relative_l2=estimate(relative_l2))
     return Point(budget=0.1, time_ratio=time_ratio, damage=changed, plan=plan())
@@ -256,6 +277,9 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "an estimate below its interval": lambda: Estimate(low=1.0, mean=0.5, high=2.0),
     "an estimate above its interval": lambda: Estimate(low=0.0, mean=3.0, high=2.0),
     "an estimate that is not a number": lambda: Estimate(low=0.0, mean=float("nan"), high=2.0),
+    "a verification that loses to nothing known": lambda: verification(loses_to=("b",)),
+    "a verification whose controls were compared in part": lambda: verification(controls={}),
+    "a verification of a model without bytes": lambda: verification(full_disk_bytes=0),
     "an unbounded estimate": lambda: Estimate(low=0.0, mean=1.0, high=float("inf")),
     "an empty phase": lambda: Phase(low=1.0, high=1.0, cycle=(0,)),
     "a phase with swapped ends": lambda: Phase(low=1.0, high=0.0, cycle=(0,)),
@@ -338,10 +362,12 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
 
 
 def test_the_records_that_are_contradicted_below_are_valid() -> None:
+    verification()
     along = manifest(controls=(Control(name="c", description="d", table="t"),), tables=(bundle_table(),), converged="t")
     for valid in (plan(), holding(emits=("a",)), profile(), manifest(), along, curve()):
         assert type(valid).from_json(valid.to_json(), "here") == valid
     file()
+    verification()
 
 
 @pytest.mark.parametrize("make", CONTRADICTIONS.values(), ids=CONTRADICTIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .profile import ControlMeasured, Damage, ModelReference
-from .record import Artifact, Record
+from .record import Artifact, Record, require
 
 WHICH_FIGURE = (
     "The distance to the full model is for users who want the same pictures as today; the distance to the converged "
@@ -85,6 +85,14 @@ class Verification(Artifact, frozen=True, kw_only=True):
     """Bytes of the weights and graphs of the full model and the plan's engines."""
     full_disk_bytes: int
     """Bytes of the weights and graph of the full model alone."""
+
+    def __post_init__(self) -> None:
+        """Check that the parts refer to each other."""
+        names = self.controls.keys()
+        require({*self.loses_to} <= names, "loses_to names an unknown control")
+        compared = names if self.converged is None else self.converged.controls.keys()
+        require(compared == names, "the converged trajectory must be compared with every control")
+        require(self.full_disk_bytes > 0, "the files of the full model must not be empty")
 
     def beaten_by(self) -> tuple[str, ...]:
         """List the controls that do less damage in no more time.
