@@ -27,7 +27,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 def code_digest(promise: Promise) -> str:
     """Hash the sources of unetc and of a promise: outcomes of other code do not count."""
-    digest = hashlib.sha256(Path(inspect.getfile(promise.prepare)).read_bytes())
+    digest = hashlib.sha256(Path(inspect.getfile(inspect.unwrap(promise.prepare))).read_bytes())
     for folder in (ROOT, ROOT / "analyzer", ROOT / "compiler", ROOT / "runtime"):
         for path in sorted(folder.resolve().rglob("*.py")):
             digest.update(path.read_bytes())
