@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from tests.promises import corruption, keys, kill, paths, sweep
+from tests.promises import code, corruption, fuzz, keys, kill, paths, sweep
 from tests.promises.promise import Promise
 
 PROMISES: tuple[Promise, ...] = (
     kill.PROMISE,
     corruption.PROMISE,
     paths.PROMISE,
+    code.PROMISE,
     keys.PROMISE,
     sweep.PROMISE,
+    fuzz.PROMISE,
 )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST
 
@@ -28,6 +32,31 @@ UNSAFE = {
     "empty": "",
 }
 """Paths that could leave a bundle; `{root}` stands for the folder around it."""
+
+
+NESTED = b'{"schema": 8, "notes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+MALFORMED = {
+    "empty": b"",
+    "not JSON": b"\x80\x04]",
+    "null": b"null",
+    "a list": b"[1]",
+    "half": b'{"schema": 8, "unetc": "',
+    "no schema": b"{}",
+    "schema as text": b'{"schema": "8"}',
+    "no fields": b'{"schema": 8}',
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "invalid UTF-8": b'{"schema": 8, "unetc": "\xff\xfe"}',
+    "lone surrogate": rb'{"schema": 8, "unetc": "\ud800"}',
+    "deep lists": b"[" * 10**6,
+    "deep objects": b'{"a":' * 10**6,
+    "deep in a field": NESTED,
+    "deep in an unknown field": NESTED.replace(b"notes", b"other"),
+    "deep before the schema": NESTED[:-1].replace(b'"schema": 8, ', b"") + b', "schema": 7}',
+    "a long number": b'{"schema": ' + b"9" * 10**6 + b"}",
+}
+"""Texts that are no manifest."""
+CONTAINERS = ("pickle", "npy", "npz")
+"""Formats that can hold a pickle."""
 
 
 def reseal(bundle: Path, text: bytes) -> None:
@@ -65,3 +94,14 @@ class Payload:
 
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, (str(self.trace),)
+
+
+def packed(payload: Payload, container: str) -> bytes:
+    """Pickle a payload."""
+    buffer = io.BytesIO()
+    if container == "pickle":
+        pickle.dump(payload, buffer)
+    else:
+        save = np.save if container == "npy" else np.savez
+        save(buffer, np.array([payload], dtype=object), allow_pickle=True)
+    return buffer.getvalue()

@@ -26,6 +26,8 @@ DIGEST = "manifest.sha256"
 """File with the hash of the manifest, so that the manifest is protected too."""
 SCHEDULER_ROWS = "rows"
 """Name of the only array in the scheduler file."""
+MOST_VALUES = 2**28
+"""Most values of a sample of the model's own size: 16 channels of 4096 x 4096."""
 FULL = "full"
 """Name of the quality level that runs the full model at every step; every bundle has it."""
 
@@ -327,6 +329,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         used = {self.converged, *(one.table for one in self.controls), *(level.tuned for level in self.levels)} - {None}
         require(used <= {*tables}, "a control or a level has a schedule that the bundle lacks")
         require(min(*self.sample_shape, self.batch, self.steps) > 0, "sample_shape, batch and steps must be positive")
+        require(math.prod(self.sample_shape) <= MOST_VALUES, f"a sample has more than {MOST_VALUES} values")
         require(bool(self.used_seeds), "used_seeds must not be empty")
         lowered = {engine.lowered is not None for engine in self.all_engines()}
         require(lowered == {self.precision is not Precision.FP32}, "every graph must exist in the bundle's precision")
