@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 from hypothesis import strategies as st
@@ -49,20 +50,20 @@ def change(draw: st.DrawFn, holder: Any, key: Any, places: list[Holder]) -> None
     """Change one place."""
     match draw(_kind):
         case "odd":
-            holder[key] = draw(_odd)
+            holder[key] = deepcopy(draw(_odd))
         case "near":
-            holder[key] = near(draw, holder[key])
+            holder[key] = deepcopy(near(draw, holder[key]))
         case "copy":
             other, its_key = places[draw(_place) % len(places)]
-            holder[key] = json.loads(json.dumps(other[its_key]))
+            holder[key] = deepcopy(other[its_key])
         case "delete":
             del holder[key]
         case "add" if isinstance(holder, dict):
-            holder[draw(st.text(max_size=4))] = draw(_odd)
+            holder[draw(st.text(max_size=4))] = deepcopy(draw(_odd))
         case _ if isinstance(holder, list):
-            holder.insert(key, json.loads(json.dumps(holder[key])))
+            holder.insert(key, deepcopy(holder[key]))
         case _:
-            holder[draw(st.sampled_from(("schema", "model", "seed", "name")))] = holder[key]
+            holder[draw(st.sampled_from(("schema", "model", "seed", "name")))] = deepcopy(holder[key])
 
 
 def near(draw: st.DrawFn, value: Any) -> Any:
