@@ -196,7 +196,7 @@ def test_no_input_can_run_code() -> None:
 
 
 def code_offences(name: str, path: Path, *, may_load: Container[str] = (CHECKPOINTS,)) -> list[str]:
-    """List the places of a module that can run what an input says."""
+    """List the places of a module where an input could be run."""
     return [
         f"{path}:{line}: imports {target}"
         for line, target in imports(name, path)

@@ -1,4 +1,4 @@
-"""What the interpreter does while something under test runs, by its audit events, on any thread."""
+"""Audit events of the interpreter while something under test runs, on any thread."""
 
 from __future__ import annotations
 

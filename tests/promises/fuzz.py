@@ -214,7 +214,7 @@ def tracebacks() -> Iterator[list[str]]:
 
 
 def outside(events: Sequence[Event]) -> list[str]:
-    """Describe the addresses of other machines among what was addressed."""
+    """List the addresses of other machines in events."""
     addresses = [address for _, arguments in events for address in arguments if isinstance(address, tuple | str)]
     hosts = [address[0] if isinstance(address, tuple) else address for address in addresses]
     return [f"{host} was addressed" for host in hosts if not str(host).startswith(("127.", "::1", "localhost"))]

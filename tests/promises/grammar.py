@@ -1,4 +1,4 @@
-"""Cases that schemathesis makes from what is said about the server and the artifacts: OpenAPI and JSON Schema.
+"""Cases that schemathesis makes from OpenAPI, for the server, and from JSON Schema, for the artifacts.
 
 It makes cases that follow the schema, and cases that break it in one place.
 """

@@ -149,7 +149,7 @@ def bodies(draw: st.DrawFn, examples: Mapping[str, tuple[Any, ...]], *paths: str
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Sent:
-    """Change a body with tensors as bytes: the JSON, the bytes, or what is said about their lengths."""
+    """Change a body with tensors as bytes: the JSON, the bytes, or their stated lengths."""
     values = np.linspace(-1, 1, 256, dtype=np.float32).tobytes() + struct.pack("<f", 500.0)
     head = [
         {"name": "sample", "datatype": "FP32", "shape": [1, 1, 16, 16], "parameters": {"binary_data_size": 1024}},

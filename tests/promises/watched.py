@@ -1,4 +1,4 @@
-"""Loads and samples bundles in a process of its own, and prints what the interpreter does meanwhile.
+"""Loads and samples bundles in a separate process, and prints the audit events of the interpreter.
 
     python -m tests.promises.watched KNOWN... -- BUNDLE...
 
