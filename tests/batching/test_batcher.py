@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.batching.levels import LEVELS, STEPS, Levels
+from tests.batching.levels import LEVELS, ROUNDING, STEPS, Levels
 from tests.models import relative_error, tiny_of
 from unetc.backend import Array, Program
 from unetc.device import Tensor
@@ -28,9 +28,6 @@ from unetc.runtime.batching.member import Member
 from unetc.runtime.batching.request import FULL, Progress, SampleRequest, Ticket
 from unetc.runtime.batching.turns import Waiting, choose
 from unetc.runtime.session import Session
-
-ROUNDING = 2e-5
-"""Relative L2 between an image sampled alone and in company: engines choose their kernels by the size of the batch."""
 
 
 @pytest.fixture(scope="module", params=["attention", "cross-attention"])

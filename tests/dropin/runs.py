@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.models import CONTEXT_WIDTH, Reuse, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts import Phase
+from unetc.backend import Program
 from unetc.call import CallSignature
 from unetc.compiler.schedulers.classes import CLASSES, Family
 from unetc.compiler.schedulers.extract import extract_all
@@ -41,8 +42,15 @@ OWN = {Family.BETAS: "ddim", Family.EDM: "edm-euler", Family.FLOW: "flow-euler"}
 """The scheduler that a bundle of each family is built for."""
 
 
+def unchanged(program: Program) -> Program:
+    """Return a program as it is."""
+    return program
+
+
 @functools.cache
-def session_of(architecture: str, folder: Path, family: Family) -> Session:
+def session_of(
+    architecture: str, folder: Path, family: Family = Family.BETAS, wrap: Callable[[Program], Program] = unchanged
+) -> Session:
     """Load engines that alternate between computing everything and holding or forecasting two components."""
     tiny = tiny_of(architecture, folder)
     level = next(component for component in tiny.gated.components if component.kind == "level")
@@ -54,8 +62,8 @@ def session_of(architecture: str, folder: Path, family: Family) -> Session:
     name, own = OWN[family], dict(begin(SCHEDULERS[OWN[family]][0]).config)
     return Session(
         plan=plan_of(reuse.engines, [Phase(low=-20.0, high=20.0, cycle=(0, 1))]),
-        full=loader.load(reuse.full),
-        programs=[loader.load(graph) for graph in reuse.graphs],
+        full=wrap(loader.load(reuse.full)),
+        programs=[wrap(loader.load(graph)) for graph in reuse.graphs],
         scheduler=extract_all(make_scheduler(name, own), name, [STEPS]),
         sample_shape=(calls.channels, SIDE, SIDE),
         steps=STEPS,
@@ -65,11 +73,16 @@ def session_of(architecture: str, folder: Path, family: Family) -> Session:
 
 
 def dropin_of(
-    architecture: str, folder: Path, family: Family = Family.BETAS, *, full_model: bool = False
+    architecture: str,
+    folder: Path,
+    family: Family = Family.BETAS,
+    *,
+    full_model: bool = False,
+    wrap: Callable[[Program], Program] = unchanged,
 ) -> BundleUNet:
     """Make a fresh drop-in of a bundle for the schedulers of a family."""
     denoiser = tiny_of(architecture, folder).denoiser
-    session = session_of(architecture, folder, family)
+    session = session_of(architecture, folder, family, wrap)
     return BundleUNet(session, type(denoiser).__name__, denoiser.config, full_model=full_model)
 
 

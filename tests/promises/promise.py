@@ -31,6 +31,13 @@ class Place:
         return once(self.shared / "tiny-build", lambda folder: build_tiny_bundle(model, folder, self.cache))
 
     @property
+    def prompted_build(self) -> Path:
+        """Folder with bundle/, of a tiny Stable Diffusion with encoded prompts, guidance and a decoder."""
+        from tests.server.bundles import build_prompted_bundle  # imports torch
+
+        return once(self.shared / "prompted-server", build_prompted_bundle)
+
+    @property
     def cache(self) -> Path:
         """Cache that holds the capture of the tiny model after `tiny_build`."""
         return self.shared / "cache"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.promises import code, corruption, fuzz, keys, kill, paths, sweep
+from tests.promises import code, concurrency, corruption, fuzz, keys, kill, leaks, non_finite, overload, paths, sweep
 from tests.promises.promise import Promise
 
 PROMISES: tuple[Promise, ...] = (
@@ -12,5 +12,9 @@ PROMISES: tuple[Promise, ...] = (
     code.PROMISE,
     keys.PROMISE,
     sweep.PROMISE,
+    non_finite.PROMISE,
+    concurrency.PROMISE,
+    leaks.PROMISE,
+    overload.PROMISE,
     fuzz.PROMISE,
 )
