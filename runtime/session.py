@@ -22,7 +22,7 @@ from unetc.call import EXTRA_CHANNELS, CallSignature
 from unetc.class_labels import encode_labels
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import HOST, Array, Device, Tensor
-from unetc.errors import ModelError, SessionError, ShapeMismatch
+from unetc.errors import ModelError, NonFiniteError, SessionError, ShapeMismatch
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
@@ -267,7 +267,8 @@ class Session:
             SessionError: If the bundle has no scheduler table for this number of steps, its scheduler cannot start
                 from an image at this strength, or an image is given where the bundle's conditions hold others.
             ShapeMismatch: If the noise or the image does not fit the model, or the conditions the noise.
-            NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did.
+            NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did, or the decoder
+                or the scheduler does.
         """
         start = self.start(
             batch,
@@ -284,7 +285,7 @@ class Session:
         )
         with self._device.stream():
             sampled = self._denoise(start, self.rollout(full_model=full_model), on_step)
-        return sampled if latents else self.decode(sampled)
+        return self.finish(sampled, latents=latents)
 
     def start(
         self,
@@ -459,6 +460,22 @@ class Session:
     def decode(self, sampled: Array) -> Array:
         """Turn samples into images, [batch, channel, height, width]; they may be the same."""
         return sampled if self._decoder is None else self._decoder(sampled)
+
+    def finish(self, sampled: Array, *, latents: bool = False) -> Array:
+        """Turn samples into images, and refuse those that no file of an image could hold.
+
+        Args:
+            sampled: Samples, [batch, channel, height, width].
+            latents: Return the samples without decoding them.
+
+        Raises:
+            NonFiniteError: If they have NaN or infinity.
+        """
+        images = sampled if latents else self.decode(sampled)
+        if np.isfinite(images).all():
+            return images
+        who = "the decoder" if np.isfinite(sampled).all() else "the scheduler"
+        raise NonFiniteError(f"{who} produced NaN or infinity. Check that the noise and the weights are finite.")
 
     def _denoise(self, start: Start, rollout: Rollout, on_step: Callable[[Step], None] | None) -> Array:
         """Make all steps.

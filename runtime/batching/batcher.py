@@ -298,7 +298,7 @@ class Batcher:
     def _decode(self, order: Order, count: int) -> Array:
         """Decode the current samples of the first images of a request."""
         samples = [self._device.to_array(member.sample) for member in order.members[:count]]
-        return order.session.decode(np.concatenate(samples))
+        return order.session.finish(np.concatenate(samples))
 
     def _wake(self) -> None:
         with self._changed:

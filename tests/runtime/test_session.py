@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import parser
 
 import unetc
+from tests.batching.levels import scheduler_of
 from tests.models import Reuse, Tiny, tiny_of
 from tests.plans import plan_of
 from unetc.artifacts import Assignment, Phase, Plan
@@ -32,8 +33,11 @@ from unetc.device import Device
 from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
 from unetc.runtime import session as session_module
 from unetc.runtime.backends.registry import Memory, open_backend
+from unetc.runtime.batching.batcher import Batcher
+from unetc.runtime.batching.request import SampleRequest
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.bundle import Bundle
+from unetc.runtime.decoder import Decoder
 from unetc.runtime.engine_pool import LoadedLater
 from unetc.runtime.session import Session, Step, _warn_of_start, load
 from unetc.sampler.noise import initial_noise
@@ -342,6 +346,38 @@ def test_an_engine_that_fails_later_is_named_with_its_timestep(bundle: Bundle, b
     with pytest.raises(NonFiniteError, match=f"timestep {bundle.scheduler.table(7).timesteps[bad]:g}"):
         broken.sample(2, steps=7)
     assert calls == bad + 1
+
+
+LOGARITHM = """
+    <ir_version: 8, opset_import: ["" : 18]>
+    decoder (float[b, 1, h, w] sample) => (float[b, 3, h, w] image) {
+        colours = Concat <axis = 1> (sample, sample, sample)
+        image = Log (colours)
+    }"""
+"""A decoder that gives NaN where a sample is negative."""
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_images_that_are_not_finite_are_refused(bundle: Bundle) -> None:
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    session = Session.of(bundle, backend)
+    session._decoder = Decoder(parser.parse_model(LOGARITHM).SerializeToString(), 1, backend)
+    with pytest.raises(NonFiniteError, match="the decoder produced NaN or infinity"):
+        session.sample()
+    assert np.isfinite(session.sample(latents=True)).all()
+    batcher = Batcher({"plan": session})
+    try:
+        with pytest.raises(NonFiniteError, match="the decoder produced"):
+            batcher.submit(SampleRequest(level="plan")).future.result(timeout=60)
+    finally:
+        batcher.close()
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_samples_that_a_scheduler_makes_infinite_are_refused() -> None:
+    huge = session_of([Recorder(3e38)], scheduler_of("dpmsolver++"), (Phase(low=-20.0, high=20.0, cycle=(0,)),))
+    with pytest.raises(NonFiniteError, match="the scheduler produced NaN or infinity"):
+        huge.sample(steps=8)
 
 
 def poisoned(graph: SerialisedGraph, below: float) -> SerialisedGraph:
