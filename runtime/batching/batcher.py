@@ -477,7 +477,7 @@ class Batcher:
             for member in members:
                 failed |= self._advance(program, [member], owners)
             return failed
-        failed = self._share(members, prediction, emitted, rows + padding)
+        failed = self._share(program, members, prediction, emitted, rows + padding)
         seconds = time.perf_counter() - began
         self._pace.add(program, units, seconds)
         switched, self._last_program = program is not self._last_program, program
@@ -497,7 +497,7 @@ class Batcher:
         return failed
 
     def _share(
-        self, members: Sequence[Member], prediction: Tensor, emitted: Mapping[str, Tensor], of: int
+        self, program: Program, members: Sequence[Member], prediction: Tensor, emitted: Mapping[str, Tensor], of: int
     ) -> dict[Member, UnetcError]:
         """Advance members by their rows of a call; return those whose prediction stays non-finite."""
         finite, failed, start = self._device.is_finite(prediction), {}, 0
@@ -508,7 +508,7 @@ class Batcher:
                 if finite or self._device.is_finite(own):
                     member.advance(own, {name: Rows(value, start, stop, of) for name, value in emitted.items()})
                 else:
-                    member.repeat()
+                    member.repeat(program)
             except UnetcError as error:
                 failed[member] = error
             self._last_turn[member] = self._turn

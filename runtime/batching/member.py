@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from unetc.artifacts.call_input import SAMPLE
+from unetc.backend import Program
 from unetc.device import Device, Tensor
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import EngineCall, Rollout, not_finite
@@ -105,14 +107,17 @@ class Member:
         """Make a step from a prediction, [row, channel, height, width], that has no NaN and no infinity."""
         self._advance(self._rollout.complete(self.call, self._sample, prediction, emitted))
 
-    def repeat(self) -> None:
+    def repeat(self, program: Program) -> None:
         """Make a step with the full model alone, because its prediction was not finite.
+
+        Args:
+            program: The program that was called, which may have stood in for the full model.
 
         Raises:
             NonFiniteError: If the full model's prediction is not finite either.
         """
         prediction = self._device.empty((self._whole, *self.prediction_shape))
-        self._rollout.run_again(self.call, self._plain_inputs(), prediction)
+        self._rollout.run_again(replace(self.call, program=program), self._plain_inputs(), prediction)
         if not self._device.is_finite(prediction):
             raise not_finite(self.call, "and the full model")
         self.non_finite_steps += 1

@@ -353,6 +353,27 @@ def test_a_step_that_is_not_finite_is_made_again_for_its_own_request_alone(
     assert full is not None
 
 
+def test_a_request_for_the_full_model_outlives_nan_from_its_stand_in(
+    gated: Batcher, gates: list[Gate], sessions: Mapping[str, Session]
+) -> None:
+    """An engine that emits branches makes a step of the full model too, if it is called anyway."""
+    spoilt: list[int] = []
+
+    def spoil(inputs: Mapping[str, Tensor], output: Array) -> None:
+        spoilt.append(len(output))
+        output[:] = np.nan
+
+    gates[1].change = spoil
+    mix = [SampleRequest(level="half", seed=1), SampleRequest(seed=2), SampleRequest(seed=3)]
+    tickets = [gated.submit(request) for request in mix]
+    release(gates)
+    for ticket in tickets:
+        result = ticket.future.result(timeout=30)
+        assert relative_error(result.images, alone(sessions[FULL], replace(ticket.request, level=FULL))) < ROUNDING
+        assert result.non_finite_steps > 0
+    assert max(spoilt) > 1
+
+
 def test_a_request_that_an_engine_refuses_does_not_harm_its_companions(gated: Batcher, gates: list[Gate]) -> None:
     poison = gated.session("half").start(1, seed=7).noise
 
