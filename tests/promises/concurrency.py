@@ -26,14 +26,12 @@ from unetc.runtime.session import Session, Step
 
 THREADS, CLIENTS = 16, 64
 SCHEDULERS = "ddim", "dpmsolver++", "ddpm"
-EACH = 2
-"""Requests of a thread or a client."""
 CANCELLED = 0.2
 """Share of the requests that are cancelled."""
 LONG_STEPS = {"plain": 1000, "prompted": PROMPTED_STEPS}
 """Steps of requests that are cancelled, by model."""
 STEPS_OF = {"plain": (2, 4, 7), "prompted": (PROMPTED_STEPS,)}
-SIDES = {"plain": (8, 16, 24), "prompted": (32, 64)}
+SIDES = {"plain": (8, 16), "prompted": (32, 64)}
 """Pixels of a side, by model."""
 BOUND = "largest difference to the serial twin / largest value"
 
@@ -80,7 +78,7 @@ def in_threads(sessions: Mapping[str, Session], dice: random.Random) -> Outcome:
             count=dice.randint(1, 3),
             cancelled=dice.random() < CANCELLED,
         )
-        for _ in range(EACH * THREADS)
+        for _ in range(THREADS)
     ]
 
     def sample(wish: Wish) -> Array | None:
@@ -110,10 +108,10 @@ class Clients:
 
     def __call__(self, dice: random.Random) -> Outcome:
         """Ask from all clients at once, and compare with sessions in this process."""
-        wishes = [[self._wish(dice) for _ in range(EACH)] for _ in range(CLIENTS)]
+        wishes = [self._wish(dice) for _ in range(CLIENTS)]
         answers = asyncio.run(self._all(wishes))
         problems, largest = [], 0.0
-        for wish, image in zip([one for some in wishes for one in some], answers, strict=True):
+        for wish, image in zip(wishes, answers, strict=True):
             if isinstance(image, str):
                 problems.append(f"clients: {wish}: {image}")
             elif image is not None:
@@ -131,21 +129,14 @@ class Clients:
             steps=LONG_STEPS[model] if cancelled else dice.choice(STEPS_OF[model]),
             side=dice.choice(SIDES[model]),
             seed=dice.randrange(2**32),
-            count=dice.randint(1, 3),
+            count=dice.randint(1, 2),
             cancelled=cancelled,
         )
 
-    async def _all(self, wishes: Sequence[Sequence[Wish]]) -> list[Array | str | None]:
-        limits = httpx2.Limits(max_connections=2 * CLIENTS)
-
-        async def one_client(own: Sequence[Wish]) -> list[Array | str | None]:
-            return [await ask(client, wish) for wish in own]
-
-        async with httpx2.AsyncClient(
-            base_url=self.live.address, timeout=600, limits=limits, trust_env=False
-        ) as client:
-            found = await asyncio.gather(*map(one_client, wishes))
-        return [one for some in found for one in some]
+    async def _all(self, wishes: Sequence[Wish]) -> list[Array | str | None]:
+        limits = httpx2.Limits(max_connections=CLIENTS)
+        async with httpx2.AsyncClient(base_url=self.live.address, timeout=600, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, wish) for wish in wishes))
 
 
 async def ask(client: httpx2.AsyncClient, wish: Wish) -> Array | str | None:
@@ -177,7 +168,7 @@ def prepare(place: Place) -> Iterator[Trial]:
     with ExitStack() as stack:
         levels = Levels(tiny_of("attention", place.shared), open_backend("onnxruntime:cpu", threads=1))
         bundles = {"plain": place.tiny_build / "bundle", "prompted": place.prompted_build / "bundle"}
-        live = stack.enter_context(serving(*pair(*bundles.values()), "--queue", 4 * CLIENTS))
+        live = stack.enter_context(serving(*pair(*bundles.values()), "--queue", 2 * CLIENTS))
         sessions = {
             (model, level): unetc.load(bundles[model], level=level)
             for model, names in live.models.items()
@@ -202,7 +193,7 @@ PROMISE = Promise(
     tried="16 threads over sessions with shared engines, and 64 clients of a server with two models; plans, levels, "
     "steps and sizes mixed, a fifth of the requests cancelled.",
     prepare=prepare,
-    trials=100,
+    trials=200,
     short=2,
     seconds=3,
     limits={BOUND: ROUNDING},

@@ -106,7 +106,6 @@ class InSession:
                 what = f"session, {level}, {scheduler}, {steps} steps, {spoiler.poison.value}, call {tried}"
                 problems += differences(what, made(lambda: sample(seed)), expected)
                 problems += differences(f"{what}, neighbour", (other.result(), 0), neighbour)
-        spoiler.poison = None
         return Outcome(tries=len(rows), broken=tuple(problems))
 
 
@@ -151,7 +150,6 @@ class InDropin:
             what = f"drop-in, full_model={full}, {spoiler.poison.value}, step {step}"
             problems += differences(what, (own, session.non_finite_steps - before), expected)
             problems += differences(f"{what}, neighbour", (other, 0), neighbour)
-        spoiler.poison = None
         return Outcome(tries=len(rows), broken=tuple(problems))
 
 
@@ -290,7 +288,6 @@ def tried(
         if len(ran) != of_neighbours + of_victim:
             problems.append(f"{what}: {len(ran)} rows computed, expected {of_neighbours} + {of_victim}")
         shared += any(row.spoilt and row.company > each for row in ran)
-    spoiler.poison = None
     if not shared and not stand_ins:
         problems.append(f"{where}: no spoilt call had rows of others")
     return Outcome(tries=len(rows), broken=tuple(problems))
@@ -330,7 +327,11 @@ def prepare(place: Place) -> Iterator[Trial]:
 
         def trial(number: int) -> Outcome:
             """Spoil every step of one image, in each place in turn."""
-            return parts[number % len(parts)](random.Random(number))
+            try:
+                return parts[number % len(parts)](random.Random(number))
+            finally:
+                spoiler.poison = None
+                spoiler.open.set()
 
         yield trial
 
