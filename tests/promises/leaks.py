@@ -92,7 +92,7 @@ ASKED: tuple[Ask, ...] = (images, stream, job, cancelled, tensors, a1111, wrong,
 
 
 def load_often(bundle: Path, temporary: Path, count: int) -> Outcome:
-    """Load and unload a bundle in a process of its own."""
+    """Load and unload a bundle in a fresh process."""
     temporary.mkdir(exist_ok=True)
     process = subprocess.run(
         [sys.executable, "-m", "tests.promises.loads", str(bundle), str(count)],

@@ -41,7 +41,7 @@ from unetc.server.service import Service
 SCHEDULERS = "ddim", "dpmsolver++", "ddpm"
 VALUES = np.nan, np.inf, -np.inf
 NEIGHBOURS = 3
-"""Requests beside the one that is spoilt."""
+"""Requests that are made together with the one that is spoilt."""
 
 Made = tuple[Array | None, int]
 """An image, or None where its request fails as it must, and the steps that were made again."""
@@ -103,9 +103,9 @@ class InSession:
             for tried, spoiler.poison in enumerate(poisons(dice, rows), 1):
                 expected = made(lambda: sample_by_hand(session, 2, seed=seed, steps=steps, full_model=full))
                 other = pool.submit(session.sample, 2, seed=seed + 1, steps=steps, full_model=full)
-                what = f"session, {level}, {scheduler}, {steps} steps, {spoiler.poison.value}, call {tried}"
-                problems += differences(what, made(lambda: sample(seed)), expected)
-                problems += differences(f"{what}, neighbour", (other.result(), 0), neighbour)
+                case = f"session, {level}, {scheduler}, {steps} steps, {spoiler.poison.value}, call {tried}"
+                problems += differences(case, made(lambda: sample(seed)), expected)
+                problems += differences(f"{case}, neighbour", (other.result(), 0), neighbour)
         return Outcome(tries=len(rows), broken=tuple(problems))
 
 
@@ -147,9 +147,9 @@ class InDropin:
                 images.append([made(lambda: (next(one).numpy(), 0))[0] if one else None for one in runs])  # noqa: B023
                 runs = [one if image is not None else None for one, image in zip(runs, images[-1], strict=True)]
             own, other = images[-1]
-            what = f"drop-in, full_model={full}, {spoiler.poison.value}, step {step}"
-            problems += differences(what, (own, session.non_finite_steps - before), expected)
-            problems += differences(f"{what}, neighbour", (other, 0), neighbour)
+            case = f"drop-in, full_model={full}, {spoiler.poison.value}, step {step}"
+            problems += differences(case, (own, session.non_finite_steps - before), expected)
+            problems += differences(f"{case}, neighbour", (other, 0), neighbour)
         return Outcome(tries=len(rows), broken=tuple(problems))
 
 
@@ -282,11 +282,11 @@ def tried(
         if any(row.spoilt and row.program in stand_ins for row in ran):  # serial samples have none
             of_victim += each
             expected = expected[0], expected[1] + (expected[0] is not None)
-        what = f"{where}, {victim.steps} steps, {spoiler.poison.value}, row {call} of {len(rows)}"
+        case = f"{where}, {victim.steps} steps, {spoiler.poison.value}, row {call} of {len(rows)}"
         for i, (one, other) in enumerate(zip(actual, [expected, *due], strict=True)):
-            problems += differences(f"{what}, neighbour {i}" if i else what, one, other)
+            problems += differences(f"{case}, neighbour {i}" if i else case, one, other)
         if len(ran) != of_neighbours + of_victim:
-            problems.append(f"{what}: {len(ran)} rows computed, expected {of_neighbours} + {of_victim}")
+            problems.append(f"{case}: {len(ran)} rows computed, expected {of_neighbours} + {of_victim}")
         shared += any(row.spoilt and row.company > each for row in ran)
     if not shared and not stand_ins:
         problems.append(f"{where}: no spoilt call had rows of others")
@@ -338,7 +338,7 @@ def prepare(place: Place) -> Iterator[Trial]:
 
 PROMISE = Promise(
     name="non-finite",
-    promised="An engine that gives NaN or infinity costs one step of its own image, and no bit of its neighbours.",
+    promised="An engine that gives NaN or infinity costs one step of one image, and no bit of its neighbours.",
     tried="NaN or infinity written into the prediction or the branches of an engine, at every step of an image, in a "
     "session, the drop-in, a batch and the server.",
     prepare=prepare,

@@ -37,7 +37,7 @@ LAST_LINE = "accepted requests are finished; the server has ended."
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a request."""
+    """An answer, or the lack of one."""
 
     status: int
     """0 if the connection broke."""
@@ -49,7 +49,7 @@ class Answer:
 
 
 async def exchange(live: Live, request: bytes, pause: float = 0.0) -> tuple[int, dict[str, str], bytes]:
-    """Send a request on a connection of its own, and read the answer; a pause follows every part of either."""
+    """Send a request on a new connection, and read the answer; a pause follows every part of either."""
     host, port = live.host.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
