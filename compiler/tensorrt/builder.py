@@ -12,19 +12,16 @@ import onnx
 from unetc.artifacts.record import write_atomically
 from unetc.backend import DOMAIN, GROUP_NORM
 from unetc.environment import peak_memory
-from unetc.errors import EngineBuildError
+from unetc.errors import EngineBuildError, OutOfMemory
+from unetc.memory import SIGNS
 from unetc.nvidia.library import Library, library_of, started, words
 from unetc.nvidia.sizes import Shape
 
 from .messages import STEPS, BuildRequest, Built
 from .shapes import Dimension, resolve
 
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "failed_allocation", "could not find any implementation")
-"""Parts of the libraries' messages when memory runs out; the last one appears where no kernel fits into memory."""
-
-
-class OutOfMemory(EngineBuildError):
-    """A build has failed, probably for lack of memory."""
+_NO_KERNEL = "could not find any implementation"
+"""Part of the libraries' messages where no kernel fits into memory."""
 
 
 def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]) -> Built:
@@ -69,7 +66,7 @@ def build(request: BuildRequest, folder: Path, on_advance: Callable[[int], bool]
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         said = words(complaints)
-        refused = OutOfMemory if any(sign in said.lower() for sign in _OUT_OF_MEMORY) else EngineBuildError
+        refused = OutOfMemory if any(sign in said.lower() for sign in (*SIGNS, _NO_KERNEL)) else EngineBuildError
         raise refused(f"{library.module} {trt.__version__} cannot build the engine: {said}")
     (folder / request.engine).write_bytes(memoryview(serialized))
     if timing is not None:

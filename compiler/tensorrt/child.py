@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from unetc.errors import UnetcError
+from unetc.errors import OutOfMemory, UnetcError
 
-from .builder import OutOfMemory, build
+from .builder import build
 from .messages import Advance, BuildRequest, Built, Message, Refused, encode
 
 

@@ -22,6 +22,7 @@ from unetc.backend import Program
 from unetc.controlnet import zeros
 from unetc.device import Array, Tensor
 from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, SessionError, ShapeMismatch, UnetcError
+from unetc.memory import taking_memory
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.runtime.rows import Rows
@@ -394,7 +395,8 @@ class Batcher:
         if order.began is None:
             order.began = time.monotonic()
         try:
-            member = Member(order.session, start, full_model=order.ticket.request.level == FULL)
+            with taking_memory():
+                member = Member(order.session, start, full_model=order.ticket.request.level == FULL)
         except UnetcError as error:
             with self._changed:
                 fail(order, error)
@@ -464,9 +466,10 @@ class Batcher:
         padding = self._padding(rows)
         engine, phase = members[0].engine, members[0].phase
         began = time.perf_counter()
-        prediction = self._device.empty((rows + padding, *members[0].prediction_shape))
         try:
-            emitted = program(Joined(members, padding, self._device), prediction)
+            with taking_memory():
+                prediction = self._device.empty((rows + padding, *members[0].prediction_shape))
+                emitted = program(Joined(members, padding, self._device), prediction)
         except UnetcError as error:
             if len(members) == 1:
                 return {members[0]: error}
@@ -505,10 +508,11 @@ class Batcher:
             stop = start + member.rows
             own = prediction if stop - start == of else self._device.rows(prediction, start, stop)
             try:
-                if finite or self._device.is_finite(own):
-                    member.advance(own, {name: Rows(value, start, stop, of) for name, value in emitted.items()})
-                else:
-                    member.repeat(program)
+                with taking_memory():
+                    if finite or self._device.is_finite(own):
+                        member.advance(own, {name: Rows(value, start, stop, of) for name, value in emitted.items()})
+                    else:
+                        member.repeat(program)
             except UnetcError as error:
                 failed[member] = error
             self._last_turn[member] = self._turn
@@ -534,7 +538,8 @@ class Batcher:
         if order.starts or not all(member.finished for member in members):
             return
         try:
-            images = self._decode(order, len(members))
+            with taking_memory():
+                images = self._decode(order, len(members))
         except UnetcError as error:
             fail(order, error)
         else:

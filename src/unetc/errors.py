@@ -31,6 +31,10 @@ class QualityGateError(PlanError):
     """A build met its time budget, but not its quality gate."""
 
 
+class OutOfMemory(UnetcError):
+    """There is too little memory for the work."""
+
+
 class ArtifactError(UnetcError):
     """A file or folder of unetc cannot be read or written."""
 

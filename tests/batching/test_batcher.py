@@ -19,7 +19,16 @@ from tests.batching.levels import LEVELS, ROUNDING, STEPS, Levels
 from tests.models import relative_error, tiny_of
 from unetc.backend import Array, Program
 from unetc.device import Tensor
-from unetc.errors import BatcherStopped, DeadlineExceeded, NonFiniteError, QueueFull, SessionError, ShapeMismatch
+from unetc.errors import (
+    BatcherStopped,
+    DeadlineExceeded,
+    NonFiniteError,
+    OutOfMemory,
+    QueueFull,
+    SessionError,
+    ShapeMismatch,
+    UnetcError,
+)
 from unetc.runtime.backends.onnxruntime import OnnxRuntimeHost
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.batching.batcher import Batcher
@@ -374,18 +383,32 @@ def test_a_request_for_the_full_model_outlives_nan_from_its_stand_in(
     assert max(spoilt) > 1
 
 
-def test_a_request_that_an_engine_refuses_does_not_harm_its_companions(gated: Batcher, gates: list[Gate]) -> None:
+def refuse_seed() -> None:
+    raise SessionError("this engine does not like the seed 7")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error", "words"),
+    [
+        (refuse_seed, SessionError, "does not like"),
+        (lambda: np.empty(2**56), OutOfMemory, "the memory is used up .*Unable to allocate"),
+    ],
+    ids=["refusal", "memory"],
+)
+def test_a_request_that_an_engine_refuses_does_not_harm_its_companions(
+    gated: Batcher, gates: list[Gate], refusal: Callable[[], object], error: type[UnetcError], words: str
+) -> None:
     poison = gated.session("half").start(1, seed=7).noise
 
     def refuse(inputs: Mapping[str, Tensor], output: Array) -> None:
         if any(np.array_equal(row, poison[0]) for row in np.asarray(inputs["sample"])):
-            raise SessionError("this engine does not like the seed 7")
+            refusal()
 
     for gate in gates:
         gate.change = refuse
     tickets = [gated.submit(SampleRequest(level="half", seed=seed)) for seed in (6, 7, 8)]
     release(gates)
-    with pytest.raises(SessionError, match="does not like"):
+    with pytest.raises(error, match=words):
         tickets[1].future.result(timeout=30)
     for ticket in (tickets[0], tickets[2]):
         assert np.isfinite(ticket.future.result(timeout=30).images).all()

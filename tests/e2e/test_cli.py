@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html.parser
 import json
 import os
@@ -678,6 +679,17 @@ def test_the_doctor_names_one_command_for_each_missing_part_in_a_line() -> None:
 def test_python_runs_the_package() -> None:
     done = subprocess.run([sys.executable, "-m", "unetc", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == unetc.__version__
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["inspect", "{bundle}"], ["inspect", "{bundle}", "--json"]], ids=str
+)
+def test_output_to_a_full_disk_is_an_error(arguments: list[str], tiny_bundle: Path) -> None:
+    with open("/dev/full", "w") as disk:
+        command = [*ALONE, *(text.format(bundle=tiny_bundle) for text in arguments)]
+        done = subprocess.run(command, stdout=disk, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == f"unetc: cannot write the output: {os.strerror(errno.ENOSPC)}. Make room, and run it again.\n"
+    assert done.returncode == 1
 
 
 def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:

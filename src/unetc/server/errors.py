@@ -18,12 +18,14 @@ from unetc.errors import (
     BatcherStopped,
     DeadlineExceeded,
     ModelError,
+    OutOfMemory,
     QueueFull,
     RequestError,
     SessionError,
     ShapeMismatch,
     UnetcError,
 )
+from unetc.memory import lacks_memory, out_of_memory
 
 CLIENT_GONE = 499
 """Status, never seen by its client, of a request whose client went away."""
@@ -88,6 +90,7 @@ _PLAIN: tuple[tuple[type[UnetcError], int, str], ...] = (
     (RequestCancelled, CLIENT_GONE, "cancelled"),
     (ClientGone, CLIENT_GONE, "client_gone"),
     (DeadlineExceeded, 504, "deadline_exceeded"),
+    (OutOfMemory, 500, "out_of_memory"),
     (ShapeMismatch, 400, "invalid_value"),
     (ModelError, 400, "invalid_value"),
 )
@@ -119,6 +122,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(status=status, code=code, message=message)
     if isinstance(error, SessionError):
         return Problem(status=500, code="sampling_failed", message=message)
+    if isinstance(error, Exception) and lacks_memory(error):
+        return problem_of(out_of_memory(error))
     return Problem(status=500, code="internal_error", message="the server failed; its log has the reason.")
 
 
