@@ -27,6 +27,7 @@ from unetc.nvidia.cache import EngineCache, trim
 from unetc.nvidia.key import Effort, EngineKey
 from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress
+from unetc.temporary import no_room
 
 from .build_one import build_one
 from .messages import STEPS
@@ -215,7 +216,10 @@ class BuildingLoader:
 
     def _build(self, graph: SerialisedGraph, key: EngineKey) -> None:
         folder = Path(self._folder.name)
-        (folder / _GRAPH).write_bytes(graph.graph)
+        try:
+            (folder / _GRAPH).write_bytes(graph.graph)
+        except OSError as error:
+            raise no_room("a graph", error) from error
         if key.precision is not Precision.FP32:
             folder = lower_inside(folder, [_GRAPH], key.precision, self._wide)
 

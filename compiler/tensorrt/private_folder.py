@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from unetc.backend import WEIGHTS
-from unetc.errors import ArtifactError
 from unetc.precision import Precision
+from unetc.temporary import no_room
 
 
 def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> tempfile.TemporaryDirectory[str]:
@@ -28,10 +28,7 @@ def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) ->
         for name, content in {WEIGHTS: weights, **(graphs or {})}.items():
             (Path(folder.name) / name).write_bytes(content)
     except OSError as error:
-        raise ArtifactError(
-            f"cannot write {len(weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
-            "Set TMPDIR to a folder with room."
-        ) from error
+        raise no_room(f"{len(weights)} bytes of weights", error) from error
     return folder
 
 
@@ -58,7 +55,5 @@ def lower_inside(folder: Path, graphs: Sequence[str], precision: Precision, wide
     try:
         lower_graphs(folder, graphs, precision, into, wide)
     except OSError as error:
-        raise ArtifactError(
-            f"cannot write weights to {into}: {error.strerror}. Set TMPDIR to a folder with room."
-        ) from error
+        raise no_room("weights", error) from error
     return into

@@ -29,6 +29,7 @@ from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
+from unetc.temporary import no_room
 
 from .registry import InPrecision, Memory, take_inputs
 
@@ -123,10 +124,7 @@ class MappingLoader:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             (self._folder / WEIGHTS).write_bytes(weights)
         except OSError as error:
-            raise SessionError(
-                f"cannot write {len(weights)} bytes of weights to {tempfile.gettempdir()}: {error.strerror}. "
-                'Set TMPDIR to a folder with room, or load with memory="fast".'
-            ) from error
+            raise no_room(f"{len(weights)} bytes of weights", error) from error
 
     def load(self, graph: SerialisedGraph) -> OnnxRuntimeProgram:
         """Load a graph."""

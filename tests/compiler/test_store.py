@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 import unetc
+from tests.tree import tree
 from unetc.artifacts.manifest import DIGEST, MANIFEST, Manifest
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.planner import PlanOptions
@@ -61,14 +62,6 @@ def source(tiny_bundle: Path) -> Source:
             if not record.path.startswith("controls/")
         },
     )
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """List everything below a folder, hidden files included."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def fail_at(call: int, patch: pytest.MonkeyPatch, owner: Any, function: str, number: int) -> list[object]:

@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unetc.artifacts.manifest import DIGEST, MANIFEST
+from unetc.artifacts.record import write_atomically
+from unetc.compiler.store import check_destination
+from unetc.compiler.whole_folder import written_whole
 from unetc.conditions import Conditions
 from unetc.controlnet import PREFIX
 from unetc.errors import ArtifactError, SessionError
@@ -300,16 +303,13 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         names = [*(file.path for file in Bundle.open(source).manifest.files), DIGEST, MANIFEST]
         folder = Path(save_directory)
         bundle = folder / _saved(variant)
-        try:
-            bundle.mkdir(parents=True, exist_ok=True)
-            (bundle / MANIFEST).unlink(missing_ok=True)  # an older bundle there is none until everything is copied
+        check_destination(bundle)
+        with written_whole(bundle, "bundle") as temporary:
             for name in names:
-                (bundle / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, bundle / name)
-            settings = {"_class_name": type(self).__name__, _FULL_MODEL: self._full_model, _LEVEL: self._level}
-            (folder / self.config_name).write_text(json.dumps(settings, indent=2))
-        except OSError as error:
-            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another folder.") from error
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, temporary / name)
+        settings = {"_class_name": type(self).__name__, _FULL_MODEL: self._full_model, _LEVEL: self._level}
+        write_atomically(folder / self.config_name, json.dumps(settings, indent=2).encode())
 
     @classmethod
     def from_pretrained(

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from unetc.errors import ModelError
+from unetc.temporary import no_room
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 """Names of weights, by the library that writes them."""
@@ -268,22 +269,32 @@ def view(parts: Sequence[Part], files: Mapping[str, Path]) -> Iterator[Path]:
 
     Yields:
         The folder; its files are links.
+
+    Raises:
+        ArtifactError: If the folder cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="unetc-") as temporary:
-        root = Path(temporary)
-        for name, path in files.items():
-            _link(path, root / name)
-        for part in parts:
-            own = root / part.name
-            _link(part.folder / CONFIG, own / CONFIG)
-            if not part.weights.sharded:
-                _link(part.weights.files[0], own / f"{part.stem}{SUFFIX}")
-                continue
-            for path in part.weights.files:
-                _link(path, own / path.name)
-            index = {"metadata": {}, "weight_map": dict(part.weights.homes)}
-            (own / f"{part.stem}{SUFFIX}.index.json").write_text(json.dumps(index))
+    with ExitStack() as own:
+        try:
+            root = Path(own.enter_context(tempfile.TemporaryDirectory(prefix="unetc-")))
+            _link_all(parts, files, root)
+        except OSError as error:
+            raise no_room("links to a model", error) from error
         yield root
+
+
+def _link_all(parts: Sequence[Part], files: Mapping[str, Path], root: Path) -> None:
+    for name, path in files.items():
+        _link(path, root / name)
+    for part in parts:
+        own = root / part.name
+        _link(part.folder / CONFIG, own / CONFIG)
+        if not part.weights.sharded:
+            _link(part.weights.files[0], own / f"{part.stem}{SUFFIX}")
+            continue
+        for path in part.weights.files:
+            _link(path, own / path.name)
+        index = {"metadata": {}, "weight_map": dict(part.weights.homes)}
+        (own / f"{part.stem}{SUFFIX}.index.json").write_text(json.dumps(index))
 
 
 def _names(folder: Path) -> list[str]:

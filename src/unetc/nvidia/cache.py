@@ -231,12 +231,12 @@ class EngineCache:
             drawn = self.root / f".{_SECRET}.{secrets.token_hex(8)}"
             if not path.exists():
                 handle = os.open(drawn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(handle, "wb") as file:
-                    file.write(secrets.token_bytes(_SECRET_BYTES))
                 try:
-                    os.link(drawn, path)  # fails if another process was first
+                    with os.fdopen(handle, "wb") as file:
+                        file.write(secrets.token_bytes(_SECRET_BYTES))
+                    os.link(drawn, path)
                 except FileExistsError:
-                    pass
+                    pass  # another process was first
                 finally:
                     drawn.unlink()
             secret = self.read(path, _SECRET_BYTES, hard_links=True)  # it has two names while it is being drawn
