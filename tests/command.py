@@ -68,7 +68,7 @@ def run_alone(*arguments: object, **environment: str) -> Result:
         [*ALONE, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         env=os.environ | environment,
     )

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from tests.promises import code, concurrency, corruption, fuzz, keys, kill, leaks, non_finite, overload, paths, sweep
+from tests.promises import (
+    code,
+    concurrency,
+    corruption,
+    determinism,
+    disk,
+    fuzz,
+    keys,
+    kill,
+    leaks,
+    memory,
+    non_finite,
+    numerics,
+    overload,
+    paths,
+    sweep,
+)
 from tests.promises.promise import Promise
 
 PROMISES: tuple[Promise, ...] = (
@@ -13,8 +29,12 @@ PROMISES: tuple[Promise, ...] = (
     keys.PROMISE,
     sweep.PROMISE,
     non_finite.PROMISE,
+    memory.PROMISE,
     concurrency.PROMISE,
     leaks.PROMISE,
     overload.PROMISE,
+    numerics.PROMISE,
+    determinism.PROMISE,
     fuzz.PROMISE,
+    disk.PROMISE,
 )

@@ -1,0 +1,238 @@
+"""Separate processes of commands under limits, and the traces that they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import unetc
+from tests.promises.limits import obey_rights
+from tests.promises.promise import Place
+from tests.tiny_build import once
+from unetc.artifacts import Profile
+from unetc.artifacts.pareto import Pareto
+from unetc.models.images import read_image
+from unetc.runtime.bundle import Bundle
+from unetc.triton.repository import EXPORT, Export
+
+OUT, CACHE, TEMPORARY = "out", "cache", "tmp"
+"""Folders of a desk: for the result, for captures and partial results, and for temporary files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command of unetc that writes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    output: str
+    """Name of its result; empty if it writes none."""
+    read: Callable[[Path], object]
+    """Reads the result whole, or raises."""
+    older: Path | None = None
+    """A result of an earlier command, if the kind of the older one matters."""
+    heavy: bool = False
+    """Whether it needs torch."""
+    endless: bool = False
+    """Whether it runs until it is told to end, after it has written a line."""
+
+
+def commands_of(place: Place) -> tuple[Command, ...]:
+    """List the commands, with short work on the tiny model and its bundle; those that need no torch come first."""
+    model, build = str(place.tiny_model), place.tiny_build
+    bundle, profile = str(build / "bundle"), str(build / "profile.json")
+    exported = once(place.shared / "tiny-repository", partial(_export, build / "bundle"))
+    given = (model, "--profile", profile, "--steps", "4")
+    plain = ("--plan", str(build / "plan.json"), "--no-controls", "--no-tune", "--repair", "0")
+    short = ("--steps", "4", "--samples", "2", "--bins", "2", "--batch", "2", "--threads", "1", "--screen-only")
+    low = ("--memory", "low")
+    return (
+        Command(name="sample", arguments=("sample", bundle), output="samples.png", read=_read_picture),
+        Command(
+            name="export",
+            arguments=("export", "triton", bundle),
+            output="repository",
+            read=_read_export,
+            older=exported,
+        ),
+        Command(name="sample low", arguments=("sample", bundle, *low), output="low.png", read=_read_picture),
+        Command(
+            name="serve",
+            arguments=("serve", bundle, "--port", "0", *low),
+            output="",
+            read=lambda folder: None,
+            endless=True,
+        ),
+        Command(
+            name="build",
+            arguments=("build", *given, *plain),
+            output="bundle",
+            read=Bundle.open,
+            older=build / "bundle",
+            heavy=True,
+        ),
+        Command(
+            name="analyze", arguments=("analyze", model, *short), output="profile.json", read=Profile.load, heavy=True
+        ),
+        Command(
+            name="pareto",
+            arguments=("pareto", *given, "--budgets", "1"),
+            output="pareto.json",
+            read=Pareto.load,
+            heavy=True,
+        ),
+    )
+
+
+def _export(bundle: Path, folder: Path) -> None:
+    unetc.export_triton(bundle, folder)
+
+
+def _read_picture(path: Path) -> None:
+    read_image(path, 16, 16, channels=1)
+
+
+def _read_export(path: Path) -> None:
+    export = Export.load(path / EXPORT)
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name != EXPORT]
+    if sum(sizes) != export.bytes_apart:
+        raise AssertionError(f"{path} has {sum(sizes)} bytes; its record says {export.bytes_apart}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    err: str
+    left: tuple[str, ...]
+    """Processes that it left behind."""
+
+    @property
+    def words(self) -> str:
+        """Its last line."""
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+class Desk:
+    """A folder in which commands run one after the other, each in a process that is forked for it."""
+
+    def __init__(self, folder: Path, *, heavy: bool) -> None:
+        """Start the process that forks.
+
+        Args:
+            folder: Is made.
+            heavy: Whether commands need torch.
+        """
+        self.folder = folder
+        for name in (OUT, CACHE, TEMPORARY):
+            (folder / name).mkdir(parents=True)
+        self._forking = subprocess.Popen(
+            [sys.executable, "-m", "tests.promises.forking", "heavy" if heavy else "light"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=obey_rights,
+        )
+        self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        self._forking.communicate()
+
+    def clear(self, cache: Path | None) -> None:
+        """Make the folders empty, but for a cache."""
+        for name in (OUT, CACHE, TEMPORARY):
+            (self.folder / name).mkdir(exist_ok=True)
+            for path in (self.folder / name).iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if cache is not None:
+            shutil.copytree(cache, self.folder / CACHE, dirs_exist_ok=True)
+
+    def run(self, command: Command, **limits: str | int) -> Ended:
+        """Run a command under limits; see `limit`."""
+        out, err = self.folder / "stdout.txt", self.folder / "stderr.txt"
+        out.write_bytes(b"")
+        place = ("-o", str(self.folder / OUT / command.output)) if command.output else ()
+        asked: Mapping[str, Any] = {
+            "arguments": [*command.arguments, *place],
+            "folder": str(self.folder),
+            "out": str(out),
+            "err": str(err),
+            "environment": {"TMPDIR": str(self.folder / TEMPORARY), "UNETC_CACHE": str(self.folder / CACHE)},
+            "limits": limits,
+        }
+        assert self._forking.stdin is not None
+        self._forking.stdin.write(json.dumps(asked) + "\n")
+        self._forking.stdin.flush()
+        process = int(self._answer())
+        if command.endless:
+            _end_when_ready(process, out)
+        code = int(self._answer())
+        return Ended(code=code, err=err.read_text(), left=tuple(_session(process)))
+
+    def _answer(self) -> str:
+        assert self._forking.stdout is not None
+        return self._forking.stdout.readline().strip()
+
+
+class Desks:
+    """A desk with torch and one without, each set up when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take a folder for both."""
+        self._folder = folder
+        self._there: dict[bool, Desk] = {}
+
+    def desk(self, *, heavy: bool) -> Desk:
+        """Return a desk."""
+        if heavy not in self._there:
+            self._there[heavy] = Desk(self._folder / ("heavy" if heavy else "light"), heavy=heavy)
+        return self._there[heavy]
+
+    def close(self) -> None:
+        """End both."""
+        for desk in self._there.values():
+            desk.close()
+
+
+@contextmanager
+def desks(folder: Path) -> Iterator[Desks]:
+    """Set up desks, and end them."""
+    made = Desks(folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _end_when_ready(process: int, out: Path) -> None:
+    """Tell a process to end once it has written something, unless it ends before."""
+    with suppress(ProcessLookupError):
+        while not out.stat().st_size:
+            time.sleep(0.05)
+            os.kill(process, 0)
+        os.kill(process, signal.SIGTERM)
+
+
+def _session(leader: int) -> Iterator[str]:
+    """List the processes of a session that still run."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = entry.read_text().rpartition(") ")
+        except OSError:
+            continue
+        state, _, _, session = rest.split()[:4]
+        if int(session) == leader and state != "Z":
+            yield name
