@@ -58,8 +58,8 @@ class Whole:
     """The run that nobody kills."""
 
     files: Mapping[str, str]
-    sizes: tuple[int, ...]
-    """Bytes of the files that are not empty."""
+    written: tuple[int, ...]
+    """Bytes of each file that it writes."""
     changes: int
     answer: str
     """The image that a server made."""
@@ -85,9 +85,11 @@ class Folder:
         """Describe the content of all files, except for locks and hidden ones, which no command reads."""
         return {name: _content(path) for name, path in self._all() if not _hidden(name)}
 
-    def sizes(self) -> tuple[int, ...]:
-        """List the bytes of all files that are not empty."""
-        return tuple(size for _, path in self._all() if (size := path.stat().st_size))
+    def written(self, case: Case) -> tuple[int, ...]:
+        """List the bytes of files that a command writes; a server writes given ones again, to map them."""
+        kept = () if case.serves else tuple(case.given)
+        files = [path for name, path in self._all() if not any(Path(name).is_relative_to(one) for one in kept)]
+        return tuple(size for path in files if (size := path.stat().st_size))
 
     def hidden_bytes(self) -> int:
         """Add up files that no command reads."""
@@ -154,8 +156,8 @@ class Killer:
         done = self.desk.run(case.arguments, case.name, meanwhile=ask if case.serves else None)
         if not case.serves:
             ended, changes = time.monotonic(), done.changes
-        files, sizes = self.folder.files(), self.folder.sizes()
-        return done, Whole(files=files, sizes=sizes, changes=changes, answer=answer, seconds=ended - begun)
+        files, written = self.folder.files(), self.folder.written(case)
+        return done, Whole(files=files, written=written, changes=changes, answer=answer, seconds=ended - begun)
 
     def expected(self, case: Case) -> Whole:
         """Return the run that nobody kills; it is made once."""
@@ -186,7 +188,7 @@ class Killer:
                 last = dice.randrange(whole.changes)
                 where = f"before change {last + 1} of {whole.changes}"
             case _:
-                longest = dice.randrange(dice.choice(whole.sizes))
+                longest = dice.randrange(dice.choice(whole.written))
                 where = f"at byte {longest + 1} of a file"
 
         def wait(process: Process) -> None:
