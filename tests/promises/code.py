@@ -41,31 +41,26 @@ NAMES_OF_CODE = (
 """Texts that some program would take for code, or for a name of code."""
 _OBJECTS = {"no schema", "schema as text", "no fields", "byte order mark"}
 """Malformed artifacts that are good bodies, as every field of a request has a default."""
-FORGED = 12
-"""Forged bundles per process, besides those with pickles."""
+FIELDS = ("target", "name", "description", "denoiser", "pipeline", "prediction_type", "unetc", "table", "_class_name")
+"""Fields whose texts become names of code; hashes and paths that differ are refused too early to tell anything."""
 
 
-def name_code(manifest: dict[str, Any], dice: random.Random) -> None:
-    """Write names of code in the place of some texts, and as keys."""
-    texts = [(holder, key) for holder, key in holders(manifest) if _is_free(holder, key)]
-    for holder, key in dice.sample(texts, dice.choice((1, 1, 2, 5, len(texts)))):
-        holder[key] = dice.choice(NAMES_OF_CODE)
+def name_code(manifest: dict[str, Any], field: str, dice: random.Random) -> None:
+    """Write names of code in the place of the texts of a field, and as keys."""
+    for holder, key in holders(manifest):
+        if key == field and isinstance(holder[key], str):
+            holder[key] = dice.choice(NAMES_OF_CODE)
+    manifest["notes"] = [*NAMES_OF_CODE]
     for name in dice.sample(NAMES_OF_CODE, 3):
         manifest["denoiser_config"][name] = {"_class_name": CANARY, "__reduce__": [CANARY]}
-
-
-def _is_free(holder: Any, key: Any) -> bool:
-    """Check whether a place holds a text; hashes and paths that differ are refused too early to tell anything."""
-    fixed = {"sha256", "path", "graph", "file", "weights", "scheduler_file", "profile"}
-    return isinstance(holder[key], str) and key not in fixed
 
 
 def forgeries(original: Path, own: Path, dice: random.Random) -> list[Path]:
     """Forge bundles: with names of code, and with pickles in the place of files."""
     found = []
-    for number in range(FORGED):
-        found.append(Path(shutil.copytree(original, own / f"named-{number}")))
-        edit(found[-1], partial(name_code, dice=dice))
+    for field in FIELDS:
+        found.append(Path(shutil.copytree(original, own / f"named-{field}")))
+        edit(found[-1], partial(name_code, field=field, dice=dice))
     files = [one["path"] for one in json.loads((original / MANIFEST).read_bytes())["files"]]
     for container in CONTAINERS:
         found.append(Path(shutil.copytree(original, own / container)))
