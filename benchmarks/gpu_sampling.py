@@ -258,7 +258,7 @@ def alternately(ways: Sequence[Way], effort: Effort) -> NDArray[np.float64]:
 def damages(full: Way, plans: Sequence[Way]) -> list[float]:
     """Compute the relative L2 of plans' samples against the full model's, from the same noise.
 
-    The analyzer's implementation needs torchmetrics, which the runtime does not install.
+    The analyzer's implementation needs scipy, which the runtime does not install.
     """
     expected = full.sample(DAMAGE_SEED, DAMAGE_SAMPLES)
     norm = np.sqrt((expected**2).sum(axis=(1, 2, 3)))
