@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -81,12 +81,13 @@ class Workers(Protocol[BenchOut]):
         """Notes about the machines for the user."""
 
     def run(
-        self, jobs: Sequence[Job[BenchOut, Result]], *, deadline: float = math.inf, advance: Advance = ignore
+        self, jobs: Iterable[Job[BenchOut, Result] | None], *, deadline: float = math.inf, advance: Advance = ignore
     ) -> Iterator[tuple[int, Result]]:
         """Run jobs, and yield the position and the result of each as it ends, in any order.
 
         Args:
-            jobs: The jobs.
+            jobs: The jobs. Each is taken when a worker is free for it, so it may depend on results that were yielded.
+                None in place of a job: there is none before another result; it has no position.
             deadline: Time of the monotonic clock after which no job begins.
             advance: Told how far a job is, if jobs run one by one.
         """
@@ -117,11 +118,11 @@ class InProcess(Workers[Bench]):
     notes: tuple[str, ...] = ()
 
     def run(
-        self, jobs: Sequence[Job[Bench, Result]], *, deadline: float = math.inf, advance: Advance = ignore
+        self, jobs: Iterable[Job[Bench, Result] | None], *, deadline: float = math.inf, advance: Advance = ignore
     ) -> Iterator[tuple[int, Result]]:
         """Run jobs in their order."""
         for position, job in enumerate(jobs):
-            if time.monotonic() >= deadline:
+            if job is None or time.monotonic() >= deadline:
                 return
             yield position, job.run(self.bench, advance)
 
@@ -138,6 +139,21 @@ def run_one(workers: Workers[Bench], job: Job[Bench, Result], advance: Advance =
     """Run one job."""
     ((_, result),) = workers.run((job,), advance=advance)
     return result
+
+
+def run_all(workers: Workers[Bench], jobs: Sequence[Job[Bench, Result]], advance: Advance = ignore) -> list[Result]:
+    """Run jobs, and return their results in the order of the jobs.
+
+    Args:
+        workers: Who runs them.
+        jobs: The jobs.
+        advance: Told how many jobs have ended.
+    """
+    results: dict[int, Result] = {}
+    for position, result in workers.run(jobs):
+        results[position] = result
+        advance(len(results))
+    return [results[position] for position in range(len(jobs))]
 
 
 def finish(

@@ -17,9 +17,10 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import ray
@@ -38,11 +39,14 @@ LOCAL = "local"
 MOST_TRIES = 5
 """Times that a job is given out before the work ends with an error, and times that a worker is started in a row."""
 _ANSWERS_WITHIN_S = 120.0
-"""Machines that do not describe themselves within this time are left out."""
+"""Machines that do not describe themselves within this time are left out, and workers have it to set up their bench
+before one of them runs a job alone."""
 _CONNECTS_WITHIN_S = 10.0
 """Time within which the head of a cluster accepts a connection."""
 _LOOK_EVERY_S = 1.0
 """Interval at which the deadline is looked at while jobs run."""
+_LEFT_WITHIN_S = 10.0
+"""Others have this time to leave a machine before all workers give way to one that waits for the whole machine."""
 
 
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
@@ -230,6 +234,13 @@ class _Seat:
         return replace(self, cpus=self.all_cpus, actor=None, answer=None, position=None)
 
 
+class _Rest:
+    """A process that does nothing; it takes the CPUs of a machine that workers leave free."""
+
+    def here(self) -> None:
+        """Answer."""
+
+
 class _Crew:
     """The workers of all seats, or a single one that has its machine for itself."""
 
@@ -243,17 +254,25 @@ class _Crew:
         """Number of seats."""
         return len(self._seats)
 
-    def spread(self, jobs: Sequence[Job[Any, Any]], shared: tuple[Any, ...], deadline: float) -> Iterator[Any]:
+    def spread(self, jobs: Iterable[Job[Any, Any] | None], shared: tuple[Any, ...], deadline: float) -> Iterator[Any]:
         """Run jobs on all workers; see `Workers.run`."""
+        jobs = iter(jobs)
+        if (first := next(jobs, None)) is None:
+            return iter(())
         if self._working is not self._seats:
             self._start(self._seats)
-        return self._run(jobs, shared, deadline)
+        return self._run(self._working, chain((first,), jobs), shared, deadline)
 
     def spread_over_one(self, job: Job[Any, Any], shared: tuple[Any, ...]) -> Any:
-        """Run a job on a worker that has its machine for itself."""
+        """Run a job on a worker that has its machine for itself; others that have a bench keep it and wait."""
+        if self._working is self._seats and self._settled():
+            with self._rest_of(self._seats[0]) as taken:
+                if taken:
+                    ((_, result),) = self._run(self._seats[:1], (job,), shared, math.inf)
+                    return result
         if self._working is self._seats or not self._working:
             self._start([self._seats[0].alone()])
-        ((_, result),) = self._run((job,), shared, math.inf)
+        ((_, result),) = self._run(self._working, (job,), shared, math.inf)
         return result
 
     def _start(self, seats: list[_Seat]) -> None:
@@ -264,41 +283,84 @@ class _Crew:
         for seat in seats:
             seat.start(self._recipe)
 
-    def _run(self, jobs: Sequence[Job[Any, Any]], shared: tuple[Any, ...], deadline: float) -> Iterator[Any]:
-        waiting, tries = deque(range(len(jobs))), Counter[int]()
-        while True:
-            for seat in self._working:
-                if seat.answer is None and waiting and time.monotonic() < deadline:
-                    seat.position = waiting.popleft()
-                    seat.answer = seat.actor.run.remote(jobs[seat.position], *shared)
-            busy = any(seat.position is not None for seat in self._working)
-            if not busy and (not waiting or time.monotonic() >= deadline):
-                return
-            answers = {seat.answer: seat for seat in self._working if seat.answer is not None}
-            ended, _ = ray.wait(list(answers), num_returns=1, timeout=_LOOK_EVERY_S)
-            for answer in ended:
-                seat = answers[answer]
-                position = seat.position
-                try:
-                    result = ray.get(answer)
-                except RayError as error:
-                    self._start_again(seat, error)
-                    if position is not None:
-                        tries[position] += 1
-                        if tries[position] == MOST_TRIES:
-                            raise WorkerError(
-                                f"{jobs[position].name} failed {MOST_TRIES} times on the cluster; the last time: "
-                                f"{_said(error)}. Finished jobs are kept: the same command continues."
-                            ) from error
-                        logger.info("%s is given out again: %s", jobs[position].name, _said(error))
-                        waiting.append(position)  # a job that kills every worker comes last
-                    continue
-                seat.answer = seat.position = None
-                seat.failed = 0
-                if position is not None:
-                    yield position, result
+    def _settled(self) -> bool:
+        """Wait until no worker sets up its bench, which would disturb a timing; False if one does not end."""
+        deadline = time.monotonic() + _ANSWERS_WITHIN_S
+        while any(seat.answer is not None for seat in self._seats):
+            if time.monotonic() >= deadline:
+                return False
+            self._ended(self._seats)
+        return True
 
-    def _start_again(self, seat: _Seat, error: RayError) -> None:
+    @contextmanager
+    def _rest_of(self, seat: _Seat) -> Iterator[bool]:
+        """Take the CPUs of a machine that workers leave free; False if others do not leave them."""
+        cpus = seat.all_cpus - sum(other.cpus for other in self._seats if other.node == seat.node)
+        if cpus <= 0:
+            yield True
+            return
+        rest = ray.remote(_Rest).options(num_cpus=cpus, scheduling_strategy=_on(seat.node)).remote()
+        try:
+            taken, _ = ray.wait([rest.here.remote()], timeout=_LEFT_WITHIN_S)
+            yield bool(taken)
+        finally:
+            ray.kill(rest)
+
+    def _run(
+        self, seats: list[_Seat], jobs: Iterable[Job[Any, Any] | None], shared: tuple[Any, ...], deadline: float
+    ) -> Iterator[Any]:
+        fresh, given = iter(jobs), list[Job[Any, Any]]()
+        again, tries = deque[int](), Counter[int]()
+        while True:
+            none_left = time.monotonic() >= deadline
+            for seat in seats:
+                if seat.answer is not None or none_left:
+                    continue
+                if (job := next(fresh, None)) is not None:
+                    given.append(job)
+                    seat.position = len(given) - 1
+                elif again:  # a job that kills every worker comes last
+                    seat.position = again.popleft()
+                else:
+                    none_left = True
+                    continue
+                seat.answer = seat.actor.run.remote(given[seat.position], *shared)
+            if none_left and all(seat.position is None for seat in seats):
+                return
+            for position, result, error in self._ended(seats):
+                if position is None:
+                    continue
+                if error is None:
+                    yield position, result
+                    continue
+                tries[position] += 1
+                if tries[position] == MOST_TRIES:
+                    raise WorkerError(
+                        f"{given[position].name} failed {MOST_TRIES} times on the cluster; the last time: "
+                        f"{_said(error)}. The same command continues from the results in its cache."
+                    ) from error
+                logger.info("%s is given out again: %s", given[position].name, _said(error))
+                again.append(position)
+
+    def _ended(self, seats: list[_Seat]) -> list[tuple[int | None, Any, RayError | None]]:
+        """Wait a moment for workers to end a job or their set-up; return the position, the result and the error."""
+        answers = {seat.answer: seat for seat in seats if seat.answer is not None}
+        ended, _ = ray.wait(list(answers), num_returns=1, timeout=_LOOK_EVERY_S)
+        outcomes: list[tuple[int | None, Any, RayError | None]] = []
+        for answer in ended:
+            seat = answers[answer]
+            position = seat.position
+            try:
+                outcomes.append((position, ray.get(answer), None))
+            except RayError as error:
+                self._start_again(seats, seat, error)
+                outcomes.append((position, None, error))
+                continue
+            seat.answer = seat.position = None
+            seat.failed = 0
+        return outcomes
+
+    def _start_again(self, seats: list[_Seat], seat: _Seat, error: RayError) -> None:
         """Give a seat another worker if its own has died, unless its machine fails again and again.
 
         Raises:
@@ -315,11 +377,13 @@ class _Crew:
         if seat.failed < MOST_TRIES:
             seat.start(self._recipe)
             return
-        self._working.remove(seat)
-        if not self._working:
+        for places in (seats, self._working):
+            if seat in places:
+                places.remove(seat)
+        if not seats:
             raise WorkerError(
                 f"no worker of the cluster can be started; the last one: {_said(error)}. Check the cluster with "
-                "`ray status`. Finished jobs are kept: the same command continues."
+                "`ray status`. The same command continues from the results in its cache."
             ) from error
 
 
@@ -343,7 +407,7 @@ class RayWorkers(Workers[Bench]):
         return _counted(self.count)
 
     def run(
-        self, jobs: Sequence[Job[Bench, Result]], *, deadline: float = math.inf, advance: Advance = ignore
+        self, jobs: Iterable[Job[Bench, Result] | None], *, deadline: float = math.inf, advance: Advance = ignore
     ) -> Iterator[tuple[int, Result]]:
         """Run jobs on all workers.
 

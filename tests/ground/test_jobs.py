@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from unetc.artifacts.record import Record, read_cached
-from unetc.jobs import Advance, InProcess, finish, run_one
+from unetc.jobs import Advance, InProcess, finish, run_all, run_one
 
 
 class Square(Record, frozen=True, kw_only=True):
@@ -84,6 +85,28 @@ def test_an_interruption_keeps_the_finished_jobs(tmp_path: Path) -> None:
     counter = Counter()
     finish(InProcess(bench=counter), JOBS, tmp_path)
     assert counter.ran == [2, 3]
+
+
+def test_jobs_are_taken_when_the_results_before_them_are_known() -> None:
+    known: list[int] = []
+
+    def jobs() -> Iterator[Squaring]:
+        number = 2
+        while number < 300:
+            yield Squaring(number=number)
+            number = known[-1]
+
+    for position, square in InProcess(bench=Counter()).run(jobs()):
+        assert position == len(known)
+        known.append(square.number)
+    assert known == [4, 16, 256, 65536]
+
+
+def test_all_results_keep_their_places_and_are_counted() -> None:
+    ended: list[int] = []
+    squares = run_all(InProcess(bench=Counter()), JOBS, ended.append)
+    assert [square.number for square in squares] == [0, 1, 4, 9]
+    assert ended == [1, 2, 3, 4]
 
 
 def test_a_bench_is_extended_by_what_is_shared() -> None:

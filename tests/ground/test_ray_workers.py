@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import ray_cluster
 from unetc import ray_workers
 from unetc.environment import machine_for
 from unetc.errors import ProfileError, WorkerError
-from unetc.jobs import Advance, Workers
+from unetc.jobs import Advance, Workers, run_one
 from unetc.ray_workers import Needs, joined, workers_of
 
 pytestmark = pytest.mark.nightly  # starting a cluster and its workers takes seconds; tests/analyzer/test_ray.py does it
@@ -96,6 +97,58 @@ def test_a_job_that_runs_alone_has_the_machine_for_itself(tmp_path: Path) -> Non
     assert ray.available_resources().get("CPU", 0) == 0, "no CPU is left for others"
     assert dict(workers.run([Mark(number, 0.1) for number in range(10)])) == {n: n**2 for n in range(10)}
     assert len({process for *_, process in marks(tmp_path)}) == 3, "the first one has gone, two others came"
+
+
+@dataclass(frozen=True)
+class Free:
+    """Looks how many CPUs of the cluster are free while it runs, and who runs it."""
+
+    name: str = "a look at the cluster"
+
+    def run(self, bench: Path, advance: Advance) -> tuple[float, int]:
+        time.sleep(0.5)  # Ray counts several times a second
+        return ray.available_resources().get("CPU", 0.0), os.getpid()
+
+
+def test_a_worker_keeps_its_bench_while_it_has_the_machine_for_itself(tmp_path: Path) -> None:
+    workers = workers_in(tmp_path, most_workers=1)
+    free, own = run_one(workers, Free())
+    assert free == 1
+    assert workers.run_alone(Free()) == (0, own)
+    assert run_one(workers, Free()) == (1, own)
+
+
+def test_workers_give_way_to_one_that_waits_for_a_machine_which_others_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "_LEFT_WITHIN_S", 0.5)
+    workers = workers_in(tmp_path, most_workers=1)
+    _, own = run_one(workers, Free())
+    other = ray.remote(ray_workers._Rest).options(num_cpus=1).remote()
+    ray.get(other.here.remote())
+    leaves = threading.Timer(3, ray.kill, (other,))
+    leaves.start()
+    began = time.monotonic()
+    free, alone = workers.run_alone(Free())
+    leaves.join()
+    assert free == 0
+    assert alone != own
+    assert time.monotonic() - began > 2
+
+
+def test_a_job_may_depend_on_results_and_waits_for_them(tmp_path: Path) -> None:
+    known: list[int] = []
+
+    def jobs() -> Iterator[Mark | None]:
+        yield Mark(3, 0.2)
+        while not known:
+            yield None
+        yield from (Mark(known[0] + one) for one in range(3))
+
+    for _, result in workers_in(tmp_path).run(jobs()):
+        known.append(result)
+    assert known[0] == 9
+    assert sorted(known[1:]) == [81, 100, 121]
 
 
 def test_fewer_workers_work_where_they_are_limited(tmp_path: Path) -> None:
