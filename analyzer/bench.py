@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unetc.backend import Backend
 from unetc.compiler.graph.gated import GatedGraph, PackedGraph
-from unetc.compiler.measured_calls import MeasuredCalls
-from unetc.compiler.tensorrt.on_demand import OnDemand
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.jobs import Advance
-from unetc.progress import ignore
-from unetc.runtime.backends.registry import open_backend
 from unetc.sampler.noise import initial_noise
 from unetc.sampler.prediction_type import PredictionType
 
@@ -65,31 +61,22 @@ class TryCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRecipe:
-    """All that a machine needs to set up a bench: no model folder, no shared disk, no torch."""
+class AnalysisEquipment:
+    """All that the bench of an analysis needs besides an open target."""
 
-    graph: PackedGraph
+    graph: GatedGraph | PackedGraph
     conditions: Conditions
     samples: int
     prediction_type: PredictionType | None
-    target: str
-    threads: int
-    calls: MeasuredCalls
-    """The calls that programs will get."""
-    wide: frozenset[str]
-    """Values that stay float32 on a target of lower precision."""
 
-    def open(self) -> Bench:
-        """Open the target and load the graph.
+    def packed(self) -> AnalysisEquipment:
+        """Pack the graph, with its weights."""
+        return replace(self, graph=self.graph.pack()) if isinstance(self.graph, GatedGraph) else self
 
-        Raises:
-            SessionError: If there is no such target on this machine.
-            MissingDependency: If its library is not installed.
-        """
-        target = open_backend(self.target, threads=self.threads)
-        backend = target.prepared_by(OnDemand(self.calls, lambda: self.wide, ignore))
+    def on(self, backend: Backend) -> Bench:
+        """Load the graph."""
         return Bench.of(
-            self.graph.unpack(),
+            self.graph if isinstance(self.graph, GatedGraph) else self.graph.unpack(),
             backend,
             self.conditions,
             samples=self.samples,

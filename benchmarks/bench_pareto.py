@@ -37,11 +37,11 @@ def main() -> None:
     with progress() as on_progress:
         model = find_model("digits")
         profile = analyze_model(model, ANALYSIS, cache=options.work, on_progress=on_progress)
-        setup = set_up(model, profile, steps=50, cache=options.work, on_progress=on_progress)
-        curve = refine(setup, trace(setup, ParetoOptions(), on_progress), GATE, ParetoOptions(), on_progress)
-        fastest = fastest_passing(curve, GATE)
-        candidate = setup.workbench.compile(fastest.plan)
-        checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT)
+        with set_up(model, profile, steps=50, cache=options.work, on_progress=on_progress) as setup:
+            curve = refine(setup, trace(setup, ParetoOptions(), on_progress), GATE, ParetoOptions(), on_progress)
+            fastest = fastest_passing(curve, GATE)
+            candidate = setup.workbench.compile(fastest.plan)
+            checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT)
     record = {
         "command": "python benchmarks/bench_pareto.py",
         "environment": curve.environment,

@@ -61,6 +61,7 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.set_up import Setup, set_up
 from unetc.conditions import Conditions
 from unetc.environment import cores, describe
+from unetc.jobs import InProcess
 from unetc.metrics.damage import measure_damage
 from unetc.metrics.distances import relative_l2
 from unetc.models.find import find_model
@@ -271,10 +272,11 @@ def gated_at(profile: Profile, log_snr: Sequence[float], step: int) -> Plan:
 
 def tgate(setup: Setup, saving: float) -> tuple[int, Session]:
     """Choose the gate step for a saving, or the largest saving that cross-attention allows."""
-    log_snr = setup.scheduler.table(STEPS).log_snr.tolist()
-    earliest = setup.workbench.compile(gated_at(setup.profile, log_snr, 1))
+    log_snr, workbench = setup.scheduler.table(STEPS).log_snr.tolist(), setup.workbench
+    earliest = workbench.compile(gated_at(setup.profile, log_snr, 1))
     step = gate_step(earliest.time_ratio, saving)
-    return step, setup.workbench.compile(gated_at(setup.profile, log_snr, step)).session
+    assert isinstance(workbench.workers, InProcess)
+    return step, workbench.workers.bench.session(workbench.compile(gated_at(setup.profile, log_snr, step)))
 
 
 def sample_all(
@@ -339,8 +341,8 @@ def compare(interval: int, model: PipelineModel, judge: Judge, work: Path, guida
     backend = open_backend(bundle.manifest.target, threads=bundle.manifest.threads)
     session = Session.of(bundle, backend)
     profile = Profile.from_json(bundle.profile, "the bundle's profile")
-    setup = set_up(model, profile, steps=STEPS, cache=work)
-    gate, crossing_held = tgate(setup, saving)
+    with set_up(model, profile, steps=STEPS, cache=work) as setup:
+        gate, crossing_held = tgate(setup, saving)
     controls = {
         CONTROLS[control.name]: partial(
             in_session, Session.of(bundle, backend, control=control), full_model=control.plan is None

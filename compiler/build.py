@@ -18,6 +18,8 @@ from unetc.artifacts.scope import control_scope
 from unetc.compiler.planner.emissions import share_engines
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
+from unetc.compiler.search.bench import SAMPLING_ROUNDS
+from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.controls import Controls, MadeControl, make_controls
 from unetc.compiler.search.find_plan import Found, choose_again, find_plan
 from unetc.compiler.search.fit import fit_plan
@@ -25,8 +27,9 @@ from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine,
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
 from unetc.compiler.search.set_up import Setup, set_up
-from unetc.compiler.search.workbench import SAMPLING_ROUNDS, TUNED_BATCHES, Candidate, Workbench
+from unetc.compiler.search.workbench import TUNED_BATCHES, Workbench
 from unetc.errors import CompileError, ModelError, PlanError, QualityGateError
+from unetc.jobs import Cluster
 from unetc.models.model import Model
 from unetc.percent import percent
 from unetc.progress import OnProgress, Progress, ignore
@@ -110,6 +113,7 @@ def build(
     *,
     cache: Path,
     plan: Plan | None = None,
+    cluster: Cluster | None = None,
     on_progress: OnProgress = ignore,
 ) -> Manifest:
     """Build a bundle.
@@ -122,6 +126,7 @@ def build(
         cache: Folder for captures and partial results.
         plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given. It is
             the only quality level then.
+        cluster: Where to measure; None measures in this process.
         on_progress: Called as the work advances.
 
     Returns:
@@ -129,18 +134,25 @@ def build(
 
     Raises:
         ModelError: If the model cannot be captured.
-        ProfileError: If the profile belongs to another model.
+        ProfileError: If the profile belongs to another model, or the cluster cannot measure it.
         PlanError: If no plan meets a budget, or a plan is given along with several budgets.
         QualityGateError: If a quality level fails the gate; the message names the largest budget that passes.
         ArtifactError: If the bundle cannot be written.
+        WorkerError: If the cluster cannot be joined or fails.
     """
     check_destination(path)
     if plan is not None and options.ladder:
         raise PlanError(
             f"one plan is given, and {len(options.budgets)} budgets. Give the plan alone, or the budgets alone."
         )
-    setup = set_up(model, profile, steps=options.steps, cache=cache, plan=plan, on_progress=on_progress)
-    workbench = setup.workbench
+    with set_up(
+        model, profile, steps=options.steps, cache=cache, plan=plan, cluster=cluster, on_progress=on_progress
+    ) as setup:
+        return _build(setup, path, options, plan, on_progress)
+
+
+def _build(setup: Setup, path: Path, options: BuildOptions, plan: Plan | None, on_progress: OnProgress) -> Manifest:
+    workbench, model = setup.workbench, setup.prepared.model
     if options.at is not None:
         tracing = ParetoOptions(
             steps=options.steps,
@@ -150,8 +162,8 @@ def build(
         )
         curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
         plan = _at(curve, options.at)
-    scope = control_scope(profile.model, profile.control)
-    notes = [*(setup.profile.notes or ()), *(() if scope is None else (scope,))]
+    scope = control_scope(setup.profile.model, setup.profile.control)
+    notes = [*(setup.profile.notes or ()), *(() if scope is None else (scope,)), *workbench.workers.notes]
     seed = setup.profile.seed + 1
     levels = (
         _fit_ladder(workbench, options, notes, seed, on_progress)
@@ -436,7 +448,7 @@ def _add_control(contents: Contents, made: MadeControl) -> Control:
         description=made.description,
         plan=None if own is None else own.plan,
         engines=() if own is None else contents.add_engines(f"controls/{made.name}-", own),
-        table=_add_tuned(contents, made.name, own) if scheduler is None else contents.add_table(made.name, scheduler),
+        table=contents.add_tuned(made.name, own) if scheduler is None else contents.add_table(made.name, scheduler),
     )
 
 
@@ -449,14 +461,7 @@ def _add_level(contents: Contents, fitted: _Fitted, *, default: bool) -> Level:
         plan=fitted.candidate.plan,
         engines=contents.add_engines(prefix, fitted.candidate),
         measured=fitted.measured,
-        tuned=_add_tuned(contents, f"level-{name.removesuffix('%')}", fitted.candidate),
+        tuned=contents.add_tuned(f"level-{name.removesuffix('%')}", fitted.candidate),
         plain_damage=fitted.plain,
         evaluated=fitted.evaluated,
     )
-
-
-def _add_tuned(contents: Contents, name: str, candidate: Candidate | None) -> str | None:
-    """Add the rows that are tuned to a plan, if there are any."""
-    if candidate is None or candidate.tuned is None:
-        return None
-    return contents.add_table(name, candidate.session.scheduler.only(candidate.tuned))

@@ -22,8 +22,8 @@ from unetc.artifacts.manifest import (
     Manifest,
 )
 from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.set_up import Setup
-from unetc.compiler.search.workbench import Candidate
 from unetc.compiler.text import PreparedText
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerTables
@@ -115,6 +115,12 @@ class Contents:
         self._files[path] = save_tensors({SCHEDULER_ROWS: rows})
         self._tables.append(BundleTable(name=name, file=path, header=header))
         return name
+
+    def add_tuned(self, name: str, candidate: Candidate | None) -> str | None:
+        """Add the rows that are tuned to a plan; None if there are none."""
+        if candidate is None or candidate.tuned is None:
+            return None
+        return self.add_table(name, self._setup.scheduler.only(candidate.tuned))
 
     def _add(self, name: str, graph: SerialisedGraph, treatments: dict[str, Treatment], step_ms: float) -> BundleEngine:
         path = self._names.setdefault(graph.graph, name)

@@ -9,7 +9,8 @@ from unetc.artifacts.manifest import EnginePair
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rollout import FULL_ENGINE
 
-from .workbench import Candidate, Workbench
+from .candidate import Candidate
+from .workbench import Workbench
 
 
 def check_pairs(
@@ -27,20 +28,20 @@ def check_pairs(
     pairs = list(combinations(used, 2))
     if not pairs:
         return ()
-    total = len(used) + len(pairs)
-    alone: dict[int, float] = {}
-    for engine in used:
-        alone[engine] = _damage_of(workbench, candidate, {engine}, seed)
-        on_progress(Progress(stage="additivity", done=len(alone), total=total))
-    result = []
-    for first, second in pairs:
-        together = _damage_of(workbench, candidate, {first, second}, seed)
-        result.append(EnginePair(engines=(first, second), alone=(alone[first], alone[second]), together=together))
-        on_progress(Progress(stage="additivity", done=len(used) + len(result), total=total))
-    return tuple(result)
+    kept = [*((engine,) for engine in used), *pairs]
+
+    def advance(done: int) -> None:
+        on_progress(Progress(stage="additivity", done=done, total=len(kept)))
+
+    candidates = [_with(workbench, candidate, engines) for engines in kept]
+    damages = workbench.damages(candidates, seed=seed, advance=advance)
+    damage = {engines: own.relative_l2.mean for engines, own in zip(kept, damages, strict=True)}
+    return tuple(
+        EnginePair(engines=pair, alone=(damage[pair[:1]], damage[pair[1:]]), together=damage[pair]) for pair in pairs
+    )
 
 
-def _damage_of(workbench: Workbench, candidate: Candidate, engines: Collection[int], seed: int) -> float:
-    """Measure the relative L2 damage of a plan's schedule with all engines but some replaced by engine 0."""
+def _with(workbench: Workbench, candidate: Candidate, engines: Collection[int]) -> Candidate:
+    """Replace all engines of a plan's schedule but some by engine 0."""
     schedule = [engine if engine in engines else FULL_ENGINE for engine in workbench.schedule(candidate)]
-    return workbench.damage(workbench.reschedule(candidate, schedule), seed=seed).relative_l2.mean
+    return workbench.reschedule(candidate, schedule)

@@ -10,14 +10,16 @@ from unetc.compiler.planner.restriction import Restriction
 from unetc.compiler.schedulers.same_start import converged
 from unetc.errors import ModelError, PlanError
 from unetc.models.model import Model
-from unetc.progress import OnProgress, Progress
+from unetc.progress import OnProgress, Progress, ignore
 from unetc.sampler.table import SchedulerTables
 
+from .bench import SAMPLING_ROUNDS
+from .candidate import Candidate
 from .fit import fit_deep_hold, fit_random, fit_uniform
-from .repair import RepairOptions
+from .repair import RepairOptions, Search, repair_all
 from .restricted import fit_restricted
 from .schedules import Schedule, fewer_steps, other_solver
-from .workbench import SAMPLING_ROUNDS, TUNED_BATCHES, Candidate, Workbench
+from .workbench import TUNED_BATCHES, Workbench
 
 MOST_REPAIR = RepairOptions(evaluations=20, patience=8)
 """Longest search for the schedule of a control."""
@@ -88,46 +90,46 @@ def make_controls(
         patience=min(repair.patience, MOST_REPAIR.patience),
     )
 
-    def restricted(restriction: Restriction) -> Callable[[], Candidate]:
+    def restricted(restriction: Restriction) -> Callable[[], Candidate | Search]:
         own = replace(short, tune=repair.tune and restriction is Restriction.STEPS_ONLY)  # the others tune nothing
-
-        def fit() -> Candidate:
-            made = whole_steps if restriction is Restriction.STEPS_ONLY else None
-            if made is None:
-                found = fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own)
-                made = found.candidate
-            return _tuned(workbench, made, seed) if own.tune else made
-
-        return fit
+        if whole_steps is not None and restriction is Restriction.STEPS_ONLY:
+            return lambda: whole_steps
+        return lambda: fit_restricted(workbench, restriction, target, correction, seed, limits=limits, options=own)
 
     def random(i: int) -> Callable[[], Candidate]:
         return lambda: fit_random(workbench, target, correction, i, max_engines=engines)
 
-    makers: dict[str, Callable[[], Candidate | Schedule]] = {
-        "fewer_steps": lambda: fewer_steps(workbench, model, candidate, time_ratio, seed),
-        "other_solver": lambda: other_solver(workbench, model, candidate, time_ratio, seed),
+    makers: dict[str, Callable[[], Candidate | Schedule | Search]] = {
+        "fewer_steps": lambda: fewer_steps(workbench, model, time_ratio, seed),
+        "other_solver": lambda: other_solver(workbench, model, time_ratio, seed),
         **{str(one): restricted(one) for one in Restriction if one is not Restriction.ALL},
         "uniform": lambda: fit_uniform(workbench, target, correction),
         "deep-hold": lambda: fit_deep_hold(workbench, target, seed),
         **{f"random-{i + 1}": random(i) for i in range(random_plans)},
     }
-    made = []
+    fitted: dict[str, Candidate | Schedule | Search] = {}
     for done, (name, make) in enumerate(makers.items()):
         on_progress(Progress(stage="controls", done=done, total=len(makers)))
         try:
-            made.append(_describe(name, make()))
+            fitted[name] = make()
         except (PlanError, ModelError) as error:
             notes.append(f"left out the control {name}: {error}")
+    repair_all(workbench, [one for one in fitted.values() if isinstance(one, Search)], ignore)
+    found = {name: one.repaired.candidate if isinstance(one, Search) else one for name, one in fitted.items()}
+    of_steps = found.get(Restriction.STEPS_ONLY)
+    if repair.tune and isinstance(of_steps, Candidate):
+        found[Restriction.STEPS_ONLY] = _tuned(workbench, of_steps, seed)
     on_progress(Progress(stage="controls", done=len(makers), total=len(makers)))
-    return Controls(made=tuple(made), converged=_converged(workbench, model, notes))
+    made = tuple(_describe(name, one) for name, one in found.items())
+    return Controls(made=made, converged=_converged(workbench, model, notes))
 
 
 def _tuned(workbench: Workbench, candidate: Candidate, seed: int) -> Candidate:
     """Tune rows to a control as to the plan itself: on more batches, or not at all if that does less damage."""
     plain = workbench.plain(candidate)
     tuned, _ = workbench.tune(plain, seed=seed, batches=TUNED_BATCHES)
-    judged = [workbench.damage(one, seed=seed + 1, batches=SAMPLING_ROUNDS).relative_l2.mean for one in (tuned, plain)]
-    return tuned if judged[0] < judged[1] else plain
+    with_tuned, with_plain = workbench.damages((tuned, plain), seed=seed + 1, batches=SAMPLING_ROUNDS)
+    return tuned if with_tuned.relative_l2.mean < with_plain.relative_l2.mean else plain
 
 
 def _describe(name: str, made: Candidate | Schedule) -> MadeControl:

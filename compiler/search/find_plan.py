@@ -23,10 +23,11 @@ from unetc.progress import OnProgress, Progress
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.treatments import Treatment
 
+from .candidate import Candidate
 from .fit import fit_plan, middle_of
-from .repair import Evaluated, Repaired, RepairOptions, judge, repair
+from .repair import Evaluated, Repaired, RepairOptions, Search, repair, repair_all
 from .restricted import fit_restricted
-from .workbench import TUNED_BATCHES, Candidate, Workbench
+from .workbench import TUNED_BATCHES, Workbench
 
 _PER_FINALIST = 10
 """One in so many schedules that a search may sample is judged again, at least one."""
@@ -74,16 +75,20 @@ def find_plan(
     on_progress(Progress(stage="fitting the plan", done=0, total=1))
     joint, correction = fit_plan(workbench, limits, notes, correction=correction, emits=emits)
     on_progress(Progress(stage="fitting the plan", done=1, total=1))
-    best = repair(workbench, joint, limits.budget, seed, options, on_progress)
+    of_all = Search(workbench, joint, limits.budget, seed, options)
+    searched = limits.budget > 0 and options.evaluations > 0 and limits.restriction is Restriction.ALL
+    of_steps = _of_whole_steps(workbench, limits, options, correction, seed, on_progress) if searched else None
+    repair_all(workbench, [of_all] if of_steps is None else [of_all, of_steps], on_progress)
+    best = of_all.repaired
     notes.append(
         f"planned for a damage of {joint.plan.prediction.relative_l2:.4f}, measured {_damage(best.evaluated[0]):.4f}; "
         f"after sampling {len(best.evaluated)} schedules {_damage(best):.4f}"
     )
     evaluated = list(best.evaluated)
     chosen = None
-    if limits.budget > 0 and options.evaluations > 0 and limits.restriction is Restriction.ALL:
-        whole = _of_whole_steps(workbench, limits, options, correction, seed, on_progress)
-        if whole is not None:
+    if searched:
+        if of_steps is not None:
+            whole = of_steps.repaired
             evaluated.extend(whole.evaluated)
             saving = [one for one in (best, whole) if one.candidate.saving >= limits.budget]
             start = min(saving, key=_damage, default=best)
@@ -91,8 +96,8 @@ def find_plan(
             between = repair(workbench, both, limits.budget, seed, options, on_progress)
             evaluated.extend(between.evaluated)
         chosen = _choose(workbench, evaluated, limits.budget, seed, options, notes, on_progress, emits)
-    candidate, of_steps = chosen or (_finished(workbench, best.candidate, limits.budget, emits), None)
-    return Found(candidate=candidate, whole_steps=of_steps, correction=correction, evaluated=tuple(evaluated))
+    candidate, whole_steps = chosen or (_finished(workbench, best.candidate, limits.budget, emits), None)
+    return Found(candidate=candidate, whole_steps=whole_steps, correction=correction, evaluated=tuple(evaluated))
 
 
 def choose_again(
@@ -149,11 +154,14 @@ def _choose(
         return None
     whole = [one.candidate for one in saving if _is_of_whole_steps(workbench, one.candidate)]
     finalists = {id(own): own for own in (*(one.candidate for one in saving[:count]), *whole[:count])}
-    damages: dict[int, float] = {}
-    for done, (key, own) in enumerate(finalists.items()):
+
+    def advance(done: int) -> None:
         on_progress(Progress(stage="finalists", done=done, total=len(finalists)))
-        damages[key] = judge(workbench, own, seed, options, batches=TUNED_BATCHES)[1].relative_l2.mean
-    on_progress(Progress(stage="finalists", done=len(finalists), total=len(finalists)))
+
+    judged = workbench.judge(
+        [*finalists.values()], seed=seed, batches=TUNED_BATCHES, tune=options.tune, advance=advance
+    )
+    damages = {key: damage.relative_l2.mean for key, (_, damage) in zip(finalists, judged, strict=True)}
     best = min(finalists, key=lambda key: damages[key])
     best_whole = min((id(own) for own in whole[:count]), key=lambda key: damages[key], default=None)
     kind = "whole steps alone" if _is_of_whole_steps(workbench, finalists[best]) else "components"
@@ -185,8 +193,8 @@ def _of_whole_steps(
     correction: float,
     seed: int,
     on_progress: OnProgress,
-) -> Repaired | None:
-    """Plan with whole steps alone; None if no such plan meets the budget."""
+) -> Search | None:
+    """Plan with whole steps alone; return the search for its schedule, or None if no such plan meets the budget."""
     on_progress(Progress(stage="whole steps", done=0, total=1))
     target, kind = middle_of(limits.budget), Restriction.STEPS_ONLY
     try:

@@ -19,7 +19,8 @@ from unetc.errors import PlanError
 from unetc.percent import percent
 from unetc.treatments import Treatment
 
-from .workbench import Candidate, Workbench
+from .candidate import Candidate
+from .workbench import Workbench
 
 TOLERANCE = 0.05
 """A saving may exceed the budget by this share of it."""
@@ -100,7 +101,7 @@ def middle_of(budget: float) -> float:
 def _saved_by_steps(workbench: Workbench, candidate: Candidate) -> float:
     """Return the share of the time that is saved in steps that compute nothing."""
     whole = {component.name for component in workbench.profile.components if component.kind == "step"}
-    schedule = candidate.session.schedule(workbench.steps)
+    schedule = workbench.schedule(candidate)
     empty = sum(1 for engine in schedule if whole & candidate.plan.engines[engine].treatments.keys())
     return empty / len(schedule)
 
@@ -125,21 +126,26 @@ def fit_deep_hold(workbench: Workbench, target: float, seed: int) -> Candidate:
         Ma et al. 2023, arXiv:2312.00858: uniform 1:N caching of the deep branch.
     """
     profile = workbench.profile
+
+    def reaches(candidate: Candidate) -> bool:
+        return candidate.saving >= (1 - TOLERANCE) * target
+
     share = {cost.component: cost.saved_ms.mean / profile.full_ms.mean for cost in profile.costs}
-    tried: list[tuple[bool, float, Candidate]] = []
+    tried: list[Candidate] = []
     for level in (c.name for c in profile.components if c.kind == "level" and c.name in share):
         for period in range(2, LONGEST_PERIOD + 1):
-            enough = share[level] * (1 - 1 / period) >= (1 - TOLERANCE / 2) * target
-            if enough or period == LONGEST_PERIOD:
+            promises = share[level] * (1 - 1 / period) >= (1 - TOLERANCE / 2) * target
+            if promises or period == LONGEST_PERIOD:
                 candidate = workbench.compile(hold_everywhere(profile, level, period))
-                reaches = candidate.saving >= (1 - TOLERANCE) * target
-                if reaches or period == LONGEST_PERIOD:
-                    loss = workbench.damage(candidate, seed=seed).relative_l2.mean if reaches else -candidate.saving
-                    tried.append((not reaches, loss, candidate))
+                if reaches(candidate) or period == LONGEST_PERIOD:
+                    tried.append(candidate)
                     break
     if not tried:
         raise PlanError("the model has no level that could be held.")
-    return min(tried, key=lambda entry: entry[:2])[2]
+    if not (enough := [candidate for candidate in tried if reaches(candidate)]):
+        return max(tried, key=lambda candidate: candidate.saving)
+    damages = workbench.damages(enough, seed=seed)
+    return enough[min(range(len(enough)), key=lambda i: damages[i].relative_l2.mean)]
 
 
 def hold_everywhere(profile: Profile, component: str, period: int) -> Plan:

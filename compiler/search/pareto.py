@@ -11,15 +11,15 @@ import unetc
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.planner import PlanOptions
-from unetc.environment import describe
 from unetc.errors import PlanError, QualityGateError
+from unetc.jobs import Cluster
 from unetc.models.model import Model
 from unetc.percent import percent
 from unetc.progress import OnProgress, Progress, ignore
 
 from .fit import fit_plan
 from .quality_gate import QualityGate
-from .repair import RepairOptions, repair
+from .repair import RepairOptions, Search, repair_all
 from .set_up import Setup, set_up
 
 LEAST, MOST = 0.1, 0.8
@@ -68,17 +68,27 @@ def pareto(
     options: ParetoOptions,
     *,
     cache: Path,
+    cluster: Cluster | None = None,
     on_progress: OnProgress = ignore,
 ) -> Pareto:
     """Measure the curve of a model.
 
+    Args:
+        model: The model.
+        profile: An analysis of this model.
+        options: Budgets and limits.
+        cache: Folder for captures and partial results.
+        cluster: Where to measure; None measures in this process.
+        on_progress: Called as the work advances.
+
     Raises:
         ModelError: If the model cannot be captured.
-        ProfileError: If the profile belongs to another model.
+        ProfileError: If the profile belongs to another model, or the cluster cannot measure it.
         PlanError: If no budget can be met.
+        WorkerError: If the cluster cannot be joined or fails.
     """
-    setup = set_up(model, profile, steps=options.steps, cache=cache, on_progress=on_progress)
-    return trace(setup, options, on_progress)
+    with set_up(model, profile, steps=options.steps, cache=cache, cluster=cluster, on_progress=on_progress) as setup:
+        return trace(setup, options, on_progress)
 
 
 def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pareto:
@@ -87,27 +97,29 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
     Raises:
         PlanError: If no budget can be met.
     """
-    points: list[Point] = []
+    searches: dict[float, Search] = {}
     spacing = (MOST - LEAST) / max(1, options.budgets - 1)
     for number in range(options.budgets):
-        on_progress(Progress(stage="curve", done=number, total=options.budgets))
+        on_progress(Progress(stage="fitting plans", done=number, total=options.budgets))
+        budget = round(LEAST + number * spacing, 4)
         try:
-            points.extend(_sample_budget(setup, options, round(LEAST + number * spacing, 4)))
+            searches[budget] = _fit(setup, options, budget)
         except PlanError:
             break  # larger budgets cannot be met either
-    on_progress(Progress(stage="curve", done=options.budgets, total=options.budgets))
-    if not points:
+    on_progress(Progress(stage="fitting plans", done=options.budgets, total=options.budgets))
+    if not searches:
         raise PlanError(f"no plan saves {percent(LEAST)} of the time. Analyse again on a quiet machine.")
+    repair_all(setup.workbench, [*searches.values()], on_progress)
     return Pareto(
         unetc=unetc.__version__,
         model=setup.profile.model,
         profile_sha256=setup.profile.sha256(),
         target=setup.profile.target,
-        environment=describe(),
+        environment=setup.workbench.machine(),
         steps=options.steps,
         samples=setup.profile.batch,
         seed=setup.profile.seed + 1,
-        points=tuple(points),
+        points=tuple(point for budget, search in searches.items() for point in _points(budget, search)),
     )
 
 
@@ -125,22 +137,31 @@ def refine(
     for step in range(REFINEMENTS):
         on_progress(Progress(stage="fastest that passes", done=step, total=REFINEMENTS))
         middle = round((low + high) / 2, 4)
+        found = []
         try:
-            found = _sample_budget(setup, options, middle)
+            search = _fit(setup, options, middle)
         except PlanError:
-            found = []
+            pass
+        else:
+            repair_all(setup.workbench, (search,), ignore)
+            found = _points(middle, search)
         points.extend(found)
         low, high = (middle, high) if any(quality_gate.passes(point.damage) for point in found) else (low, middle)
     on_progress(Progress(stage="fastest that passes", done=REFINEMENTS, total=REFINEMENTS))
     return msgspec.structs.replace(curve, points=tuple(points))
 
 
-def _sample_budget(setup: Setup, options: ParetoOptions, budget: float) -> list[Point]:
+def _fit(setup: Setup, options: ParetoOptions, budget: float) -> Search:
+    """Fit a plan, and return the search for its schedule, which has not begun."""
     candidate, _ = fit_plan(setup.workbench, options.plan(budget), [])
-    found = repair(setup.workbench, candidate, budget, setup.profile.seed + 1, options.repair, ignore)
+    return Search(setup.workbench, candidate, budget, setup.profile.seed + 1, options.repair)
+
+
+def _points(budget: float, search: Search) -> list[Point]:
+    """List everything that was sampled for a budget."""
     return [
         Point(budget=budget, time_ratio=e.candidate.time_ratio, damage=e.damage, plan=e.candidate.plan)
-        for e in found.evaluated
+        for e in search.repaired.evaluated
     ]
 
 

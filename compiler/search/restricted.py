@@ -1,4 +1,4 @@
-"""Controls that are plans of a restricted planner, fitted to a measured time and repaired as the plan itself is."""
+"""Controls that are plans of a restricted planner, fitted to a measured time, to be repaired as the plan itself is."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from unetc.compiler.planner.planner import PlanOptions, make_plan
 from unetc.compiler.planner.restriction import Restriction
 from unetc.errors import PlanError
 from unetc.percent import percent
-from unetc.progress import ignore
 from unetc.runtime.rollout import FULL_ENGINE
 
+from .candidate import Candidate
 from .fit import TOLERANCE, attempts
-from .repair import Repaired, RepairOptions, repair
-from .workbench import Candidate, Workbench
+from .repair import RepairOptions, Search
+from .workbench import Workbench
 
 
 def fit_restricted(
@@ -27,8 +27,8 @@ def fit_restricted(
     *,
     limits: PlanOptions,
     options: RepairOptions,
-) -> Repaired:
-    """Find the best plan that keeps to a restriction and saves a measured time.
+) -> Search:
+    """Fit a plan that keeps to a restriction and saves a measured time.
 
     Args:
         workbench: Where to measure.
@@ -39,12 +39,15 @@ def fit_restricted(
         limits: Limits of the plan; budget and restriction are replaced.
         options: How long to search for a better schedule.
 
+    Returns:
+        The search for its best schedule, which has not begun.
+
     Raises:
         PlanError: If no such plan saves the target.
     """
     found = _fit(workbench, replace(limits, restriction=restriction), target, correction)
     spent = _spend(workbench, found, target)
-    return repair(workbench, spent, target / (1 + TOLERANCE / 2), seed, options, ignore)
+    return Search(workbench, spent, target / (1 + TOLERANCE / 2), seed, options)
 
 
 def _fit(workbench: Workbench, limits: PlanOptions, target: float, correction: float) -> Candidate:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 
 from unetc.compiler.schedulers.same_start import from_same_start
-from unetc.errors import ModelError, NonFiniteError, PlanError
+from unetc.errors import ModelError, PlanError
 from unetc.models.model import Model
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
-from .workbench import Candidate, Workbench
+from .workbench import Workbench
 
 SOLVERS = {
     "dpmsolver++": "DPM-Solver++ 2M",
@@ -34,14 +33,13 @@ class Schedule:
     description: str
 
 
-def fewer_steps(workbench: Workbench, model: Model, candidate: Candidate, time_ratio: float, seed: int) -> Schedule:
+def fewer_steps(workbench: Workbench, model: Model, time_ratio: float, seed: int) -> Schedule:
     """Find the best schedule of the same scheduler that takes the time of a plan.
 
     Args:
         workbench: Where to measure.
         model: The model.
-        candidate: The plan.
-        time_ratio: Its measured time / the full model's.
+        time_ratio: Measured time of the plan / the full model's.
         seed: Seed of the noise that damage is measured on.
 
     Raises:
@@ -55,17 +53,16 @@ def fewer_steps(workbench: Workbench, model: Model, candidate: Candidate, time_r
     if not choices:
         raise PlanError(f"no schedule of {name} in {steps} steps starts at the noise level of the full model's.")
     words = {name: f"fewer steps ({steps} of {full.count})"}
-    return _best(workbench, candidate, {(name, spacing): one for spacing, one in choices.items()}, words, seed)
+    return _best(workbench, {(name, spacing): one for spacing, one in choices.items()}, words, seed)
 
 
-def other_solver(workbench: Workbench, model: Model, candidate: Candidate, time_ratio: float, seed: int) -> Schedule:
+def other_solver(workbench: Workbench, model: Model, time_ratio: float, seed: int) -> Schedule:
     """Find the best schedule of another scheduler with as many calls of the full model as a plan's time allows.
 
     Args:
         workbench: Where to measure.
         model: The model.
-        candidate: The plan.
-        time_ratio: Its measured time / the full model's.
+        time_ratio: Measured time of the plan / the full model's.
         seed: Seed of the noise that damage is measured on.
 
     Raises:
@@ -87,12 +84,11 @@ def other_solver(workbench: Workbench, model: Model, candidate: Candidate, time_
     if not choices:
         raise PlanError(" ".join(problems) or f"none starts at the noise level of {own} in {calls} calls.")
     words = {name: f"{text} and {calls} calls" for name, text in SOLVERS.items()}
-    return _best(workbench, candidate, choices, words, seed)
+    return _best(workbench, choices, words, seed)
 
 
 def _best(
     workbench: Workbench,
-    candidate: Candidate,
     choices: Mapping[tuple[str, str], SchedulerTable],
     words: Mapping[str, str],
     seed: int,
@@ -101,7 +97,6 @@ def _best(
 
     Args:
         workbench: Where to measure.
-        candidate: The plan.
         choices: Tables by scheduler and spacing.
         words: Description of every scheduler.
         seed: Seed of the noise that damage is measured on.
@@ -109,17 +104,12 @@ def _best(
     Raises:
         PlanError: If all of them give NaN or infinity.
     """
-    best: Schedule | None = None
-    least = inf
-    for (name, spacing), table in choices.items():
-        scheduler = SchedulerTables(name=name, tables=(table,))
-        try:
-            damage = workbench.damage_along(candidate, scheduler, seed=seed).relative_l2.mean
-        except NonFiniteError:
-            continue
-        if damage < least:
-            text = f"the full model with {words[name]}; spacing {spacing}, the best of {len(choices)}"
-            best, least = Schedule(scheduler=scheduler, description=text), damage
-    if best is None:
+    schedules = {key: SchedulerTables(name=key[0], tables=(table,)) for key, table in choices.items()}
+    damages = zip(schedules, workbench.damages_along([*schedules.values()], seed=seed), strict=True)
+    finite = {key: damage.relative_l2.mean for key, damage in damages if damage is not None}
+    if not finite:
         raise PlanError("every schedule gives NaN or infinity.")
-    return best
+    best = min(finite, key=lambda key: finite[key])
+    name, spacing = best
+    text = f"the full model with {words[name]}; spacing {spacing}, the best of {len(choices)}"
+    return Schedule(scheduler=schedules[best], description=text)

@@ -1,7 +1,9 @@
-"""Open a profile's model and target for planning by measurement."""
+"""Open a profile's model and target for planning by measurement, here or on a Ray cluster."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +13,19 @@ from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Profile, without_guidance
 from unetc.compiler.engines import check_plan
 from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.place import place_for
 from unetc.compiler.prepare import Prepared, prepare, prepare_decoder, prepare_scheduler
 from unetc.compiler.tensorrt.on_demand import Lowering, OnDemand, overflow_finder
 from unetc.conditions import Conditions
 from unetc.errors import ProfileError
+from unetc.jobs import Cluster
 from unetc.models.images import Images
 from unetc.models.model import Model
 from unetc.progress import OnProgress, ignore
-from unetc.runtime.backends.registry import open_backend
-from unetc.runtime.decoder import Decoder
 from unetc.sampler.table import SchedulerTables
 
-from .workbench import Workbench
+from .bench import DecoderGraph, Sampling, SearchEquipment
+from .workbench import Workbench, full_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class Setup:
     """Lowers graphs for the profile's target; None if it takes them in float32."""
 
 
+@contextmanager
 def set_up(
     model: Model,
     profile: Profile,
@@ -48,8 +52,9 @@ def set_up(
     steps: int,
     cache: Path,
     plan: Plan | None = None,
+    cluster: Cluster | None = None,
     on_progress: OnProgress = ignore,
-) -> Setup:
+) -> Iterator[Setup]:
     """Open the model and the target of a profile.
 
     Args:
@@ -58,46 +63,56 @@ def set_up(
         steps: Number of steps that plans are measured at.
         cache: Folder for captures and partial results.
         plan: A plan that must belong to the profile.
+        cluster: Where to measure; None measures in this process.
         on_progress: Called as the work advances.
 
     Raises:
         ModelError: If the model cannot be captured.
-        ProfileError: If the profile belongs to another model.
+        ProfileError: If the profile belongs to another model, or the cluster cannot measure it.
         PlanError: If the plan belongs to another profile.
+        WorkerError: If the cluster cannot be joined.
     """
     _check_profile(profile, model)
     if plan is not None:
         check_plan(plan, profile)
-    target = open_backend(profile.target, threads=profile.threads)
-    conditions = _encode(model, profile)  # before the capture, which takes long
-    _check_control(profile, conditions)
-    prepared = prepare(model, cache, on_progress)
-    if without_guidance(profile.components) != prepared.gated.components:
-        raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
-    scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
-    calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
-    finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
-    on_demand = OnDemand(calls, finder, on_progress)
-    backend = target.prepared_by(on_demand)
-    decoder = prepare_decoder(prepared)
-    workbench = Workbench(
-        prepared.gated,
-        profile,
-        scheduler,
-        backend,
-        steps=steps,
-        conditions=conditions.take(range(profile.used_prompts)),
-        decoder=Decoder(decoder, model.decoder_scale, backend) if decoder else None,
-    )
-    return Setup(
-        prepared=prepared,
-        profile=profile,
-        scheduler=scheduler,
-        conditions=conditions,
-        decoder=decoder,
-        workbench=workbench,
-        lowering=on_demand.lowering(target.reads),
-    )
+    with place_for(profile.target, profile.threads, cluster, on_progress) as place:
+        conditions = _encode(model, profile)  # before the capture, which takes long
+        _check_control(profile, conditions)
+        place.check(conditions)
+        prepared = prepare(model, cache, on_progress)
+        if without_guidance(profile.components) != prepared.gated.components:
+            raise ProfileError("the profile knows other components than this version finds. Analyse the model again.")
+        scheduler = prepare_scheduler(model, profile.scheduler, (steps,), on_progress)
+        calls = MeasuredCalls.of(profile.sample_shape, profile.batch, profile.samples, conditions)
+        finder = overflow_finder(prepared, profile.scheduler, conditions, on_progress)
+        on_demand = OnDemand(calls, finder, on_progress)
+        decoder = prepare_decoder(prepared)
+        sampling = Sampling(
+            full=full_model(prepared.gated, profile),
+            scheduler=scheduler,
+            sample_shape=profile.sample_shape,
+            predicted_channels=prepared.gated.predicted_channels,
+            batch=profile.batch,
+            steps=steps,
+            conditions=conditions.take(range(profile.used_prompts)),
+            decoder=DecoderGraph(graph=decoder, scale=model.decoder_scale) if decoder else None,
+        )
+        yield Setup(
+            prepared=prepared,
+            profile=profile,
+            scheduler=scheduler,
+            conditions=conditions,
+            decoder=decoder,
+            workbench=Workbench(
+                gated=prepared.gated,
+                profile=profile,
+                sampling=sampling,
+                workers=place.workers(
+                    SearchEquipment(sampling=sampling, weights=prepared.gated.read_weights()), on_demand
+                ),
+            ),
+            lowering=on_demand.lowering(place.reads),
+        )
 
 
 def _encode(model: Model, profile: Profile) -> Conditions:

@@ -60,7 +60,7 @@ class OnDemand:
             overflowing: Finds the values that float16 cannot hold; called once, and only for a target in float16.
             on_progress: Called with the progress of each engine.
         """
-        self._calls = calls
+        self.calls = calls
         self._overflowing = overflowing
         self._on_progress = on_progress
 
@@ -68,7 +68,7 @@ class OnDemand:
         """Return the lowering to a precision; None for float32, which every graph already has."""
         if precision is Precision.FP32:
             return None
-        return Lowering(precision=precision, wide=self._wide(precision))
+        return Lowering(precision=precision, wide=self.wide(precision))
 
     def lower(self, backend: Backend, precision: Precision) -> Backend:
         """Wrap a backend that loads graphs in a precision; the wrapper takes them in float32."""
@@ -77,12 +77,13 @@ class OnDemand:
 
     def build(self, backend: EngineBackend) -> Backend:
         """Wrap a backend that runs engines; the wrapper builds the engine of each graph that it loads."""
-        wide = self._wide(backend.precision)
+        wide = self.wide(backend.precision)
         digest = hashlib.sha256(repr(sorted(wide)).encode()).hexdigest()
         apart = backend.over(EngineCache(backend.engines.root / _APART / digest[:32]))
-        return BuildingBackend(apart, self._calls, wide, self._on_progress)
+        return BuildingBackend(apart, self.calls, wide, self._on_progress)
 
-    def _wide(self, precision: Precision) -> frozenset[str]:
+    def wide(self, precision: Precision) -> frozenset[str]:
+        """Name the values that stay float32 on a target of a precision."""
         return self._found if precision is Precision.FP16 else frozenset()
 
     @cached_property

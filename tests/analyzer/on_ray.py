@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import ray_cluster
 
 from tests.analyzer.sweeps import REFERENCE, SHAPE, backend, table_of, tiny
 from unetc.analyzer.analysis import AnalysisOptions, analyze
-from unetc.analyzer.bench import Bench, BenchRecipe
+from unetc.analyzer.bench import AnalysisEquipment, Bench
 from unetc.artifacts.profile import Profile
 from unetc.compiler.measured_calls import MeasuredCalls
+from unetc.compiler.place import BenchRecipe
 from unetc.conditions import UNCONDITIONAL
 from unetc.environment import machine_for
 from unetc.jobs import InProcess, Workers
@@ -24,23 +21,6 @@ from unetc.progress import Progress
 from unetc.ray_workers import Needs, workers_of
 
 TARGET = "onnxruntime:cpu"
-ABSENT = ("torch", "diffusers", "transformers", "torchmetrics", "onnxscript")
-"""Libraries that workers do not need."""
-
-
-@contextmanager
-def bare_cluster(folder: Path) -> Iterator[None]:
-    """Start a cluster whose processes cannot import the libraries of a capture.
-
-    Args:
-        folder: An empty folder.
-    """
-    for library in ABSENT:
-        (folder / f"{library}.py").write_text(f"raise ModuleNotFoundError({library!r})")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        with ray_cluster.started(cpus=2):
-            yield
 
 
 def options_of(**changes: Any) -> AnalysisOptions:
@@ -69,16 +49,14 @@ def here(options: AnalysisOptions) -> Workers[Bench]:
 
 
 def there(options: AnalysisOptions) -> Workers[Bench]:
-    recipe = BenchRecipe(
-        graph=tiny().gated.pack(),
+    equipment = AnalysisEquipment(
+        graph=tiny().gated,
         conditions=UNCONDITIONAL,
         samples=options.samples,
         prediction_type=table_of(options.scheduler, options.steps).prediction_type,
-        target=TARGET,
-        threads=1,
-        calls=MeasuredCalls.of(SHAPE, options.batch, options.samples, UNCONDITIONAL),
-        wide=frozenset(),
     )
+    calls = MeasuredCalls.of(SHAPE, options.batch, options.samples, UNCONDITIONAL)
+    recipe = BenchRecipe(equipment=equipment.packed(), target=TARGET, threads=1, calls=calls)
     return workers_of(recipe, Needs(cpus=1, gpu=False, describe=lambda: machine_for(TARGET)))
 
 

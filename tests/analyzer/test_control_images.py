@@ -215,15 +215,24 @@ def test_a_profile_is_only_used_with_the_images_it_was_measured_with(
 ) -> None:
     controlled, zeros = profiles
     model, plain = find_model(folders.source), find_model(ModelSource(str(folders.pipeline), controlnet=True))
-    with pytest.raises(ProfileError, match=r"2 control images .* and none are given"):
-        set_up(plain, controlled, steps=STEPS, cache=folders.cache)
-    with pytest.raises(ProfileError, match="measured without a control image"):
-        set_up(model, zeros, steps=STEPS, cache=folders.cache)
+    with (
+        pytest.raises(ProfileError, match=r"2 control images .* and none are given"),
+        set_up(plain, controlled, steps=STEPS, cache=folders.cache),
+    ):
+        pass
+    with (
+        pytest.raises(ProfileError, match="measured without a control image"),
+        set_up(model, zeros, steps=STEPS, cache=folders.cache),
+    ):
+        pass
     shutil.copytree(folders.control.images, tmp_path / "images")
     (tmp_path / "images/1.png").unlink()
     fewer = replace(folders.source, control=replace(folders.control, images=tmp_path / "images"))
-    with pytest.raises(ProfileError, match="and other ones are given"):
-        set_up(find_model(fewer), controlled, steps=STEPS, cache=folders.cache)
+    with (
+        pytest.raises(ProfileError, match="and other ones are given"),
+        set_up(find_model(fewer), controlled, steps=STEPS, cache=folders.cache),
+    ):
+        pass
 
 
 def test_controlnets_and_images_that_cannot_be_used_are_refused_by_name(folders: Folders, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from ray_processes import WORKER, processes
 
-from tests.analyzer.on_ray import TARGET, bare_cluster, check_kills, options_of
+from tests.analyzer.on_ray import TARGET, check_kills, options_of
+from tests.bare_cluster import bare_cluster
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.profile import Profile
@@ -25,7 +26,7 @@ from unetc.models.find import find_model
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Share a cluster whose processes cannot import the libraries of a capture."""
-    with bare_cluster(tmp_path_factory.mktemp("absent")):
+    with bare_cluster(tmp_path_factory.mktemp("absent"), cpus=2):
         yield
 
 

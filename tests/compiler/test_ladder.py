@@ -13,6 +13,7 @@ import pytest
 import unetc
 import unetc.diffusers
 from tests.command import run
+from tests.search.sessions import session_of
 from unetc.artifacts import Phase, Plan, Profile
 from unetc.artifacts.plan import Prediction
 from unetc.backend import Loader, Program, SerialisedGraph
@@ -20,10 +21,11 @@ from unetc.compiler import build as building
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.emissions import emitting, with_emissions
 from unetc.compiler.planner.planner import PlanOptions
-from unetc.compiler.search import workbench as benches
+from unetc.compiler.search import bench as benches
+from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions
-from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.compiler.search.workbench import Workbench
 from unetc.device import Device
 from unetc.errors import PlanError, QualityGateError, SessionError
 from unetc.models.find import find_model
@@ -170,7 +172,7 @@ def test_a_level_samples_as_its_plan_does_alone(built: Built, fits: Fits) -> Non
         session = unetc.load(built.path, level=name)
         assert session.plan.budget == budget
         assert fits.workbench is not None
-        alone = fits.workbench.compile(plan_for(fits.profile, budget)).session
+        alone = session_of(fits.workbench, fits.workbench.compile(plan_for(fits.profile, budget)))
         assert session.schedule(STEPS) == alone.schedule(STEPS)
         np.testing.assert_allclose(session.sample(2, seed=3), alone.sample(2, seed=3), atol=1e-5)
 

@@ -272,8 +272,7 @@ def test_commands_find_what_overflows_before_they_build_an_engine(
     target, library, engines = "tensorrt-rtx:fp16", library_of("tensorrt-rtx"), EngineCache(tmp_path / "engines")
     cpu = torch.device("cpu")  # where inputs can be put; no engine gets as far as reading them
     backend = TensorRtBackend(library, Precision.FP16, here=library.origin(), engines=engines, gpu=cpu)
-    for module in ("unetc.analyzer.analyze", "unetc.compiler.search.set_up"):
-        monkeypatch.setattr(f"{module}.open_backend", lambda asked, threads: {target: backend}[asked])
+    monkeypatch.setattr("unetc.compiler.place.open_backend", lambda asked, threads: {target: backend}[asked])
     monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", ())
     told: list[str] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,10 @@ ROUNDING = 1e-9
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_model: Path, cache: Path) -> Setup:
+def setup(tiny_model: Path, cache: Path) -> Iterator[Setup]:
     model = find_model(str(tiny_model))
-    return set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=8, cache=cache)
+    with set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=8, cache=cache) as setup:
+        yield setup
 
 
 def share_of(setup: Setup, *graphs: SerialisedGraph) -> float:

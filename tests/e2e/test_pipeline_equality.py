@@ -22,7 +22,8 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract_all
 from unetc.compiler.schedulers.make import make_scheduler
-from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.compiler.search.candidate import Candidate
+from unetc.compiler.search.workbench import Workbench
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.session import Session

@@ -108,7 +108,8 @@ def _replaced(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, in
 def killed_workers(place: Place, dice: random.Random, *, kills: int) -> Outcome:
     """Kill workers of an analysis on Ray; the driver gives their jobs out again."""
     os.environ.setdefault("UNETC_TESTS_SHARED", str(place.shared))
-    from tests.analyzer.on_ray import bare_cluster, check_kills, options_of  # imported late: Ray takes long
+    from tests.analyzer.on_ray import check_kills, options_of  # imported late: Ray takes long
+    from tests.bare_cluster import bare_cluster
 
     absent = place.own / "absent"
     absent.mkdir()
@@ -117,7 +118,7 @@ def killed_workers(place: Place, dice: random.Random, *, kills: int) -> Outcome:
     log.addHandler(given_out)
     log.setLevel(logging.INFO)
     try:
-        with bare_cluster(absent):
+        with bare_cluster(absent, cpus=2):
             check_kills(kills, options_of(steps=12, samples=8, bins=6, decisive=None), place.own / "ray")
     finally:
         log.removeHandler(given_out)

@@ -15,22 +15,25 @@ from tests.analyzer.sweeps import estimate_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.plan import Plan
-from unetc.artifacts.profile import Damage
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.planner.restriction import Restriction
 from unetc.compiler.schedulers.extract import extract
 from unetc.compiler.schedulers.make import scheduler_for
 from unetc.compiler.schedulers.same_start import CONVERGED_STEPS, from_same_start
-from unetc.compiler.search import workbench as workbench_module
+from unetc.compiler.search import bench
+from unetc.compiler.search.bench import SearchBench
+from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.controls import make_controls
 from unetc.compiler.search.find_plan import choose_again, find_plan
 from unetc.compiler.search.fit import TOLERANCE, hold_everywhere
-from unetc.compiler.search.repair import RepairOptions, judge
+from unetc.compiler.search.jobs import Judge, Judged
+from unetc.compiler.search.repair import RepairOptions, repair_all
 from unetc.compiler.search.restricted import fit_restricted
 from unetc.compiler.search.schedules import fewer_steps, other_solver
 from unetc.compiler.search.set_up import Setup, set_up
-from unetc.compiler.search.workbench import TUNED_BATCHES, Candidate, Workbench
+from unetc.compiler.search.workbench import TUNED_BATCHES, Workbench
 from unetc.errors import PlanError
+from unetc.jobs import Advance
 from unetc.models.find import find_model
 from unetc.progress import ignore
 from unetc.sampler.table import SchedulerTables
@@ -56,16 +59,19 @@ def setup(tiny_model: Path, cache: Path) -> Iterator[Setup]:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench_module, "ENGINE_SECONDS", 0.0)
-        patch.setattr(workbench_module, "ENGINE_ROUNDS", 1)
+        patch.setattr(bench, "ENGINE_SECONDS", 0.0)
+        patch.setattr(bench, "ENGINE_ROUNDS", 1)
         patch.setattr(Workbench, "compile", timed)
         model = find_model(str(tiny_model))
-        yield set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=STEPS, cache=cache)
+        with set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=STEPS, cache=cache) as setup:
+            yield setup
 
 
 def restricted(setup: Setup, restriction: Restriction, target: float, repair: RepairOptions = NO_REPAIR) -> Candidate:
     limits = PlanOptions(budget=target)
-    return fit_restricted(setup.workbench, restriction, target, 1.0, SEED, limits=limits, options=repair).candidate
+    search = fit_restricted(setup.workbench, restriction, target, 1.0, SEED, limits=limits, options=repair)
+    repair_all(setup.workbench, (search,), ignore)
+    return search.repaired.candidate
 
 
 @pytest.mark.parametrize("restriction", [Restriction.STEPS_ONLY, Restriction.CHOSEN_STEPS])
@@ -96,30 +102,26 @@ def test_a_control_that_cannot_save_enough_is_refused(setup: Setup) -> None:
 
 def test_fewer_steps_are_the_best_of_all_spacings(setup: Setup) -> None:
     workbench, model = setup.workbench, setup.prepared.model
-    plan = workbench.compile(hold_everywhere(setup.profile, "step", 2))
-    found = fewer_steps(workbench, model, plan, 0.6, SEED)
+    found = fewer_steps(workbench, model, 0.6, SEED)
     full = workbench.scheduler.table(STEPS)
     choices = from_same_start(model, workbench.scheduler.name, full, 5)
     assert len(choices) > 2
-    damages = {
-        spacing: workbench.damage_along(plan, SchedulerTables(name="x", tables=(table,)), seed=SEED).relative_l2.mean
-        for spacing, table in choices.items()
-    }
-    best = min(damages, key=lambda spacing: damages[spacing])
+    schedules = [SchedulerTables(name="x", tables=(table,)) for table in choices.values()]
+    damages = dict(zip(choices, workbench.damages_along(schedules, seed=SEED), strict=True))
+    losses = {spacing: damage.relative_l2.mean for spacing, damage in damages.items() if damage is not None}
+    best = min(losses, key=lambda spacing: losses[spacing])
     assert found.scheduler.counts == (5,)
     assert f"(5 of 8); spacing {best}, the best of {len(choices)}" in found.description
-    assert workbench.damage_along(plan, found.scheduler, seed=SEED).relative_l2.mean == damages[best]
+    assert workbench.damages_along([found.scheduler], seed=SEED) == [damages[best]]
 
 
 def test_a_full_schedule_is_no_control(setup: Setup) -> None:
-    plan = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
-    found = fewer_steps(setup.workbench, setup.prepared.model, plan, 0.99, SEED)
+    found = fewer_steps(setup.workbench, setup.prepared.model, 0.99, SEED)
     assert found.scheduler.counts == (STEPS - 1,)
 
 
 def test_the_better_of_two_solvers_is_named(setup: Setup) -> None:
-    plan = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
-    found = other_solver(setup.workbench, setup.prepared.model, plan, 0.5, SEED)
+    found = other_solver(setup.workbench, setup.prepared.model, 0.5, SEED)
     assert found.scheduler.name in ("dpmsolver++", "unipc")
     assert found.scheduler.tables[0].steps == 4
     assert ("DPM-Solver++ 2M" in found.description) == (found.scheduler.name == "dpmsolver++")
@@ -127,8 +129,7 @@ def test_the_better_of_two_solvers_is_named(setup: Setup) -> None:
 
 
 def test_another_solver_makes_no_more_calls_than_the_full_model(setup: Setup) -> None:
-    plan = setup.workbench.compile(hold_everywhere(setup.profile, "step", 2))
-    found = other_solver(setup.workbench, setup.prepared.model, plan, 1.3, SEED)
+    found = other_solver(setup.workbench, setup.prepared.model, 1.3, SEED)
     assert found.scheduler.tables[0].steps == STEPS
 
 
@@ -137,7 +138,7 @@ def test_another_solver_follows_no_stochastic_trajectory(setup: Setup) -> None:
     table = extract(scheduler_for("ddpm", model), STEPS)
     workbench: Any = SimpleNamespace(scheduler=SchedulerTables(name="ddpm", tables=(table,)), steps=STEPS)
     with pytest.raises(PlanError, match="ddpm adds noise in every step, so another scheduler follows another"):
-        other_solver(workbench, model, None, 0.5, SEED)  # type: ignore[arg-type]
+        other_solver(workbench, model, 0.5, SEED)
 
 
 def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
@@ -177,11 +178,10 @@ def test_a_plan_is_never_worse_than_its_control_of_whole_steps(setup: Setup, tun
     assert found.candidate.saving >= 0.25
     assert found.whole_steps.saving >= 0.25
     assert {name for engine in found.whole_steps.plan.engines for name in engine.treatments} == {"step"}
-    plan, whole = (
-        judge(workbench, one, SEED, options, batches=TUNED_BATCHES)[1].relative_l2.mean
-        for one in (found.candidate, found.whole_steps)
+    (_, plan), (_, whole) = workbench.judge(
+        (found.candidate, found.whole_steps), seed=SEED, batches=TUNED_BATCHES, tune=tune
     )
-    assert plan <= whole
+    assert plan.relative_l2.mean <= whole.relative_l2.mean
     assert any(note.startswith("judged the best") for note in notes)
     controls = make_controls(
         workbench,
@@ -207,17 +207,18 @@ def test_the_final_judgement_corrects_a_search_that_saw_one_batch(
 ) -> None:
     """On one batch the worst schedule looks best; on more batches it does not."""
     workbench, options = setup.workbench, RepairOptions(evaluations=20, patience=20)
-    tune = Workbench.tune
+    run = Judge.run
 
-    def flatter(self: Workbench, candidate: Candidate, *, seed: int, batches: int) -> tuple[Candidate, Damage]:
-        tuned, damage = tune(self, candidate, seed=seed, batches=batches)
-        shown = estimate_of(1 / (1e-9 + damage.relative_l2.mean))
-        return tuned, msgspec.structs.replace(damage, relative_l2=shown) if batches == 1 else damage
+    def flatter(self: Judge, bench: SearchBench, advance: Advance) -> Judged:
+        judged = run(self, bench, advance)
+        shown = estimate_of(1 / (1e-9 + judged.damage.relative_l2.mean))
+        flattered = replace(judged, damage=msgspec.structs.replace(judged.damage, relative_l2=shown))
+        return flattered if self.batches == 1 else judged
 
     def true(candidate: Candidate) -> float:
-        return tune(workbench, candidate, seed=SEED, batches=TUNED_BATCHES)[1].relative_l2.mean
+        return workbench.tune(candidate, seed=SEED, batches=TUNED_BATCHES)[1].relative_l2.mean
 
-    monkeypatch.setattr(Workbench, "tune", flatter)
+    monkeypatch.setattr(Judge, "run", flatter)
     found = find_plan(workbench, PlanOptions(budget=0.25), options, [], SEED, ignore)
     saving = [one for one in found.evaluated if one.candidate.saving >= 0.25]
     looked_best, second, *_ = sorted(saving, key=lambda one: one.damage.relative_l2.mean)
@@ -229,7 +230,7 @@ def test_a_plan_that_saves_too_little_is_chosen_again_from_what_was_sampled(
 ) -> None:
     workbench, options = setup.workbench, RepairOptions(evaluations=20, patience=20)
     found = find_plan(workbench, PlanOptions(budget=0.25), options, [], SEED, ignore)
-    monkeypatch.setattr("unetc.compiler.search.find_plan.repair", None)  # nothing is searched again
+    monkeypatch.setattr("unetc.compiler.search.find_plan.repair_all", None)  # nothing is searched again
     savings = sorted({one.candidate.saving for one in found.evaluated})
     for budget in (*savings, savings[-1] + 0.01):
         again = choose_again(workbench, found, budget, options, [], SEED, ignore)

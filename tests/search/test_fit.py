@@ -2,8 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
 from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.fit import (
     ATTEMPTS,
     LONGEST_PERIOD,
@@ -22,7 +22,7 @@ from unetc.compiler.search.fit import (
     fit_uniform,
     hold_everywhere,
 )
-from unetc.compiler.search.workbench import Candidate, Workbench
+from unetc.compiler.search.workbench import Workbench
 from unetc.errors import PlanError
 from unetc.percent import percent
 from unetc.treatments import Treatment
@@ -108,7 +108,7 @@ class Machine:
     truth: float
     profile: Profile = field(default_factory=profile)
     compiled: list[Plan] = field(default_factory=list)
-    damages: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
     """Relative L2 of engines that reuse a component, whatever the schedule."""
 
     @property
@@ -117,19 +117,14 @@ class Machine:
 
     def compile(self, plan: Plan) -> Candidate:
         self.compiled.append(plan)
-        levels = [bin.low + i / bin.steps for bin in self.profile.bins for i in range(bin.steps)]
-        schedule = plan.schedule(levels)
-        saving = float(np.mean([self.saved_by(plan, engine) for engine in schedule]))
-        session = SimpleNamespace(schedule=lambda steps: schedule)
-        return Candidate(
-            plan=plan,
-            graphs=(),
-            programs=(),
-            session=cast(Any, session),
-            full_ms=1.0,
-            step_ms=(),
-            time_ratio=1 - saving,
-        )
+        saving = float(np.mean([self.saved_by(plan, engine) for engine in self.schedule_of(plan)]))
+        return Candidate(plan=plan, graphs=(), full_ms=1.0, step_ms=(), time_ratio=1 - saving)
+
+    def schedule_of(self, plan: Plan) -> tuple[int, ...]:
+        return plan.schedule([bin.low + i / bin.steps for bin in self.profile.bins for i in range(bin.steps)])
+
+    def schedule(self, candidate: Candidate) -> tuple[int, ...]:
+        return self.schedule_of(candidate.plan)
 
     def saved_by(self, plan: Plan, engine: int) -> float:
         """Return the share of a call that an engine saves; nested components save nothing more."""
@@ -138,9 +133,12 @@ class Machine:
         shares = {cost.component: cost.saved_ms.mean / 100 for cost in self.profile.costs}
         return sum(shares[name] * (1 if name == STEP else self.truth) for name in treatments.keys() - inner)
 
-    def damage(self, candidate: Candidate, *, seed: int) -> Damage:
+    def damage_of(self, candidate: Candidate) -> Damage:
         (name,) = candidate.plan.engines[1].treatments
-        return Damage(relative_l2=point(self.damages[name]), psnr=point(20), ssim=point(0.9))
+        return Damage(relative_l2=point(self.losses[name]), psnr=point(20), ssim=point(0.9))
+
+    def damages(self, candidates: Sequence[Candidate], *, seed: int) -> list[Damage]:
+        return [self.damage_of(candidate) for candidate in candidates]
 
 
 def bench(machine: Machine) -> Workbench:
@@ -265,7 +263,7 @@ def test_a_component_can_be_held_everywhere(period: int) -> None:
 
 @pytest.mark.parametrize(("target", "period"), [(0.05, 2), (0.19, 2), (0.21, 3), (0.28, 4), (0.315, 5)])
 def test_deep_hold_takes_the_shortest_period_that_saves_enough(target: float, period: int) -> None:
-    machine = Machine(1.0, profile(levels=(0.4,), bins=30), damages={"level0": 0.5})
+    machine = Machine(1.0, profile(levels=(0.4,), bins=30), losses={"level0": 0.5})
     candidate = fit_deep_hold(bench(machine), target, seed=0)
     assert [phase.cycle for phase in candidate.plan.phases] == [(0, *[1] * (period - 1))]
     assert candidate.saving >= (1 - TOLERANCE) * target
@@ -274,14 +272,14 @@ def test_deep_hold_takes_the_shortest_period_that_saves_enough(target: float, pe
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_deep_hold_takes_the_level_that_does_the_least_damage(best: int) -> None:
-    damages = {f"level{i}": 0.2 if i == best else 0.3 for i in range(3)} | {"level2": 0.0}  # which saves too little
-    machine = Machine(1.0, profile(levels=(0.4, 0.5, 0.1)), damages=damages)
+    losses = {f"level{i}": 0.2 if i == best else 0.3 for i in range(3)} | {"level2": 0.0}  # which saves too little
+    machine = Machine(1.0, profile(levels=(0.4, 0.5, 0.1)), losses=losses)
     candidate = fit_deep_hold(bench(machine), 0.2, seed=0)
     assert candidate.plan.engines[1].treatments == {f"level{best}": Treatment.HOLD}
 
 
 def test_deep_hold_goes_on_to_longer_periods_when_measured_time_falls_short() -> None:
-    machine = Machine(0.7, profile(levels=(0.4,), bins=30), damages={"level0": 0.5})
+    machine = Machine(0.7, profile(levels=(0.4,), bins=30), losses={"level0": 0.5})
     candidate = fit_deep_hold(bench(machine), 0.2, seed=0)
     assert candidate.saving >= (1 - TOLERANCE) * 0.2
     assert [len(plan.phases[0].cycle) for plan in machine.compiled] == [2, 3, 4]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,13 +19,16 @@ from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
+from unetc.compiler.search.bench import SearchBench
+from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.fit import fit_deep_hold, fit_plan, fit_random, hold_everywhere
 from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
-from unetc.compiler.search.repair import RepairOptions, repair
+from unetc.compiler.search.repair import RepairOptions, Search, repair, repair_all
 from unetc.compiler.search.set_up import Setup, set_up
-from unetc.compiler.search.workbench import Candidate
+from unetc.compiler.search.workbench import Workbench
 from unetc.errors import QualityGateError
+from unetc.jobs import InProcess, Workers
 from unetc.models.find import find_model
 from unetc.progress import ignore
 from unetc.report.curve import draw
@@ -33,9 +38,10 @@ ANALYSIS = AnalysisOptions(steps=STEPS, samples=2, bins=4, batch=2, rounds=2, th
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_model: Path, cache: Path) -> Setup:
+def setup(tiny_model: Path, cache: Path) -> Iterator[Setup]:
     model = find_model(str(tiny_model))
-    return set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=STEPS, cache=cache)
+    with set_up(model, analyze_model(model, ANALYSIS, cache=cache), steps=STEPS, cache=cache) as setup:
+        yield setup
 
 
 def test_time_is_measured_against_a_model_that_emits_nothing(setup: Setup) -> None:
@@ -56,28 +62,28 @@ def test_time_is_measured_against_a_model_that_emits_nothing(setup: Setup) -> No
     assert full.step_ms == (full.full_ms,)
 
 
-def timed_by_hand(candidate: Candidate) -> Candidate:
+def timed_by_hand(workbench: Workbench, candidate: Candidate) -> Candidate:
     """Let a forecasting engine take no time: on a busy machine, measured times would decide how far repair may go."""
-    schedule = candidate.session.schedule(STEPS)
+    schedule = workbench.schedule(candidate)
     taken = schedule.count(0) / len(schedule)
     return replace(candidate, full_ms=1.0, step_ms=(1.0,) + (0.0,) * (len(candidate.step_ms) - 1), time_ratio=taken)
 
 
 def test_repair_never_does_more_damage_and_keeps_the_budget(setup: Setup) -> None:
-    candidate = timed_by_hand(setup.workbench.compile(hold_everywhere(setup.profile, "step", 2)))
+    candidate = timed_by_hand(setup.workbench, setup.workbench.compile(hold_everywhere(setup.profile, "step", 2)))
     found = repair(setup.workbench, candidate, 0.25, 1, RepairOptions(evaluations=20, patience=20), ignore)
     damages = [one.damage.relative_l2.mean for one in found.evaluated]
     assert found.damage.relative_l2.mean == min(damages) < damages[0]  # half of the steps need not be forecast
     again = setup.workbench.damage(found.candidate, seed=1)  # a session sums a step in another order than the tuner
     assert found.damage.relative_l2.mean == pytest.approx(again.relative_l2.mean, rel=1e-4)
     assert min(one.candidate.saving for one in found.evaluated) == 3 / 8  # 2 / 8 is an edge, missed half of the time
-    schedules = [one.candidate.session.schedule(STEPS) for one in found.evaluated]
+    schedules = [setup.workbench.schedule(one.candidate) for one in found.evaluated]
     assert len(set(schedules)) == len(schedules) > 3
     assert all(schedule[0] == 0 for schedule in schedules)
 
 
 def test_repair_asks_for_no_more_than_the_plan_saves(setup: Setup) -> None:
-    candidate = timed_by_hand(setup.workbench.compile(hold_everywhere(setup.profile, "step", 2)))
+    candidate = timed_by_hand(setup.workbench, setup.workbench.compile(hold_everywhere(setup.profile, "step", 2)))
     found = repair(setup.workbench, candidate, 0.5, 1, RepairOptions(evaluations=6, patience=6), ignore)
     assert candidate.saving == min(one.candidate.saving for one in found.evaluated) == 0.5
     assert len(found.evaluated) > 1
@@ -93,9 +99,67 @@ def test_repair_is_repeatable_and_can_be_switched_off(setup: Setup) -> None:
     assert len(none.evaluated) == 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutOfOrder(Workers[SearchBench]):
+    """Workers in one process that end their jobs in a random order."""
+
+    bench: SearchBench
+    count: int
+    machine: str = "this machine"
+    notes: tuple[str, ...] = ()
+    busy: list[int] = field(default_factory=list)
+    """Number of jobs that were running whenever one ended."""
+
+    def run(self, jobs: Iterable[Any], **how: Any) -> Iterator[tuple[int, Any]]:
+        generator, fresh, running, given = random.Random(self.count), iter(jobs), dict[int, Any](), 0
+        while True:
+            while len(running) < self.count and (job := next(fresh, None)) is not None:
+                running[given] = job
+                given += 1
+            if not running:
+                return
+            self.busy.append(len(running))
+            ended = generator.choice([*running])
+            yield ended, running.pop(ended).run(self.bench, lambda done: None)
+
+    def run_alone(self, job: Any, advance: Any = None) -> Any:
+        raise AssertionError("a search of schedules times nothing")
+
+    def sharing(self, shared: Any) -> Any:
+        raise AssertionError("a search shares nothing")
+
+
+@pytest.mark.parametrize("tune", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_searches_on_many_workers_sample_and_find_the_same(setup: Setup, count: int, tune: bool) -> None:
+    workbench, options = setup.workbench, RepairOptions(evaluations=14, patience=6, tune=tune)
+    candidates = [
+        timed_by_hand(workbench, workbench.compile(hold_everywhere(setup.profile, "step", period))) for period in (2, 3)
+    ]
+
+    def searched(workers: Workers[SearchBench], *, together: bool) -> list[Search]:
+        bench = replace(workbench, workers=workers)
+        searches = [Search(bench, candidate, 0.25, 1, options) for candidate in candidates]
+        for group in [searches] if together else [[search] for search in searches]:
+            repair_all(bench, group, ignore)
+        return searches
+
+    def sampled(search: Search) -> list[tuple[object, ...]]:
+        evaluated = search.repaired.evaluated
+        return [(workbench.schedule(one.candidate), one.candidate.time_ratio, one.damage) for one in evaluated]
+
+    assert isinstance(workbench.workers, InProcess)
+    many = OutOfOrder(bench=workbench.workers.bench, count=count)
+    expected = searched(workbench.workers, together=False)
+    for found in (searched(many, together=True), searched(many, together=False)):
+        assert [sampled(search) for search in found] == [sampled(search) for search in expected]
+        assert [search.repaired.damage for search in found] == [search.repaired.damage for search in expected]
+    assert max(many.busy) == count, "no worker is idle while there is a schedule to sample"
+
+
 def test_pairs_of_engines_are_measured_alone_and_together(setup: Setup) -> None:
     candidate, _ = fit_plan(setup.workbench, PlanOptions(budget=0.2, max_engines=3), [])
-    used = {*candidate.session.schedule(STEPS)} - {0}
+    used = {*setup.workbench.schedule(candidate)} - {0}
     pairs = check_pairs(setup.workbench, candidate, 1, ignore)
     assert len(pairs) == len(used) * (len(used) - 1) // 2
     for pair in pairs:
@@ -181,6 +245,6 @@ def test_the_curve_is_drawn_and_labelled_where_there_is_room(curve: Pareto) -> N
 
 
 def test_a_single_step_leaves_nothing_to_repair(tiny_model: Path, setup: Setup, cache: Path) -> None:  # G1
-    bench = set_up(find_model(str(tiny_model)), setup.profile, steps=1, cache=cache).workbench
-    candidate = bench.compile(hold_everywhere(setup.profile, "step", 2))
-    assert len(repair(bench, candidate, 0.0, 0, RepairOptions(), ignore).evaluated) == 1
+    with set_up(find_model(str(tiny_model)), setup.profile, steps=1, cache=cache) as short:
+        candidate = short.workbench.compile(hold_everywhere(setup.profile, "step", 2))
+        assert len(repair(short.workbench, candidate, 0.0, 0, RepairOptions(), ignore).evaluated) == 1

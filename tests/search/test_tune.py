@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.search.sessions import session_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.compiler.build import BuildOptions, build
@@ -24,12 +26,13 @@ SEED, NEW = 5, 6
 
 
 @pytest.fixture(scope="module", params=["dpmsolver++", pytest.param("ddpm", marks=pytest.mark.nightly)])
-def setup(request: pytest.FixtureRequest, tiny_model: Path, cache: Path) -> Setup:
+def setup(request: pytest.FixtureRequest, tiny_model: Path, cache: Path) -> Iterator[Setup]:
     model = find_model(str(tiny_model))
     options = AnalysisOptions(
         scheduler=request.param, steps=STEPS, samples=2, bins=2, batch=2, rounds=2, threads=1, decisive=1
     )
-    return set_up(model, analyze_model(model, options, cache=cache), steps=STEPS, cache=cache)
+    with set_up(model, analyze_model(model, options, cache=cache), steps=STEPS, cache=cache) as setup:
+        yield setup
 
 
 def error(session: Session, seed: int, batch: int = 4) -> float:
@@ -41,9 +44,10 @@ def test_tuned_rows_do_less_damage_on_new_samples(setup: Setup) -> None:
     workbench = setup.workbench
     plain = workbench.compile(hold_everywhere(setup.profile, "step", 2))
     tuned, damage = workbench.tune(plain, seed=SEED, batches=2)
-    assert error(tuned.session, NEW) < error(plain.session, NEW)
+    with_tuned, with_plain = session_of(workbench, tuned), session_of(workbench, plain)
+    assert error(with_tuned, NEW) < error(with_plain, NEW)
     assert damage.relative_l2.mean < workbench.damage(plain, seed=SEED, batches=2).relative_l2.mean
-    assert error(workbench.plain(tuned).session, NEW) == error(plain.session, NEW)
+    assert error(session_of(workbench, workbench.plain(tuned)), NEW) == error(with_plain, NEW)
 
 
 def test_a_session_samples_what_was_tuned(setup: Setup) -> None:
@@ -85,7 +89,7 @@ def test_rows_that_are_right_are_not_changed(setup: Setup) -> None:
     """Where the plan predicts what the full model does, nothing is left to correct."""
     bench = setup.workbench
     plan = bench.compile(hold_everywhere(setup.profile, "step", 2))
-    harmless = bench.reschedule(plan, [0] * STEPS).session
+    harmless = session_of(bench, bench.reschedule(plan, [0] * STEPS))
     schedule = iter([1] * STEPS)
     harmless.schedule = lambda steps: tuple(next(schedule) for _ in range(steps))  # type: ignore[method-assign]
     plain = bench.scheduler.table(STEPS)
