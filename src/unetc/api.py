@@ -107,6 +107,7 @@ def build(
     plan: Plan | None = None,
     analysis: AnalysisOptions | None = None,
     cache: AnyPath | None = None,
+    cluster: Cluster | None = None,
     on_progress: OnProgress = ignore,
 ) -> Manifest:
     """Build a bundle that saves its budget in measured time; analyse the model first if there is no profile.
@@ -123,6 +124,7 @@ def build(
         plan: A plan of this profile to build unchanged, whatever the budget; made and fitted when not given.
         analysis: How to analyse without a profile; the model's usual scheduler at `options.steps` when not given.
         cache: Folder for captures and partial results; `$UNETC_CACHE` or `~/.cache/unetc` when not given.
+        cluster: A Ray cluster that measures, in place of this process.
         on_progress: Called as the work advances.
 
     Raises:
@@ -131,14 +133,15 @@ def build(
         PlanError: If no plan meets the budget.
         QualityGateError: If the quality gate fails; the message names the largest budget that passes.
         ArtifactError: If the bundle cannot be written.
+        WorkerError: If the cluster cannot be joined or fails.
     """
     from .compiler.build import build as build_bundle
     from .compiler.store import check_destination
 
     path, folder = Path(destination), _cache(cache)
     check_destination(path)
-    found, known = _analysed(model, profile, analysis, options.steps, folder, on_progress)
-    return build_bundle(found, known, path, options, cache=folder, plan=plan, on_progress=on_progress)
+    found, known = _analysed(model, profile, analysis, options.steps, folder, cluster, on_progress)
+    return build_bundle(found, known, path, options, cache=folder, plan=plan, cluster=cluster, on_progress=on_progress)
 
 
 @needed()
@@ -149,6 +152,7 @@ def pareto(
     profile: Profile | None = None,
     analysis: AnalysisOptions | None = None,
     cache: AnyPath | None = None,
+    cluster: Cluster | None = None,
     on_progress: OnProgress = ignore,
 ) -> Pareto:
     """Measure the least damage at each saving: plan, repair and sample at many budgets.
@@ -163,18 +167,20 @@ def pareto(
         profile: An analysis of this model; made when not given.
         analysis: How to analyse without a profile; the model's usual scheduler at `options.steps` when not given.
         cache: Folder for captures and partial results; `$UNETC_CACHE` or `~/.cache/unetc` when not given.
+        cluster: A Ray cluster that measures, in place of this process.
         on_progress: Called as the work advances.
 
     Raises:
         ModelError: If the model cannot be found or is not supported.
         ProfileError: If it cannot be analysed, or the profile is of another model.
         PlanError: If no budget can be met.
+        WorkerError: If the cluster cannot be joined or fails.
     """
     from .compiler.search.pareto import pareto as measure
 
     folder = _cache(cache)
-    found, known = _analysed(model, profile, analysis, options.steps, folder, on_progress)
-    return measure(found, known, options, cache=folder, on_progress=on_progress)
+    found, known = _analysed(model, profile, analysis, options.steps, folder, cluster, on_progress)
+    return measure(found, known, options, cache=folder, cluster=cluster, on_progress=on_progress)
 
 
 @needed()
@@ -293,6 +299,7 @@ def _analysed(
     analysis: AnalysisOptions | None,
     steps: int,
     cache: Path,
+    cluster: Cluster | None,
     on_progress: OnProgress,
 ) -> tuple[Model, Profile]:
     """Find a model once, as that hashes its weights, and analyse it if there is no profile.
@@ -306,8 +313,8 @@ def _analysed(
         return find_model(replace(source, controlnet=profile.model.controlnet)), profile
     from .analyzer.analyze import analyze_model
 
-    found = find_model(source)
-    return found, analyze_model(found, analysis or _usual(source, steps), cache=cache, on_progress=on_progress)
+    found, options = find_model(source), analysis or _usual(source, steps)
+    return found, analyze_model(found, options, cache=cache, cluster=cluster, on_progress=on_progress)
 
 
 def _usual(model: ModelSource | str, steps: int | None = None) -> AnalysisOptions:

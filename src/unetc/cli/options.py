@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unetc.analyzer.ranking import By
     from unetc.artifacts.profile import Profile
     from unetc.compiler.planner.planner import PlanOptions
+    from unetc.jobs import Cluster
     from unetc.models.find import ModelSource
 
 BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
@@ -322,6 +323,37 @@ class LimitGroup(Group, panel="Planning"):
         return PlanOptions(
             budget=budget, max_engines=self.max_engines, max_memory=self.max_memory, planner=self.planner
         )
+
+
+class ClusterGroup(Group, panel="Cluster"):
+    """The machines that measure."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Measure on a Ray cluster: host:6379, auto for the one on this machine, or local to start one "
+            "(default: in this process).",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most workers of the cluster (default: CPUs / --threads, or one for each GPU)."),
+    ] = None
+
+    def cluster(self) -> Cluster | None:
+        """Return the cluster; None for this process.
+
+        Raises:
+            typer.BadParameter: If a number of workers is given without a cluster.
+        """
+        from unetc.jobs import Cluster
+
+        if self.ray is None:
+            if self.workers is not None:
+                raise typer.BadParameter("--workers limits the workers of a cluster; give --ray too.")
+            return None
+        return Cluster(address=self.ray, most_workers=self.workers)
 
 
 class RankingGroup(Group, panel="Ranking"):

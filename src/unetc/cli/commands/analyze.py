@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..groups import Group
-from ..options import AnalysisGroup, Cache, Json, ModelGroup, RankingGroup
-
-if TYPE_CHECKING:
-    from unetc.jobs import Cluster
+from ..options import AnalysisGroup, Cache, ClusterGroup, Json, ModelGroup, RankingGroup
 
 
 class EffortGroup(Group, panel="Effort"):
@@ -46,37 +43,6 @@ class EffortGroup(Group, panel="Effort"):
         if self.exhaustive and self.screen_only:
             raise typer.BadParameter("--exhaustive carries all ablations to the final output, --screen-only none.")
         return None if self.exhaustive else 0 if self.screen_only else AnalysisOptions().decisive
-
-
-class ClusterGroup(Group, panel="Cluster"):
-    """The machines that measure."""
-
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Measure on a Ray cluster: host:6379, auto for the one on this machine, or local to start one "
-            "(default: in this process).",
-        ),
-    ] = None
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most workers of the cluster (default: CPUs / --threads, or one for each GPU)."),
-    ] = None
-
-    def cluster(self) -> Cluster | None:
-        """Return the cluster; None for this process.
-
-        Raises:
-            typer.BadParameter: If a number of workers is given without a cluster.
-        """
-        from unetc.jobs import Cluster
-
-        if self.ray is None:
-            if self.workers is not None:
-                raise typer.BadParameter("--workers limits the workers of a cluster; give --ray too.")
-            return None
-        return Cluster(address=self.ray, most_workers=self.workers)
 
 
 def analyze(

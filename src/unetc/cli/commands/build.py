@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..groups import Group
-from ..options import Cache, Json, LadderGroup, LimitGroup, ModelGroup, ProfileGroup
+from ..options import Cache, ClusterGroup, Json, LadderGroup, LimitGroup, ModelGroup, ProfileGroup
 
 if TYPE_CHECKING:
     from unetc.artifacts.plan import Plan
@@ -88,6 +88,7 @@ def build(
     limits: LimitGroup,
     building: BuildGroup,
     sampling: ProfileGroup,
+    machines: ClusterGroup,
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")] = Path("bundle"),
     cache: Cache = None,
     as_json: Json = False,
@@ -103,7 +104,7 @@ def build(
     from .. import summary
     from ..output import ERR, OUT, print_json, progress
 
-    plan, source = building.given_plan(budgets), model.source()
+    plan, source, cluster = building.given_plan(budgets), model.source(), machines.cluster()
     options = building.options(limits.plan(budgets[0]), budgets[1:], sampling.steps_of(source))
     known, analysis = sampling.known(), sampling.analysis(source)
     with progress() as on_progress:
@@ -115,6 +116,7 @@ def build(
             plan=plan,
             analysis=analysis,
             cache=cache,
+            cluster=cluster,
             on_progress=on_progress,
         )
     for note in manifest.notes:

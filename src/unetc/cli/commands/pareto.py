@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ..options import Cache, Json, LimitGroup, ModelGroup, ProfileGroup
+from ..options import Cache, ClusterGroup, Json, LimitGroup, ModelGroup, ProfileGroup
 
 
 def pareto(
     model: ModelGroup,
     limits: LimitGroup,
     sampling: ProfileGroup,
+    machines: ClusterGroup,
     budgets: Annotated[
         int, typer.Option(min=1, help="Number of budgets, from 0.1 (saves 10 %) to 0.8 (saves 80 %).")
     ] = 8,
@@ -38,7 +39,7 @@ def pareto(
     picture = output.with_suffix(".svg")
     check_writable(output)
     check_writable(picture)
-    known, source = sampling.known(), model.source()
+    known, source, cluster = sampling.known(), model.source(), machines.cluster()
     options = ParetoOptions(
         budgets=budgets,
         steps=sampling.steps_of(source),
@@ -48,7 +49,9 @@ def pareto(
     )
     analysis = sampling.analysis(source)
     with progress() as on_progress:
-        curve = measure(source, options, profile=known, analysis=analysis, cache=cache, on_progress=on_progress)
+        curve = measure(
+            source, options, profile=known, analysis=analysis, cache=cache, cluster=cluster, on_progress=on_progress
+        )
     curve.save(output)
     write_atomically(picture, draw(curve).encode())
     if as_json:
