@@ -1,12 +1,16 @@
 """How does an analysis scale over workers of a Ray cluster, and what do killed workers cost?
 
-    python benchmarks/bench_ray.py                          # about twelve minutes on two cores
+    python benchmarks/bench_ray.py                          # about a quarter of an hour on two cores
     python benchmarks/bench_ray.py --terrain terrain/       # also the pipeline of terrain.py, some components
+    python benchmarks/bench_ray.py --workers 1 2 4          # on four cores
 
 Each model is analysed in this process with one thread, by one worker of a local Ray cluster, and by two, in turns. All
 start from the same measured costs, so they carry the same ablations to the final output, and their profiles must be
 equal byte for byte. Seconds count without the start of the cluster. The components were timed once, which is the same
 work everywhere; figures say where it is included. Then workers are killed at random moments while they run a job.
+
+The search for a plan is measured alike, from one profile and with times of engines that are made up, because real ones
+would lead every search elsewhere. All searches must sample the same schedules and find the same plan.
 
 Larger clusters are *simulated*: `ray_simulation.py` hands out jobs of the measured durations to workers, some of which
 are slow. Writes `results/ray.json` and docs/images/ray.png.
@@ -21,12 +25,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401 - makes unetc importable
+from ray_search import BUDGET, search
 from ray_simulation import SIZES, Work, simulate
 from result_file import write
 
@@ -38,6 +43,8 @@ PICTURE = HERE.parent / "docs/images/ray.png"
 THREADS = 1
 PAUSE_S = 10.0
 """Longest time between two kills: a job that is killed five times ends the analysis, and jobs take seconds."""
+NUMBERS = {2: "two", 4: "four"}
+"""Numbers of workers in words."""
 STAGES = ("timing", "full model", "screen", "ablations")
 
 
@@ -128,17 +135,37 @@ def jobs_of(work: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def measure(name: str, model: str, options: Mapping[str, Any], work: Path, rounds: int, kills: int) -> dict[str, Any]:
-    """Measure one model."""
+def measure(
+    name: str,
+    model: str,
+    options: Mapping[str, Any],
+    work: Path,
+    *,
+    workers: Sequence[int],
+    rounds: int,
+    kills: int,
+) -> dict[str, Any]:
+    """Measure one model.
+
+    Args:
+        name: Its name in figures.
+        model: The model.
+        options: Options of the analysis.
+        work: Folder for caches.
+        workers: Numbers of workers, rising from 1.
+        rounds: Turns of each number of workers.
+        kills: Most workers to kill.
+    """
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     case = {"model": model, "options": options, "kills": 0}
     first = run({**case, "workers": 0, "cache": str(folder / "first"), "profile": str(folder / "first.json")})
     expected = (folder / "first.json").read_bytes()
-    seconds: dict[int, list[dict[str, Any]]] = {0: [], 1: [], 2: []}
+    runs: dict[int, list[dict[str, Any]]] = {count: [] for count in (0, *workers)}
+    searches: dict[int, list[dict[str, Any]]] = {count: [] for count in (0, *workers)}
     equal = True
 
-    def again(workers: int, kills: int = 0) -> dict[str, Any]:
+    def again(count: int, kills: int = 0) -> dict[str, Any]:
         """Analyse from the measured costs alone."""
         cache, profile = folder / "again", folder / "again.json"
         shutil.rmtree(cache, ignore_errors=True)
@@ -147,7 +174,7 @@ def measure(name: str, model: str, options: Mapping[str, Any], work: Path, round
         measured = run(
             {
                 **case,
-                "workers": workers,
+                "workers": count,
                 "kills": kills,
                 "cache": str(cache),
                 "profile": str(profile),
@@ -158,12 +185,15 @@ def measure(name: str, model: str, options: Mapping[str, Any], work: Path, round
         return measured
 
     for _ in range(rounds):
-        for workers, rows in seconds.items():
-            rows.append(again(workers))
-    killed = again(2, kills) if kills else None
+        for count in (0, *workers):
+            runs[count].append(again(count))
+            whole = {"model": model, "workers": count, "kills": 0, "cache": str(folder / "first")}
+            searches[count].append(run({**whole, "profile": str(folder / "first.json"), "search": True}))
+    killed = again(workers[-1], kills) if kills else None
     return {
         "first": first,
-        "runs": seconds,
+        "runs": runs,
+        "searches": searches,
         "killed": killed,
         "equal": equal,
         "jobs": jobs_of(folder / "first"),
@@ -174,10 +204,13 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
     """List the figures of a model."""
     timing = result["first"]["stages"]["timing"]
 
-    def median(of: Callable[[Mapping[str, Any]], float], above: int, below: int) -> float:
-        runs = zip(result["runs"][above], result["runs"][below], strict=True)
+    def median(of: Callable[[Mapping[str, Any]], float], above: int, below: int, kind: str = "runs") -> float:
+        runs = zip(result[kind][above], result[kind][below], strict=True)
         ratios = [of(one) / of(other) for one, other in runs]
         return float(statistics.median(ratios))
+
+    def alone(run: Mapping[str, Any]) -> float:
+        return float(run["seconds"])
 
     def whole(run: Mapping[str, Any]) -> float:
         return float(timing + run["seconds"])
@@ -190,13 +223,34 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
         {"figure": f"{name}: seconds with one worker / in one process, timing included", "value": median(whole, 1, 0)}
         | most,
         {"figure": f"{name}: seconds of the jobs with one worker / in one process", "value": median(jobs, 1, 0)},
-        {"figure": f"{name}: seconds of the jobs with one worker / with two", "value": median(jobs, 1, 2)} | least,
-        {"figure": f"{name}: seconds with one worker / with two, timing included", "value": median(whole, 1, 2)},
         {"figure": f"{name}: seconds to start a cluster", "value": result["runs"][1][0]["start_s"]},
         {"figure": f"{name}: profiles equal byte for byte", "value": float(result["equal"]), "goal": {"at_least": 1}},
+        {
+            "figure": f"{name}: seconds of a search for a plan with one worker / in one process",
+            "value": median(alone, 1, 0, "searches"),
+        },
+        {
+            "figure": f"{name}: plans equal byte for byte",
+            "value": float(len({run["plan"] for runs in result["searches"].values() for run in runs}) == 1),
+            "goal": {"at_least": 1},
+        },
     ]
+    for count in (count for count in result["runs"] if count > 1):
+        many, goal = NUMBERS.get(count, str(count)), least if count == 2 else {}
+        rows += [
+            {"figure": f"{name}: seconds of the jobs with one worker / with {many}", "value": median(jobs, 1, count)}
+            | goal,
+            {
+                "figure": f"{name}: seconds with one worker / with {many}, timing included",
+                "value": median(whole, 1, count),
+            },
+            {
+                "figure": f"{name}: seconds of a search for a plan with one worker / with {many}",
+                "value": median(alone, 1, count, "searches"),
+            },
+        ]
     if (killed := result["killed"]) is not None:
-        undisturbed = statistics.median(run["seconds"] for run in result["runs"][2])
+        undisturbed = statistics.median(run["seconds"] for run in result["runs"][max(result["runs"])])
         rows += [
             {"figure": f"{name}: workers killed", "value": killed["kills"]},
             {"figure": f"{name}: jobs repeated / workers killed", "value": killed["repeats"] / max(1, killed["kills"])},
@@ -221,8 +275,16 @@ def draw(simulated: Mapping[str, list[dict[str, Any]]], results: Mapping[str, An
         speedups = [row["speedup"] for row in rows]
         axis.plot([row["workers"] for row in rows], speedups, marker="o", color=colour, label=f"{name}, simulated")
     for name, result in results.items():
-        one, two = (statistics.median(run["seconds"] for run in result["runs"][workers]) for workers in (1, 2))
-        axis.scatter([1, 2], [1, one / two], marker="x", color="black", zorder=3, label=f"{name}, measured")
+        seconds = {count: statistics.median(run["seconds"] for run in runs) for count, runs in result["runs"].items()}
+        counts = [count for count in seconds if count]
+        axis.scatter(
+            counts,
+            [seconds[1] / seconds[count] for count in counts],
+            marker="x",
+            color="black",
+            zorder=3,
+            label=f"{name}, measured",
+        )
     axis.set(xlabel="workers", ylabel="speed-up over one worker", xscale="log", yscale="log")
     axis.set_xticks(SIZES, [str(size) for size in SIZES])
     axis.spines[["top", "right"]].set_visible(False)
@@ -238,6 +300,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="the picture")
     parser.add_argument("--terrain", type=Path, help="pipeline folder of terrain.py")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers, 1 among them")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each number of workers")
     parser.add_argument("--kills", type=int, default=50, help="most workers to kill")
     parser.add_argument("--steps", type=int, default=50)
@@ -246,8 +309,10 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(json.loads(options.child))))
+        case = json.loads(options.child)
+        print(json.dumps(search(case) if "search" in case else child(case)))
         return
+    workers = sorted({1, *options.workers})
     effort = {"steps": options.steps, "samples": options.samples, "decisive": options.decisive, "rounds": 4}
     cases: dict[str, tuple[str, dict[str, Any]]] = {"digits": ("digits", {**effort, "components": []})}
     if options.terrain:
@@ -256,7 +321,7 @@ def main() -> None:
     results, simulated = {}, {}
     for name, (model, own) in cases.items():
         kills = options.kills if name == "digits" else 0
-        results[name] = measure(name, model, own, options.work, options.rounds, kills)
+        results[name] = measure(name, model, own, options.work, workers=workers, rounds=options.rounds, kills=kills)
         work = Work.of(results[name]["first"]["stages"], results[name]["jobs"], results[name]["runs"][1])
         simulated[name] = simulate(work)
         simulated[f"{name}, ten times the jobs"] = simulate(work.times(10))
@@ -273,7 +338,7 @@ def main() -> None:
         options.results,
         "ray",
         {
-            "settings": effort | {"rounds of each": options.rounds, "threads": THREADS},
+            "settings": effort | {"rounds of each": options.rounds, "threads": THREADS, "budget of a search": BUDGET},
             "figures": [row for name, result in results.items() for row in figures_of(name, result)],
             "tables": [table],
             "measured": measured,
