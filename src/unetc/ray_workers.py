@@ -100,13 +100,18 @@ def connect(address: str, **options: Any) -> None:
 
     Raises:
         OSError: If nothing answers at the address.
-        RuntimeError: If Ray refuses.
+        RuntimeError: If Ray refuses, or does not start in time.
         ValueError: If the address is none.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     _reach(address)
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except Exception as error:
+        if type(error) is Exception:  # as Ray says that a node has not started within half a minute
+            raise RuntimeError(str(error)) from error
+        raise
 
 
 def _reach(address: str) -> None:

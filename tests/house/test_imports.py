@@ -118,6 +118,27 @@ main()
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("error", ["Exception", "RuntimeError", "ConnectionError"])
+def test_a_cluster_that_does_not_start_in_time_is_said_without_a_traceback(error: str) -> None:
+    """Ray itself raises a bare `Exception` after half a minute; here its start fails at once."""
+    code = f"""
+import ray
+from unetc.errors import WorkerError
+from unetc.ray_workers import joined
+
+def late(**_):
+    raise {error}("The current node timed out during startup.")
+
+ray.init = late
+try:
+    with joined("local"):
+        pass
+except WorkerError as error:
+    print(error)
+"""
+    assert "cannot join a Ray cluster at local: The current node timed out during startup." in run(code)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "no.such.host.invalid:6379"])
 def test_a_cluster_that_is_not_there_is_refused_at_once(address: str) -> None:
     code = f"""
