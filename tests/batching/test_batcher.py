@@ -313,6 +313,11 @@ def test_a_large_request_does_not_hold_up_a_small_one(sessions: Mapping[str, Ses
         (SampleRequest(steps=4), SessionError, "Nearest: 3 or 5 steps"),
         (SampleRequest(count=0), ShapeMismatch, "expected at least 1"),
         (SampleRequest(seed=-1), SessionError, "between 0 and"),
+        (
+            SampleRequest(count=2, image=np.zeros((1, 2, 8, 8), np.float32)),
+            ShapeMismatch,
+            "for 2 images, and starts from 1",
+        ),
     ],
 )
 def test_a_bad_request_is_refused_at_once(

@@ -66,6 +66,14 @@ def test_alone_a_request_takes_the_time_of_its_calls() -> None:
     assert ours.backlog() == 0
 
 
+def test_all_images_of_a_request_come_after_those_that_were_accepted() -> None:
+    ours = estimates(seats=4, call=0.0)
+    accepted = orders(Accepted(running=2, share=0.5), Accepted(waiting=8))
+    image = CALLS * 0.01 * UNITS
+    assert ours.finished([], new(8)) == pytest.approx(8 * image)
+    assert ours.finished(accepted, new(8)) == pytest.approx(17 * image)
+
+
 def test_a_crowd_that_is_half_done_counts_twice_under_load() -> None:
     """Others take the seats of those that are finished."""
     ours = estimates(seats=200, call=0.0)
