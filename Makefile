@@ -1,4 +1,5 @@
-.PHONY: install check test nightly nightly-slice durations promises bounds rtx bench docs build
+.PHONY: install check test nightly nightly-slice durations promises coverage mutants bounds audit rtx bench docs build \
+	release
 
 SLICE = auto
 
@@ -25,8 +26,17 @@ durations:
 promises:
 	python -m tests.promises
 
+coverage:
+	python -m tests.coverage
+
+mutants:
+	python -m tests.mutants
+
 bounds:
 	python -m tests.house.bounds
+
+audit:
+	python -m tests.house.audit
 
 rtx:
 	python -m pip install -e ".[rtx]"
@@ -40,3 +50,6 @@ docs:
 
 build:
 	python -m pip wheel --no-deps --wheel-dir dist .
+
+release:
+	python -m tests.house.release
