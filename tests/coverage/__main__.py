@@ -30,6 +30,9 @@ GOALS = {"runtime": 0.95, "the rest": 0.9}
 SHOWN = 0.9
 """Modules below this share are listed."""
 
+DONE = "done"
+"""File that says that all tests have passed."""
+
 Counts = dict[str, int]
 COUNTED = ("covered_lines", "num_statements", "covered_branches", "num_branches")
 
@@ -39,12 +42,18 @@ def folders() -> list[str]:
     return [*sorted({path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}), "src"]
 
 
-def digest() -> str:
-    """Hash the sources: runs of other sources do not count."""
-    own = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
-        own.update(path.read_bytes())
-    return own.hexdigest()[:16]
+def tests_of(folder: str) -> Path:
+    """Return the path of a folder's tests."""
+    return ROOT / folder if folder == "src" else ROOT / "tests" / folder
+
+
+def place(folder: str, work: Path) -> Path:
+    """Return where the data of a folder's tests lie; other sources or other tests have another place."""
+    digest = hashlib.sha256()
+    files = {path for own in SOURCES for path in (ROOT / own).rglob("*.py")}
+    for path in sorted(files | {*tests_of(folder).rglob("*.py"), *(ROOT / "tests").glob("*.py")}):
+        digest.update(path.read_bytes())
+    return work / f"{folder}-{digest.hexdigest()[:16]}"
 
 
 def run(folder: str, work: Path) -> None:
@@ -53,18 +62,19 @@ def run(folder: str, work: Path) -> None:
     Raises:
         SystemExit: If one fails.
     """
-    tests = ROOT / folder if folder == "src" else ROOT / "tests" / folder
-    pytest = ["-m", "pytest", "-q", "-p", "no:randomly", "--shared", str(work / "shared"), str(tests)]
+    data = place(folder, work)
+    data.mkdir(parents=True, exist_ok=True)
+    pytest = ["-m", "pytest", "-q", "-p", "no:randomly", "--shared", str(work / "shared"), str(tests_of(folder))]
     command = [sys.executable, "-m", "coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}", *pytest]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "COVERAGE_FILE": str(work / folder)}, check=False)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "COVERAGE_FILE": str(data / "data")}, check=False)
     if done.returncode:
         sys.exit(f"tests of {folder} failed")
-    (work / f"{folder}.done").touch()
+    (data / DONE).touch()
 
 
-def measured(work: Path, done: Sequence[str]) -> dict[str, Counts]:
-    """Count lines and branches by module, over the data of folders."""
-    data = [str(path) for folder in done for path in work.glob(f"{folder}.*") if path.suffix != ".done"]
+def measured(places: Iterable[Path]) -> dict[str, Counts]:
+    """Count lines and branches by module, over the data in some places."""
+    data = [str(path) for own in places for path in own.glob("data.*")]
     with tempfile.TemporaryDirectory() as temporary:
         combined, report = f"{temporary}/data", f"{temporary}/report.json"
         tool = [sys.executable, "-m", "coverage"]
@@ -130,14 +140,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".coverage-parts", help="data of every folder")
     parser.add_argument("--result", type=Path, default=RESULT, help="file of the result")
     options = parser.parse_args()
-    work = options.work.resolve() / digest()
-    work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
     for folder in options.folders or known:
-        if not (work / f"{folder}.done").exists():
+        if not (place(folder, work) / DONE).exists():
             print(f"tests of {folder}", flush=True)
             run(folder, work)
-    done = [folder for folder in known if (work / f"{folder}.done").exists()]
-    result = result_of(measured(work, done), done)
+    done = {folder: own for folder in known if ((own := place(folder, work)) / DONE).exists()}
+    result = result_of(measured(done.values()), tuple(done))
     options.result.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(result["figures"], indent=1))
 
