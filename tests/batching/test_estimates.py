@@ -74,6 +74,12 @@ def test_all_images_of_a_request_come_after_those_that_were_accepted() -> None:
     assert ours.finished(accepted, new(8)) == pytest.approx(17 * image)
 
 
+def test_calls_are_shared_by_half_of_those_on_their_way() -> None:
+    call = 0.5 + 0.01 * 4 * UNITS
+    assert estimates(seats=16).backlog(new(8)) == pytest.approx(8 * CALLS * call / 4)
+    assert estimates(seats=8).backlog(new(100)) == pytest.approx(100 * CALLS * call / 4)
+
+
 def test_a_crowd_that_is_half_done_counts_twice_under_load() -> None:
     """Others take the seats of those that are finished."""
     ours = estimates(seats=200, call=0.0)

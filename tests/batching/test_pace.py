@@ -52,6 +52,17 @@ def test_a_level_that_was_never_used_is_estimated_from_its_engines(
     assert pace.alone({slow: 8}, 10) > pace.alone({slow: 4, quick: 4}, 10)
 
 
+def test_the_first_call_says_how_slow_the_machine_is(clock: Clock, programs: tuple[Program, Program]) -> None:
+    clock.now = 1000.0
+    pace, (full, _) = Pace(clock), programs
+    pace.measured(full, Cost(0.0, 0.1))
+    assert pace.alone({full: 1}, 10) == pytest.approx(1)
+    pace.add(full, 10, 3.0)
+    assert pace.alone({full: 1}, 10) == pytest.approx(3)
+    clock.now += HALF_LIFE_S
+    assert pace.alone({full: 1}, 10) == pytest.approx(2)
+
+
 def test_slowness_is_forgotten_when_nothing_runs(clock: Clock, programs: tuple[Program, Program]) -> None:
     pace, (full, _) = Pace(clock), programs
     pace.measured(full, Cost(0.0, 0.1))
