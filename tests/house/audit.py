@@ -2,7 +2,7 @@
 
     python -m tests.house.audit [environment] [lowest] [highest]    # make audit: this environment
 
-`environment` is the one that runs this; `lowest` and `highest` are those of `make bounds`. pip-audit asks the database
+`environment` is the one that runs this; `make bounds` makes `lowest` and `highest`. pip-audit asks the database
 of PyPI, so this needs a network. It exits 1 if a package has a known vulnerability, and 2 if the database gave no
 answer.
 """

@@ -1,4 +1,4 @@
-"""A release can be made again bit by bit, and says what it was tested with."""
+"""A release can be made again bit by bit, and lists the packages that it was tested with."""
 
 from __future__ import annotations
 
