@@ -29,7 +29,12 @@ def test_the_largest_group_goes_first() -> None:
 def test_a_short_call_goes_before_a_large_one() -> None:
     long = [one(str(i), "y", seconds=1.0) for i in range(4)]
     assert choose([one("a", "x", seconds=0.9 * SHORT), *long], most(4)) == ("x", ["a"])
-    assert choose([one("a", "x", seconds=1.1 * SHORT), *long], most(4))[0] == "y"
+    assert choose([one("a", "x", seconds=SHORT), *long], most(4))[0] == "y"
+
+
+def test_a_group_counts_for_the_rows_that_its_call_can_have() -> None:
+    waiting = [*(one(str(i), "x") for i in range(4)), *(one(str(i), "y") for i in range(3))]
+    assert choose(waiting, {"x": 2, "y": 8}.__getitem__) == ("y", ["0", "1", "2"])
 
 
 def test_age_outranks_a_short_call() -> None:
@@ -39,8 +44,9 @@ def test_age_outranks_a_short_call() -> None:
 
 
 def test_age_outranks_a_full_call() -> None:
-    waiting = [one("a", "x", age=int(PATIENCE) + 2), *(one(str(i), "y") for i in range(4))]
-    assert choose(waiting, most(4)) == ("x", ["a"])
+    full = [one(str(i), "y") for i in range(4)]
+    assert choose([one("a", "x", age=int(PATIENCE) + 2), *full], most(4)) == ("x", ["a"])
+    assert choose([one("a", "x", age=int(PATIENCE) - 2), *full], most(4))[0] == "y"
 
 
 def test_an_urgent_member_goes_before_all_others() -> None:
