@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import ray
 from ray_processes import RUNNING, processes
 
-from unetc.ray_workers import LOCAL, connect
+from unetc.ray_token import LOCAL
+from unetc.ray_workers import connect
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from unetc.errors import ProfileError
 from unetc.jobs import Bench, BenchOut, Cluster, InProcess, Workers
 from unetc.precision import Precision
 from unetc.progress import OnProgress, Progress, ignore
+from unetc.ray_token import guard
 from unetc.runtime.backends.registry import check_target, open_backend
 
 from .measured_calls import MeasuredCalls
@@ -108,6 +109,7 @@ def place_for(target: str, threads: int, cluster: Cluster | None, on_progress: O
             f"target {target} builds engines, which differ from machine to machine, so their damages do not compare. "
             "Measure it without --ray."
         )
+    guard(cluster.address)
     from unetc.ray_workers import Needs, joined, workers_of  # needs ray
 
     needs = Needs(

@@ -31,11 +31,10 @@ import unetc
 from unetc.environment import cores
 from unetc.errors import UnetcError, WorkerError, brief
 from unetc.jobs import Advance, Bench, Job, Other, Recipe, Result, Shared, Workers, ignore
+from unetc.ray_token import LOCAL
 
 logger = logging.getLogger(__name__)
 
-LOCAL = "local"
-"""Address of a cluster on this machine that lasts as long as the work."""
 MOST_TRIES = 5
 """Times that a job is given out before the work ends with an error, and times that a worker is started in a row."""
 _ANSWERS_WITHIN_S = 120.0

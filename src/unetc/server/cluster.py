@@ -23,7 +23,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from unetc.errors import SessionError, brief
-from unetc.ray_workers import LOCAL, connect
+from unetc.ray_token import LOCAL
+from unetc.ray_workers import connect
 
 from .process import Ending, listen
 from .replicas import APPLICATION, LAST_ANSWERS_S, deployed, needs

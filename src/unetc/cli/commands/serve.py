@@ -79,6 +79,7 @@ def serve(
     """
     import contextlib
 
+    from unetc.ray_token import guard
     from unetc.server.app import make_app
     from unetc.server.process import address_of, leave, listen, run
     from unetc.server.service import Service
@@ -122,6 +123,7 @@ def serve(
 
     with shown:
         if on_ray.ray is not None:
+            guard(on_ray.ray)
             from unetc.server import cluster
 
             service = Service.open(settings)
