@@ -115,3 +115,10 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     written = capsys.readouterr()
     assert written.out == ""
     assert "timing" in written.err
+
+
+def test_square_brackets_are_printed_as_they_are(screen: Screen) -> None:
+    with output.progress() as report:
+        report(Progress(stage="capture", done=1, total=1, note="pip install 'unetc[serve]'"))
+    output.say("wrote samples[bold].png", output.ERR)
+    assert {"pip install 'unetc[serve]'", "wrote samples[bold].png"} <= set(screen.lines())

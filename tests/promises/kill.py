@@ -326,7 +326,7 @@ PROMISE = Promise(
     name="kill",
     promised="A command that is killed leaves nothing half-written; the same command then completes, with the results "
     "of one that nobody killed.",
-    tried="SIGKILL at a random moment, before a random change to files, or in the middle of writing one, of analyze, "
+    tried="SIGKILL at a random moment or before a random change to files, or an end within a file, of analyze, "
     f"build, pareto, {'compile ' if RTX else ''}and the start of serve, in turn; every other time over earlier results."
     + ("" if RTX else " compile was left out: tensorrt-rtx is not installed."),
     prepare=prepare,

@@ -39,7 +39,7 @@ def progress() -> Iterator[OnProgress]:
 
         def show(report: Report) -> None:
             if report.note:
-                bars.console.print(report.note, soft_wrap=True)
+                say(report.note, bars.console)
             if report.stage not in tasks:
                 tasks[report.stage] = bars.add_task(report.stage, total=report.total)
             bars.update(tasks[report.stage], completed=report.done, total=report.total)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ class _Lines:
 
     def __call__(self, report: Report) -> None:
         if report.note:
-            ERR.print(report.note, soft_wrap=True)
+            say(report.note, ERR)
         now = time.monotonic()
         if report.stage != self._stage:
             self._stage, self._began, self._written = report.stage, now, 0.0
@@ -67,7 +67,12 @@ class _Lines:
         left = spent * (report.total - report.done) / report.done if report.done else 0.0
         tail = f", {left:.0f} s left" if left >= 1 else ""
         share = 100 * report.done / max(1, report.total)
-        ERR.print(f"{report.stage}: {share:.0f} % after {spent:.0f} s{tail}", soft_wrap=True)
+        say(f"{report.stage}: {share:.0f} % after {spent:.0f} s{tail}", ERR)
+
+
+def say(text: str, console: Console = OUT) -> None:
+    """Print a line as it is: square brackets in it, as in a path, are no markup."""
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def print_json(value: Record | dict[str, object]) -> None:

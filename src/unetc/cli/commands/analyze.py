@@ -63,7 +63,7 @@ def analyze(
     from unetc.artifacts.record import check_writable
 
     from .. import summary
-    from ..output import OUT, print_json, progress
+    from ..output import OUT, print_json, progress, say
 
     check_writable(output)
     by, source, cluster = ranking.order(), model.source(), machines.cluster()
@@ -81,4 +81,4 @@ def analyze(
         print_json(summary.profile_facts(profile, output, by=by, top=ranking.top, bin=ranking.bin))
     else:
         OUT.print(summary.profile_table(profile, by=by, top=ranking.top, bin=ranking.bin))
-        OUT.print(f"wrote {output}", soft_wrap=True)
+        say(f"wrote {output}")

@@ -102,7 +102,7 @@ def build(
     from unetc.api import build as make
 
     from .. import summary
-    from ..output import ERR, OUT, print_json, progress
+    from ..output import ERR, OUT, print_json, progress, say
 
     plan, source, cluster = building.given_plan(budgets), model.source(), machines.cluster()
     options = building.options(limits.plan(budgets[0]), budgets[1:], sampling.steps_of(source))
@@ -120,11 +120,11 @@ def build(
             on_progress=on_progress,
         )
     for note in manifest.notes:
-        ERR.print(note, soft_wrap=True)
+        say(note, ERR)
     if as_json:
         print_json(summary.bundle_facts(manifest, output))
     else:
         OUT.print(summary.bundle_table(manifest))
-        OUT.print(f"wrote {output}", soft_wrap=True)
+        say(f"wrote {output}")
         if command := summary.compiling(manifest, output):
-            OUT.print(f"its engines are not built yet: {command}", soft_wrap=True)
+            say(f"its engines are not built yet: {command}")

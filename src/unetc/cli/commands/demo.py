@@ -22,7 +22,7 @@ def demo(
     from unetc.demo import run_demo
 
     from .. import summary
-    from ..output import OUT, print_json, progress
+    from ..output import OUT, print_json, progress, say
 
     with progress() as on_progress:
         result = run_demo(output, budget=share, cache=cache, on_progress=on_progress)
@@ -32,7 +32,5 @@ def demo(
     OUT.print(summary.verification_table(result.verification))
     OUT.print("\nLook at:")
     for path, meaning in result.files:
-        OUT.print(f"  {path}  {meaning}", soft_wrap=True)
-    OUT.print(
-        f"\nServe it to many clients at once: pip install 'unetc[serve]' && unetc serve {result.bundle}", soft_wrap=True
-    )
+        say(f"  {path}  {meaning}")
+    say(f"\nServe it to many clients at once: pip install 'unetc[serve]' && unetc serve {result.bundle}")

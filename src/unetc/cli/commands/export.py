@@ -40,7 +40,7 @@ def export(
     from unetc.api import export_triton
     from unetc.triton.options import ExportOptions
 
-    from ..output import OUT, print_json, progress, table
+    from ..output import OUT, print_json, progress, say, table
 
     with progress() as on_progress:
         done = export_triton(bundle, output, ExportOptions(target=target, name=name), on_progress=on_progress)
@@ -52,7 +52,4 @@ def export(
         for one in done.models
     ]
     OUT.print(table(f"{done.model} on {done.target}", ["model", "runs", "largest batch"], rows, words=2))
-    OUT.print(
-        f"wrote {output}: {done.bytes_on_disk} bytes, or {done.bytes_apart} where hard links become copies",
-        soft_wrap=True,
-    )
+    say(f"wrote {output}: {done.bytes_on_disk} bytes, or {done.bytes_apart} where hard links become copies")

@@ -34,7 +34,7 @@ def pareto(
     from unetc.report.curve import draw
 
     from .. import summary
-    from ..output import OUT, print_json, progress
+    from ..output import OUT, print_json, progress, say
 
     picture = output.with_suffix(".svg")
     check_writable(output)
@@ -58,4 +58,4 @@ def pareto(
         print_json(summary.pareto_facts(curve, output))
     else:
         OUT.print(summary.pareto_table(curve))
-        OUT.print(f"wrote {output} and {picture}", soft_wrap=True)
+        say(f"wrote {output} and {picture}")

@@ -27,7 +27,7 @@ def plan(
     from unetc.artifacts.profile import Profile
 
     from .. import summary
-    from ..output import OUT, print_json
+    from ..output import OUT, print_json, say
 
     made = make(Profile.load(profile), limits.plan(share))
     made.save(output)
@@ -35,4 +35,4 @@ def plan(
         print_json(made)
     else:
         OUT.print(summary.plan_table(made))
-        OUT.print(f"wrote {output}", soft_wrap=True)
+        say(f"wrote {output}")

@@ -22,7 +22,7 @@ def report(
     from unetc.api import write_report
     from unetc.artifacts.verification import Verification
 
-    from ..output import OUT, print_json, progress
+    from ..output import print_json, progress, say
 
     known = Verification.load(verification) if verification else None
     with progress() as on_progress:
@@ -30,4 +30,4 @@ def report(
     if as_json:
         print_json({"output": str(output), "bytes": output.stat().st_size})
     else:
-        OUT.print(f"wrote {output}", soft_wrap=True)
+        say(f"wrote {output}")

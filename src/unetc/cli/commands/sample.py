@@ -68,7 +68,7 @@ def sample(
     from unetc.runtime.session import Session, backend_for
     from unetc.runtime.text import no_text
 
-    from ..output import ERR, OUT, print_json, progress
+    from ..output import ERR, print_json, progress, say
     from ..sampling import Draw, sample_in_calls, with_conditions, with_image
 
     if not prompt and negative_prompt is not None:
@@ -106,7 +106,7 @@ def sample(
         images = sample_in_calls(draw, batch, opened.manifest.batch, on_progress)
         seconds = time.perf_counter() - start
     for note in notes:
-        ERR.print(f"{note}.", soft_wrap=True, markup=False)
+        say(f"{note}.", ERR)
     write_atomically(output, png_bytes(grid(images)))
     if as_json:
         print_json(
@@ -118,4 +118,4 @@ def sample(
             }
         )
     else:
-        OUT.print(f"{len(images)} samples in {seconds:.2f} s; wrote {output}", soft_wrap=True)
+        say(f"{len(images)} samples in {seconds:.2f} s; wrote {output}")

@@ -85,7 +85,7 @@ def serve(
     from unetc.server.service import Service
     from unetc.server.settings import ApiKeys, BundleSource, ReplicaRange, ServerSettings
 
-    from ..output import ERR, OUT, print_json, progress
+    from ..output import ERR, OUT, print_json, progress, say
 
     replicas = ReplicaRange.parse(on_ray.replicas)
     if on_ray.ray is None and replicas.most > 1:
@@ -117,8 +117,8 @@ def serve(
             print_json({"address": address, "models": models})
         else:
             for name, served in service.models.items():
-                OUT.print(f"serving {name} at {address} with quality {', '.join(served.levels)}", soft_wrap=True)
-            OUT.print(_example(address, needs_key=settings.api_keys is not None), soft_wrap=True)
+                say(f"serving {name} at {address} with quality {', '.join(served.levels)}")
+            say(_example(address, needs_key=settings.api_keys is not None))
         OUT.file.flush()
 
     with shown:
