@@ -29,7 +29,7 @@ SUBJECTS = (
         name="treatments",
         modules=("treatments.py",),
         tests=("ground/test_treatments.py", "graph/test_new_treatment.py"),
-        sample=60,
+        sample=8,
     ),
     Subject(
         name="specialisation",
