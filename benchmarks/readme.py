@@ -200,10 +200,17 @@ def first_table(result: dict[str, Any]) -> str:
 def promises(result: dict[str, Any]) -> str:
     """Write a row for every promise, and the tries that broke it."""
     rows = [
-        [f"**{row['promise']}**: {row['promised']}", row["tried"], row["tries"], row["broken"], figures_of(row)]
+        [
+            f"**{row['promise']}**: {row['promised']}",
+            row["tried"],
+            row["tries"],
+            row["broken"],
+            f"{row['trials']} of {row['trials in full']}",
+            figures_of(row),
+        ]
         for row in result["rows"]
     ]
-    lines = [table(["promise", "how it was tried", "tries", "broken", "largest figures"], rows)]
+    lines = [table(["promise", "how it was tried", "tries", "broken", "trials", "largest figures"], rows)]
     for row in result["rows"]:
         lines += [f"\n{row['promise']}, broken:\n", *(f"- {one}" for one in row["examples"])] if row["examples"] else []
     return "\n".join(lines)
