@@ -38,8 +38,10 @@ BATCH_ROUNDS = 5
 BATCH_SECONDS = 1.0
 RECORDED_BYTES = 2**30
 """Most memory for the full model's trajectories that rows are tuned on."""
-_LOADED_ENGINES = 12
-"""Engines kept for the next plan; each has its own copy of the weights that it packs."""
+_FEWEST_ENGINES = 12
+"""Engines that stay loaded, however large they are."""
+_ENGINE_BYTES = 2**31
+"""Memory for further engines: searches sample plans in turn, and each has its own copy of the weights that it packs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,7 @@ class SearchBench:
         self._decoder = Decoder(decoder.graph, decoder.scale, backend) if decoder else None
         self._device = backend.device
         self._loader = backend.open_weights(weights)
+        self._most_engines = max(_FEWEST_ENGINES, _ENGINE_BYTES // max(1, len(weights)))
         self._programs: dict[bytes, Program] = {}
         self._references: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._recordings: dict[tuple[int, int], tuple[Recording, NDArray[np.float32]]] = {}
@@ -143,7 +146,7 @@ class SearchBench:
         if program is None:
             program = self._loader.load(graph)
         self._programs[graph.graph] = program
-        while len(self._programs) > _LOADED_ENGINES:
+        while len(self._programs) > self._most_engines:
             del self._programs[next(iter(self._programs))]
         return program
 
