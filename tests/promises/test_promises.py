@@ -10,7 +10,7 @@ from tests.promises.promise import Place, Promise
 from tests.promises.promises import PROMISES
 
 EVERY_RUN = {"corruption", "paths", "code", "keys", "fuzz"}
-"""Promises whose trials take seconds. The others set up servers, clusters or many processes, and take turns in slices."""
+"""Promises whose trials take seconds. The others set up servers or many processes, and take turns in slices."""
 
 
 @pytest.mark.parametrize(
