@@ -84,14 +84,17 @@ def test_a_losing_plan_and_both_distances_are_printed(result: Verification) -> N
     best = min(result.controls, key=lambda name: result.controls[name].damage.relative_l2.mean)
     faster = msgspec.structs.replace(result.controls[best], time_ratio=0.01)
     far = measure_damage(np.ones((2, 1, 12, 12), np.float32), np.zeros((2, 1, 12, 12), np.float32))
-    losing = msgspec.structs.replace(result, controls={best: faster}, damage=far)
+    converged = result.converged
+    assert converged is not None
+    compared = msgspec.structs.replace(converged, controls={best: converged.controls[best]})
+    losing = msgspec.structs.replace(result, controls={best: faster}, loses_to=(best,), damage=far, converged=compared)
     assert losing.beaten_by() == (best,)
     console = Console(width=400, record=True)
     console.print(verification_table(losing))
     text = " ".join(console.export_text().split())
     assert f"The plan loses to {best}: less damage in no more time." in text
     assert WHICH_FIGURE in text
-    winning = msgspec.structs.replace(result, controls={}, converged=None)
+    winning = msgspec.structs.replace(result, controls={}, loses_to=(), converged=None)
     console.print(verification_table(winning))
     text = console.export_text()
     assert "loses" not in text

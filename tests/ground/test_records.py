@@ -303,6 +303,9 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a prediction that is not a number": lambda: plan(
         prediction=Prediction(time_ratio=float("nan"), relative_l2=0.0, memory=1.0)
     ),
+    "a component with an unknown one nested in it": lambda: profile(
+        components=(msgspec.structs.replace(component(), nested=("b",)),)
+    ),
     "an effect of an unknown component": lambda: profile(components=(component("b"),)),
     "a cost of an unknown component": lambda: profile(components=(component("b"),), effects=()),
     "two components with the same name": lambda: profile(components=(component(),) * 2),

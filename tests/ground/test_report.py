@@ -55,7 +55,7 @@ def make_profile(count: int = 6, bins: int = 4, seed: int = 0) -> Profile:
             index=i,
             channels=1,
             axis=1,
-            nested=(f"residual:up_blocks.{i // 8}.resnets.{i % 8 + 1}",) if i == 2 else (),
+            nested=(f"residual:up_blocks.{i // 8}.resnets.{i % 8 + 1}",) if i == 2 < count - 1 else (),
             offset=i,
         )
         for i in range(count)

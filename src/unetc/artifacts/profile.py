@@ -255,6 +255,8 @@ class Profile(Artifact, frozen=True, kw_only=True):
         """Check that the parts refer to each other."""
         names = {component.name for component in self.components}
         require(len(names) == len(self.components), "component names must be unique")
+        inner = {name for component in self.components for name in component.nested}
+        require(inner <= names, f"a component has unknown ones nested in it: {sorted(inner - names)}")
         require(all(effect.component in names for effect in self.effects), "an effect names an unknown component")
         require(all(cost.component in names for cost in self.costs), "a cost names an unknown component")
         require(all(0 <= effect.bin < len(self.bins) for effect in self.effects), "an effect names an unknown bin")

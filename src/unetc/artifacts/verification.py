@@ -89,6 +89,7 @@ class Verification(Artifact, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check that the parts refer to each other."""
         names = self.controls.keys()
+        require({*self.loses_to} <= names, "loses_to names an unknown control")
         compared = names if self.converged is None else self.converged.controls.keys()
         require(compared == names, "the converged trajectory must be compared with every control")
         require(self.full_disk_bytes > 0, "the files of the full model must not be empty")
