@@ -124,7 +124,8 @@ class MappingLoader:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             (self._folder / WEIGHTS).write_bytes(weights)
         except OSError as error:
-            raise no_room(f"{len(weights)} bytes of weights", error) from error
+            problem = no_room(f"{len(weights)} bytes of weights", error)
+            raise SessionError(f'{problem} Or load with memory="fast".') from error
 
     def load(self, graph: SerialisedGraph) -> OnnxRuntimeProgram:
         """Load a graph."""

@@ -14,7 +14,7 @@ from tests.small_files import small_files
 from tests.tree import tree
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.private_folder import private_folder
-from unetc.errors import ArtifactError
+from unetc.errors import ArtifactError, SessionError, UnetcError
 from unetc.models.folder import view
 from unetc.nvidia.cache import EngineCache
 from unetc.runtime.backends.onnxruntime import MappingLoader
@@ -32,13 +32,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("write", [lambda data: MappingLoader(data, 1), private_folder], ids=["session", "engines"])
+@pytest.mark.parametrize(
+    ("write", "refusal"),
+    [(lambda data: MappingLoader(data, 1), SessionError), (private_folder, ArtifactError)],
+    ids=["session", "engines"],
+)
 def test_temporary_weights_that_do_not_fit_are_refused_and_removed(
-    write: Callable[[bytes], object], tiny_bundle: Path, temporary: Path
+    write: Callable[[bytes], object], refusal: type[UnetcError], tiny_bundle: Path, temporary: Path
 ) -> None:
     weights = (tiny_bundle / WEIGHTS).read_bytes()
     said = rf"cannot write {len(weights)} bytes of weights to {re.escape(str(temporary))}: File too large. Set TMPDIR"
-    with pytest.raises(ArtifactError, match=said) as raised, small_files(len(weights) - 1):
+    with pytest.raises(refusal, match=said) as raised, small_files(len(weights) - 1):
         write(weights)
     del raised
     assert tree(temporary) == {}
@@ -46,14 +50,20 @@ def test_temporary_weights_that_do_not_fit_are_refused_and_removed(
 
 
 @pytest.mark.parametrize(
-    "write", [lambda: MappingLoader(b"", 1), lambda: private_folder(b""), link], ids=["session", "engines", "links"]
+    ("write", "refusal"),
+    [
+        (lambda: MappingLoader(b"", 1), SessionError),
+        (lambda: private_folder(b""), ArtifactError),
+        (link, ArtifactError),
+    ],
+    ids=["session", "engines", "links"],
 )
 def test_a_machine_without_any_temporary_folder_is_refused(
-    write: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+    write: Callable[[], object], refusal: type[UnetcError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
     said = r"cannot write .* to a temporary folder: No usable temporary directory found in .*Set TMPDIR"
-    with pytest.raises(ArtifactError, match=said), small_files(0):
+    with pytest.raises(refusal, match=said), small_files(0):
         write()
 
 

@@ -30,7 +30,7 @@ from tests.plans import plan_of
 from unetc.artifacts import Assignment, Phase, Plan
 from unetc.backend import WEIGHTS, Array, Backend, Loader, Program, SerialisedGraph
 from unetc.device import Device
-from unetc.errors import ArtifactError, NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
+from unetc.errors import NonFiniteError, SessionError, ShapeMismatch, StaleEngineError
 from unetc.runtime import session as session_module
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.runtime.batching.batcher import Batcher
@@ -614,7 +614,7 @@ def test_an_error_in_writing_weights_names_the_place(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(ArtifactError, match=r"nowhere.*TMPDIR"):
+    with pytest.raises(SessionError, match=r"nowhere.*TMPDIR"):
         open_backend("onnxruntime:cpu", threads=1, memory=Memory.LOW).open_weights(bundle.weights)
 
 
