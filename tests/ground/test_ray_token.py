@@ -9,7 +9,7 @@ import sys
 import pytest
 
 NEW = """
-import os, sys
+import os
 from unetc.ray_token import guard
 {before}
 guard({address!r})

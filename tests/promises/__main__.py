@@ -47,26 +47,25 @@ def main() -> None:
     chosen = [promise for promise in PROMISES if promise.name in (options.names or names)]
     earlier = json.loads(options.result.read_text())["rows"] if options.result.exists() else []
     rows = {row["promise"]: row for row in earlier}
-    left = {promise.name: missing(promise, options.share, options.work) for promise in chosen}
+    journals = {promise.name: Journal(promise, options.work) for promise in chosen}
+    left = {promise.name: missing(promise, options.share, journals[promise.name]) for promise in chosen}
     minutes = sum(promise.seconds * len(left[promise.name]) for promise in chosen) / 60
     say(f"{sum(map(len, left.values()))} trials are left, about {math.ceil(minutes)} minutes")
     for promise in chosen:
-        run(promise, left[promise.name], options.work)
-        rows[promise.name] = row_of(promise, Journal(promise, options.work))
+        run(promise, left[promise.name], journals[promise.name], options.work)
+        rows[promise.name] = row_of(promise, journals[promise.name])
         write(options.result, [rows[name] for name in names if name in rows])
 
 
-def missing(promise: Promise, share: float, work: Path) -> list[int]:
-    """List the trials that no journal has."""
-    done = Journal(promise, work).lines
-    return [number for number in range(max(1, round(share * promise.trials))) if number not in done]
+def missing(promise: Promise, share: float, journal: Journal) -> list[int]:
+    """List the trials that a journal lacks."""
+    return [number for number in range(max(1, round(share * promise.trials))) if number not in journal.lines]
 
 
-def run(promise: Promise, trials: Sequence[int], work: Path) -> None:
+def run(promise: Promise, trials: Sequence[int], journal: Journal, work: Path) -> None:
     """Run trials and write each into the journal."""
     if not trials:
         return
-    journal = Journal(promise, work)
     own = (work / promise.name).resolve()
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)

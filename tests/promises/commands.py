@@ -48,8 +48,8 @@ class Command:
     """Whether it runs until it is told to end, after it has written a line."""
 
 
-def commands_of(place: Place) -> tuple[Command, ...]:
-    """List the commands, with short work on the tiny model and its bundle; those that need no torch come first."""
+def commands_of(place: Place) -> tuple[list[Command], list[Command]]:
+    """List the commands that need no torch, and those that do, with short work on the tiny model and its bundle."""
     model, build = str(place.tiny_model), place.tiny_build
     bundle, profile = str(build / "bundle"), str(build / "profile.json")
     exported = once(place.shared / "tiny-repository", partial(_export, build / "bundle"))
@@ -57,7 +57,7 @@ def commands_of(place: Place) -> tuple[Command, ...]:
     plain = ("--plan", str(build / "plan.json"), "--no-controls", "--no-tune", "--repair", "0")
     short = ("--steps", "4", "--samples", "2", "--bins", "2", "--batch", "2", "--threads", "1", "--screen-only")
     low = ("--memory", "low")
-    return (
+    commands = (
         Command(name="sample", arguments=("sample", bundle), output="samples.png", read=_read_picture),
         Command(
             name="export",
@@ -93,6 +93,7 @@ def commands_of(place: Place) -> tuple[Command, ...]:
             heavy=True,
         ),
     )
+    return [one for one in commands if not one.heavy], [one for one in commands if one.heavy]
 
 
 def _export(bundle: Path, folder: Path) -> None:

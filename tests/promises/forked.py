@@ -11,32 +11,17 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
 
 from tests.promises.changes import count_changes
 from tests.promises.clock import set_clock
+from tests.promises.forking import HEAVY, become
 from unetc.cli import main
 
-IMPORTED = (
-    "diffusers.models.unets.unet_2d",
-    "onnxruntime",
-    "onnxscript",
-    "torch._dynamo",
-    "torch._inductor.decomposition",
-    "torch.export._trace",
-    "torch.onnx._internal.exporter._core",
-    "unetc.analyzer.analyze",
-    "unetc.cli.summary",
-    "unetc.compiler.build",
-    "unetc.compiler.search.pareto",
-    "unetc.report.curve",
-    "unetc.server.app",
-    "unetc.server.process",
-)
-"""Modules that commands import; these import most of the others."""
+IMPORTED = (*HEAVY, "unetc.server.app", "unetc.server.process")
+"""Modules that commands import, or that import most of them."""
 READY = "ready"
 
 
@@ -78,13 +63,7 @@ def serve() -> tuple[str, ...]:
 
 def _become(asked: Asked) -> tuple[str, ...]:
     """Turn a forked process into the process of a command."""
-    os.setsid()
-    for path, stream in ((asked.out, 1), (asked.err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY), stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ["TMPDIR"] = os.path.join(asked.folder, "tmp")
-    tempfile.tempdir = None  # a library may have asked for it before the fork
-    os.chdir(asked.folder)
+    become(asked.folder, {"TMPDIR": os.path.join(asked.folder, "tmp")}, asked.out, asked.err)
     set_clock(Path(asked.clock))
     count_changes(asked.folder, Path(asked.changes), last=asked.last)
     if asked.longest is not None:

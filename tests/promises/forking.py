@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from tests.promises.limits import limit
@@ -61,16 +62,27 @@ def arguments() -> list[str]:
 
 
 def _become(asked: dict[str, Any]) -> list[str]:
-    """Turn a forked process into the process of a command."""
-    os.setsid()
-    for name, stream in (("out", 1), ("err", 2)):
-        os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(asked["environment"])
-    tempfile.tempdir = None  # a library may have asked for it before the fork
-    os.chdir(asked["folder"])
+    become(asked["folder"], asked["environment"], asked["out"], asked["err"])
     limit(**asked["limits"])
     return ["unetc", *asked["arguments"]]
+
+
+def become(folder: str, environment: Mapping[str, str], out: str, err: str) -> None:
+    """Turn a forked process into the process of a command.
+
+    Args:
+        folder: Folder that it runs in.
+        environment: What it adds to the environment.
+        out: File or named pipe for its output.
+        err: The same for its errors.
+    """
+    os.setsid()
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(environment)
+    tempfile.tempdir = None  # a library may have asked for it before the fork
+    os.chdir(folder)
 
 
 if __name__ == "__main__":

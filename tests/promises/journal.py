@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterator
@@ -27,11 +28,17 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 def code_digest(promise: Promise) -> str:
     """Hash the sources of unetc and of a promise: outcomes of other code do not count."""
-    digest = hashlib.sha256(Path(inspect.getfile(inspect.unwrap(promise.prepare))).read_bytes())
+    own = Path(inspect.getfile(inspect.unwrap(promise.prepare))).read_bytes()
+    return hashlib.sha256(own + _sources_digest()).hexdigest()
+
+
+@functools.cache
+def _sources_digest() -> bytes:
+    digest = hashlib.sha256()
     for folder in (ROOT, ROOT / "analyzer", ROOT / "compiler", ROOT / "runtime"):
         for path in sorted(folder.resolve().rglob("*.py")):
             digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 class Journal:

@@ -32,8 +32,7 @@ def limited(room: int) -> Iterator[Limits]:
 @contextmanager
 def prepare(place: Place) -> Iterator[Trial]:
     """List the commands."""
-    commands = commands_of(place)
-    light, heavy = ([one for one in commands if one.heavy is needed] for needed in (False, True))
+    light, heavy = commands_of(place)
     with desks(place.own) as both:
 
         def trial(number: int) -> Outcome:
