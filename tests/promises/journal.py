@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -14,6 +15,7 @@ import unetc
 from tests.promises.promise import Outcome, Promise
 
 ROOT = Path(unetc.__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,9 +29,29 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def code_digest(promise: Promise) -> str:
-    """Hash the sources of unetc and of a promise: outcomes of other code do not count."""
-    own = Path(inspect.getfile(inspect.unwrap(promise.prepare))).read_bytes()
-    return hashlib.sha256(own + _sources_digest()).hexdigest()
+    """Hash the sources of unetc, of a promise and of the tests that it imports: outcomes of other code do not count."""
+    own = sorted(modules_of_tests(promise))
+    return hashlib.sha256(b"".join(map(Path.read_bytes, own)) + _sources_digest()).hexdigest()
+
+
+def modules_of_tests(promise: Promise) -> set[Path]:
+    """List the module of a promise, and the modules of the tests that it imports, directly or not."""
+    found: set[Path] = set()
+    waiting = [Path(inspect.getfile(inspect.unwrap(promise.prepare)))]
+    while waiting:
+        if (path := waiting.pop()).is_file() and path not in found:
+            found.add(path)
+            waiting += _imported(path)
+    return found
+
+
+def _imported(path: Path) -> Iterator[Path]:
+    """List where the modules of the tests may be that a module imports."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == TESTS.name:
+            place = TESTS.parent.joinpath(*str(node.module).split("."))
+            yield place.with_suffix(".py")
+            yield from (place / f"{name.name}.py" for name in node.names)
 
 
 @functools.cache
