@@ -174,7 +174,8 @@ def log_snr(fresh: Any) -> NDArray[np.float64]:
     if hasattr(fresh, "sigmas_interpol"):  # every second call is between two levels
         between = fresh.sigmas_interpol[(0 if hasattr(fresh, "sigmas_down") else 1) :]
         sigmas = fresh.sigmas[:calls].clone()
-        sigmas[1::2] = between[0:calls:2][: calls // 2]
+        # an ancestral one returns to the next level, but float32 may put the call between them below it
+        sigmas[1::2] = sigmas[1::2].maximum(between[0:calls:2][: calls // 2])
         levels = -2 * sigmas.double().log()
     elif hasattr(fresh, "sigmas"):
         levels = level_of_sigma(fresh.sigmas[:calls].double(), flow=is_flow(fresh))
