@@ -14,15 +14,27 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.repair import RepairOptions
 from unetc.models.find import find_model
 
+CAPTURES = "captures"
+"""Folder for the cache of quick builds, in the folder that all processes of a test run share."""
+
 
 def build_quickly(
-    folder: Path, bundle: Path, *, steps: int, scale: float, decisive: int, budget: float, text: bool = False
+    folder: Path,
+    bundle: Path,
+    cache: Path,
+    *,
+    steps: int,
+    scale: float,
+    decisive: int,
+    budget: float,
+    text: bool = False,
 ) -> Profile:
-    """Analyse and build a model with attention; its cache lies next to it.
+    """Analyse and build a model with attention.
 
     Args:
         folder: Folder of the pipeline.
         bundle: Folder to write.
+        cache: Folder of captures; builds of the same model share one.
         steps: Number of steps; no other number can be sampled.
         scale: Guidance scale.
         decisive: Ablations that are carried to the final output.
@@ -52,7 +64,7 @@ def build_quickly(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (steps,))  # the other tables are not used
-        model, cache = find_model(str(folder)), folder.parent / "cache"
+        model = find_model(str(folder))
         profile = analyze_model(model, analysis, cache=cache)
         build(model, profile, bundle, options, cache=cache)
     return profile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -75,7 +74,7 @@ def overflowing_in_model(
         state = state.advance(table, step, prediction, seed=0, indices=indices)
     on_progress(Progress(stage=STAGE, done=table.steps, total=table.steps + 1))
     with private_folder(weights, {_GRAPH: gated.runnable().graph}) as folder:
-        found, _ = overflowing(Path(folder) / _GRAPH, [_with_open_gates(gated, call) for call in watching.calls])
+        found, _ = overflowing(folder / _GRAPH, [_with_open_gates(gated, call) for call in watching.calls])
     on_progress(Progress(stage=STAGE, done=table.steps + 1, total=table.steps + 1, note=note(found)))
     write_atomically(known, msgspec.json.encode(sorted(found)))
     return found

@@ -59,7 +59,7 @@ def compile_bundle(
             check_references(bundle.graphs[graph], str(path / graph), len(bundle.weights))
         graphs = {flat_name(graph): bundle.graphs[graph] for graph in names}
         with private_folder(bundle.weights, graphs) as private:
-            folders = _lower(bundle, Path(private), missing, options.controls, on_progress)
+            folders = _lower(bundle, private, missing, options.controls, on_progress)
             controlnet = bundle.conditions.controlnet
             for one, (record, known) in build_all(missing, folders, controlnet, engines, options, on_progress):
                 folder = engines.folder(record.key)

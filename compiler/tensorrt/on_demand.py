@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unetc.backend import Backend, EngineBackend, Loader, Program, SerialisedGraph
@@ -216,7 +215,7 @@ class BuildingLoader:
         return self._loader.load_engine(*found)
 
     def _build(self, graph: SerialisedGraph, key: EngineKey) -> None:
-        folder = Path(self._folder.name)
+        folder = self._folder.path
         try:
             (folder / _GRAPH).write_bytes(graph.graph)
         except OSError as error:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from unetc.backend import WEIGHTS
 from unetc.precision import Precision
-from unetc.temporary import no_room
+from unetc.temporary import PrivateFolder, no_room
 
 
-def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> tempfile.TemporaryDirectory[str]:
+def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) -> PrivateFolder:
     """Write verified bytes to a folder that only this user can change.
 
     The files of a bundle could be edited after they were hashed.
@@ -24,9 +23,9 @@ def private_folder(weights: bytes, graphs: Mapping[str, bytes] | None = None) ->
         ArtifactError: If the disk is full.
     """
     try:
-        folder = tempfile.TemporaryDirectory(prefix="unetc-")
+        folder = PrivateFolder()
         for name, content in {WEIGHTS: weights, **(graphs or {})}.items():
-            (Path(folder.name) / name).write_bytes(content)
+            (folder.path / name).write_bytes(content)
     except OSError as error:
         raise no_room(f"{len(weights)} bytes of weights", error) from error
     return folder

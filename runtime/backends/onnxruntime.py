@@ -15,11 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +25,7 @@ from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
-from unetc.temporary import no_room
+from unetc.temporary import PrivateFolder, no_room
 
 from .registry import InPrecision, Memory, take_inputs
 
@@ -120,16 +116,15 @@ class MappingLoader:
         self._threads = threads
         _register_arena()
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="unetc-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            (self._folder / WEIGHTS).write_bytes(weights)
+            self._folder = PrivateFolder()
+            (self._folder.path / WEIGHTS).write_bytes(weights)
         except OSError as error:
             problem = no_room(f"{len(weights)} bytes of weights", error)
             raise SessionError(f'{problem} Or load with memory="fast".') from error
 
     def load(self, graph: SerialisedGraph) -> OnnxRuntimeProgram:
         """Load a graph."""
-        options = _options(self._threads, str(self._folder))
+        options = _options(self._threads, str(self._folder.path))
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")

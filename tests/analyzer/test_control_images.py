@@ -176,6 +176,7 @@ def profiles(folders: Folders) -> tuple[Profile, Profile]:
     return analyse(folders, folders.source), analyse(folders, ModelSource(str(folders.pipeline), controlnet=True))
 
 
+@pytest.mark.nightly
 def test_damage_is_measured_with_the_images(folders: Folders, profiles: tuple[Profile, Profile]) -> None:
     controlled, zeros = profiles
     assert controlled.model == zeros.model
@@ -210,6 +211,7 @@ def test_a_bundle_says_what_its_damage_was_measured_on(
         assert unetc.verify(path, unetc.VerifyOptions(rounds=1, batch=1)).control is None
 
 
+@pytest.mark.nightly
 def test_a_profile_is_only_used_with_the_images_it_was_measured_with(
     folders: Folders, profiles: tuple[Profile, Profile], tmp_path: Path
 ) -> None:
@@ -298,6 +300,7 @@ def test_control_images_are_turned_as_their_orientation_says(folders: Folders, t
 
 
 # D6
+@pytest.mark.nightly
 def test_the_scope_of_a_damage_names_its_start(profiles: tuple[Profile, Profile]) -> None:
     controlled, zeros = profiles
     for profile in profiles:

@@ -631,11 +631,11 @@ def test_a_command_that_is_terminated_leaves_no_temporary_files(tiny_bundle: Pat
     with process, process.stderr as said:
         while "sampling" not in said.readline():
             assert process.poll() is None
-        assert len(list((tmp_path / "temporary").glob("unetc-*"))) == 1
+        assert len(list((tmp_path / "temporary").glob(".unetc-private.*"))) == 1
         process.terminate()
         assert said.read().splitlines()[-1:] == ["unetc: interrupted; run the same command again to continue."]
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert list((tmp_path / "temporary").glob("unetc-*")) == []
+    assert list((tmp_path / "temporary").glob(".unetc-private.*")) == []
     assert not Path("samples.png").exists()
 
 

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def session(folder: Path) -> Session:
     bundle = folder.parent / "bundle"
-    profile = build_quickly(folder, bundle, steps=STEPS, scale=SCALE, decisive=1, budget=0.1)
+    profile = build_quickly(folder, bundle, folder.parent / "cache", steps=STEPS, scale=SCALE, decisive=1, budget=0.1)
     assert profile.sample_shape == SHAPE
     return load(bundle, threads=1)
 

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
     path = folder.parent / "bundle"
-    build_quickly(folder, path, steps=STEPS, scale=SCALE, decisive=1, budget=0.2, text=True)
+    build_quickly(folder, path, folder.parent / "cache", steps=STEPS, scale=SCALE, decisive=1, budget=0.2, text=True)
     return path
 
 

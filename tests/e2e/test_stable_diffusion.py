@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.pipelines import save_stable_diffusion
-from tests.quick_build import build_quickly
+from tests.quick_build import CAPTURES, build_quickly
 from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.conditions import Conditions
 from unetc.errors import CorruptArtifactError, ModelError, ShapeMismatch
@@ -34,9 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path) -> Path:
+def bundle(folder: Path, shared: Path) -> Path:
     path = folder.parent / "bundle"
-    build_quickly(folder, path, steps=STEPS, scale=SCALE, decisive=2, budget=0.2)
+    build_quickly(folder, path, shared / CAPTURES, steps=STEPS, scale=SCALE, decisive=2, budget=0.2)
     return path
 
 

@@ -187,7 +187,9 @@ def test_every_key_of_an_autoencoder_is_tried(kind: str, table: dict[str, Any]) 
     } == {}
 
 
-@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize(
+    "pipeline", [pytest.param("StableDiffusionPipeline", marks=pytest.mark.nightly), "StableDiffusionXLPipeline"]
+)
 def test_statistics_of_latents_are_sdxls_alone(  # A2
     originals: dict[str, Path], tmp_path: Path, pipeline: str
 ) -> None:
@@ -213,9 +215,13 @@ def test_one_statistic_alone_is_ignored_as_in_diffusers(originals: dict[str, Pat
     ("kind", "changes"),
     [
         ("AutoencoderKL", {"use_post_quant_conv": False, "mid_block_add_attention": False}),
-        ("AutoencoderTiny", {}),  # C3
+        pytest.param("AutoencoderTiny", {}, marks=pytest.mark.nightly),  # C3
         ("AutoencoderTiny", {"upsample_fn": "bilinear", "scaling_factor": 0.5}),
-        ("AutoencoderTiny", {"decoder_block_out_channels": [8] * 3, "num_decoder_blocks": [1] * 3}),
+        pytest.param(
+            "AutoencoderTiny",
+            {"decoder_block_out_channels": [8] * 3, "num_decoder_blocks": [1] * 3},
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_exported_decoders_decode_oblong_latents(

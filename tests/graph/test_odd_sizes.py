@@ -33,9 +33,9 @@ SIDES = st.integers(5, 40)
 SOME = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16)
 
 
-@pytest.fixture(scope="module")
-def tiny(shared: Path) -> Tiny:
-    return tiny_of("four-levels", shared)
+@pytest.fixture(scope="module", params=["cross-attention", pytest.param("four-levels", marks=pytest.mark.nightly)])
+def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
+    return tiny_of(request.param, shared)
 
 
 # D1

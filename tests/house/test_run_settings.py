@@ -26,7 +26,7 @@ def run(folder: Path, *options: str, gpu: bool) -> subprocess.CompletedProcess[s
     """Run two tests with a fake torch that finds a GPU, or none."""
     (folder / "torch.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {gpu})\n")
     (folder / "test_few.py").write_text(TESTS)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -p no:schemathesis\n")
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "tests.conftest", str(folder), *options]
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

@@ -44,7 +44,7 @@ import pytest
 def test_without_a_model(scale):
     pass
 """,
-    "pytest.ini": "[pytest]\nmarkers =\n    nightly\naddopts = -m 'not nightly'\n",
+    "pytest.ini": "[pytest]\nmarkers =\n    nightly\naddopts = -m 'not nightly' -p no:schemathesis\n",
 }
 GROUPS = [
     {"test_a.py::test_of_a_model[large-0]", "test_a.py::test_of_a_model[large-1]"},

@@ -37,7 +37,7 @@ CLUSTER = Cluster(address="local")
 REPAIR = RepairOptions(evaluations=12, patience=6)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with bare_cluster(tmp_path_factory.mktemp("absent"), cpus=WORKERS):
         yield
@@ -98,6 +98,8 @@ def check_kills(kills: int, options: BuildOptions, model: Path, profile: Profile
     return len(repeats)
 
 
+@pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
 def test_the_bundle_is_the_same_as_from_this_process_though_workers_are_killed(
     tiny_model: Path, profile: Profile, cache: Path, tmp_path: Path, timed: list[HandTimed]
 ) -> None:
@@ -108,6 +110,7 @@ def test_the_bundle_is_the_same_as_from_this_process_though_workers_are_killed(
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
 def test_a_ladder_is_the_same_though_many_workers_are_killed(
     tiny_model: Path, profile: Profile, cache: Path, tmp_path: Path, timed: list[HandTimed]
 ) -> None:
@@ -115,6 +118,8 @@ def test_a_ladder_is_the_same_though_many_workers_are_killed(
     assert check_kills(20, options, tiny_model, profile, cache, tmp_path) <= 20
 
 
+@pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
 def test_a_curve_is_the_same_as_from_this_process(
     tiny_model: Path, profile: Profile, cache: Path, timed: list[HandTimed]
 ) -> None:
@@ -124,6 +129,8 @@ def test_a_curve_is_the_same_as_from_this_process(
     assert len({point.budget for point in there.points}) > 1
 
 
+@pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
 def test_a_timing_has_the_machine_and_workers_keep_their_benches(
     tiny_model: Path, profile: Profile, cache: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipelines import save_classes, save_stable_diffusion
-from tests.quick_build import build_quickly
+from tests.quick_build import CAPTURES, build_quickly
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.compiler.build import BuildOptions, build
@@ -22,14 +22,31 @@ def build_prompted_bundle(folder: Path) -> None:
     """Build a bundle of a tiny Stable Diffusion into `folder`/bundle."""
     folder.mkdir(parents=True)
     pipeline = save_stable_diffusion(folder / "model")
-    build_quickly(pipeline, folder / "bundle", steps=PROMPTED_STEPS, scale=3.0, decisive=1, budget=0.1)
+    build_quickly(
+        pipeline,
+        folder / "bundle",
+        folder.parent / CAPTURES,
+        steps=PROMPTED_STEPS,
+        scale=3.0,
+        decisive=1,
+        budget=0.1,
+    )
 
 
 def build_free_bundle(folder: Path) -> None:
     """Build a bundle of the same kind, with text encoders and an encoder of images, into `folder`/bundle."""
     folder.mkdir(parents=True)
     pipeline = save_stable_diffusion(folder / "model")
-    build_quickly(pipeline, folder / "bundle", steps=PROMPTED_STEPS, scale=3.0, decisive=1, budget=0.1, text=True)
+    build_quickly(
+        pipeline,
+        folder / "bundle",
+        folder.parent / CAPTURES,
+        steps=PROMPTED_STEPS,
+        scale=3.0,
+        decisive=1,
+        budget=0.1,
+        text=True,
+    )
 
 
 def build_class_bundle(folder: Path) -> None:

@@ -67,6 +67,7 @@ def of_replicas(live: Live, name: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.nightly
 def test_two_replicas_are_one_server(tiny_bundle: Path) -> None:
     """Any of them is asked about a job, and none that has one ends before its images are fetched."""
     with serving(f"plain={tiny_bundle}", *TWO) as live:

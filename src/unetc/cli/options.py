@@ -6,6 +6,7 @@ Heavy imports stay inside the methods, so that `--help` is fast.
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -346,6 +347,7 @@ class ClusterGroup(Group, panel="Cluster"):
 
         Raises:
             typer.BadParameter: If a number of workers is given without a cluster.
+            ModuleNotFoundError: Without Ray.
         """
         from unetc.jobs import Cluster
 
@@ -353,6 +355,7 @@ class ClusterGroup(Group, panel="Cluster"):
             if self.workers is not None:
                 raise typer.BadParameter("--workers limits the workers of a cluster; give --ray too.")
             return None
+        import_module("ray")  # so that a missing extra is named before the model is read
         return Cluster(address=self.ray, most_workers=self.workers)
 
 

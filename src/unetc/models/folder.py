@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from unetc.errors import ModelError
-from unetc.temporary import no_room
+from unetc.temporary import PrivateFolder, no_room
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 """Names of weights, by the library that writes them."""
@@ -275,7 +274,7 @@ def view(parts: Sequence[Part], files: Mapping[str, Path]) -> Iterator[Path]:
     """
     with ExitStack() as own:
         try:
-            root = Path(own.enter_context(tempfile.TemporaryDirectory(prefix="unetc-")))
+            root = own.enter_context(PrivateFolder())
             _link_all(parts, files, root)
         except OSError as error:
             raise no_room("links to a model", error) from error

@@ -66,7 +66,7 @@ def analyze(
     from ..output import OUT, print_json, progress, say
 
     check_writable(output)
-    by, source, cluster = ranking.order(), model.source(), machines.cluster()
+    by, cluster, source = ranking.order(), machines.cluster(), model.source()
     options = sampling.options(
         source,
         components=tuple(effort.components or ()),

@@ -104,7 +104,7 @@ def build(
     from .. import summary
     from ..output import ERR, OUT, print_json, progress, say
 
-    plan, source, cluster = building.given_plan(budgets), model.source(), machines.cluster()
+    plan, cluster, source = building.given_plan(budgets), machines.cluster(), model.source()
     options = building.options(limits.plan(budgets[0]), budgets[1:], sampling.steps_of(source))
     known, analysis = sampling.known(), sampling.analysis(source)
     with progress() as on_progress:

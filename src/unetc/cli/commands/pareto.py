@@ -39,7 +39,7 @@ def pareto(
     picture = output.with_suffix(".svg")
     check_writable(output)
     check_writable(picture)
-    known, source, cluster = sampling.known(), model.source(), machines.cluster()
+    known, cluster, source = sampling.known(), machines.cluster(), model.source()
     options = ParetoOptions(
         budgets=budgets,
         steps=sampling.steps_of(source),
