@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unetc.errors import ArtifactError
+
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
 def real_path(path: Path) -> Path:
@@ -82,10 +87,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """Put the new folder in the place of the old one; a crash between the two renames leaves both next to it."""
+    """Put the new folder in the place of the old one, in one step if the file system can exchange names.
+
+    If it cannot, a crash between two renames leaves both folders next to the place.
+    """
     if not path.exists():
         os.replace(temporary, path)
         return
+    if _exchanged(path, temporary):
+        return  # the old folder has the temporary name, under which it is deleted
     old = temporary.with_name(f"{temporary.name}.old")
     os.replace(path, old)
     try:
@@ -94,3 +104,22 @@ def _replace(path: Path, temporary: Path) -> None:
         os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; return whether the system can.
+
+    Raises:
+        OSError: If it can, but fails.
+
+    Source:
+        https://man7.org/linux/man-pages/man2/rename.2.html
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number))
