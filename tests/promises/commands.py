@@ -1,23 +1,18 @@
-"""Separate processes of commands under limits, and the traces that they leave."""
+"""Commands that write, with short work, and the folders that they write in."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import unetc
-from tests.promises.limits import obey_rights
+from tests.promises.desk import Desk, Ended, Process
+from tests.promises.limits import Limits
 from tests.promises.promise import Place
 from tests.tiny_build import once
 from unetc.artifacts import Profile
@@ -111,81 +106,27 @@ def _read_export(path: Path) -> None:
         raise AssertionError(f"{path} has {sum(sizes)} bytes; its record says {export.bytes_apart}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """A command that has ended."""
-
-    code: int
-    err: str
-    left: tuple[str, ...]
-    """Processes that it left behind."""
-
-    @property
-    def words(self) -> str:
-        """Its last line."""
-        return self.err.splitlines()[-1] if self.err else ""
+def clear(folder: Path, cache: Path | None) -> None:
+    """Make the folders of a desk empty, but for a cache."""
+    for name in (OUT, CACHE, TEMPORARY):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for path in (folder / name).iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if cache is not None:
+        shutil.copytree(cache, folder / CACHE, dirs_exist_ok=True)
 
 
-class Desk:
-    """A folder in which commands run one after the other, each in a process that is forked for it."""
+def run(desk: Desk, command: Command, limits: Limits) -> Ended:
+    """Run a command under limits."""
+    place = ("-o", desk.folder / OUT / command.output) if command.output else ()
+    return desk.run((*command.arguments, *place), meanwhile=_end_when_ready if command.endless else None, **limits)
 
-    def __init__(self, folder: Path, *, heavy: bool) -> None:
-        """Start the process that forks.
 
-        Args:
-            folder: Is made.
-            heavy: Whether commands need torch.
-        """
-        self.folder = folder
-        for name in (OUT, CACHE, TEMPORARY):
-            (folder / name).mkdir(parents=True)
-        self._forking = subprocess.Popen(
-            [sys.executable, "-m", "tests.promises.forking", "heavy" if heavy else "light"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=obey_rights,
-        )
-        self._answer()
-
-    def close(self) -> None:
-        """End it."""
-        self._forking.communicate()
-
-    def clear(self, cache: Path | None) -> None:
-        """Make the folders empty, but for a cache."""
-        for name in (OUT, CACHE, TEMPORARY):
-            (self.folder / name).mkdir(exist_ok=True)
-            for path in (self.folder / name).iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if cache is not None:
-            shutil.copytree(cache, self.folder / CACHE, dirs_exist_ok=True)
-
-    def run(self, command: Command, **limits: str | int) -> Ended:
-        """Run a command under limits; see `limit`."""
-        out, err = self.folder / "stdout.txt", self.folder / "stderr.txt"
-        out.write_bytes(b"")
-        place = ("-o", str(self.folder / OUT / command.output)) if command.output else ()
-        asked: Mapping[str, Any] = {
-            "arguments": [*command.arguments, *place],
-            "folder": str(self.folder),
-            "out": str(out),
-            "err": str(err),
-            "environment": {"TMPDIR": str(self.folder / TEMPORARY), "UNETC_CACHE": str(self.folder / CACHE)},
-            "limits": limits,
-        }
-        assert self._forking.stdin is not None
-        self._forking.stdin.write(json.dumps(asked) + "\n")
-        self._forking.stdin.flush()
-        process = int(self._answer())
-        if command.endless:
-            _end_when_ready(process, out)
-        code = int(self._answer())
-        return Ended(code=code, err=err.read_text(), left=tuple(_session(process)))
-
-    def _answer(self) -> str:
-        assert self._forking.stdout is not None
-        return self._forking.stdout.readline().strip()
+def _end_when_ready(process: Process) -> None:
+    """Tell a process to end once it has written something, unless it ends before."""
+    while not process.said and not process.ends_within(0.05):
+        pass
+    process.send(signal.SIGTERM)
 
 
 class Desks:
@@ -199,7 +140,9 @@ class Desks:
     def desk(self, *, heavy: bool) -> Desk:
         """Return a desk."""
         if heavy not in self._there:
-            self._there[heavy] = Desk(self._folder / ("heavy" if heavy else "light"), heavy=heavy)
+            folder = self._folder / ("heavy" if heavy else "light")
+            clear(folder, None)
+            self._there[heavy] = Desk(folder, heavy=heavy)
         return self._there[heavy]
 
     def close(self) -> None:
@@ -216,24 +159,3 @@ def desks(folder: Path) -> Iterator[Desks]:
         yield made
     finally:
         made.close()
-
-
-def _end_when_ready(process: int, out: Path) -> None:
-    """Tell a process to end once it has written something, unless it ends before."""
-    with suppress(ProcessLookupError):
-        while not out.stat().st_size:
-            time.sleep(0.05)
-            os.kill(process, 0)
-        os.kill(process, signal.SIGTERM)
-
-
-def _session(leader: int) -> Iterator[str]:
-    """List the processes of a session that still run."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = entry.read_text().rpartition(") ")
-        except OSError:
-            continue
-        state, _, _, session = rest.split()[:4]
-        if int(session) == leader and state != "Z":
-            yield name

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from tests.promises.commands import CACHE, OUT, TEMPORARY, commands_of, desks
+from tests.promises.limits import Limits
 from tests.promises.promise import Outcome, Place, Promise, Trial
-from tests.promises.shortage import Limits, tried
+from tests.promises.shortage import tried
 
 LEAST_BYTES = 2**12
 """Least size of a file or a disk; the error itself needs some room."""
@@ -24,13 +25,13 @@ REASONS = ("No space left on device", "File too large", "Permission denied")
 @contextmanager
 def full(folder: Path, room: int) -> Iterator[Limits]:
     """Let a folder take only some more files and folders."""
-    yield {"full": str(folder), "after": room}
+    yield Limits(full=str(folder), after=room)
 
 
 @contextmanager
 def short_files(folder: Path, room: int) -> Iterator[Limits]:
     """Let every file, in whatever folder, take only some kibibytes."""
-    yield {"file": LEAST_BYTES + 2**10 * room}
+    yield Limits(file=LEAST_BYTES + 2**10 * room)
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def read_only(folder: Path, room: int) -> Iterator[Limits]:
     for path in folders:
         path.chmod(0o555)
     try:
-        yield {}
+        yield Limits()
     finally:
         for path in folders:
             path.chmod(0o755)
@@ -51,7 +52,7 @@ def small(folder: Path, room: int) -> Iterator[Limits]:
     """Leave some kibibytes on the file system of a folder."""
     resize(folder, used(folder) + LEAST_BYTES + 2**10 * room)
     try:
-        yield {}
+        yield Limits()
     finally:
         resize(folder, LARGE_BYTES)
 

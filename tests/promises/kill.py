@@ -22,7 +22,8 @@ from pathlib import Path
 
 import httpx2
 
-from tests.promises.forks import Desk, Ended, Process
+from tests.promises.desk import Desk, Ended, Process
+from tests.promises.limits import Limits
 from tests.promises.promise import Outcome, Place, Promise, Trial
 from unetc.artifacts.manifest import MANIFEST
 from unetc.errors import ArtifactError, StaleEngineError
@@ -153,9 +154,9 @@ class Killer:
                 answer = _image_of(address)
                 server.send(signal.SIGTERM)
 
-        done = self.desk.run(case.arguments, case.name, meanwhile=ask if case.serves else None)
+        done = self.desk.run(case.arguments, clock=case.name, meanwhile=ask if case.serves else None)
         if not case.serves:
-            ended, changes = time.monotonic(), done.changes
+            ended, changes = time.monotonic(), self.desk.changes
         files, written = self.folder.files(), self.folder.written(case)
         return done, Whole(files=files, written=written, changes=changes, answer=answer, seconds=ended - begun)
 
@@ -179,7 +180,7 @@ class Killer:
 
     def kill(self, case: Case, dice: random.Random) -> str:
         """Begin a command and kill it; return where, or nothing if it had ended before."""
-        whole, moment, last, longest = self.whole[case.name], None, None, None
+        whole, moment, last, limits = self.whole[case.name], None, None, Limits()
         match dice.choice(("moment", "moment", "change", "byte")):
             case "moment":
                 moment = dice.uniform(0.0, self.seconds[case.name])
@@ -188,8 +189,8 @@ class Killer:
                 last = dice.randrange(whole.changes)
                 where = f"before change {last + 1} of {whole.changes}"
             case _:
-                longest = dice.randrange(dice.choice(whole.written))
-                where = f"at byte {longest + 1} of a file"
+                limits = Limits(file=dice.randrange(dice.choice(whole.written)), deadly=True)
+                where = f"at byte {limits['file'] + 1} of a file"
 
         def wait(process: Process) -> None:
             if moment is not None:
@@ -199,7 +200,7 @@ class Killer:
                 process.send(signal.SIGKILL)  # its start is over
 
         begun = time.monotonic()
-        if self.desk.run(case.arguments, case.name, meanwhile=wait, last=last, longest=longest).killed:
+        if self.desk.run(case.arguments, clock=case.name, meanwhile=wait, last=last, **limits).killed:
             return where
         if moment is not None:
             self.seconds[case.name] = time.monotonic() - begun
@@ -312,14 +313,15 @@ def prepare(place: Place) -> Iterator[Trial]:
     """Set up the folder of all commands."""
     cases = cases_of(place)
     work = place.own / "work"
-    killer = Killer(folder=Folder(work), desk=Desk(work))
+    with Desk(work) as desk:
+        killer = Killer(folder=Folder(work), desk=desk)
 
-    def trial(number: int) -> Outcome:
-        """Kill a command once."""
-        problems, left = broken(killer, cases[number % len(cases)], random.Random(number))
-        return Outcome(broken=tuple(problems), figures={"kB that a killed command leaves behind": left / 1024})
+        def trial(number: int) -> Outcome:
+            """Kill a command once."""
+            problems, left = broken(killer, cases[number % len(cases)], random.Random(number))
+            return Outcome(broken=tuple(problems), figures={"kB that a killed command leaves behind": left / 1024})
 
-    yield trial
+        yield trial
 
 
 PROMISE = Promise(

@@ -6,21 +6,36 @@ import ctypes
 import errno
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 _MAKE = {"os.link": 1, "os.mkdir": 0, "os.symlink": 1}
 """Events of Python that make something on a disk, with the place of the path in their arguments."""
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
 
 
-def limit(*, memory: int | None = None, file: int | None = None, full: str = "", after: int = 0) -> None:
+class Limits(TypedDict, total=False):
+    """Arguments of `limit`."""
+
+    memory: int
+    file: int
+    deadly: bool
+    full: str
+    after: int
+
+
+def limit(
+    *, memory: int | None = None, file: int | None = None, deadly: bool = False, full: str = "", after: int = 0
+) -> None:
     """Apply limits, from here on.
 
     Args:
         memory: Bytes that the process may take in addition to those that it has.
         file: Most bytes of a file.
+        deadly: Whether the process dies while it writes a longer one, in place of an error.
         full: Folder on a disk that is full: nothing can be made there, nor opened to write.
         after: Number of things that can still be made in this folder.
     """
@@ -28,7 +43,10 @@ def limit(*, memory: int | None = None, file: int | None = None, full: str = "",
         most = held() + memory
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     if file is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
+        if deadly:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, so that writing fails
     if full:
         _fill(full, after)
 

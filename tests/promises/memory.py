@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 import httpx2
 
 from tests.promises.commands import commands_of, desks
-from tests.promises.limits import held
+from tests.promises.limits import Limits, held
 from tests.promises.promise import Outcome, Place, Promise, Trial
-from tests.promises.shortage import Limits, tried
+from tests.promises.shortage import tried
 from tests.server.live import serving
 
 UNIT_BYTES = 2**16
@@ -26,7 +26,7 @@ LARGE = {**SMALL, "n": 16, "size": "64x64"}
 @contextmanager
 def limited(room: int) -> Iterator[Limits]:
     """Let a process take only some units of memory more than it has when it begins."""
-    yield {"memory": UNIT_BYTES * room}
+    yield Limits(memory=UNIT_BYTES * room)
 
 
 @contextmanager

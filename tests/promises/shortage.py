@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tests.promises.commands import CACHE, OUT, TEMPORARY, Command, Desk, Ended
+from tests.promises.commands import CACHE, OUT, TEMPORARY, Command, clear, run
+from tests.promises.desk import Desk, Ended
+from tests.promises.limits import Limits
 from tests.promises.promise import Outcome
 from tests.tree import tree
 
-Limits = Mapping[str, str | int]
-"""Arguments of `limit`."""
 Shortage = Callable[[int], AbstractContextManager[Limits]]
 """Takes away all but an amount, for the time of a command; the unit is the shortage's own."""
 
@@ -44,21 +44,21 @@ def tried(
     """
     problems: list[str] = []
     while True:
-        desk.clear(cache)
+        clear(desk.folder, cache)
         if older and command.output:
             _put_older(desk, command)
         before = tree(desk.folder / OUT)
         with shortage(room) as limits:
-            ended = desk.run(command, **limits)
+            ended = run(desk, command, limits)
             if ended.code:
                 problems += _changed(desk, before)
             if ended.code > 0:
                 problems += [*_silent(ended, words, named), *_left(desk, ended)]
         if ended.code > 0 or room == 0:
             break
-        problems += [] if ended.code == 0 else _unfinished(desk, command, desk.run(command))
+        problems += [] if ended.code == 0 else _unfinished(desk, command, run(desk, command, Limits()))
         room //= 2
-    problems += _unfinished(desk, command, desk.run(command))
+    problems += _unfinished(desk, command, run(desk, command, Limits()))
     return Outcome(
         tries=int(ended.code > 0), broken=tuple(f"{command.name}, room for {room}: {one}" for one in problems)
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.promises.forks import Desk, Process
+from tests.promises.desk import Desk, Process
 from tests.promises.promise import Outcome, Place, Promise, Trial
 from unetc.analyzer.ablation import PeriodicTreatment
 from unetc.analyzer.sweep import Batch, Course, Swept
@@ -33,9 +33,9 @@ REPEATED = "jobs given out again for one killed worker"
 class Drivers:
     """Runs one analysis on this machine, from a capture that is in the cache."""
 
-    def __init__(self, place: Place, bins: int) -> None:
+    def __init__(self, place: Place, desk: Desk, bins: int) -> None:
         """Begin nothing yet."""
-        self._desk = Desk(place.own / "work")
+        self._desk = desk
         self._captured = place.captured
         options = ("--steps", bins, "--samples", 2, "--bins", bins, "--batch", 2, "--threads", 1, "--exhaustive")
         kept = ("--components", "mid_block.*", "--cache", "cache", "-o", "profile.json")
@@ -51,7 +51,7 @@ class Drivers:
 
     def complete(self) -> dict[str, bytes]:
         """Run a driver to its end; return all results."""
-        done = self._desk.run(self._command, "clock")
+        done = self._desk.run(self._command, clock="clock")
         assert done.code == 0, done.words
         return {path.name: path.read_bytes() for path in (self._desk.folder / "profile.json", *self._finished())}
 
@@ -64,7 +64,7 @@ class Drivers:
             driver.ends_within(delay_s)
             driver.send(signal.SIGKILL)
 
-        return self._desk.run(self._command, "clock", meanwhile=wait).killed
+        return self._desk.run(self._command, clock="clock", meanwhile=wait).killed
 
     @property
     def finished(self) -> int:
@@ -81,20 +81,21 @@ class Drivers:
 
 def killed_drivers(place: Place, dice: random.Random, *, kills: int, bins: int) -> Outcome:
     """Kill the driver of an analysis in one process, and run it again each time."""
-    drivers = Drivers(place, bins)
-    drivers.begin()
-    begun = time.monotonic()
-    expected = drivers.complete()
-    jobs = drivers.finished
-    longest_s = 2 * (time.monotonic() - begun) / jobs
-    drivers.begin()
-    killed = again = 0
-    marks: dict[str, tuple[int, int]] = {}
-    for count in sorted(dice.choices(range(jobs), k=kills)):
-        killed += drivers.kill(count, dice.uniform(0.0, longest_s))
-        again += _replaced(marks, marks := drivers.marks())
-    results = drivers.complete()
-    again += _replaced(marks, drivers.marks())
+    with Desk(place.own / "work") as desk:
+        drivers = Drivers(place, desk, bins)
+        drivers.begin()
+        begun = time.monotonic()
+        expected = drivers.complete()
+        jobs = drivers.finished
+        longest_s = 2 * (time.monotonic() - begun) / jobs
+        drivers.begin()
+        killed = again = 0
+        marks: dict[str, tuple[int, int]] = {}
+        for count in sorted(dice.choices(range(jobs), k=kills)):
+            killed += drivers.kill(count, dice.uniform(0.0, longest_s))
+            again += _replaced(marks, marks := drivers.marks())
+        results = drivers.complete()
+        again += _replaced(marks, drivers.marks())
     broken = [f"{again} finished jobs ran again or are lost"] * bool(again)
     broken += [f"{name} differs" for name in expected if results.get(name) != expected[name]]
     broken += [f"{name} should not be" for name in results.keys() - expected.keys()]

@@ -1,10 +1,9 @@
-"""Commands in separate processes, which can be killed at any moment."""
+"""Commands in separate processes, which can be killed at any moment or lack something."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import select
 import signal
@@ -14,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import msgspec
 
 from tests.promises.changes import changes_in
-from tests.promises.forked import READY, Asked
+from tests.promises.forking import READY, Asked
+from tests.promises.limits import obey_rights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +28,15 @@ class Ended:
 
     code: int
     """Exit code, or minus the signal that has killed it."""
-    changes: int
-    """Changes to files that it has made."""
-    words: str
-    """Last line of stderr."""
+    err: str
+    """All that it wrote to stderr."""
+    left: tuple[str, ...]
+    """Processes that it left behind."""
+
+    @property
+    def words(self) -> str:
+        """Its last line."""
+        return self.err.splitlines()[-1] if self.err else ""
 
     @property
     def killed(self) -> bool:
@@ -43,7 +49,7 @@ _LONGEST_OUTPUT = 2**20
 
 
 class Pipe:
-    """A named pipe that takes the output of a command: limits for files do not hold for it."""
+    """A named pipe that takes the output of a command: neither limits for files nor a full disk hold for it."""
 
     def __init__(self, path: Path) -> None:
         """Make the pipe."""
@@ -94,21 +100,41 @@ Meanwhile = Callable[[Process], None]
 
 
 class Desk:
-    """A folder that commands run in, one after the other."""
+    """A folder that commands run in, one after the other, each in a process that is forked for it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, heavy: bool = True) -> None:
         """Start the process that forks, so that its start is not taken for a part of the first command.
 
         Args:
             folder: The folder; clocks and output are kept next to it.
+            heavy: Whether commands need torch.
         """
         self.folder = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
         self._counter = folder.with_name("changes")
-        _forking()
+        self._forking = subprocess.Popen(
+            [sys.executable, "-m", "tests.promises.forking", "heavy" if heavy else "light"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=obey_rights,
+        )
+        assert self._answer() == READY
+
+    def close(self) -> None:
+        """End it."""
+        self._forking.communicate()
+
+    def __enter__(self) -> Self:
+        """Return the desk."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process that forks."""
+        self.close()
 
     @property
     def changes(self) -> int:
-        """Changes to files of the command that runs, so far."""
+        """Changes to files of the command that runs, or ran last; only with a clock."""
         return changes_in(self._counter)
 
     def forget(self, clock: str) -> None:
@@ -121,22 +147,21 @@ class Desk:
     def run(
         self,
         arguments: tuple[object, ...],
-        clock: str,
         *,
         meanwhile: Meanwhile | None = None,
+        clock: str = "",
         last: int | None = None,
-        longest: int | None = None,
+        **limits: Any,
     ) -> Ended:
         """Run a command to its end.
 
         Args:
             arguments: The command line; paths may be relative to the folder.
-            clock: Name of the clock; see `tests.promises.clock`.
             meanwhile: Is given the process.
+            clock: Name of its clock, see `tests.promises.clock`. With one, its changes to files are counted.
             last: Number of changes after which the next one kills it.
-            longest: Bytes of the longest file; it dies while it writes a longer one.
+            limits: Arguments of `limit`.
         """
-        forking = _forking()
         with (
             contextlib.closing(Pipe(self.folder.with_name("stdout"))) as out,
             contextlib.closing(Pipe(self.folder.with_name("stderr"))) as err,
@@ -146,38 +171,28 @@ class Desk:
                 folder=str(self.folder),
                 out=str(out.path),
                 err=str(err.path),
-                clock=str(self._clock(clock)),
-                changes=str(self._counter),
+                limits=limits,
+                clock=str(self._clock(clock)) if clock else None,
+                changes=str(self._counter) if clock else None,
                 last=last,
-                longest=longest,
             )
-            _tell(forking, msgspec.json.encode(asked))
-            with _held(int(_answer(forking)), out) as process:
-                _tell(forking, b"")
+            self._tell(msgspec.json.encode(asked))
+            number = int(self._answer())
+            with _held(number, out) as process:
+                self._tell(b"")
                 if meanwhile is not None:
                     meanwhile(process)
-            code = int(_answer(forking))
-            return Ended(code=code, changes=self.changes, words=(err.text.splitlines() or [""])[-1])
+            code = int(self._answer())
+            return Ended(code=code, err=err.text, left=tuple(_session(number)))
 
+    def _tell(self, line: bytes) -> None:
+        assert self._forking.stdin is not None
+        self._forking.stdin.write(line + b"\n")
+        self._forking.stdin.flush()
 
-@functools.cache
-def _forking() -> subprocess.Popen[bytes]:
-    """Start the process that forks, which all promises share; it ends with this one, as its stdin does."""
-    command = [sys.executable, "-m", "tests.promises.forked"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert _answer(process) == READY
-    return process
-
-
-def _tell(process: subprocess.Popen[bytes], line: bytes) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line + b"\n")
-    process.stdin.flush()
-
-
-def _answer(process: subprocess.Popen[bytes]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().decode().strip()
+    def _answer(self) -> str:
+        assert self._forking.stdout is not None
+        return self._forking.stdout.readline().decode().strip()
 
 
 @contextmanager
@@ -188,3 +203,15 @@ def _held(number: int, out: Pipe) -> Iterator[Process]:
         yield Process(handle, out)
     finally:
         os.close(handle)
+
+
+def _session(leader: int) -> Iterator[str]:
+    """List the processes of a session that still run."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = entry.read_text().rpartition(") ")
+        except OSError:
+            continue
+        state, _, _, session = rest.split()[:4]
+        if int(session) == leader and state != "Z":
+            yield name
