@@ -1,6 +1,7 @@
 """How many images per second, and how soon: `unetc serve` against servers without step batching.
 
     python benchmarks/bench_serve.py --bundles /tmp/bundles     # about half an hour on two quiet cores
+    python benchmarks/bench_serve.py --bundles /tmp/bundles --only digits   # some cases; the result keeps the others
 
 Contenders, each a process behind FastAPI on the same bundle: `unetc serve`; `unetc.load` with one request after the
 other; batches of whole requests, which wait 50 ms for up to 8; and the model's own pipeline in torch (the full model,
@@ -34,6 +35,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+from checkout import commit
 from result_file import write
 from serve_contenders import BATCH, WINDOW
 from serve_simulation import arrivals, simulate
@@ -374,36 +376,47 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-async def run(bundles: Path, rounds: int, seconds: float, requests: int) -> dict[str, dict[str, Any]]:
-    """Measure every case."""
-    results = {}
+async def run(
+    bundles: Path, only: str, rounds: int, seconds: float, requests: int
+) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Measure the cases whose names begin with a text."""
     for case in cases(bundles):
         name = f"{case.model}, {case.steps} steps"
+        if not name.startswith(only):
+            continue
         print(f"{name} …", file=sys.stderr, flush=True)
         result = await measure(case, rounds, seconds, requests)
         if case.steps == STEPS[-1]:
             result["adds"] = await measure_alone(case, 5 * rounds)
             result["share"] = await measure_share(case, 2 * rounds)
             result["ladder"] = await measure_ladder(case, seconds, requests)
-        results[name] = result
         print(json.dumps({name: result}), file=sys.stderr, flush=True)
-    return results
+        yield name, {**result, "commit": commit()}
 
 
 def main() -> None:
     """Measure, draw and write."""
+    asyncio.run(write_all())
+
+
+async def write_all() -> None:
+    """Measure; draw and write after every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, required=True, help="Folder of the bundles; missing ones are built.")
+    parser.add_argument("--only", default="", help="Measure only the cases whose names begin with this.")
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
     parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement of capacity.")
     parser.add_argument("--requests", type=int, default=200, help="Requests of one measurement of latency.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
     options = parser.parse_args()
-    results = asyncio.run(run(options.bundles, options.rounds, options.seconds, options.requests))
-    draw(results, PICTURE)
     settings = {"rounds": options.rounds, "seconds": options.seconds, "requests": options.requests}
     settings |= {"quality": LEVEL, "threads": THREADS}
-    write(options.results, "serve", {"settings": settings, "figures": figures(results), "measured": results})
+    path = options.results / "serve.json"
+    results = json.loads(path.read_text())["measured"] if path.exists() else {}
+    async for name, result in run(options.bundles, options.only, options.rounds, options.seconds, options.requests):
+        results[name] = result
+        draw(results, PICTURE)
+        write(options.results, "serve", {"settings": settings, "figures": figures(results), "measured": results})
 
 
 if __name__ == "__main__":
