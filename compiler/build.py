@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 
 from unetc.artifacts.manifest import Control, EnginePair, Level, Manifest, Measurement, level_name
-from unetc.artifacts.pareto import Pareto
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
 from unetc.artifacts.scope import control_scope
@@ -23,7 +22,7 @@ from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.controls import Controls, MadeControl, make_controls
 from unetc.compiler.search.find_plan import Found, choose_again, find_plan
 from unetc.compiler.search.fit import fit_plan
-from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
+from unetc.compiler.search.pareto import ParetoOptions, passing_points, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
 from unetc.compiler.search.set_up import Setup, set_up
@@ -141,35 +140,38 @@ def build(
         WorkerError: If the cluster cannot be joined or fails.
     """
     check_destination(path)
-    if plan is not None and options.ladder:
-        raise PlanError(
-            f"one plan is given, and {len(options.budgets)} budgets. Give the plan alone, or the budgets alone."
-        )
+    check_options(options, plan)
     with set_up(
         model, profile, steps=options.steps, cache=cache, plan=plan, cluster=cluster, on_progress=on_progress
     ) as setup:
         return _build(setup, path, options, plan, on_progress)
 
 
+def check_options(options: BuildOptions, plan: Plan | None) -> None:
+    """Refuse options that contradict a given plan.
+
+    Raises:
+        PlanError: If they do.
+    """
+    if plan is not None and options.ladder:
+        raise PlanError(
+            f"one plan is given, and {len(options.budgets)} budgets. Give the plan alone, or the budgets alone."
+        )
+    if plan is not None and options.at is not None:
+        raise PlanError(f"a plan is given, and {options.at} to choose one by. Give one of them.")
+
+
 def _build(setup: Setup, path: Path, options: BuildOptions, plan: Plan | None, on_progress: OnProgress) -> Manifest:
     workbench, model = setup.workbench, setup.prepared.model
-    if options.at is not None:
-        tracing = ParetoOptions(
-            steps=options.steps,
-            max_engines=options.plan.max_engines,
-            max_memory=options.plan.max_memory,
-            planner=options.plan.planner,
-        )
-        curve = refine(setup, trace(setup, tracing, on_progress), options.at, tracing, on_progress)
-        plan = _at(curve, options.at)
     scope = control_scope(setup.profile.model, setup.profile.control)
     notes = [*(setup.profile.notes or ()), *(() if scope is None else (scope,)), *workbench.workers.notes]
     seed = setup.profile.seed + 1
-    levels = (
-        _fit_ladder(workbench, options, notes, seed, on_progress)
-        if plan is None
-        else [_take(workbench, options, plan, notes, seed, on_progress)]
-    )
+    if options.at is not None:
+        levels = [_search(setup, options, options.at, notes, seed, on_progress)]
+    elif plan is not None:
+        levels = [_take(workbench, options, plan, notes, seed, on_progress)]
+    else:
+        levels = _fit_ladder(workbench, options, notes, seed, on_progress)
     default = levels[0]
     wanted = options.controls and default.candidate.saving > 0.01
     controls = Controls()
@@ -192,10 +194,38 @@ def _build(setup: Setup, path: Path, options: BuildOptions, plan: Plan | None, o
     return _write(path, setup, options, levels, controls, pairs, notes, seed, on_progress)
 
 
-def _at(curve: Pareto, quality_gate: QualityGate) -> Plan:
-    """Pick the fastest plan that passes; its saving becomes its budget."""
-    point = fastest_passing(curve, quality_gate)
-    return msgspec.structs.replace(point.plan, budget=max(0.0, min(0.99, 1 - point.time_ratio)))
+def _search(
+    setup: Setup, options: BuildOptions, gate: QualityGate, notes: list[str], seed: int, on_progress: OnProgress
+) -> _Fitted:
+    """Find the fastest plan that passes a gate on the samples of a search, and then on fresh ones.
+
+    Raises:
+        QualityGateError: If there is none.
+    """
+    traced = ParetoOptions(
+        steps=options.steps,
+        max_engines=options.plan.max_engines,
+        max_memory=options.plan.max_memory,
+        planner=options.plan.planner,
+    )
+    traced = replace(traced, repair=replace(traced.repair, tune=options.repair.tune))
+    curve = refine(setup, trace(setup, traced, on_progress), gate, traced, on_progress)
+    failed: list[Damage] = []
+    for point in passing_points(curve, gate):
+        if failed and gate.distance(point.damage) >= gate.distance(failed[-1]):
+            continue  # no better than one that fails
+        own: list[str] = []
+        plan = msgspec.structs.replace(point.plan, budget=max(0.0, min(0.99, 1 - point.time_ratio)))
+        fitted = _take(setup.workbench, options, plan, own, seed, on_progress)
+        if gate.passes(fitted.measured.damage):
+            notes.extend(own)
+            return fitted
+        failed.append(point.damage)
+    raise QualityGateError(
+        f"{len(failed)} plans pass {gate} on the samples of the search, but none does on fresh ones: the last has "
+        f"{gate.metric} {gate.value(fitted.measured.damage):.4g}. Ask for less, or build "
+        "with a small --budget. Nothing was written."
+    )
 
 
 def _fit_ladder(
@@ -245,7 +275,9 @@ def _share(
                 f"{name}: with engines that other levels share, saves {percent(1 - again.measured.time_ratio)} instead "
                 f"of {percent(1 - fitted.measured.time_ratio)}"
             )
-            fitted = replace(again, correction=fitted.correction, evaluated=fitted.evaluated)
+            fitted = replace(
+                again, correction=fitted.correction, evaluated=fitted.evaluated, whole_steps=fitted.whole_steps
+            )
             _check_gate(
                 workbench,
                 options,
@@ -355,7 +387,9 @@ def _check_gate(
     """
     gate = options.quality_gate
     if gate is not None and not gate.passes(fitted.measured.damage):
-        raise _quality_gate_failed(workbench, asked, gate, fitted, seed, on_progress, ladder=bool(options.ladder))
+        raise _quality_gate_failed(
+            workbench, asked, gate, fitted, seed, on_progress, tune=options.repair.tune, ladder=bool(options.ladder)
+        )
 
 
 def _quality_gate_failed(
@@ -366,6 +400,7 @@ def _quality_gate_failed(
     seed: int,
     on_progress: OnProgress,
     *,
+    tune: bool,
     ladder: bool = False,
 ) -> QualityGateError:
     """Search by halving for the largest budget that passes, and name it in the error."""
@@ -375,7 +410,7 @@ def _quality_gate_failed(
         on_progress(Progress(stage="searching a budget that passes", done=step, total=QUALITY_GATE_SEARCH_STEPS))
         try:
             candidate, _ = fit_plan(workbench, replace(options, budget=middle), [], correction=failed.correction)
-            repaired = repair(workbench, candidate, middle, seed, SEARCH_REPAIR, ignore)
+            repaired = repair(workbench, candidate, middle, seed, replace(SEARCH_REPAIR, tune=tune), ignore)
             passes = quality_gate.passes(workbench.measure(repaired.candidate, seed=seed + 1).damage)
         except PlanError:
             passes = False

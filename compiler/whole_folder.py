@@ -39,6 +39,8 @@ def checking(path: Path) -> Iterator[Path]:
     path = real_path(path)
     try:
         yield path
+        if os.path.ismount(path):
+            raise ArtifactError(f"{path} is a mount point, whose place no folder can take. Choose a folder inside it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from unetc.artifacts.manifest import IMAGE_CHANNELS
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.tensors import save_tensors
 
 from .engine_pool import tried
-
-IMAGE_CHANNELS = 3
 
 
 class Decoder:

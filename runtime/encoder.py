@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from unetc.artifacts.manifest import IMAGE_CHANNELS
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.errors import ShapeMismatch
 from unetc.tensors import save_tensors
 
-from .decoder import IMAGE_CHANNELS
 from .engine_pool import LoadedLater
 
 IMAGE = "image"

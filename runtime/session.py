@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest
+from unetc.artifacts.manifest import FULL, IMAGE_CHANNELS, BundleEngine, Control, Manifest
 from unetc.artifacts.plan import Plan, full_plan
 from unetc.backend import Backend, Program
 from unetc.call import EXTRA_CHANNELS, CallSignature
@@ -28,7 +28,7 @@ from unetc.sampler.noise import initial_noise
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
 from .bundle import Bundle
-from .decoder import IMAGE_CHANNELS, Decoder
+from .decoder import Decoder
 from .encoder import Encoder
 from .engine_pool import EnginePool, LoadedLater
 from .loaded_bundle import LoadedBundle

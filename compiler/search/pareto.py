@@ -98,17 +98,19 @@ def trace(setup: Setup, options: ParetoOptions, on_progress: OnProgress) -> Pare
         PlanError: If no budget can be met.
     """
     searches: dict[float, Search] = {}
+    failure: PlanError | None = None
     spacing = (MOST - LEAST) / max(1, options.budgets - 1)
     for number in range(options.budgets):
         on_progress(Progress(stage="fitting plans", done=number, total=options.budgets))
         budget = round(LEAST + number * spacing, 4)
         try:
             searches[budget] = _fit(setup, options, budget)
-        except PlanError:
-            break  # larger budgets cannot be met either
-    on_progress(Progress(stage="fitting plans", done=options.budgets, total=options.budgets))
+        except PlanError as error:
+            failure = failure or error  # a larger budget may be met: one that is measured may fail by chance
+    note = "" if failure is None else f"{options.budgets - len(searches)} budgets cannot be met: {failure}"
+    on_progress(Progress(stage="fitting plans", done=options.budgets, total=options.budgets, note=note))
     if not searches:
-        raise PlanError(f"no plan saves {percent(LEAST)} of the time. Analyse again on a quiet machine.")
+        raise PlanError(f"no plan saves {percent(LEAST)} of the time or more: {failure}") from failure
     repair_all(setup.workbench, [*searches.values()], on_progress)
     return Pareto(
         unetc=unetc.__version__,
@@ -171,12 +173,18 @@ def fastest_passing(curve: Pareto, quality_gate: QualityGate) -> Point:
     Raises:
         QualityGateError: If none does; the message names the best value reached.
     """
-    passing = [point for point in curve.front() if quality_gate.passes(point.damage)]
+    passing = passing_points(curve, quality_gate)
     if not passing:
-        best = min(curve.points, key=lambda point: point.damage.relative_l2.mean)
+        best = min(curve.points, key=lambda point: quality_gate.distance(point.damage))
         raise QualityGateError(
             f"no point of the curve passes {quality_gate}: the best has {quality_gate.metric} "
             f"{quality_gate.value(best.damage):.4g} at "
             f"{best.time_ratio:.3f} of the time. Ask for less, or build with a small --budget. Nothing was written."
         )
     return passing[0]
+
+
+def passing_points(curve: Pareto, quality_gate: QualityGate) -> list[Point]:
+    """List the points that pass a quality gate, the fastest first. The front has the least relative L2 only."""
+    passing = (point for point in curve.points if quality_gate.passes(point.damage))
+    return sorted(passing, key=lambda point: point.time_ratio)

@@ -43,6 +43,11 @@ class QualityGate:
         value = self.value(damage)
         return value >= self.bound if _HIGHER_IS_BETTER[self.metric] else value <= self.bound
 
+    def distance(self, damage: Damage) -> float:
+        """Return how far a damage is from the best value, in a unit of the metric: smaller is better."""
+        value = self.value(damage)
+        return -value if _HIGHER_IS_BETTER[self.metric] else value
+
     def __str__(self) -> str:
         """Write the gate as typed."""
         return f"{self.metric}{'>=' if _HIGHER_IS_BETTER[self.metric] else '<='}{self.bound:g}"

@@ -148,8 +148,8 @@ def _check_control(profile: Profile, conditions: Conditions) -> None:
 
 def _check_profile(profile: Profile, model: Model) -> None:
     reference = model.reference
+    command = " --lora ".join((reference.name, *reference.loras))
     if profile.model.sha256 != reference.sha256:
-        command = " --lora ".join((reference.name, *reference.loras))
         raise ProfileError(
             f"the profile is of {profile.model.title} ({profile.model.sha256[:12]}), not of {reference.title} "
             f"({reference.sha256[:12]}). Analyse this model: `unetc analyze {command} -o profile.json`."
@@ -158,5 +158,5 @@ def _check_profile(profile: Profile, model: Model) -> None:
     if msgspec.UNSET not in hashes and hashes[0] != hashes[1]:
         raise ProfileError(
             f"the profile was measured with other text encoders than {reference.title} has now. Analyse it again: "
-            f"`unetc analyze {reference.name} -o profile.json`."
+            f"`unetc analyze {command} -o profile.json`."
         )

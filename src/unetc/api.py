@@ -136,10 +136,12 @@ def build(
         WorkerError: If the cluster cannot be joined or fails.
     """
     from .compiler.build import build as build_bundle
+    from .compiler.build import check_options
     from .compiler.store import check_destination
 
     path, folder = Path(destination), _cache(cache)
     check_destination(path)
+    check_options(options, plan)
     found, known = _analysed(model, profile, analysis, options.steps, folder, cluster, on_progress)
     return build_bundle(found, known, path, options, cache=folder, plan=plan, cluster=cluster, on_progress=on_progress)
 

@@ -135,7 +135,8 @@ def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:
         what = "a GPU" if needs.gpu else f"{needs.cpus} CPUs for the threads of one worker"
         raise WorkerError(
             f"no machine of the cluster has {what} and unetc {unetc.__version__}. "
-            f"{' '.join(f'{note}.' for note in notes)} Check the cluster with `ray status`, or set --threads."
+            f"{' '.join(f'{note}.' for note in notes)} Check the cluster with `ray status`, or analyse with "
+            "fewer --threads."
         )
     machine = max(kinds, key=lambda kind: len(kinds[kind]))
     notes += [

@@ -703,10 +703,31 @@ def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:
 def test_options_that_would_be_ignored_or_exhaust_the_machine_are_refused(tiny_bundle: Path) -> None:
     alone = run("sample", tiny_bundle, "--strength", 0.5)
     assert (alone.code, "belongs to --image" in alone.err) == (2, True)
+    for strength in (0, 1.5, "nan"):
+        refused = run("sample", tiny_bundle, "--image", "missing.png", "--strength", strength)
+        assert (refused.code, "Expected a number above 0 and up to 1" in refused.err) == (2, True)
     for command in ("sample", "serve"):
         assert run(command, tiny_bundle, "--threads", 100_000).code == 2
     with pytest.raises(unetc.errors.SessionError, match="cannot run with 100000 CPU threads"):
         unetc.load(tiny_bundle, threads=100_000)
+
+
+def test_bad_input_is_refused_before_engines_are_loaded(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unetc.runtime.session.Session.of", None)
+    assert "cannot read missing.png" in run("sample", tiny_bundle, "--image", "missing.png").error
+    assert "takes no prompts" in run("sample", tiny_bundle, "--prompt", "a seven").error
+
+
+@pytest.mark.parametrize("gate", ["--quality-gate", "--at"])
+def test_an_empty_gate_is_refused(tiny_model: Path, gate: str) -> None:
+    assert "cannot read the quality gate ''" in run("build", tiny_model, gate, "").error
+
+
+@pytest.mark.parametrize("output", ["curve.svg", "."])
+def test_a_curve_needs_a_place_of_its_own(tiny_model: Path, output: str) -> None:
+    refused = run("pareto", tiny_model, "-o", output)
+    assert refused.code != 0
+    assert ("is the name of the picture" if output == "curve.svg" else "it is a folder") in refused.err
 
 
 def test_a_guidance_scale_is_refused_where_there_is_no_guidance(tiny_model: Path, cache: Path) -> None:

@@ -46,6 +46,19 @@ def test_a_cluster_that_is_started_gets_a_token() -> None:
     assert alone(NEW.format(before="", address="local")) == "token 64"
 
 
+@pytest.mark.parametrize("address", ["local", "10.0.0.1:6379"])
+def test_commands_that_measure_draw_it_before_they_import_ray(address: str) -> None:
+    """Ray would not read it later."""
+    code = """
+import os, sys
+from unetc.cli.options import ClusterGroup
+cluster = ClusterGroup(ray={address!r}).cluster()
+print(cluster.address, "ray" in sys.modules, os.environ.get("RAY_AUTH_MODE"))
+"""
+    expected = "token" if address == "local" else None
+    assert alone(code.format(address=address)) == f"{address} True {expected}"
+
+
 def test_a_cluster_that_runs_already_has_its_own_rules() -> None:
     assert alone(NEW.format(before="", address="10.0.0.1:6379")) == "None 0"
 

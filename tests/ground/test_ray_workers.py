@@ -212,7 +212,7 @@ def test_what_is_shared_extends_the_benches(tmp_path: Path) -> None:
 
 
 def test_a_cluster_without_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match=r"no machine of the cluster has 64 CPUs .* or set --threads"):
+    with pytest.raises(WorkerError, match=r"no machine of the cluster has 64 CPUs .* or analyse with fewer --threads"):
         workers_in(tmp_path, cpus=64)
     with pytest.raises(WorkerError, match="no machine of the cluster has a GPU"):
         workers_of(Recipe(tmp_path), Needs(cpus=1, gpu=True, describe=str))

@@ -41,7 +41,7 @@ from unetc.artifacts import (
     Verification,
 )
 from unetc.artifacts.call_input import CallInput
-from unetc.artifacts.manifest import EnginePair
+from unetc.artifacts.manifest import BundleDecoder, BundleEncoder, Conditioning, EnginePair
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.record import MAX_JSON_BYTES, check_writable, write_atomically
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
@@ -361,6 +361,12 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a schedule of two numbers of steps": lambda: bundle_table(counts=2),
     "a bundle without seeds": lambda: manifest(used_seeds=()),
     "samples without pixels": lambda: manifest(sample_shape=(1, 0, 2)),
+    "a sample without channels": lambda: manifest(inputs=(CallInput(name="sample", axes=()),)),
+    "a decoder that makes nothing": lambda: BundleDecoder(graph="d", scale=0),
+    "an encoder that divides by nothing": lambda: BundleEncoder(graph="e", scale=0),
+    "prompts for images without pixels": lambda: Conditioning(
+        file="c", prompts=("a",), used=1, guidance_scale=1.0, size=(0, 64)
+    ),
 }
 
 

@@ -15,9 +15,12 @@ from unetc.artifacts import Damage, Estimate, Measurement, Plan, Profile
 from unetc.compiler import build as building
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.pareto import ParetoOptions
 from unetc.compiler.search.quality_gate import QualityGate
+from unetc.compiler.search.repair import RepairOptions
 from unetc.errors import PlanError, QualityGateError
 from unetc.models.find import find_model
+from unetc.progress import ignore
 
 
 def estimate(mean: float) -> Estimate:
@@ -183,6 +186,7 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
         failed,
         7,
         lambda progress: None,
+        tune=True,
     )
     assert len(tried) == building.QUALITY_GATE_SEARCH_STEPS
     expected, width = min(best, refused), 0.3 / 2**building.QUALITY_GATE_SEARCH_STEPS
@@ -192,3 +196,35 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
     else:
         (found,) = re.findall(r"The largest budget that passes is about (\S+) ", str(error))
         assert expected - width - 5e-4 <= float(found) <= expected + 5e-4
+
+
+def test_a_plan_that_passes_only_on_the_samples_of_the_search_is_not_taken(
+    tiny_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four plans pass in the search; fresh samples are worse, so the fastest two fail."""
+    gate, given = QualityGate.parse("psnr>=30"), Plan.load(tiny_build / "plan.json")
+    found = {0.5: 30.5, 0.6: 30.2, 0.7: 31.5, 0.8: 33.0}
+    points = [SimpleNamespace(time_ratio=time, damage=damage(psnr=psnr), plan=given) for time, psnr in found.items()]
+    taken: list[float] = []
+    traced: list[ParetoOptions] = []
+    loss = 1.0
+
+    def take(workbench: object, options: object, plan: Plan, notes: list[str], *others: object) -> SimpleNamespace:
+        taken.append(round(1 - plan.budget, 2))
+        notes.append(f"measured {taken[-1]}")
+        return SimpleNamespace(measured=SimpleNamespace(damage=damage(psnr=found[taken[-1]] - loss)))
+
+    monkeypatch.setattr(building, "trace", lambda setup, options, on_progress: traced.append(options))
+    monkeypatch.setattr(building, "refine", lambda *arguments: SimpleNamespace(points=points))
+    monkeypatch.setattr(building, "_take", take)
+    options = BuildOptions(plan=PlanOptions(budget=0.2), steps=4, at=gate, repair=RepairOptions(tune=False))
+    notes: list[str] = []
+    setup: Any = SimpleNamespace(workbench=None)
+    chosen = building._search(setup, options, gate, notes, 7, ignore)
+    assert chosen.measured.damage.psnr.mean == 30.5
+    assert taken == [0.5, 0.7], "0.6 is no better than 0.5, which failed"
+    assert notes == ["measured 0.7"]
+    assert not traced[0].repair.tune
+    loss = 10.0
+    with pytest.raises(QualityGateError, match=r"3 plans pass psnr>=30 on the samples .* none does on fresh ones.*23"):
+        building._search(setup, options, gate, notes, 7, ignore)

@@ -217,6 +217,23 @@ def test_the_fastest_point_that_passes_is_picked(curve: Pareto) -> None:
         fastest_passing(curve, QualityGate(metric="psnr", bound=99.0))
 
 
+def test_a_gate_on_another_metric_is_not_held_to_the_front(curve: Pareto) -> None:
+    """A point with a higher PSNR may do more damage in relative L2, and be slower."""
+    point = curve.front()[0]
+    better = msgspec.structs.replace(point.damage.psnr, low=199.0, mean=200.0, high=201.0)
+    worse = msgspec.structs.replace(point.damage.relative_l2, mean=point.damage.relative_l2.high)
+    own = msgspec.structs.replace(
+        point,
+        time_ratio=point.time_ratio + 0.01,
+        damage=msgspec.structs.replace(point.damage, psnr=better, relative_l2=worse),
+    )
+    both = msgspec.structs.replace(curve, points=(*curve.points, own))
+    assert own not in both.front()
+    assert fastest_passing(both, QualityGate(metric="psnr", bound=150.0)) == own
+    with pytest.raises(QualityGateError, match=r"the best has psnr 200 "):
+        fastest_passing(both, QualityGate(metric="psnr", bound=999.0))
+
+
 def test_the_gap_behind_the_fastest_point_that_passes_is_searched(curve: Pareto, setup: Setup) -> None:
     front = curve.front()
     gate = QualityGate(metric="relative-l2", bound=front[len(front) // 2].damage.relative_l2.mean)

@@ -28,6 +28,8 @@ SCHEDULER_ROWS = "rows"
 """Name of the only array in the scheduler file."""
 MOST_VALUES = 2**28
 """Most values of a sample of the model's own size: 16 channels of 4096 x 4096."""
+IMAGE_CHANNELS = 3
+"""Channels of an image that a decoder makes."""
 FULL = "full"
 """Name of the quality level that runs the full model at every step; every bundle has it."""
 
@@ -188,6 +190,7 @@ class Conditioning(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check the count."""
         require(0 < self.used <= len(self.prompts), "the number of used prompts must lie between 1 and all")
+        require(self.size is None or min(self.size) > 0, "the size must be positive")
 
 
 class BundleDecoder(Record, frozen=True, kw_only=True):
@@ -198,6 +201,10 @@ class BundleDecoder(Record, frozen=True, kw_only=True):
     scale: int
     """Image pixels per sample pixel, along each side."""
 
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        require(self.scale > 0, "the scale must be positive")
+
 
 class BundleEncoder(Record, frozen=True, kw_only=True):
     """Graph that turns images into samples."""
@@ -206,6 +213,10 @@ class BundleEncoder(Record, frozen=True, kw_only=True):
     """Path of the ONNX graph, which contains its weights."""
     scale: int
     """Image pixels per sample pixel, along each side."""
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        require(self.scale > 0, "the scale must be positive")
 
 
 class BundleTextEncoder(Record, frozen=True, kw_only=True):
@@ -319,7 +330,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
             named |= {path for one in self.text.encoders for path in (one.weights, one.tokenizer)}
         require(named <= listed, f"not in the list of files: {sorted(named - listed)}")
         require(bool(self.inputs) and self.inputs[0].name == SAMPLE, f"the first input must be {SAMPLE}")
-        require(self.inputs[0].axes[0] == self.sample_shape[0], "inputs and sample_shape must have the same channels")
+        require(self.inputs[0].axes[:1] == self.sample_shape[:1], "inputs and sample_shape must have the same channels")
         require(not self.full.treatments, "the full model must keep every component")
         require(bool(self.levels), "a bundle needs a quality level")
         names = [level.name for level in self.levels]
@@ -333,6 +344,14 @@ class Manifest(Artifact, frozen=True, kw_only=True):
         require(bool(self.used_seeds), "used_seeds must not be empty")
         lowered = {engine.lowered is not None for engine in self.all_engines()}
         require(lowered == {self.precision is not Precision.FP32}, "every graph must exist in the bundle's precision")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[channel, height, width] of one image of the model's own size."""
+        channels, height, width = self.sample_shape
+        if self.decoder is None:
+            return channels, height, width
+        return IMAGE_CHANNELS, height * self.decoder.scale, width * self.decoder.scale
 
     @property
     def plan(self) -> Plan:

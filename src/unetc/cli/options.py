@@ -350,11 +350,13 @@ class ClusterGroup(Group, panel="Cluster"):
             ModuleNotFoundError: Without Ray.
         """
         from unetc.jobs import Cluster
+        from unetc.ray_token import guard
 
         if self.ray is None:
             if self.workers is not None:
                 raise typer.BadParameter("--workers limits the workers of a cluster; give --ray too.")
             return None
+        guard(self.ray)
         import_module("ray")  # so that a missing extra is named before the model is read
         return Cluster(address=self.ray, most_workers=self.workers)
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
 import unetc
-from unetc.artifacts.manifest import BundleEngine, Manifest
+from unetc.artifacts.manifest import BundleEngine
 from unetc.backend import WEIGHTS
 from unetc.compiler.tensorrt.shapes import resolve
 from unetc.compiler.whole_folder import real_path, write_file, written_whole
@@ -18,7 +18,6 @@ from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.backends.null import NullBackend
 from unetc.runtime.batching.levels import best_batch
 from unetc.runtime.bundle import Bundle
-from unetc.runtime.decoder import IMAGE_CHANNELS
 from unetc.runtime.text import TextEncoder
 from unetc.server.names import NAME, short_name
 from unetc.server.prompts import PromptReader
@@ -212,17 +211,9 @@ def _write_engines(
 
 def _write_sampling(folder: Path, name: str, bundle: Bundle, graphs: Mapping[str, ServedGraph]) -> None:
     """Write the model that samples."""
-    channels, size = _image_of(bundle.manifest)
+    channels, height, width = bundle.manifest.image_shape
     prompts = PromptReader(bundle, None if bundle.manifest.text is None else TextEncoder.open(bundle, NullBackend()))
-    config = SamplingConfig(name=name, inputs=taken(prompts), channels=channels, size=size)
+    config = SamplingConfig(name=name, inputs=taken(prompts), channels=channels, size=(height, width))
     write_file(folder / CONFIG, config.to_text().encode())
     write_file(folder / str(VERSION) / "model.py", files("unetc.triton").joinpath("model.py").read_bytes())
     write_loop_bundle(bundle, folder / str(VERSION) / BUNDLE, graphs)
-
-
-def _image_of(manifest: Manifest) -> tuple[int, tuple[int, int]]:
-    """Return the channels of an image, and its height and width in pixels."""
-    channels, height, width = manifest.sample_shape
-    if manifest.decoder is None:
-        return channels, (height, width)
-    return IMAGE_CHANNELS, (height * manifest.decoder.scale, width * manifest.decoder.scale)

@@ -36,8 +36,10 @@ def pareto(
     from .. import summary
     from ..output import OUT, print_json, progress, say
 
-    picture = output.with_suffix(".svg")
     check_writable(output)
+    picture = output.with_suffix(".svg")
+    if picture == output:
+        raise typer.BadParameter(f"{output} is the name of the picture; give the curve another one.")
     check_writable(picture)
     known, cluster, source = sampling.known(), machines.cluster(), model.source()
     options = ParetoOptions(

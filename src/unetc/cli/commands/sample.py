@@ -42,7 +42,7 @@ def sample(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of the steps to make from --image; 1 makes all (default: 0.8)."),
+        typer.Option(help="Share of the steps to make from --image, above 0; 1 makes all (default: 0.8)."),
     ] = None,
     target: BundleTarget = None,
     memory: Annotated[
@@ -77,6 +77,8 @@ def sample(
         raise typer.BadParameter("--guidance-scale belongs to --prompt or --labels; give one.")
     if strength is not None and image is None:
         raise typer.BadParameter("--strength belongs to --image; give one.")
+    if strength is not None and not 0 < strength <= 1:
+        raise typer.BadParameter(f"--strength is {strength:g}. Expected a number above 0 and up to 1.")
     if prompt and labels is not None:
         raise typer.BadParameter("--prompt and --labels are conditions of different models; give one of them.")
     notes: tuple[str, ...] = ()
@@ -84,15 +86,17 @@ def sample(
     with progress() as on_progress:
         on_progress(Progress(stage="loading the engines", done=0, total=1))
         opened = Bundle.open(bundle)
+        if prompt and opened.manifest.text is None:
+            raise SessionError(no_text(opened))
+        channels, height, width = opened.manifest.image_shape
+        pixels = None if image is None else read_image(image, height, width, channels=channels)[None]
         backend = backend_for(opened.manifest, target=target, threads=threads, memory=memory)
         session = Session.of(opened, backend, level=level)
         on_progress(Progress(stage="loading the engines", done=1, total=1))
         start = time.perf_counter()
         sampling = partial(session.sample, seed=seed, steps=steps, full_model=full_model)
         draw: Draw = sampling
-        if image is not None:
-            channels, height, width = session.image_shape
-            pixels = read_image(image, height, width, channels=channels)[None]
+        if pixels is not None:
             draw = with_image(sampling, session.encode(pixels), DEFAULT_STRENGTH if strength is None else strength)
         if labels is not None:
             draw = with_conditions(draw, session.encode_labels(labels.split(","), guidance_scale))
