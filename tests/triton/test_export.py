@@ -56,6 +56,7 @@ def test_engines_run_under_the_names_types_and_sizes_of_their_configuration(
     for model in server.models.values():
         assert model.config.model_warmup
         assert all([*one.inputs["sample"].dims] == own_size for one in model.config.model_warmup)
+        model.calls.clear()  # of other tests
         model.warm_up()
         assert model.calls == [*dict.fromkeys((1, model.config.max_batch_size))]
         model.calls.clear()
