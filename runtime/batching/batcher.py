@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -502,8 +503,10 @@ class Batcher:
     def _share(
         self, program: Program, members: Sequence[Member], prediction: Tensor, emitted: Mapping[str, Tensor], of: int
     ) -> dict[Member, UnetcError]:
-        """Advance members by their rows of a call; return those whose prediction stays non-finite."""
-        finite, failed, start = self._device.is_finite(prediction), {}, 0
+        """Advance members by their rows of a call; return those that cannot go on."""
+        finite, failed, start = False, {}, 0
+        with suppress(UnetcError), taking_memory():  # without room for all rows, each member asks for its own
+            finite = self._device.is_finite(prediction)
         for member in members:
             stop = start + member.rows
             own = prediction if stop - start == of else self._device.rows(prediction, start, stop)

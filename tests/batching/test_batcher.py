@@ -419,6 +419,31 @@ def test_a_request_that_an_engine_refuses_does_not_harm_its_companions(
         assert np.isfinite(ticket.future.result(timeout=30).images).all()
 
 
+@pytest.mark.parametrize("room", [1, 0])
+def test_a_check_without_room_leaves_the_engine_thread_alive(
+    gated: Batcher, gates: list[Gate], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """With room for the rows of one request they all go on; without, they fail and the next ones are served."""
+    check = gated._device.is_finite
+
+    def tight(tensor: Any) -> bool:
+        if len(tensor) > room:
+            raise MemoryError("Unable to allocate 7 GiB")
+        return check(tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gated._device, "is_finite", tight)
+        tickets = [gated.submit(SampleRequest(seed=seed)) for seed in range(3)]
+        release(gates)
+        for ticket in tickets:
+            if room:
+                ticket.future.result(timeout=30)
+            else:
+                with pytest.raises(OutOfMemory, match="the memory is used up"):
+                    ticket.future.result(timeout=30)
+    gated.submit(SampleRequest()).future.result(timeout=30)
+
+
 def test_nan_from_the_full_model_fails_its_own_request(gated: Batcher, gates: list[Gate]) -> None:
     def spoil(inputs: Mapping[str, Tensor], output: Array) -> None:
         output[:] = np.nan

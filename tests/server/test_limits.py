@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
 from tests.server.local import in_loop, local
-from unetc.errors import SessionError
+from unetc.errors import RequestError, SessionError, UnetcError
 from unetc.runtime.batching.estimates import Estimate
 from unetc.runtime.batching.limits import BatchLimits
-from unetc.runtime.batching.request import SampleRequest
-from unetc.server.errors import seconds_to_wait
-from unetc.server.images import Format
+from unetc.runtime.batching.request import FULL, SampleRequest
+from unetc.server.errors import UnknownModel, problem_of, seconds_to_wait
+from unetc.server.images import Format, encode
+from unetc.server.running import Running
 from unetc.server.service import Service, State
 from unetc.server.settings import ApiKeys, BundleSource, ServerSettings
 
@@ -181,6 +184,51 @@ async def test_a_failure_of_the_server_is_counted(tiny_bundle: Path, monkeypatch
         client._transport.raise_app_exceptions = False
         assert (await post(client, model="plain")).status_code == 500
         assert 'unetc_requests_total{model="plain",outcome="failed"} 1.0' in (await client.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    ("said", "code"), [("torch failed: CUDA out of memory", "out_of_memory"), ("torch failed", "sampling_failed")]
+)
+@in_loop
+async def test_a_failure_of_the_encoder_is_a_failure_of_the_server(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: str
+) -> None:
+    def fail(_: Any) -> None:
+        raise SessionError(said)
+
+    image = base64.b64encode(encode(np.zeros((1, 1, 16, 16), np.float32))[0]).decode()
+    async with local(tiny_bundle) as (client, service):
+        monkeypatch.setattr(service.models["plain"].sessions[FULL], "encode", fail)
+        answer = await post(client, image=image)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, code)
+
+
+@in_loop
+async def test_images_that_cannot_be_joined_are_a_failure_of_the_server(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 7 GiB")
+
+    monkeypatch.setattr(Running, "_answered", fail)
+    async with local(tiny_bundle) as (client, _):
+        client._transport.raise_app_exceptions = False
+        async with asyncio.timeout(20):
+            answer = await post(client, seed=1)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SessionError("onnxruntime failed: bad allocation"), "out_of_memory"),
+        (SessionError("onnxruntime failed: no such operation"), "sampling_failed"),
+        (UnknownModel("there is no model 'out of memory'."), "model_not_found"),
+        (RequestError("prompt is 'out of memory'."), "invalid_value"),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_failures(error: UnetcError, code: str) -> None:
+    assert problem_of(error).code == code
 
 
 @in_loop

@@ -120,10 +120,10 @@ def problem_of(error: BaseException) -> Problem:
     for kind, status, code in _PLAIN:
         if isinstance(error, kind):
             return Problem(status=status, code=code, message=message)
-    if isinstance(error, SessionError):
-        return Problem(status=500, code="sampling_failed", message=message)
     if isinstance(error, Exception) and lacks_memory(error):
         return problem_of(out_of_memory(error))
+    if isinstance(error, SessionError):
+        return Problem(status=500, code="sampling_failed", message=message)
     return Problem(status=500, code="internal_error", message="the server failed; its log has the reason.")
 
 

@@ -180,7 +180,11 @@ class Running:
             error = None if failed.cancelled() else failed.exception()
             self._end(error or RequestCancelled("the request was cancelled."))
         elif all(one.done() for one in futures):
-            self._end(self._answered([one.result() for one in futures]))
+            try:
+                outcome: ImageAnswer | BaseException = self._answered([one.result() for one in futures])
+            except Exception as error:  # such as a lack of memory; without an end, the client would wait forever
+                outcome = error
+            self._end(outcome)
 
     def _end(self, outcome: ImageAnswer | BaseException) -> None:
         """Finish. Parts that are not finished are cancelled, and all are let go: they hold samples on the device."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from unetc.device import Array
-from unetc.errors import SessionError
+from unetc.errors import SessionError, ShapeMismatch
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.runtime.batching.batcher import Batcher
 from unetc.runtime.batching.levels import largest_calls, limits_for, open_levels
@@ -136,6 +136,7 @@ class Served:
 
         Raises:
             RequestError: If the image cannot be read, or the bundle cannot encode images.
+            SessionError: If the encoder fails.
         """
         if request.image is None or isinstance(request.image, np.ndarray):
             return request.image
@@ -149,4 +150,8 @@ class Served:
         try:
             return session.encode(pictures.to_samples(image, channels, height, width))
         except SessionError as error:
+            manifest = self.bundle.manifest
+            without_encoder = manifest.decoder is not None and manifest.encoder is None
+            if not (without_encoder or isinstance(error, ShapeMismatch)):
+                raise
             raise request.problem("image", f"{{}}: {error}") from error
