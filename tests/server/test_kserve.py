@@ -228,6 +228,29 @@ def test_wrong_calls_of_the_denoiser_are_named(client: Any, values: dict[str, An
     assert words in refusal(client, "plain.denoiser", tensors(**values))
 
 
+@in_loop
+async def test_numbers_of_many_digits_are_named(tiny_bundle: Path) -> None:
+    """Python neither prints a number of thousands of digits nor makes a float of it."""
+    whole = ("height", "width", "count", "steps", "seed", "label", "timeout")
+    async with local(tiny_bundle) as (client, _):
+        for number in ("9" * 400, "9" * 4000, "-" + "9" * 4000):
+            names = (*whole, "guidance_scale", "strength")
+            values = ", ".join(f'"{name}": {number}' for name in names)
+            content = f'{{"parameters": {{{values}}}}}'
+            answer = await client.post("/v2/models/plain/infer", content=content)
+            assert answer.status_code == 400
+            for name in names:
+                assert f"{name}: expected a " in answer.json()["error"]
+
+
+@in_loop
+async def test_null_leaves_the_datatype_to_the_server(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (client, _):
+        answer = await client.post("/v2/models/plain/infer", json={"parameters": {"output_datatype": None}})
+        assert answer.status_code == 200
+        assert answer.json()["outputs"][0]["datatype"] == "UINT8"
+
+
 def test_unknown_models_and_large_bodies(client: Any, live: Live) -> None:
     """Failures have the statuses of HTTP, and every message has the protocol's form."""
     assert "absent" in refusal(client, "absent", tensors(seed=1), 404)

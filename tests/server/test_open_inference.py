@@ -148,6 +148,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         (b"\xff\xfe{", None, "body"),
         (b'{"inputs": [{"name": "\\ud800"}]}', None, "body"),
         (b"{}", "3", "Inference-Header-Content-Length"),
+        (b"{}", "9" * 5000, "Inference-Header-Content-Length"),
         (b"{}", "-1", "Inference-Header-Content-Length"),
         (b"{}", "٢", "Inference-Header-Content-Length"),
         (b'{"inputs": 3}', None, "inputs"),

@@ -160,7 +160,7 @@ def test_without_encoders_a_prompt_must_be_one_of_the_bundle(prompted_bundle: Pa
         assert conditions is not None
         for name, values in bundle.conditions.own.items():
             assert np.array_equal(conditions.own[name], values[[1, 1]])
-    for prompt in ("a cat", f"#{len(prompts)}", "#x", ""):
+    for prompt in ("a cat", f"#{len(prompts)}", f"#{'9' * 5000}", "#x", ""):
         with pytest.raises(RequestError, match=r"has no text encoder\. The prompt must be one of '"):
             read(prompted_bundle, prompt=prompt)
     with pytest.raises(RequestError, match="negative prompts cannot be encoded"):

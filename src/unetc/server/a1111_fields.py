@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .limits import LARGEST_WHOLE
+
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "firstphase_width": (0,),
@@ -148,9 +150,9 @@ class _Reader:
         value = self._body.get(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is None or (type(value) is int and value >= least):
+        if value is None or (type(value) is int and least <= value <= LARGEST_WHOLE):
             return value
-        self._problems[name] = f"expected a whole number of at least {least}, got {_short(value)}"
+        self._problems[name] = f"expected a whole number from {least} to {LARGEST_WHOLE}, got {_short(value)}"
         return None
 
     def number(self, name: str) -> float | None:

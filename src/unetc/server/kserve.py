@@ -10,7 +10,6 @@ Source:
 from __future__ import annotations
 
 import io
-import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +31,7 @@ from unetc.report.pictures import to_pixels
 from .door import Door, answer_unless_gone
 from .errors import Problem, UnknownModel
 from .inputs import INPUTS, applies
+from .limits import LARGEST_WHOLE
 from .open_inference import BYTES, HEADER_LENGTH, BodyError, InferRequest, TensorInput, read_infer, write_infer
 from .service import ImageAnswer, ImageRequest, Served, Service, State
 
@@ -46,6 +46,7 @@ _MOST_JSON = 4 * 2**20
 """Most bytes of values in an answer as JSON: there, a value takes twenty times its memory while it is written."""
 _ROWS_PER_IMAGE = 3
 """Most rows that guidance calls the denoiser with, per image."""
+_LARGEST = float(np.finfo(np.float32).max)
 _IGNORED = frozenset({"priority"})
 """Parameters of the protocol that change no output."""
 
@@ -191,8 +192,8 @@ def _image_request(asked: InferRequest, served: Served) -> ImageRequest:
         if kind not in tuple(allowed):
             problems[_OUTPUT_DATATYPE] = f"expected one of {', '.join(allowed)}, got {kind!r}"
     if (limit := parameters.pop("timeout", None)) is not None:
-        if type(limit) is not int or limit < 1:
-            problems["timeout"] = f"expected a whole number of microseconds, got {limit!r}"
+        if type(limit) is not int or not 1 <= limit <= LARGEST_WHOLE:
+            problems["timeout"] = f"expected a whole number of microseconds, got {str(limit)[:60]!r}"
         else:
             values["seconds"] = limit / 1e6
     for name, value in parameters.items():
@@ -237,9 +238,9 @@ def _read(name: str, value: Any, values: dict[str, Any], problems: dict[str, str
     if wanted.datatype == BYTES:
         good, expected = isinstance(value, str), "a string"
     elif wanted.datatype.startswith("INT"):
-        good, expected = type(value) is int, "a whole number"
+        good, expected = type(value) is int and abs(value) <= LARGEST_WHOLE, "a whole number that INT64 can hold"
     else:
-        good, expected = type(value) in (int, float) and math.isfinite(value), "a finite number"
+        good, expected = type(value) in (int, float) and abs(value) <= _LARGEST, "a finite number that FP32 can hold"
     if good:
         values[wanted.field] = value
     else:
@@ -308,7 +309,7 @@ def _images_of(answer: ImageAnswer, asked: InferRequest) -> tuple[dict[str, NDAr
     Bytes are pixels from 0 to 255; other datatypes hold the samples, mostly between -1 and 1.
     """
     channels = answer.images.shape[1]
-    kind = asked.parameters.get(_OUTPUT_DATATYPE, _default_datatype(channels))
+    kind = asked.parameters.get(_OUTPUT_DATATYPE) or _default_datatype(channels)
     if kind == "UINT8":
         pixels = to_pixels(answer.images)
         images: NDArray[Any] = pixels[..., None] if channels == 1 else pixels

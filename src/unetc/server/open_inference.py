@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from unetc.errors import brief
 
+from .limits import MOST_DIGITS
+
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Header with the number of bytes of the JSON, if tensors follow it."""
 
@@ -164,7 +166,8 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     """Separate the JSON from the bytes after it."""
     if header_length is None:
         return body, memoryview(b"")
-    length = int(header_length) if header_length.isascii() and header_length.isdigit() else -1
+    readable = len(header_length) <= MOST_DIGITS and header_length.isascii() and header_length.isdigit()
+    length = int(header_length) if readable else -1
     if not 0 < length <= len(body):
         raise BodyError(
             {

@@ -13,6 +13,8 @@ from unetc.errors import RequestError
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.text import TextEncoder
 
+from .limits import MOST_DIGITS
+
 _SHOWN = 20
 """Prompts of a bundle that a message lists."""
 
@@ -167,8 +169,9 @@ class PromptReader:
         text = (prompt or "").strip()
         if text in self.prompts:
             return self.prompts.index(text)
-        if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < len(self.prompts):
-            return int(text[1:])
+        number = text[1:] if text.startswith("#") else ""
+        if number.isdecimal() and len(number) <= MOST_DIGITS and int(number) < len(self.prompts):
+            return int(number)
         listed = ", ".join(map(repr, self.prompts[:_SHOWN])) + (", ..." if len(self.prompts) > _SHOWN else "")
         raise RequestError(f"this bundle has no text encoder. The prompt must be one of {listed}.", "prompt")
 
