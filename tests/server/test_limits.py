@@ -16,6 +16,7 @@ from unetc.errors import RequestError, SessionError, UnetcError
 from unetc.runtime.batching.estimates import Estimate
 from unetc.runtime.batching.limits import BatchLimits
 from unetc.runtime.batching.request import FULL, SampleRequest
+from unetc.server.app import REQUEST_ID
 from unetc.server.errors import UnknownModel, problem_of, seconds_to_wait
 from unetc.server.images import Format, encode
 from unetc.server.running import Running
@@ -71,6 +72,7 @@ async def test_a_large_body_is_refused_before_it_is_read(tiny_bundle: Path) -> N
         answer = await client.post(GENERATIONS, content=b"x" * 1001)
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "body_too_large"
+        assert (await client.post(GENERATIONS, headers={"Content-Length": "9" * 5000})).status_code == 413
 
         async def chunks() -> Any:
             for _ in range(20):
@@ -178,11 +180,15 @@ async def test_half_a_character_is_refused_and_named(tiny_bundle: Path, prompted
 
 
 @in_loop
-async def test_a_failure_of_the_server_is_counted(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failure_of_the_server_is_counted_and_named(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async with local(tiny_bundle) as (client, service):
         monkeypatch.setattr(service.models["plain"], "to_samples", None)
         client._transport.raise_app_exceptions = False
-        assert (await post(client, model="plain")).status_code == 500
+        named = await client.post(GENERATIONS, json={"model": "plain"}, headers={REQUEST_ID: "a-name"})
+        assert (named.status_code, named.headers.get(REQUEST_ID)) == (500, "a-name")
+        assert f"{GENERATIONS} failed, request a-name" in caplog.text
         assert 'unetc_requests_total{model="plain",outcome="failed"} 1.0' in (await client.get("/metrics")).text
 
 

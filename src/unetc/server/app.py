@@ -26,6 +26,7 @@ from . import a1111, health, jobs, kserve, openai, page
 from .door import Door
 from .errors import Problem, Unauthorized, problem_of
 from .keys import key_of
+from .limits import MOST_DIGITS
 from .metrics import Outcome
 from .service import Service, State
 from .settings import ServerSettings
@@ -36,7 +37,7 @@ DOORS: tuple[Door, ...] = (health.DOOR, openai.DOOR, jobs.DOOR, kserve.DOOR, a11
 """Every API that is served."""
 
 REQUEST_ID = "X-Request-Id"
-"""Header that names a request in answers and logs."""
+"""Header that names a request in answers and, when it fails by a fault of the server, in logs."""
 _CRASH_CHECK_S = 0.2
 """Seconds between two looks at the threads of the engines."""
 _CLOSE_S = 5.0
@@ -87,9 +88,12 @@ def make_app(
         if isinstance(error, RequestValidationError):
             service.metrics.ended("-", Outcome.INVALID)
         problem = problem_of(error)
+        name = request.state.request_id
         if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-            logger.error("%s failed", request.url.path, exc_info=error)
-        return answer_of(problem, doors, request.url.path)
+            logger.error("%s failed, request %s", request.url.path, name, exc_info=error)
+        answer = answer_of(problem, doors, request.url.path)
+        answer.headers[REQUEST_ID] = name  # the answer to an error that nobody expects does not pass through `Gate`
+        return answer
 
     for kind in (UnetcError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, failed)
@@ -156,6 +160,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         name = _request_id(headers.get(REQUEST_ID, ""))
+        scope.setdefault("state", {})["request_id"] = name
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -174,7 +179,7 @@ class Gate:
         if self._keys is not None and path not in self._open and not self._keys.allow(key):
             raise Unauthorized("the API key is missing or wrong. Send one as `Authorization: Bearer KEY`.")
         length = headers.get("Content-Length", "0")
-        if length.isdecimal() and int(length) > self._limit:
+        if length.isdecimal() and (len(length) > MOST_DIGITS or int(length) > self._limit):
             raise self._too_large()
 
     def _bounded(self, receive: Receive) -> Receive:
