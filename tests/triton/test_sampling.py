@@ -11,8 +11,10 @@ from tests.house.test_imports import BLOCK
 from tests.house.test_imports import run as run_alone
 from tests.triton.server import Refused, Server
 from unetc.artifacts.manifest import MANIFEST, Manifest
+from unetc.device import Array
 from unetc.errors import CorruptArtifactError
 from unetc.report.pictures import to_pixels
+from unetc.triton import sampling
 from unetc.triton.asked import MOST_IMAGES
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -116,6 +118,32 @@ def test_a_wrong_request_does_not_disturb_the_others(server: Server) -> None:
     assert [one.has_error() for one in (good, bad, again)] == [False, True, False]
     first, second = (next(t.as_numpy() for t in one.output_tensors() if t.name() == "samples") for one in (good, again))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 7 GiB"), "the memory is used up"),
+        (KeyError("x"), "Triton's log has the reason"),
+    ],
+    ids=["memory", "bug"],
+)
+def test_an_unexpected_failure_does_not_disturb_the_others(
+    server: Server, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    convert = sampling.images_of
+
+    def fail(samples: Array) -> Array:
+        if len(samples) == 2:
+            raise error
+        return convert(samples)
+
+    monkeypatch.setattr(sampling, "images_of", fail)
+    count = np.array([2], np.int32)
+    good, bad, again = server.execute({}, {"count": count}, {})
+    assert [one.has_error() for one in (good, bad, again)] == [False, True, False]
+    assert bad.error().code() == "INTERNAL"
+    assert message in bad.error().message()
 
 
 def test_a_failing_engine_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from unetc.artifacts.manifest import FULL
 from unetc.device import Array
 from unetc.errors import ModelError, RequestError, SessionError, ShapeMismatch, UnetcError
+from unetc.memory import taking_memory
 from unetc.report.pictures import to_pixels
 from unetc.runtime.batching.ladder import AUTO, find_level
 from unetc.runtime.batching.levels import open_levels
@@ -65,19 +66,24 @@ class SamplingModel:
         return cls(Bundle.open(folder / BUNDLE), utilities)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer requests in turn; a wrong one gets an error and does not disturb the others."""
+        """Answer requests in turn; one that is wrong or fails gets an error and does not disturb the others."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         utilities = self._utilities
         try:
-            outputs = self._outputs(Asked.read(request, utilities, self._names))
+            with taking_memory():
+                outputs = self._outputs(Asked.read(request, utilities, self._names))
+                wanted = {*request.requested_output_names()}
+                tensors = [utilities.Tensor(name, array) for name, array in outputs.items() if name in wanted]
         except UnetcError as error:
             wrong = isinstance(error, (RequestError, ModelError, ShapeMismatch))
             code = utilities.TritonError.INVALID_ARG if wrong else utilities.TritonError.INTERNAL
             return utilities.InferenceResponse(output_tensors=[], error=utilities.TritonError(str(error), code))
-        wanted = {*request.requested_output_names()}
-        tensors = [utilities.Tensor(name, array) for name, array in outputs.items() if name in wanted]
+        except Exception:
+            logger.exception("a request failed")
+            message, code = "the model failed; Triton's log has the reason.", utilities.TritonError.INTERNAL
+            return utilities.InferenceResponse(output_tensors=[], error=utilities.TritonError(message, code))
         return utilities.InferenceResponse(output_tensors=tensors)
 
     def _outputs(self, asked: Asked) -> dict[str, NDArray[Any]]:
