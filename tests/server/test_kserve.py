@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.server.local import in_loop, local
 from unetc.report.pictures import to_pixels
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
+from unetc.server import kserve
 
 triton = pytest.importorskip("tritonclient.http")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
@@ -292,6 +294,36 @@ async def test_large_tensors_are_no_json(tiny_bundle: Path, monkeypatch: pytest.
         assert refused.status_code == 400
         assert "prediction: has 1024 bytes" in refused.json()["error"]
         assert service.unfinished == 0
+
+
+@in_loop
+async def test_tensors_are_read_and_made_on_threads(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop goes on meanwhile."""
+    seen: dict[str, str] = {}
+
+    def noted(name: str) -> None:
+        function = getattr(kserve, name)
+
+        def run(*arguments: Any) -> Any:
+            seen[name] = threading.current_thread().name
+            return function(*arguments)
+
+        monkeypatch.setattr(kserve, name, run)
+
+    names = ("_decompressed", "_read_image", "_images_of", "_call_inputs", "_prediction_of")
+    for name in names:
+        noted(name)
+    image = {"name": "image", "datatype": "UINT8", "shape": [16, 16, 1], "data": [0] * 256}
+    call = [
+        {"name": name, "datatype": "FP32", "shape": shape, "data": [1.0] * math.prod(shape)}
+        for name, shape in {"sample": [1, 1, 16, 16], "timestep": [1]}.items()
+    ]
+    async with local(tiny_bundle) as (client, _):
+        for model, inputs in (("plain", [image]), ("plain.denoiser", call)):
+            answer = await client.post(f"/v2/models/{model}/infer", json={"inputs": inputs})
+            assert answer.status_code == 200, answer.text
+    assert seen.keys() == set(names)
+    assert all(thread.startswith("unetc-door") for thread in seen.values()), seen
 
 
 def test_an_image_may_be_where_sampling_starts(client: Any) -> None:

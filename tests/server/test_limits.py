@@ -16,8 +16,10 @@ from unetc.errors import RequestError, SessionError, UnetcError
 from unetc.runtime.batching.estimates import Estimate
 from unetc.runtime.batching.limits import BatchLimits
 from unetc.runtime.batching.request import FULL, SampleRequest
+from unetc.runtime.session import Session
 from unetc.server.app import REQUEST_ID
 from unetc.server.errors import UnknownModel, problem_of, seconds_to_wait
+from unetc.server.image_request import ImageRequest
 from unetc.server.images import Format, encode
 from unetc.server.running import Running
 from unetc.server.service import Service, State
@@ -222,6 +224,21 @@ async def test_images_that_cannot_be_joined_are_a_failure_of_the_server(
         async with asyncio.timeout(20):
             answer = await post(client, seed=1)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
+
+
+@in_loop
+async def test_the_images_of_one_seed_are_not_copied(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, made = Session.finish, []
+
+    def kept(*arguments: Any, **options: Any) -> Any:
+        made.append(finish(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Session, "finish", kept)
+    async with local(tiny_bundle) as (_, service):
+        answer = await service.sample(ImageRequest(count=2))
+        assert answer.images is made[-1]
+        assert len((await service.sample(ImageRequest(seeds=(1, 2)))).images) == 2
 
 
 @pytest.mark.parametrize(

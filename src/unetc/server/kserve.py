@@ -94,15 +94,15 @@ def make_router(service: Service) -> APIRouter:
     async def infer(model: str, request: Request, version: str = VERSION) -> Response:
         """Sample images, or call the denoiser once."""
         served, denoiser = _find(service, model, version)
-        body = _decompressed(await request.body(), request.headers, service.settings.body_bytes)
-        length = request.headers.get(HEADER_LENGTH)
+        body, limit = await request.body(), service.settings.body_bytes
         try:
-            asked = await service.in_thread(read_infer, body, length)
+            asked = await service.in_thread(_asked, body, request.headers, limit)
             if denoiser:
                 outputs, facts = await _call(service, served, asked)
             else:
-                running = await service.submit(_image_request(asked, served))
-                outputs, facts = _images_of(await answer_unless_gone(request, running), asked)
+                running = await service.submit(await service.in_thread(_image_request, asked, served))
+                answer = await answer_unless_gone(request, running)
+                outputs, facts = await service.in_thread(_images_of, answer, asked)
         except BodyError as error:
             raise RequestError(f"{error}.", next(iter(error.problems))) from error
         data, header = await service.in_thread(write_infer, asked, model, outputs, facts)
@@ -128,6 +128,11 @@ def _find(service: Service, model: str, version: str) -> tuple[Served, bool]:
     if model not in service.models and model.endswith(DENOISER):
         return service.find(model.removesuffix(DENOISER)), True
     return service.find(model), False
+
+
+def _asked(body: bytes, headers: Mapping[str, str], limit: int) -> InferRequest:
+    """Read the body of a request."""
+    return read_infer(_decompressed(body, headers, limit), headers.get(HEADER_LENGTH))
 
 
 def _decompressed(body: bytes, headers: Mapping[str, str], limit: int) -> bytes:
@@ -362,8 +367,8 @@ async def _call(
         served: The model.
         asked: Inputs of the call.
     """
-    service.check_ready()
-    inputs = _call_inputs(service, served, asked)
+    inputs = await service.in_thread(_call_inputs, service, served, asked)
+    service.check_ready()  # only now, as it may have changed meanwhile
     kind = asked.parameters.get(_OUTPUT_DATATYPE)
     if kind is None:
         kind = "FP16" if asked.inputs["sample"].datatype == "FP16" else "FP32"
@@ -371,6 +376,15 @@ async def _call(
     values = rows * served.bundle.manifest.predicted_channels * height * width
     _check_json(asked, "prediction", values * np.dtype(_OUTPUT_KINDS[kind]).itemsize)
     prediction = await service.calls.run(served, inputs)
+    return await service.in_thread(_prediction_of, prediction, asked, kind), {}
+
+
+def _prediction_of(prediction: NDArray[Any], asked: InferRequest, kind: str) -> dict[str, NDArray[Any]]:
+    """Convert a prediction to an output tensor.
+
+    Raises:
+        RequestError: If it is requested as JSON, and has values that JSON cannot hold.
+    """
     with np.errstate(over="ignore"):  # a number too large for float16 becomes infinity
         prediction = prediction.astype(_OUTPUT_KINDS[kind], copy=False)
     if not (asked.is_binary("prediction") or np.isfinite(prediction).all()):
@@ -379,7 +393,7 @@ async def _call(
             "range. Send smaller inputs, or ask for binary_data.",
             "sample",
         )
-    return {"prediction": prediction}, {}
+    return {"prediction": prediction}
 
 
 def _call_inputs(service: Service, served: Served, asked: InferRequest) -> dict[str, NDArray[Any]]:

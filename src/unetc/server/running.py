@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -119,7 +119,7 @@ class Running:
     async def _all_now(self) -> Array | None:
         parts = await asyncio.gather(*(_now(ticket) for ticket in self._tickets))
         found = [part for part in parts if part is not None]
-        return np.concatenate(found) if found and len(found) == len(parts) else None
+        return _joined(found) if found and len(found) == len(parts) else None
 
     async def _draw(self, encode: Callable[[Array], Awaitable[list[bytes]]]) -> bytes | None:
         first = await _now(self._tickets[0], 1) if self._tickets else None
@@ -207,7 +207,7 @@ class Running:
         ]
         return ImageAnswer(
             model=self.model,
-            images=np.concatenate([result.images for result in results]),
+            images=_joined([result.images for result in results]),
             seeds=tuple(seed for seed, _ in made),
             indices=tuple(index for _, index in made),
             level=self.level,
@@ -233,6 +233,11 @@ class Running:
     def when_done(self, call: Callable[[asyncio.Future[ImageAnswer]], object]) -> None:
         """Call a function on the event loop when the request is finished; it gets the future of the answer."""
         self._answer.add_done_callback(call)
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """Join images; a single part is returned as it is, as a copy would hold up the event loop."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 async def _now(ticket: Ticket, images: int | None = None) -> Array | None:
