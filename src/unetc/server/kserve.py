@@ -46,7 +46,7 @@ _MOST_JSON = 4 * 2**20
 """Most bytes of values in an answer as JSON: there, a value takes twenty times its memory while it is written."""
 _ROWS_PER_IMAGE = 3
 """Most rows that guidance calls the denoiser with, per image."""
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST_FP32 = float(np.finfo(np.float32).max)
 _IGNORED = frozenset({"priority"})
 """Parameters of the protocol that change no output."""
 
@@ -245,7 +245,10 @@ def _read(name: str, value: Any, values: dict[str, Any], problems: dict[str, str
     elif wanted.datatype.startswith("INT"):
         good, expected = type(value) is int and abs(value) <= LARGEST_WHOLE, "a whole number that INT64 can hold"
     else:
-        good, expected = type(value) in (int, float) and abs(value) <= _LARGEST, "a finite number that FP32 can hold"
+        good, expected = (
+            type(value) in (int, float) and abs(value) <= _LARGEST_FP32,
+            "a finite number that FP32 can hold",
+        )
     if good:
         values[wanted.field] = value
     else:
