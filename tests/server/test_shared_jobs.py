@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.server.local import in_loop, local
 from unetc.device import Array
 from unetc.errors import QueueFull, RequestError
 from unetc.server.bodies import ImageBody
-from unetc.server.images import encode
+from unetc.server.images import Format, encode
 from unetc.server.jobs import Job, Jobs, JobState
 from unetc.server.latest import Latest
 
@@ -75,6 +76,42 @@ async def test_a_refused_job_costs_nobody_the_images(tiny_bundle: Path) -> None:
             if isinstance(job, Job):
                 assert jobs.find(job.id) is job
                 jobs.remove(job)
+
+
+@in_loop
+async def test_a_job_that_has_just_finished_stays_though_others_were_made_later(tiny_bundle: Path) -> None:
+    """Fetched jobs go first, then those that finished first; jobs without images take no memory."""
+    async with local(tiny_bundle) as (_, service):
+        jobs = Jobs(service)
+        long = await jobs.add(ImageBody(seed=1, n=2, num_inference_steps=500))
+        gone = await jobs.add(ImageBody(seed=2, num_inference_steps=1000))
+        jobs.remove(gone)
+        short = [await finished(await jobs.add(ImageBody(seed=seed))) for seed in range(3)]
+        assert long.finished is None
+        assert long.size == 0
+        short[1].fetched.set()
+        size = sum(job.size for job in short) + short[0].size * 3 // 2  # between two jobs and three, with the long one
+        service.settings = replace(service.settings, job_bytes=size)
+        await finished(long)
+        kept = [job for job in (long, gone, *short) if job.id in jobs._jobs]
+        assert kept == [long, gone, short[0], short[2]], "the fetched one is dropped, whatever its age"
+        service.settings = replace(service.settings, job_bytes=1)
+        assert jobs.find(long.id) is long
+        assert [job for job in short if job.id in jobs._jobs] == []
+        assert jobs.find(gone.id).state is JobState.CANCELLED
+
+
+@in_loop
+async def test_a_finished_job_keeps_files_and_no_other_copy_of_its_images(tiny_bundle: Path) -> None:
+    async with local(tiny_bundle) as (_, service):
+        jobs = Jobs(service)
+        for form in Format:
+            job = await finished(await jobs.add(ImageBody(seed=1, n=2, output_format=form)))
+            assert job.answer is not None
+            assert job.answer.images.nbytes == 0
+            assert len(job.files) == 2
+            assert (job.shown or job.files[0]).startswith(b"\x89PNG"), "for the preview"
+            assert job.size == sum(map(len, job.files)) + len(job.shown)
 
 
 @in_loop

@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from fastapi import APIRouter
@@ -54,8 +54,11 @@ class Job:
     created: float = field(default_factory=time.time)
     finished: float | None = None
     answer: ImageAnswer | None = None
+    """How its images were made, without the images."""
     files: tuple[bytes, ...] = ()
     """The images, encoded."""
+    shown: bytes = b""
+    """The first image as PNG, if the files have another format."""
     problem: Problem | None = None
     task: asyncio.Task[None] | None = None
     """Waits for the images."""
@@ -74,7 +77,7 @@ class Job:
     @property
     def size(self) -> int:
         """Bytes of its images."""
-        return sum(map(len, self.files)) + (0 if self.answer is None else self.answer.images.nbytes)
+        return sum(map(len, self.files)) + len(self.shown)
 
     def progress(self) -> dict[str, object]:
         """Describe how far it is."""
@@ -142,8 +145,7 @@ class Jobs:
         finally:
             self._submitted.remove(size)
         while len(self._jobs) >= limits.jobs:  # only now, as a refused request must cost nobody's images
-            oldest = next(job for job in self._jobs.values() if job.finished is not None)
-            del self._jobs[oldest.id]
+            del self._jobs[self._finished()[0].id]
         name = self._service.job_prefix + secrets.token_hex(16)
         job = Job(id=name, running=running, form=body.form, compression=body.output_compression)
         self._jobs[job.id] = job
@@ -190,25 +192,35 @@ class Jobs:
         try:
             answer = await job.running.result()
             files = await self._service.encode(answer.images, job.form, quality=job.compression)
+            shown = [b""] if job.form is Format.PNG else await self._service.encode(answer.images[:1])
         except Exception as error:
             job.problem = job.problem or problem_of(error)
             if not isinstance(error, UnetcError):
                 logger.exception("job %s failed", job.id)
         else:
             if job.problem is None:  # or it was cancelled while its images were encoded
-                job.answer, job.files = answer, tuple(files)
+                job.answer = replace(answer, images=answer.images[:0].copy())
+                job.files, job.shown = tuple(files), shown[0]
         job.running.release()
         job.finished = job.finished or time.time()
         self._forget()
 
-    def _forget(self) -> None:
-        """Drop finished jobs that are too old, and the oldest while their images take too much memory."""
-        limits, now = self._service.settings, time.time()
+    def _finished(self) -> list[Job]:
+        """List the finished jobs, those that can be spared first: fetched ones, then in the order of their end."""
         finished = [job for job in self._jobs.values() if job.finished is not None]
+        return sorted(finished, key=lambda job: (not job.fetched.is_set(), job.finished))
+
+    def _forget(self) -> None:
+        """Drop finished jobs that are too old, and others while their images take too much memory.
+
+        The job that has finished last stays in any case: its client could not have come for the images yet.
+        """
+        limits, now, finished = self._service.settings, time.time(), self._finished()
         size = sum(job.size for job in finished)
+        last = max(finished, key=lambda job: job.finished or now, default=None)
         for job in finished:
             old = now - (job.finished or now) > limits.job_seconds
-            if old or (size > limits.job_bytes and job is not finished[-1]):
+            if old or (size > limits.job_bytes and job.files and job is not last):
                 size -= job.size
                 del self._jobs[job.id]
 
@@ -245,8 +257,8 @@ def make_router(service: Service) -> APIRouter:
         """Show the first image as it is now."""
         job = jobs.find(name)
         file = await job.running.picture(service.encode)
-        if file is None and job.answer is not None:
-            (file,) = await service.encode(job.answer.images[:1])
+        if file is None and job.files:
+            file = job.shown or job.files[0]
         if file is None:
             raise UnknownJob(f"job {job.id} has no preview before its first step, or after a failure.")
         return Response(file, media_type=Format.PNG.media_type, headers={"Cache-Control": "no-store"})
