@@ -103,6 +103,18 @@ def test_an_image_from_an_image(live: Live) -> None:
     assert (images[0] != images[2]).any()
 
 
+def test_an_image_of_other_proportions_is_stretched_by_default(live: Live) -> None:
+    """It is cut if the client says so."""
+    wide = np.repeat(np.array([[0] * 16 + [255] * 16 + [0] * 16], np.uint8), 16, axis=0)
+    alike = np.asarray(Image.fromarray(wide).resize((16, 16), Image.Resampling.LANCZOS))
+    body = IMAGE_TO_IMAGE | PLAIN | {"seed": 1, "denoising_strength": 0.25}
+    expected = {0: alike, 1: np.full((16, 16), 255, np.uint8)}
+    for mode, image in expected.items():
+        (made_of_wide,), _ = made(live, "img2img", body | {"init_images": [encoded(wide)], "resize_mode": mode})
+        (same,), _ = made(live, "img2img", body | {"init_images": [encoded(image)]})
+        np.testing.assert_allclose(made_of_wide.astype(int), same.astype(int), atol=1)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

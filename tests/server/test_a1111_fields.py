@@ -123,6 +123,16 @@ def test_images_are_needed_where_they_belong(images: Any) -> None:
     assert read_fields(body, "ddim", with_image=False)[1] == {}
 
 
+@pytest.mark.parametrize(("value", "crop"), [(None, False), (0, False), (1, True), (1.0, True)])
+def test_an_image_is_stretched_unless_it_is_to_be_cut(value: Any, crop: bool) -> None:
+    """As in the web UI, where 0 is to resize alone and 1 to cut and resize."""
+    request, problems = read_fields(IMAGE_TO_IMAGE | {"resize_mode": value}, "ddim", with_image=True)
+    assert problems == {}
+    assert request.crop == crop
+    for wrong in (2, 3, True, "1"):
+        assert list(read_fields(IMAGE_TO_IMAGE | {"resize_mode": wrong}, "ddim", with_image=True)[1]) == ["resize_mode"]
+
+
 def test_a_mask_is_refused_for_images_alone() -> None:
     """Painting inside a mask is not supported."""
     assert list(read_fields(IMAGE_TO_IMAGE | {"mask": "aGVsbG8="}, "ddim", with_image=True)[1]) == ["mask"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from unetc.errors import RequestError
-from unetc.server.images import decode
+from unetc.server.images import decode, to_samples
 
 
 def file_of(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -34,6 +34,17 @@ def test_grey_values_of_16_bits_are_scaled() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_other_modes_are_taken(mode: str) -> None:
     assert read(file_of(Image.new("RGB", (3, 2), "white").convert(mode))).tolist() == [[[255] * 3] * 3] * 2
+
+
+def test_an_image_is_cut_or_stretched_to_the_size() -> None:
+    """The halves of a wide picture stay both when it is stretched; cutting leaves the middle."""
+    values = np.repeat(np.array([[0] * 8 + [255] * 24], np.uint8), 16, axis=0)
+    image = Image.fromarray(values)
+    cut, stretched = to_samples(image, 1, 16, 16), to_samples(image, 1, 16, 16, stretch=True)
+    assert cut.shape == stretched.shape == (1, 1, 16, 16)
+    assert cut.min() == 1
+    assert stretched[0, 0, 0, [0, 15]].tolist() == [-1, 1]
+    assert to_samples(image, 3, 8, 4, stretch=True).shape == (1, 3, 8, 4)
 
 
 def test_damaged_exif_data_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,7 @@ def _image_request(served: Served, wanted: A1111Request, seeds: tuple[int, ...])
         width=wanted.width,
         quality=wanted.quality or "auto",
         image=decode_base64(wanted.images[0], "init_images") if wanted.images else None,
+        stretch=not wanted.crop,
         strength=wanted.strength if wanted.strength is not None or not wanted.images else 0.75,
         names=_NAMES,
     )

@@ -43,7 +43,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 NEUTRAL_WITH_IMAGE: Mapping[str, tuple[Any, ...]] = {
     "mask": ("",),
     "latent_mask": ("",),
-    "resize_mode": (0,),
+    "resize_mode": (0, 1),  # stretched, or cut, which `crop` tells
     "initial_noise_multiplier": (1,),
     "include_init_images": (False,),
 }
@@ -74,6 +74,8 @@ class A1111Request:
     """Quality level; not a field of the web UI."""
     images: tuple[str, ...] = ()
     """Images to start from, base64."""
+    crop: bool = False
+    """Whether the image to start from covers the size and is cut; otherwise it is stretched."""
     strength: float | None = None
     send_images: bool = True
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -124,6 +126,7 @@ def read_fields(body: Mapping[str, Any], scheduler: str, *, with_image: bool) ->
             model=reader.override(),
             quality=reader.text("quality"),
             images=reader.images() if with_image else (),
+            crop=with_image and body.get("resize_mode") == 1,
             strength=reader.number("denoising_strength") if with_image else None,
             send_images=body.get("send_images") is not False,
             parameters={name: value for name, value in body.items() if name not in ("init_images", "mask")},

@@ -48,6 +48,8 @@ class ImageRequest:
     """The fastest level to which it may step down; None for the server's own limit."""
     image: bytes | Array | None = None
     """Image to start from: the bytes of a file, or samples [1 or count, channel, height, width]."""
+    stretch: bool = False
+    """Whether the image of a file is stretched to the size; otherwise it covers the size and is cut."""
     strength: float | None = None
     """Share of the steps that are made when starting from an image, in (0, 1]; 0.8 if None."""
     seconds: float | None = None

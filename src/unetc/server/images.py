@@ -121,12 +121,14 @@ def _to_colour(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-def to_samples(image: Image.Image, channels: int, height: int, width: int) -> Array:
-    """Scale an image until it covers a size, and cut it in the middle.
+def to_samples(image: Image.Image, channels: int, height: int, width: int, *, stretch: bool = False) -> Array:
+    """Scale an image until it covers a size, and cut it in the middle; or stretch it to the size.
 
     Returns:
         [1, channels, height, width] in [-1, 1]; grey for one channel.
     """
-    fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    converted = image.convert("L" if channels == 1 else "RGB")
+    size, filtered = (width, height), Image.Resampling.LANCZOS
+    fitted = converted.resize(size, filtered) if stretch else ImageOps.fit(converted, size, filtered)
     values = np.asarray(fitted, np.float32) / 127.5 - 1
     return values[None, None] if channels == 1 else values.transpose(2, 0, 1)[None]

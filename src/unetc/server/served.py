@@ -148,7 +148,7 @@ class Served:
         limit = max(_PIXELS, height * width) if most_pixels is None else most_pixels
         image = pictures.decode(request.image, name, most_pixels=limit)
         try:
-            return session.encode(pictures.to_samples(image, channels, height, width))
+            return session.encode(pictures.to_samples(image, channels, height, width, stretch=request.stretch))
         except SessionError as error:
             manifest = self.bundle.manifest
             without_encoder = manifest.decoder is not None and manifest.encoder is None
