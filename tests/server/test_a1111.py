@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tests.server.live import Live, serving, until
 from tests.server.local import in_loop, local
 from tests.server.test_a1111_fields import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from unetc.report.pictures import to_pixels
+from unetc.server.image_request import ImageRequest
+from unetc.server.prompts import PromptReader
 from unetc.server.running import Running
 
 SIZE = {"width": 16, "height": 16}
@@ -253,6 +256,30 @@ async def test_an_interrupted_request_answers_with_the_images_that_have_begun(
         assert len(one["images"]) == 1
         info = json.loads(one["info"])
         assert (info["all_seeds"], info["interrupted"]) == ([6], True)
+
+
+@in_loop
+@pytest.mark.parametrize("guided", [False, True])
+async def test_the_guidance_that_is_reported_is_the_one_that_was_used(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, guided: bool
+) -> None:
+    """Models of classes may have guidance without having prompts."""
+    asked: list[float | None] = []
+    async with local(tiny_bundle) as (client, service):
+        submit = service.submit
+
+        async def noted(request: ImageRequest) -> Running:
+            asked.append(request.guidance_scale)
+            return await submit(replace(request, guidance_scale=None))
+
+        monkeypatch.setattr(service, "submit", noted)
+        monkeypatch.setattr(PromptReader, "guided", guided)
+        for change, scale in (({"cfg_scale": 7.0}, 7.0 if guided else 1.0), ({"cfg_scale": None}, 1.0)):
+            answer = await client.post("/sdapi/v1/txt2img", json=PLAIN | change)
+            info = json.loads(answer.json()["info"])
+            assert info["cfg_scale"] == scale
+            assert f"CFG scale: {scale:g}," in info["infotexts"][0]
+    assert asked == [7.0 if guided else None, None]
 
 
 def test_clients_with_other_keys_are_left_alone(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -275,13 +275,11 @@ def _hash(served: Served) -> str:
 
 def _image_request(served: Served, wanted: A1111Request, seeds: tuple[int, ...]) -> ImageRequest:
     """Turn the fields into a request; image k has seed + k, as in the web UI."""
-    prompts = served.prompts
-    has_prompts = prompts.free or bool(prompts.prompts)
     return ImageRequest(
         model=served.name,
-        prompt=wanted.prompt if wanted.prompt or prompts.free else None,
+        prompt=wanted.prompt if wanted.prompt or served.prompts.free else None,
         negative_prompt=wanted.negative_prompt or None,
-        guidance_scale=wanted.guidance_scale if has_prompts else None,  # clients send one to every model
+        guidance_scale=wanted.guidance_scale if served.prompts.guided else None,  # clients send one to every model
         seeds=seeds,
         steps=wanted.steps,
         height=wanted.height,
@@ -324,7 +322,8 @@ def _info(
     height, width = size
     count, sampler = len(seeds), _sampler(served)
     steps = wanted.steps or served.bundle.manifest.steps
-    scale = served.prompts.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    sent = wanted.guidance_scale if served.prompts.guided else None
+    scale = served.prompts.guidance_scale if sent is None else sent
     negative = f"\nNegative prompt: {wanted.negative_prompt}" if wanted.negative_prompt else ""
     texts = [
         f"{wanted.prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {scale:g}, Seed: {seed}, "
