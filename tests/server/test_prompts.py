@@ -19,7 +19,7 @@ from tests.server.local import in_loop, local
 from tests.server.test_openai import pixels
 from tests.tiny_build import once
 from unetc.artifacts.classes import Classes
-from unetc.call import CLASS_LABELS, EXTRA_CHANNELS
+from unetc.call import CLASS_LABELS, CONTEXT, EXTRA_CHANNELS, TIMESTEP_COND
 from unetc.class_labels import encode_labels
 from unetc.conditions import Conditions
 from unetc.errors import RequestError
@@ -177,6 +177,24 @@ def test_the_scale_of_encoded_prompts_can_be_changed(prompted_bundle: Path) -> N
         without = read(prompted_bundle, prompt=prompt, guidance_scale=0.0)
         assert without is not None
         assert without.rows_per_sample == 1
+
+
+def test_a_scale_that_the_model_reads_itself_is_fixed_without_encoders() -> None:
+    """Its embedding is in the prompts of the bundle."""
+    own = Conditions(own={CONTEXT: np.zeros((2, 3, 4)), TIMESTEP_COND: np.zeros((2, 8))}, scale=8.5)
+    conditioning = SimpleNamespace(prompts=("a cat", "a dog"), guidance_scale=8.5)
+    bundle: Any = SimpleNamespace(
+        manifest=SimpleNamespace(conditioning=conditioning), conditions=own, calls=SimpleNamespace(classes=None)
+    )
+    reader = PromptReader(bundle, None)
+    for prompt in (None, "#1"):
+        for scale in (0.0, 1.0, 3.0):
+            with pytest.raises(RequestError, match=rf"is {scale}, .*send 8\.5\.") as caught:
+                reader.read(wanted(prompt=prompt, guidance_scale=scale))
+            assert caught.value.field == "guidance_scale"
+        conditions = reader.read(wanted(prompt=prompt, guidance_scale=8.5))
+        assert conditions is not None
+        assert (conditions.scale, conditions.rows_per_sample) == (8.5, 1)
 
 
 def test_an_image_has_the_same_prompt_whatever_else_is_asked(prompted_bundle: Path) -> None:

@@ -177,6 +177,14 @@ class PromptReader:
 
     def _scaled(self, rows: Conditions, scale: float) -> Conditions:
         """Change the scale of encoded prompts."""
+        if TIMESTEP_COND in rows.own:
+            if scale == rows.scale:
+                return rows
+            raise RequestError(
+                f"guidance_scale is {scale}, but this model reads the scale itself, and the bundle has it encoded as "
+                f"{rows.scale}. Omit guidance_scale, or send {rows.scale}.",
+                "guidance_scale",
+            )
         if scale <= 1 and not rows.middle:
             return replace(rows, negative={}, scale=1.0)
         if not rows.guided:
