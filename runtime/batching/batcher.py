@@ -287,7 +287,7 @@ class Batcher:
             if order.members:
                 return 0
             before = self._orders[: self._orders.index(order)]
-            return 1 + sum(1 for one in before if one.starts)
+            return 1 + len({one.owner for one in before if one.starts} - {order.owner})
 
     def _preview(self, order: Order, images: int | None) -> Future[Array | None]:
         count = order.ticket.request.count if images is None else images
@@ -381,12 +381,14 @@ class Batcher:
         Requests with few images on their way come first. In the turns that an image takes, a request becomes entitled
         to one more, so small requests that keep coming do not starve a large one.
         """
-        running = {order: order.running for order in self._orders}
-        free, chosen = self._limits.seats - sum(running.values()), []
+        running: Counter[object] = Counter()
+        for order in self._orders:
+            running[order.owner] += order.running
+        free, chosen = self._limits.seats - running.total(), []
         while free > 0 and (candidates := [order for order in self._orders if order.starts]):
-            order = min(candidates, key=lambda order: running[order] - (self._turn - order.turn) / order.calls)
+            order = min(candidates, key=lambda order: running[order.owner] - (self._turn - order.turn) / order.calls)
             chosen.append((order, order.starts.pop()))
-            running[order] += 1
+            running[order.owner] += 1
             free -= 1
         return chosen
 

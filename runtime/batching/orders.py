@@ -40,6 +40,12 @@ class Order:
     began: float | None = None
 
     @property
+    def owner(self) -> object:
+        """Who gets the seats: the group of the request, or else the order."""
+        group = self.ticket.request.group
+        return self if group is None else group
+
+    @property
     def running(self) -> int:
         """Number of images on their way."""
         return sum(1 for member in self.members if not member.finished)

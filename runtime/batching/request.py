@@ -38,6 +38,8 @@ class SampleRequest:
     """Share of the steps that are made when starting from an image, in (0, 1]."""
     seconds: float | None = None
     """Time limit from submission; the batcher gives up between two steps after it. None for no limit."""
+    group: object = None
+    """Requests with the same group get seats as one request would; None for a request alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

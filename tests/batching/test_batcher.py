@@ -290,6 +290,23 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(gated: Batcher) -> Non
         gated.submit(SampleRequest(count=7))
 
 
+def test_requests_of_a_group_get_seats_as_one(gated: Batcher, gates: list[Gate]) -> None:
+    """Many parts get no more than one request for as many images."""
+    first = gated.submit(SampleRequest(count=4))
+    wait_for_calls(gates)
+    steps: list[str] = []
+    parts = [
+        gated.submit(SampleRequest(seed=seed, group="parts"), lambda _, seed=seed: steps.append(f"part {seed}"))
+        for seed in range(3)
+    ]
+    other = gated.submit(SampleRequest(seed=3, count=2), lambda _: steps.append("other"))
+    assert [ticket.position() for ticket in (*parts, other)] == [1, 1, 1, 2]
+    first.cancel()
+    release(gates)
+    assert not wait([ticket.future for ticket in (*parts, other)], timeout=30).not_done
+    assert steps.index("other") < steps.index("part 2"), "two seats for each"
+
+
 def test_a_large_request_does_not_hold_up_a_small_one(sessions: Mapping[str, Session]) -> None:
     order: list[str] = []
     batcher = Batcher(sessions, limits=BatchLimits(rows=2, seats=4))

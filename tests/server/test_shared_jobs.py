@@ -14,10 +14,13 @@ import pytest
 from tests.server.local import in_loop, local
 from unetc.device import Array
 from unetc.errors import QueueFull, RequestError
+from unetc.runtime.batching.request import Progress, SampleRequest, Ticket
 from unetc.server.bodies import ImageBody
+from unetc.server.image_request import ImageRequest, Level
 from unetc.server.images import Format, encode
 from unetc.server.jobs import Job, Jobs, JobState
 from unetc.server.latest import Latest
+from unetc.server.running import Running
 
 PICTURE = base64.b64encode(encode(np.zeros((1, 1, 16, 16), np.float32))[0]).decode()
 
@@ -123,6 +126,46 @@ async def test_bodies_that_wait_are_limited(tiny_bundle: Path) -> None:
         assert [type(one) for one in added] == [Job, QueueFull]
         assert isinstance(added[0], Job)
         await finished(added[0])
+
+
+@in_loop
+async def test_a_request_of_parts_runs_once_one_has_begun() -> None:
+    level = Level(name="full", time_ratio=1.0, damage=None)
+    running = Running("plain", ImageRequest(), level)
+    assert (running.position, running.share) == (None, 0.0)
+    places: list[int | None] = [3, 2]
+    tickets = [Ticket(request=SampleRequest(), _position=lambda k=k: places[k]) for k in range(2)]
+    for ticket in tickets:
+        running.add(ticket)
+    assert (running.position, running.share) == (2, 0.0)
+    places[:] = [0, 2]
+    tickets[0].progress = Progress(done=2, steps=4, phase=None, engine=0)
+    assert (running.position, running.share) == (0, 0.25), "the part that waits counts too"
+    places[:] = [None, 1]
+    assert running.position == 0, "a part is done"
+    places[:] = [None, None]
+    assert running.position is None
+
+
+@in_loop
+async def test_a_list_of_seeds_is_one_request_to_the_batcher(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local(tiny_bundle) as (_, service):
+        batcher, seen = service.models["plain"].batcher, []
+        submit = batcher.submit
+
+        def noted(request: SampleRequest, on_step: Any = None) -> Ticket:
+            seen.append(request.group)
+            return submit(request, on_step)
+
+        monkeypatch.setattr(batcher, "submit", noted)
+        for request in (ImageRequest(seeds=(1, 2)), ImageRequest(seeds=(1, 2)), ImageRequest(count=2)):
+            await service.sample(request)
+        assert seen[0] is seen[1] is not None
+        assert seen[2] is seen[3] is not None
+        assert seen[0] is not seen[2]
+        assert seen[4] is None
 
 
 @in_loop

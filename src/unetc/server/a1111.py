@@ -145,7 +145,7 @@ def make_router(service: Service) -> APIRouter:
             return _progress(0.0, 0.0, {"job": "", "job_count": 0, "sampling_step": 0, "sampling_steps": 0}, None)
         task = mine[0]
         steps = task.running.progress
-        share = steps.done / steps.steps if steps and steps.steps else 0.0
+        share = task.running.share
         elapsed = time.time() - task.began
         state = {
             "job": "img2img" if task.with_image else "txt2img",

@@ -79,8 +79,9 @@ class Running:
     @property
     def position(self) -> int | None:
         """Requests that are served before this one; 0 while it runs, None when it is finished."""
-        positions = [place for ticket in self._tickets if (place := ticket.position()) is not None]
-        return max(positions, default=None)
+        positions = [ticket.position() for ticket in self._tickets]
+        unfinished = any(place is not None for place in positions)
+        return min(place or 0 for place in positions) if unfinished else None
 
     @property
     def progress(self) -> Progress | None:
@@ -89,6 +90,13 @@ class Running:
             return self._last
         reports = [ticket.progress for ticket in self._tickets]
         return min((one for one in reports if one), key=lambda one: one.done) if all(reports) and reports else None
+
+    @property
+    def share(self) -> float:
+        """Share of the steps of all its parts that are made, those of parts that wait included."""
+        reports = [ticket.progress for ticket in self._tickets]
+        made = [one.done / max(1, one.steps) if one else 0.0 for one in reports]
+        return sum(made) / len(made) if made else 0.0
 
     async def preview(self) -> Array | None:
         """Decode all images as they are now, [image, channel, height, width]; None before all have begun, and after."""

@@ -334,11 +334,13 @@ class Service:
                 **common,
             )
             return [part]
+        group = object()
         return [
             SampleRequest(
                 seed=one,
                 conditions=None if conditions is None else conditions.take([k]),
                 image=None if start is None else start[k % len(start) :][:1],
+                group=group,
                 **common,
             )
             for k, one in enumerate(request.seeds)
