@@ -148,7 +148,7 @@ class Batcher:
             units=start.units / request.count,
             turn=self._turn,
             submitted=now,
-            deadline=math.inf if request.seconds is None else now + request.seconds,
+            deadline=math.inf if request.seconds is None else (request.since or now) + request.seconds,
             on_step=on_step,
         )
         ticket._position = lambda: self._position(order)
@@ -244,24 +244,33 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
+    def check_room(self, images: int) -> None:
+        """Refuse images that cannot wait now; `submit` does it too, but a request may take a while to prepare.
+
+        Raises:
+            QueueFull: If too many images wait.
+        """
+        with self._changed:
+            waiting = sum(len(order.starts) for order in self._orders) + images
+            if waiting > self._limits.queue:
+                raise QueueFull(
+                    f"{waiting} images would wait, but the queue holds {self._limits.queue}. Try again later.",
+                    self._backlog() * 0.5,
+                )
+
     def _admit(self, order: Order) -> None:
         """Refuse an order that cannot be finished in time, or for which there is no room."""
         if not self._accepting or self.crashed is not None:
             raise BatcherStopped("the server is shutting down and accepts no requests. Ask another one, or later.")
-        waiting = sum(len(one.starts) for one in self._orders) + len(order.starts)
-        if waiting > self._limits.queue:
-            raise QueueFull(
-                f"{waiting} images would wait, but the queue holds {self._limits.queue}. Try again later.",
-                self._backlog() * 0.5,
-            )
+        self.check_room(len(order.starts))
         request = order.ticket.request
         if request.seconds is not None:
-            needed = self._estimates.finished(self._orders, Work.left(order))
-            if needed > request.seconds:
+            late = order.submitted + self._estimates.finished(self._orders, Work.left(order)) - order.deadline
+            if late > 0:
                 raise QueueFull(
-                    f"the request would be finished in about {needed:.1f} s, but its time limit is "
+                    f"the request would be finished in about {request.seconds + late:.1f} s, but its time limit is "
                     f"{request.seconds:g} s. Try again later, or ask for fewer steps.",
-                    needed - request.seconds,
+                    late,
                 )
 
     def _backlog(self) -> float:

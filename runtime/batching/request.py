@@ -37,7 +37,9 @@ class SampleRequest:
     strength: float = 1.0
     """Share of the steps that are made when starting from an image, in (0, 1]."""
     seconds: float | None = None
-    """Time limit from submission; the batcher gives up between two steps after it. None for no limit."""
+    """Time limit; the batcher gives up between two steps after it. None for no limit."""
+    since: float | None = None
+    """Time on the monotonic clock from which the limit counts, if not from submission."""
     group: object = None
     """Requests with the same group get seats as one request would; None for a request alone."""
 

@@ -284,6 +284,18 @@ def test_a_deadline_ends_a_request_between_two_steps(gated: Batcher, gates: list
     other.future.result(timeout=30)
 
 
+def test_a_time_limit_may_have_begun_before_submission(gated: Batcher, gates: list[Gate]) -> None:
+    late = gated.submit(SampleRequest(seconds=10, since=time.monotonic() - 9.9))
+    wait_for_calls(gates)
+    time.sleep(0.15)
+    release(gates)
+    with pytest.raises(DeadlineExceeded, match="time limit of 10 s"):
+        late.future.result(timeout=30)
+    with pytest.raises(QueueFull, match=r"in about 1[12]\.. s, but its time limit is 10 s") as refused:
+        gated.submit(SampleRequest(seconds=10, since=time.monotonic() - 11))
+    assert refused.value.seconds >= 1
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_again(gated: Batcher) -> None:
     gated.submit(SampleRequest(count=6))
     with pytest.raises(QueueFull, match="the queue holds 6"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +285,9 @@ async def test_a_full_queue_refuses_with_a_time_to_wait(tiny_bundle: Path, monke
 @in_loop
 async def test_a_request_that_cannot_be_in_time_is_refused(tiny_bundle: Path) -> None:
     async with local(tiny_bundle) as (client, _):
-        refused = await post(client, **LONG, timeout=0.001)
+        refused = await post(client, **LONG, timeout=0.2)
         assert refused.status_code == 429
-        assert "above its limit of 0.001 s" in refused.json()["error"]["message"]
+        assert "are left of its limit of 0.2 s" in refused.json()["error"]["message"]
 
 
 @in_loop
@@ -298,6 +299,40 @@ async def test_a_late_request_is_given_up(tiny_bundle: Path, monkeypatch: pytest
         assert late.status_code == 504
         assert late.headers["x-should-retry"] == "false"
         assert late.json()["error"]["code"] == "deadline_exceeded"
+
+
+@in_loop
+async def test_the_time_limit_counts_the_preparation_of_a_request(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local(tiny_bundle) as (client, service):
+        served = service.models["plain"]
+        monkeypatch.setattr(served, "to_samples", lambda *_: time.sleep(0.3))
+        late = await post(client, seed=1, timeout=0.2)
+        assert late.status_code == 504
+        assert "was not prepared within its time limit of 0.2 s" in late.json()["error"]["message"]
+        assert served.batcher.load().waiting + served.batcher.load().running == 0
+        assert 'outcome="deadline"} 1.0' in (await client.get("/metrics")).text
+
+
+@in_loop
+async def test_a_full_queue_refuses_before_a_request_is_prepared(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders would hold up the images that are on their way."""
+    async with local(tiny_bundle, queue=16, images=16) as (client, service):
+        served = service.models["plain"]
+        monkeypatch.setattr(served.batcher, "_limits", BatchLimits(seats=1, queue=16))
+        accepted = asyncio.create_task(post(client, **LONG, n=16))
+        await busy(service)
+        monkeypatch.setattr(served, "to_samples", None)
+        refused = await post(client, **LONG, n=16)
+        assert refused.status_code == 429
+        wrong = await post(client, n=16, num_inference_steps=777)
+        assert wrong.status_code == 400, "a wrong field is named all the same"
+        for running in tuple(service.running):
+            running.cancel()
+        assert (await accepted).status_code == 499
 
 
 @in_loop

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
@@ -38,6 +39,8 @@ class Running:
         self.request = request
         self.asked = level
         self.level = level
+        self.submitted = time.monotonic()
+        """When its time limit began."""
         self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
         self._answer: asyncio.Future[ImageAnswer] = self._loop.create_future()

@@ -15,6 +15,7 @@ import asyncio
 import math
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -161,6 +162,7 @@ class Service:
             UnknownModel: If the model is not served.
             NotReady: If the server takes no requests now.
             QueueFull: If the queue is full, or the request could not be finished in time.
+            DeadlineExceeded: If its preparation took longer than its time limit.
         """
         try:
             running = await self._submitted(request, watch=watch)
@@ -169,6 +171,9 @@ class Service:
             raise
         except (QueueFull, NotReady):
             self.metrics.ended(self._known(request.model), Outcome.REFUSED)
+            raise
+        except DeadlineExceeded:
+            self.metrics.ended(self._known(request.model), Outcome.DEADLINE)
             raise
         except Exception as error:
             failed = problem_of(error).status >= 500
@@ -207,8 +212,15 @@ class Service:
     def _accept(self, served: Served, running: Running, watch: bool) -> None:
         """Encode prompts, choose a level and submit all parts; mostly on a thread, as it may take a while."""
         request = running.request
-        parts = self._parts(served, request)
+        size = self._check(served, request)
+        served.batcher.check_room(request.total)
+        parts = self._parts(served, running, *size)
         self.check_ready()
+        if self._left(running) <= 0:
+            limit = self._limit(request)
+            raise DeadlineExceeded(
+                f"the request was not prepared within its time limit of {limit:g} s. Allow more time."
+            )
         try:
             running.level = self._admit(served, running, parts)
             for part in parts:
@@ -298,9 +310,17 @@ class Service:
                 served.batcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _parts(self, served: Served, request: ImageRequest) -> list[SampleRequest]:
-        """Turn a request into requests to the batcher, one per seed; may take a while."""
-        height, width = self._check(served, request)
+    def _limit(self, request: ImageRequest) -> float:
+        """Return the time limit of a request in seconds."""
+        return min(request.seconds or math.inf, self.settings.deadline)
+
+    def _left(self, running: Running) -> float:
+        """Return the seconds that are left of the time limit of a request."""
+        return running.submitted + self._limit(running.request) - time.monotonic()
+
+    def _parts(self, served: Served, running: Running, height: int, width: int) -> list[SampleRequest]:
+        """Turn a checked request into requests to the batcher, one per seed; may take a while."""
+        request = running.request
         wanted = Wanted(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -321,7 +341,8 @@ class Service:
             "height": None if own else height,
             "width": None if own else width,
             "strength": 1.0 if start is None else (_STRENGTH if request.strength is None else request.strength),
-            "seconds": min(request.seconds or math.inf, self.settings.deadline),
+            "seconds": self._limit(request),
+            "since": running.submitted,
         }
         if not request.seeds:
             image = None if start is None else np.broadcast_to(start, (request.count, *start.shape[1:]))
@@ -415,7 +436,7 @@ class Service:
             QueueFull: If no level that may serve it would be in time.
         """
         request, asked = running.request, running.asked.name
-        deadline = min(request.seconds or math.inf, self.settings.deadline)
+        deadline = self._left(running)
         whole = parts[0] if len(parts) == 1 else _together(parts)
         allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
         estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
@@ -423,8 +444,8 @@ class Service:
         choice = choose_level(estimates, target=target, deadline=deadline)
         if not choice.in_time:
             raise QueueFull(
-                f"the request would take about {choice.seconds:.1f} s, above its limit of {deadline:g} s. Try again "
-                "later, or allow more time.",
+                f"the request would take about {choice.seconds:.1f} s, and {max(0.0, deadline):.1f} s are left of its "
+                f"limit of {self._limit(request):g} s. Try again later, or allow more time.",
                 choice.seconds - deadline,
             )
         return served.levels[choice.level]
