@@ -217,9 +217,13 @@ def promises(result: dict[str, Any]) -> str:
 
 
 def figures_of(row: Mapping[str, Any]) -> str:
-    """List the figures of a promise with their limits."""
-    limits = {name: f" (≤ {limit:g})" for name, limit in row["limits"].items()}
-    return "; ".join(f"{name} {value:.4g}{limits.get(name, '')}" for name, value in row["figures"].items())
+    """List the figures of a promise with their limits; those above one are bold."""
+    texts = []
+    for name, value in row["figures"].items():
+        limit = row["limits"].get(name)
+        text = f"{name} {value:.4g}" if limit is None else f"{name} {value:.4g} (≤ {limit:g})"
+        texts.append(text if limit is None or value <= limit else f"**{text}: missed**")
+    return "; ".join(texts)
 
 
 PAGES: Mapping[str, Mapping[str, Writer]] = {
