@@ -22,6 +22,9 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
+LONG_RUN = 2000
+"""Number of tests from which a run surely needs the builds that tests share."""
+
 REQUIRED = {"gpu": "an NVIDIA GPU", "rtx": "tensorrt_rtx"}
 """Marks of tests that skip themselves when a requirement is missing, with the requirement."""
 
@@ -173,6 +176,20 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def named(shared: Path) -> None:
     """Publish the shared folder to functions that are not fixtures, through `tests.models.shared_folder`."""
     os.environ["UNETC_TESTS_SHARED"] = str(shared)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request: pytest.FixtureRequest, shared: Path) -> None:
+    """Begin a long run on several processes with the builds that most tests share, so that none waits for another."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker or request.session.testscollected < LONG_RUN:
+        return
+    if worker == "gw0":
+        request.getfixturevalue("tiny_build")
+    elif worker == "gw1":
+        from tests.server.bundles import build_prompted_bundle  # imports torch
+
+        once(shared / "prompted-server", build_prompted_bundle)
 
 
 @pytest.fixture(scope="session")

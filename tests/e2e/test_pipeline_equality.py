@@ -175,6 +175,7 @@ def test_a_stochastic_session_equals_the_ddpm_pipeline(
     assert np.abs(session.sample(noise=noise[0], seed=SEED + 1) - expected).max() > 0.1  # the steps' noise matters
 
 
+@pytest.mark.nightly
 def test_a_session_with_learned_variance_equals_the_ddpm_pipeline(
     tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from unetc.models.images import read_image
 from unetc.runtime.bundle import Bundle
 from unetc.triton.repository import EXPORT, Export
 
+_READY_WITHIN_S = 60.0
 OUT, CACHE, TEMPORARY = "out", "cache", "tmp"
 """Folders of a desk: for the result, for captures and partial results, and for temporary files."""
 
@@ -124,7 +126,8 @@ def run(desk: Desk, command: Command, limits: Limits) -> Ended:
 
 def _end_when_ready(process: Process) -> None:
     """Tell a process to end once it has written something, unless it ends before."""
-    while not process.said and not process.ends_within(0.05):
+    latest = time.monotonic() + _READY_WITHIN_S
+    while not process.said and not process.ends_within(0.05) and time.monotonic() < latest:
         pass
     process.send(signal.SIGTERM)
 

@@ -44,6 +44,8 @@ class Ended:
         return self.code in (-signal.SIGKILL, -signal.SIGXFSZ)
 
 
+_LONGEST_S = 300.0
+"""A command that takes longer hangs, and is killed; the longest takes a minute."""
 _LONGEST_OUTPUT = 2**20
 """Bytes of output that wait to be read; the command would wait for room."""
 
@@ -182,6 +184,8 @@ class Desk:
                 self._tell(b"")
                 if meanwhile is not None:
                     meanwhile(process)
+                if not process.ends_within(_LONGEST_S):
+                    process.send(signal.SIGKILL)
             code = int(self._answer())
             return Ended(code=code, err=err.text, left=tuple(_session(number)))
 

@@ -52,6 +52,8 @@ def tried(
             ended = run(desk, command, limits)
             if ended.code:
                 problems += _changed(desk, before)
+            if ended.killed:
+                problems.append("hangs")  # nobody else kills it
             if ended.code > 0:
                 problems += [*_silent(ended, words, named), *_left(desk, ended)]
         if ended.code > 0 or room == 0:
