@@ -191,5 +191,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=40,
     short=1,
-    seconds=7,
+    seconds=2.7,
 )

@@ -195,6 +195,6 @@ PROMISE = Promise(
     prepare=prepare,
     trials=200,
     short=2,
-    seconds=3,
+    seconds=3.1,
     limits={BOUND: ROUNDING},
 )

@@ -86,5 +86,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=60,
     short=2,
-    seconds=0.5,
+    seconds=0.14,
 )

@@ -129,6 +129,6 @@ PROMISE = Promise(
     prepare=prepare,
     trials=28,
     short=2,
-    seconds=30.0,
+    seconds=18,
     limits={"samples with 1 or 2 threads, relative": 1e-5, "damage with 1 or 2 threads, relative": 1e-3},
 )

@@ -117,5 +117,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=160,
     short=3,
-    seconds=12.0,
+    seconds=4.7,
 )

@@ -318,5 +318,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=4320,
     short=17,
-    seconds=0.45,
+    seconds=0.12,
 )

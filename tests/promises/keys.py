@@ -142,5 +142,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=50,
     short=1,
-    seconds=1,
+    seconds=0.06,
 )

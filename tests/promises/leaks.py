@@ -169,6 +169,6 @@ PROMISE = Promise(
     prepare=prepare,
     trials=3,
     short=1,
-    seconds=300,
+    seconds=89,
     limits={OF_LOADS: 1.0, OF_REQUESTS: 1.0},
 )

@@ -344,5 +344,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=400,
     short=4,
-    seconds=1.0,
+    seconds=0.22,
 )

@@ -156,7 +156,7 @@ PROMISE = Promise(
     prepare=prepare,
     trials=(len(ARCHITECTURES) + len(LARGER) + len(TRANSFORMERS) + len(BUILT_IN)) * len(TARGETS),
     short=4,
-    seconds=12.0,
+    seconds=17,
     limits={
         "fp32, one call, relative": 1e-5,
         "fp32, all steps, relative": 1e-5,

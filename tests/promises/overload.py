@@ -246,6 +246,6 @@ PROMISE = Promise(
     prepare=prepare,
     trials=2,
     short=1,
-    seconds=500,
+    seconds=460,
     limits={LATENCY: 1.5, REFUSAL: 50.0},
 )

@@ -374,5 +374,5 @@ PROMISE = Promise(
     prepare=prepare,
     trials=20,
     short=1,
-    seconds=8,
+    seconds=1.4,
 )

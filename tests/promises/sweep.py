@@ -204,6 +204,6 @@ PROMISE = Promise(
     prepare=prepare,
     trials=len(PLANS),
     short=1,
-    seconds=150,
+    seconds=98,
     limits={RESUMED_S: 2.0, REPEATED: 1.0},
 )
