@@ -310,6 +310,7 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a cost of an unknown component": lambda: profile(components=(component("b"),), effects=()),
     "two components with the same name": lambda: profile(components=(component(),) * 2),
     "an effect in an unknown bin": lambda: profile(effects=(effect(bin=1),)),
+    "an effect of dropping with period 0": lambda: effect(period=0),
     "an effect of keeping": lambda: effect(treatment=Treatment.KEEP),
     "a period for a dropped component": lambda: effect(period=2),
     "a period for a component replaced by its mean": lambda: effect(treatment=Treatment.MEAN, period=2),

@@ -171,7 +171,8 @@ class Effect(Ablated, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check that a period belongs to a treatment that refreshes."""
         require(self.treatment is not Treatment.KEEP, "an effect must have a treatment other than keep")
-        require((self.period > 1) == self.treatment.reuses, "hold and forecast need a period above 1, others period 1")
+        fits = self.period > 1 if self.treatment.reuses else self.period == 1
+        require(fits, "hold and forecast need a period above 1, others period 1")
 
 
 class NonFinite(Ablated, frozen=True, kw_only=True):
