@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unetc.artifacts.manifest import FULL, IMAGE_CHANNELS, BundleEngine, Control, Manifest
+from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest, image_shape
 from unetc.artifacts.plan import Plan, full_plan
 from unetc.backend import Backend, Program
 from unetc.call import EXTRA_CHANNELS, CallSignature
@@ -188,10 +188,7 @@ class Session:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """[channel, height, width] of one image of the model's own size."""
-        channels, height, width = self.sample_shape
-        if self._decoder is None:
-            return channels, height, width
-        return IMAGE_CHANNELS, height * self._decoder.scale, width * self._decoder.scale
+        return image_shape(self.sample_shape, None if self._decoder is None else self._decoder.scale)
 
     @property
     def device(self) -> Device:

@@ -187,9 +187,9 @@ def ahead(request: pytest.FixtureRequest, shared: Path) -> None:
     if worker == "gw0":
         request.getfixturevalue("tiny_build")
     elif worker == "gw1":
-        from tests.server.bundles import build_prompted_bundle  # imports torch
+        from tests.server.bundles import make_prompted_server  # imports torch
 
-        once(shared / "prompted-server", build_prompted_bundle)
+        make_prompted_server(shared)
 
 
 @pytest.fixture(scope="session")

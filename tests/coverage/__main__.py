@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from unetc.environment import describe
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +31,6 @@ GOALS = {"runtime": 0.95, "the rest": 0.9}
 """Share of the lines and branches to run."""
 SHOWN = 0.9
 """Modules below this share are listed."""
-
-_ALL_NIGHTLY = 5
-"""Exit code of pytest if a folder has no ordinary tests."""
 
 DONE = "done"
 """File that says that all tests have passed."""
@@ -68,10 +67,10 @@ def run(folder: str, work: Path) -> None:
     data = place(folder, work)
     data.mkdir(parents=True, exist_ok=True)
     shared = [] if folder == "src" else ["--shared", str(work / "shared")]  # an option of tests/conftest.py
-    pytest = ["-m", "pytest", "-q", "-p", "no:randomly", *shared, str(tests_of(folder))]
-    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}", *pytest]
+    tests = ["-m", "pytest", "-q", "-p", "no:randomly", *shared, str(tests_of(folder))]
+    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}", *tests]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "COVERAGE_FILE": str(data / "data")}, check=False)
-    if done.returncode not in (0, _ALL_NIGHTLY):
+    if done.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         sys.exit(f"tests of {folder} failed")
     (data / DONE).touch()
 

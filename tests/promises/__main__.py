@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def run(promise: Promise, trials: Sequence[int], journal: Journal, work: Path) -
     with promise.prepare(Place(shared=work.resolve(), own=own)) as trial:
         for count, number in enumerate(trials, 1):
             begun = time.monotonic()
-            outcome = attempted(trial, number)
+            outcome = without_place(attempted(trial, number), work)
             journal.add(number, outcome, time.monotonic() - begun)
             say(f"{promise.name}: {count} of {len(trials)}{''.join(f', {one}' for one in outcome.broken)}")
     shutil.rmtree(own, ignore_errors=True)
@@ -85,6 +86,11 @@ def attempted(trial: Trial, number: int) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         return Outcome(broken=(f"trial {number}: {type(error).__name__}: {error}",))
+
+
+def without_place(outcome: Outcome, work: Path) -> Outcome:
+    """Leave this machine's path to the work folder out of sentences, which are published."""
+    return replace(outcome, broken=tuple(one.replace(str(work.resolve()), work.name) for one in outcome.broken))
 
 
 def row_of(promise: Promise, journal: Journal) -> dict[str, Any]:

@@ -31,9 +31,8 @@ from tests.promises.mutation import documents
 from tests.promises.promise import Outcome, Place, Promise, Trial
 from tests.promises.requests import BODIES, PROMPTED, Sent, bodies, is_error, tensors
 from tests.runtime.forgery import reseal
-from tests.server.bundles import build_free_bundle
+from tests.server.bundles import make_free_server
 from tests.server.local import local
-from tests.tiny_build import once
 from unetc.artifacts import Plan, Profile
 from unetc.artifacts.manifest import MANIFEST
 from unetc.artifacts.record import Artifact
@@ -286,7 +285,7 @@ def prepare(place: Place) -> Iterator[Trial]:
 
         @cache
         def prompted() -> Check:
-            return serve(once(place.shared / "free-server", build_free_bundle) / "bundle")[1]
+            return serve(make_free_server(place.shared) / "bundle")[1]
 
         prompts = bodies(PROMPTED, *PROMPTED)
         kinds = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import inspect
@@ -12,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
+from tests.house.test_layout import imports
 from tests.promises.promise import Outcome, Promise
 
 ROOT = Path(unetc.__file__).parent
@@ -47,11 +47,11 @@ def modules_of_tests(promise: Promise) -> set[Path]:
 
 def _imported(path: Path) -> Iterator[Path]:
     """List where the modules of the tests may be that a module imports."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == TESTS.name:
-            place = TESTS.parent.joinpath(*str(node.module).split("."))
-            yield place.with_suffix(".py")
-            yield from (place / f"{name.name}.py" for name in node.names)
+    name = ".".join(path.relative_to(TESTS.parent).with_suffix("").parts)
+    for _, found in imports(name, path):
+        if found.startswith(f"{TESTS.name}."):
+            place = TESTS.parent.joinpath(*found.split("."))
+            yield from (place.with_suffix(".py"), place.parent.with_suffix(".py"))
 
 
 @functools.cache

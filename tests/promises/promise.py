@@ -33,9 +33,9 @@ class Place:
     @property
     def prompted_build(self) -> Path:
         """Folder with bundle/, of a tiny Stable Diffusion with encoded prompts, guidance and a decoder."""
-        from tests.server.bundles import build_prompted_bundle  # imports torch
+        from tests.server.bundles import make_prompted_server  # imports torch
 
-        return once(self.shared / "prompted-server", build_prompted_bundle)
+        return make_prompted_server(self.shared)
 
     @property
     def cache(self) -> Path:

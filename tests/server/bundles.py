@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.pipelines import save_classes, save_stable_diffusion
 from tests.quick_build import CAPTURES, build_quickly
+from tests.tiny_build import once
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.compiler.build import BuildOptions, build
@@ -18,39 +20,36 @@ from unetc.models.find import find_model
 PROMPTED_STEPS = 4
 
 
-def build_prompted_bundle(folder: Path) -> None:
-    """Build a bundle of a tiny Stable Diffusion into `folder`/bundle."""
+def make_prompted_server(shared: Path) -> Path:
+    """Build bundle/ of a tiny Stable Diffusion, once, into a folder of the shared one; return that folder."""
+    return once(shared / "prompted-server", partial(_build_stable_diffusion, text=False))
+
+
+def make_free_server(shared: Path) -> Path:
+    """Build a bundle of the same kind, with text encoders and an encoder of images."""
+    return once(shared / "free-server", partial(_build_stable_diffusion, text=True))
+
+
+def _build_stable_diffusion(folder: Path, *, text: bool) -> None:
     folder.mkdir(parents=True)
-    pipeline = save_stable_diffusion(folder / "model")
     build_quickly(
-        pipeline,
+        save_stable_diffusion(folder / "model"),
         folder / "bundle",
         folder.parent / CAPTURES,
         steps=PROMPTED_STEPS,
         scale=3.0,
         decisive=1,
         budget=0.1,
+        text=text,
     )
 
 
-def build_free_bundle(folder: Path) -> None:
-    """Build a bundle of the same kind, with text encoders and an encoder of images, into `folder`/bundle."""
-    folder.mkdir(parents=True)
-    pipeline = save_stable_diffusion(folder / "model")
-    build_quickly(
-        pipeline,
-        folder / "bundle",
-        folder.parent / CAPTURES,
-        steps=PROMPTED_STEPS,
-        scale=3.0,
-        decisive=1,
-        budget=0.1,
-        text=True,
-    )
+def make_class_server(shared: Path) -> Path:
+    """Build a bundle of a tiny model with ten classes; its only level is the full model again."""
+    return once(shared / "classes-server", _build_classes)
 
 
-def build_class_bundle(folder: Path) -> None:
-    """Build a bundle of a tiny model with ten classes into `folder`/bundle; its only level is the full model again."""
+def _build_classes(folder: Path) -> None:
     folder.mkdir(parents=True)
     analysis = AnalysisOptions(
         steps=PROMPTED_STEPS,

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.bundles import build_prompted_bundle
+from tests.server.bundles import make_prompted_server
 from tests.server.live import Live, pair, serving
-from tests.tiny_build import once
 
 
 @pytest.fixture(scope="session")
 def prompted_bundle(shared: Path) -> Path:
     """Build a bundle with encoded prompts, guidance and a decoder."""
-    return once(shared / "prompted-server", build_prompted_bundle) / "bundle"
+    return make_prompted_server(shared) / "bundle"
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import unetc
-from tests.server.bundles import build_class_bundle, build_free_bundle
+from tests.server.bundles import make_class_server, make_free_server
 from tests.server.live import Live, serving
-from tests.tiny_build import once
 from unetc.report.pictures import to_pixels
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -136,8 +135,8 @@ def test_prompts_are_offered_where_only_encoded_ones_exist(page: Any) -> None:
 
 def test_free_prompts_and_classes(browser: Any, shared: Path) -> None:
     """A model with text encoders has a field for any prompt, and a model of classes a list of them."""
-    free = once(shared / "free-server", build_free_bundle) / "bundle"
-    classes = once(shared / "classes-server", build_class_bundle) / "bundle"
+    free = make_free_server(shared) / "bundle"
+    classes = make_class_server(shared) / "bundle"
     with serving(f"free={free}", f"classes={classes}") as server, browser.new_context() as context:
         page = context.new_page()
         page.goto(server.address)

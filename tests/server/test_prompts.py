@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 import unetc
-from tests.server.bundles import build_class_bundle, build_free_bundle
+from tests.server.bundles import make_class_server, make_free_server
 from tests.server.local import in_loop, local
 from tests.server.test_openai import pixels
-from tests.tiny_build import once
 from unetc.artifacts.classes import Classes
 from unetc.call import CLASS_LABELS, CONTEXT, EXTRA_CHANNELS, TIMESTEP_COND
 from unetc.class_labels import encode_labels
@@ -32,7 +31,7 @@ from unetc.server.prompts import PromptReader, Wanted
 @pytest.fixture(scope="session")
 def class_bundle(shared: Path) -> Path:
     """Build a bundle of a model with ten classes."""
-    return once(shared / "classes-server", build_class_bundle) / "bundle"
+    return make_class_server(shared) / "bundle"
 
 
 def wanted(**fields: Any) -> Wanted:
@@ -245,7 +244,7 @@ async def test_seeds_in_a_list_have_the_first_prompt_with_and_without_a_scale(pr
 @pytest.mark.nightly  # builds a model with free prompts
 @in_loop
 async def test_with_encoders_any_prompt_and_any_image_are_taken(shared: Path) -> None:
-    bundle = once(shared / "free-server", build_free_bundle) / "bundle"
+    bundle = make_free_server(shared) / "bundle"
     session = unetc.load(bundle)
     assert session.text is not None
     async with local(bundle) as (client, _):

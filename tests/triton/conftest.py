@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import unetc
-from tests.server.bundles import build_class_bundle, build_free_bundle, build_prompted_bundle
+from tests.server.bundles import make_class_server, make_free_server, make_prompted_server
 from tests.tiny_build import once
 from tests.triton.bundles import add_level
 from tests.triton.server import Server
@@ -22,19 +22,19 @@ def ladder_bundle(shared: Path, tiny_bundle: Path) -> Path:
 @pytest.fixture(scope="session")
 def prompted_bundle(shared: Path) -> Path:
     """Build a bundle with encoded prompts, guidance and a decoder."""
-    return once(shared / "prompted-server", build_prompted_bundle) / "bundle"
+    return make_prompted_server(shared) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def free_bundle(shared: Path) -> Path:
     """Build a bundle that takes any prompt."""
-    return once(shared / "free-server", build_free_bundle) / "bundle"
+    return make_free_server(shared) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def class_bundle(shared: Path) -> Path:
     """Build a bundle with classes."""
-    return once(shared / "classes-server", build_class_bundle) / "bundle"
+    return make_class_server(shared) / "bundle"
 
 
 @pytest.fixture(scope="session")

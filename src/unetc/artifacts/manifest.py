@@ -34,6 +34,12 @@ FULL = "full"
 """Name of the quality level that runs the full model at every step; every bundle has it."""
 
 
+def image_shape(sample_shape: tuple[int, int, int], scale: int | None) -> tuple[int, int, int]:
+    """Compute [channel, height, width] of the image of a sample; the scale is the decoder's, None without one."""
+    _, height, width = sample_shape
+    return sample_shape if scale is None else (IMAGE_CHANNELS, height * scale, width * scale)
+
+
 def digest_of(manifest: bytes) -> bytes:
     """Compute the contents of the file that protects a manifest."""
     return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()
@@ -348,10 +354,7 @@ class Manifest(Artifact, frozen=True, kw_only=True):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """[channel, height, width] of one image of the model's own size."""
-        channels, height, width = self.sample_shape
-        if self.decoder is None:
-            return channels, height, width
-        return IMAGE_CHANNELS, height * self.decoder.scale, width * self.decoder.scale
+        return image_shape(self.sample_shape, None if self.decoder is None else self.decoder.scale)
 
     @property
     def plan(self) -> Plan:

@@ -273,13 +273,18 @@ def _hash(served: Served) -> str:
     return next(record.sha256 for record in manifest.files if record.path == manifest.weights)
 
 
+def _scale_of(served: Served, wanted: A1111Request) -> float | None:
+    """Return the guidance scale, if the model is guided: clients send one to every model."""
+    return wanted.guidance_scale if served.prompts.guided else None
+
+
 def _image_request(served: Served, wanted: A1111Request, seeds: tuple[int, ...]) -> ImageRequest:
     """Turn the fields into a request; image k has seed + k, as in the web UI."""
     return ImageRequest(
         model=served.name,
         prompt=wanted.prompt if wanted.prompt or served.prompts.free else None,
         negative_prompt=wanted.negative_prompt or None,
-        guidance_scale=wanted.guidance_scale if served.prompts.guided else None,  # clients send one to every model
+        guidance_scale=_scale_of(served, wanted),
         seeds=seeds,
         steps=wanted.steps,
         height=wanted.height,
@@ -322,7 +327,7 @@ def _info(
     height, width = size
     count, sampler = len(seeds), _sampler(served)
     steps = wanted.steps or served.bundle.manifest.steps
-    sent = wanted.guidance_scale if served.prompts.guided else None
+    sent = _scale_of(served, wanted)
     scale = served.prompts.guidance_scale if sent is None else sent
     negative = f"\nNegative prompt: {wanted.negative_prompt}" if wanted.negative_prompt else ""
     texts = [

@@ -101,8 +101,7 @@ def sample(
         if labels is not None:
             draw = with_conditions(draw, session.encode_labels(labels.split(","), guidance_scale))
         if prompt:
-            if session.text is None:
-                raise SessionError(no_text(opened))
+            assert session.text is not None, "looked at before the engines were loaded"
             negative = None if negative_prompt is None else [negative_prompt]
             encoded = session.text.encode(prompt, negative=negative, guidance_scale=guidance_scale)
             notes = encoded.notes
