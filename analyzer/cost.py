@@ -15,12 +15,12 @@ from unetc.backend import Backend
 from unetc.compiler.graph.forms import Removal, removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
-from unetc.compiler.graph.weights import tensor_sizes
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.jobs import Advance
 from unetc.metrics.interval import estimate
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rows import own_half
+from unetc.tensors import load_tensors
 from unetc.timing import MORE, WARMUP, interleaved_ms
 from unetc.treatments import Treatment
 
@@ -96,7 +96,8 @@ def measure_costs(
     """
     no_means = np.zeros(gated.channels, dtype=np.float32)
     weights = gated.read_weights()
-    loader, sizes = backend.open_weights(weights), tensor_sizes(weights)
+    loader = backend.open_weights(weights)
+    sizes = {name: array.nbytes for name, array in load_tensors(weights).items()}
     sample = np.random.default_rng(0).standard_normal((batch, *sample_shape)).astype(np.float32)
     device = backend.device
     inputs = conditions.take(range(batch)).on(device).widen(device.put(sample), 500.0)

@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
 from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, FileRecord, Manifest, digest_of
 from unetc.artifacts.reading import read_plain
 from unetc.artifacts.record import MAX_JSON_BYTES
@@ -21,6 +18,7 @@ from unetc.controlnet import ControlNetInput, controlnet_inputs
 from unetc.errors import ArtifactError, CorruptArtifactError, SessionError, ShapeMismatch
 from unetc.precision import Precision
 from unetc.sampler.table import SchedulerTables
+from unetc.tensors import load_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,16 +95,16 @@ class Bundle:
         contents = {record.path: read_verified(path, record) for record in manifest.files}
         encoders = () if manifest.text is None else manifest.text.encoders
         try:
-            tensors = frozenset(load(contents[manifest.weights]))
+            tensors = frozenset(load_tensors(contents[manifest.weights]))
             scheduler = SchedulerTables.from_array(
-                manifest.scheduler, load(contents[manifest.scheduler_file])[SCHEDULER_ROWS]
+                manifest.scheduler, load_tensors(contents[manifest.scheduler_file])[SCHEDULER_ROWS]
             )
             tables = {
-                table.name: SchedulerTables.from_array(table.header, load(contents[table.file])[SCHEDULER_ROWS])
+                table.name: SchedulerTables.from_array(table.header, load_tensors(contents[table.file])[SCHEDULER_ROWS])
                 for table in manifest.tables
             }
             conditions = _conditions(manifest, contents)
-        except (SafetensorError, SessionError, ShapeMismatch, ValueError, KeyError) as error:
+        except (SessionError, ShapeMismatch, ValueError, KeyError) as error:
             raise CorruptArtifactError(f"{path} has contents that unetc did not write: {error}") from error
         return cls(
             path=path,
@@ -125,7 +123,7 @@ class Bundle:
 def _conditions(manifest: Manifest, contents: Mapping[str, bytes]) -> Conditions:
     if manifest.conditioning is None:
         return UNCONDITIONAL
-    arrays, scale = load(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale
+    arrays, scale = load_tensors(contents[manifest.conditioning.file]), manifest.conditioning.guidance_scale
     return Conditions.from_arrays(
         arrays,
         scale,

@@ -8,7 +8,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.backend import Array, Backend, SerialisedGraph
@@ -16,6 +15,7 @@ from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND,
 from unetc.conditions import Conditions, check_scale
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
 from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
+from unetc.tensors import load_tensors
 
 from .backends.registry import takes_graphs
 from .bundle import Bundle
@@ -212,7 +212,9 @@ class OneEncoder:
         self._kept: OrderedDict[str, tuple[Array, Array | None]] = OrderedDict()
         self._device = backend.device
         self._program = LoadedLater(
-            lambda: backend.open_weights(weights).load(SerialisedGraph(graph=graph, weights=frozenset(load(weights))))
+            lambda: backend.open_weights(weights).load(
+                SerialisedGraph(graph=graph, weights=frozenset(load_tensors(weights)))
+            )
         )
 
     def states(self, prompt: str) -> tuple[Array, Array | None]:

@@ -17,6 +17,7 @@ from unetc.errors import CompileError
 
 from . import group_norm
 from .capture import Capture
+from .constants import as_in_torch
 from .gate import GATES, MEANS, OPSET, OUTPUT, is_gate, onnx_function
 from .nodes import input_of, shape_of
 from .size_names import name_sizes
@@ -50,6 +51,7 @@ def export(capture: Capture) -> ir.Model:
         raise CompileError(
             f"the exported graph has {gates} gates, expected {len(capture.components)}. Please report the model."
         )
+    as_in_torch(model, capture.program.graph)
     common.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()

@@ -6,11 +6,9 @@ Source:
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -65,17 +63,8 @@ def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
 def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
     """Read the range of each tensor in a safetensors file, in bytes from the start of the file."""
     with path.open("rb") as file:
-        return _ranges(file)
-
-
-def tensor_sizes(weights: bytes) -> dict[str, int]:
-    """Read the bytes of each tensor from the content of a safetensors file."""
-    return {name: end - begin for name, (begin, end) in _ranges(io.BytesIO(weights)).items()}
-
-
-def _ranges(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     first = 8 + length
     return {
         name: (first + entry["data_offsets"][0], first + entry["data_offsets"][1])

@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load
 
 from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
 from unetc.temporary import PrivateFolder, no_room
+from unetc.tensors import load_tensors
 
 from .registry import InPrecision, Memory, take_inputs
 
@@ -85,7 +85,9 @@ class HandingLoader:
     def __init__(self, weights: bytes, threads: int, open_program: OpenProgram | None = None) -> None:
         self._threads = threads
         self._open_program = open_program or _open_program
-        self._values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in load(weights).items()}
+        self._values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in load_tensors(weights).items()
+        }
         self._rounded: dict[str, Any] = {}
 
     def load(self, graph: SerialisedGraph) -> Program:

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 
 from unetc.backend import Loader, SerialisedGraph
 from unetc.device import Device
 from unetc.errors import MissingDependency, SessionError
 from unetc.precision import LARGEST, Precision, rounded_from
+from unetc.tensors import load_tensors
 
 from .registry import InPrecision, Memory
 
 try:
     import torch
-    from safetensors.torch import load
     from torch import Tensor, fx
     from torch._inductor.exc import InductorError
 
@@ -46,6 +47,13 @@ _COMPILERS = ("g++", "c++", "clang++")
 _TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
+def on_host(weights: bytes) -> Mapping[str, Tensor]:
+    """View the tensors of a weights file, which nothing may write to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return {name: torch.from_numpy(array) for name, array in load_tensors(weights).items()}
+
+
 class WeightsOnDevice(Mapping[str, Tensor]):
     """The weights of a file, rounded where their name asks for it; each is copied to a device when it is first read.
 
@@ -53,7 +61,7 @@ class WeightsOnDevice(Mapping[str, Tensor]):
     """
 
     def __init__(self, weights: bytes, device: torch.device) -> None:
-        self._host = load(weights)
+        self._host = on_host(weights)
         self._device = device
         self._there: dict[str, Tensor] = {}
 
@@ -116,7 +124,7 @@ class TorchLoader:
         self._compiled = compiled
         self._weights: Mapping[str, Tensor]
         if reads is Precision.FP32:
-            self._weights = {name: tensor.to(device) for name, tensor in load(weights).items()}
+            self._weights = {name: tensor.to(device) for name, tensor in on_host(weights).items()}
         else:
             self._weights = WeightsOnDevice(weights, device)
         self._pool = Pool(device) if device.type == "cuda" else None

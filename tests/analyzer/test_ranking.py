@@ -68,7 +68,7 @@ def make_profile(
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     names = [f"c{i}" for i in range(draw(st.integers(1, 5)))]
-    steps = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
+    steps = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any)))
     damage = st.one_of(st.just(0.0), st.floats(1e-6, 10))
     effects = {
         (name, treatment, period, bin): draw(damage)

@@ -43,7 +43,7 @@ from unetc.artifacts import (
 from unetc.artifacts.call_input import CallInput
 from unetc.artifacts.manifest import BundleDecoder, BundleEncoder, Conditioning, EnginePair
 from unetc.artifacts.pareto import Pareto, Point
-from unetc.artifacts.record import MAX_JSON_BYTES, check_writable, write_atomically
+from unetc.artifacts.record import MAX_JSON_BYTES, check_writable, write_atomically, write_together
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
 from unetc.sampler.table import SchedulerHeader
 from unetc.treatments import Treatment
@@ -172,6 +172,14 @@ def profile(**fields: Any) -> Profile:
         "means": (b"12345678",),
     }
     return Profile(**defaults | fields)
+
+
+def bins(*ranges: tuple[float, float, int]) -> Profile:
+    """Make a profile of bins, each from its low and high end and its steps."""
+    return profile(
+        bins=tuple(Bin(low=low, high=high, steps=steps) for low, high, steps in ranges),
+        means=(b"12345678",) * len(ranges),
+    )
 
 
 def engines() -> tuple[BundleEngine, ...]:
@@ -324,6 +332,11 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "a point whose time is not a number": lambda: point(float("nan"), 0.1),
     "means of another width": lambda: profile(components=(component(channels=3),)),
     "means of another number of bins": lambda: profile(means=()),
+    "bins with a gap": lambda: bins((0.0, 1.0, 4), (2.0, 3.0, 4)),
+    "bins that overlap": lambda: bins((0.0, 1.0, 4), (0.5, 3.0, 4)),
+    "bins out of order": lambda: bins((1.0, 2.0, 4), (0.0, 1.0, 4)),
+    "bins without a step": lambda: bins((0.0, 1.0, 0), (1.0, 2.0, 0)),
+    "a bin with less than no steps": lambda: bins((0.0, 1.0, -1), (1.0, 2.0, 2)),
     "no bins": lambda: profile(bins=(), means=(), effects=()),
     "a full model without weights": lambda: profile(full_bytes=0),
     "a removal that frees more bytes than exist": lambda: profile(full_bytes=1),
@@ -546,6 +559,17 @@ def test_a_failed_write_leaves_the_old_file(
         write_atomically(tmp_path / "file", b"new")
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_without_room_for_one_of_several_files_all_stay(tmp_path: Path) -> None:
+    names = ("first", "second")
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(ArtifactError, match=r"cannot write .*aaa"):
+        write_together({**{tmp_path / name: b"new" for name in names}, tmp_path / ("a" * 300): b"new"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(names, b"old")
+    write_together({tmp_path / name: b"new" for name in names})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(names, b"new")
 
 
 @pytest.mark.parametrize("write", [check_writable, partial(write_atomically, data=b"new")])

@@ -1,11 +1,14 @@
-"""Arrays of every layout in memory are written under their own values."""
+"""Arrays of every layout in memory are written under their own values, and read as views of the content."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
@@ -13,8 +16,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 
 from tests.house.test_layout import modules, scripts
+from tests.promises.mutation import documents
 from unetc.conditions import Conditions
-from unetc.tensors import save_tensors
+from unetc.tensors import load_tensors, save_tensors
 
 TYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "|u1", "|b1", ">f4", ">i8")
 
@@ -34,10 +38,66 @@ def laid_out(draw: st.DrawFn) -> NDArray[Any]:
 
 @given(laid_out())
 def test_an_array_of_any_layout_is_read_as_it_was(array: NDArray[Any]) -> None:
-    read = load(save_tensors({"array": array, "other": np.zeros(3)}))["array"]
-    assert read.shape == array.shape
-    assert read.dtype == array.dtype.newbyteorder("=")
-    assert np.array_equal(read, array)
+    content = save_tensors({"array": array, "other": np.zeros(3)})
+    for read in (load(content)["array"], load_tensors(content)["array"]):
+        assert read.shape == array.shape
+        assert read.dtype == array.dtype.newbyteorder("=")
+        assert np.array_equal(read, array)
+
+
+def test_an_array_is_a_view_of_the_content() -> None:
+    content = save_tensors({"array": np.arange(6.0)})
+    array = load_tensors(content)["array"]
+    assert np.shares_memory(array, np.frombuffer(content, np.uint8))
+    assert not array.flags.writeable
+
+
+def encoded(header: object, values: bytes = bytes(8), length: int | None = None) -> bytes:
+    """Encode a header of any form."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + values
+
+
+def entry(**fields: object) -> dict[str, object]:
+    """Describe an array of two numbers, with some fields changed."""
+    return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **fields}}
+
+
+MALFORMED = {
+    "nothing": b"",
+    "a header without its end": encoded(entry(), length=2**40),
+    "a header that is no JSON": encoded(b"{"),
+    "a header that is not UTF-8": encoded(b'{"\xff": 1}'),
+    "a header that is a list": encoded([]),
+    "an array that is a number": encoded({"a": 1}),
+    "a deep header": encoded(b"[" * 10_000),
+    "an unknown type": encoded(entry(dtype="F8_E5M2")),
+    "bfloat16, which numpy lacks": encoded(entry(dtype="BF16", shape=[4])),
+    "a size below zero": encoded(entry(shape=[-2])),
+    "two sizes below zero": encoded(entry(shape=[-1, -2])),
+    "values that no array has": encoded({}),
+    "values after the last array": encoded(entry(), bytes(9)),
+    "values between two arrays": encoded(entry() | {"b": entry(data_offsets=[9, 17])["a"]}, bytes(17)),
+    "arrays that overlap": encoded(entry() | {"b": entry(data_offsets=[4, 12])["a"]}, bytes(12)),
+    "too few values": encoded(entry(), bytes(7)),
+    "fewer bytes than values": encoded(entry(data_offsets=[0, 4])),
+    "more bytes than values": encoded(entry(shape=[1])),
+    "bytes before the first one": encoded(entry(data_offsets=[-8, 0])),
+    "an end before its beginning": encoded(entry(data_offsets=[8, 0])),
+    "a huge shape": encoded(entry(shape=[2**62, 2**62])),
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_content_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"safetensors|array 'a'"):
+        load_tensors(content)
+
+
+@given(documents(json.dumps(entry())), st.binary(max_size=9))
+def test_whatever_the_header_is_content_is_read_or_refused(header: bytes, values: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        load_tensors(encoded(header, values))
 
 
 def test_transposed_conditions_are_stored_as_they_are() -> None:
@@ -55,5 +115,16 @@ def test_nothing_else_writes_arrays_as_safetensors() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if (isinstance(node, ast.ImportFrom) and node.module == "safetensors.numpy" and "save" in ast.unparse(node))
         or (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("safetensors.numpy.save"))
+    ]
+    assert offences == []
+
+
+def test_the_runtime_reads_arrays_without_a_copy() -> None:
+    offences = [
+        name
+        for name, path in modules().items()
+        if name.startswith("unetc.runtime")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and "safetensors" in ast.unparse(node)
     ]
     assert offences == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -74,7 +75,8 @@ def near(draw: st.DrawFn, value: Any) -> Any:
         case int():
             return draw(st.sampled_from((value + 1, value - 1, -value, value * 1000, float(value), str(value))))
         case float():
-            return draw(st.sampled_from((-value, value * 1e9, value / 1e9, value + 1, int(value))))
+            whole = int(value) if math.isfinite(value) else 0
+            return draw(st.sampled_from((-value, value * 1e9, value / 1e9, value + 1, whole)))
         case str():
             at = draw(_place) % (len(value) + 1)
             return value[:at] + draw(st.text(max_size=3)) + value[at + draw(st.integers(0, 2)) :]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnxruntime
-import safetensors.numpy
 
 import unetc.runtime.bundle
 from unetc.sampler.table import SchedulerTables
 
 PARSERS = (
-    (unetc.runtime.bundle, "load"),
-    (safetensors.numpy, "load"),
+    (unetc.runtime.bundle, "load_tensors"),
     (np, "load"),
     (SchedulerTables, "from_array"),
     (onnxruntime, "InferenceSession"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -271,6 +272,10 @@ class Profile(Artifact, frozen=True, kw_only=True):
         require(all(len(row) == width for row in self.means), "a row of means has the wrong length")
         require(0 <= self.used_prompts <= len(self.prompts), "used_prompts must not exceed the number of prompts")
         require(bool(self.bins) and self.full_ms.mean > 0, "a profile needs bins and a positive time")
+        require(all(one.steps >= 0 for one in self.bins), "a bin must not have a negative number of steps")
+        require(any(one.steps for one in self.bins), "a profile needs a step in a bin")
+        for left, right in pairwise(self.bins):
+            require(left.high == right.low, "bins must follow each other without a gap")
         freed = [cost.freed_bytes for cost in self.costs]
         require(self.full_bytes > 0, "the weights of the full model must not be empty")
         require(all(0 <= own <= self.full_bytes for own in freed), "freed_bytes must lie between 0 and full_bytes")

@@ -8,6 +8,7 @@ import math
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -150,22 +151,37 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         ArtifactError: If the folder cannot be written or the disk is full.
     """
-    temporary: str | None = None
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files, each in one atomic step, once there was room for all of them.
+
+    Args:
+        files: Content of each file.
+
+    Raises:
+        ArtifactError: If a folder cannot be written or a disk is full; then all files stay unchanged.
+    """
+    written: dict[Path, str] = {}
+    path = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, written[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(written[path], 0o644)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"cannot write {path}: {reason(error)}. Choose a folder that can be written and has room."
         ) from error
     finally:
-        if temporary is not None:
+        for temporary in written.values():
             Path(temporary).unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ def pareto(
     Every plan that was sampled is kept in the curve.
     """
     from unetc.api import pareto as measure
-    from unetc.artifacts.record import check_writable, write_atomically
+    from unetc.artifacts.record import check_writable, write_together
     from unetc.compiler.search.pareto import ParetoOptions
     from unetc.report.curve import draw
 
@@ -54,8 +54,7 @@ def pareto(
         curve = measure(
             source, options, profile=known, analysis=analysis, cache=cache, cluster=cluster, on_progress=on_progress
         )
-    curve.save(output)
-    write_atomically(picture, draw(curve).encode())
+    write_together({output: curve.to_json(), picture: draw(curve).encode()})
     if as_json:
         print_json(summary.pareto_facts(curve, output))
     else:
