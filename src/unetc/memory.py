@@ -18,8 +18,14 @@ SIGNS = (
     "can't allocate memory",
     "cannot allocate memory",
     "can't start new thread",
+    "failed to map segment",
+    "error return without exception set",
 )
-"""Parts of the messages of libraries, in lower case; a thread that cannot start has no room for its stack."""
+"""Parts of the messages of libraries, in lower case.
+
+A thread that cannot start has no room for its stack, and a segment that cannot be mapped none for a library. Where
+CPython finds no room for a MemoryError, the last message is all that it says.
+"""
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -59,3 +59,5 @@ def test_an_error_of_unetc_that_speaks_of_memory_stays() -> None:
 def test_the_system_is_understood() -> None:
     assert lacks_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
     assert lacks_memory(RuntimeError("can't start new thread"))
+    assert lacks_memory(ImportError("_mt19937.so: failed to map segment from shared object"))
+    assert lacks_memory(SystemError("error return without exception set"))

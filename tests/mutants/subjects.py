@@ -45,7 +45,11 @@ SUBJECTS = (
     Subject(
         name="batcher",
         modules=("runtime/batching",),
-        tests=("batching",),
+        tests=(
+            "batching",
+            "compiler/test_ladder.py::test_the_largest_call_is_the_smallest_one_that_saves_nearly_all",
+            "compiler/test_ladder.py::test_engines_that_take_little_time_give_no_seats",
+        ),
         sample=120,
     ),
 )

@@ -37,6 +37,16 @@ def fail(*_): raise RuntimeError("the device is gone")
 choose, batcher.choose = batcher.choose, fail
 {COMMAND}
 """
+WITHOUT_ROOM = f"""
+import threading
+start = threading.Thread.start
+def start_all_but(thread):
+    if thread.name in ("unetc-load", "unetc-close"):
+        raise RuntimeError("can't start new thread")  # as Python says without room for a stack
+    start(thread)
+threading.Thread.start = start_all_but
+{COMMAND}
+"""
 
 
 def tensor(name: str, shape: list[int]) -> dict[str, Any]:
@@ -168,6 +178,14 @@ def test_a_crash_of_the_engines_ends_the_process(tiny_bundle: Path) -> None:
         code, errors = live.wait()
         assert code == 1
         assert errors.splitlines()[-1] == "unetc: the server cannot go on: the device is gone."
+
+
+def test_without_room_for_a_thread_the_server_names_the_lack_of_memory(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_ROOM, "serve", str(tiny_bundle), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"unetc: the memory is used up \(.*can't start new thread", line)
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:

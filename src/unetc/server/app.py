@@ -63,7 +63,10 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loader = threading.Thread(target=_load, args=(service, on_progress), name="unetc-load", daemon=True)
-        loader.start()
+        try:
+            loader.start()
+        except RuntimeError as error:  # no room for its stack
+            service.fail(error)
         watch = asyncio.create_task(_watch(service))
         try:
             yield
@@ -117,12 +120,16 @@ async def _close(service: Service, loader: threading.Thread) -> bool:
 
     def close() -> None:
         service.close()
-        loader.join()
-        service.close()  # an engine that was loaded meanwhile
+        if loader.ident is not None:
+            loader.join()
+            service.close()  # an engine that was loaded meanwhile
 
     closing = threading.Thread(target=close, name="unetc-close", daemon=True)
-    closing.start()
-    await asyncio.to_thread(closing.join, _CLOSE_S)
+    try:
+        closing.start()
+        await asyncio.to_thread(closing.join, _CLOSE_S)
+    except RuntimeError:  # no room for the stack of a thread
+        return False
     return not closing.is_alive()
 
 
