@@ -378,6 +378,40 @@ def test_a_preview_shows_the_samples_so_far(gated: Batcher, gates: list[Gate]) -
     assert images is None or images.shape == (2, *ticket.future.result(timeout=30).images.shape[1:])
 
 
+def test_a_preview_shows_as_many_images_as_were_asked_for(gated: Batcher, gates: list[Gate]) -> None:
+    ticket = gated.submit(SampleRequest(count=3))
+    wait_for_calls(gates)  # all three are on their way
+    previews = {images: ticket.preview(images) for images in (0, 1, 2, 4)}
+    release(gates)
+    shapes = {images: getattr(preview.result(timeout=30), "shape", None) for images, preview in previews.items()}
+    whole = ticket.future.result(timeout=30).images.shape[1:]
+    assert shapes == {0: None, 1: (1, *whole), 2: (2, *whole), 4: None}
+
+
+def test_a_request_whose_images_cannot_be_finished_fails_with_the_reason(
+    gated: Batcher, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(session: Session, samples: Array) -> Array:
+        raise SessionError("the decoder is gone")
+
+    monkeypatch.setattr(Session, "finish", refuse)
+    ticket = gated.submit(SampleRequest())
+    release(gates)
+    with pytest.raises(SessionError, match="the decoder is gone"):
+        ticket.future.result(timeout=30)
+    monkeypatch.undo()
+    assert len(gated.submit(SampleRequest()).future.result(timeout=30).images) == 1
+
+
+def test_no_step_is_done_before_the_last_image_has_begun(gated: Batcher, gates: list[Gate]) -> None:
+    seen: list[Progress] = []
+    ticket = gated.submit(SampleRequest(count=6, steps=8), seen.append)  # two of them find no seat at first
+    release(gates)
+    ticket.future.result(timeout=60)
+    assert [progress.done for progress in seen][:2] == [0, 1]
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+
+
 def test_a_step_that_is_not_finite_is_made_again_for_its_own_request_alone(
     gated: Batcher, gates: list[Gate], sessions: Mapping[str, Session]
 ) -> None:
@@ -534,3 +568,28 @@ def test_an_estimate_follows_the_backlog(sessions: Mapping[str, Session]) -> Non
             batcher.submit(SampleRequest(count=200, seconds=few / 100))
     finally:
         batcher.close()
+
+
+def test_an_estimate_counts_the_steps_that_an_image_leaves(sessions: Mapping[str, Session]) -> None:
+    image = np.zeros((1, *sessions["full"].sample_shape), np.float32)
+    batcher = Batcher(sessions)
+    try:
+        batcher.warm_up().result(timeout=60)
+        whole, half = (
+            batcher.estimate(SampleRequest(steps=8, image=image, strength=strength)).seconds for strength in (1.0, 0.5)
+        )
+    finally:
+        batcher.close()
+    assert half == pytest.approx(whole / 2)
+
+
+@pytest.mark.parametrize("level", ["full", "half"])
+def test_a_request_adds_to_the_backlog_what_was_estimated_for_it(gated: Batcher, gates: list[Gate], level: str) -> None:
+    release(gates)
+    gated.warm_up().result(timeout=60)
+    for gate in gates:
+        gate.open.clear()
+    request = SampleRequest(level=level, steps=8, count=4)
+    expected = gated.estimate(request).seconds
+    gated.submit(request)
+    assert gated.load().seconds == pytest.approx(expected, rel=0.01)
