@@ -25,7 +25,7 @@ from unetc.sampler.table import SchedulerTables
 from .schedulers.extract import STEP_COUNTS, extract_all
 from .schedulers.make import scheduler_for
 
-CAPTURES = 3
+CAPTURES = 4
 """Version of the way in which models are captured: captures and partial results of other versions are not reused."""
 
 
