@@ -20,11 +20,12 @@ SIGNS = (
     "can't start new thread",
     "failed to map segment",
     "error return without exception set",
+    "without setting an exception",
 )
 """Parts of the messages of libraries, in lower case.
 
 A thread that cannot start has no room for its stack, and a segment that cannot be mapped none for a library. Where
-CPython finds no room for a MemoryError, the last message is all that it says.
+CPython finds no room for a MemoryError, the last two messages are all that it says.
 """
 
 

@@ -61,3 +61,4 @@ def test_the_system_is_understood() -> None:
     assert lacks_memory(RuntimeError("can't start new thread"))
     assert lacks_memory(ImportError("_mt19937.so: failed to map segment from shared object"))
     assert lacks_memory(SystemError("error return without exception set"))
+    assert lacks_memory(SystemError("<function f> returned NULL without setting an exception"))
