@@ -25,7 +25,7 @@ from unetc.treatments import Treatment
 
 STEPS = (3, 5, 8)
 CONFIG = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True}
-LEVELS = "full", "half", "fast", "guidance"
+LEVELS = "full", "half", "fast", "guidance", "denoised"
 ROUNDING = 2e-5
 """Most `relative_error` of an image made in company: engines choose their kernels by the size of the batch."""
 
@@ -40,7 +40,7 @@ def scheduler_of(name: str) -> SchedulerTables:
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """A full model and plans that share its engines; one of them treats guidance."""
+    """A full model and plans that share its engines; one treats guidance, and one reuses the denoised sample."""
 
     tiny: Tiny
     backend: Backend
@@ -56,7 +56,8 @@ class Levels:
         level = next(c.name for c in tiny.gated.components if c.kind == "level")
         forecast = {name: Treatment.FORECAST for name in tiny.names if name.endswith("resnets.0")}
         halves = [{GUIDANCE: Treatment.FORECAST}, {GUIDANCE: Treatment.HOLD, level: Treatment.HOLD}]
-        assignments = [{}, {level: Treatment.HOLD}, forecast, *halves, {STEP: Treatment.HOLD}]
+        steps = [{STEP: Treatment.HOLD}, {STEP: Treatment.FORECAST_X0}]
+        assignments = [{}, {level: Treatment.HOLD}, forecast, *halves, *steps]
         engines = with_emissions(assignments, with_guidance(tiny.gated.components))
         loader = self.backend.open_weights(tiny.gated.weights.read_bytes())
         graphs = [
@@ -64,7 +65,7 @@ class Levels:
             for one in engines
         ]
         full, *programs = (wrap(loader.load(graph)) for graph in (specialise(tiny.gated, {}, means), *graphs))
-        cycles = {"full": (0,), "half": (0, 1), "fast": (0, 2, 1, 2), "guidance": (0, 3, 5, 4)}
+        cycles = {"full": (0,), "half": (0, 1), "fast": (0, 2, 1, 2), "guidance": (0, 3, 5, 4), "denoised": (0, 6)}
 
         def session(phases: Sequence[Phase]) -> Session:
             channels = tiny.inputs(batch=1, height=8, width=8)["sample"].shape[1]
