@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,14 +20,13 @@ SIGNS = (
     "cannot allocate memory",
     "can't start new thread",
     "failed to map segment",
-    "error return without exception set",
-    "without setting an exception",
 )
 """Parts of the messages of libraries, in lower case.
 
-A thread that cannot start has no room for its stack, and a segment that cannot be mapped none for a library. Where
-CPython finds no room for a MemoryError, the last two messages are all that it says.
+A thread that cannot start has no room for its stack, and a segment that cannot be mapped none for a library.
 """
+_ROOM_BYTES = 2**24
+"""A process that cannot take as much is short of memory."""
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -38,6 +38,18 @@ def lacks_memory(error: BaseException) -> bool:
         if any(sign in str(reason).lower() for sign in SIGNS):
             return True
         reason = reason.__cause__ or reason.__context__
+    return not isinstance(error, UnetcError) and _is_short()
+
+
+def _is_short() -> bool:
+    """Find out whether the process can take no more memory.
+
+    Without room for a MemoryError, CPython raises whatever comes: a SystemError, or a ValueError from its compiler.
+    """
+    try:
+        mmap.mmap(-1, _ROOM_BYTES, flags=mmap.MAP_PRIVATE).close()
+    except OSError:
+        return True
     return False
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -60,5 +62,25 @@ def test_the_system_is_understood() -> None:
     assert lacks_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
     assert lacks_memory(RuntimeError("can't start new thread"))
     assert lacks_memory(ImportError("_mt19937.so: failed to map segment from shared object"))
-    assert lacks_memory(SystemError("error return without exception set"))
-    assert lacks_memory(SystemError("<function f> returned NULL without setting an exception"))
+
+
+UNRELATED = """
+import resource
+from unetc.memory import taking_memory
+used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (used + {room}, resource.RLIM_INFINITY))
+with taking_memory():
+    raise ValueError("a field is missing")
+"""
+
+
+@pytest.mark.parametrize(("room", "expected"), [(2**22, "OutOfMemory: the memory is used up"), (2**27, "ValueError")])
+def test_an_unrelated_error_is_a_lack_of_memory_where_no_more_can_be_taken(room: int, expected: str) -> None:
+    command = [sys.executable, "-c", UNRELATED.format(room=room)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert expected in done.stderr.splitlines()[-1]
+    assert "a field is missing" in done.stderr.splitlines()[-1]
+
+
+def test_an_error_of_unetc_is_what_it_says() -> None:
+    assert not lacks_memory(SessionError("there is no such level"))
