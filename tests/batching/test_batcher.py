@@ -258,6 +258,34 @@ def test_calls_are_rounded_up_to_shapes_that_programs_are_prepared_for(
     assert sum(call.padding for call in calls) > 0
 
 
+def test_a_device_that_prepares_for_shapes_is_warmed_up_with_them(
+    plain: Levels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: set[int] = set()
+
+    def record(program: Program) -> Program:
+        def run(inputs: Mapping[str, Tensor], output: Array) -> Mapping[str, Tensor]:
+            rows.add(len(output))
+            return program(inputs, output)
+
+        return run
+
+    sessions = plain.sessions("ddim", record)
+    for session in sessions.values():
+        monkeypatch.setattr(session, "_device", Capturing())
+    batcher = Batcher(sessions, limits=BatchLimits(rows=7, captured=(2, 4, 8)))
+    try:
+        batcher.warm_up().result(timeout=60)
+    finally:
+        batcher.close()
+    assert rows == {2, 4}
+
+
+def test_a_batcher_that_is_not_closed_does_not_keep_the_process_alive(gated: Batcher) -> None:
+    (thread,) = (one for one in threading.enumerate() if one.name == "unetc-engines")
+    assert thread.daemon
+
+
 def test_a_cancelled_request_frees_its_place_within_a_step(gated: Batcher, gates: list[Gate]) -> None:
     first = gated.submit(SampleRequest(count=4))
     wait_for_calls(gates)
