@@ -14,7 +14,7 @@ from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions, check_scale
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
-from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
+from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, check_prompts, cut_note, size_numbers
 from unetc.tensors import load_tensors
 
 from .backends.registry import takes_graphs
@@ -158,8 +158,7 @@ class TextEncoder:
 
     def _negative(self, prompts: Sequence[str], negative: Sequence[str] | None) -> list[str] | None:
         """Repeat a single negative prompt for every row."""
-        if not prompts:
-            raise ShapeMismatch("there is no prompt. Give one per image.")
+        check_prompts(prompts)
         if negative is None:
             return None
         others = [*negative] * len(prompts) if len(negative) == 1 else [*negative]
@@ -167,6 +166,7 @@ class TextEncoder:
             raise ShapeMismatch(
                 f"there are {len(others)} negative prompts for {len(prompts)} prompts. Give one, or one per prompt."
             )
+        check_prompts(others)
         return others
 
     def _values(self, prompts: Sequence[str], size: tuple[int, int], score: float) -> dict[str, Any]:

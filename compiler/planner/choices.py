@@ -98,6 +98,17 @@ class Choices:
                 (effect.treatment, effect.period), np.full((len(self.steps), len(self.names)), np.nan)
             )
             table[effect.bin, self.position[effect.component]] = effect.relative_l2.high
+        for (treatment, period), table in self._damage.items():
+            table[self._treated(treatment, period)[:, None] & np.isnan(table)] = np.inf
+
+    def _treated(self, treatment: Treatment, period: int) -> NDArray[np.bool_]:
+        """Find the bins in which a treatment could be measured, [bin]: a reuse not where all steps are refreshes.
+
+        Where it could and has no damage, nobody has tried it, or it ended in NaN: no plan makes it there.
+        """
+        ends = np.cumsum(self.steps)
+        refreshed = [not (np.arange(end - own, end) % period).any() for end, own in zip(ends, self.steps, strict=True)]
+        return ~np.array(refreshed) if treatment.reuses else np.ones(len(self.steps), dtype=bool)
 
     def _consistent_shares(self, profile: Profile) -> NDArray[np.float64]:
         """Read which share of the full model's time each component saves.
@@ -156,7 +167,7 @@ class Choices:
         for (treatment, period), table in self._damage.items():
             if period == run.period:
                 rows = table[run.first : run.last]
-                worst = np.fmax.reduce(rows)  # the value of a bin that was not measured
+                worst = np.fmax.reduce(rows)  # the value of a bin in which it cannot be measured
                 total = np.where(np.isnan(rows), worst, rows).sum(axis=0)
                 result[treatment] = np.where(np.isnan(worst), np.inf, total**2)
         return result

@@ -12,6 +12,7 @@ import diffusers
 from unetc.errors import ModelError
 from unetc.models.model import Model
 from unetc.models.pipelines import PIPELINES
+from unetc.models.quiet import quiet
 
 from .classes import CLASSES, Family
 from .keys import check_source, check_values, keys_of
@@ -114,7 +115,8 @@ def _make(class_name: str, config: dict[str, Any], image_tokens: int | None) -> 
     # diffusers drops values that a scheduler in memory had by default, and keeps the same values from a file:
     # findings/scheduler-config-changes-on-disk.sh
     try:
-        scheduler: Any = getattr(diffusers, class_name).from_config(config)
+        with quiet(diffusers):
+            scheduler: Any = getattr(diffusers, class_name).from_config(config)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(f"{class_name} does not accept this configuration: {error}. Choose another one.") from error
     if dynamic and image_tokens is not None:

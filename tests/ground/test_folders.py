@@ -22,7 +22,7 @@ from tests.pipelines import save_stable_diffusion, save_stable_diffusion_xl
 from tests.planner.test_same_plans import PROFILES
 from unetc.artifacts import Profile
 from unetc.errors import ModelError, ProfileError
-from unetc.models.find import ModelSource, find_model
+from unetc.models.find import ModelSource, find_model, usual_sampling
 from unetc.models.pipeline import PipelineModel
 
 diffusers: Any = untyped_diffusers
@@ -713,3 +713,34 @@ def test_a_table_of_timesteps_is_refused_by_name_at_once(flat: Path, tmp_path: P
     folder = Path(shutil.copytree(flat, tmp_path / "learned"))
     edit(folder / "config.json", time_embedding_type="learned", num_train_timesteps=1000)
     assert "time_embedding_type 'learned'" in refusal(lambda: open_model(folder))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [("LCMScheduler", ("lcm", 4)), ("TCDScheduler", ("tcd", 4)), ("EulerDiscreteScheduler", ("ddim", 50))],
+)
+def test_a_model_that_was_distilled_for_a_scheduler_is_sampled_with_it(
+    folder: Path, scheduler: str, expected: tuple[str, int]
+) -> None:
+    edit(folder / "model_index.json", scheduler=["diffusers", scheduler])
+    usual = usual_sampling(str(folder))
+    assert (usual.scheduler, usual.steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("unet/config.json", {"cross_attention_dim": None}),
+        ("unet/config.json", {"addition_embed_type": "text_time"}),
+        ("unet/config.json", {"class_embed_type": "projection"}),
+        ("unet/config.json", {"time_cond_proj_dim": 0}),
+        ("unet/config.json", {"time_cond_proj_dim": "x"}),
+        ("unet/config.json", {"num_class_embeds": "x"}),
+        ("vae/config.json", {"latent_channels": "4"}),
+        ("vae/config.json", {"latent_channels": 0}),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_by_name(folder: Path, file: str, change: dict[str, object]) -> None:
+    edit(folder / file, **change)
+    with pytest.raises(ModelError, match=f"{file.partition('/')[0]}"):
+        open_model(folder)

@@ -185,6 +185,19 @@ def test_an_upsampler_needs_an_image_per_prompt(tmp_path: Path) -> None:
     np.save(tmp_path / LOW_RES, np.zeros((1, 3, 4, 4), np.float32))
     with pytest.raises(ModelError, match="Expected \\[2 or more, 3, height, width\\]"):
         model.encode(["a", "b"], 1.0)
+    for values, message in (
+        (np.full((2, 3, 4, 4), 200, np.uint8), "has values of type uint8"),
+        (np.full((2, 3, 4, 4), 200.0), "has values from 200 to 200"),
+        (np.full((2, 3, 4, 4), np.nan), "has values from nan to nan"),
+        (np.zeros((2, 3, 0, 4)), "has shape"),
+    ):
+        np.save(tmp_path / LOW_RES, values)
+        with pytest.raises(ModelError, match=message):
+            model.encode(["a", "b"], 1.0)
+    with (tmp_path / LOW_RES).open("wb") as file:
+        np.savez(file, np.zeros((2, 3, 4, 4)))
+    with pytest.raises(ModelError, match="holds several arrays"):
+        model.encode(["a", "b"], 1.0)
 
 
 def test_prompts_need_the_tokenizer_of_openai(monkeypatch: pytest.MonkeyPatch) -> None:

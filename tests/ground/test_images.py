@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from unetc.errors import ModelError
+from unetc.models.control_images import ControlSource
 from unetc.models.images import Images, draw_image, draw_mask
 
 
@@ -41,6 +42,21 @@ def test_files_cover_the_size_and_are_cut_in_the_middle(tmp_path: Path) -> None:
     before = images.sha256()
     Image.new("L", (5, 5), 9).save(tmp_path / "a.PNG")
     assert images.sha256() != before
+
+
+def test_grey_values_of_16_bits_are_scaled(tmp_path: Path) -> None:
+    ramp = np.repeat((np.arange(64) / 63 * 65535).round().astype(np.uint16)[None], 64, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    expected = np.linspace(-1, 1, 64)
+    assert np.abs(Images(folder=tmp_path).read(1, 64, 64)[0, :, 5] - expected).max() < 1 / 127
+    control = ControlSource(model=tmp_path, images=tmp_path)._read_images((64, 64))
+    assert np.abs(control[0][:, 5] - (expected + 1) / 2).max() < 1 / 255
+
+
+def test_floating_point_values_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.png", "TIFF")
+    with pytest.raises(ModelError, match=r"a\.png.*floating point numbers"):
+        Images(folder=tmp_path).read(1, 8, 8)
 
 
 def test_bad_folders_are_refused_by_name(tmp_path: Path) -> None:

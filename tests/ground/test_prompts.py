@@ -1,10 +1,31 @@
-"""Notes about prompts that are longer than a text encoder reads."""
+"""Prompts are read and checked; notes tell of those that are longer than a text encoder reads."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from unetc.models.prompts import cut_note
+from unetc.errors import SessionError, ShapeMismatch
+from unetc.models.prompts import check_prompts, cut_note, read_prompts
+
+
+def test_a_file_has_a_prompt_per_line_however_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red square\r\n\n one\x0ctwo\u2028three \rlast".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ("a red square", "one\x0ctwo\u2028three", "last")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([], ShapeMismatch, "there is no prompt"),
+        (["a", 3], SessionError, "the prompt 3 is a int"),
+        (["a \udcff b"], SessionError, "is not Unicode text: surrogates not allowed"),
+    ],
+)
+def test_prompts_that_no_tokenizer_takes_are_refused(prompts: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_prompts(prompts)
 
 
 def test_a_note_shows_all_lost_words_if_they_are_few() -> None:

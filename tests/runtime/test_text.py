@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers as untyped_diffusers
 import msgspec
 import numpy as np
 import pytest
@@ -68,6 +69,8 @@ def export(source: ModelSource | str, work: Path) -> Exported:
         loaded=loaded, text=prepared.text, files={path: file.read_bytes() for path, file in prepared.files.items()}
     )
 
+
+diffusers: Any = untyped_diffusers
 
 KINDS = ("prompted-digits", "sd", "sdxl", "refiner", "lcm")
 
@@ -206,8 +209,25 @@ def test_a_wrong_number_of_prompts_is_refused(exported: dict[str, Exported], neg
     encoder = exported["sd"].encoder()
     with pytest.raises(ShapeMismatch, match=f"{len(negative)} negative prompts for 3 prompts. Give one, or one per"):
         encoder.encode(["a", "b", "c"], negative=negative)
-    with pytest.raises(ShapeMismatch, match="there is no prompt"):
-        encoder.encode([])
+    for encode in (encoder.encode, lambda prompts: exported["sd"].loaded.encode(prompts, 7.5)):
+        with pytest.raises(ShapeMismatch, match="there is no prompt"):
+            encode([])
+        with pytest.raises(SessionError, match="is not Unicode text"):
+            encode(["a \udcff b"])
+
+
+def test_the_settings_of_the_libraries_hold_again_after_encoding(exported: dict[str, Exported]) -> None:
+    logging = diffusers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        exported["sd"].loaded.encode(["a"], 7.5)
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
 def test_a_damaged_tokenizer_is_refused(exported: dict[str, Exported]) -> None:

@@ -22,6 +22,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # their warnings are for those who call them by hand
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _end)  # by default it leaves temporary folders and the processes of builds behind
     try:
         with needed(), taking_memory():

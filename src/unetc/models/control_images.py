@@ -26,7 +26,7 @@ from unetc.device import Array
 from unetc.errors import ModelError
 
 from .folder import CONFIG, DIFFUSERS, Part, find_weights, read_json, view
-from .images import image_files
+from .images import image_files, to_colour
 from .loading import load_model
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -108,7 +108,7 @@ class ControlSource:
         for path in image_files(self.images, SUFFIXES):
             try:
                 with Image.open(path) as image:
-                    upright = ImageOps.exif_transpose(image).convert("RGB")
+                    upright = to_colour(ImageOps.exif_transpose(image))
                     pixels = np.asarray(upright.resize((width, height), Image.Resampling.LANCZOS))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ModelError(f"cannot read the image {path}: {error}. Remove or replace it.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -59,14 +60,29 @@ class Sampling:
     steps: int = 50
 
 
+_USUAL: Mapping[str, Sampling] = {
+    "LCMScheduler": Sampling(scheduler="lcm", steps=4),
+    "TCDScheduler": Sampling(scheduler="tcd", steps=4),
+}
+"""Sampling of models that were distilled for a scheduler, by the scheduler's class."""
+
+
 def usual_sampling(model: ModelSource | str) -> Sampling:
-    """Look up the default scheduler and number of steps of a model."""
-    name = ModelSource.of(model).name
+    """Look up the default scheduler and number of steps of a model.
+
+    Raises:
+        ModelError: If there is no such model, or its pipeline is not supported.
+    """
+    source = ModelSource.of(model)
+    name = source.name
     if variant := VARIANTS.get(name):
         return Sampling(scheduler=variant.scheduler, steps=variant.steps)
     if name.startswith(ADM) and AdmOptions.parse(name).process == Process.EDM:
         return Sampling(scheduler="edm-euler")
-    return Sampling()
+    if name.startswith(ADM):
+        return Sampling()
+    index = read_model_index(name, _find(name, source.variant))
+    return _USUAL.get(index.scheduler, Sampling())
 
 
 def find_model(model: ModelSource | str) -> Model:

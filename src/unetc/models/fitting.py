@@ -12,6 +12,7 @@ import torch
 from unetc.errors import ModelError, brief
 
 from .folder import CONFIG, DIFFUSERS, Part
+from .quiet import quiet
 
 
 def check_part(name: str, part: Part) -> None:
@@ -88,11 +89,9 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made(name: str, part: Part, make: Any) -> Any:
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
     try:
-        return make()
+        with quiet(diffusers):
+            return make()
     except Exception as error:  # diffusers and transformers raise many unrelated classes
         raise ModelError(
             f"cannot load the {part.name} of {name}: {brief(error)}. Check {part.name}/{CONFIG}."

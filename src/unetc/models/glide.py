@@ -40,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 LOW_RES = "low_res.npy"
 """File next to the weights of the upsampler: one image per prompt, [prompt, 3, height, width], float32 in -1 to 1."""
+_LOW_RES_ADVICE = (
+    "Save samples of glide:base there, [prompt, 3, 64, 64] as floats in -1 to 1, in the order of the prompts."
+)
+_LARGEST_PIXEL = 1.5
+"""Samples exceed 1 by a little; larger values are pixels that nobody has scaled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,11 +261,16 @@ class GlideModel:
             images = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ModelError(
-                f"{self.reference.name} enlarges images, but {path} cannot be read: {error}. Save samples of "
-                "glide:base there, [prompt, 3, 64, 64] in -1 to 1, in the order of the prompts."
+                f"{self.reference.name} enlarges images, but {path} cannot be read: {error}. {_LOW_RES_ADVICE}"
             ) from error
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) < count:
+        if not isinstance(images, np.ndarray):
+            raise ModelError(f"{path} holds several arrays. {_LOW_RES_ADVICE}")
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) < count or not images.size:
             raise ModelError(f"{path} has shape {images.shape}. Expected [{count} or more, 3, height, width].")
+        if images.dtype.kind != "f":
+            raise ModelError(f"{path} has values of type {images.dtype}. {_LOW_RES_ADVICE}")
+        if not np.abs(images).max() <= _LARGEST_PIXEL:  # NaN is not either
+            raise ModelError(f"{path} has values from {images.min():g} to {images.max():g}. {_LOW_RES_ADVICE}")
         return {EXTRA_CHANNELS: enlarge(images[:count].astype(np.float32), self.variant.size)}
 
 

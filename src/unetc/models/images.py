@@ -12,11 +12,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unetc.errors import MissingDependency, ModelError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 """Endings of the names of image files, in lower case."""
@@ -122,6 +126,22 @@ def draw_mask(seed: int, index: int, height: int, width: int) -> NDArray[np.floa
     return mask
 
 
+def to_colour(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB. Grey values of 16 bits, which Pillow would clip at 255, are scaled.
+
+    Raises:
+        ValueError: If the values are floating point numbers, whose range nobody knows.
+    """
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its values are floating point numbers")
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
 def read_image(path: Path, height: int, width: int, *, channels: int = 3) -> NDArray[np.float32]:
     """Read an image, cropped and scaled to a size.
 
@@ -145,7 +165,7 @@ def read_image(path: Path, height: int, width: int, *, channels: int = 3) -> NDA
     try:
         with Image.open(path) as opened:
             image = ImageOps.fit(
-                ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB"),
+                to_colour(ImageOps.exif_transpose(opened)).convert("L" if channels == 1 else "RGB"),
                 (width, height),
                 Image.Resampling.LANCZOS,
             )

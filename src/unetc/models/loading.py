@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from unetc.errors import ModelError, brief
 
+from .quiet import quiet
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -25,14 +27,13 @@ def load_model(kind: str, folder: Path, what: str, *, config: str, shown: Path |
         ModelError: If diffusers cannot load the model, or its weights do not fit its configuration.
     """
     import diffusers
-    from diffusers.utils import logging
 
-    logging.set_verbosity_error()
     model: nn.Module
     try:
-        model, report = getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        with quiet(diffusers):
+            model, report = getattr(diffusers, kind).from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
     except Exception as error:  # diffusers raises many unrelated classes
         reason = brief(error) if shown is None else brief(error).replace(str(folder.parent), str(shown))
         raise ModelError(f"{what}: {reason}.") from error

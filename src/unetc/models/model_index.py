@@ -46,6 +46,11 @@ class ModelIndex:
     """The whole file, checked."""
 
     @property
+    def scheduler(self) -> str:
+        """Class of the pipeline's scheduler."""
+        return str(self.settings["scheduler"][1])
+
+    @property
     def kind(self) -> PipelineKind:
         """The row of the pipeline."""
         return PIPELINES[self.pipeline]

@@ -32,7 +32,7 @@ from unetc.call import (
 from unetc.class_labels import encode_labels, spread_labels
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.controlnet import controlnet_inputs
-from unetc.errors import MissingDependency, ModelError, ShapeMismatch
+from unetc.errors import MissingDependency, ModelError, ShapeMismatch, brief
 
 from .control_images import ControlImages, ControlSource
 from .folder import (
@@ -298,6 +298,11 @@ def open_pipeline(
         )
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # settings of any type, in any combination
+        raise ModelError(
+            f"{name}: its unet has settings that contradict each other or have wrong types: {brief(error)}. Check "
+            f"unet/{CONFIG}."
+        ) from error
     _check_conditions(name, pipeline, calls)
     if calls.classes is not None:
         calls = calls.with_classes(read_classes(folder, calls.classes.count))

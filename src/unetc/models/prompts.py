@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from unetc.call import AESTHETIC_NUMBERS
-from unetc.errors import ModelError
+from unetc.errors import ModelError, SessionError, ShapeMismatch
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """Default scores in diffusers, for a pipeline whose size numbers end with one."""
@@ -13,6 +15,8 @@ AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 PROMPTS = "prompts.txt"
 """Name of the file of prompts, one per line; the file next to this module serves models that have no such file."""
 
+_LINE_ENDS = re.compile(r"\r?\n|\r")
+"""Ends of lines in text files; `str.splitlines` also ends one at a form feed."""
 _MOST_LOST = 120
 """Most characters of the lost words that a note shows."""
 
@@ -24,13 +28,31 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         ModelError: If the file cannot be read, or holds no prompt.
     """
     try:
-        prompts = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        prompts = tuple(line.strip() for line in _LINE_ENDS.split(path.read_text("utf-8-sig")) if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = f"cannot read prompts from {path}: {error}"
         raise ModelError(f"{reason}. Expected a text file with one prompt per line.") from error
     if not prompts:
         raise ModelError(f"{path} holds no prompt. Expected one per line.")
     return prompts
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that no tokenizer takes.
+
+    Raises:
+        SessionError: If there is none, or one is no text, or cannot be written in UTF-8.
+    """
+    if not prompts:
+        raise ShapeMismatch("there is no prompt. Give one per image.")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise SessionError(f"the prompt {prompt!r} is a {type(prompt).__name__}. Expected text.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            shown = prompt[:40]
+            raise SessionError(f"the prompt {shown!r} is not Unicode text: {error.reason}. Write it again.") from error
 
 
 def cut_note(prompt: str, tokens: int, lost: str) -> str:

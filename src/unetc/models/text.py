@@ -15,7 +15,8 @@ from unetc.conditions import Conditions, check_scale
 from unetc.errors import MissingDependency, ModelError, brief
 
 from .pipelines import PIPELINES, PipelineKind
-from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, size_numbers
+from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, check_prompts, cut_note, size_numbers
+from .quiet import quiet
 
 _ENCODING_PIPELINES: Mapping[bool, str] = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}
 """Pipeline that encodes prompts, by whether there are two text encoders; those for images encode in the same way."""
@@ -81,14 +82,17 @@ def encode_prompts(
 
     Raises:
         ModelError: If a tokenizer does not fit its text encoder.
-        SessionError: If the guidance scale is out of range.
+        SessionError: If the guidance scale is out of range, or there is no prompt, or one is no text.
     """
+    import diffusers
     import torch
+    import transformers
 
     check_scale(guidance_scale)
+    check_prompts(prompts)
     widths = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
     guided = guidance_scale > 1 and TIMESTEP_COND not in widths
-    with torch.no_grad():
+    with torch.no_grad(), quiet(diffusers, transformers):
         encode = _two_encoders if kind.two_encoders else _one_encoder
         try:
             own, negative = encode(pipeline, list(prompts), guided)
@@ -106,6 +110,7 @@ def encode_prompts(
         if TIMESTEP_COND in widths:
             scales = torch.tensor(guidance_scale - 1).repeat(len(prompts))
             own[TIMESTEP_COND] = pipeline.get_guidance_scale_embedding(scales, embedding_dim=widths[TIMESTEP_COND])
+        notes = _cut_prompts(pipeline, prompts)
 
     def arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         return {name: np.ascontiguousarray(values[name].float().numpy()) for name in values if name in calls.names}
@@ -115,7 +120,7 @@ def encode_prompts(
         negative=arrays(negative) if guided else {},
         scale=guidance_scale if TIMESTEP_COND in widths else max(1.0, guidance_scale),
         size=size if TIME_IDS in widths else None,
-        notes=_cut_prompts(pipeline, prompts),
+        notes=notes,
     )
 
 
@@ -139,15 +144,13 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
         import transformers
     except ImportError as error:
         raise MissingDependency("encoding prompts needs transformers: pip install 'unetc[compile]'") from error
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     try:
         kind = getattr(diffusers, _ENCODING_PIPELINES[PIPELINES[pipeline].two_encoders])
         others = set(inspect.signature(kind.__init__).parameters) & _NOT_FOR_TEXT
-        loaded = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **dict.fromkeys(others), **_QUIET[kind.__name__]
-        )
+        with quiet(diffusers, transformers):
+            loaded = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, **dict.fromkeys(others), **_QUIET[kind.__name__]
+            )
     except Exception as error:  # diffusers and transformers raise many unrelated classes
         raise ModelError(f"cannot load the text encoders of {folder}: {brief(error)}.") from error
     for part in loaded.components.values():

@@ -108,6 +108,8 @@ def read_vae(name: str, kind: str, config: Mapping[str, Any], *, statistics: boo
             "sizes of images with it."
         )
     channels = config.get("latent_channels", 4)
+    if not isinstance(channels, int) or channels < 1:
+        raise ModelError(f"the vae of {name} has latent_channels {channels!r}. Expected a whole number above 0.")
     scaling = _number(name, "scaling_factor", config.get("scaling_factor", 0.18215 if kind == "AutoencoderKL" else 1.0))
     if not scaling:
         raise ModelError(f"the vae of {name} has scaling_factor 0, by which latents are divided.")

@@ -18,6 +18,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count as count_from
 from typing import Self
 
 import msgspec
@@ -164,7 +165,7 @@ class SchedulerTable:
         made = min(int(self.count * strength), self.count)
         if made < 1:
             raise SessionError(
-                f"strength {strength:g} makes none of {self.count} steps. Expected at least {1 / self.count:.2g}."
+                f"strength {strength:g} makes none of {self.count} steps. Expected at least {self._least_strength:g}."
             )
         first = (self.count - made) * (2 if self.steps == 2 * self.count - 1 else 1)
         if self.starting_at(first)._reads_before(first):
@@ -173,6 +174,12 @@ class SchedulerTable:
                 "with a scheduler whose steps need none, such as ddim, euler, dpmsolver++ or heun, or use strength 1."
             )
         return first
+
+    @property
+    def _least_strength(self) -> float:
+        """Round the least strength that makes a step up to as few digits as possible."""
+        rounded = (math.ceil(10.0**digits / self.count) / 10.0**digits for digits in count_from(2))
+        return next(strength for strength in rounded if int(self.count * strength) == 1)
 
     def starting_at(self, first: int) -> SchedulerTable:
         """Return the table of a trajectory that begins at a row, where the scheduler has no history yet.

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from unetc.device import Array
 from unetc.errors import RequestError
+from unetc.models.images import to_colour
 from unetc.report.pictures import to_pixels
 
 _PNG_LEVEL = 4
@@ -101,7 +102,7 @@ def _decode(data: bytes, field: str, most_pixels: int) -> Image.Image:
                 f"{field} has {opened.width} x {opened.height} pixels. Expected at most {most_pixels} in total.",
                 field,
             )
-        return _to_colour(_upright(opened))
+        return to_colour(_upright(opened))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -111,14 +112,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:
         return image
-
-
-def _to_colour(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB. Grey values of 16 bits, which Pillow would clip at 255, are scaled."""
-    if not image.mode.startswith("I"):
-        return image.convert("RGB")
-    values = np.asarray(image).astype(np.int64)
-    return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def to_samples(image: Image.Image, channels: int, height: int, width: int, *, stretch: bool = False) -> Array:

@@ -126,3 +126,12 @@ def test_sampling_from_an_image_equals_diffusers_or_is_refused(name: str, streng
 def test_a_strength_without_a_step_is_refused(strength: float, message: str) -> None:
     with pytest.raises(SessionError, match=message):
         extract(made("ddim"), STEPS).first_step(strength)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 30, 49, 300, 1000])
+def test_the_refusal_names_a_strength_that_makes_one_step(steps: int) -> None:
+    table = extract(made("ddim"), steps)
+    with pytest.raises(SessionError, match="makes none") as refusal:
+        table.first_step(0.5 / steps)
+    named = float(str(refusal.value).rpartition("at least ")[2].rstrip("."))
+    assert table.first_step(named) == steps - 1
