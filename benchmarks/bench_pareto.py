@@ -41,7 +41,7 @@ def main() -> None:
             curve = refine(setup, trace(setup, ParetoOptions(), on_progress), GATE, ParetoOptions(), on_progress)
             fastest = fastest_passing(curve, GATE)
             candidate = setup.workbench.compile(fastest.plan)
-            checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT)
+            checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT).measurement
     record = {
         "command": "python benchmarks/bench_pareto.py",
         "environment": curve.environment,

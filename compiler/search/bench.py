@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.manifest import Measurement
-from unetc.artifacts.profile import Damage
+from unetc.artifacts.profile import Damage, Estimate
 from unetc.backend import Backend, Program, SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
@@ -42,6 +42,23 @@ _FEWEST_ENGINES = 12
 """Engines that stay loaded, however large they are."""
 _ENGINE_BYTES = 2**31
 """Memory for further engines: searches sample plans in turn, and each has its own copy of the weights that it packs."""
+
+
+def _exactly(value: float) -> Estimate:
+    return Estimate(mean=value, low=value, high=value)
+
+
+RUINED = Damage(relative_l2=_exactly(1e6), psnr=_exactly(-100.0), ssim=_exactly(-1.0))
+"""Damage of a plan with NaN or infinity. The full model makes such steps again, so the images themselves look good."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A plan that was timed while it sampled."""
+
+    measurement: Measurement
+    non_finite_steps: int
+    """Steps that gave NaN or infinity, which the full model made again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +168,13 @@ class SearchBench:
         return program
 
     def damage(self, engines: Engines, *, seed: int, batches: int = 1) -> Damage:
-        """Sample with a plan and compare it with the full model's samples, which are made once per seed."""
+        """Sample with a plan and compare it with the full model's samples, made once per seed; NaN gives `RUINED`."""
         session = self.session(engines)
         parts = [
             (self._reference(session, seed, batch), self._sample(session, seed, batch)) for batch in range(batches)
         ]
+        if session.non_finite_steps:
+            return RUINED
         return measure_damage(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def damage_along(self, scheduler: SchedulerTables, *, seed: int) -> Damage:
@@ -201,6 +220,8 @@ class SearchBench:
         batches = min(batches, max(1, RECORDED_BYTES // size))
         recordings, images = zip(*(self._recording(session, seed, batch) for batch in range(batches)), strict=True)
         tuned = tune(session, table, recordings)
+        if session.non_finite_steps:
+            return engines.tuned, RUINED
         return tuned.table, measure_damage(np.concatenate(images), session.decode(tuned.samples))
 
     def _recording(self, session: Session, seed: int, batch: int) -> tuple[Recording, NDArray[np.float32]]:
@@ -212,7 +233,7 @@ class SearchBench:
             self._recordings[seed, batch] = recording, session.decode(recording.samples[-1])
         return self._recordings[seed, batch]
 
-    def measure(self, engines: Engines, *, seed: int) -> Measurement:
+    def measure(self, engines: Engines, *, seed: int) -> Measured:
         """Sample with the plan and with the full model alternately, on the same noise.
 
         Args:
@@ -241,7 +262,10 @@ class SearchBench:
         images = [session.decode(part) for part in full]
         self._references |= {(seed, i): image for i, image in enumerate(images)}
         damage = measure_damage(np.concatenate(images), session.decode(np.concatenate(pruned)))
-        return Measurement(time_ratio=float(np.median(ratios)), damage=damage)
+        return Measured(
+            measurement=Measurement(time_ratio=float(np.median(ratios)), damage=damage),
+            non_finite_steps=session.non_finite_steps,
+        )
 
     def time(self, engines: Engines) -> EngineTimes:
         """Time the engines of a plan, each in turn with the others and with the full model."""

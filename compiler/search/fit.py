@@ -60,9 +60,9 @@ def fit_plan(
         try:
             plan = make_plan(workbench.profile, asked, correction=correction)
         except PlanError:
-            if attempt == 0:
-                raise
-            break  # measured savings fell short by so much that no plan aims high enough
+            if attempt > 0:
+                break  # measured savings fell short by so much that no plan aims high enough
+            plan = make_plan(workbench.profile, options, correction=correction)  # the aim lies above the budget
         candidate = workbench.compile(emitting(plan, emits))
         saving = candidate.saving
         most = max(most, saving)

@@ -10,14 +10,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unetc.artifacts.manifest import Measurement
 from unetc.artifacts.profile import Damage
 from unetc.environment import describe
 from unetc.errors import NonFiniteError
 from unetc.jobs import Advance
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
-from .bench import EngineTimes, SearchBench
+from .bench import EngineTimes, Measured, SearchBench
 from .candidate import Candidate, Engines
 
 
@@ -105,7 +104,7 @@ class Measure:
         """Name in messages."""
         return f"measuring plan {self.engines.key()} on seed {self.seed}"
 
-    def run(self, bench: SearchBench, advance: Advance) -> Measurement:
+    def run(self, bench: SearchBench, advance: Advance) -> Measured:
         """Sample with the plan and with the full model alternately."""
         return bench.measure(self.engines, seed=self.seed)
 

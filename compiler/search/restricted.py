@@ -82,7 +82,7 @@ def _spend(workbench: Workbench, candidate: Candidate, target: float) -> Candida
 
     Whole steps come in runs of bins, so a plan may save too much, and errors in late steps have no time to decay.
     """
-    for step in reversed(range(workbench.steps)):
+    for step in reversed(range(len(workbench.schedule(candidate)))):
         schedule = list(workbench.schedule(candidate))
         if schedule[step : step + 1] in ([], [FULL_ENGINE]):
             continue

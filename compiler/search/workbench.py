@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import msgspec
 
 import unetc
-from unetc.artifacts.manifest import Measurement
 from unetc.artifacts.plan import Assignment, Phase, Plan, Prediction
 from unetc.artifacts.profile import Damage, Profile
 from unetc.backend import SerialisedGraph
@@ -19,7 +18,7 @@ from unetc.jobs import Advance, Workers, ignore, run_all, run_one
 from unetc.runtime.rollout import FULL_ENGINE
 from unetc.sampler.table import SchedulerTables
 
-from .bench import Sampling, SearchBench
+from .bench import Measured, Sampling, SearchBench
 from .candidate import Candidate, Engines
 from .jobs import DescribeMachine, Judge, JudgeSchedule, Measure, TimeBatches, TimeEngines
 
@@ -166,7 +165,7 @@ class Workbench:
         """
         return run_all(self.workers, [JudgeSchedule(scheduler=one, seed=seed) for one in schedules])
 
-    def measure(self, candidate: Candidate, *, seed: int) -> Measurement:
+    def measure(self, candidate: Candidate, *, seed: int) -> Measured:
         """Sample with the plan and with the full model alternately, on the same noise.
 
         Args:

@@ -674,7 +674,7 @@ def test_a_component_whose_removal_saves_nothing_is_kept(saving: float) -> None:
     assert list(make_plan(profile, PlanOptions(budget=0.1)).engines[1].treatments) == ["c1"]
 
 
-def bins_of(plan: Plan, treatment: Treatment) -> set[float]:
+def treated_in(plan: Plan, treatment: Treatment) -> set[float]:
     """List the lower ends of the bins, which are 1 wide, in which a plan makes a treatment."""
     return {
         low
@@ -692,8 +692,8 @@ def test_a_treatment_that_was_not_tried_in_a_bin_or_ended_in_nan_is_not_planned_
     upper = np.full((len(KINDS), 4, 1), np.nan)
     upper[kind, :, 0] = 0.01, 0.01, np.nan, 0.01
     plan = make_plan(make_profile(upper, [0.8], steps=[4, 4, 4, 4]), PlanOptions(budget=0.2, planner=planner))
-    assert bins_of(plan, treatment)
-    assert 2.0 not in bins_of(plan, treatment)
+    assert treated_in(plan, treatment)
+    assert 2.0 not in treated_in(plan, treatment)
 
 
 def test_a_reuse_is_planned_over_a_bin_in_which_it_could_not_be_measured() -> None:
@@ -702,7 +702,7 @@ def test_a_reuse_is_planned_over_a_bin_in_which_it_could_not_be_measured() -> No
     upper = np.full((len(KINDS), 4, 1), np.nan)
     upper[kind, :, 0] = 0.01, 0.01, np.nan, 0.01
     plan = make_plan(make_profile(upper, [0.8], steps=[2, 2, 1, 3]), PlanOptions(budget=0.35))
-    assert bins_of(plan, KINDS[kind][0]) == {0.0, 1.0, 2.0, 3.0}
+    assert treated_in(plan, KINDS[kind][0]) == {0.0, 1.0, 2.0, 3.0}
 
 
 def test_a_component_whose_damage_was_not_measured_is_kept() -> None:

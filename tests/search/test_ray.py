@@ -140,7 +140,7 @@ def test_a_timing_has_the_machine_and_workers_keep_their_benches(
         assert candidate.full_ms > candidate.step_ms[1] > 0
         setup.workbench.damages([candidate] * 8, seed=1)
         before = {*processes(WORKER)}
-        assert setup.workbench.measure(candidate, seed=2).time_ratio > 0
+        assert setup.workbench.measure(candidate, seed=2).measurement.time_ratio > 0
         assert before <= {*processes(WORKER)}  # a slow machine may start the second one late
 
 
