@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from unetc.compiler.search.find_plan import choose_again, find_plan
 from unetc.compiler.search.fit import TOLERANCE, hold_everywhere
 from unetc.compiler.search.jobs import Judge, Judged
 from unetc.compiler.search.repair import RepairOptions, repair_all
-from unetc.compiler.search.restricted import fit_restricted
+from unetc.compiler.search.restricted import _spend, fit_restricted
 from unetc.compiler.search.schedules import fewer_steps, other_solver
 from unetc.compiler.search.set_up import Setup, set_up
 from unetc.compiler.search.workbench import TUNED_BATCHES, Workbench
@@ -93,6 +93,17 @@ def test_a_control_is_repaired_as_the_plan_is(setup: Setup) -> None:
         for one in (NO_REPAIR, RepairOptions(evaluations=15, patience=15))
     )
     assert repaired < plain
+
+
+def test_time_that_is_left_goes_to_the_last_calls_however_many_calls_a_step_has() -> None:
+    """Two steps of a scheduler with several calls per step: the schedule has six."""
+
+    def rescheduled(candidate: Any, schedule: Sequence[int]) -> Any:
+        return SimpleNamespace(schedule=tuple(schedule), saving=sum(schedule) / len(schedule))
+
+    workbench: Any = SimpleNamespace(steps=2, schedule=lambda candidate: candidate.schedule, reschedule=rescheduled)
+    spent: Any = _spend(workbench, rescheduled(None, (0, 1, 0, 1, 0, 1)), 1 / 3)
+    assert spent.schedule == (0, 1, 0, 1, 0, 0)
 
 
 def test_a_control_that_cannot_save_enough_is_refused(setup: Setup) -> None:

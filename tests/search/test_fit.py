@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -10,7 +11,7 @@ import pytest
 
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
-from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.planner.planner import PlanOptions, make_plan
 from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.fit import (
     ATTEMPTS,
@@ -21,6 +22,7 @@ from unetc.compiler.search.fit import (
     fit_random,
     fit_uniform,
     hold_everywhere,
+    middle_of,
 )
 from unetc.compiler.search.workbench import Workbench
 from unetc.errors import PlanError
@@ -200,6 +202,19 @@ def test_a_fit_continues_from_a_correction() -> None:
 def test_a_budget_that_no_plan_meets_is_refused_with_the_most_that_was_saved() -> None:
     with pytest.raises(PlanError, match=r"most that .*\d"):
         fit_plan(bench(Machine(0.2)), PlanOptions(budget=0.3), [])
+
+
+def test_a_budget_just_below_the_most_that_can_be_saved_is_met() -> None:
+    machine = Machine(1.0)
+    with pytest.raises(PlanError) as refused:
+        make_plan(machine.profile, PlanOptions(budget=0.99))
+    (most,) = re.findall(r"saves is ([\d.]+) %", str(refused.value))
+    budget = float(most) / 100 - 0.001
+    assert middle_of(budget) > float(most) / 100, "no plan aims at the middle of the accepted savings"
+    candidate, _ = fit_plan(bench(machine), PlanOptions(budget=budget), [])
+    assert candidate.saving >= budget
+    with pytest.raises(PlanError, match=r"no plan saves 99 % of the time"):
+        fit_plan(bench(machine), PlanOptions(budget=0.99), [])
 
 
 def test_budget_zero_is_the_full_model_and_measures_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,22 +210,31 @@ def test_a_plan_that_passes_only_on_the_samples_of_the_search_is_not_taken(
     traced: list[ParetoOptions] = []
     loss = 1.0
 
-    def take(workbench: object, options: object, plan: Plan, notes: list[str], *others: object) -> SimpleNamespace:
+    def measure(workbench: object, plan: Plan, options: object, seed: int, notes: list[str]) -> SimpleNamespace:
         taken.append(round(1 - plan.budget, 2))
         notes.append(f"measured {taken[-1]}")
         return SimpleNamespace(measured=SimpleNamespace(damage=damage(psnr=found[taken[-1]] - loss)))
 
     monkeypatch.setattr(building, "trace", lambda setup, options, on_progress: traced.append(options))
     monkeypatch.setattr(building, "refine", lambda *arguments: SimpleNamespace(points=points))
-    monkeypatch.setattr(building, "_take", take)
-    options = BuildOptions(plan=PlanOptions(budget=0.2), steps=4, at=gate, repair=RepairOptions(tune=False))
+    monkeypatch.setattr(building, "_measure", measure)
+    repair = RepairOptions(evaluations=3, tune=False)
+    options = BuildOptions(plan=PlanOptions(budget=0.2), steps=4, at=gate, repair=repair)
     notes: list[str] = []
-    setup: Any = SimpleNamespace(workbench=None)
+    setup: Any = SimpleNamespace(workbench=SimpleNamespace(compile=lambda plan: plan))
     chosen = building._search(setup, options, gate, notes, 7, ignore)
     assert chosen.measured.damage.psnr.mean == 30.5
     assert taken == [0.5, 0.7], "0.6 is no better than 0.5, which failed"
     assert notes == ["measured 0.7"]
     assert not traced[0].repair.tune
+    assert traced[0].repair.evaluations == 3
+    taken.clear()
+    second = replace(options, quality_gate=QualityGate.parse("psnr>=32"))
+    assert building._search(setup, second, gate, [], 7, ignore).measured.damage.psnr.mean == 32.0
+    assert taken == [0.8], "the others fail the second gate on the samples of the search"
+    impossible = replace(options, quality_gate=QualityGate.parse("psnr>=50"))
+    with pytest.raises(QualityGateError, match=r"no plan of the curve passes psnr>=30 and psnr>=50"):
+        building._search(setup, impossible, gate, [], 7, ignore)
     loss = 10.0
     with pytest.raises(QualityGateError, match=r"3 plans pass psnr>=30 on the samples .* none does on fresh ones.*23"):
         building._search(setup, options, gate, notes, 7, ignore)

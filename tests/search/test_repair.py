@@ -19,7 +19,7 @@ from unetc.artifacts.plan import Assignment
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.additivity import check_pairs
-from unetc.compiler.search.bench import SearchBench
+from unetc.compiler.search.bench import RUINED, SearchBench
 from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.fit import fit_deep_hold, fit_plan, fit_random, hold_everywhere
 from unetc.compiler.search.pareto import ParetoOptions, fastest_passing, refine, trace
@@ -32,6 +32,7 @@ from unetc.jobs import InProcess, Workers
 from unetc.models.find import find_model
 from unetc.progress import ignore
 from unetc.report.curve import draw
+from unetc.treatments import Treatment
 
 STEPS = 8
 ANALYSIS = AnalysisOptions(steps=STEPS, samples=2, bins=4, batch=2, rounds=2, threads=1, decisive=4)
@@ -80,6 +81,28 @@ def test_repair_never_does_more_damage_and_keeps_the_budget(setup: Setup) -> Non
     schedules = [setup.workbench.schedule(one.candidate) for one in found.evaluated]
     assert len(set(schedules)) == len(schedules) > 3
     assert all(schedule[0] == 0 for schedule in schedules)
+
+
+def test_a_plan_with_nan_is_the_worst_although_the_full_model_makes_its_steps_again(
+    setup: Setup, tiny_model: Path, cache: Path
+) -> None:
+    level = next(component for component in setup.profile.components if component.kind == "level")
+    means = [np.frombuffer(row, "<f4").copy() for row in setup.profile.means]
+    for row in means:  # two infinite sums of opposite signs
+        row[level.offset : level.offset + level.channels : 2] = 3e38
+        row[level.offset + 1 : level.offset + level.channels : 2] = -3e38
+    spoilt = msgspec.structs.replace(setup.profile, means=tuple(row.tobytes() for row in means))
+    engines = (Assignment(treatments={}), Assignment(treatments={level.name: Treatment.MEAN}))
+    plan = hold_everywhere(spoilt, "step", 2)
+    plan = msgspec.structs.replace(plan, engines=engines)
+    with set_up(find_model(str(tiny_model)), spoilt, steps=STEPS, cache=cache) as other:
+        candidate = other.workbench.compile(plan)
+        assert other.workbench.damage(candidate, seed=1) == RUINED
+        tuned, damage = other.workbench.tune(candidate, seed=1, batches=1)
+        assert (tuned.tuned, damage) == (None, RUINED)
+        measured = other.workbench.measure(candidate, seed=2)
+    assert measured.non_finite_steps > 0
+    assert measured.measurement.damage.relative_l2.mean < 1e-3
 
 
 def test_repair_asks_for_no_more_than_the_plan_saves(setup: Setup) -> None:
