@@ -64,7 +64,7 @@ def tried(subject: Subject, work: Path, share: float, *, again: bool, reasons: M
     if missing := [name for name in sample if name not in kept]:
         print(f"{subject.name}: {len(missing)} of {len(sample)} mutants are left", flush=True)
         workshop.run(missing)
-    outcomes = workshop.outcomes()
+    outcomes = {**(done if again else {}), **workshop.outcomes()}  # mutmut forgets the others where settings changed
     codes = {name: outcomes[name] for name in sample if name in outcomes}
     alive = [name for name, code in codes.items() if code in (SURVIVED, UNTESTED)]
     survivors = []
