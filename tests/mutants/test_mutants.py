@@ -20,7 +20,10 @@ def subject(*tests: str) -> Subject:
 def test_every_subject_names_files_that_exist() -> None:
     for own in SUBJECTS:
         assert all((ROOT / "src/unetc" / module).exists() for module in own.modules)
-        assert all((ROOT / "tests" / test).exists() for test in own.tests)
+        for test in own.tests:
+            file, _, name = test.partition("::")
+            assert (ROOT / "tests" / file).exists(), test
+            assert not name or f"def {name}(" in (ROOT / "tests" / file).read_text(), test
 
 
 def test_tests_of_the_changed_module_kill_and_others_do_not(tmp_path: Path) -> None:
