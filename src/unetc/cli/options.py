@@ -115,11 +115,12 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
         str | None,
         typer.Option(
             help="ddim, ddpm, euler, dpmsolver++ or another name of docs/schedulers.md (default: ddim, for glide:base "
-            "ddpm)."
+            "ddpm, for distilled models lcm or tcd)."
         ),
     ] = None
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoiser calls per sample (default: 50, for GLIDE as it was published).")
+        int | None,
+        typer.Option(min=1, help="Denoiser calls per sample (default: 50, for GLIDE as published, 4 for lcm)."),
     ] = None
     samples: Annotated[int, typer.Option(min=1, help="Trajectories that every ablation is measured on.")] = 16
     bins: Annotated[int, typer.Option(min=1, help="Number of noise levels to distinguish.")] = 8
