@@ -188,6 +188,21 @@ def test_type_and_device_follow_the_pipeline(unet: BundleUNet) -> None:  # D7
     assert unet.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_first_parameter_has_the_type_and_the_device(shared: Path, inference: bool) -> None:
+    """Pipelines and libraries ask it; no optimiser may believe that it can be trained."""
+    with torch.inference_mode(inference):
+        unet = dropin_of("cross-attention", shared)
+    for one in (unet, copy.deepcopy(unet)):
+        for device, dtype in (("cpu", torch.float32), ("meta", torch.float16)):
+            assert one.to(device, dtype).requires_grad_() is one
+            (parameter,) = one.parameters()
+            assert (parameter.device, parameter.dtype) == (torch.device(device), dtype) == (one.device, one.dtype)
+            assert [name for name, _ in one.named_parameters()] == ["_interface"]
+            assert not parameter.requires_grad
+            assert parameter.numel() == 0
+
+
 def test_copies_share_engines_and_pickles_are_refused(unet: BundleUNet) -> None:
     expected = call(unet)
     for own in (copy.deepcopy(unet), copy.copy(unet)):
@@ -264,7 +279,8 @@ def test_listing_layers_is_answered_with_a_warning_once(
 ) -> None:
     for _ in range(2):
         for listed in getattr(unet, name)():
-            assert listed is unet or listed == ("", unet)
+            one = listed[1] if isinstance(listed, tuple) else listed
+            assert one is unet or (isinstance(one, nn.Parameter) and one.numel() == 0)
     assert [f"{name}() of a bundle lists no layers" in record.message for record in caplog.records] == [True]
 
 
@@ -312,6 +328,17 @@ def test_a_pipeline_that_opened_without_a_unet_needs_the_size(without_weights: P
         side = SIDE * later.vae_scale_factor
         images.append(image_of(later, height=side, width=side))
     np.testing.assert_allclose(images[1], images[0], rtol=0, atol=1e-4)
+
+
+def test_a_pipeline_moves_whole_models_to_the_device_and_back(unet: BundleUNet, without_weights: Path) -> None:
+    pytest.importorskip("accelerate")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
+    expected = image_of(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        np.testing.assert_array_equal(image_of(pipeline), expected)
+    pipeline.remove_all_hooks()
+    np.testing.assert_array_equal(image_of(pipeline), expected)
 
 
 def image_of(pipeline: Any, **options: Any) -> Any:

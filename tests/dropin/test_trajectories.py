@@ -54,6 +54,21 @@ def test_a_run_alternates_between_engines(fresh: BundleUNet, engines: Engines, s
 
 
 @pytest.mark.parametrize("numbers", [False, True], ids=["elements", "numbers"])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_loop_may_write_over_its_samples_and_predictions(
+    shared: Path, fresh: BundleUNet, engines: Engines, scheduler: str, numbers: bool
+) -> None:
+    timing, samples = begin(scheduler), noise(0)
+    for timestep in timing.timesteps:
+        with torch.no_grad():
+            predicted = fresh(samples, timestep.item() if numbers else timestep, words(0)).sample
+        samples.copy_(timing.step(predicted.clone(), timestep, samples.clone()).prev_sample)
+        predicted.zero_()
+    assert engines.take() == ALTERNATING
+    assert_equal(samples, alone(shared, noise(0), words(0), scheduler=scheduler, numbers=numbers)[-1])
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["elements", "numbers"])
 def test_sequential_guidance_follows_two_trajectories(  # B1
     shared: Path, fresh: BundleUNet, engines: Engines, numbers: bool
 ) -> None:

@@ -73,6 +73,9 @@ _HOOKS = (
 )
 """Where torch keeps the hooks around the call of a module."""
 
+_INTERFACE = "_interface"
+"""Name of the only parameter: empty, with the element type and the device for the latents of pipelines."""
+
 _FULL_MODEL, _LEVEL = "full_model", "level"
 """Keys of the configuration in a saved folder."""
 
@@ -145,16 +148,16 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         self._lock = threading.Lock()
         reuses = not full_model and any(engine.reused or engine.halves for engine in session.plan.engines)
         self._trajectories = Trajectories(lambda: session.rollout(full_model=full_model), reuses=reuses)
-        self.register_buffer("_interface", torch.empty(0), persistent=False)
+        # A parameter, as libraries ask the first one of a module for its device and type.
+        self._parameters[_INTERFACE] = nn.Parameter(torch.empty(0), requires_grad=False)
         if self.config.get("addition_embed_type") == "text_time":  # SDXL pipelines compare this width with their own
             width = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     def __getattr__(self, name: str) -> Any:
-        """Find buffers; refuse the layers and the private methods of a UNet by name."""
-        buffers = self.__dict__.get("_buffers", {})
-        if name in buffers:
-            return buffers[name]
+        """Find the only parameter; refuse the layers and the private methods of a UNet by name."""
+        if name == _INTERFACE and name in (parameters := self.__dict__.get("_parameters", {})):
+            return parameters[name]
         raise refusal(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -199,6 +202,10 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         """Device for the latents of pipelines."""
         device: torch.device = self._interface.device
         return device
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Change nothing: a bundle has nothing to train."""
+        return self
 
     def reset(self) -> None:
         """Begin a new trajectory at the next call."""

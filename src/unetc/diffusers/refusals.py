@@ -170,7 +170,9 @@ def does_nothing(name: str) -> Callable[..., None]:
 
 
 def warns_of_no_layers(name: str) -> Callable[..., Any]:
-    """Make a method that lists the layers, none, and warns once per drop-in if a user's code asks.
+    """Make a method that lists no layers and no weights, and warns once per drop-in if a user's code asks.
+
+    `parameters` lists an empty parameter, which has the type and the device.
 
     Loops over layers, such as those that make a model's padding circular, would end without an effect and without an
     error.
