@@ -239,7 +239,7 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         _refuse_gradient(sample, given)
         own, conditions = self._calls.of_unet_call(sample, _harmless_removed(given))
         arrays = self._calls.read({name: _to_array(value) for name, value in conditions.items()})
-        array = _to_array(own)
+        array = _to_array(own, copied=True)  # the trajectory keeps it, and the caller may write over the sample
         arrays = self._calls.fill(arrays, len(array))
         self._calls.check(array, arrays)
         value = _one_of(timestep)
@@ -254,7 +254,7 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         )
         with self._lock:
             predicted = self._predict(call, arrays)
-        prediction = torch.from_numpy(predicted).to(sample)
+        prediction = torch.from_numpy(predicted).to(sample, copy=True)  # the trajectory keeps its own
         if not as_object:
             return (prediction,)
         kind = UNet2DOutput if self._denoiser == "UNet2DModel" else UNet2DConditionOutput
@@ -456,8 +456,8 @@ def _kind(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of class {type(value).__name__}"
 
 
-def _to_array(tensor: Tensor) -> NDArray[Any]:
-    """Convert to a C-contiguous float32 or integer array; copies only if needed."""
-    tensor = tensor.detach().cpu()
-    array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+def _to_array(tensor: Tensor, *, copied: bool = False) -> NDArray[Any]:
+    """Convert to a C-contiguous float32 or integer array; copies only if needed or wanted."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    array: NDArray[Any] = tensor.detach().to("cpu", dtype, copy=copied).contiguous().numpy()
     return array
