@@ -237,6 +237,49 @@ def test_image_to_image_follows_text_to_image(shared: Path, fresh: BundleUNet) -
         )
 
 
+def kept(unet: BundleUNet) -> int:
+    """Count the bytes of all branches that a drop-in keeps."""
+    states = [one.rollout._cache.snapshot() for one in unet._trajectories._live]
+    histories = [history for state in states for history in (*state.branches.values(), state.denoised)]
+    to_array = unet._session.device.to_array
+    return sum(to_array(branch).nbytes for history in histories for _, branch in history)
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_finished_runs_keep_their_branches_until_the_next_one(
+    shared: Path, fresh: BundleUNet, scheduler: str, prompts: int
+) -> None:
+    values = noise(0), *map(words, range(prompts))
+    expected = alone(shared, *values, scheduler=scheduler)
+    bytes_kept, most = [], []
+    for _ in range(LIVE + 2):
+        steps = run(fresh, *values, scheduler=scheduler)
+        samples, kept_within = zip(*((sample, kept(fresh)) for sample in steps), strict=True)
+        for one, wanted in zip(samples, expected, strict=True):
+            assert_equal(one, wanted)
+        bytes_kept.append(kept_within[-1])
+        most.append(max(kept_within))
+    assert bytes_kept[0] > 0
+    assert set(bytes_kept) == {bytes_kept[0]}
+    assert set(most) == {most[0]}
+
+
+def test_a_tile_keeps_its_branches_while_another_one_is_finished(
+    shared: Path, fresh: BundleUNet, engines: Engines
+) -> None:
+    timing, tiles = begin("DDIMScheduler"), [noise(0), noise(1)]
+    for timestep in timing.timesteps:
+        for place, tile in enumerate(tiles):
+            with torch.no_grad():
+                if place and timestep == timing.timesteps[-1]:
+                    fresh(noise(2), begin("DDIMScheduler").timesteps[0], words(0))  # an image of another thread
+                predicted = fresh(tile, timestep, words(0)).sample
+            tiles[place] = timing.step(predicted, timestep, tile).prev_sample
+    assert engines.take() == [*(engine for engine in ALTERNATING[:-1] for _ in range(2)), 1, 0, 1]
+    assert_equal(tiles[1], alone(shared, noise(1), words(0))[-1])
+
+
 @pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
 def test_second_calls_of_a_step_belong_to_its_run(
     shared: Path, fresh: BundleUNet, engines: Engines, scheduler: str
@@ -620,6 +663,7 @@ def test_a_place_is_an_element_of_a_larger_tensor() -> None:
     timesteps = torch.tensor([9.0, 5.0, 1.0])
     places = [Place.of(timestep) for timestep in timesteps]
     assert [place and place.index for place in places] == [0, 1, 2]
+    assert [place and place.is_last for place in places] == [False, False, True]
     assert len({place.run for place in places if place}) == 1
     expanded = Place.of(timesteps[1].expand(4))
     assert expanded is not None

@@ -41,7 +41,11 @@ from .parts import Proof, prove
 logger = logging.getLogger(__name__)
 
 LIVE = 8
-"""Trajectories that may take turns; each holds the branches that its engines emitted."""
+"""Trajectories that may take turns; each holds the branches that its engines emitted.
+
+When a new trajectory begins, those whose run has made its last timestep lose their branches: a device may have no room
+for those of several images. A timestep that is passed as a number does not tell that it is the last.
+"""
 
 _HISTORY = 6
 """Calls of a trajectory that a multistep scheduler may combine."""
@@ -97,6 +101,11 @@ class Place:
             return None
         return cls(storage.data_ptr(), int(timestep.storage_offset()), timestep)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no timestep of the run comes after it."""
+        return self.index + 1 == _count(self.timesteps)
+
     def may_follow(self, other: Place) -> bool:
         """Check whether a place may be the next after another one, or the same.
 
@@ -110,9 +119,12 @@ class Place:
 
 def _all_of(element: Tensor) -> Tensor:
     """Return the whole tensor that holds an element."""
-    storage = element.untyped_storage()
-    count = storage.nbytes() // element.element_size()
-    return element.as_strided((count,), (1,), 0)
+    return element.as_strided((_count(element),), (1,), 0)
+
+
+def _count(element: Tensor) -> int:
+    """Count the elements of the whole tensor that holds an element."""
+    return element.untyped_storage().nbytes() // element.element_size()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +205,7 @@ class Trajectories:
 
     def of(self, call: Call) -> Trajectory:
         """Return the trajectory that a call continues, or a new one."""
-        alike = [
-            one
-            for one in self._live
-            if one.last.conditions == call.conditions and one.last.sample.shape == call.sample.shape
-        ]
+        alike = [one for one in self._live if _fits(one, call)]
         candidates = [one for one in alike if call.timestep <= one.last.timestep and not _of_other_runs(one, call)]
         tolerance, rests = _ROUNDING.get(call.dtype, _ROUNDING_OTHERS), []
         for one in candidates:
@@ -230,6 +238,7 @@ class Trajectories:
                     new.nodes.extend(one.nodes)  # the next call may be explained as a whole
                     new.cut_off = "no scheduler makes a part of its samples from earlier ones"
             self._explain(call, new, candidates, rests, several=bool(explained))
+        self._release_finished()
         if len(self._live) >= LIVE:  # calls that nothing proved, and that nothing continued, make room first
             lone = [one for one in self._live if one.last.place is None and len(one.nodes) < 2]
             ended = lone[-1] if lone else self._live[-1]
@@ -258,6 +267,17 @@ class Trajectories:
         trajectory.predicted = predicted if known is None else known
         if not (trajectory.nodes and trajectory.nodes[-1] is node):
             trajectory.nodes.append(node)
+
+    def _release_finished(self) -> None:
+        """Release the branches of trajectories whose run has made its last timestep.
+
+        A run that lost its proof on the way has several trajectories, one after another; tiles have several at once.
+        """
+        finished = [one for one in self._live if one.last.place is not None and one.last.place.is_last]
+        for one in self._live:
+            after = [other for other in finished if _fits(one, other.last) and _same_run(one, other.last)]
+            if one in finished or (after and not one.shared):
+                one.rollout = self._begin()
 
     def drop(self, trajectory: Trajectory) -> None:
         """Forget a trajectory whose last call failed."""
@@ -374,6 +394,11 @@ class Trajectories:
 
 def _place(trajectory: Trajectory) -> int | None:
     return None if trajectory.last.place is None else trajectory.last.place.index
+
+
+def _fits(trajectory: Trajectory, call: Call) -> bool:
+    """Check whether a trajectory has the conditions and the shape of a call."""
+    return trajectory.last.conditions == call.conditions and trajectory.last.sample.shape == call.sample.shape
 
 
 def _same_run(trajectory: Trajectory, call: Call) -> bool:
