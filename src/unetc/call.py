@@ -195,15 +195,23 @@ class CallSignature:
             The sample without extra channels, and the conditions by input name.
 
         Raises:
-            SessionError: If an argument would change the prediction and the graph has no input for it.
+            SessionError: If an argument would change the prediction and the graph has no input for it, or if conditions
+                that belong together are in a value of another kind than a mapping or a sequence.
             ShapeMismatch: If the sample has another number of channels.
         """
         given = {name: value for name, value in arguments.items() if not _is_absent(value)}
         found: dict[str, Any] = {}
-        for name, value in dict(given.pop("added_cond_kwargs", {})).items():
+        added = given.pop("added_cond_kwargs", {})
+        if not isinstance(added, Mapping):
+            raise SessionError(
+                f"added_cond_kwargs is of class {type(added).__name__}. Expected a mapping of tensors by name."
+            )
+        for name, value in added.items():
+            if _is_absent(value):
+                continue
             if name in self.names:
                 found[name] = value
-            elif name not in (POOLED, TIME_IDS) and not _is_absent(value):  # only UNets of SDXL read these two
+            elif name not in (POOLED, TIME_IDS):  # only UNets of SDXL read these two
                 raise SessionError(_cannot_take(f"added_cond_kwargs[{name!r}]"))
         found |= self._of_controlnet(
             given.pop("down_block_additional_residuals", None), given.pop("mid_block_additional_residual", None), sample
@@ -237,7 +245,7 @@ class CallSignature:
                 filled[item.name] = np.zeros((batch, *map(int, item.axes)), np.float32)
         return filled
 
-    def _of_controlnet(self, down: Sequence[Any] | None, middle: Any, sample: Any) -> dict[str, Any]:
+    def _of_controlnet(self, down: Any, middle: Any, sample: Any) -> dict[str, Any]:
         """Map the outputs of a ControlNet to the inputs of the engines."""
         if down is None and middle is None:
             return {}
@@ -245,6 +253,11 @@ class CallSignature:
         if not names:
             raise SessionError(
                 "this bundle's engines cannot take down_block_additional_residuals. Build the bundle with --controlnet."
+            )
+        if down is not None and not isinstance(down, Sequence):
+            raise SessionError(
+                f"down_block_additional_residuals is of class {type(down).__name__}. Expected a sequence of tensors, "
+                "as the ControlNet returns them."
             )
         if down is None or middle is None or len(down) + 1 != len(names):
             raise SessionError(

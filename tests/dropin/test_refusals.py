@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.dropin.runs import SIDE, dropin_of, noise, words
 from tests.models import tiny_of
 from tests.pipelines import save_stable_diffusion
+from unetc.call import SIZE_NUMBERS, CallSignature
 from unetc.diffusers import BundleUNet
 from unetc.diffusers.bundle_unet import _KEPT
 from unetc.diffusers.refusals import HARMLESS, LISTS_OF_LAYERS, RefusedByBundle
@@ -155,11 +156,43 @@ def test_inputs_that_do_not_fit_are_named_with_their_shapes(  # D5
         ({"sample": np.zeros((1, 4, 8, 8), np.float32)}, "the sample is of class ndarray"),
         ({"timestep": None}, "the timestep is of class NoneType"),
         ({"timestep": "late"}, "the timestep is of class str"),
+        ({"timestep": torch.zeros(1, device="meta")}, "the timestep is a tensor on the meta device"),
+        ({"timestep": torch.tensor([500.0]).to_sparse()}, "the timestep is a sparse, nested or quantized tensor"),
+        ({"timestep": torch.tensor([500] * 3)}, "the timestep has 3 elements. Expected one, or one for each of the 1"),
+        ({"timestep": [500, 500]}, "the timestep has 2 elements"),
+        ({"timestep": torch.zeros(0)}, "the timestep has 0 elements"),
+        ({"sample": noise(0).to("meta")}, "the sample is a tensor on the meta device"),
+        ({"sample": noise(0).to_sparse()}, "the sample is a sparse, nested or quantized tensor"),
+        ({"encoder_hidden_states": words(0).numpy()}, "encoder_hidden_states is of class ndarray"),
+        ({"encoder_hidden_states": 1.0}, "encoder_hidden_states is of class float"),
+        ({"encoder_hidden_states": [words(0)]}, "encoder_hidden_states is of class list"),
+        ({"encoder_hidden_states": words(0).to("meta")}, "encoder_hidden_states is a tensor on the meta device"),
+        ({"encoder_hidden_states": words(0).to_sparse()}, "encoder_hidden_states is a sparse, nested or quantized"),
+        ({"encoder_hidden_states": words(0) * 1j}, "encoder_hidden_states"),
+        ({"added_cond_kwargs": [1]}, "added_cond_kwargs is of class list. Expected a mapping"),
     ],
 )
 def test_values_of_other_kinds_are_refused(unet: BundleUNet, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SessionError, match=message):
         call(unet, **changes)
+
+
+@pytest.mark.parametrize("value", [[1], np.zeros((1, 16), np.float32), 3, "pooled"])
+def test_added_conditions_of_other_kinds_are_refused(unet: BundleUNet, value: object) -> None:
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    xl["projection_class_embeddings_input_dim"] = 16 + SIZE_NUMBERS * 4
+    unet._calls = CallSignature.of("UNet2DConditionModel", {**unet.config, **xl})
+    added = {"text_embeds": value, "time_ids": torch.zeros(1, 6)}
+    with pytest.raises(SessionError, match=f"text_embeds is of class {type(value).__name__}"):
+        call(unet, added_cond_kwargs=added)
+    with pytest.raises(ShapeMismatch, match="the model needs text_embeds"):
+        call(unet, added_cond_kwargs={**added, "text_embeds": None})
+
+
+def test_a_negated_view_is_a_tensor_as_any_other(unet: BundleUNet) -> None:
+    view = torch.complex(words(0), -words(0)).conj().imag
+    assert view.is_neg()
+    torch.testing.assert_close(call(unet, encoder_hidden_states=view), call(unet), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("timestep", [-0.25, 1000.5, float("nan")])
@@ -174,6 +207,27 @@ def test_a_gradient_is_refused(unet: BundleUNet) -> None:  # D7
         unet(wanted, 500, words(0))
     with torch.no_grad():
         unet(wanted, 500, words(0))
+
+
+WANTED = torch.zeros(1, 16).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_hidden_states": words(0).requires_grad_()},
+        {"timestep": torch.tensor(500.0, requires_grad=True)},
+        {"added_cond_kwargs": {"text_embeds": WANTED, "time_ids": torch.zeros(1, 6)}},
+        {"down_block_additional_residuals": (torch.zeros(1), WANTED)},
+        {"down_block_additional_residuals": [torch.zeros(1), WANTED]},
+        {"mid_block_additional_residual": WANTED},
+        {"cross_attention_kwargs": {"gligen": {"objs": [WANTED]}}},
+    ],
+)
+def test_a_gradient_is_refused_wherever_it_is_wanted(unet: BundleUNet, changes: dict[str, Any]) -> None:  # D7
+    given = {"timestep": 500, "encoder_hidden_states": words(0)} | changes
+    with pytest.raises(SessionError, match="no_grad"):
+        unet(noise(0), **given)
 
 
 def test_type_and_device_follow_the_pipeline(unet: BundleUNet) -> None:  # D7

@@ -637,10 +637,10 @@ FRESH_TENSORS = {
 def test_fresh_tensors_of_timesteps_keep_the_saving(
     fresh: BundleUNet, engines: Engines, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    timing, sample = begin("DDIMScheduler"), noise(0)
+    timing, sample, prompts = begin("DDIMScheduler"), torch.cat([noise(0), noise(1)]), torch.cat([words(0), words(1)])
     for place, timestep in enumerate(timing.timesteps):
         with torch.no_grad():
-            predicted = fresh(sample, FRESH_TENSORS[kind](timing.timesteps, place), words(0)).sample
+            predicted = fresh(sample, FRESH_TENSORS[kind](timing.timesteps, place), prompts).sample
         sample = timing.step(predicted, timestep, sample).prev_sample
     assert engines.take() == ALTERNATING
     assert not caplog.records

@@ -175,6 +175,9 @@ def test_residuals_of_a_controlnet_get_the_names_of_the_graph() -> None:
         calls.check(sample, {**conditions, "input_control_01": values[0][:, :1]})
     with pytest.raises(SessionError, match="got 1 and 1"):
         calls.of_unet_call(sample, {**arguments, **residuals, "down_block_additional_residuals": values[:1]})
+    for kind in (3, values[0], torch.from_numpy(values[0]), dict(enumerate(values))):
+        with pytest.raises(SessionError, match=f"residuals is of class {type(kind).__name__}. Expected a sequence"):
+            calls.of_unet_call(sample, {**arguments, **residuals, "down_block_additional_residuals": kind})
     with pytest.raises(SessionError, match="--controlnet"):
         plain.of_unet_call(sample, {**arguments, **residuals})
 

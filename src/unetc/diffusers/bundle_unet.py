@@ -7,10 +7,10 @@ import inspect
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import diffusers
 import numpy as np
@@ -234,15 +234,18 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         given.pop("self")
         as_object = given.pop("return_dict", True)
         sample, timestep = given.pop("sample"), given.pop("timestep")
-        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+        if not _has_data(sample) or not sample.is_floating_point():
             raise SessionError(f"the sample is {_kind(sample)}. Expected a torch tensor of real numbers.")
-        _refuse_gradient(sample, given)
+        _refuse_gradient([sample, timestep, given])
         own, conditions = self._calls.of_unet_call(sample, _harmless_removed(given))
+        for name, value in conditions.items():
+            if not _has_data(value):
+                raise SessionError(f"{name} is {_kind(value)}. Expected a torch tensor of numbers.")
         arrays = self._calls.read({name: _to_array(value) for name, value in conditions.items()})
         array = _to_array(own, copied=True)  # the trajectory keeps it, and the caller may write over the sample
         arrays = self._calls.fill(arrays, len(array))
         self._calls.check(array, arrays)
-        value = _one_of(timestep)
+        value = _one_of(timestep, len(array))
         constant = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
         call = Call(
             sample=array,
@@ -432,32 +435,70 @@ def _harmless_removed(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _refuse_gradient(sample: Tensor, arguments: Mapping[str, Any]) -> None:
+def _refuse_gradient(values: Sequence[object]) -> None:
     """Refuse calls whose result would silently lack a gradient."""
-    tensors = [sample, *(value for value in arguments.values() if isinstance(value, Tensor))]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_in(values)):
         raise SessionError(
             "a gradient is wanted, but none passes through engines. Call the pipeline under torch.no_grad(), or use "
             "the pipeline's original UNet for guidance by gradients and for training."
         )
 
 
-def _one_of(timestep: Tensor | float) -> float:
-    try:
-        values = {float(value) for value in torch.as_tensor(timestep).flatten()}
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise SessionError(f"the timestep is {_kind(timestep)}. Expected a number, or a tensor of numbers.") from error
-    if len(values) != 1:
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """List the tensors in a value, in mappings and sequences too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for one in value:
+            yield from _tensors_in(one)
+
+
+def _one_of(timestep: Tensor | float, batch: int) -> float:
+    """Return the only timestep of a call, which has one for each of a batch or one for all."""
+    elements = _floats(timestep)
+    if elements is None:
+        raise SessionError(f"the timestep is {_kind(timestep)}. Expected a number, or a tensor of numbers.")
+    if len(elements) not in (1, batch):
+        raise SessionError(
+            f"the timestep has {len(elements)} elements. Expected one, or one for each of the {batch} samples."
+        )
+    if len(values := set(elements)) != 1:
         raise SessionError(f"one call has the timesteps {sorted(values)}. Expected one timestep for all samples.")
     return values.pop()
 
 
+def _floats(value: Tensor | float) -> list[float] | None:
+    """Read a number or a tensor of numbers; None for any other kind of value."""
+    if isinstance(value, Tensor) and not _has_data(value):
+        return None
+    try:
+        return [float(one) for one in torch.as_tensor(value).flatten()]
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _has_data(value: object) -> TypeGuard[Tensor]:
+    """Check whether a value is a tensor that an array can have the elements of."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_nested or value.is_quantized)
+    )
+
+
 def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of class {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"of class {type(value).__name__}"
+    if value.is_meta:
+        return "a tensor on the meta device, without data"
+    layout = "" if _has_data(value) else "sparse, nested or quantized "
+    return f"a {layout}tensor of {value.dtype}"
 
 
 def _to_array(tensor: Tensor, *, copied: bool = False) -> NDArray[Any]:
     """Convert to a C-contiguous float32 or integer array; copies only if needed or wanted."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    array: NDArray[Any] = tensor.detach().to("cpu", dtype, copy=copied).contiguous().numpy()
+    array: NDArray[Any] = tensor.detach().to("cpu", dtype, copy=copied).contiguous().numpy(force=True)
     return array
