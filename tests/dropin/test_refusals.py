@@ -395,6 +395,21 @@ def test_a_pipeline_moves_whole_models_to_the_device_and_back(unet: BundleUNet, 
     np.testing.assert_array_equal(image_of(pipeline), expected)
 
 
+def test_an_offload_of_single_layers_is_refused_with_the_way_to_save_memory(  # D2
+    unet: BundleUNet, without_weights: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(without_weights, unet=unet, safety_checker=None)
+    expected = image_of(pipeline)
+    with pytest.raises(RefusedByBundle, match=r"cannot be offloaded layer by layer.*memory=\"low\"") as caught:
+        pipeline.enable_sequential_cpu_offload(device="cpu")
+    assert "state_dict" not in str(caught.value)
+    with pytest.raises(RefusedByBundle, match="read the weights file"):
+        unet.state_dict()
+    pipeline.enable_model_cpu_offload(device="cpu")  # as the error advises
+    np.testing.assert_array_equal(image_of(pipeline), expected)
+
+
 def image_of(pipeline: Any, **options: Any) -> Any:
     """Sample an image."""
     pipeline.set_progress_bar_config(disable=True)

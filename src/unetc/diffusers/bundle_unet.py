@@ -40,6 +40,7 @@ from .refusals import (
     Refused,
     does_nothing,
     refusal,
+    refusal_of_lookup,
     refused_names,
     warns_of_no_layers,
 )
@@ -158,7 +159,7 @@ class BundleUNet(ModelMixin, ConfigMixin, metaclass=_Kind):  # type: ignore[misc
         """Find the only parameter; refuse the layers and the private methods of a UNet by name."""
         if name == _INTERFACE and name in (parameters := self.__dict__.get("_parameters", {})):
             return parameters[name]
-        raise refusal(name)
+        raise refusal_of_lookup(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; refuse layers, which no engine would run."""

@@ -72,6 +72,9 @@ LISTS_OF_LAYERS = frozenset(
 
 _LIBRARIES = frozenset({"accelerate", "diffusers", "peft", "torch", "transformers"})
 
+_OFFLOADS = "accelerate.big_modeling"
+"""Module that reads the weights of layers, to keep them elsewhere until their layer runs."""
+
 _BUILD_LORA = "build the bundle with --lora FILE"
 _ORIGINAL = "use the pipeline's original UNet"
 
@@ -122,6 +125,23 @@ def refusal(name: str) -> RefusedByBundle:
         f"a bundle has no {name}: its layers are compiled into engines, so they cannot be read, changed or extended. "
         f"Instead, {_ADVICE.get(name, _ORIGINAL)}."
     )
+
+
+def refusal_of_lookup(name: str) -> RefusedByBundle:
+    """Make the error that `__getattr__` raises; a library that takes layers apart to save memory has its own."""
+    if _caller(2) != _OFFLOADS:  # the caller of `__getattr__`
+        return refusal(name)
+    return RefusedByBundle(
+        "a bundle cannot be offloaded layer by layer (enable_sequential_cpu_offload): its layers are compiled into "
+        'engines. Instead, load it with unetc.diffusers.load(folder, memory="low"), and call '
+        "pipe.enable_model_cpu_offload() for the other models."
+    )
+
+
+def _caller(calls: int) -> str:
+    """Name the module that is a number of calls above the function that asks."""
+    name: str = sys._getframe(calls + 1).f_globals.get("__name__", "")
+    return name
 
 
 def refused_names(kept: frozenset[str]) -> frozenset[str]:
@@ -181,8 +201,7 @@ def warns_of_no_layers(name: str) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def listing(self: Any, *values: object, **options: object) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        if caller not in _LIBRARIES and not self.__dict__.get("_warned_of_no_layers"):
+        if _caller(1).partition(".")[0] not in _LIBRARIES and not self.__dict__.get("_warned_of_no_layers"):
             self.__dict__["_warned_of_no_layers"] = True
             logger.warning(
                 "%s() of a bundle lists no layers and no weights: they are compiled into engines. Code that changes "
