@@ -1,8 +1,8 @@
 """Constants of a graph with the bits that torch computes.
 
-The exporter folds what depends on no input, such as the frequencies of a timestep's embedding, with numpy. The last
-bit of numpy's `exp` is another one than that of torch's. A timestep of 1,000 multiplies that error, so every engine
-would differ from its pipeline by up to 1e-5.
+The exporter folds values that depend on no input, such as the frequencies of a timestep's embedding, by numpy. Its
+`exp` differs from torch's in the last bit. A timestep of 1,000 multiplies that error, so every engine would differ from
+its pipeline by up to 1e-5.
 """
 
 from __future__ import annotations
