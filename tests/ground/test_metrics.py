@@ -114,10 +114,35 @@ def test_other_shapes_are_refused(metric: object, shape: tuple[int, ...]) -> Non
         metric(images(0), np.zeros(shape, np.float32))
 
 
-def test_images_smaller_than_the_window_of_ssim_are_refused() -> None:
-    assert np.isfinite(ssim(images(0, size=11), images(1, size=11))).all()
-    with pytest.raises(ShapeMismatch, match="11"):
-        ssim(images(0, size=10), images(1, size=10))
+def ssim_by_definition(x: Array, y: Array, radius: int) -> float:
+    """Average the similarity over the window around every pixel of one channel, in plain loops."""
+    offsets = range(-radius, radius + 1)
+    weights = np.array([[np.exp(-(i * i + j * j) / (2 * 1.5**2)) for j in offsets] for i in offsets])
+    weights /= weights.sum()
+    padded = [np.pad(image.astype(np.float64), radius, mode="reflect") for image in (x, y)]
+    found = []
+    for row, column in np.ndindex(x.shape):
+        a, b = (own[row : row + 2 * radius + 1, column : column + 2 * radius + 1] for own in padded)
+        mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+        variances = (weights * (a - mean_a) ** 2).sum() + (weights * (b - mean_b) ** 2).sum()
+        covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+        luminance = (2 * mean_a * mean_b + 4e-4) / (mean_a**2 + mean_b**2 + 4e-4)
+        found.append(luminance * (2 * covariance + 3.6e-3) / (variances + 3.6e-3))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "radius"), [(1, 1, 0), (2, 9, 0), (3, 3, 1), (8, 8, 3), (9, 16, 4), (10, 10, 4), (11, 12, 5)]
+)
+def test_the_window_of_ssim_shrinks_to_small_images(height: int, width: int, radius: int) -> None:
+    reference = images(0)[..., :height, :width]
+    candidate = noisy(reference, 0.2)
+    expected = [
+        np.mean([ssim_by_definition(x, y, radius) for x, y in zip(*pair, strict=True)])
+        for pair in zip(reference, candidate, strict=True)
+    ]
+    assert ssim(reference, candidate) == pytest.approx(expected, abs=1e-9)
+    assert ssim(reference, reference) == pytest.approx(np.ones(3))
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
