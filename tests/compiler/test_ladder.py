@@ -294,8 +294,8 @@ def test_a_level_that_fails_the_gate_is_named(
     tiny_model: Path, cache: Path, fits: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "QUALITY_GATE_SEARCH_STEPS", 0)
-    with pytest.raises(QualityGateError, match=r"^quality level 60%: the quality gate psnr>=101 fails at budget 0\.6,"):
-        build(find_model(str(tiny_model)), fits.profile, tmp_path / "b", options("psnr>=101"), cache=cache)
+    with pytest.raises(QualityGateError, match=r"^quality level 60%: the quality gate psnr>=100 fails at budget 0\.6,"):
+        build(find_model(str(tiny_model)), fits.profile, tmp_path / "b", options("psnr>=100"), cache=cache)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,10 @@ def damage(relative_l2: float = 0.1, psnr: float = 30.0, ssim: float = 0.9) -> D
         ("psnr >= 30.5", "psnr", 30.5),
         ("  ssim>=.9  ", "ssim", 0.9),
         ("ssim>=-1", "ssim", -1.0),
+        ("ssim>=1", "ssim", 1.0),
+        ("psnr>=100", "psnr", 100.0),
+        ("psnr>=-5", "psnr", -5.0),
+        ("relative-l2<=0", "relative-l2", 0.0),
         ("relative-l2<=0.05", "relative-l2", 0.05),
         ("relative-l2 <= 5e-2", "relative-l2", 0.05),
     ],
@@ -78,6 +83,31 @@ def test_what_is_no_gate_is_refused_with_examples(typed: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("psnr>=100.1", "Expected at most 100, got 100.1"),
+        ("psnr>=1e999", "Expected at most 100, got inf"),
+        ("psnr>=-1e999", "Expected at most 100, got -inf"),
+        ("ssim>=1.01", "Expected -1 to 1, got 1.01"),
+        ("ssim>=-2", "Expected -1 to 1, got -2"),
+        ("relative-l2<=-1", "Expected at least 0, got -1"),
+        ("relative-l2<=1e999", "Expected at least 0, got inf"),
+    ],
+)
+def test_a_bound_that_no_measurement_could_meet_or_miss_is_refused(typed: str, expected: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(expected)):
+        QualityGate.parse(typed)
+
+
+@pytest.mark.parametrize("bound", [nan, inf, 101.0])
+def test_a_gate_made_in_python_is_checked_too(bound: float) -> None:
+    with pytest.raises(PlanError, match="Expected at most 100"):
+        QualityGate(metric="psnr", bound=bound)
+    with pytest.raises(PlanError, match=r"metric 'fid'\. Expected psnr, ssim or relative-l2"):
+        QualityGate(metric="fid", bound=bound)
+
+
+@pytest.mark.parametrize(
     ("typed", "passes"),
     [
         ("psnr>=29.9", True),
@@ -111,16 +141,15 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_steps")
 def test_a_build_that_no_budget_can_save_writes_nothing(
-    tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path
+    tiny_model: Path, tiny_build: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = BuildOptions(
-        plan=PlanOptions(budget=0.2), steps=4, quality_gate=QualityGate.parse("psnr>=101")
-    )  # capped at 100
+    options = BuildOptions(plan=PlanOptions(budget=0.2), steps=4, quality_gate=QualityGate.parse("psnr>=100"))
+    monkeypatch.setattr(QualityGate, "passes", lambda gate, damage: False)  # small budgets may leave equal images
     profile, plan = Profile.load(tiny_build / "profile.json"), Plan.load(tiny_build / "plan.json")
     with pytest.raises(QualityGateError) as caught:
         build(find_model(str(tiny_model)), profile, tmp_path / "bundle", options, cache=cache, plan=plan)
     message = str(caught.value)
-    assert "psnr>=101 fails at budget 0.3, which saves 30 %:" in message  # the budget of the plan that was given
+    assert "psnr>=100 fails at budget 0.3, which saves 30 %:" in message  # the budget of the plan that was given
     assert re.search(r"measured psnr is \d", message)
     assert re.search(r"No budget above 0\.0\d+ passes", message)
     assert "Nothing was written" in message
