@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unetc.artifacts.profile import Profile
+from unetc.artifacts.manifest import BundleEngine, Manifest
+from unetc.artifacts.profile import ModelReference, Profile
 from unetc.artifacts.record import check_writable, write_atomically
-from unetc.artifacts.verification import Verification
+from unetc.artifacts.verification import EngineUse, Verification
 from unetc.errors import ArtifactError
 from unetc.progress import OnProgress, ignore
 from unetc.report.charts import level
@@ -38,16 +39,16 @@ def write_report(
         on_progress: Called as the work advances.
 
     Raises:
-        ArtifactError: If the bundle cannot be read, the verification is of another model, or the file cannot be
-        written.
+        ArtifactError: If the bundle cannot be read, the verification is of another bundle or of another quality level
+            than the default one, or the file cannot be written.
     """
     check_writable(output)
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     if verification is None:
         verification = verify(bundle, VerifyOptions(), on_progress)
-    elif verification.plan_sha256 != manifest.plan.sha256():
-        raise ArtifactError("the verification is of another bundle. Run `unetc verify` on this one.")
+    else:
+        _require_own(verification, manifest, path)
     session = Session.of(bundle, open_backend(manifest.target, threads=manifest.threads))
     full = session.sample(SHOWN_SAMPLES, seed=verification.seed, full_model=True)
     pruned = session.sample(SHOWN_SAMPLES, seed=verification.seed)
@@ -63,6 +64,48 @@ def write_report(
         ranking=_ranking(profile),
     )
     write_atomically(output, page.encode())
+
+
+def _require_own(verification: Verification, manifest: Manifest, path: Path) -> None:
+    """Refuse a verification of anything but the default level of a bundle.
+
+    One plan may be built more than once, with other steps or other engines. The measured times of the engines tell
+    builds apart whose settings are equal.
+    """
+    levels = {level.plan.sha256(): level for level in manifest.levels}
+    shown = manifest.levels[0]
+    level = levels.get(verification.plan_sha256, shown)
+    facts = {
+        "model": (_model(verification.model), _model(manifest.model)),
+        "scheduler": (verification.scheduler, manifest.scheduler.name),
+        "steps": (verification.steps, manifest.steps),
+        "threads": (verification.threads, manifest.threads),
+        "plan": (verification.plan_sha256[:_DIGITS], level.plan.sha256()[:_DIGITS]),
+        "milliseconds of the engines": (_times(verification.engines), _times(level.engines)),
+    }
+    for name, (got, own) in facts.items():
+        if got != own:
+            raise ArtifactError(
+                f"the verification is of another bundle: it has {name} {got}, the bundle has {own}. Run "
+                f"`unetc verify {path} -o FILE`."
+            )
+    if level is not shown:
+        raise ArtifactError(
+            f"the verification is of the quality level {level.name}, and the report shows {shown.name}. Run "
+            f"`unetc verify {path} --level {shown.name} -o FILE`."
+        )
+
+
+_DIGITS = 12
+"""Digits of a hash that are told."""
+
+
+def _model(model: ModelReference) -> str:
+    return f"{model.name} with weights {model.sha256[:_DIGITS]}"
+
+
+def _times(engines: Sequence[EngineUse | BundleEngine]) -> str:
+    return ", ".join(f"{engine.step_ms:.6g}" for engine in engines)
 
 
 def _ranking(profile: Profile) -> tuple[RankedRange, ...]:

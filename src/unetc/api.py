@@ -287,8 +287,8 @@ def write_report(
         on_progress: Called as the work advances.
 
     Raises:
-        ArtifactError: If the bundle cannot be read, the verification is of another bundle, or the file cannot be
-            written.
+        ArtifactError: If the bundle cannot be read, the verification is of another bundle or of another quality
+            level than the default one, or the file cannot be written.
     """
     from .analyzer.report import write_report as write
 

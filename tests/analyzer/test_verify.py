@@ -12,10 +12,13 @@ from rich.console import Console
 
 from tests.command import run
 from unetc.analyzer import verify as verifying
+from unetc.analyzer.report import write_report
 from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.artifacts import Verification
-from unetc.artifacts.verification import WHICH_FIGURE
+from unetc.artifacts.profile import ModelReference
+from unetc.artifacts.verification import WHICH_FIGURE, EngineUse
 from unetc.cli.summary import verification_table
+from unetc.errors import ArtifactError
 from unetc.metrics.damage import measure_damage
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
@@ -109,6 +112,42 @@ def test_few_batches_are_compared_with_the_converged_trajectory(
     assert some.samples == 2
     assert some.converged is not None
     assert some.converged.samples == 1
+
+
+def test_a_report_takes_the_verification_of_its_bundle(tiny_bundle: Path, result: Verification, tmp_path: Path) -> None:
+    write_report(tiny_bundle, tmp_path / "report.html", verification=Verification.from_json(result.to_json(), "v.json"))
+    assert result.model.sha256 in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "other", "told"),
+    [
+        (
+            "model",
+            ModelReference(name="m", sha256="0" * 64, pipeline="P", denoiser="D"),
+            "model m with weights 000000000000",
+        ),
+        ("scheduler", "heun", "scheduler heun, the bundle has ddim"),
+        ("steps", 50, "steps 50, the bundle has 4"),
+        ("threads", 99, "threads 99, the bundle has 1"),
+        ("plan_sha256", "0" * 64, "plan 000000000000, the bundle has"),
+        (
+            "engines",
+            (EngineUse(step_ms=0.123456, steps=4, removed=0),),
+            "milliseconds of the engines 0.123456, the bundle",
+        ),
+    ],
+)
+def test_a_verification_that_differs_from_the_bundle_in_one_fact_is_not_reported(
+    tiny_bundle: Path, result: Verification, tmp_path: Path, field: str, other: object, told: str
+) -> None:
+    """The plan alone names no bundle: one plan may be built with several numbers of steps."""
+    changed = msgspec.structs.replace(result, **{field: other})
+    with pytest.raises(ArtifactError) as caught:
+        write_report(tiny_bundle, tmp_path / "report.html", verification=changed)
+    assert f"the verification is of another bundle: it has {told}" in str(caught.value)
+    assert f"Run `unetc verify {tiny_bundle} -o FILE`" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_leaves_the_converged_trajectory_out(tiny_bundle: Path) -> None:

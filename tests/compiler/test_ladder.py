@@ -27,7 +27,7 @@ from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions
 from unetc.compiler.search.workbench import Workbench
 from unetc.device import Device
-from unetc.errors import PlanError, QualityGateError, SessionError
+from unetc.errors import ArtifactError, PlanError, QualityGateError, SessionError
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.batching.batcher import Batcher
@@ -401,3 +401,12 @@ def test_the_report_lists_the_ladder(built: Built, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Quality levels</h2>" in page
     assert all(f"<td>{name}</td>" in page for name in ("20%", "40%", "60%"))
+
+
+def test_the_report_of_another_level_names_the_one_it_shows(built: Built, tmp_path: Path) -> None:
+    fastest = unetc.verify(built.path, unetc.VerifyOptions(rounds=1, level="60%"))
+    with pytest.raises(ArtifactError) as caught:
+        unetc.write_report(built.path, tmp_path / "report.html", verification=fastest)
+    assert "the verification is of the quality level 60%, and the report shows 20%" in str(caught.value)
+    assert f"Run `unetc verify {built.path} --level 20% -o FILE`" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
