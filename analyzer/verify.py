@@ -34,7 +34,7 @@ HELD_OUT = 1000
 CONVERGED_ROUNDS = 4
 """Most batches of the converged trajectory: each takes the time of many others."""
 FEWER_STEPS = "fewer_steps"
-"""Name of the control that every level is compared with, even without others."""
+"""Name of the control that every level is compared with, even without others, unless it has one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +90,9 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         descriptions[control.name] = control.description
     if FEWER_STEPS not in contenders:
         fewer = _steps_of_equal_time(session, partial(sample, session, 0))
-        contenders[FEWER_STEPS] = partial(sample, session, full_model=True, steps=fewer)
-        descriptions[FEWER_STEPS] = _describe_fewer(session, fewer)
+        if fewer is not None:
+            contenders[FEWER_STEPS] = partial(sample, session, full_model=True, steps=fewer)
+            descriptions[FEWER_STEPS] = _describe_fewer(session, fewer)
     times, sampled = _run(contenders, options.rounds, on_progress)
     outputs = {name: session.decode(latents) for name, latents in sampled.items()}
     ratios = {name: row / times["full"] for name, row in times.items()}
@@ -210,12 +211,19 @@ def _held_out(manifest: Manifest, conditions: Conditions) -> Conditions:
     return conditions.take(range(used if used < count else 0, count))
 
 
-def _steps_of_equal_time(session: Session, sample: Callable[..., Array]) -> int:
-    """Find how many steps of the full model take the time of the plan; the first, untimed round warms up."""
+def _steps_of_equal_time(session: Session, sample: Callable[..., Array]) -> int | None:
+    """Find how many fewer steps of the full model take the time of the plan; the first, untimed round warms up.
+
+    Returns:
+        A number of steps below the session's; None if there is none.
+    """
+    fewer = [count for count in session.scheduler.counts if count < session.steps]
+    if not fewer:
+        return None
     calls = [partial(sample, full_model=full_model) for full_model in (True, False)]
     times = interleaved_ms(calls, rounds=3, warmup=1)
     wanted = session.steps * float(np.median(times[:, 1] / times[:, 0]))
-    return min(session.scheduler.counts, key=lambda count: abs(count - wanted))
+    return min(fewer, key=lambda count: abs(count - wanted))
 
 
 def _run(

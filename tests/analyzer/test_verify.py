@@ -83,6 +83,21 @@ def test_without_controls_fewer_steps_are_those_of_the_bundle(bundle: Bundle, mo
     assert text == "the full model with fewer steps (3 of 4), from another noise level"
 
 
+@pytest.mark.parametrize(("ratio", "expected"), [(0.1, 1), (0.5, 2), (0.99, 3), (2.5, 3)])
+def test_fewer_steps_are_fewer_than_those_of_the_full_model(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, ratio: float, expected: int
+) -> None:
+    """Timings vary, so a plan that saves little may seem slower than the full model."""
+    monkeypatch.setattr(verifying, "interleaved_ms", lambda *_, **__: np.array([[1.0, ratio]]))
+    session = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1))
+    assert verifying._steps_of_equal_time(session, lambda **_: None) == expected
+
+
+def test_one_step_has_no_control_of_fewer(bundle: Bundle) -> None:
+    manifest = msgspec.structs.replace(bundle.manifest, controls=(), converged=None, steps=1)
+    assert verify(replace(bundle, manifest=manifest), VerifyOptions(rounds=1)).controls == {}
+
+
 def test_a_losing_plan_and_both_distances_are_printed(result: Verification) -> None:
     best = min(result.controls, key=lambda name: result.controls[name].damage.relative_l2.mean)
     faster = msgspec.structs.replace(result.controls[best], time_ratio=0.01)
