@@ -251,11 +251,15 @@ def _damages(
         return run_sweep(workers, outline, everything, folder, on_progress), sweep_calls(outline, everything), ()
     screen = run_screen(workers, outline, folder, on_progress, deadline=deadline)
     chosen = choose(screen, costs.costs, costs.full_ms.mean, options.decisive)
+    if options.decisive is None:  # with no local error or nothing saved, last
+        chosen = tuple(dict.fromkeys((*chosen, *entries_of(outline))))
     measured = run_sweep(workers, outline, chosen, folder, on_progress, deadline=deadline)
     calls = screen.calls + sweep_calls(outline, [entry_of(one) for one in measured.all])
     effects = measured.effects + estimate_rest(screen, measured.effects, measured.non_finite)
     notes = () if screen.complete else (_CUT_SHORT,)
-    return Swept(effects=effects, non_finite=measured.non_finite + screen.non_finite), calls, notes
+    known = {one.key for one in measured.all}
+    screened = tuple(one for one in screen.non_finite if one.key not in known)
+    return Swept(effects=effects, non_finite=measured.non_finite + screened), calls, notes
 
 
 _CUT_SHORT = (

@@ -303,7 +303,12 @@ def recall_steps(kind: PeriodicTreatment, first: int) -> tuple[int, ...]:
 
 
 def _batches(outline: Outline, chosen: Sequence[tuple[Ablation, int]]) -> list[Batch]:
-    """Cut ablations into batches of one treatment and bin; the cuts depend on nothing else."""
+    """Cut ablations into batches of one treatment and bin, in the order of the components.
+
+    The order of the ablations has no part in the cuts: it differs with and without a time limit, and results of the
+    same ablations are found again by the names of their batches.
+    """
+    index = {component.name: i for i, component in enumerate(outline.ablated)}
 
     def key(entry: tuple[Ablation, int]) -> tuple[int, str, int, bool]:
         ablation, b = entry
@@ -312,14 +317,16 @@ def _batches(outline: Outline, chosen: Sequence[tuple[Ablation, int]]) -> list[B
     size = outline.ablations_per_batch
     batches: list[tuple[int, Batch]] = []
     place = {entry: i for i, entry in enumerate(chosen)}
-    for (b, *_), group in groupby(sorted(chosen, key=key), key):
+    ordered = sorted(chosen, key=lambda entry: (key(entry), index[entry[0].component]))
+    for (b, *_), group in groupby(ordered, key):
         alike = [ablation for ablation, _ in group]
         periodic, first = alike[0].periodic, outline.steps_of(b)[0]
         calls = outline.table.steps - first + len(recall_steps(periodic, first))
         for start in range(0, len(alike), size):
-            names = tuple(ablation.component for ablation in alike[start : start + size])
+            own = alike[start : start + size]
+            names = tuple(ablation.component for ablation in own)
             batch = Batch(bin=b, periodic=periodic, names=names, calls=calls * len(names))
-            batches.append((place[alike[start], b], batch))
+            batches.append((min(place[ablation, b] for ablation in own), batch))
     return [batch for _, batch in sorted(batches, key=lambda entry: entry[0])]
 
 

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -42,6 +43,7 @@ from tests.analyzer.sweeps import (
 )
 from tests.models import shared_folder
 from unetc.analyzer import analysis, cost
+from unetc.analyzer.ablation import entry_of
 from unetc.analyzer.analysis import AnalysisOptions, analyze
 from unetc.analyzer.cost import Costs
 from unetc.analyzer.duration import Duration, predict_duration
@@ -312,6 +314,27 @@ def test_a_time_limit_ends_the_measuring_and_a_later_run_continues(
     assert later == whole
     assert rest < spent
     assert run("some", 1.0)[0] == whole  # measured effects are used, whatever the limit
+
+
+def test_an_exhaustive_analysis_carries_everything_with_a_time_limit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some components seem to save nothing, and a limit orders the work; a later run without one repeats none of it."""
+
+    def measure_costs(gated: GatedGraph, *_: object, **__: object) -> Costs:
+        costs = made_up_costs(gated)
+        saved = [estimate_of(index % 3 - 1.0) for index, _ in enumerate(costs.costs)]
+        changed = [msgspec.structs.replace(one, saved_ms=ms) for one, ms in zip(costs.costs, saved, strict=True)]
+        return msgspec.structs.replace(costs, costs=tuple(changed))
+
+    monkeypatch.setattr(cost, "measure_costs", measure_costs)
+    options: dict[str, Any] = {"steps": STEPS, "samples": 1, "bins": BINS, "decisive": None}
+    limited = analyse(tmp_path / "work", time_limit_s=1e6, **options)
+    carried = {path.name for path in tmp_path.rglob("bin*.json") if "local" not in path.name}
+    whole = analyse(tmp_path / "work", **options)
+    assert {path.name for path in tmp_path.rglob("bin*.json") if "local" not in path.name} == carried
+    assert {entry_of(effect) for effect in whole.effects} == {*everything(sweep_of("ddim"))}
+    assert {effect.key: effect for effect in limited.effects} == {effect.key: effect for effect in whole.effects}
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])

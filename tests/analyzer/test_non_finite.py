@@ -106,15 +106,19 @@ def test_nothing_is_estimated_for_them(tmp_path: Path) -> None:
     assert not {entry_of(one) for one in broken.non_finite} & {*map(entry_of, rest)}
 
 
-@pytest.fixture
-def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
+def broken_profile(work: Path, monkeypatch: pytest.MonkeyPatch, **effort: Any) -> Profile:
     """Analyse the tiny model with means that break one ablation in every bin."""
     monkeypatch.setattr("unetc.analyzer.cost.measure_costs", made_up_costs)
     monkeypatch.setattr("unetc.analyzer.sweep.run_base", lambda own, say: with_huge_means(own, run_base(own, say)))
-    options = AnalysisOptions(scheduler="ddim", steps=5, samples=2, bins=2, batch=2, rounds=1, threads=1, decisive=4)
+    options = AnalysisOptions(scheduler="ddim", steps=5, samples=2, bins=2, batch=2, rounds=1, threads=1, **effort)
     gated, table = tiny().gated, table_of("ddim")
     workers = here(gated, backend(), table, options.samples)
-    return analyze(gated, REFERENCE, table, workers, sample_shape=SHAPE, options=options, work=tmp_path)
+    return analyze(gated, REFERENCE, table, workers, sample_shape=SHAPE, options=options, work=work)
+
+
+@pytest.fixture
+def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
+    return broken_profile(tmp_path, monkeypatch, decisive=4)
 
 
 def test_a_profile_names_them_and_no_plan_has_them(profile: Profile) -> None:
@@ -131,6 +135,16 @@ def test_a_profile_names_them_and_no_plan_has_them(profile: Profile) -> None:
         for ranked in (rank(profile).overall, *rank(profile).bins)
         for own in ranked
     )
+
+
+def test_an_exhaustive_analysis_with_a_time_limit_names_them_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The screen finds them, and they are carried to the final output as well."""
+    profile = broken_profile(tmp_path, monkeypatch, decisive=None, time_limit_s=1e6)
+    assert [(one.component, one.treatment, one.bin) for one in profile.broken] == [
+        (BROKEN, Treatment.MEAN, b) for b in (0, 1)
+    ]
 
 
 def test_commands_and_the_map_show_them(profile: Profile) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,16 @@ from tests.analyzer.sweeps import (
 )
 from tests.models import shared_folder
 from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of, treatments_for
-from unetc.analyzer.sweep import FullTrajectory, Sweep, make_bins, recall_steps, run_base, run_sweep, sweep_calls
+from unetc.analyzer.sweep import (
+    FullTrajectory,
+    Sweep,
+    _batches,
+    make_bins,
+    recall_steps,
+    run_base,
+    run_sweep,
+    sweep_calls,
+)
 from unetc.artifacts.profile import STEP, Effect
 from unetc.backend import Array
 from unetc.compiler.schedulers.make import make_scheduler
@@ -473,6 +483,21 @@ def test_a_damaged_partial_result_is_measured_again(
     first.write_bytes(damage(whole, second.read_bytes()))
     assert run_sweep(along(ddim.sweep, ddim.base), ddim.sweep, everything(ddim.sweep), work, ignore).all == ddim.effects
     assert first.read_bytes() == whole
+
+
+def test_the_order_of_ablations_cuts_no_other_batches(ddim: Measured) -> None:
+    """A batch takes the place of its best ablation, and holds the same ones in any order."""
+    entries = everything(ddim.sweep)
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(entries, len(entries))
+        batches = _batches(ddim.sweep, shuffled)
+        assert {*batches} == {*_batches(ddim.sweep, entries)}
+        places = {entry: place for place, entry in enumerate(shuffled)}
+        firsts = [
+            min(places[Ablation(component=name, periodic=own.periodic), own.bin] for name in own.names)
+            for own in batches
+        ]
+        assert firsts == sorted(firsts)
 
 
 def test_progress_rises_to_the_end(ddim: Measured, tmp_path: Path) -> None:
