@@ -43,7 +43,7 @@ class AnalysisOptions:
     samples: int = 16
     """Trajectories per ablation."""
     bins: int = 8
-    """Number of noise levels in the damage map; not more than there are steps."""
+    """Number of noise levels in the damage map; not more than there are denoiser calls."""
     seed: int = 0
     target: str = "onnxruntime:cpu"
     threads: int = field(default_factory=cores)

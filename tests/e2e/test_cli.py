@@ -486,6 +486,10 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "unknown planner": (lambda at: ("build", at.model, "--planner", "slow"), "unknown planner 'slow'"),
     "unknown planner, pareto": (lambda at: ("pareto", at.model, "--planner", "slow"), "unknown planner 'slow'"),
     "unknown noise level": (lambda at: ("analyze", at.model, "--bin", 9), "there is no noise level 9"),
+    "noise level beyond the calls of two a step": (
+        lambda at: ("analyze", at.model, "--scheduler", "dpm2", "--steps", 3, "--bin", 6),
+        "there is no noise level 6. Expected 1, the noisiest, to 5",
+    ),
     "speedup below 1": (lambda at: ("demo", "--speedup", "0.5"), "got 0.5"),
     "unknown gate": (lambda at: ("build", at.model, "--quality-gate", "fid<=3"), "cannot read the quality gate"),
     "profile of another model": (
@@ -716,6 +720,23 @@ def test_bad_input_is_refused_before_engines_are_loaded(tiny_bundle: Path, monke
     monkeypatch.setattr("unetc.runtime.session.Session.of", None)
     assert "cannot read missing.png" in run("sample", tiny_bundle, "--image", "missing.png").error
     assert "takes no prompts" in run("sample", tiny_bundle, "--prompt", "a seven").error
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "bin"), [("dpm2", 3, 5), ("pndm", 4, 8), ("dpm2", 9, 8), ("ddim", 3, 3), ("ddim", 9, 8)]
+)
+def test_every_noise_level_that_an_analysis_will_have_is_accepted(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, steps: int, bin: int
+) -> None:
+    """A scheduler may make more calls than steps, and noise levels are cut by calls."""
+
+    def analyze(*_: object, **__: object) -> None:
+        raise unetc.UnetcError("the work begins")
+
+    monkeypatch.setattr("unetc.api.analyze", analyze)
+    command = ("analyze", tiny_model, "--scheduler", scheduler, "--steps", steps, "--bin")
+    assert "the work begins" in run(*command, bin).error
+    assert f"there is no noise level {bin + 1}. Expected 1, the noisiest, to {bin}" in run(*command, bin + 1).error
 
 
 @pytest.mark.parametrize("gate", ["--quality-gate", "--at"])

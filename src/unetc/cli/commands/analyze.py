@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..groups import Group
 from ..options import AnalysisGroup, Cache, ClusterGroup, Json, ModelGroup, RankingGroup
+
+if TYPE_CHECKING:
+    from unetc.analyzer.analysis import AnalysisOptions
+    from unetc.models.find import ModelSource
 
 
 class EffortGroup(Group, panel="Effort"):
@@ -73,7 +77,8 @@ def analyze(
         decisive=effort.decisive(),
         time_limit_s=effort.time_limit or math.inf,
     )
-    summary.check_bin(ranking.bin, min(options.bins, options.steps))
+    if ranking.bin is not None:
+        summary.check_bin(ranking.bin, _bins_of(source, options))
     with progress() as on_progress:
         profile = measure(source, options, cache=cache, cluster=cluster, on_progress=on_progress)
     profile.save(output)
@@ -82,3 +87,14 @@ def analyze(
     else:
         OUT.print(summary.profile_table(profile, by=by, top=ranking.top, bin=ranking.bin))
         say(f"wrote {output}")
+
+
+def _bins_of(source: ModelSource, options: AnalysisOptions) -> int:
+    """Count the noise levels that an analysis will have: there is a denoiser call in each."""
+    if options.bins <= options.steps:  # every step has a call, so the model need not be opened
+        return options.bins
+    from unetc.compiler.schedulers.make import scheduler_for
+    from unetc.compiler.schedulers.walk import calls_of
+    from unetc.models.find import find_model
+
+    return min(options.bins, calls_of(scheduler_for(options.scheduler, find_model(source)), options.steps))
