@@ -163,7 +163,8 @@ def analyze(
         forms=0 if costs else timing.forms,
         timing_s=0.0 if costs else timing.seconds(timing.rounds),
     )
-    on_progress(Progress(stage="timing", done=0, total=len(ablated), note=str(duration)))
+    timed_before = 0 if costs is None else len(ablated)
+    on_progress(Progress(stage="timing", done=timed_before, total=len(ablated), note=str(duration)))
     if costs is None:
         measure = MeasureCosts(components=ablated, batch=options.batch, sample_shape=sample_shape, rounds=timing.rounds)
         with _stage("timing", len(ablated), on_progress) as advance:

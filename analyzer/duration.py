@@ -68,6 +68,8 @@ def predict_duration(
     calls, ablations = screen_calls(outline) if screened else 0.0, 0
     for b in range(len(outline.bins)):
         own = [entry for entry in entries_of(outline) if entry[1] == b]
+        if not own:  # nothing is reused at the first step, so the step alone has no ablation there
+            continue
         always = decisive is not None and decisive > 0 and any(entry.component == GUIDANCE for entry, _ in own)
         count = len(own) if decisive is None else min(decisive + always, len(own))
         calls += count * float(np.mean([sweep_calls(outline, [entry]) for entry in own]))

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,32 @@ def test_the_duration_of_an_analysis_is_predicted(tmp_path: Path, decisive: int 
             sweep, screened=True, decisive=None, limit_s=1.0, sample_ms=1e9, forms=3, timing_s=timing_s
         )
         assert limited.seconds == full_model_s + timing_s, "the rest, no limit cuts"
+
+
+@pytest.mark.usefixtures("no_timing")
+@pytest.mark.parametrize("decisive", [0, 4, None])
+def test_a_noise_level_without_ablations_takes_no_time(tmp_path: Path, decisive: int | None) -> None:
+    """The first step is never reused, so nothing can be tried on it where the step alone is ablated."""
+    reports: list[Progress] = []
+    options: dict[str, Any] = {"steps": 3, "bins": 3, "components": (STEP,), "decisive": decisive}
+    profile = analyse(tmp_path, on_progress=reports.append, **options)
+    assert {effect.bin for effect in profile.effects} == {1, 2}
+    (note,) = (report.note for report in reports if report.note)
+    assert re.fullmatch(r"about \d+ seconds: .*", note)
+    (step,) = (one for one in profile.components if one.name == STEP)
+    sweep = sweep_of("ddim", bins=profile.bins, table=table_of("ddim", 3), samples=1, ablated=(step,), rows=CACHED_ROWS)
+    told = predict_duration(sweep, screened=decisive is not None, decisive=decisive, limit_s=math.inf, sample_ms=1000.0)
+    assert told.seconds == pytest.approx(profile.samplings * 3, rel=0.25 if decisive else 1e-9)
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_a_timing_that_is_read_is_reported_as_finished(tmp_path: Path) -> None:
+    for _ in range(2):
+        reports: list[Progress] = []
+        analyse(tmp_path, on_progress=reports.append, decisive=0)
+        timing = [report for report in reports if report.stage == "timing"]
+        assert timing[-1].done == timing[-1].total > 0
+    assert len(timing) == 1
 
 
 @pytest.mark.parametrize(
