@@ -17,6 +17,7 @@ from unetc.artifacts import Damage, Estimate, Measurement, Plan, Profile
 from unetc.compiler import build as building
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.planner.planner import PlanOptions
+from unetc.compiler.search.bench import Measured
 from unetc.compiler.search.pareto import ParetoOptions
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions
@@ -191,9 +192,10 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
             raise PlanError("no plan")
         return options.budget, correction
 
-    def measure(candidate: float, *, seed: int) -> Measurement:
+    def measure(candidate: float, *, seed: int) -> Measured:
         assert seed == 8  # not the seed of the search
-        return Measurement(time_ratio=1 - candidate, damage=damage(relative_l2=candidate))
+        measurement = Measurement(time_ratio=1 - candidate, damage=damage(relative_l2=candidate))
+        return Measured(measurement=measurement, non_finite_steps=0)
 
     def repair(workbench: object, candidate: float, budget: float, *others: object) -> SimpleNamespace:
         assert candidate == budget
@@ -204,7 +206,7 @@ def test_the_largest_budget_that_passes_is_found(monkeypatch: pytest.MonkeyPatch
     failed = building._Fitted(
         candidate=SimpleNamespace(),  # type: ignore[arg-type]
         correction=1.5,
-        measured=measure(0.3, seed=8),
+        measured=measure(0.3, seed=8).measurement,
         plain=None,
         evaluated=(),
     )
