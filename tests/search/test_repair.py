@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.analyzer.sweeps import estimate_of
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.pareto import Pareto
@@ -268,19 +269,22 @@ def test_the_gap_behind_the_fastest_point_that_passes_is_searched(curve: Pareto,
 
 
 def test_the_curve_is_drawn_and_labelled_where_there_is_room(curve: Pareto) -> None:
-    front = curve.front()
+    some = curve.points[0]
 
-    def labels(times: Iterable[float]) -> int:
-        """Draw the front alone, at times that no machine has measured."""
+    def labels(*times: float) -> int:
+        """Draw points at rising times that no machine has measured; the slower, the less damage."""
         points = [
-            msgspec.structs.replace(point, time_ratio=float(time)) for point, time in zip(front, times, strict=True)
+            msgspec.structs.replace(
+                some, time_ratio=time, damage=msgspec.structs.replace(some.damage, relative_l2=loss)
+            )
+            for time, loss in zip(times, map(estimate_of, np.linspace(0.5, 0.1, len(times)).tolist()), strict=True)
         ]
         picture = draw(msgspec.structs.replace(curve, points=tuple(points)))
         assert picture.startswith("<svg")
         return picture.count(" dB")
 
-    assert labels(np.linspace(0.1, 1.0, len(front))) == len(front)
-    assert labels(np.append(np.linspace(0.1, 0.1001, len(front) - 1), 1.0)) == 2
+    assert labels(0.1, 0.4, 0.7, 1.0) == 4
+    assert labels(0.1, 0.1001, 0.1002, 1.0) == 2
     assert draw(curve).startswith("<svg")
 
 
