@@ -106,9 +106,11 @@ class Choices:
 
         Where it could and has no damage, nobody has tried it, or it ended in NaN: no plan makes it there.
         """
-        ends = np.cumsum(self.steps)
-        refreshed = [not (np.arange(end - own, end) % period).any() for end, own in zip(ends, self.steps, strict=True)]
-        return ~np.array(refreshed) if treatment.reuses else np.ones(len(self.steps), dtype=bool)
+        if not treatment.reuses:
+            return np.ones(len(self.steps), dtype=bool)
+        first = np.cumsum(self.steps) - self.steps
+        treated: NDArray[np.bool_] = (self.steps > 1) | ((self.steps == 1) & (first % period > 0))
+        return treated  # of two steps, only one is a refresh
 
     def _consistent_shares(self, profile: Profile) -> NDArray[np.float64]:
         """Read which share of the full model's time each component saves.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import unetc
 from tests.models import condition_well
-from unetc.artifacts import Assignment, Measurement, Phase, Plan, Prediction, Profile
+from unetc.artifacts import Assignment, Phase, Plan, Prediction, Profile
 from unetc.backend import Array
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.engines import compile_full
@@ -22,6 +23,7 @@ from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.prepare import prepare
 from unetc.compiler.schedulers.extract import extract_all
 from unetc.compiler.schedulers.make import make_scheduler
+from unetc.compiler.search.bench import Measured
 from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.workbench import Workbench
 from unetc.models.find import find_model
@@ -146,9 +148,10 @@ def test_a_bundle_of_budget_zero_equals_the_ddim_pipeline(
     monkeypatch.setattr("unetc.compiler.prepare.STEP_COUNTS", (20,))  # the other tables are not used
     measure = Workbench.measure
 
-    def measure_late(bench: Workbench, candidate: Candidate, *, seed: int) -> Measurement:
+    def measure_late(bench: Workbench, candidate: Candidate, *, seed: int) -> Measured:
         """Pretend that the plan was slow for a moment, which is no reason to remove anything."""
-        return msgspec.structs.replace(measure(bench, candidate, seed=seed), time_ratio=1.05)
+        measured = measure(bench, candidate, seed=seed)
+        return replace(measured, measurement=msgspec.structs.replace(measured.measurement, time_ratio=1.05))
 
     monkeypatch.setattr(Workbench, "measure", measure_late)
     options = BuildOptions(plan=PlanOptions(budget=0.0), steps=20)

@@ -705,6 +705,11 @@ def test_a_reuse_is_planned_over_a_bin_in_which_it_could_not_be_measured() -> No
     assert treated_in(plan, KINDS[kind][0]) == {0.0, 1.0, 2.0, 3.0}
 
 
+def test_bins_of_any_number_of_steps_take_no_memory() -> None:
+    profile = make_profile(np.full((len(KINDS), 2, 1), 0.01), [0.8], steps=[2**40, 1])
+    assert make_plan(profile, PlanOptions(budget=0.2)).prediction.time_ratio <= 0.8
+
+
 def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
     profile = random_profile(3, 2, seed=3)
     unmeasured = msgspec.structs.replace(profile, effects=tuple(e for e in profile.effects if e.component != "c1"))
