@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.manifest import Measurement
-from unetc.artifacts.profile import Damage, Estimate
+from unetc.artifacts.profile import Damage
 from unetc.backend import Backend, Program, SerialisedGraph
 from unetc.conditions import UNCONDITIONAL, Conditions
 from unetc.device import Tensor
 from unetc.metrics.damage import measure_damage
+from unetc.metrics.interval import estimate
 from unetc.runtime.branch_cache import BranchCache
 from unetc.runtime.decoder import Decoder
 from unetc.runtime.rollout import FULL_ENGINE
@@ -43,12 +44,7 @@ _FEWEST_ENGINES = 12
 _ENGINE_BYTES = 2**31
 """Memory for further engines: searches sample plans in turn, and each has its own copy of the weights that it packs."""
 
-
-def _exactly(value: float) -> Estimate:
-    return Estimate(mean=value, low=value, high=value)
-
-
-RUINED = Damage(relative_l2=_exactly(1e6), psnr=_exactly(-100.0), ssim=_exactly(-1.0))
+RUINED = Damage(relative_l2=estimate([1e6]), psnr=estimate([-100.0]), ssim=estimate([-1.0]))
 """Damage of a plan with NaN or infinity. The full model makes such steps again, so the images themselves look good."""
 
 

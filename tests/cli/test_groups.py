@@ -9,6 +9,9 @@ import typer
 from typer.testing import CliRunner
 
 from unetc.cli.groups import Group, spliced
+from unetc.cli.options import AnalysisGroup
+from unetc.models import find
+from unetc.models.find import ModelSource, Sampling
 
 Size = Annotated[int, typer.Option(min=1, help="Size in pixels.")]
 
@@ -60,3 +63,18 @@ def test_a_group_is_a_frozen_record() -> None:
     with pytest.raises(TypeError, match="got name, depth"):
         Shape(name="square", depth=1)  # type: ignore[call-arg]
     assert not hasattr(Shape, "depth")
+
+
+def test_the_usual_sampling_of_a_model_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ModelSource] = []
+
+    def usual(model: ModelSource) -> Sampling:
+        asked.append(model)
+        return Sampling(scheduler="lcm", steps=4)
+
+    monkeypatch.setattr(find, "usual_sampling", usual)
+    group = AnalysisGroup()
+    for source in (ModelSource("one"), ModelSource("another")):
+        options = group.options(source)
+        assert (options.scheduler, options.steps, group.steps_of(source)) == ("lcm", 4, 4)
+    assert asked == [ModelSource("one"), ModelSource("another")]

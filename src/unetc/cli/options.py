@@ -5,6 +5,7 @@ Heavy imports stay inside the methods, so that `--help` is fast.
 
 from __future__ import annotations
 
+import functools
 import math
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from unetc.artifacts.profile import Profile
     from unetc.compiler.planner.planner import PlanOptions
     from unetc.jobs import Cluster
-    from unetc.models.find import ModelSource
+    from unetc.models.find import ModelSource, Sampling
 
 BundlePath = Annotated[Path, typer.Argument(help="Bundle folder.", metavar="BUNDLE")]
 BundleTarget = Annotated[
@@ -149,11 +150,16 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
         typer.Option(help="Scale of classifier-free guidance; 0 to 1 turn it off (default: the pipeline's)."),
     ] = None
 
-    def steps_of(self, model: ModelSource) -> int:
-        """Count the steps: as asked for, or as usual for the model."""
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (keeps one group; a model on the Hub is asked for over the network)
+    def _usual(self, model: ModelSource) -> Sampling:
+        """Look up the default scheduler and number of steps of a model, once per command."""
         from unetc.models.find import usual_sampling
 
-        return self.steps or usual_sampling(model).steps
+        return usual_sampling(model)
+
+    def steps_of(self, model: ModelSource) -> int:
+        """Count the steps: as asked for, or as usual for the model."""
+        return self.steps or self._usual(model).steps
 
     def options(
         self,
@@ -171,11 +177,10 @@ class AnalysisGroup(Group, panel="Sampling and measuring"):
         """
         from unetc.analyzer.analysis import AnalysisOptions
         from unetc.environment import cores
-        from unetc.models.find import usual_sampling
         from unetc.models.prompts import read_prompts
 
         return AnalysisOptions(
-            scheduler=self.scheduler or usual_sampling(model).scheduler,
+            scheduler=self.scheduler or self._usual(model).scheduler,
             steps=self.steps_of(model),
             samples=self.samples,
             bins=self.bins,
