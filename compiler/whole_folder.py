@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unetc.errors import ArtifactError
+from unetc.temporary import claim_folder, delete_abandoned, prefix_for
 
 _HERE, _EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
@@ -52,6 +54,8 @@ def checking(path: Path) -> Iterator[Path]:
 def written_whole(path: Path, what: str) -> Iterator[Path]:
     """Give a temporary folder, which takes the place of `path` if the enclosed code succeeds.
 
+    Temporary folders of killed processes that wrote the same folder are deleted.
+
     Args:
         path: The folder to write.
         what: Its content, as errors call it.
@@ -61,18 +65,22 @@ def written_whole(path: Path, what: str) -> Iterator[Path]:
     """
     path = real_path(path)
     temporary: Path | None = None
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        yield temporary
-        temporary.chmod(0o755)
-        _replace(path, temporary)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write the {what} {path}: {error.strerror}. Choose a folder that can be written and has room."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as lock:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            delete_abandoned(path.parent, prefix_for(path))
+            temporary, handle = claim_folder(path.parent, prefix_for(path))
+            lock.callback(os.close, handle)
+            yield temporary
+            temporary.chmod(0o755)
+            _replace(path, temporary)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write the {what} {path}: {error.strerror}. Choose a folder that can be written and has room."
+            ) from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -98,7 +106,7 @@ def _replace(path: Path, temporary: Path) -> None:
         return
     if _exchanged(path, temporary):
         return  # the old folder has the temporary name, under which it is deleted
-    old = temporary.with_name(f"{temporary.name}.old")
+    old = path.with_name(f".{path.name}.old{temporary.suffix}")  # no prefix by which the next writer deletes it
     os.replace(path, old)
     try:
         os.replace(temporary, path)

@@ -7,9 +7,6 @@ file. It is a safetensors file, and the ONNX external-data records point into it
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from unetc.artifacts.profile import Component
 from unetc.artifacts.record import Artifact, write_atomically
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import WEIGHTS, SerialisedGraph
+from unetc.compiler.whole_folder import written_whole
 from unetc.errors import ArtifactError
 from unetc.treatments import COMPUTED, HELD
 
@@ -146,12 +144,7 @@ class GatedGraph:
         from .export import export  # needs torch, which a machine that only measures does not have
 
         model = export(capture)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        except OSError as error:
-            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
-        try:
+        with written_whole(folder, "gated graph") as temporary:
             externalise(model, temporary / WEIGHTS)
             graph = ir.to_proto(model).SerializeToString()
             (temporary / _GRAPH).write_bytes(graph)
@@ -163,12 +156,6 @@ class GatedGraph:
                 weights_sha256=_hash(temporary / WEIGHTS),
             )
             write_atomically(temporary / _RECORD, record.to_json())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another cache folder.") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return cls.load(folder)
 
     @classmethod

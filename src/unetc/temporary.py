@@ -1,4 +1,8 @@
-"""Temporary files on a disk that may be full, or that may not be written."""
+"""Temporary files and folders: on a disk that may be full or may not be written, made by processes that may be killed.
+
+Each is locked by the process that made it, as long as that lives. So one that nobody has locked belongs to a process
+that was killed, and can be deleted.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from pathlib import Path
@@ -31,8 +36,8 @@ class PrivateFolder:
             OSError: If it cannot be made.
         """
         place = Path(tempfile.gettempdir())
-        _delete_abandoned(place)
-        self.path, lock = _made(place)
+        delete_abandoned(place, _PREFIX)
+        self.path, lock = claim_folder(place, _PREFIX)
         self._finalizer = weakref.finalize(self, _delete, self.path, lock)
 
     def close(self) -> None:
@@ -48,35 +53,72 @@ class PrivateFolder:
         self.close()
 
 
-def _made(place: Path) -> tuple[Path, int]:
-    """Make a folder and lock it as long as this process lives; return its path and the handle of the lock."""
+def prefix_for(path: Path) -> str:
+    """Return how the names of temporary files and folders begin that will take the place of a path."""
+    return f".{path.name}.unetc-"
+
+
+def claim_file(place: Path, prefix: str) -> tuple[Path, int]:
+    """Make a file in a folder and lock it; return its path, and the handle to write it and to end the lock.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
     while True:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=place)
+        _lock(handle)
+        if os.path.exists(name):
+            return Path(name), handle
+        os.close(handle)  # another process found it before it was locked
+
+
+def claim_folder(place: Path, prefix: str) -> tuple[Path, int]:
+    """Make a folder in another one and lock it; return its path, and the handle to end the lock.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         with contextlib.suppress(FileNotFoundError):  # another process found it before it was locked
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(OSError):  # a file system without locks; there nothing is taken for abandoned
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(handle)
             if path.exists():
-                return path, lock
-            os.close(lock)
+                return path, handle
+            os.close(handle)
 
 
-def _delete(path: Path, lock: int) -> None:
+def delete_abandoned(place: Path, prefix: str) -> None:
+    """Delete the files and folders of killed processes of this user whose names begin with a prefix."""
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        for path in [Path(entry) for entry in entries if entry.name.startswith(prefix)]:
+            with contextlib.suppress(OSError):  # it belongs to another user, or is deleted meanwhile
+                handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    _delete_unlocked(path, handle)
+                finally:
+                    os.close(handle)
+
+
+def _delete_unlocked(path: Path, handle: int) -> None:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    found = os.fstat(handle)
+    if found.st_uid != os.getuid():
+        return
+    if stat.S_ISDIR(found.st_mode):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
+
+
+def _lock(handle: int) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks; there nothing is taken for abandoned
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _delete(path: Path, handle: int) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    os.close(lock)
-
-
-def _delete_abandoned(place: Path) -> None:
-    """Delete the private folders of this user that no living process has locked."""
-    for path in place.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # it belongs to another user, or is deleted meanwhile
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(lock).st_uid == os.getuid():
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+    os.close(handle)
 
 
 def no_room(files: str, error: OSError) -> ArtifactError:

@@ -269,6 +269,14 @@ def test_an_older_bundle_survives_when_even_the_way_back_fails(
     assert tree(left) == before
 
 
+def test_the_next_bundle_deletes_the_folder_of_a_killed_process(source: Source, tmp_path: Path) -> None:
+    (tmp_path / ".bundle.unetc-a1b2c3d4").mkdir()
+    (tmp_path / ".bundle.unetc-a1b2c3d4" / "weights").touch()
+    (tmp_path / ".bundle.mine").mkdir()
+    source.write(tmp_path / "bundle", "new")
+    assert {*os.listdir(tmp_path)} == {"bundle", ".bundle.mine"}
+
+
 KILLS = """
 # Writes a bundle again and again, in children that each die at one point, and lists the files that they leave.
 import json, os, resource, shutil, signal, sys
@@ -353,6 +361,7 @@ def attempt(folder, older, limit, count):
     }
     write(folder / "bundle", "again")
     result["again"] = state(folder / "bundle")
+    result["left"] = sorted(state(folder / name) for name in os.listdir(folder) if name != "bundle")
     shutil.rmtree(folder)
     return result
 
@@ -387,21 +396,23 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tiny_bundle: Path, tmp_path: 
     *killed, finished = results["calls"]
     assert len(killed) >= 30
     assert {row["code"] for row in killed} == {-signal.SIGKILL}
-    assert finished == {"code": 0, "bundle": "new", "hidden": [], "again": "again"}
+    assert finished == {"code": 0, "bundle": "new", "hidden": [], "again": "again", "left": []}
     states = [row["bundle"] for row in killed]
     assert states[0] == before
     assert {*states} <= {before, "new", *(["none"] if how == "by renames" else [])}
     if how == "by renames":  # between the two renames the place is empty, and both bundles lie next to it, whole
         assert [row["hidden"] for row in killed if row["bundle"] == "none"] == [["new", "old"]]
     assert {row["again"] for row in killed} == {"again"}
+    if how == "at once":  # by renames, an older bundle that lost its place stays, or what was not yet deleted of it
+        assert [row["left"] for row in killed] == [[]] * len(killed)
 
     assert len(results["bytes"]) >= 12
     for row in results["bytes"]:  # in the middle of a write
         assert row["code"] == -signal.SIGXFSZ
         assert row["bundle"] == before
-        assert row["again"] == "again"
+        assert (row["again"], row["left"]) == ("again", [])
     for row in results["full"]:  # a write that fails without a kill leaves nothing behind
-        assert row == {"code": 1, "bundle": before, "hidden": [], "again": "again"}
+        assert row == {"code": 1, "bundle": before, "hidden": [], "again": "again", "left": []}
 
 
 def test_writers_at_the_same_time_leave_one_whole_bundle(tiny_bundle: Path, tmp_path: Path) -> None:

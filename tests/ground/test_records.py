@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -545,7 +548,7 @@ def test_writing_replaces_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
-@pytest.mark.parametrize("function", ["fsync", "replace", "fdopen", "chmod"])
+@pytest.mark.parametrize("function", ["fsync", "replace", "fdopen", "fchmod"])
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, stop: BaseException
 ) -> None:
@@ -570,6 +573,39 @@ def test_without_room_for_one_of_several_files_all_stay(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(names, b"old")
     write_together({tmp_path / name: b"new" for name in names})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(names, b"new")
+
+
+WRITES = """
+import os, sys
+from pathlib import Path
+from unetc.artifacts.record import write_atomically
+os.fsync = lambda handle: (print("half", flush=True), sys.stdin.read())
+write_atomically(Path(sys.argv[1]), b"half")
+"""
+
+
+def test_the_next_writer_deletes_the_file_of_a_killed_one_and_no_other(tmp_path: Path) -> None:
+    path, others = tmp_path / "profile.json", (".profile.json.swp", ".profile.json", ".profile.json2.unetc-a")
+    for name in others:
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", WRITES, str(path)]
+    with contextlib.ExitStack() as running:
+        killed, alive = (
+            running.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            for _ in range(2)
+        )
+        for process in (killed, alive):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"half\n"
+        killed.kill()
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == len(others) + 2
+        write_atomically(path, b"whole")
+        (left,) = {*os.listdir(tmp_path)} - {*others, path.name}
+        assert (tmp_path / left).read_bytes() in (b"", b"half")
+        assert path.read_bytes() == b"whole"
+    assert alive.returncode == 0
+    assert {*os.listdir(tmp_path)} == {*others, path.name}
 
 
 @pytest.mark.parametrize("write", [check_writable, partial(write_atomically, data=b"new")])

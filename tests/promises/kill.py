@@ -97,6 +97,10 @@ class Folder:
         temporary = [path for path in (self.path / _TEMPORARY).rglob("*") if path.is_file()]
         return sum(path.stat().st_size for path in [*temporary, *(p for name, p in self._all() if _hidden(name))])
 
+    def leftovers(self) -> list[str]:
+        """List temporary files next to results."""
+        return [name for name, _ in self._all() if _hidden(name) and ".unetc-" in name]
+
     def bundles(self) -> Iterator[tuple[Path, str]]:
         """List all folders that load as bundles, hidden ones too, with the hash of their manifests."""
         for manifest in sorted(self.path.rglob(MANIFEST)):
@@ -267,6 +271,7 @@ def broken(killer: Killer, case: Case, dice: random.Random) -> tuple[list[str], 
     ]
     if whole.answer != expected.answer:
         problems.append("the server makes another image")
+    problems += [f"{name} is left in the end" for name in folder.leftovers()]
     problems += [f"process {name} is left" for name in _left_in(folder.path / _TEMPORARY)]
     return [f"{case.name}, killed {where}: {one}" for one in problems], folder.hidden_bytes()
 
@@ -327,7 +332,7 @@ def prepare(place: Place) -> Iterator[Trial]:
 PROMISE = Promise(
     name="kill",
     promised="A command that is killed leaves nothing half-written; the same command then completes, with the results "
-    "of one that nobody killed.",
+    "of one that nobody killed, and deletes the temporary files next to them.",
     tried="SIGKILL at a random moment or before a random change to files, or an end within a file, of analyze, "
     f"build, pareto, {'compile ' if RTX else ''}and the start of serve, in turn; every other time over earlier results."
     + ("" if RTX else " compile was left out: tensorrt-rtx is not installed."),

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import msgspec
 
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
+from unetc.temporary import claim_file, delete_abandoned, prefix_for
 
 from .reading import read_bounded, reason
 
@@ -157,32 +158,36 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_together(files: Mapping[Path, bytes]) -> None:
     """Write files, each in one atomic step, once there was room for all of them.
 
+    Temporary files of killed processes that wrote the same files are deleted.
+
     Args:
         files: Content of each file.
 
     Raises:
         ArtifactError: If a folder cannot be written or a disk is full; then all files stay unchanged.
     """
-    written: dict[Path, str] = {}
+    written: dict[Path, Path] = {}
     path = None
     try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, written[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
+        with contextlib.ExitStack() as locks:
+            for path, data in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                delete_abandoned(path.parent, prefix_for(path))
+                written[path], handle = claim_file(path.parent, prefix_for(path))
+                file = locks.enter_context(os.fdopen(handle, "wb"))
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            os.chmod(written[path], 0o644)
-        for path, temporary in written.items():
-            os.replace(temporary, path)
+                os.fsync(handle)
+                os.fchmod(handle, 0o644)
+            for path, temporary in written.items():
+                os.replace(temporary, path)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"cannot write {path}: {reason(error)}. Choose a folder that can be written and has room."
         ) from error
     finally:
         for temporary in written.values():
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def to_builtins(value: object) -> Any:

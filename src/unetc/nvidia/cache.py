@@ -27,6 +27,7 @@ from unetc.artifacts.reading import read_plain
 from unetc.artifacts.record import MAX_JSON_BYTES, Artifact, write_atomically
 from unetc.errors import ArtifactError, StaleEngineError
 from unetc.precision import Precision
+from unetc.temporary import claim_file, delete_abandoned, prefix_for
 
 from .key import Effort, EngineKey, Origin, compile_command
 from .sizes import Shape
@@ -228,13 +229,14 @@ class EngineCache:
         path = self.root / _SECRET
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            drawn = self.root / f".{_SECRET}.{secrets.token_hex(8)}"
             if not path.exists():
-                handle = os.open(drawn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                delete_abandoned(self.root, prefix_for(path))
+                drawn, handle = claim_file(self.root, prefix_for(path))
                 try:
                     with os.fdopen(handle, "wb") as file:
                         file.write(secrets.token_bytes(_SECRET_BYTES))
-                    os.link(drawn, path)
+                        file.flush()
+                        os.link(drawn, path)
                 except FileExistsError:
                     pass  # another process was first
                 finally:
