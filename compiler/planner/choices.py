@@ -170,8 +170,9 @@ class Choices:
             if period == run.period:
                 rows = table[run.first : run.last]
                 worst = np.fmax.reduce(rows)  # the value of a bin in which it cannot be measured
-                total = np.where(np.isnan(rows), worst, rows).sum(axis=0)
-                result[treatment] = np.where(np.isnan(worst), np.inf, total**2)
+                with np.errstate(over="ignore"):  # a square too large for a float is as bad as infinite
+                    total = np.where(np.isnan(rows), worst, rows).sum(axis=0) ** 2
+                result[treatment] = np.where(np.isnan(worst), np.inf, total)
         return result
 
     def least(self, run: BinRun) -> NDArray[np.float64]:

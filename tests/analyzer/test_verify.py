@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -17,7 +19,9 @@ from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.artifacts import Verification
 from unetc.artifacts.profile import ModelReference
 from unetc.artifacts.verification import WHICH_FIGURE, EngineUse
+from unetc.backend import Array, Backend, Loader, Program, SerialisedGraph
 from unetc.cli.summary import verification_table
+from unetc.device import Device, Tensor
 from unetc.errors import ArtifactError
 from unetc.metrics.damage import measure_damage
 from unetc.runtime.backends.registry import open_backend
@@ -117,6 +121,52 @@ def test_a_losing_plan_and_both_distances_are_printed(result: Verification) -> N
     text = console.export_text()
     assert "loses" not in text
     assert "converged" not in text
+
+
+@dataclass(frozen=True)
+class Breaking:
+    """A backend whose programs give NaN whenever they are called, except for those of some graphs."""
+
+    inner: Backend
+    sound: frozenset[bytes]
+
+    @property
+    def device(self) -> Device:
+        return self.inner.device
+
+    def open_weights(self, weights: bytes) -> Loader:
+        loader = self.inner.open_weights(weights)
+
+        def load(graph: SerialisedGraph) -> Program:
+            program = loader.load(graph)
+
+            def broken(inputs: Mapping[str, Tensor], output: Array) -> Mapping[str, Tensor]:
+                emitted = program(inputs, output)
+                output[0, 0, 0, 0] = np.nan
+                return emitted
+
+            return program if graph.graph in self.sound else broken
+
+        return SimpleNamespace(load=load)
+
+
+def test_steps_that_the_full_model_made_again_are_counted(
+    bundle: Bundle, result: Verification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = (bundle.path / bundle.manifest.full.graph).read_bytes()
+    breaking = Breaking(open_backend("onnxruntime:cpu", threads=1), frozenset({full}))
+    monkeypatch.setattr(verifying, "open_backend", lambda *_, **__: breaking)
+    manifest = msgspec.structs.replace(bundle.manifest, controls=())
+    found = verify(replace(bundle, manifest=manifest), VerifyOptions(rounds=1, converged=False))
+    session = Session.of(bundle, open_backend("onnxruntime:cpu", threads=1))
+    engines = (session.plan.engines[number] for number in session.schedule(bundle.manifest.steps))
+    broken = sum(bool(engine.treatments) for engine in engines)
+    assert 0 < found.non_finite_steps == 2 * broken
+    assert found.made_again() is not None
+    console = Console(width=400, record=True)
+    console.print(verification_table(found))
+    assert f"NaN or infinity in {2 * broken} of 8 steps. The full model made these again" in console.export_text()
+    assert (result.non_finite_steps, result.made_again()) == (0, None)
 
 
 def test_few_batches_are_compared_with_the_converged_trajectory(

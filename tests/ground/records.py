@@ -248,6 +248,7 @@ def verifications_of(controls: list[str]) -> st.SearchStrategy[Verification]:
         time_ratio_p10=number,
         time_ratio_p90=number,
         damage=damages,
+        non_finite_steps=count,
         controls=st.fixed_dictionaries(dict.fromkeys(controls, results)),
         loses_to=st.sets(st.sampled_from(controls)).map(tuple) if controls else st.just(()),
         converged=st.none()

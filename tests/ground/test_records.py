@@ -288,6 +288,7 @@ CONTRADICTIONS: dict[str, Callable[[], object]] = {
     "an estimate below its interval": lambda: Estimate(low=1.0, mean=0.5, high=2.0),
     "an estimate above its interval": lambda: Estimate(low=0.0, mean=3.0, high=2.0),
     "an estimate that is not a number": lambda: Estimate(low=0.0, mean=float("nan"), high=2.0),
+    "a verification with less than no step made again": lambda: verification(non_finite_steps=-1),
     "a verification that loses to nothing known": lambda: verification(loses_to=("b",)),
     "a verification whose controls were compared in part": lambda: verification(controls={}),
     "a verification of a model without bytes": lambda: verification(full_disk_bytes=0),

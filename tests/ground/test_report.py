@@ -307,6 +307,12 @@ def test_control_within_the_spread_of_timings_counts_as_no_slower() -> None:
     assert make_verification(controls={"slower": control(0.771, 0.03)}).beaten_by() == ()
 
 
+def test_steps_that_the_full_model_made_again_are_told(default_page: str) -> None:
+    text = page(verification=msgspec.structs.replace(make_verification(), non_finite_steps=3))
+    assert "Engines of the plan gave NaN or infinity in 3 of 200 steps." in " ".join(text.split())
+    assert "NaN" not in default_page
+
+
 def test_page_without_losing_control_accuses_nobody(default_page: str) -> None:
     assert "This plan loses" not in default_page
     assert 'class="better"' not in default_page

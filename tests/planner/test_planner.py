@@ -710,6 +710,19 @@ def test_bins_of_any_number_of_steps_take_no_memory() -> None:
     assert make_plan(profile, PlanOptions(budget=0.2)).prediction.time_ratio <= 0.8
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("planner", ["fast", "exact"])
+def test_damage_whose_square_is_too_large_for_a_float_is_never_planned(planner: str) -> None:
+    upper = np.full((len(KINDS), 2, 2), 0.01)
+    upper[..., 1] = 1e200
+    profile = make_profile(upper, [0.4, 0.4])
+    assert not any(
+        "c1" in engine.treatments for engine in make_plan(profile, PlanOptions(budget=0.3, planner=planner)).engines
+    )
+    with pytest.raises(PlanError, match=f"saves is {percent(0.4)}"):
+        make_plan(profile, PlanOptions(budget=0.5, planner=planner))
+
+
 def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
     profile = random_profile(3, 2, seed=3)
     unmeasured = msgspec.structs.replace(profile, effects=tuple(e for e in profile.effects if e.component != "c1"))

@@ -75,6 +75,8 @@ class Verification(Artifact, frozen=True, kw_only=True):
     time_ratio_p10: float
     time_ratio_p90: float
     damage: Damage
+    non_finite_steps: int = 0
+    """Steps of the plan, with those of the untimed round, that the full model made again after NaN or infinity."""
     controls: dict[str, ControlResult]
     loses_to: tuple[str, ...] = ()
     """Controls that do less damage in no more time, see `beaten_by`."""
@@ -93,6 +95,7 @@ class Verification(Artifact, frozen=True, kw_only=True):
         compared = names if self.converged is None else self.converged.controls.keys()
         require(compared == names, "the converged trajectory must be compared with every control")
         require(self.full_disk_bytes > 0, "the files of the full model must not be empty")
+        require(self.non_finite_steps >= 0, "non_finite_steps must not be negative", self.non_finite_steps)
 
     def beaten_by(self) -> tuple[str, ...]:
         """List the controls that do less damage in no more time.
@@ -104,4 +107,14 @@ class Verification(Artifact, frozen=True, kw_only=True):
             for name, control in self.controls.items()
             if control.damage.relative_l2.mean < self.damage.relative_l2.mean
             and control.time_ratio <= self.time_ratio_p90
+        )
+
+    def made_again(self) -> str | None:
+        """Say how many steps of the plan the full model made again; None if there were none."""
+        if not self.non_finite_steps:
+            return None
+        steps = (self.rounds + 1) * self.steps
+        return (
+            f"Engines of the plan gave NaN or infinity in {self.non_finite_steps} of {steps} steps. The full model "
+            "made these again, which costs more than they save."
         )

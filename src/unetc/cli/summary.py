@@ -401,9 +401,11 @@ def verification_table(result: Verification) -> Table:
     if scope := control_scope(result.model, result.control):
         title += f"; {escape(scope)}"
     laid_out = table(title, columns, rows)
-    lines = [f"[red]The plan loses to {escape(', '.join(beaten_by))}: less damage in no more time.[/red]"] * bool(
-        beaten_by
-    )
+    lines = []
+    if beaten_by:
+        lines.append(f"[red]The plan loses to {escape(', '.join(beaten_by))}: less damage in no more time.[/red]")
+    if made_again := result.made_again():
+        lines.append(f"[red]{made_again}[/red]")
     if converged is not None:
         lines.append(f"to converged: relative L2 to {converged.scheduler} in {converged.steps} steps. {WHICH_FIGURE}")
     laid_out.caption, laid_out.caption_justify, laid_out.caption_style = "\n".join(lines) or None, "left", ""
