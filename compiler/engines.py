@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetc.artifacts.plan import Assignment, Plan
-from unetc.artifacts.profile import GUIDANCE, Bin, Profile
+from unetc.artifacts.profile import GUIDANCE, Bin, ModelReference, Profile
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
@@ -60,6 +60,19 @@ def check_plan(plan: Plan, profile: Profile) -> None:
         if not treatment.row.of_guidance:
             possible = ", ".join(known for known, row in ROWS.items() if row.of_guidance)
             raise PlanError(f"{GUIDANCE} cannot get the treatment {treatment}. Expected one of: {possible}.")
+
+
+def check_model(plan: Plan, model: ModelReference) -> None:
+    """Refuse a plan of another model, before that is analysed.
+
+    Raises:
+        PlanError: If the weights differ.
+    """
+    if plan.model.sha256 != model.sha256:
+        raise PlanError(
+            f"the plan is of {plan.model.title} ({plan.model.sha256[:12]}), not of {model.title} ({model.sha256[:12]})."
+            " Plan from a profile of this model."
+        )
 
 
 def _means_of(plan: Plan, engine: int, profile: Profile, means: NDArray[np.float32]) -> NDArray[np.float32]:

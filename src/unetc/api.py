@@ -142,7 +142,7 @@ def build(
     path, folder = Path(destination), _cache(cache)
     check_destination(path)
     check_options(options, plan)
-    found, known = _analysed(model, profile, analysis, options.steps, folder, cluster, on_progress)
+    found, known = _analysed(model, profile, analysis, options.steps, folder, cluster, on_progress, plan)
     return build_bundle(found, known, path, options, cache=folder, plan=plan, cluster=cluster, on_progress=on_progress)
 
 
@@ -303,10 +303,14 @@ def _analysed(
     cache: Path,
     cluster: Cluster | None,
     on_progress: OnProgress,
+    plan: Plan | None = None,
 ) -> tuple[Model, Profile]:
     """Find a model once, as that hashes its weights, and analyse it if there is no profile.
 
     A profile decides about ControlNet inputs, as its graph has them or not.
+
+    Raises:
+        PlanError: If there is no profile, and the plan is of another model.
     """
     from .models.find import ModelSource, find_model
 
@@ -314,8 +318,11 @@ def _analysed(
     if profile is not None:
         return find_model(replace(source, controlnet=profile.model.controlnet)), profile
     from .analyzer.analyze import analyze_model
+    from .compiler.engines import check_model
 
     found, options = find_model(source), analysis or _usual(source, steps)
+    if plan is not None:
+        check_model(plan, found.reference)
     return found, analyze_model(found, options, cache=cache, cluster=cluster, on_progress=on_progress)
 
 

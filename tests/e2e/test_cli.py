@@ -503,6 +503,10 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
         ),
         "the plan was made from another profile",
     ),
+    "plan of another model": (
+        lambda at: ("build", other_model(at.model), "--plan", at.build / "plan.json", "--cache", at.cache / "other"),
+        "the plan is of",
+    ),
     "missing profile": (lambda at: ("plan", "missing.json"), "cannot read missing.json"),
     "missing plan": (lambda at: ("build", at.model, "--plan", "missing.json"), "cannot read missing.json"),
     "plan in place of a profile": (lambda at: ("plan", at.build / "plan.json"), "is not a valid profile"),
