@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as untyped_diffusers
@@ -46,13 +47,25 @@ def sample(unet: Any, name: str, seed: int = 3) -> Tensor:
     return current
 
 
+def rounded(unet: Any, seed: int) -> Any:
+    """Add the error that float32 leaves in a prediction: a step from a sigma of 20,000 may make thousands of it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def predict(*call: Any) -> Any:
+        predicted = unet(*call).sample
+        return SimpleNamespace(sample=predicted + 1e-6 * torch.randn(predicted.shape, generator=generator))
+
+    return predict
+
+
 @pytest.mark.parametrize("name", sorted(name for name, entry in EXPECTED.items() if entry in TRIED))
 def test_it_samples_as_with_the_original(shared: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     original = tiny_of("cross-attention", shared).denoiser
     family = CLASSES[name].family if EXPECTED[name] == ITS_OWN_BUNDLE else Family.BETAS
     expected = sample(original, name)
     actual = sample(dropin_of("cross-attention", shared, family, full_model=True), name)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    moved = max(float((sample(rounded(original, seed), name) - expected).abs().max()) for seed in range(6))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=max(1e-4 * float(expected.abs().max()), 4 * moved))
     engines = Engines(monkeypatch)
     sample(dropin_of("cross-attention", shared, family), name)
     ran = engines.take()
