@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock
-
 from unetc.artifacts.profile import ImageSource, Profile
 from unetc.call import EXTRA_CHANNELS, TIMESTEP_COND
 from unetc.compiler.measured_calls import MeasuredCalls
@@ -17,6 +15,7 @@ from unetc.compiler.schedulers.make import scheduler_for, turns_guidance_round
 from unetc.compiler.tensorrt.on_demand import OnDemand, overflow_finder
 from unetc.errors import ProfileError
 from unetc.jobs import Cluster
+from unetc.lock import locked_with_note
 from unetc.models.images import Images
 from unetc.models.model import Model
 from unetc.progress import OnProgress, ignore
@@ -77,7 +76,7 @@ def analyze_model(
             samples=options.samples,
             prediction_type=table.prediction_type,
         )
-        with FileLock(prepared.work / "analysis.lock"):  # a second process reads the results of the first
+        with locked_with_note(prepared.work / "analysis.lock", "analyses this model", on_progress):
             return analyze(
                 prepared.gated,
                 model.reference,

@@ -78,9 +78,6 @@ class Place(Protocol):
         Args:
             equipment: The model and its samples.
             on_demand: Prepares graphs for the target.
-
-        Raises:
-            WorkerError: If no machine can work.
         """
 
 
@@ -98,7 +95,7 @@ def place_for(target: str, threads: int, cluster: Cluster | None, on_progress: O
         SessionError: If there is no such target.
         ProfileError: If results of the target on several machines do not compare.
         MissingDependency: If its library or Ray is not installed.
-        WorkerError: If the cluster cannot be joined.
+        WorkerError: If the cluster cannot be joined, or no machine can work.
     """
     if cluster is None:
         yield _Here(target, open_backend(target, threads=threads))
@@ -110,7 +107,7 @@ def place_for(target: str, threads: int, cluster: Cluster | None, on_progress: O
             "Measure it without --ray."
         )
     guard(cluster.address)
-    from unetc.ray_workers import Needs, joined, workers_of  # needs ray
+    from unetc.ray_workers import Needs, joined, machines_of, workers_of  # needs ray
 
     needs = Needs(
         cpus=threads,
@@ -119,7 +116,8 @@ def place_for(target: str, threads: int, cluster: Cluster | None, on_progress: O
         most_workers=cluster.most_workers,
     )
     with joined(cluster.address):
-        yield _There(target, threads, lambda recipe: workers_of(recipe, needs), on_progress)
+        machines = machines_of(needs)  # a cluster without room is refused before a capture
+        yield _There(target, threads, lambda recipe: workers_of(recipe, machines), on_progress)
 
 
 @dataclass(frozen=True, slots=True)

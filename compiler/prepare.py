@@ -18,6 +18,7 @@ from unetc.compiler.graph.encoder import export_encoder
 from unetc.compiler.graph.gate import OPSET
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.errors import ArtifactError
+from unetc.lock import locked_with_note
 from unetc.models.model import Model
 from unetc.progress import OnProgress, Progress, ignore
 from unetc.sampler.table import SchedulerTables
@@ -53,7 +54,7 @@ def prepare(model: Model, cache: Path, on_progress: OnProgress = ignore) -> Prep
     on_progress(Progress(stage="capture", done=0, total=1))
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / "graph.lock"):
+        with locked_with_note(work / "graph.lock", "captures this model", on_progress):
             gated = open_or_build(work / "graph", lambda: _capture(model))
     except OSError as error:
         raise ArtifactError(f"cannot write the cache {work}: {error.strerror}. Choose another with --cache.") from error

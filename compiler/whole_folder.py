@@ -106,7 +106,7 @@ def _replace(path: Path, temporary: Path) -> None:
         return
     if _exchanged(path, temporary):
         return  # the old folder has the temporary name, under which it is deleted
-    old = path.with_name(f".{path.name}.old{temporary.suffix}")  # no prefix by which the next writer deletes it
+    old = path.with_name(f".unetc-old{temporary.name}")  # no prefix by which another writer deletes it
     os.replace(path, old)
     try:
         os.replace(temporary, path)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,11 +108,23 @@ def connect(address: str, **options: Any) -> None:
         os.environ.setdefault(name, value)
     _reach(address)
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        with _own_end():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:
         if type(error) is Exception:  # as Ray says that a node has not started within half a minute
             raise RuntimeError(str(error)) from error
         raise
+
+
+@contextmanager
+def _own_end() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray sets one that ends it without a word, with another exit code."""
+    answer = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none
+            signal.signal(signal.SIGTERM, answer)
 
 
 def _reach(address: str) -> None:
@@ -124,7 +138,17 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECTS_WITHIN_S).close()
 
 
-def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    """Machines of one kind, with seats for workers."""
+
+    kind: str
+    seats: Sequence[_Seat]
+    notes: tuple[str, ...]
+    """Why others were left out."""
+
+
+def machines_of(needs: Needs) -> Machines:
     """Choose the machines of the joined cluster that work: the kind with room for most workers.
 
     Raises:
@@ -138,14 +162,19 @@ def workers_of(recipe: Recipe[Bench], needs: Needs) -> RayWorkers[Bench]:
             f"{' '.join(f'{note}.' for note in notes)} Check the cluster with `ray status`, or analyse with "
             "fewer --threads."
         )
-    machine = max(kinds, key=lambda kind: len(kinds[kind]))
+    chosen = max(kinds, key=lambda kind: len(kinds[kind]))
     notes += [
         f"{_counted(len(seats))} on {kind} left out: results and times of unlike machines do not mix"
         for kind, seats in kinds.items()
-        if kind != machine
+        if kind != chosen
     ]
-    crew = _Crew(ray.put(recipe), kinds[machine][: needs.most_workers])
-    return RayWorkers(crew=crew, machine=machine, notes=tuple(notes))
+    return Machines(kind=chosen, seats=kinds[chosen][: needs.most_workers], notes=tuple(notes))
+
+
+def workers_of(recipe: Recipe[Bench], machines: Machines) -> RayWorkers[Bench]:
+    """Put workers into the seats of machines; they start with the first job."""
+    crew = _Crew(ray.put(recipe), [replace(seat) for seat in machines.seats])
+    return RayWorkers(crew=crew, machine=machines.kind, notes=machines.notes)
 
 
 def _counted(workers: int) -> str:

@@ -18,7 +18,7 @@ from unetc.conditions import UNCONDITIONAL
 from unetc.environment import machine_for
 from unetc.jobs import InProcess, Workers
 from unetc.progress import Progress
-from unetc.ray_workers import Needs, workers_of
+from unetc.ray_workers import Needs, machines_of, workers_of
 
 TARGET = "onnxruntime:cpu"
 
@@ -57,7 +57,7 @@ def there(options: AnalysisOptions) -> Workers[Bench]:
     )
     calls = MeasuredCalls.of(SHAPE, options.batch, options.samples, UNCONDITIONAL)
     recipe = BenchRecipe(equipment=equipment.packed(), target=TARGET, threads=1, calls=calls)
-    return workers_of(recipe, Needs(cpus=1, gpu=False, describe=lambda: machine_for(TARGET)))
+    return workers_of(recipe, machines_of(Needs(cpus=1, gpu=False, describe=lambda: machine_for(TARGET))))
 
 
 def check_kills(kills: int, options: AnalysisOptions, folder: Path) -> list[Progress]:

@@ -269,6 +269,28 @@ def test_an_older_bundle_survives_when_even_the_way_back_fails(
     assert tree(left) == before
 
 
+def test_the_next_bundle_keeps_the_only_whole_copy_of_another(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two renames, an older bundle lies under another name; `bundle.old` would take its place."""
+    source.write(tmp_path / "bundle", "old")
+    monkeypatch.setattr(whole_folder, "_exchanged", lambda *_: False)
+    with monkeypatch.context() as patch:
+        original, calls = os.replace, itertools.count()
+
+        def stop(*arguments: Any) -> None:
+            if next(calls):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            original(*arguments)
+
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(ArtifactError):
+            source.write(tmp_path / "bundle", "new")
+    (left,) = tmp_path.iterdir()
+    source.write(tmp_path / "bundle.old", "other")
+    assert Bundle.open(left).manifest.notes == ("old",)
+
+
 def test_the_next_bundle_deletes_the_folder_of_a_killed_process(source: Source, tmp_path: Path) -> None:
     (tmp_path / ".bundle.unetc-a1b2c3d4").mkdir()
     (tmp_path / ".bundle.unetc-a1b2c3d4" / "weights").touch()

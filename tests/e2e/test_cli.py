@@ -6,6 +6,7 @@ import errno
 import html.parser
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -698,6 +699,19 @@ def test_output_to_a_full_disk_is_an_error(arguments: list[str], tiny_bundle: Pa
         done = subprocess.run(command, stdout=disk, stderr=subprocess.PIPE, text=True, check=False)
     assert done.stderr == f"unetc: cannot write the output: {os.strerror(errno.ENOSPC)}. Make room, and run it again.\n"
     assert done.returncode == 1
+
+
+def test_output_that_cannot_be_written_as_it_is_ends_no_command(tiny_bundle: Path) -> None:
+    """A daemon starts commands with a closed stdout, and not every terminal knows the sign of a product."""
+    command = [*ALONE, "inspect", tiny_bundle]
+    ascii_only = subprocess.run(
+        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=True
+    )
+    assert b"?" in ascii_only.stdout
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        shell = f"{shlex.join(map(str, command))} {closed}"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_manifests_are_read_back_as_they_are_printed(tiny_bundle: Path) -> None:

@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from unetc.jobs import Advance
-from unetc.ray_workers import Needs, joined, workers_of
+from unetc.ray_workers import Needs, joined, machines_of, workers_of
 
 pytestmark = pytest.mark.nightly  # starts three machines of a cluster on this one
 
@@ -54,7 +54,7 @@ class Ask:
 
 def test_the_most_numerous_kind_works_and_the_others_are_named(address: str) -> None:
     with joined(address):
-        workers = workers_of(Recipe(), Needs(cpus=1, gpu=False, describe=kind))
+        workers = workers_of(Recipe(), machines_of(Needs(cpus=1, gpu=False, describe=kind)))
         assert workers.machine == "a"
         assert workers.count == 2
         assert workers.notes == ("1 worker on b left out: results and times of unlike machines do not mix",)
@@ -71,7 +71,7 @@ def test_a_machine_that_cannot_describe_itself_is_left_out(address: str, tmp_pat
         return "b"
 
     with joined(address):
-        workers = workers_of(Recipe(), Needs(cpus=1, gpu=False, describe=fragile))
+        workers = workers_of(Recipe(), machines_of(Needs(cpus=1, gpu=False, describe=fragile)))
         assert (workers.machine, workers.count) == ("b", 1)
         assert len(workers.notes) == 2
         assert all("was left out: OSError: no such tool" in note for note in workers.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,10 +19,12 @@ import ray
 import ray_cluster
 
 from unetc import ray_workers
+from unetc.compiler.place import place_for
 from unetc.environment import machine_for
 from unetc.errors import ProfileError, WorkerError
-from unetc.jobs import Advance, Workers, run_one
-from unetc.ray_workers import Needs, joined, workers_of
+from unetc.jobs import Advance, Cluster, Workers, run_one
+from unetc.progress import ignore
+from unetc.ray_workers import Needs, joined, machines_of, workers_of
 
 pytestmark = pytest.mark.nightly  # starting a cluster and its workers takes seconds; tests/analyzer/test_ray.py does it
 
@@ -74,7 +77,7 @@ class Mark:
 
 
 def workers_in(folder: Path, **changes: int) -> Workers[Path]:
-    return workers_of(Recipe(folder), Needs(**({"cpus": 1} | changes), gpu=False, describe=str))  # type: ignore[arg-type]
+    return workers_of(Recipe(folder), machines_of(Needs(**({"cpus": 1} | changes), gpu=False, describe=str)))  # type: ignore[arg-type]
 
 
 def marks(folder: Path) -> list[tuple[int, float, int]]:
@@ -215,7 +218,10 @@ def test_a_cluster_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"no machine of the cluster has 64 CPUs .* or analyse with fewer --threads"):
         workers_in(tmp_path, cpus=64)
     with pytest.raises(WorkerError, match="no machine of the cluster has a GPU"):
-        workers_of(Recipe(tmp_path), Needs(cpus=1, gpu=True, describe=str))
+        workers_of(Recipe(tmp_path), machines_of(Needs(cpus=1, gpu=True, describe=str)))
+    opened = place_for("onnxruntime:cpu", 64, Cluster(address="auto"), ignore)
+    with pytest.raises(WorkerError, match="has 64 CPUs"), opened:
+        pytest.fail("a capture could begin")
 
 
 def test_a_program_stays_in_the_cluster_that_it_has_joined() -> None:
@@ -232,3 +238,18 @@ def test_a_machine_is_described_by_processor_and_libraries() -> None:
     assert described.endswith(f", numpy {np.__version__}, onnxruntime {onnxruntime.__version__}")
     assert "torch" not in described
     assert "torch 2" in machine_for("torch:cpu")
+
+
+def test_who_starts_a_cluster_keeps_its_own_answer_to_sigterm() -> None:
+    """Ray sets one that ends the process without a word."""
+    code = """
+import os, signal, sys
+from unetc.ray_workers import joined
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
+with joined("local"):
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 77, done.stderr

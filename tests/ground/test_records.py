@@ -620,6 +620,26 @@ def test_an_unwritable_place_is_an_artifact_error(tmp_path: Path, write: Callabl
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("write", [check_writable, partial(write_atomically, data=b"new")])
+def test_pipes_and_devices_keep_their_place(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(ArtifactError, match="it is a device or a pipe"):
+            write(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("write", [check_writable, partial(write_atomically, data=b"new")])
+def test_a_name_without_room_for_a_temporary_one_is_refused_before_any_work(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    with pytest.raises(ArtifactError, match="File name too long"):
+        write(tmp_path / ("n" * 245))
+    write(tmp_path / ("n" * 235))
+
+
 def test_checking_a_place_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     check_writable(tmp_path / "file")

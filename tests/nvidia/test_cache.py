@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +110,38 @@ def test_only_plain_files_are_read(cache: EngineCache, name: str, disguise: Call
             cache.open(KEY, trust=True)
         with pytest.raises(StaleEngineError, match="no tensorrt engine in fp32"):
             find(cache)
+
+
+SECRET_OF_FRIENDS = """
+import sys
+from pathlib import Path
+from unetc.nvidia.cache import EngineCache
+for number in range(100):
+    print(EngineCache(Path(sys.argv[1]) / str(number)).seal(b"x").hex())
+"""
+
+
+def test_processes_that_draw_the_secret_together_get_the_same(tmp_path: Path) -> None:
+    """The one that comes second may take the file of the first for abandoned."""
+    command = [sys.executable, "-c", SECRET_OF_FRIENDS, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    seals = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0, 0]
+    assert len(seals) == 1
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"secret"}
+
+
+def test_a_secret_survives_who_deletes_its_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, cache = os.link, EngineCache(tmp_path / "cache")
+
+    def link(drawn: Path, path: Path) -> None:
+        original(drawn, path)
+        drawn.unlink()  # as another process would that took it for abandoned
+
+    monkeypatch.setattr(os, "link", link)
+    seal = cache.seal(b"x")
+    monkeypatch.undo()
+    assert EngineCache(tmp_path / "cache").seal(b"x") == seal
 
 
 @pytest.mark.parametrize("disguise", [one for name, one in DISGUISES.items() if name != "hard link"])

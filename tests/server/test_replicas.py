@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import contextlib
 import itertools
+import json
 import os
 import secrets
 import signal
@@ -259,6 +260,38 @@ def test_an_update_loses_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPa
             assert code == 0, errors
             assert list(followed) == [200] * len(jobs)
         assert load.troubles == []
+
+
+@pytest.mark.nightly
+def test_a_command_that_waits_for_room_says_so_and_leaves_nothing(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with cluster(1) as address:
+        command = [sys.executable, "-m", "unetc", "serve", tiny_bundle, "--ray", address, "--threads", "2", "--port"]
+        with subprocess.Popen([*map(str, command), "0"], stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            note = "no machine of the cluster has 2 CPUs for a replica; waiting for one."
+            assert any(note in line for line in waiting.stderr)
+            until(lambda: applications(address) == ["unetc"])
+            waiting.terminate()
+            assert "interrupted" in waiting.stderr.read()
+            assert waiting.wait() == 128 + signal.SIGTERM
+        assert applications(address) == []
+
+
+def applications(address: str) -> list[str]:
+    """List the applications of a cluster."""
+    code = f"""
+import json, ray
+from ray import serve
+ray.init({address!r}, log_to_driver=False, logging_level="ERROR")
+print(json.dumps([*serve.status().applications]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def test_ranges_of_replicas() -> None:

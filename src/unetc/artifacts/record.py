@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -133,17 +132,31 @@ def check_writable(path: Path) -> None:
     """Refuse a path that cannot be written, before any work is done.
 
     Raises:
-        ArtifactError: If the folder cannot be created or written, or the path is a folder.
+        ArtifactError: If the folder cannot be created or written, or something other than a file has the name.
     """
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(path.stat().st_mode):
-                raise ArtifactError(f"cannot write {path}: it is a folder. Give the path of a file.")
+        _check_kind(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        temporary, handle = claim_file(path.parent, prefix_for(path))  # the name that is written: it may be too long
+        os.close(handle)
+        temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot write {path}: {reason(error)}. Choose a folder that can be written.") from error
+        raise ArtifactError(
+            f"cannot write {path}: {reason(error)}. Choose another path, in a folder that can be written."
+        ) from error
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse folders, devices and pipes, whose place a file would take.
+
+    Raises:
+        ArtifactError: If one of these has the name.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise ArtifactError(f"cannot write {path}: it is {kind}. Give the path of a file.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -171,6 +184,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     try:
         with contextlib.ExitStack() as locks:
             for path, data in files.items():
+                _check_kind(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 delete_abandoned(path.parent, prefix_for(path))
                 written[path], handle = claim_file(path.parent, prefix_for(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ def main() -> None:
     """Run the command line: exit 0 when done, 1 on an error of unetc (one line), 2 on wrong usage."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # their warnings are for those who call them by hand
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    _prepare_streams()
     signal.signal(signal.SIGTERM, _end)  # by default it leaves temporary folders and the processes of builds behind
     try:
         with needed(), taking_memory():
@@ -47,6 +49,16 @@ def main() -> None:
         if end.code in (_INTERRUPTED, _TERMINATED):
             print("unetc: interrupted; run the same command again to continue.", file=sys.stderr)
         raise
+
+
+def _prepare_streams() -> None:
+    """Let output that cannot be written as it is end no command: closed streams, and encodings without a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the command was started with a closed one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _end(*_: object) -> None:

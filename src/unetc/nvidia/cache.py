@@ -118,7 +118,7 @@ class EngineCache:
             key: Key of the engine.
             on_wait: Called repeatedly during the wait. If it raises, the wait is over.
         """
-        from .lock import locked  # imported late: filelock is not installed where engines are only run
+        from unetc.lock import locked  # imported late: filelock is not installed where engines are only run
 
         return locked(_lock_of(self.folder(key)), on_wait)
 
@@ -240,7 +240,7 @@ class EngineCache:
                 except FileExistsError:
                     pass  # another process was first
                 finally:
-                    drawn.unlink()
+                    drawn.unlink(missing_ok=True)  # that process may have taken it for abandoned
             secret = self.read(path, _SECRET_BYTES, hard_links=True)  # it has two names while it is being drawn
         except OSError as error:
             raise ArtifactError(f"cannot write {self.root}: {error.strerror}. Choose another with --cache.") from error

@@ -32,13 +32,21 @@ from .service import Service
 from .settings import ReplicaRange, ServerSettings
 
 _LOOPBACK = "127.0.0.1"
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+"""Names of resources in a cluster, by those in the needs of a replica."""
 _LOOK_S = 2.0
 """Seconds between two looks at the application."""
 _DRAIN_S = 0.2
 """Seconds between two counts of unfinished requests."""
 
 
-def run(service: Service, replicas: ReplicaRange, address: str, on_ready: Callable[[str], object]) -> Ending:
+def run(
+    service: Service,
+    replicas: ReplicaRange,
+    address: str,
+    on_ready: Callable[[str], object],
+    on_note: Callable[[str], object],
+) -> Ending:
     """Serve on Ray until a signal ends the process, as `unetc.server.process.run` does.
 
     If another command deploys the application to the same cluster meanwhile, this one ends and leaves it alone.
@@ -48,25 +56,46 @@ def run(service: Service, replicas: ReplicaRange, address: str, on_ready: Callab
         replicas: Number of processes that serve.
         address: The address of a running Ray, `auto` to find it, or `LOCAL` to start one.
         on_ready: Called with the address of the server, once the engines of all replicas have made a call.
+        on_note: Called before that with notes for the user.
 
     Raises:
-        SessionError: If the cluster cannot be reached, has too few cores or GPUs, or the deployment fails.
+        SessionError: If the cluster cannot be reached, the deployment fails, or a Ray that is started here has too few
+            cores or GPUs. In a running cluster, replicas wait for machines.
     """
     with _connected(address):
         try:
             if address == LOCAL:
                 _check_room(service, replicas)
-            shown = _start(service.settings, "HeadOnly" if address == LOCAL else "EveryNode")
+            elif not _has_room(service):
+                on_note(f"no machine of the cluster has {_counted(service)} for a replica; waiting for one.")
+            shown = _start(service.settings, "HeadOnly" if address == LOCAL else "EveryNode", on_note)
             owner = secrets.token_hex(8)
-            handle = serve.run(deployed(service, replicas, owner), name=APPLICATION, route_prefix="/")
-            with _signals() as signals:
-                on_ready(shown)
-                return _until_the_end(handle, owner, signals, service.settings.drain)
+            with _withdrawing(owner):
+                handle = serve.run(deployed(service, replicas, owner), name=APPLICATION, route_prefix="/")
+                with _signals() as signals:
+                    on_ready(shown)
+                    return _until_the_end(handle, owner, signals, service.settings.drain)
         except (RayError, RayServeException, RuntimeError) as error:
             raise SessionError(f"cannot go on serving on Ray: {_last_line(error)}") from error
 
 
-def _start(settings: ServerSettings, proxies: str) -> str:
+@contextlib.contextmanager
+def _withdrawing(owner: str) -> Iterator[None]:
+    """Delete the application if an error or a signal ends the enclosed code, unless replicas of another command answer.
+
+    Without an owner, it would take cores and answer for ever.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RayError, RayServeException, RuntimeError):
+            owners = _ask_all(serve.get_app_handle(APPLICATION), "owner")
+            if not owners or owner in owners:
+                serve.delete(APPLICATION)
+        raise
+
+
+def _start(settings: ServerSettings, proxies: str, on_note: Callable[[str], object]) -> str:
     """Start Ray Serve, unless the cluster runs it, and return the address of its proxies.
 
     Raises:
@@ -83,14 +112,17 @@ def _start(settings: ServerSettings, proxies: str) -> str:
         )
         client = _get_global_client()
     options = client.http_config
-    return f"http://[{options.host}]:{options.port}" if ":" in options.host else f"http://{options.host}:{options.port}"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{host}:{options.port}"
+    if (options.host, options.port) != (settings.host, settings.port) and settings.port:
+        on_note(f"the cluster serves at {address} already, so --host and --port change nothing.")
+    return address
 
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Join a cluster, or start one for this process alone; leave or end it afterwards."""
     started: dict[str, Any] = {"_node_ip_address": _LOOPBACK, "include_dashboard": False} if address == LOCAL else {}
-    on_signal = signal.getsignal(signal.SIGTERM)
     try:
         connect(address, **started)
     except (OSError, RuntimeError, ValueError) as error:
@@ -99,7 +131,6 @@ def _connected(address: str) -> Iterator[None]:
             "Where Ray asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
         ) from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, on_signal)  # Ray sets another, which ends with another exit code
     try:
         yield
     finally:
@@ -115,13 +146,29 @@ def _check_room(service: Service, replicas: ReplicaRange) -> None:
         SessionError: If there is no room for them.
     """
     there = ray.cluster_resources()
-    for name, resource, advice in (("num_cpus", "CPU", " or --threads"), ("num_gpus", "GPU", "")):
-        each = needs(service).get(name, 0)
+    for name, each in needs(service).items():
+        resource = _RESOURCES[name]
+        advice = " or --threads" if resource == "CPU" else ""
         if replicas.most * each > there.get(resource, 0):
             raise SessionError(
                 f"{replicas.most} replicas of {each:g} {resource}s need {replicas.most * each:g}, but this machine has "
                 f"{there.get(resource, 0):g}. Lower --replicas{advice}."
             )
+
+
+def _has_room(service: Service) -> bool:
+    """Check whether a machine of the cluster could run a replica, if nothing else ran there."""
+    wanted = {_RESOURCES[name]: count for name, count in needs(service).items()}
+    return any(
+        all(node["Resources"].get(resource, 0) >= count for resource, count in wanted.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def _counted(service: Service) -> str:
+    """Write the cores and GPUs of a replica."""
+    return " and ".join(f"{count:g} {_RESOURCES[name]}s" for name, count in needs(service).items())
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def serve(
             from unetc.server import cluster
 
             service = Service.open(settings)
-            ending = cluster.run(service, replicas, on_ray.ray, announce)
+            ending = cluster.run(service, replicas, on_ray.ray, announce, lambda note: say(note, ERR))
         else:
             listening = listen(settings.host, settings.port)
             address = address_of(listening)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from unetc.nvidia.lock import locked
+from unetc.lock import locked, locked_with_note
+from unetc.progress import Progress
 
 TAKES_TURNS = """
 import os, sys, threading, time
 from pathlib import Path
-from unetc.nvidia import lock
+from unetc import lock
 
 lock._EVERY_S = 0.01
 folder, path = Path(sys.argv[1]), Path(sys.argv[2])
@@ -40,7 +41,7 @@ for thread in threads: thread.join()
 HOLDS = """
 import sys, time
 from pathlib import Path
-from unetc.nvidia.lock import locked
+from unetc.lock import locked
 
 with locked(Path(sys.argv[1]), lambda: None):
     print("held", flush=True)
@@ -95,6 +96,21 @@ def test_who_waits_can_give_up_and_other_locks_are_free(tmp_path: Path) -> None:
             pass
         with pytest.raises(KeyboardInterrupt), locked(path, stop):
             pytest.fail("two hold it")
+
+
+def test_who_waits_is_told_why_once(tmp_path: Path) -> None:
+    path, told = tmp_path / "key.lock", list[Progress]()
+    with held(path) as process:
+
+        def tell(progress: Progress) -> None:
+            told.append(progress)
+            threading.Timer(1.0, process.kill).start()  # several looks later
+
+        with locked_with_note(path, "analyses this model", tell):
+            pass
+    assert [one.note for one in told] == ["another process analyses this model; waiting for its results"]
+    with locked_with_note(path, "analyses this model", lambda _: pytest.fail("waits for nobody")):
+        pass
 
 
 def test_what_is_raised_inside_lets_go(tmp_path: Path) -> None:

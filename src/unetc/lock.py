@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .progress import OnProgress, Progress
+
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 0.2
@@ -35,4 +37,26 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             except (OSError, NotImplementedError) as error:
                 logger.info("continuing without a lock, because %s cannot be locked: %s", path, error)
             break
+        yield
+
+
+@contextlib.contextmanager
+def locked_with_note(path: Path, what: str, on_progress: OnProgress) -> Iterator[None]:
+    """Hold the lock of a file, as `locked` does; who has to wait is told why, once.
+
+    Args:
+        path: The file.
+        what: What the other process does, in words that follow "another process".
+        on_progress: Told of the wait.
+    """
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if not told:
+            note = f"another process {what}; waiting for its results"
+            on_progress(Progress(stage="waiting", done=0, total=1, note=note))
+        told = True
+
+    with locked(path, tell):
         yield
