@@ -17,8 +17,9 @@ from tests.tiny_build import build_tiny_bundle, once, save_tiny_model
 # this when it is first imported; pytest-xdist workers and other child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# The same examples in every run, so that a failure in CI can be reproduced. --hypothesis-profile=default explores.
-settings.register_profile("deterministic", derandomize=True, deadline=None)
+# The same examples in every run, so that a failure in CI can be reproduced. --hypothesis-profile=default explores, with
+# more of them.
+settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("deterministic")
 
 

@@ -214,7 +214,11 @@ def test_one_statistic_alone_is_ignored_as_in_diffusers(originals: dict[str, Pat
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("AutoencoderKL", {"use_post_quant_conv": False, "mid_block_add_attention": False}),
+        pytest.param(
+            "AutoencoderKL",
+            {"use_post_quant_conv": False, "mid_block_add_attention": False},
+            marks=pytest.mark.nightly,
+        ),
         pytest.param("AutoencoderTiny", {}, marks=pytest.mark.nightly),  # C3
         ("AutoencoderTiny", {"upsample_fn": "bilinear", "scaling_factor": 0.5}),
         pytest.param(

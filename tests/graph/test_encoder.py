@@ -45,7 +45,7 @@ def encoders_of(folder: Path, *targets: str) -> Iterator[Encoder]:
 @pytest.mark.parametrize(
     ("pipeline", "changes"),
     [
-        ("sd", {"scaling_factor": 0.4}),
+        pytest.param("sd", {"scaling_factor": 0.4}, marks=pytest.mark.nightly),
         ("sd", STATISTICS),
         ("sdxl", STATISTICS),
         pytest.param("sd", {}, marks=pytest.mark.nightly),

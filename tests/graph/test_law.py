@@ -182,7 +182,7 @@ def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataO
 
 
 @pytest.mark.shows("capture", "export", "law")
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_engine_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:
     case = data.draw(cases(tiny))

@@ -121,7 +121,7 @@ def check_sequence(tiny: Tiny, assignments: Sequence[Assignment], order: Sequenc
     return rows
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_half_calls_compute_what_both_halves_compute(tiny: Tiny, data: st.DataObject) -> None:
     assignments: list[dict[str, Treatment]] = [{}]  # the first step computes everything

@@ -287,7 +287,7 @@ def try_plan(profile: Profile, options: PlanOptions) -> Plan | None:
         return None
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(), budget=budgets, limit=limits, planner=planners)
 def test_a_plan_keeps_the_limits_it_was_made_for(
     profile: Profile, budget: float, limit: dict[str, Any], planner: str
@@ -308,7 +308,7 @@ def test_a_plan_keeps_the_limits_it_was_made_for(
         assert not any(inner[name] & engine.treatments.keys() for name in engine.treatments)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(), budget=budgets, limit=limits, planner=planners)
 def test_phases_cover_every_bin_exactly_once(
     profile: Profile, budget: float, limit: dict[str, Any], planner: str
@@ -331,7 +331,7 @@ def treatments_of(plan: Plan, phase: Phase) -> Mapping[str, Treatment]:
     return plan.engines[phase.cycle[-1]].treatments
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(), budget=budgets, limit=limits, planner=planners)
 def test_the_prediction_is_what_the_profile_says_about_the_plan(
     profile: Profile, budget: float, limit: dict[str, Any], planner: str
@@ -360,7 +360,7 @@ def steps_of(profile: Profile) -> list[float]:
     return [b + (i + 0.5) / bin.steps for b, bin in enumerate(profile.bins) for i in range(bin.steps)]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(), budget=budgets, limit=limits, planner=planners)
 def test_the_schedule_saves_the_time_that_was_predicted(
     profile: Profile, budget: float, limit: dict[str, Any], planner: str
@@ -374,7 +374,7 @@ def test_the_schedule_saves_the_time_that_was_predicted(
     assert plan.prediction.time_ratio == pytest.approx(1 - np.mean([saved[engine] for engine in schedule]), abs=1e-9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(), budget=budgets, limit=limits, planner=planners)
 def test_what_is_reused_comes_from_a_cycle_that_begins_with_the_full_engine(
     profile: Profile, budget: float, limit: dict[str, Any], planner: str
@@ -425,7 +425,7 @@ def check_form(profile: Profile, chosen: Mapping[BinRun, Sequence[int]], options
     assert 1 + sum(map(search.memory, chosen.values())) <= (options.max_memory or np.inf) + SLACK
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(profile=profiles(components=4, bins=3), budget=budgets, limit=limits)
 def test_no_plan_is_better(profile: Profile, budget: float, limit: dict[str, Any]) -> None:
     options = PlanOptions(budget=budget, **limit)
@@ -443,7 +443,7 @@ def test_no_plan_is_better(profile: Profile, budget: float, limit: dict[str, Any
     assert least * (1 - 1e-9) - 1e-12 <= squared <= enough * (1 + GAP) + 1e-12
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(profile=profiles(components=4, bins=3), budget=budgets, limit=limits)
 def test_the_fast_solver_finds_the_best_for_the_time_it_saves(
     profile: Profile, budget: float, limit: dict[str, Any]
@@ -461,7 +461,7 @@ def test_the_fast_solver_finds_the_best_for_the_time_it_saves(
     assert squared <= search.best(options, saved - 1e-9) * (1 + 1e-6) + 1e-12
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(profile=profiles(components=4, bins=3), budget=budgets, limit=limits, memory=st.floats(1, 3))
 def test_the_fast_solver_keeps_to_the_memory_and_does_not_pay_for_what_it_does_not_need(
     profile: Profile, budget: float, limit: dict[str, Any], memory: float
@@ -481,7 +481,7 @@ def test_the_fast_solver_keeps_to_the_memory_and_does_not_pay_for_what_it_does_n
         assert squared >= search.bounds(options, budget)[0] * (1 - 1e-9) - 1e-12
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(profile=profiles(components=6, bins=5), budget=budgets, limit=limits)
 def test_fast_is_never_better_than_exact_and_as_good_where_exact_saves_as_much(
     profile: Profile, budget: float, limit: dict[str, Any]
@@ -503,7 +503,7 @@ def test_fast_is_never_better_than_exact_and_as_good_where_exact_saves_as_much(
         assert squared == pytest.approx(search.total(again)[1], rel=GAP, abs=1e-12)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(), budget=budgets, limit=limits, planner=planners)
 def test_every_component_gets_the_least_harmful_treatment(
     profile: Profile, budget: float, limit: dict[str, Any], planner: str
@@ -732,7 +732,7 @@ def test_a_component_whose_damage_was_not_measured_is_kept() -> None:
         make_plan(unmeasured, PlanOptions(budget=most + 0.01))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(profile=profiles(components=4, bins=3), limit=limits)
 def test_an_impossible_budget_names_the_most_that_can_be_saved(profile: Profile, limit: dict[str, Any]) -> None:
     search, options = Search(profile), PlanOptions(budget=0.5, **limit)

@@ -29,7 +29,7 @@ from unetc.runtime.bundle import Bundle
 ENGINE = "engines/full.onnx"
 WEIGHTS = "weights.safetensors"
 SCHEDULER = "scheduler.safetensors"
-TRIALS_PER_FILE = 25
+TRIALS_PER_FILE = 12
 """With 15 files and 3 kinds of damage: 1125 damaged bundles."""
 
 

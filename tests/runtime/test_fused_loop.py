@@ -154,7 +154,7 @@ def test_a_fused_trajectory_from_an_image_is_the_plain_one(name: str, first: int
         assert np.abs(got - expected).max() <= ROUNDING * max(1.0, np.abs(expected).max())
 
 
-@settings(max_examples=30)  # the interpreter takes a tenth of a second for a step
+@settings(max_examples=12)  # the interpreter takes a tenth of a second for a step
 @given(st.data())
 def test_any_table_is_fused_as_it_is_computed(data: st.DataObject) -> None:
     steps, window = data.draw(st.integers(1, 6), label="steps"), data.draw(st.integers(1, 4), label="window")

@@ -151,9 +151,15 @@ CASES = [
     ("added-kv", "ddpm", "epsilon", 3.0, True),
 ]
 """Architecture, scheduler, prediction, guidance scale, and whether the variance is predicted."""
+SLOW = (CASES[2], CASES[5])
+"""Of which ordinary runs have a neighbour in every part."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.nightly] * (case in SLOW)) for case in CASES],
+    ids=lambda case: "-".join(map(str, case)),
+)
 def test_a_session_samples_as_the_reference(case: tuple[str, str, str, float, bool], shared: Path) -> None:
     architecture, scheduler, kind, scale, learned = case
     session = session_of(tiny_of(architecture, shared), scheduler, kind, scale=scale, learned=learned)
