@@ -31,7 +31,7 @@ GROUND = {
     "extras",
 }
 GROUND |= {"metrics", "models", "nvidia", "percent", "precision", "progress", "report", "sampler", "tensors", "timing"}
-GROUND |= {"jobs", "memory", "ray_token", "ray_workers", "temporary", "treatments"}
+GROUND |= {"jobs", "lock", "memory", "ray_token", "ray_workers", "temporary", "treatments"}
 FRONT_DOOR = {"", "__main__", "api", "cli", "demo", "diffusers", "server", "triton"}
 FLOORS = (GROUND, {"runtime"}, {"compiler"}, {"analyzer"}, FRONT_DOOR)
 """The house from the ground up, as children of unetc: each floor may import itself and the floors below it.
