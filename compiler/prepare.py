@@ -116,11 +116,10 @@ def prepare_scheduler(
     """Extract a scheduler's tables for many step counts, including the given ones.
 
     Raises:
-        ModelError: If the scheduler is unknown or cannot be expressed as a table.
+        ModelError: If the scheduler is unknown, or cannot do the given step counts.
     """
-    wanted = sorted({*STEP_COUNTS, *counts})
 
     def report(done: int, total: int) -> None:
         on_progress(Progress(stage="scheduler", done=done, total=total))
 
-    return extract_all(scheduler_for(scheduler, model), scheduler, wanted, report)
+    return extract_all(scheduler_for(scheduler, model), scheduler, STEP_COUNTS, report, asked=counts)

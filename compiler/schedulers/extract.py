@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,37 +50,51 @@ def extract_all(
     name: str,
     counts: Iterable[int] = STEP_COUNTS,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    asked: Collection[int] = (),
 ) -> SchedulerTables:
     """Read the tables for many step counts.
 
     Args:
         scheduler: As made by `make_scheduler`; it is not changed.
         name: Its key in `SCHEDULERS`.
-        counts: The step counts wanted; those that `supports` denies are left out.
+        counts: The step counts to offer; those that the scheduler cannot do are left out.
         on_progress: Called with (done, total) after each step count.
+        asked: Step counts that must not be left out; they come first.
 
     Returns:
         The tables of all step counts that the scheduler can do.
 
     Raises:
-        ModelError: If the scheduler cannot do any of the step counts, or cannot be expressed as a table.
+        ModelError: If the scheduler cannot do any of the step counts, or one that is asked for.
     """
     check_values(type(scheduler).__name__, scheduler.config)
-    wanted = sorted(set(counts))
-    begun = {steps: one for steps in wanted if (one := _proper(scheduler, steps)) is not None}
-    if not begun:
+    needed = {steps: _begin(scheduler, steps) for steps in sorted(set(asked))}
+    wanted = sorted({*counts} - {*needed})
+    offered = {steps: one for steps in wanted if (one := _proper(scheduler, steps)) is not None}
+    if not needed and not offered:
         raise ModelError(f"{type(scheduler).__name__} can do none of the step counts {wanted}. Choose others.")
-    if left_out := sorted(set(wanted) - set(begun)):
+    if left_out := sorted(set(wanted) - set(offered)):
         logger.info("%s cannot do %s steps; left out", type(scheduler).__name__, left_out)
-    tables = []
-    for steps, one in begun.items():
-        tables.append(_extract(one, steps))
+    tables: dict[int, SchedulerTable] = {}
+    errors: list[ModelError] = []
+    begun = needed | offered
+    for done, (steps, one) in enumerate(begun.items(), start=1):
+        try:
+            tables[steps] = _extract(one, steps)
+        except ModelError as error:
+            if steps in needed:
+                raise
+            errors.append(error)
+            logger.info("%d steps are left out: %s", steps, error)
         if on_progress is not None:
-            on_progress(len(tables), len(begun))
+            on_progress(done, len(begun))
+    if not tables:
+        raise errors[0]
     timesteps, levels = trained_levels(scheduler)
     return SchedulerTables(
         name=name,
-        tables=tuple(tables),
+        tables=tuple(tables[steps] for steps in sorted(tables)),
         trained_timesteps=timesteps,
         trained_log_snr=levels,
         one_size=scheduler.config.get("mu") is not None,
@@ -91,8 +105,8 @@ def supports(scheduler: Scheduler, steps: int) -> bool:
     """Check whether diffusers makes a proper schedule with a number of steps.
 
     Rounding sometimes makes it one of another length (61 steps with spacing "trailing"), one beyond the training
-    timesteps, or one with steps that do not change the noise level. It may also make the first two timesteps equal, so
-    that a pipeline would start one step late.
+    timesteps, one with steps that do not change the noise level, or one of NaN. It may also make the first two
+    timesteps equal, so that a pipeline would start one step late.
 
     Args:
         scheduler: Is not changed.
@@ -118,7 +132,8 @@ def _proper(scheduler: Scheduler, steps: int) -> Any:
     if not _is_continuous(begun) and begun.timesteps.min() < 0:
         return None
     levels = log_snr(begun)
-    return begun if np.all(np.diff(levels if calls == steps else rising(levels)) > 0) else None
+    rises = np.all(np.diff(levels if calls == steps else rising(levels)) > 0)
+    return begun if rises and np.isfinite(levels).all() else None
 
 
 def _is_continuous(scheduler: Scheduler) -> bool:
@@ -139,15 +154,23 @@ def extract(scheduler: Scheduler, steps: int) -> SchedulerTable:
     Raises:
         ModelError: If the scheduler cannot do that many steps or cannot be expressed as a table.
     """
-    begun = _proper(scheduler, steps)
-    if begun is None:
-        trained = scheduler.config.get("num_train_timesteps")
-        reason = f": it has {trained} timesteps" if isinstance(trained, int) and steps > trained else ""
-        reason = reason or _twice(scheduler, steps)
-        raise ModelError(
-            f"{type(scheduler).__name__} makes no proper schedule of {steps} steps{reason}. Choose another number."
-        )
-    return _extract(begun, steps)
+    return _extract(_begin(scheduler, steps), steps)
+
+
+def _begin(scheduler: Scheduler, steps: int) -> Any:
+    """Begin a trajectory with a proper schedule.
+
+    Raises:
+        ModelError: If diffusers makes none with this number of steps.
+    """
+    if (begun := _proper(scheduler, steps)) is not None:
+        return begun
+    trained = scheduler.config.get("num_train_timesteps")
+    reason = f": it has {trained} timesteps" if isinstance(trained, int) and steps > trained else ""
+    reason = reason or _twice(scheduler, steps)
+    raise ModelError(
+        f"{type(scheduler).__name__} makes no proper schedule of {steps} steps{reason}. Choose another number."
+    )
 
 
 def _twice(scheduler: Scheduler, steps: int) -> str:

@@ -44,10 +44,9 @@ class Scheduler(Protocol):
 def begin(scheduler: Scheduler, steps: int) -> Any:
     """Copy a scheduler and set it to the beginning of a trajectory."""
     fresh: Any = copy.deepcopy(scheduler)
-    if (shift := fresh.config.get("mu")) is None:
-        fresh.set_timesteps(steps)
-    else:
-        fresh.set_timesteps(steps, mu=shift)
+    options = {} if (shift := fresh.config.get("mu")) is None else {"mu": shift}
+    with np.errstate(invalid="ignore"):  # a schedule of NaN is refused by its levels: see `supports` in extract
+        fresh.set_timesteps(steps, **options)
     # otherwise it searches for the first timestep: see `starts_late`
     if hasattr(fresh, "set_begin_index"):
         fresh.set_begin_index(0)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as untyped_diffusers
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from unetc.compiler.prepare import prepare_scheduler
 from unetc.compiler.schedulers.extract import extract, extract_all, supports
 from unetc.compiler.schedulers.make import make_scheduler
 from unetc.compiler.schedulers.walk import LOG_SNR_LIMIT
@@ -292,6 +294,43 @@ def test_step_counts_that_diffusers_gets_wrong_are_left_out() -> None:
     assert calls == [(1, 2), (2, 2)]
     with pytest.raises(ModelError, match="none of the step counts"):
         extract_all(scheduler, "ddim", (61, 2000))
+
+
+def test_a_count_that_is_only_offered_is_left_out_where_no_table_can_express_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheduler = scheduler_of("ddim", num_train_timesteps=100, rescale_betas_zero_snr=True, clip_sample=False)
+    calls = list[tuple[int, int]]()
+    with caplog.at_level("INFO", logger="unetc"):
+        tables = extract_all(scheduler, "ddim", (100, 5, 4), lambda done, total: calls.append((done, total)))
+    assert tables.counts == (4, 5)
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert "100 steps are left out: DDIMScheduler gives NaN" in caplog.text
+
+
+def test_a_count_that_is_asked_for_is_refused_where_no_table_can_express_it() -> None:
+    scheduler = scheduler_of("ddim", num_train_timesteps=100, rescale_betas_zero_snr=True, clip_sample=False)
+    with pytest.raises(ModelError, match="NaN or infinity in 100 steps"):
+        extract_all(scheduler, "ddim", (4, 5), asked=(100,))
+    with pytest.raises(ModelError, match="no proper schedule of 2000 steps"):
+        extract_all(scheduler, "ddim", (4, 5), asked=(2000,))
+    assert extract_all(scheduler, "ddim", (4, 100), asked=(5,)).counts == (4, 5)
+
+
+def test_the_reason_is_said_where_no_count_is_left() -> None:
+    scheduler = scheduler_of("ddim", num_train_timesteps=100, rescale_betas_zero_snr=True, clip_sample=False)
+    with pytest.raises(ModelError, match="NaN or infinity in 100 steps"):
+        extract_all(scheduler, "ddim", (100, 2000))
+
+
+def test_a_model_is_prepared_without_the_counts_that_nobody_asked_for() -> None:
+    config = dict(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift_terminal=0.1).config)
+    model: Any = SimpleNamespace(scheduler_config=config, reference=SimpleNamespace(pipeline="DDIMPipeline"))
+    tables = prepare_scheduler(model, "flow-euler", (7,))
+    assert 7 in tables.counts
+    assert 1 not in tables.counts
+    with pytest.raises(ModelError, match="no proper schedule of 1 steps"):
+        prepare_scheduler(model, "flow-euler", (1,))
 
 
 def test_last_training_timestep_is_not_passed() -> None:
