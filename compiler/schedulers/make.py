@@ -11,13 +11,13 @@ import diffusers
 
 from unetc.errors import ModelError
 from unetc.models.model import Model
-from unetc.models.pipelines import PIPELINES
+from unetc.models.pipelines import PIPELINES, denoiser_channels
 from unetc.models.quiet import quiet
 
 from .classes import CLASSES, Family
 from .keys import check_source, check_values, keys_of
 from .names import SCHEDULERS
-from .walk import Scheduler
+from .walk import Scheduler, asks_variance
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,19 @@ def scheduler_for(name: str, model: Model) -> Scheduler:
         model: The model; the class of its pipeline has its say.
 
     Raises:
-        ModelError: As `make_scheduler` does.
+        ModelError: As `make_scheduler` does, or if the scheduler needs a variance that the model does not predict.
     """
-    return make_scheduler(name, model.scheduler_config, model.reference.pipeline)
+    scheduler = make_scheduler(name, model.scheduler_config, model.reference.pipeline)
+    if asks_variance(scheduler):
+        channels = model.sample_shape[0]
+        _, predicted = denoiser_channels(model.reference.denoiser, model.denoiser_config)
+        if predicted == channels:
+            raise ModelError(
+                f"{type(scheduler).__name__} has variance_type learned_range, so it needs a predicted variance of its "
+                f"noise, but {model.reference.name} predicts only the {channels} channels of its samples. Use a "
+                "scheduler with a fixed variance (variance_type fixed_small or fixed_large), or ddim."
+            )
+    return scheduler
 
 
 def turns_guidance_round(scheduler: Scheduler) -> bool:

@@ -443,6 +443,14 @@ def other_model(tiny_model: Path) -> Path:
     return folder
 
 
+def without_variance(tiny_model: Path) -> Path:
+    """Copy a model and give it a scheduler that asks it for a variance."""
+    folder = Path(shutil.copytree(tiny_model, "other"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"variance_type": "learned_range"}))
+    return folder
+
+
 def cheap(profile: Path) -> Path:
     """Copy a profile and say that removing a component saves next to nothing."""
     known = Profile.load(profile)
@@ -473,6 +481,18 @@ FAILURES: dict[str, tuple[Callable[[Any], tuple[object, ...]], str]] = {
     "unknown scheduler": (
         lambda at: ("analyze", at.model, "--scheduler", "magic", "--cache", at.cache),
         "unknown scheduler 'magic'",
+    ),
+    "scheduler that needs a variance, analyze": (
+        lambda at: ("analyze", without_variance(at.model), "--scheduler", "ddpm", "--cache", at.cache),
+        "needs a predicted variance of its noise, but other predicts only",
+    ),
+    "scheduler that needs a variance, build": (
+        lambda at: ("build", without_variance(at.model), "--scheduler", "ddpm", "--cache", at.cache),
+        "needs a predicted variance of its noise, but other predicts only",
+    ),
+    "scheduler that needs a variance, pareto": (
+        lambda at: ("pareto", without_variance(at.model), "--scheduler", "ddpm", "--cache", at.cache),
+        "needs a predicted variance of its noise, but other predicts only",
     ),
     "unknown target": (
         lambda at: ("analyze", at.model, "--target", "cuda", "--cache", at.cache),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unetc.compiler.schedulers.make import scheduler_for
 from unetc.errors import ModelError
 from unetc.models.find import find_model
 
@@ -176,6 +177,34 @@ def test_a_variance_is_predicted_only_where_the_scheduler_learns_it(folder: Path
     assert find_model(str(folder)).sample_shape == (2, 16, 24)
     edit(folder / "unet/config.json", out_channels=6)
     assert "Expected 2 or 4" in refusal(lambda: find_model(str(folder)))
+
+
+def test_a_scheduler_that_needs_a_variance_is_refused_for_a_model_without_one(folder: Path) -> None:
+    assert scheduler_for("ddpm", find_model(str(folder)))
+    edit(folder / "scheduler/scheduler_config.json", variance_type="learned_range")
+    model = find_model(str(folder))
+    message = refusal(lambda: scheduler_for("ddpm", model))
+    assert "needs a predicted variance" in message
+    assert "predicts only the 2 channels of its samples" in message
+    assert "or ddim" in message
+    for other in ("ddim", "euler", "dpmsolver++"):
+        assert scheduler_for(other, model)
+
+
+def test_a_scheduler_that_needs_a_variance_is_refused_where_channels_are_left_to_the_defaults(tmp_path: Path) -> None:
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        norm_num_groups=4,
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    edit(tmp_path / "unet/config.json", in_channels=..., out_channels=...)
+    message = refusal(lambda: scheduler_for("ddpm", find_model(str(tmp_path))))
+    assert "predicts only the 3 channels of its samples" in message
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,8 @@ def sample_channels(pipeline: str, config: Mapping[str, Any], variance_type: str
         ModelError: If the pipeline does not give the denoiser the channels that it takes, or their numbers do not fit.
     """
     kind = PIPELINES[pipeline]
-    default = 4 if kind.denoiser == "UNet2DConditionModel" else 3
     try:
-        taken, predicted = (int(config.get(key, default)) for key in ("in_channels", "out_channels"))
+        taken, predicted = denoiser_channels(kind.denoiser, config)
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"the denoiser has in_channels {config.get('in_channels')} and out_channels {config.get('out_channels')}. "
@@ -138,6 +137,21 @@ def sample_channels(pipeline: str, config: Mapping[str, Any], variance_type: str
             f"{' or '.join(map(str, allowed))}, because its scheduler has variance_type {variance_type}."
         )
     return channels
+
+
+def denoiser_channels(denoiser: str, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Read the numbers of channels that a UNet takes and predicts, with the defaults of diffusers.
+
+    Args:
+        denoiser: Class of the UNet.
+        config: Its configuration.
+
+    Raises:
+        TypeError: If one of them is no number.
+        ValueError: If one of them is text that is no number.
+    """
+    default = 4 if denoiser == "UNet2DConditionModel" else 3
+    return int(config.get("in_channels", default)), int(config.get("out_channels", default))
 
 
 def _wrong_channels(pipeline: str, taken: int, latent_channels: int) -> str:
