@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from unetc.artifacts.profile import Component
 from unetc.artifacts.sizes import SampleSizes
 from unetc.call import CallSignature
 from unetc.compiler.graph.denoisers.denoiser import Denoiser, denoiser_of
-from unetc.compiler.graph.denoisers.inputs import Input
+from unetc.compiler.graph.denoisers.inputs import forms
 from unetc.errors import ModelError
 
 from .components import Site, discover
@@ -82,7 +82,7 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, SampleSizes]:
     """Trace with dynamic batch, height and width, or with fixed sizes if the model does not allow dynamic ones."""
     gates: list[dict[int, object]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}]
     errors: list[Exception] = []
-    for inputs in _forms(denoiser.inputs):
+    for inputs in forms(denoiser.inputs):
         (sample,) = (item for item in inputs if item.name == SAMPLE)
         height, width = sample.example.shape[2:]
         sizes = denoiser.sizes if sample.dynamic else SampleSizes(multiple=1, only=(height, width))
@@ -99,13 +99,6 @@ def _export(denoiser: Denoiser) -> tuple[ExportedProgram, SampleSizes]:
         f"torch.export cannot trace {type(denoiser.model).__name__}: {reason}. "
         "Models with hooks, custom attention processors or data-dependent control flow cannot be captured."
     ) from errors[-1]
-
-
-def _forms(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
-    """Yield the inputs in the order to try them: with dynamic sizes first, then at their native size."""
-    yield inputs
-    if any(item.native is not None for item in inputs):
-        yield tuple(item if item.native is None else Input(name=item.name, example=item.native) for item in inputs)
 
 
 def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:

@@ -10,11 +10,12 @@ import diffusers as untyped_diffusers
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from tests.models import ARCHITECTURES, Block, Tiny, new_denoiser, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component
 from unetc.compiler.graph.capture import Capture, capture
+from unetc.compiler.graph.denoisers import denoiser as denoisers
 from unetc.compiler.graph.denoisers.denoiser import denoiser_of
 from unetc.compiler.graph.gate import gate_values
 from unetc.errors import ModelError
@@ -224,8 +225,9 @@ def capture_block(compute: Callable[..., Any], **layers: nn.Module) -> tuple[Any
 
 
 def example_inputs() -> dict[str, Tensor]:
-    """Make the inputs that a toy denoiser is captured with."""
-    return {item.name: item.example for item in denoiser_of(toy_denoiser(nn.Identity())).inputs}
+    """Make the inputs of a toy denoiser, with even sides, which every toy takes."""
+    block = Block(lambda block, sample, timestep: pixel_shuffle(pixel_unshuffle(sample, 2), 2))
+    return {item.name: item.example for item in denoiser_of(toy_denoiser(block)).inputs}
 
 
 @torch.no_grad()
@@ -440,10 +442,83 @@ def test_hooks_and_patches_are_refused_by_name() -> None:
 @pytest.mark.parametrize("message", ["", "needs a label\nsecond line"])
 def test_model_that_cannot_be_traced_is_refused_with_the_reason(message: str) -> None:
     def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(message)
+        return sample
+
+    with pytest.raises(
+        ModelError, match=r"cannot trace UNet2DModel: \S[^\n]*hooks, custom attention processors[^\n]*$"
+    ):
+        capture_block(compute)
+
+
+@pytest.mark.parametrize("message", ["", "needs a label\nsecond line"])
+def test_model_that_runs_nowhere_is_refused_before_the_trace(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
         raise NotImplementedError(message)
 
-    with pytest.raises(ModelError, match=r"cannot trace UNet2DModel: \S[^\n]*$"):
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("traced first"))
+    with pytest.raises(ModelError, match=r"diffusers itself cannot run this UNet2DModel: \S[^\n]*$") as caught:
         capture_block(compute)
+    assert "hooks" not in str(caught.value)
+
+
+_SMALL: Mapping[str, Any] = {
+    "sample_size": 16,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "block_out_channels": (8, 16),
+    "cross_attention_dim": 12,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"dual_cross_attention": True}, id="dual cross-attention"),
+        pytest.param(
+            {
+                "block_out_channels": (32, 32),
+                "down_block_types": ("SkipDownBlock2D",) * 2,
+                "up_block_types": ("SkipUpBlock2D",) * 2,
+            },
+            id="skip blocks",
+        ),
+        pytest.param(
+            {
+                "block_out_channels": (32, 64),
+                "attention_head_dim": 16,
+                "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D"),
+                "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D"),
+                "mid_block_type": None,
+                "time_embedding_dim": 20,
+            },
+            id="width of the time embedding",
+        ),
+    ],
+)
+def test_a_unet_that_diffusers_cannot_run_is_refused_with_its_error(config: Mapping[str, Any]) -> None:
+    denoiser = diffusers.UNet2DConditionModel(**{**_SMALL, **config})
+    with pytest.raises(ModelError, match=r"diffusers itself cannot run this UNet2DConditionModel: \S"):
+        capture(denoiser)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_examples_run_again_only_where_no_size_has_run(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    problem = denoisers._SizeTrial.problem
+    monkeypatch.setattr(denoisers._SizeTrial, "problem", lambda trial: tried.append(trial) or problem(trial))
+
+    def compute(block: Any, sample: Tensor, timestep: Tensor) -> Any:
+        if not runs and sample.shape[-1] < 8:
+            raise ValueError("too small")
+        return sample
+
+    denoiser_of(toy_denoiser(Block(compute)))
+    assert len(tried) == (0 if runs else 1)
 
 
 def test_size_is_fixed_where_the_model_fixes_it() -> None:

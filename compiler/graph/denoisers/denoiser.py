@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from unetc.artifacts.sizes import SampleSizes
 from unetc.call import CallSignature
 from unetc.controlnet import ControlNetInput, controlnet_inputs
-from unetc.errors import ModelError
+from unetc.errors import ModelError, brief
 
-from .inputs import Input, Signature
+from .inputs import Input, Signature, forms
 from .transformers import TRANSFORMERS
 from .unet import UNETS
 
@@ -65,8 +65,8 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False, calls: CallSignat
         calls: The calls of a UNet; by default they follow from its configuration.
 
     Raises:
-        ModelError: If its class or a part of its configuration is not supported, or if it takes no ControlNet inputs.
-            The message names the class or the part.
+        ModelError: If its class or a part of its configuration is not supported, if it takes no ControlNet inputs, or
+            if diffusers cannot run it. The message names the class or the part.
     """
     name = type(model).__name__
     if name in _REFUSED:
@@ -84,9 +84,15 @@ def denoiser_of(model: nn.Module, *, controlnet: bool = False, calls: CallSignat
     *finer, coarsest = signature.multiples(model)
     multiple = next((one for one in finer if _SizeTrial(model, signature, one).takes_examples()), coarsest)
     trial = _SizeTrial(model, signature, multiple)
+    smallest = next((side for side in range(multiple, 2 * coarsest + 1, multiple) if trial.takes(side)), None)
+    if smallest is None and (problem := trial.problem()) is not None:
+        raise ModelError(
+            f"diffusers itself cannot run this {name}: {brief(problem)}. Check its configuration: some settings may "
+            "not fit together. If diffusers makes images with the model, report a bug of unetc."
+        ) from problem
     sizes = SampleSizes(
         multiple=multiple,
-        smallest=next((side for side in range(multiple, 2 * coarsest + 1, multiple) if trial.takes(side)), multiple),
+        smallest=multiple if smallest is None else smallest,
         largest=None if signature.largest is None else signature.largest(model),
     )
     inputs = signature.inputs(model, generator := torch.Generator().manual_seed(0), multiple)
@@ -121,14 +127,30 @@ class _SizeTrial:
 
         return self._predicts({}, tuple(resize(item.example) for item in self._inputs))
 
+    def problem(self) -> Exception | None:
+        """Return the error of a denoiser that runs neither its examples nor those of its trained size."""
+        problem = None
+        for inputs in forms(self._inputs):
+            try:
+                self._predict({}, tuple(item.example for item in inputs))
+            except Exception as error:  # any model may fail in any way
+                problem = error
+            else:
+                return None
+        return problem
+
     def _predicts(self, tensors: Mapping[str, Tensor], values: tuple[Tensor, ...]) -> bool:
         """Check whether a prediction has the height and width of its sample."""
         try:
-            with torch.no_grad():
-                prediction: Tensor = torch.func.functional_call(self._denoiser, dict(tensors), values)
+            prediction = self._predict(tensors, values)
         except Exception:  # any model may refuse a size in any way
             return False
         return prediction.shape[2:] == values[0].shape[2:]
+
+    def _predict(self, tensors: Mapping[str, Tensor], values: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            prediction: Tensor = torch.func.functional_call(self._denoiser, dict(tensors), values)
+        return prediction
 
 
 def _controlnet_examples(model: Any, sample: Input, generator: torch.Generator) -> list[Input]:

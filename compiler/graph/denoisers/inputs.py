@@ -5,7 +5,7 @@ Names follow diffusers; the names of ControlNet inputs follow StreamDiffusion.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,13 @@ class Signature:
     """Calls a denoiser with inputs by name; returns [batch, channel, height, width]."""
     largest: Callable[[Any], int] | None = None
     """Computes the largest height and width; None if there is no limit."""
+
+
+def forms(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
+    """Yield the inputs in the order to try them: with dynamic sizes first, then at their native size."""
+    yield inputs
+    if any(item.native is not None for item in inputs):
+        yield tuple(item if item.native is None else Input(name=item.name, example=item.native) for item in inputs)
 
 
 def text(name: str, width: int, generator: torch.Generator) -> Input:
