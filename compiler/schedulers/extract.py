@@ -18,12 +18,13 @@ from unetc.errors import ModelError
 from unetc.sampler.table import SchedulerTable, SchedulerTables
 
 from .along import begin_along, begin_between
-from .keys import check_values
+from .keys import check_values, keys_of
 from .names import SCHEDULERS
 from .probe import MOST, probe
-from .replay import replay
+from .replay import replay, stays_finite
 from .solve import solve
 from .walk import (
+    LOG_SNR_LIMIT,
     Scheduler,
     asks_variance,
     at_first_order,
@@ -231,12 +232,7 @@ def _extract(begun: Any, steps: int) -> SchedulerTable:
             error
         )
     if not np.isfinite(answers.next_samples).all():
-        raise ModelError(
-            f"{name} gives NaN or infinity in {steps} steps, in diffusers too. If its schedule ends in pure noise "
-            "(rescale_betas_zero_snr), it needs prediction_type v_prediction or sample. If it ends without any noise "
-            "(final_sigmas_type zero), it needs the defaults of lower_order_final, predict_x0 and solver_type. "
-            "Otherwise choose another scheduler."
-        )
+        raise ModelError(_not_finite(begun, steps))
     table = solve(begun, answers, widest, steps, first=first)
     difference = replay(begun, table)
     if not difference <= TOLERANCE:
@@ -247,6 +243,41 @@ def _extract(begun: Any, steps: int) -> SchedulerTable:
     if table.start_prediction.any() and not _starts(begun, table):
         table = replace(table, start_sample=np.zeros(table.steps), start_prediction=np.zeros(table.steps))
     return table
+
+
+def _not_finite(begun: Any, steps: int) -> str:
+    """Say why the answers of a scheduler are not finite: diffusers fails too, or only the zeros of a probe do."""
+    name = type(begun).__name__
+    keys = keys_of(name)
+    if not stays_finite(begun):
+        return f"{name} gives NaN or infinity in {steps} steps, in diffusers too. {' '.join(_hints(keys))}"
+    if "clip_sample" in keys and begun.config.get("clip_sample") and log_snr(begun).min() <= -LOG_SNR_LIMIT:
+        return (
+            f"{name} in {steps} steps starts from pure noise, where it divides by zero and clips the result "
+            "(clip_sample). diffusers does this, but a table cannot express it. A model of such a schedule needs "
+            "prediction_type v_prediction or sample. For another one, set rescale_betas_zero_snr to false, or choose "
+            "another number of steps or another scheduler."
+        )
+    return (
+        f"{name} in {steps} steps gives NaN or infinity for samples or predictions of zero, but not for others. A "
+        "table cannot express this. Choose another scheduler."
+    )
+
+
+def _hints(keys: Collection[str]) -> list[str]:
+    """Advise on settings that make diffusers divide by zero, as far as a class has them."""
+    hints = []
+    if "rescale_betas_zero_snr" in keys:
+        hints.append(
+            "If its schedule ends in pure noise (rescale_betas_zero_snr), it needs prediction_type v_prediction or "
+            "sample."
+        )
+    defaults = [key for key in ("lower_order_final", "predict_x0", "solver_type") if key in keys]
+    if "final_sigmas_type" in keys and defaults:
+        hints.append(
+            f"If it ends without any noise (final_sigmas_type zero), it needs the defaults of {', '.join(defaults)}."
+        )
+    return [*hints, "Otherwise choose another scheduler." if hints else "Choose another scheduler."]
 
 
 def _starts(begun: Any, table: SchedulerTable) -> bool:

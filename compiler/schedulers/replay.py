@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from unetc.sampler.table import SchedulerTable, update
 
-from .walk import asks_variance, make_step, model_input, takes_noise
+from .walk import asks_variance, is_flow, make_step, model_input, takes_noise
 
 _SHAPE = (2, 1, 8, 8)
 
@@ -27,25 +28,55 @@ def replay(begun: Any, table: SchedulerTable, first: int = 0) -> float:
         table: Its table.
         first: Step at which both begin.
     """
-    fresh, asked = copy.deepcopy(begun), asks_variance(begun)
+    fresh = copy.deepcopy(begun)
     if first:
         fresh.set_begin_index(first)
-    # a scheduler that takes its noise rounds it to float32
-    kind = torch.float32 if takes_noise(begun) else torch.float64
     expected = table.initial_scale * _normal(table.steps)
     actual, differences = expected.numpy(), []
     samples, predictions = (deque[NDArray[np.float64]](maxlen=table.window) for _ in range(2))
     for step, timestep in enumerate(fresh.timesteps[first:], start=first):
-        prediction = _fake_model(model_input(fresh, expected, timestep).numpy(), float(timestep))
-        variance = 1.2 * np.cos(2.0 * np.arange(prediction.size) + step).reshape(prediction.shape)
-        output = np.concatenate([prediction, variance], axis=1) if asked else prediction
-        noise = _normal(step).to(kind).double()
-        expected = make_step(fresh, torch.from_numpy(output), timestep, expected, noise, seed=step).prev_sample
+        expected = _advance(fresh, step, timestep, expected)
         samples.appendleft(actual)
         predictions.appendleft(_fake_model(table.input_scale[step] * actual, float(table.timesteps[step])))
-        actual = update(table, step, samples, predictions, noise.numpy(), variance)
+        actual = update(table, step, samples, predictions, _noise(fresh, step).numpy(), _variance(step))
         differences.append(np.abs(actual - expected.numpy()).max() / expected.abs().max().item())
     return float(np.max(differences))
+
+
+def stays_finite(begun: Any) -> bool:
+    """Sample a fake model with the scheduler alone; check that no step gives NaN or infinity.
+
+    Args:
+        begun: A scheduler that `begin` made; it is not changed.
+    """
+    fresh = copy.deepcopy(begun)
+    sample = _normal(len(fresh.timesteps)) * (1.0 if is_flow(begun) else float(begun.init_noise_sigma))
+    for step, timestep in enumerate(fresh.timesteps):
+        sample = _advance(fresh, step, timestep, sample)
+        if not sample.isfinite().all():
+            return False
+    return True
+
+
+def _advance(fresh: Any, step: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """Make a step with the scheduler."""
+    output = _fake_model(model_input(fresh, sample, timestep).numpy(), float(timestep))
+    if asks_variance(fresh):
+        output = np.concatenate([output, _variance(step)], axis=1)
+    answer = make_step(fresh, torch.from_numpy(output), timestep, sample, _noise(fresh, step), seed=step)
+    advanced: torch.Tensor = answer.prev_sample
+    return advanced
+
+
+def _noise(fresh: Any, step: int) -> torch.Tensor:
+    """Draw the noise of a step; a scheduler that takes its noise rounds it to float32."""
+    return _normal(step).to(torch.float32 if takes_noise(fresh) else torch.float64).double()
+
+
+def _variance(step: int) -> NDArray[np.float64]:
+    """Predict a variance that is sometimes beyond its bounds."""
+    values: NDArray[np.float64] = 1.2 * np.cos(2.0 * np.arange(math.prod(_SHAPE)) + step)
+    return values.reshape(_SHAPE)
 
 
 def _normal(seed: int) -> torch.Tensor:

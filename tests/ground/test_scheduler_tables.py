@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import subprocess
 import sys
@@ -228,6 +229,63 @@ def test_zero_terminal_snr_is_clamped() -> None:
     assert relative_difference(sample_table(table), sample_diffusers(scheduler, 10)) < 1e-5
     with pytest.raises(ModelError, match="v_prediction"):
         extract(scheduler_of("ddim", prediction_type="epsilon", **config), 10)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_diffusers_is_not_blamed_for_a_step_that_it_clips(name: str) -> None:
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "epsilon"}
+    scheduler = scheduler_of(name, clip_sample=True, **config)
+    assert np.isfinite(sample_diffusers(scheduler, 10)).all()
+    with pytest.raises(
+        ModelError, match=r"starts from pure noise.*a table cannot express it\. A model.* set rescale_"
+    ) as caught:
+        extract(scheduler, 10)
+    assert "NaN" not in str(caught.value)
+    with pytest.raises(ModelError, match="gives NaN or infinity in 10 steps, in diffusers too"):
+        extract(scheduler_of(name, clip_sample=False, **config), 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("ddim", {"rescale_betas_zero_snr"}),
+        ("dpmsolver++-singlestep", {"final_sigmas_type", "lower_order_final", "solver_type"}),
+        ("euler", {"rescale_betas_zero_snr"}),
+        ("pndm", set()),
+    ],
+)
+def test_the_advice_names_only_settings_that_the_class_has(
+    name: str, named: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = scheduler_of(name, clip_sample=False)
+    step = type(scheduler).step
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        answer = step(*arguments, **options)
+        answer.prev_sample = answer.prev_sample * np.nan
+        return answer
+
+    monkeypatch.setattr(type(scheduler), "step", functools.wraps(step)(broken))
+    with pytest.raises(ModelError, match=r"NaN or infinity in 10 steps, in diffusers too\. .*hoose another") as caught:
+        extract(scheduler, 10)
+    advice = str(caught.value)
+    settings = "rescale_betas_zero_snr", "final_sigmas_type", "lower_order_final", "predict_x0", "solver_type"
+    assert {one for one in settings if one in advice} == named
+
+
+def test_diffusers_is_not_blamed_for_a_division_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = diffusers.DDIMScheduler.step
+
+    @functools.wraps(step)
+    def divided(*arguments: Any, **options: Any) -> Any:
+        answer = step(*arguments, **options)
+        answer.prev_sample = answer.prev_sample * (answer.prev_sample / answer.prev_sample)
+        return answer
+
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", divided)
+    with pytest.raises(ModelError, match=r"for samples or predictions of zero, but not for others\. A table") as caught:
+        extract(scheduler_of("ddim", clip_sample=False), 5)
+    assert "diffusers" not in str(caught.value)
 
 
 def test_scheduler_is_not_changed() -> None:
