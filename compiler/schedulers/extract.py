@@ -227,7 +227,7 @@ def _extract(begun: Any, steps: int) -> SchedulerTable:
         widest = probe(begun, MOST) if asks_variance(begun) else None
         simple = at_first_order(begun, steps)
         first = None if simple is None else probe(simple)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:  # torch finds no solution of equations, or diffusers has no method
         raise ModelError(f"{name} cannot sample with this configuration: {error}. Change it, or choose another.") from (
             error
         )

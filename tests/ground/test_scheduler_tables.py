@@ -324,6 +324,11 @@ def test_a_variance_that_is_learned_without_bounds_is_refused() -> None:
         extract(diffusers.DDPMScheduler(variance_type="learned"), 5)
 
 
+def test_a_method_whose_equations_have_no_solution_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"UniPCMultistepScheduler cannot sample with this configuration: .*singular"):
+        extract(diffusers.UniPCMultistepScheduler(solver_order=3, lower_order_final=False, solver_type="bh1"), 10)
+
+
 def test_flow_is_refused() -> None:
     with pytest.raises(ModelError, match="use_flow_sigmas"):
         extract(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), 5)
