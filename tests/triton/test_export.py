@@ -284,10 +284,19 @@ def test_a_graph_that_refers_to_other_files_is_refused(ladder_bundle: Path, tmp_
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "-a", "ä"])
+@pytest.mark.parametrize("name", ["", "..", "a/b", "-a", "ä", "unetc-export.json", "Unetc-Export.json"])
 def test_a_name_that_is_no_folder_is_refused(name: str, ladder_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot name a model"):
         unetc.export_triton(ladder_bundle, tmp_path / "r", unetc.ExportOptions(name=name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_with_the_name_of_the_record_needs_another(
+    ladder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unetc.triton.export.short_name", lambda name: EXPORT)
+    with pytest.raises(ArtifactError, match=r"the record of an export has this name\. Choose another with --name"):
+        unetc.export_triton(ladder_bundle, tmp_path / "r")
     assert list(tmp_path.iterdir()) == []
 
 

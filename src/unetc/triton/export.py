@@ -86,6 +86,7 @@ def export_bundle(path: Path, destination: Path, options: ExportOptions, *, on_p
     target = options.target or manifest.target
     placement = placement_of(target)
     name = short_name(manifest.model.name) if options.name is None else options.name
+    _check_folder(name)
     models = _models(bundle, name)
     check_repository(destination)  # again: reading the bundle took a while
     with written_whole(destination, "repository") as root:
@@ -121,6 +122,20 @@ def _check(options: ExportOptions) -> None:
     if options.name is not None and not NAME.fullmatch(options.name):
         raise ArtifactError(
             f"{options.name!r} cannot name a model. Use letters, digits, dots, hyphens and underscores, with --name."
+        )
+    if options.name is not None:
+        _check_folder(options.name)
+
+
+def _check_folder(name: str) -> None:
+    """Refuse the name of the record for the folder of a model.
+
+    Raises:
+        ArtifactError: If it is this name.
+    """
+    if name.casefold() == EXPORT:  # some file systems take both for one name
+        raise ArtifactError(
+            f"{name!r} cannot name a model: the record of an export has this name. Choose another with --name."
         )
 
 
