@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 
 from unetc.backend import Loader, SerialisedGraph
 from unetc.device import Device
-from unetc.errors import MissingDependency, SessionError
+from unetc.errors import MissingDependency, SessionError, brief
 from unetc.precision import LARGEST, Precision, rounded_from
 from unetc.tensors import load_tensors
 
@@ -92,7 +93,7 @@ class Compiled:
     """A module that torch compiles when it is called.
 
     It is compiled once for the sizes of the first call, then once for all sizes. Where the compiler fails at that, it
-    is compiled for each size.
+    is compiled for each size, however many there are.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -101,7 +102,20 @@ class Compiled:
         self._any_size = True
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Compute."""
+        """Compute.
+
+        Raises:
+            RuntimeError: If it cannot be compiled or computed.
+        """
+        try:
+            with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+                return self._computed(inputs)
+        except (MemoryError, RuntimeError):
+            raise
+        except Exception as error:  # a compiler may raise anything
+            raise RuntimeError(f"the compiler fails with {type(error).__name__}: {brief(error)}") from error
+
+    def _computed(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         try:
             return self._module(*inputs)
         except InductorError as error:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from onnx import parser
 from safetensors.torch import load
+from torch._inductor.exc import InductorError
 
 from tests.models import Tiny, relative_error, tiny_of
 from unetc.compiler.graph.specialise import specialise
+from unetc.errors import SessionError
+from unetc.runtime.backends.torch import Compiled
+from unetc.runtime.backends.torch_device import TorchProgram
 from unetc.runtime.backends.torch_graph import Translation, translate
 from unetc.treatments import Treatment
 
@@ -74,3 +82,44 @@ def test_a_narrowed_graph_is_followed_whole(tiny: Tiny, treatment: Treatment) ->
     with torch.no_grad():
         (expected,), (output,) = translation.module(*tensors), followed(*tensors)
     assert torch.equal(output, expected)
+
+
+def compiled_program(patch: pytest.MonkeyPatch, compiler: Callable[..., Any]) -> TorchProgram:
+    """Make a small program that another compiler than torch's slow one compiles."""
+    graph = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        graph (float[b, 3, h, w] x) => (float[b, 3, h, w] y) { y = Sigmoid (x) }"""
+    )
+    translation = translate(graph.SerializeToString(), {}, CPU)
+    patch.setattr(torch, "compile", compiler)
+    return TorchProgram(Compiled(translation.module), translation.inputs, translation.outputs)
+
+
+def test_where_no_compilation_takes_all_sizes_each_of_many_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch_compile = partial(torch.compile, backend="eager")
+
+    def fails_at_any_size(module: Any, dynamic: bool | None = None, **options: Any) -> Any:
+        def fail(*inputs: torch.Tensor) -> None:
+            raise InductorError(RuntimeError("sizes"), None)  # type: ignore[no-untyped-call]
+
+        return fail if dynamic is None else torch_compile(module, dynamic=dynamic, **options)
+
+    program = compiled_program(monkeypatch, fails_at_any_size)
+    limit = torch._dynamo.config.recompile_limit
+    for batch in range(1, limit + 4):
+        output = torch.empty(batch, 3, 4, 4)
+        program({"x": torch.zeros(batch, 3, 4, 4)}, output)
+        assert torch.equal(output, torch.full_like(output, 0.5))
+    assert torch._dynamo.config.recompile_limit == limit
+    assert "for each size separately" in caplog.text
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*inputs: torch.Tensor) -> None:
+        raise AssertionError("no\nsuch loop")
+
+    program = compiled_program(monkeypatch, lambda module, **options: fail)
+    with pytest.raises(SessionError, match="torch failed: the compiler fails with AssertionError: no such loop"):
+        program({"x": torch.zeros(1, 3, 4, 4)}, torch.empty(1, 3, 4, 4))
