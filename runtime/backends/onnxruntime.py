@@ -22,7 +22,7 @@ import numpy as np
 
 from unetc.backend import WEIGHTS, Array, Loader, Program, SerialisedGraph
 from unetc.device import Device, Host
-from unetc.errors import MissingDependency, SessionError
+from unetc.errors import MissingDependency, SessionError, brief
 from unetc.precision import LARGEST, Precision, rounded_from
 from unetc.temporary import PrivateFolder, no_room
 from unetc.tensors import load_tensors
@@ -31,8 +31,10 @@ from .registry import InPrecision, Memory, take_inputs
 
 try:
     import onnxruntime
-except ImportError as error:
-    raise MissingDependency("target onnxruntime:cpu needs onnxruntime: pip install 'unetc[cpu]'") from error
+except Exception as error:  # a library that is broken raises anything
+    raise MissingDependency(
+        f"target onnxruntime:cpu needs onnxruntime ({brief(error)}): pip install 'unetc[cpu]'"
+    ) from error
 
 
 _TYPES = {Precision.FP16: np.float16}

@@ -23,7 +23,7 @@ import numpy as np
 
 from unetc.backend import Array, Loader, SerialisedGraph
 from unetc.device import Device
-from unetc.errors import MissingDependency, SessionError
+from unetc.errors import MissingDependency, SessionError, brief
 from unetc.precision import Precision
 from unetc.runtime.engine_pool import StreamingLoader
 
@@ -36,8 +36,10 @@ try:
     from torch import Tensor
 
     from .torch_device import TorchDevice, gpu_of
-except ImportError as error:
-    raise MissingDependency("onnxruntime on a GPU keeps its tensors in torch: pip install torch, for CUDA") from error
+except Exception as error:  # a library that is broken raises anything
+    raise MissingDependency(
+        f"onnxruntime on a GPU keeps its tensors in torch ({brief(error)}): pip install torch, for CUDA"
+    ) from error
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 PROVIDERS = {

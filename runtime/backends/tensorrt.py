@@ -26,7 +26,7 @@ from typing import Any
 from unetc.backend import Backend, Preparation, Program, SerialisedGraph
 from unetc.device import Device
 from unetc.environment import cache_folder
-from unetc.errors import MissingDependency, SessionError
+from unetc.errors import MissingDependency, SessionError, brief
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.call_ranges import check_call
 from unetc.nvidia.kernels import KernelFile
@@ -44,8 +44,10 @@ try:
 
     from .cuda_graph import CapturedModule, Pool
     from .torch_device import Module, TorchDevice, TorchProgram, current, gpu_of
-except ImportError as error:
-    raise MissingDependency("targets tensorrt* keep their tensors in torch: pip install torch, for CUDA") from error
+except Exception as error:  # a library that is broken raises anything
+    raise MissingDependency(
+        f"targets tensorrt* keep their tensors in torch ({brief(error)}): pip install torch, for CUDA"
+    ) from error
 
 logger = logging.getLogger(__name__)
 

@@ -35,8 +35,10 @@ try:
     from .cuda_graph import CapturedModule, Pool
     from .torch_device import Module, TorchDevice, TorchProgram, gpu_of
     from .torch_graph import translate
-except ImportError as error:
-    raise MissingDependency("targets torch:* need torch and onnx: pip install 'unetc[torch]'") from error
+except Exception as error:  # a library that is broken raises anything
+    raise MissingDependency(
+        f"targets torch:* need torch and onnx ({brief(error)}): pip install 'unetc[torch]'"
+    ) from error
 
 logger = logging.getLogger(__name__)
 

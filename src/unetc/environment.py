@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .errors import EngineBuildError
+from .errors import EngineBuildError, brief
 from .nvidia.driver import ask
 
 LIBRARIES = (
@@ -89,8 +89,8 @@ def lacking(libraries: Iterable[str]) -> dict[str, str]:
     for library in libraries:
         try:
             importlib.import_module(library)
-        except ImportError as error:
-            missing[library] = str(error)
+        except Exception as error:  # a library that is broken raises anything
+            missing[library] = brief(error)
     return missing
 
 

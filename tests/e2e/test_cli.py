@@ -706,6 +706,30 @@ def test_the_doctor_names_one_command_for_each_missing_part_in_a_line() -> None:
     assert [finding["help"] for finding in findings if finding["works"]] == [""] * sum(f["works"] for f in findings)
 
 
+def test_the_doctor_quotes_libraries_that_are_installed_but_broken(tmp_path: Path) -> None:
+    broken = {
+        "torch": "OSError('libcublas.so.13: cannot open shared object file')",
+        "onnxruntime": "RuntimeError('no such instruction')",
+        "tensorrt_rtx": "RuntimeError('no driver')",
+        "scipy": "AttributeError('a part of numpy is gone')",
+    }
+    for name, error in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise {error}")
+    python_path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    result = run_alone("doctor", "--json", PYTHONPATH=python_path)
+    findings = {finding["name"]: finding for finding in json.loads(result.out)["findings"]}
+    assert (result.code, "Traceback" in result.err) == (1, False)
+    for name, reason in {
+        "target onnxruntime:cpu": "onnxruntime (no such instruction): pip install 'unetc[cpu]'",
+        "target torch:cpu": "(libcublas.so.13: cannot open shared object file): pip install 'unetc[torch]'",
+        "compile for tensorrt-rtx": "tensorrt_rtx (no driver): pip install 'unetc[rtx]'",
+        "analyze, plan, build, verify": "scipy (a part of numpy is gone)",
+    }.items():
+        assert not findings[name]["works"]
+        assert reason in findings[name]["detail"]
+
+
 def test_python_runs_the_package() -> None:
     done = subprocess.run([sys.executable, "-m", "unetc", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == unetc.__version__

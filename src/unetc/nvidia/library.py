@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 import unetc
-from unetc.errors import EngineBuildError, MissingDependency
+from unetc.errors import EngineBuildError, MissingDependency, brief
 
 from .driver import ask
 from .key import RECIPE, Gpu, Origin
@@ -48,10 +48,10 @@ class Library:
         """
         try:
             module = importlib.import_module(self.module)
-        except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
+        except Exception as error:  # a library that is broken raises anything
             if isinstance(error.__cause__, KeyboardInterrupt):  # its bindings turn it into an ImportError
                 raise error.__cause__ from None
-            raise MissingDependency(self._lacking(str(error))) from error
+            raise MissingDependency(self._lacking(brief(error))) from error
         if not hasattr(module, "__version__"):
             raise MissingDependency(self._lacking(f"an empty package is installed, {list(module.__path__)}"))
         return module
