@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.manifest import DIGEST, MANIFEST, SCHEDULER_ROWS, BundleEngine, FileRecord, Manifest, digest_of
 from unetc.artifacts.reading import read_plain
 from unetc.artifacts.record import MAX_JSON_BYTES
@@ -60,8 +61,21 @@ class Bundle:
                     f"a target that ends with :{precision}, or sample on a target without that suffix."
                 )
             lowered = engine.lowered
-            return SerialisedGraph(graph=self.graphs[lowered.graph], weights=frozenset(lowered.weights))
-        return SerialisedGraph(graph=self.graphs[engine.graph], weights=self.tensors.difference(engine.unused_weights))
+            return SerialisedGraph(
+                graph=self.graphs[lowered.graph], weights=frozenset(lowered.weights), call=self.usual_call
+            )
+        return SerialisedGraph(
+            graph=self.graphs[engine.graph],
+            weights=self.tensors.difference(engine.unused_weights),
+            call=self.usual_call,
+        )
+
+    @property
+    def usual_call(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the sample and the conditions in a call for one sample of the bundle's own size and conditions."""
+        rows = self.conditions.rows_per_sample
+        own = {name: array.shape[1:] for name, array in self.conditions.own.items()}
+        return {name: (rows, *row) for name, row in ({SAMPLE: self.manifest.sample_shape} | own).items()}
 
     @property
     def calls(self) -> CallSignature:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.manifest import IMAGE_CHANNELS
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.tensors import save_tensors
@@ -14,17 +17,19 @@ from .engine_pool import tried
 class Decoder:
     """A loaded decoder."""
 
-    def __init__(self, graph: bytes, scale: int, backend: Backend) -> None:
+    def __init__(self, graph: bytes, scale: int, backend: Backend, shape: Sequence[int] | None = None) -> None:
         """Load an ONNX graph that contains its weights.
 
         Args:
             graph: Graph from latents to images.
             scale: Image pixels per latent pixel, along each side.
             backend: Backend that runs the graph.
+            shape: Usual shape of one latent, [channel, height, width]; None if it is not known.
         """
+        call = {} if shape is None else {SAMPLE: (1, *shape)}
         loader = backend.open_weights(save_tensors({}))
         self._device = backend.device
-        self._program = tried(loader.load(SerialisedGraph(graph=graph, weights=frozenset())))
+        self._program = tried(loader.load(SerialisedGraph(graph=graph, weights=frozenset(), call=call)))
         self.scale = scale
 
     def __call__(self, sampled: Array) -> Array:
@@ -41,6 +46,6 @@ class Decoder:
         with self._device.stream():
             image = self._device.empty(images[:1].shape)
             for i in range(batch):
-                self._program({"sample": self._device.put(np.ascontiguousarray(sampled[i : i + 1]))}, image)
+                self._program({SAMPLE: self._device.put(np.ascontiguousarray(sampled[i : i + 1]))}, image)
                 images[i : i + 1] = self._device.to_array(image)
         return images

@@ -60,8 +60,8 @@ class LoadedBundle:
     @cached_property
     def decoder(self) -> Decoder | None:
         """The decoder; None if samples are images."""
-        own = self.bundle.manifest.decoder
-        return Decoder(self.bundle.graphs[own.graph], own.scale, self.backend) if own else None
+        own, shape = self.bundle.manifest.decoder, self.bundle.manifest.sample_shape
+        return Decoder(self.bundle.graphs[own.graph], own.scale, self.backend, shape) if own else None
 
     @cached_property
     def encoder(self) -> Encoder | None:

@@ -243,7 +243,7 @@ class TensorRtLoader:
         backend = self._backend
         precision = backend.precision.over(self._weights_sha256)
         digest = hashlib.sha256(graph.graph).hexdigest()
-        found = backend.engines.find(digest, self._weights_sha256, precision, backend.here)
+        found = backend.engines.find(digest, self._weights_sha256, precision, backend.here, graph.call)
         if backend.memory is Memory.LOW:
             return LoadedLater(partial(self.load_engine, *found))
         return self.load_engine(*found)

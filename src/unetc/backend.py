@@ -6,7 +6,7 @@ The analyzer is handed a backend too, so costs and damages are measured by the c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .device import Array as Array
@@ -32,6 +32,8 @@ class SerialisedGraph:
     graph: bytes
     weights: frozenset[str]
     """Names of weights; `unetc.precision` defines the names of rounded ones."""
+    call: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    """Shapes of the inputs in the usual call, as far as they are known; of several engines one is chosen for it."""
 
 
 class Program(Protocol):

@@ -219,7 +219,7 @@ def test_an_engine_of_float16_is_built_with_what_overflows_wide_and_is_never_ser
     assert record.key.precision is Precision.FP16
     assert engines.records() == []
     with pytest.raises(StaleEngineError, match="no tensorrt-rtx engine in fp16 of this graph"):
-        engines.find(record.key.graph_sha256, record.key.weights_sha256, Precision.FP16, backend.here)
+        engines.find(record.key.graph_sha256, record.key.weights_sha256, Precision.FP16, backend.here, {})
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:

@@ -29,12 +29,14 @@ from tests.nvidia.cached_engine import (
 from unetc.errors import ArtifactError, StaleEngineError
 from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord, trim
 from unetc.nvidia.key import EngineKey, Origin
-from unetc.nvidia.sizes import Range, Sizes
+from unetc.nvidia.sizes import Range, Shape, Sizes
 from unetc.precision import Precision
 
 
-def find(cache: EngineCache, here: Origin = ORIGIN, precision: Precision = Precision.FP32) -> EngineRecord:
-    return cache.find(KEY.graph_sha256, KEY.weights_sha256, precision, here)[0]
+def find(
+    cache: EngineCache, here: Origin = ORIGIN, precision: Precision = Precision.FP32, **call: Shape
+) -> EngineRecord:
+    return cache.find(KEY.graph_sha256, KEY.weights_sha256, precision, here, call)[0]
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_an_engine_is_found_by_its_graph_and_its_weights(cache: EngineCache) -> 
     assert find(cache).key == KEY
     for graph, weights in ((KEY.graph_sha256, "3" * 64), ("3" * 64, KEY.weights_sha256)):
         with pytest.raises(StaleEngineError, match="unetc compile BUNDLE --target tensorrt`"):
-            cache.find(graph, weights, Precision.FP32, ORIGIN)
+            cache.find(graph, weights, Precision.FP32, ORIGIN, {})
     with pytest.raises(StaleEngineError, match="unetc compile BUNDLE --target tensorrt --precision fp16`"):
         find(cache, precision=Precision.FP16)
 
@@ -245,6 +247,31 @@ def test_of_several_sizes_the_largest_calls_and_then_the_widest_range_win(cache:
     assert find(cache).key == largest
     widest = put("1,4", "2")
     assert find(cache).key == widest
+
+
+def test_of_several_sizes_those_that_take_the_usual_call_win(cache: EngineCache) -> None:
+    def put(least: int, most: int) -> EngineKey:
+        batch = Range(least=least, usual=least, most=most)
+        key = msgspec.structs.replace(KEY, sizes=Sizes(batch=batch, height=ONE, width=ONE))
+        shapes = {"sample": ((least, 1, 1, 1), (least, 1, 1, 1), (most, 1, 1, 1))}
+        cache.put(msgspec.structs.replace(record(key), shapes=shapes), ENGINE_BYTES)
+        return key
+
+    small, large = put(1, 4), put(16, 32)
+    assert find(cache, sample=(2, 1, 1, 1)).key == small
+    for call in ((16, 1, 1, 1), (5, 1, 1, 1), (2, 1, 1)):
+        assert find(cache, sample=call).key == large
+    both = put(1, 16)
+    assert find(cache, sample=(2, 1, 1, 1)).key == both
+
+
+def test_of_engines_for_several_conditions_the_one_for_the_usual_call_wins(cache: EngineCache) -> None:
+    keys = {77: KEY, 78: differing("rows")}
+    for tokens, key in keys.items():
+        states = {"encoder_hidden_states": ((1, tokens, 768), (2, tokens, 768), (2, tokens, 768))}
+        cache.put(msgspec.structs.replace(record(key), shapes=record().shapes | states), ENGINE_BYTES)
+    for tokens, key in keys.items():
+        assert find(cache, encoder_hidden_states=(2, tokens, 768)).key == key
 
 
 def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ from unetc.precision import Precision
 from unetc.runtime.backends.cuda_graph import CaptureCheck
 from unetc.runtime.backends.registry import Memory
 from unetc.runtime.backends.tensorrt import Engine, Execution, TensorRtBackend
+from unetc.runtime.bundle import Bundle
 from unetc.runtime.engine_pool import LoadedLater
+from unetc.runtime.session import Session
 
 pytestmark = pytest.mark.without_gpu  # on a GPU, the real library is tested
 
@@ -113,6 +115,15 @@ def test_finished_kernels_are_there_at_the_next_start(tiny: Tiny, tmp_path: Path
     assert given == [tensorrt_on_cpu.KERNELS]
     (kept,) = tmp_path.glob("*/kernels-*")
     assert kept.read_bytes().endswith(tensorrt_on_cpu.KERNELS)
+
+
+def test_a_session_runs_the_engines_that_take_one_sample_of_its_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle, side = Bundle.open(tiny_bundle), Range(least=16, usual=16, most=16)
+    for least, most in ((1, 2), (4, 8)):
+        sizes = Sizes(batch=Range(least=least, usual=least, most=most), height=side, width=side)
+        backend = CpuTensorRt(LIBRARY, Memory.FAST, MeasuredCalls(sizes=sizes, rows={}), EngineCache(tmp_path))
+        session = Session.of(bundle, backend)
+    assert session.sample().shape == (1, 1, 16, 16)
 
 
 def test_a_call_out_of_range_never_reaches_the_library(tiny: Tiny, tmp_path: Path, contexts: list[Any]) -> None:

@@ -39,6 +39,7 @@ class Doubling:
         return self
 
     def load(self, graph: SerialisedGraph) -> Doubling:
+        self.call = graph.call
         return self
 
     def __call__(self, inputs: Mapping[str, Array], output: Array) -> Mapping[str, Array]:
@@ -51,7 +52,8 @@ class Doubling:
 def test_latents_are_decoded_one_by_one_in_the_stream_of_their_device() -> None:
     backend = Doubling()
     latents = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
-    images = Decoder(b"", 2, backend)(latents)
+    images = Decoder(b"", 2, backend, (3, 2, 2))(latents)
+    assert backend.call == {"sample": (1, 3, 2, 2)}
     np.testing.assert_array_equal(images, latents.repeat(2, axis=2).repeat(2, axis=3))
     assert backend.batches == [1, 1]
     assert not backend.device.inside

@@ -30,7 +30,7 @@ from unetc.precision import Precision
 from unetc.temporary import claim_file, delete_abandoned, prefix_for
 
 from .key import Effort, EngineKey, Origin, compile_command
-from .sizes import Shape
+from .sizes import SAMPLE, Shape
 
 ENGINE = "engine.trt"
 RECORD = "record.json"
@@ -58,6 +58,19 @@ class EngineRecord(Artifact, frozen=True, kw_only=True):
     scratch_bytes: int | None
     """GPU memory that a call needs in addition to the engine; None if it was built without a GPU."""
     seal: str = ""
+
+    def refused(self, call: Mapping[str, Shape]) -> str | None:
+        """Name the first input, the sample before the others, that is outside the call ranges; None if all are inside.
+
+        Args:
+            call: Shape of every input; those that are missing are inside.
+        """
+        for name in sorted(self.shapes, key=lambda name: name != SAMPLE):  # the others follow it
+            least, _, most = self.shapes[name]
+            got = call.get(name, least)
+            if len(got) != len(least) or not all(map(_in_range, least, got, most)):
+                return name
+        return None
 
     def unsealed(self) -> bytes:
         """Encode the fields that the seal covers."""
@@ -155,18 +168,25 @@ class EngineCache:
         return EngineRecord.from_json(self.read(path, MAX_JSON_BYTES), str(path))
 
     def find(
-        self, graph_sha256: str, weights_sha256: str, precision: Precision, here: Origin
+        self,
+        graph_sha256: str,
+        weights_sha256: str,
+        precision: Precision,
+        here: Origin,
+        call: Mapping[str, Shape],
     ) -> tuple[EngineRecord, bytes]:
         """Read the engine of a graph that runs here.
 
-        If there are several with different call ranges, the preferred one takes the largest calls; then the one that
-        also takes the smallest; then one that is for this GPU alone. Engines that were not built here are skipped.
+        If there are several with different call ranges, the preferred one takes the usual call; then the one that
+        takes the largest calls; then the one that also takes the smallest; then one that is for this GPU alone. Engines
+        that were not built here are skipped.
 
         Args:
             graph_sha256: Hash of the graph.
             weights_sha256: Hash of the weights file that it reads.
             precision: Precision of the engine.
             here: Origin that it must have been built for.
+            call: Shapes of the inputs in the usual call, as far as they are known.
 
         Raises:
             StaleEngineError: If there is none; the message lists how the existing ones differ, and how to build one.
@@ -174,7 +194,7 @@ class EngineCache:
         wanted = (graph_sha256, weights_sha256, precision, here.target)
         known = [record for record in self.records() if _question(record.key) == wanted]
         refusals: Counter[str] = Counter()
-        for record in sorted(known, key=_preference, reverse=True):
+        for record in sorted(known, key=lambda one: (one.refused(call) is None, *_preference(one)), reverse=True):
             if misfit := record.key.origin.misfit(here):
                 refusals[misfit] += 1
                 continue
@@ -288,6 +308,10 @@ def _size(engine: Path) -> int:
 def _question(key: EngineKey) -> tuple[str, str, Precision, str]:
     """Return the part of a key that a search must match."""
     return key.graph_sha256, key.weights_sha256, key.precision, key.origin.target
+
+
+def _in_range(least: int, size: int, most: int) -> bool:
+    return least <= size <= most
 
 
 def _preference(record: EngineRecord) -> tuple[int, int, bool, str]:

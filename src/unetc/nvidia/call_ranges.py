@@ -22,19 +22,14 @@ def check_call(record: EngineRecord, shapes: Mapping[str, Shape]) -> None:
         ShapeMismatch: If a shape is outside the engine's call ranges; the message names the command that builds an
             engine for it.
     """
-    for name in sorted(record.shapes, key=lambda name: name != SAMPLE):  # the others follow it
-        least, _, most = record.shapes[name]
-        got = shapes.get(name, least)
-        if len(got) == len(least) and all(map(_in_range, least, got, most)):
-            continue
-        raise ShapeMismatch(
-            f"the {record.key.origin.target} engine takes {name} of {_describe(least, most)}, got {list(got)}. "
-            + _advice(record, name, got)
-        )
-
-
-def _in_range(least: int, size: int, most: int) -> bool:
-    return least <= size <= most
+    if (name := record.refused(shapes)) is None:
+        return
+    least, _, most = record.shapes[name]
+    got = shapes[name]
+    raise ShapeMismatch(
+        f"the {record.key.origin.target} engine takes {name} of {_describe(least, most)}, got {list(got)}. "
+        + _advice(record, name, got)
+    )
 
 
 def _describe(least: Shape, most: Shape) -> str:
