@@ -208,7 +208,10 @@ def _unsqueeze(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     if isinstance(value, Numbers) and value.scalar and len(axes) == 1:
         return Numbers(value.elements)
     result = build.tensor(value)
-    for axis in [*sorted(axis for axis in axes if axis >= 0), *sorted((a for a in axes if a < 0), reverse=True)]:
+    if len({axis < 0 for axis in axes}) > 1:
+        last = build.rank(result) + len(axes)
+        axes = [axis % last for axis in axes]
+    for axis in sorted(axes, key=lambda axis: axis if axis >= 0 else -axis):
         result = build.emit(torch.unsqueeze, result, axis)
     return result
 
@@ -317,7 +320,7 @@ def _pad(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     extents = build.numbers(pads)
     half = len(extents) // 2
     along = tuple(range(half)) if axes is None else tuple(build.known(axes))
-    value = 0.0 if fill is None else build.operand(fill)
+    value = 0.0 if fill is None else build.numbers(fill)[0]
     return build.emit(_padded, build.tensor(tensor), along, extents[:half], extents[half:], mode, value)
 
 
@@ -336,12 +339,11 @@ def _reduce(function: Callable[..., Any]) -> Operator:
     def apply(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
         keepdims = bool(attributes.get("keepdims", 1))
         tensor = build.tensor(inputs[0])
-        if len(inputs) < 2 or inputs[1] is None:
+        axes = () if len(inputs) < 2 or inputs[1] is None else tuple(build.known(inputs[1]))
+        if not axes:
             if attributes.get("noop_with_empty_axes", 0):
                 return tensor
             axes = tuple(range(build.rank(tensor)))
-        else:
-            axes = tuple(build.known(inputs[1]))
         return build.emit(function, tensor, axes, keepdim=keepdims)
 
     return apply
@@ -413,18 +415,28 @@ def _group_normalization(build: Builder, inputs: Inputs, attributes: Attributes)
 def _layer_normalization(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     tensor, scale = (build.tensor(value) for value in inputs[:2])
     bias = build.tensor(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else None
-    return build.emit(F.layer_norm, tensor, _normalised(inputs[1]), scale, bias, attributes.get("epsilon", 1e-5))
+    shape = _normalised(build, inputs, attributes)
+    if isinstance(bias, Tensor) and tuple(bias.shape) != shape:
+        raise Unsupported(f"a bias of shape {list(bias.shape)} beside a scale of shape {list(shape)}")
+    return build.emit(F.layer_norm, tensor, shape, scale, bias, attributes.get("epsilon", 1e-5))
 
 
 def _rms_normalization(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     tensor, scale = (build.tensor(value) for value in inputs)
-    return build.emit(F.rms_norm, tensor, _normalised(inputs[1]), scale, attributes.get("epsilon", 1e-5))
+    shape = _normalised(build, inputs, attributes)
+    return build.emit(F.rms_norm, tensor, shape, scale, attributes.get("epsilon", 1e-5))
 
 
-def _normalised(scale: Value | None) -> tuple[int, ...]:
-    """Read the normalised shape from the scale, which has the same shape."""
-    if not isinstance(scale, Tensor):
+def _normalised(build: Builder, inputs: Inputs, attributes: Attributes) -> tuple[int, ...]:
+    """Read the normalised shape from the scale, which has the same shape unless it is broadcast."""
+    _require(attributes, stash_type=1)
+    tensor, scale = inputs[:2]
+    if tensor is None or not isinstance(scale, Tensor):
         raise Unsupported("a scale that is not known")
+    axis = attributes.get("axis", -1)
+    axes = -axis if axis < 0 else build.rank(tensor) - axis
+    if scale.dim() != axes or 1 in scale.shape:
+        raise Unsupported(f"axis {axis} and a scale of shape {list(scale.shape)}")
     return tuple(scale.shape)
 
 
@@ -434,14 +446,16 @@ def _attention(build: Builder, inputs: Inputs, attributes: Attributes) -> Any:
         raise Unsupported("three axes, or keys of the past")
     query, key, value = (build.tensor(value) for value in inputs[:3])
     mask = build.tensor(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else None
-    return build.emit(
-        F.scaled_dot_product_attention,
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=bool(attributes.get("is_causal", 0)),
-        scale=attributes.get("scale"),
+    return build.emit(_attended, query, key, value, mask, bool(attributes.get("is_causal", 0)), attributes.get("scale"))
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Attend; where there are fewer heads of keys, each serves several heads of queries that follow each other."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )
 
 

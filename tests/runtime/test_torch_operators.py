@@ -46,6 +46,10 @@ BODIES: Mapping[str, str] = {
         t = Transpose <perm = [0, 1, 3, 2]> (x) m = MatMul (x, t) y = Attention (x, x, x, m)
         """,
     "Attention, causal": "y = Attention <is_causal = 1> (x, x, x)",
+    "Attention with fewer heads of keys": """
+        from = Constant <value_ints = [0]> () to = Constant <value_ints = [2]> () along = Constant <value_ints = [1]> ()
+        k = Slice (x, from, to, along) y = Attention (x, k, k)
+        """,
     "AveragePool": "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (x)",
     "AveragePool over padding": """
         y = AveragePool <kernel_shape = [3, 2], pads = [1, 0, 1, 0], count_include_pad = 1> (x)
@@ -96,6 +100,10 @@ BODIES: Mapping[str, str] = {
     "Identity": "y = Identity (x)",
     "LayerNormalization": "y = LayerNormalization <axis = -1, epsilon = 0.1> (x, bias, bias)",
     "LayerNormalization without a bias": "y = LayerNormalization <axis = -1> (x, bias)",
+    "LayerNormalization of the last two axes": """
+        t = Transpose <perm = [0, 2, 1, 3]> (x) s = Constant <value_ints = [4, 8]> () wide = Expand (bias, s)
+        y = LayerNormalization <axis = 2> (t, wide, wide)
+        """,
     "Less": "zero = Constant <value_float = 0.0> () g = Less (x, zero) y = Cast <to = 1> (g)",
     "Log": "a = Abs (x) y = Log (a)",
     "MatMul": "t = Transpose <perm = [0, 1, 3, 2]> (x) y = MatMul (x, t)",
@@ -111,11 +119,16 @@ BODIES: Mapping[str, str] = {
         p = Constant <value_ints = [0, 1, 0, 0, 0, 0, 2, 3]> () v = Constant <value_float = 0.5> ()
         y = Pad (x, p, v)
         """,
+    "Pad with a value in a vector": """
+        p = Constant <value_ints = [0, 1, 0, 0, 0, 0, 2, 3]> () v = Constant <value_floats = [0.5]> ()
+        y = Pad (x, p, v)
+        """,
     "Pad of some axes": "p = Constant <value_ints = [1, 2]> () a = Constant <value_ints = [-1]> () y = Pad (x, p, , a)",
     "Pad by reflection": 'p = Constant <value_ints = [0, 0, 1, 2, 0, 0, 2, 1]> () y = Pad <mode = "reflect"> (x, p)',
     "Pad by the edge": 'p = Constant <value_ints = [0, 0, 1, 2, 0, 0, 2, 1]> () y = Pad <mode = "edge"> (x, p)',
     "Pow": "three = Constant <value_float = 3.0> () y = Pow (x, three)",
     "RMSNormalization": "y = RMSNormalization <axis = -1, epsilon = 0.1> (x, bias)",
+    "RMSNormalization from an axis on": "y = RMSNormalization <axis = 3> (x, bias)",
     "Range": """
         s = Shape <start = 3, end = 4> (x) end = Squeeze (s) zero = Constant <value_int = 0> ()
         one = Constant <value_int = 1> () r = Range (zero, end, one) y = Cast <to = 1> (r)
@@ -125,6 +138,13 @@ BODIES: Mapping[str, str] = {
     "ReduceMean": "y = ReduceMean (x, axes)",
     "ReduceMean of all": "y = ReduceMean <keepdims = 0> (x)",
     "ReduceSum": "y = ReduceSum <keepdims = 0> (x, axes)",
+    "ReduceSum of no axes, which is of all": """
+        zero = Constant <value_ints = [0]> () none = Slice (axes, zero, zero) y = ReduceSum (x, none)
+        """,
+    "ReduceSum of no axes, which is of none": """
+        zero = Constant <value_ints = [0]> () none = Slice (axes, zero, zero)
+        y = ReduceSum <noop_with_empty_axes = 1> (x, none)
+        """,
     "Relu": "y = Relu (x)",
     "Reshape": "s = Constant <value_ints = [0, 2, -1]> () y = Reshape (x, s)",
     "Reshape to sizes": """
@@ -184,6 +204,10 @@ BODIES: Mapping[str, str] = {
     "Transpose": "y = Transpose <perm = [3, 0, 2, 1]> (x)",
     "Transpose of all": "y = Transpose (x)",
     "Unsqueeze": "a = Constant <value_ints = [0, -1, 2]> () y = Unsqueeze (x, a)",
+    "Unsqueeze from both ends": """
+        f = Flatten <axis = 2> (x) a = Constant <value_ints = [3, -3]> () y = Unsqueeze (f, a)
+        """,
+    "Unsqueeze from the end": "a = Constant <value_ints = [-1, -4]> () y = Unsqueeze (x, a)",
     "Where": "zero = Constant <value_float = 0.0> () g = Less (x, zero) z = Neg (x) y = Where (g, z, zero)",
     "Where of sizes": """
         s = Shape <start = 0, end = 4> (x) six = Constant <value_int = 6> () e = Equal (s, six)
@@ -258,6 +282,24 @@ def test_an_operator_computes_what_onnxruntime_computes(name: str) -> None:
             "Pad with mode 'wrap'",
         ),
         ("y = Attention <softcap = 2.0> (x, x, x)", "Attention with softcap"),
+        ("y = LayerNormalization <axis = 2> (x, bias)", r"LayerNormalization with axis 2 and a scale of shape \[8\]"),
+        ("y = RMSNormalization <axis = -2> (x, bias)", r"RMSNormalization with axis -2 and a scale of shape \[8\]"),
+        (
+            "one = Constant <value_floats = [2.0]> () y = RMSNormalization (x, one)",
+            r"RMSNormalization with axis -1 and a scale of shape \[1\]",
+        ),
+        (
+            "one = Constant <value_floats = [2.0]> () y = LayerNormalization (x, bias, one)",
+            r"LayerNormalization with a bias of shape \[1\] beside a scale of shape \[8\]",
+        ),
+        (
+            "y = LayerNormalization <stash_type = 10> (x, bias)",
+            "LayerNormalization with stash_type 10",
+        ),
+        (
+            "p = Constant <value_ints = [0, 1, 0, 0, 0, 0, 2, 3]> () m = ReduceMax (x) y = Pad (x, p, m)",
+            "Pad with numbers that are computed",
+        ),
         ("i = Cast <to = 7> (x) y = ConstantOfShape (i)", "ConstantOfShape with numbers that are computed"),
         ("i = Cast <to = 3> (x) y = Cast <to = 1> (i)", "Cast with type 3"),
     ],
