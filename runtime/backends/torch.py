@@ -148,7 +148,7 @@ class TorchLoader:
     def load(self, graph: SerialisedGraph) -> TorchProgram:
         """Translate a graph."""
         translation = translate(graph.graph, self._weights, self._device)
-        module: Module = translation.module
+        module: Module = translation.module.forward  # unlike the module, it prints no traceback of a call that fails
         if self._compiled:
             module = Compiled(translation.module)
         if self._pool is not None:

@@ -318,6 +318,12 @@ def test_an_operator_of_another_domain_is_refused_by_name() -> None:
         run("torch:cpu", graph, drawn(), (1,))
 
 
+def test_a_call_that_fails_is_an_error_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SessionError, match="torch failed: "):
+        run("torch:cpu", model_of("y = MatMul (x, x)"), drawn(), (2, 4, 6, 8))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_graph_that_reads_what_nothing_computes_is_refused() -> None:
     with pytest.raises(SessionError, match="reads 'z', which nothing before it computes"):
         run("torch:cpu", model_of("y = Abs (z) z = Neg (x)"), drawn(), (2, 4, 6, 8))
