@@ -42,6 +42,7 @@ from unetc.conditions import UNCONDITIONAL
 from unetc.errors import ArtifactError, EngineBuildError, MissingDependency, SessionError, UnetcError
 from unetc.models.find import find_model
 from unetc.nvidia.cache import EngineCache
+from unetc.nvidia.library import LIBRARIES
 from unetc.nvidia.sizes import Range, Sizes
 from unetc.precision import Precision
 from unetc.runtime.backends.registry import Memory, open_backend
@@ -429,6 +430,11 @@ def test_inspect_says_what_is_missing_and_what_cannot_be_run(
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
     assert (one["missing"], one["misfit"]) == ([], misfit)
     monkeypatch.setattr(tensorrt_on_cpu, "__version__", "1.0.cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("unetc.cli.engine_inventory.LIBRARIES", {"tensorrt": LIBRARIES["tensorrt"]})
+        (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
+        assert (one["missing"], one["misfit"]) == ([], "for target tensorrt:cpu (here tensorrt)")
+        assert "cannot be run here: for target tensorrt:cpu" in shown_of(tiny_bundle)
     shutil.rmtree(next((tmp_path / "engines").glob("*/record.json")).parent)
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
     assert f"not complete, without {one['missing'][0]}" in shown_of(tiny_bundle)

@@ -286,6 +286,15 @@ def test_an_engine_from_elsewhere_is_passed_over(cache: EngineCache, tmp_path: P
     assert find(here).key == KEY
 
 
+@pytest.mark.parametrize("seal", ["", "é" * 64])
+def test_a_seal_that_no_cache_makes_is_of_elsewhere(cache: EngineCache, seal: str) -> None:
+    msgspec.structs.replace(record(), seal=seal).save(cache.folder(KEY) / RECORD)
+    with pytest.raises(StaleEngineError, match="not built here"):
+        cache.open(KEY)
+    with pytest.raises(StaleEngineError, match="Others are: 1 not built here"):
+        find(cache)
+
+
 def test_a_changed_engine_is_not_found(cache: EngineCache) -> None:
     (cache.folder(KEY) / ENGINE).write_bytes(ENGINE_BYTES[:-1] + b"!")
     with pytest.raises(StaleEngineError, match="Others are: 1 damaged"):

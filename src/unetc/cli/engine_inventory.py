@@ -69,6 +69,8 @@ def _needed(manifest: Manifest) -> dict[str, None]:
 def misfit(engines: EngineSet) -> str:
     """Explain why engines cannot run with the libraries installed here; empty if they can, on a GPU that they fit."""
     origin = engines.key.origin
+    if origin.target not in LIBRARIES:
+        return f"for target {origin.target} (here {', '.join(LIBRARIES)})"
     try:
         here = LIBRARIES[origin.target].anywhere()
     except MissingDependency as error:

@@ -239,7 +239,7 @@ class EngineCache:
         return hmac.digest(self._secret(), data, hashlib.sha256)
 
     def _is_ours(self, record: EngineRecord) -> bool:
-        return hmac.compare_digest(record.seal, self._seal_of(record))
+        return hmac.compare_digest(record.seal.encode(), self._seal_of(record).encode())  # of text it takes ASCII alone
 
     def _seal_of(self, record: EngineRecord) -> str:
         return self.seal(record.unsealed()).hex()
