@@ -21,6 +21,8 @@ except ImportError as error:
 def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
     """Refuse a graph that refers to anything but parts of the weights file, each as long as its tensor.
 
+    A graph for training is refused too: it has further graphs, which no engine needs.
+
     Args:
         graph: An ONNX graph.
         name: Its name in errors.
@@ -32,7 +34,7 @@ def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
     for tensor, place in _references(graph, name):
         offset = place.get("offset", "0")
         begin = int(offset) if offset.isdecimal() else -1
-        wanted = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        wanted = _bytes_of(tensor, name)
         inside = place.get("location") == WEIGHTS and 0 <= begin <= weights_bytes - wanted
         if not inside or place.get("length") != str(wanted):
             raise CorruptArtifactError(
@@ -41,12 +43,29 @@ def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
             )
 
 
+def _bytes_of(tensor: onnx.TensorProto, name: str) -> int:
+    """Compute the length of a tensor from its shape and type."""
+    try:
+        element = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except KeyError as error:
+        raise CorruptArtifactError(
+            f"{name} has a tensor {tensor.name!r} of the unknown type {tensor.data_type}. Build the bundle again."
+        ) from error
+    if any(size < 0 for size in tensor.dims):
+        raise CorruptArtifactError(
+            f"{name} has a tensor {tensor.name!r} of the shape {list(tensor.dims)}. Build the bundle again."
+        )
+    return math.prod(tensor.dims) * element.itemsize
+
+
 def _references(graph: bytes, name: str) -> list[tuple[onnx.TensorProto, dict[str, str]]]:
     """List the tensors that are stored in files, each with its place."""
     try:
         model = onnx.load_model_from_string(graph)
     except Exception as error:  # protobuf raises its own class
         raise CorruptArtifactError(f"{name} is not an ONNX graph: {error}. Build the bundle again.") from error
+    if model.training_info:
+        raise CorruptArtifactError(f"{name} is a graph for training. Build the bundle again.")
     lying = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     return [(tensor, {entry.key: entry.value for entry in tensor.external_data}) for tensor in lying]
 
@@ -55,6 +74,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Find all tensors, in nested graphs too."""
     yield from _of_graph(model.graph)
     for function in model.functions:
+        yield from _of_attributes(function.attribute_proto)  # values that calls of the function may leave out
         yield from _of_nodes(function.node)
 
 
@@ -67,9 +87,13 @@ def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
     for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _of_graph(graph)
+        yield from _of_attributes(node.attribute)
+
+
+def _of_attributes(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _of_graph(graph)

@@ -55,6 +55,13 @@ def in_a_function(tensor: onnx.TensorProto) -> onnx.ModelProto:
     return model
 
 
+def in_a_default(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    """Make it the value of an attribute that calls of a function leave out."""
+    model = in_a_function(onnx.TensorProto())
+    model.functions[0].attribute_proto.append(helper.make_attribute("own", tensor))
+    return model
+
+
 def x() -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info("x", FLOAT, [16])
 
@@ -63,7 +70,7 @@ def y() -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info("y", FLOAT, [16])
 
 
-PLACES = [as_initializer, as_constant, in_a_branch, in_a_function]
+PLACES = [as_initializer, as_constant, in_a_branch, in_a_function, in_a_default]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -86,6 +93,27 @@ def test_what_lies_elsewhere_is_refused(
     check_references(place(external()).SerializeToString(), "engine.onnx", FILE_BYTES)
     with pytest.raises(CorruptArtifactError, match=rf"engine\.onnx takes 'w' .*{message}.* Build the bundle again"):
         check_references(place(external(**wrong)).SerializeToString(), "engine.onnx", FILE_BYTES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [0, 99])
+def test_a_tensor_of_an_unknown_type_is_refused(kind: int) -> None:
+    tensor = external()
+    tensor.data_type = kind
+    with pytest.raises(CorruptArtifactError, match=f"tensor 'w' of the unknown type {kind}"):
+        check_references(as_initializer(tensor).SerializeToString(), "engine.onnx", FILE_BYTES)
+
+
+def test_a_tensor_with_a_negative_size_is_refused() -> None:
+    tensor = external(size=-1, length=-4)
+    with pytest.raises(CorruptArtifactError, match=r"tensor 'w' of the shape \[-1\]"):
+        check_references(as_initializer(tensor).SerializeToString(), "engine.onnx", FILE_BYTES)
+
+
+def test_a_graph_for_training_is_refused() -> None:
+    model = as_initializer(external())
+    model.training_info.add().initialization.CopyFrom(as_initializer(external(location="secret")).graph)
+    with pytest.raises(CorruptArtifactError, match=r"engine\.onnx is a graph for training"):
+        check_references(model.SerializeToString(), "engine.onnx", FILE_BYTES)
 
 
 def test_numbers_in_the_graph_are_no_reference() -> None:
