@@ -94,7 +94,7 @@ def find_engines(
             if folder.exists():
                 note = f"{one[0]} is built again: {error}"
         else:
-            if trust:
+            if not engines.is_ours(record):
                 record = engines.put(record, serialized)
             found[one] = CompiledEngine(graph=one[0], record=record, folder=folder, known=True)
         on_progress(Progress(stage=FIND, done=i + 1, total=len(wanted), note=note))

@@ -26,11 +26,14 @@ from tests.nvidia.cached_engine import (
     differing,
     record,
 )
+from unetc.compiler.tensorrt.wanted import find_engines
 from unetc.errors import ArtifactError, StaleEngineError
 from unetc.nvidia.cache import ENGINE, RECORD, EngineCache, EngineRecord, trim
 from unetc.nvidia.key import EngineKey, Origin
 from unetc.nvidia.sizes import Range, Shape, Sizes
 from unetc.precision import Precision
+from unetc.progress import ignore
+from unetc.temporary import claim_file, prefix_for
 
 
 def find(
@@ -304,6 +307,41 @@ def test_a_changed_engine_is_not_found(cache: EngineCache) -> None:
         find(cache)
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_files_that_killed_processes_were_writing_are_trimmed(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    unfinished = cache.folder(differing("effort"))
+    unfinished.mkdir()
+    left = [unfinished / ".engine.trt.unetc-1", cache.folder(KEY) / ".kernels-0.bin.unetc-1"]
+    for path in left:
+        path.write_bytes(ENGINE_BYTES)
+    written, handle = claim_file(unfinished, prefix_for(unfinished / ENGINE))
+    try:
+        trim(tmp_path, 10**6)
+        assert [path.exists() for path in (*left, written)] == [False, False, True], "a living process writes the last"
+    finally:
+        os.close(handle)
+    trim(tmp_path, 10**6)
+    assert not written.exists()
+    assert cache.open(KEY)[1] == ENGINE_BYTES
+
+
+def test_only_engines_of_elsewhere_are_sealed_when_they_are_trusted(cache: EngineCache, tmp_path: Path) -> None:
+    here = cache_in(tmp_path / "here")
+    other = differing("effort")
+    cache.put(record(other), ENGINE_BYTES)
+    shutil.copytree(cache.folder(other), here.folder(other))
+    before = [(here.folder(key) / ENGINE).stat().st_ino for key in (KEY, other)]
+    wanted = {(name, Precision.FP32): key for name, key in {"own": KEY, "other": other}.items()}
+    assert len(find_engines(wanted, here, trust=True, on_progress=ignore)) == 2
+    after = [(here.folder(key) / ENGINE).stat().st_ino for key in (KEY, other)]
+    assert [one == now for one, now in zip(before, after, strict=True)] == [True, False]
+    assert here.open(other)[1] == ENGINE_BYTES
+
+
 def test_of_engines_that_take_too_much_those_used_longest_ago_go(tmp_path: Path) -> None:
     one, other = EngineCache(tmp_path / "one"), EngineCache(tmp_path / "other")
     keys = [(one, KEY), (other, KEY), (one, differing("effort")), (other, differing("effort"))]
@@ -315,9 +353,10 @@ def test_of_engines_that_take_too_much_those_used_longest_ago_go(tmp_path: Path)
     def there() -> list[bool]:
         return [cache.folder(key).exists() for cache, key in keys]
 
-    trim(tmp_path, 4 * len(ENGINE_BYTES))
+    trim(tmp_path, sum(size_of(cache.folder(key)) for cache, key in keys))
     assert there() == [True] * 4
-    trim(tmp_path, 2 * len(ENGINE_BYTES))
+    (one.folder(KEY) / "kernels-0.bin").write_bytes(bytes(100))  # counts too
+    trim(tmp_path, 2 * size_of(one.folder(keys[2][1])) + 100)
     assert there() == [True, False, True, False]
     trim(tmp_path, 0)
     assert there() == [False, False, True, False], "the one in use stays"

@@ -34,6 +34,8 @@ from .sizes import SAMPLE, Shape
 
 ENGINE = "engine.trt"
 RECORD = "record.json"
+_TEMPORARY = "."
+"""How names of files begin that are being written."""
 _SECRET = "secret"
 _SECRET_BYTES = 32
 _TRUST = "loading one runs code; if you trust who built it, `unetc compile --trust-engines` takes it"
@@ -117,7 +119,7 @@ class EngineCache:
             raise StaleEngineError(
                 f"{folder / ENGINE} has changed since it was built (its hash differs). Build it again."
             )
-        if not trust and not self._is_ours(record):
+        if not trust and not self.is_ours(record):
             raise StaleEngineError(f"the engine in {folder} was not built here ({_TRUST}).")
         return record, serialized
 
@@ -198,7 +200,7 @@ class EngineCache:
             if misfit := record.key.origin.misfit(here):
                 refusals[misfit] += 1
                 continue
-            if not self._is_ours(record):
+            if not self.is_ours(record):
                 refusals[f"not built here ({_TRUST})"] += 1
                 continue
             try:
@@ -238,7 +240,8 @@ class EngineCache:
         """
         return hmac.digest(self._secret(), data, hashlib.sha256)
 
-    def _is_ours(self, record: EngineRecord) -> bool:
+    def is_ours(self, record: EngineRecord) -> bool:
+        """Check whether a record carries the seal of this cache."""
         return hmac.compare_digest(record.seal.encode(), self._seal_of(record).encode())  # of text it takes ASCII alone
 
     def _seal_of(self, record: EngineRecord) -> str:
@@ -272,14 +275,21 @@ class EngineCache:
 def trim(folder: Path, most_bytes: int) -> None:
     """Delete the least recently used engines of all caches in a folder until the others fit; one engine always stays.
 
+    Files that killed processes were writing are deleted first, beside engines and where no engine was finished.
+
     Args:
         folder: Folder of the caches, each a folder.
-        most_bytes: Largest total size of the engines that stay.
+        most_bytes: Largest total size of the engines that stay, with the files beside them.
     """
     left = most_bytes
-    engines = (path for path in folder.glob(f"*/*/{ENGINE}") if not any(map(Path.is_symlink, path.parents[:2])))
+    places = [
+        path for path in folder.glob("*/*") if path.is_dir() and not any(map(Path.is_symlink, (path, path.parent)))
+    ]
+    for place in places:
+        delete_abandoned(place, _TEMPORARY)
+    engines = (place / ENGINE for place in places if (place / ENGINE).exists())
     for i, engine in enumerate(sorted(engines, key=_used, reverse=True)):
-        left -= _size(engine)
+        left -= _size(engine.parent)
         if i and left < 0:
             shutil.rmtree(engine.parent, ignore_errors=True)  # another process may be deleting it too
             _lock_of(engine.parent).unlink(missing_ok=True)
@@ -298,9 +308,11 @@ def _used(engine: Path) -> float:
         return 0.0
 
 
-def _size(engine: Path) -> int:
+def _size(place: Path) -> int:
+    """Add up the files in the folder of an engine; 0 if it is gone by now."""
     try:
-        return engine.stat().st_size
+        with os.scandir(place) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
     except OSError:
         return 0
 
