@@ -172,7 +172,7 @@ def _run(
             stderr=words,
             start_new_session=True,  # Ctrl-C reaches only unetc, which stops the process
         )
-        clock = threading.Timer(time_limit_s, process.kill)
+        clock = threading.Timer(min(time_limit_s, threading.TIMEOUT_MAX), process.kill)
         clock.start()
         running.add(process)
         last: Built | Refused | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import threading
@@ -84,6 +85,15 @@ def test_the_process_sees_the_gpu_alone_that_it_builds_on(tmp_path: Path, monkey
     request, command = msgspec.structs.replace(REQUEST, gpu=1), process(tmp_path, seen + BUILDS)
     build_engine(request, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
     assert (tmp_path / "seen").read_text() == "GPU-7a"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("limit", [math.inf, 1e12])
+def test_a_limit_beyond_what_the_system_takes_is_none(tmp_path: Path, limit: float) -> None:
+    outcome = build_engine(
+        REQUEST, tmp_path, time_limit_s=limit, on_advance=lambda done: None, command=process(tmp_path, BUILDS)
+    )
+    assert outcome.tries == 1
 
 
 def test_after_three_tries_it_says_how_each_died(tmp_path: Path) -> None:
