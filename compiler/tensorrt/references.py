@@ -46,7 +46,7 @@ def check_references(graph: bytes, name: str, weights_bytes: int) -> None:
 def _bytes_of(tensor: onnx.TensorProto, name: str) -> int:
     """Compute the length of a tensor from its shape and type."""
     try:
-        element = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        element = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except KeyError as error:
         raise CorruptArtifactError(
             f"{name} has a tensor {tensor.name!r} of the unknown type {tensor.data_type}. Build the bundle again."
@@ -55,7 +55,8 @@ def _bytes_of(tensor: onnx.TensorProto, name: str) -> int:
         raise CorruptArtifactError(
             f"{name} has a tensor {tensor.name!r} of the shape {list(tensor.dims)}. Build the bundle again."
         )
-    return math.prod(tensor.dims) * element.itemsize
+    length: int = math.prod(tensor.dims) * element
+    return length
 
 
 def _references(graph: bytes, name: str) -> list[tuple[onnx.TensorProto, dict[str, str]]]:
