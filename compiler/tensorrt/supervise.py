@@ -140,7 +140,7 @@ def _once(deaths: Sequence[str]) -> str:
 
 
 def _advice(request: BuildRequest) -> str:
-    if request.sizes.one_side_varies():
+    if request.target == "tensorrt-rtx" and request.sizes.one_side_varies():
         return "Make both height and width a range, or neither: tensorrt_rtx 1.7 fails on some graphs otherwise."
     return "Build for smaller sizes, or where there is more memory."
 

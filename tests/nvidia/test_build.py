@@ -164,6 +164,10 @@ def test_where_one_side_alone_is_a_range_the_error_says_that_it_may_be_that(tmp_
     request, command = msgspec.structs.replace(REQUEST, sizes=sizes), process(tmp_path, *[EXITS] * 3)
     with pytest.raises(EngineBuildError, match=r"exit code 137\. Make both height and width a range, or neither"):
         build_engine(request, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
+    (tmp_path / "requests").unlink()
+    other = msgspec.structs.replace(request, target="tensorrt")
+    with pytest.raises(EngineBuildError, match=r"exit code 137\. Build for smaller sizes"):
+        build_engine(other, tmp_path, time_limit_s=60, on_advance=lambda done: None, command=command)
 
 
 ORIGIN = Origin(unetc="0", recipe=2, target="tensorrt-rtx", library="0", platform="Linux x86_64", gpu=None)
