@@ -58,6 +58,12 @@ def test_conditions_of_another_length_are_refused() -> None:
         call(tokens=78)
 
 
+@pytest.mark.parametrize("size", [{"batch": 0}, {"batch": 2**20 + 1}, {"width": 0}])
+def test_a_size_that_no_engine_takes_is_refused(size: dict[str, int]) -> None:
+    with pytest.raises(ShapeMismatch, match=r"got \[.*\]\. No engine takes such a sample: .* each of 1 to 1048576"):
+        call(**size)
+
+
 def test_a_sample_of_other_axes_is_refused() -> None:
-    with pytest.raises(ShapeMismatch, match=r"got \[2, 4, 64\]"):
+    with pytest.raises(ShapeMismatch, match=r"got \[2, 4, 64\]\. No engine"):
         check_call(ENGINE, {"sample": (2, 4, 64)})

@@ -8,7 +8,7 @@ from unetc.errors import ShapeMismatch
 
 from .cache import EngineRecord
 from .key import compile_command
-from .sizes import SAMPLE, Shape
+from .sizes import MOST, SAMPLE, Shape
 
 
 def check_call(record: EngineRecord, shapes: Mapping[str, Shape]) -> None:
@@ -39,7 +39,9 @@ def _describe(least: Shape, most: Shape) -> str:
 
 def _advice(record: EngineRecord, name: str, got: Shape) -> str:
     key = record.key
-    if name == SAMPLE and len(got) == 4:
+    if name == SAMPLE:
+        if len(got) != 4 or not all(1 <= size <= MOST for size in got):
+            return f"No engine takes such a sample: it has four axes, each of 1 to {MOST}."
         batch, _, height, width = got
         sizes = key.sizes.including(batch, height, width)
         return f"Build one that does: `{compile_command(key.origin.target, key.precision, sizes)}`."
