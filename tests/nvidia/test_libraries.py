@@ -80,6 +80,19 @@ def test_a_tool_that_shows_no_gpu_is_quoted(
     assert diagnose(), "the doctor goes on"
 
 
+@pytest.mark.parametrize(
+    "line", ["Warning: the driver is old, update it", "WARNING: infoROM is corrupted at gpu 0000:01:00.0", "caf\\351"]
+)
+def test_lines_that_are_about_no_gpu_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    tool(tmp_path, monkeypatch, f"printf '{line}\\n'", f"echo {L40S}", f"printf '{line}\\n'")
+    assert LIBRARY.here().gpu == Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06")
+
+
+def test_a_gpu_whose_place_is_unknown_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, monkeypatch, "echo '[N/A], NVIDIA L40S, 8.9, 580.65.06'")
+    assert LIBRARY.here().gpu == Gpu(name="NVIDIA L40S", compute_capability="8.9", driver="580.65.06")
+
+
 def test_a_name_with_a_comma_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, monkeypatch, "echo '00000000:01:00.0, NVIDIA, of course, 9.0, 580.1'")
     gpu = LIBRARY.origin(on_this_gpu=True).gpu

@@ -24,8 +24,13 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TAIL = 200
 """Characters of an unexpected answer that are shown."""
 
+_UNKNOWN = "[N/A]"
+"""In place of a field that the tool cannot find out, which may be the place of a GPU."""
+
 Bus = tuple[int, ...]
 """Place of a GPU on the PCI bus: domain, bus, device, function."""
+_PARTS = 4
+"""Numbers of such a place."""
 
 
 def ask(*fields: str, gpu: int = 0) -> tuple[str, ...]:
@@ -42,7 +47,9 @@ def ask(*fields: str, gpu: int = 0) -> tuple[str, ...]:
     if shutil.which(TOOL) is None:
         raise EngineBuildError(f"{TOOL} is missing")
     try:
-        asked = subprocess.run(query, capture_output=True, text=True, timeout=ANSWERS_WITHIN_S, check=False)
+        asked = subprocess.run(
+            query, capture_output=True, text=True, errors="replace", timeout=ANSWERS_WITHIN_S, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise EngineBuildError(f"{TOOL} does not answer within {ANSWERS_WITHIN_S:g} s") from error
     except OSError as error:
@@ -75,9 +82,13 @@ def showing(gpu: int) -> dict[str, str]:
 
 
 def _read(asked: subprocess.CompletedProcess[str], fields: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Parse the place of every GPU and the values of its fields."""
+    """Parse the place of every GPU and the values of its fields; other lines, such as warnings, are skipped."""
     rows = [line.partition(",") for line in asked.stdout.splitlines() if line.strip()]
-    known = [(place.strip(), tuple(map(str.strip, rest.rsplit(",", fields - 1)))) for place, _, rest in rows]
+    known = [
+        (place.strip(), tuple(map(str.strip, rest.rsplit(",", fields - 1))))
+        for place, _, rest in rows
+        if len(_parsed(place)) == _PARTS or place.strip() == _UNKNOWN
+    ]
     if asked.returncode or not known or any(len(values) != fields or not all(values) for _, values in known):
         said = " ".join((asked.stdout + asked.stderr).split())[-_TAIL:]
         raise EngineBuildError(f"{TOOL} finds none: {said or 'it says nothing'}")
@@ -113,4 +124,4 @@ def _parsed(place: str) -> Bus:
     try:
         return tuple(int(part, 16) for part in place.replace(".", ":").split(":"))
     except ValueError:
-        return ()  # [N/A]
+        return ()  # no place
