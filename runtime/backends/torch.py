@@ -5,7 +5,8 @@ for each engine and shape of its inputs, so it is a separate target with separat
 or `:bf16` loads the half-precision graphs of a bundle.
 
 All engines of a loader read one copy of the weights on the device, whatever `memory` is; slices for a narrowed engine
-are copied in addition. torch has one number of threads for the whole process, set by the backend that was opened last.
+are copied in addition. torch has one number of threads for the whole process, set by the backend that was opened last;
+one that leaves the choice to torch ends the choice of an earlier one.
 
 On a GPU a call is a CUDA graph (`cuda_graph.py`), captured at the first call with inputs of these shapes. All graphs of
 a loader run in turns.
@@ -48,6 +49,25 @@ COMPILED = "compiled"
 _COMPILERS = ("g++", "c++", "clang++")
 
 _TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+
+
+class _Threads:
+    """torch's number of threads, and the one that it had before a backend chose another."""
+
+    def __init__(self) -> None:
+        self._before = self._chosen = 0
+
+    def take(self, threads: int) -> None:
+        """Set the number; 0 takes back the choice of a backend, unless someone else has changed it since."""
+        now = torch.get_num_threads()
+        if now != self._chosen:
+            self._before = now
+        self._chosen = threads
+        if now != (wanted := threads or self._before):
+            torch.set_num_threads(wanted)
+
+
+_THREADS = _Threads()
 
 
 def on_host(weights: bytes) -> Mapping[str, Tensor]:
@@ -184,6 +204,5 @@ def open_backend(target: str, *, threads: int, memory: Memory) -> TorchBackend:
             f"target {target} needs a C++ compiler, and none of {', '.join(_COMPILERS)} is on the path. "
             f"Install one, or use torch:{place}."
         )
-    if threads:
-        torch.set_num_threads(threads)
+    _THREADS.take(threads)
     return TorchBackend(device, compiled=compiled, precision=Precision.of_target(target))

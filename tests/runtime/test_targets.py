@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from unetc.errors import SessionError
 from unetc.runtime.backends.registry import open_backend
@@ -34,3 +35,16 @@ def test_the_null_target_exists_but_is_not_offered() -> None:
     assert open_backend("null", threads=1).device is not None
     with pytest.raises(SessionError, match=r"Available: onnxruntime:cpu, (?!.*null)"):
         open_backend("nul", threads=1)
+
+
+def test_torch_chooses_its_threads_again_where_no_number_is_given() -> None:
+    own = torch.get_num_threads()
+    try:
+        for threads, expected in ((0, own), (own + 2, own + 2), (own + 1, own + 1), (0, own), (own + 2, own + 2)):
+            open_backend("torch:cpu", threads=threads)
+            assert torch.get_num_threads() == expected
+        torch.set_num_threads(own + 3)  # by other code of the process
+        open_backend("torch:cpu", threads=0)
+        assert torch.get_num_threads() == own + 3
+    finally:
+        torch.set_num_threads(own)
