@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -24,12 +24,15 @@ from PIL import Image
 
 import unetc
 from tests.e2e.test_cli import run
+from tests.nvidia.cached_engine import ENGINE_BYTES, KEY, ONE, TWO
+from tests.nvidia.cached_engine import record as record_of
 from tests.stand_ins import tensorrt_on_cpu
 from tests.stand_ins.tensorrt_on_cpu import LIBRARY, NAME, CpuTensorRt
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts import Assignment, Manifest, Phase, Plan, Prediction
-from unetc.artifacts.manifest import BundleDecoder
+from unetc.artifacts.manifest import BundleDecoder, FileRecord
+from unetc.cli.engine_inventory import find, memory_of, missing
 from unetc.cli.summary import compiling
 from unetc.compiler.build import BuildOptions, build
 from unetc.compiler.measured_calls import MeasuredCalls
@@ -44,7 +47,7 @@ from unetc.models.find import find_model
 from unetc.nvidia.cache import EngineCache
 from unetc.nvidia.library import LIBRARIES
 from unetc.nvidia.sizes import Range, Sizes
-from unetc.precision import Precision
+from unetc.precision import NO_WEIGHTS, Precision
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.treatments import Treatment
 
@@ -438,6 +441,37 @@ def test_inspect_says_what_is_missing_and_what_cannot_be_run(
     shutil.rmtree(next((tmp_path / "engines").glob("*/record.json")).parent)
     (one,) = run("inspect", tiny_bundle, "--json").json["compiled"]
     assert f"not complete, without {one['missing'][0]}" in shown_of(tiny_bundle)
+
+
+def test_inspect_counts_the_decoder(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNETC_CACHE", str(tmp_path))
+    plain = Manifest.load(tiny_bundle / "manifest.json")
+    file = FileRecord(path="decoder.onnx", bytes=1, sha256="d" * 64)
+    latent = BundleDecoder(graph=file.path, scale=8)
+    manifest = msgspec.structs.replace(plain, decoder=latent, files=(*plain.files, file))
+    hashes = {one.path: one.sha256 for one in manifest.files}
+
+    def put(scratch: int, **fields: Any) -> None:
+        key = msgspec.structs.replace(KEY, **fields)
+        built = msgspec.structs.replace(record_of(key), scratch_bytes=scratch)
+        EngineCache.inside(tmp_path).put(built, ENGINE_BYTES)
+
+    for graph in {engine.graph for engine in plain.level_engines()}:
+        put(5, graph_sha256=hashes[graph], weights_sha256=hashes[manifest.weights], precision=Precision.FP16)
+    one_row = msgspec.structs.replace(KEY.sizes, batch=ONE)
+    decodes: dict[str, Any] = {"graph_sha256": file.sha256, "weights_sha256": NO_WEIGHTS, "rows": {}}
+    put(100, **decodes, sizes=msgspec.structs.replace(one_row, width=TWO))  # for samples of another size
+    (before,) = find(manifest)
+    assert missing(before, manifest) == ["decoder.onnx"]
+    put(7, **decodes, sizes=one_row)
+    (after,) = find(manifest)
+    assert missing(after, manifest) == []
+    whole, without = ({row.name: row for row in memory_of(after, one)} for one in (manifest, plain))
+    size = len(ENGINE_BYTES)
+    assert (whole["decoder"].engine_bytes, whole["decoder"].scratch_bytes) == (size, 7)
+    for name in ("the plan, all loaded", "with --memory low, at most"):
+        assert whole[name].engine_bytes == (without[name].engine_bytes or 0) + size
+        assert (without[name].scratch_bytes, whole[name].scratch_bytes) == (5, 12)
 
 
 def shown_of(bundle: Path) -> str:

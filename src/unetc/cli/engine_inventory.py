@@ -17,6 +17,7 @@ from unetc.errors import MissingDependency
 from unetc.nvidia.cache import EngineCache, EngineRecord
 from unetc.nvidia.key import EngineKey
 from unetc.nvidia.library import LIBRARIES
+from unetc.precision import NO_WEIGHTS
 
 from .output import table
 from .summary import engines_title
@@ -40,7 +41,7 @@ class Memory:
     engine_bytes: int | None
     """Their sum; None if one is not compiled."""
     scratch_bytes: int | None
-    """The most that one needs, as they share it; None if one of them has no figure."""
+    """The most that one needs, as they share it, apart from the decoder's; None if one of them has no figure."""
 
 
 def find(manifest: Manifest) -> list[EngineSet]:
@@ -48,22 +49,41 @@ def find(manifest: Manifest) -> list[EngineSet]:
     hashes = {file.path: file.sha256 for file in manifest.files}
     graphs = {hashes[engine.graph]: engine.graph for engine in manifest.all_engines()}
     sets: dict[tuple[object, ...], EngineSet] = {}
-    for record in EngineCache.inside(cache_folder()).records():
+    records = EngineCache.inside(cache_folder()).records()
+    for record in records:
         key = record.key
         if key.weights_sha256 == hashes[manifest.weights] and key.graph_sha256 in graphs:
             alike = sets.setdefault((key.origin, key.precision, key.sizes), EngineSet(key=key))
             alike.records[graphs[key.graph_sha256]] = record
+    if (decoder := manifest.decoder) is not None:
+        decoders = [record for record in records if record.key.graph_sha256 == hashes[decoder.graph]]
+        for one in sets.values():
+            for record in decoders:
+                if _decodes(record.key, one.key):
+                    one.records[decoder.graph] = record
     return sorted(sets.values(), key=lambda one: len(missing(one, manifest)))
 
 
+def _decodes(decoder: EngineKey, engine: EngineKey) -> bool:
+    """Check whether an engine of the decoder takes the samples of an engine, on the same machines."""
+    sides = [(key.sizes.height, key.sizes.width) for key in (decoder, engine)]
+    precision = engine.precision.over(NO_WEIGHTS)
+    return (decoder.origin, decoder.precision, sides[0]) == (engine.origin, precision, sides[1])
+
+
 def missing(engines: EngineSet, manifest: Manifest) -> list[str]:
-    """List the graphs of the full model and the quality levels that have no engine."""
+    """List the graphs of the full model, the quality levels and the decoder that have no engine."""
     return [graph for graph in _needed(manifest) if graph not in engines.records]
 
 
 def _needed(manifest: Manifest) -> dict[str, None]:
-    """List the graphs of the full model and the quality levels, each once."""
-    return dict.fromkeys(engine.graph for engine in manifest.level_engines())
+    """List the graphs of the full model, the quality levels and the decoder, each once."""
+    return dict.fromkeys([*(engine.graph for engine in manifest.level_engines()), *_decoding(manifest)])
+
+
+def _decoding(manifest: Manifest) -> set[str]:
+    """Return the graph that runs after the engines of a plan, if there is one."""
+    return set() if manifest.decoder is None else {manifest.decoder.graph}
 
 
 def misfit(engines: EngineSet) -> str:
@@ -121,15 +141,21 @@ def _mib(size: int | None) -> str:
 
 
 def memory_of(engines: EngineSet, manifest: Manifest) -> list[Memory]:
-    """Add up the memory of engines, alone and together with those that take turns with them in a phase."""
+    """Add up the memory of engines, alone and together with those that take turns with them in a phase.
+
+    With low memory the decoder is loaded beside the engines of the last phase and those of the next trajectory's first.
+    """
+    decoding = _decoding(manifest)
     rows = [_together(Path(graph).stem, engines, {graph}) for graph in _needed(manifest)]
     for level in manifest.levels:
         of = f"{level.name}: " if len(manifest.levels) > 1 else ""
         graphs = [{level.engines[i].graph for i in phase.cycle} for phase in level.plan.phases]
         for phase, own in zip(level.plan.phases, graphs, strict=True):
             rows.append(_together(f"{of}phase from {phase.low:.2f} to {phase.high:.2f}", engines, own))
-        rows.append(_together(f"{of}the plan, all loaded", engines, {engine.graph for engine in level.engines}))
+        every = {engine.graph for engine in level.engines} | decoding
+        rows.append(_together(f"{of}the plan, all loaded", engines, every))
         pairs = [own | after for own, after in zip(graphs, [*graphs[1:], graphs[0]], strict=True)]
+        pairs[-1] |= decoding
         largest = max(pairs, key=lambda pair: _bytes(engines, pair))
         rows.append(_together(f"{of}with --memory low, at most", engines, largest))
     if len(manifest.levels) > 1:
@@ -143,12 +169,16 @@ def _bytes(engines: EngineSet, graphs: Collection[str]) -> int:
 
 
 def _together(name: str, engines: EngineSet, graphs: Collection[str]) -> Memory:
-    """Add up engines; scratch memory is shared, so the largest counts."""
+    """Add up engines; of those over one weights file the largest scratch memory counts, as they share it."""
     known = [engines.records[graph] for graph in graphs if graph in engines.records]
     scratch = [record.scratch_bytes for record in known if record.scratch_bytes is not None]
+    shared: dict[str, int] = {}
+    for record in known:
+        weights = record.key.weights_sha256
+        shared[weights] = max(shared.get(weights, 0), record.scratch_bytes or 0)
     complete = len(known) == len(graphs)
     return Memory(
         name=name,
         engine_bytes=_bytes(engines, graphs) if complete else None,
-        scratch_bytes=max(scratch) if complete and len(scratch) == len(graphs) else None,
+        scratch_bytes=sum(shared.values()) if complete and len(scratch) == len(graphs) else None,
     )
