@@ -11,7 +11,7 @@ from unetc.artifacts.manifest import IMAGE_CHANNELS
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.tensors import save_tensors
 
-from .engine_pool import tried
+from .engine_pool import let_go, tried
 
 
 class Decoder:
@@ -35,6 +35,8 @@ class Decoder:
     def __call__(self, sampled: Array) -> Array:
         """Decode latents one at a time, because activations are large at full size.
 
+        With low memory the engine of the decoder is on a GPU during the call alone.
+
         Args:
             sampled: Latents, [batch, channel, height, width].
 
@@ -48,4 +50,5 @@ class Decoder:
             for i in range(batch):
                 self._program({SAMPLE: self._device.put(np.ascontiguousarray(sampled[i : i + 1]))}, image)
                 images[i : i + 1] = self._device.to_array(image)
+        let_go(self._program, self._device)
         return images

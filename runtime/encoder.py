@@ -9,7 +9,7 @@ from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.errors import ShapeMismatch
 from unetc.tensors import save_tensors
 
-from .engine_pool import LoadedLater
+from .engine_pool import LoadedLater, let_go
 
 IMAGE = "image"
 """Name of the graph's input."""
@@ -18,7 +18,7 @@ IMAGE = "image"
 class Encoder:
     """The encoder of a latent model; it is loaded when it is first called."""
 
-    def __init__(self, graph: bytes, scale: int, channels: int, backend: Backend) -> None:
+    def __init__(self, graph: bytes, scale: int, channels: int, backend: Backend, *, lets_go: bool = False) -> None:
         """Keep an ONNX graph that contains its weights.
 
         Args:
@@ -26,10 +26,12 @@ class Encoder:
             scale: Image pixels per latent pixel, along each side.
             channels: Channels of a latent.
             backend: Backend that runs the graph.
+            lets_go: Whether to release it after every call, to save memory.
         """
         serialised = SerialisedGraph(graph=graph, weights=frozenset())
         self._device = backend.device
         self._program = LoadedLater(lambda: backend.open_weights(save_tensors({})).load(serialised))
+        self._lets_go = lets_go
         self._channels = channels
         self.scale = scale
 
@@ -58,4 +60,6 @@ class Encoder:
                 image = np.ascontiguousarray(images[i : i + 1], dtype=np.float32)
                 self._program({IMAGE: self._device.put(image)}, latent)
                 latents[i : i + 1] = self._device.to_array(latent)
+        if self._lets_go:
+            let_go(self._program, self._device)
         return latents

@@ -51,6 +51,13 @@ def tried(program: Program) -> Program:
     return program
 
 
+def let_go(program: Program, device: Device) -> None:
+    """Release a program that is loaded later, once the device has finished the launched work that may read it."""
+    if isinstance(program, LoadedLater):
+        device.synchronize()
+        program.release()
+
+
 class StreamingLoader:
     """Loads graphs for the phases that need them."""
 

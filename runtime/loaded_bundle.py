@@ -67,13 +67,23 @@ class LoadedBundle:
     def encoder(self) -> Encoder | None:
         """The encoder of images; None if samples are images, or the bundle has none."""
         own, channels = self.bundle.manifest.encoder, self.bundle.manifest.sample_shape[0]
-        return Encoder(self.bundle.graphs[own.graph], own.scale, channels, self._around) if own else None
+        if own is None:
+            return None
+        graph = self.bundle.graphs[own.graph]
+        return Encoder(graph, own.scale, channels, self._around, lets_go=self._streams)
 
     @cached_property
     def text(self) -> TextEncoder | None:
         """The text encoders; None if the bundle has none."""
         manifest = self.bundle.manifest
-        return TextEncoder.open(self.bundle, self._around, threads=manifest.threads) if manifest.text else None
+        if manifest.text is None:
+            return None
+        return TextEncoder.open(self.bundle, self._around, threads=manifest.threads, lets_go=self._streams)
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the programs are on the device only while they are needed, to save memory."""
+        return any(isinstance(program, LoadedLater) for program in self._programs.values())
 
     @cached_property
     def _around(self) -> Backend:

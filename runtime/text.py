@@ -19,7 +19,7 @@ from unetc.tensors import load_tensors
 
 from .backends.registry import takes_graphs
 from .bundle import Bundle
-from .engine_pool import LoadedLater
+from .engine_pool import LoadedLater, let_go
 
 TOKENS = "input_ids"
 """Name of the graphs' input, [1, length] int64."""
@@ -46,6 +46,7 @@ class TextEncoder:
         calls: CallSignature,
         size: tuple[int, int],
         guidance_scale: float,
+        lets_go: bool = False,
     ) -> None:
         """Put text encoders together; `open` reads them from a bundle.
 
@@ -55,7 +56,9 @@ class TextEncoder:
             calls: The calls of the denoiser.
             size: Default height and width of images in pixels.
             guidance_scale: Default scale of classifier-free guidance.
+            lets_go: Whether to release the graphs after every call, to save memory.
         """
+        self._lets_go = lets_go
         self._text = text
         self._encoders = tuple(encoders)
         self._widths: Mapping[str, Any] = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
@@ -64,13 +67,14 @@ class TextEncoder:
         self._guidance_scale = guidance_scale
 
     @classmethod
-    def open(cls, bundle: Bundle, backend: Backend, *, threads: int = 0) -> TextEncoder:
+    def open(cls, bundle: Bundle, backend: Backend, *, threads: int = 0, lets_go: bool = False) -> TextEncoder:
         """Read the text encoders of a bundle.
 
         Args:
             bundle: A bundle whose manifest has a `text`.
             backend: Backend that runs them; `takes_graphs` replaces a backend whose engines are built in advance.
             threads: Number of CPU threads of the other backend; 0 lets it choose.
+            lets_go: Whether to release the graphs after every call, to save memory.
 
         Raises:
             SessionError: If the bundle has no text encoders.
@@ -97,6 +101,7 @@ class TextEncoder:
             calls=bundle.calls,
             size=(height * scale, width * scale),
             guidance_scale=1.0 if usual is None else usual.guidance_scale,
+            lets_go=lets_go,
         )
 
     def encode(
@@ -143,6 +148,9 @@ class TextEncoder:
             opposite = self._values(others or [""] * len(prompts), size, NEGATIVE_AESTHETIC_SCORE)
             if others is None and self._text.zero_negative:
                 opposite |= {name: np.zeros_like(opposite[name]) for name in (CONTEXT, POOLED) if name in opposite}
+        if self._lets_go:
+            for encoder in self._encoders:
+                encoder.let_go()
         read = [*prompts, *(others or ())] if guided else prompts
         notes = [note for encoder in self._encoders for note in encoder.cut(read)]
         if any(others or ()) and not guided:
@@ -226,6 +234,10 @@ class OneEncoder:
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
             return self._kept[prompt]
+
+    def let_go(self) -> None:
+        """Release the graph; it is loaded again for a prompt whose states are not known."""
+        let_go(self._program, self._device)
 
     def _computed(self, prompt: str) -> tuple[Array, Array | None]:
         facts, device = self._facts, self._device

@@ -6,10 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 
 from unetc.backend import Array, SerialisedGraph
 from unetc.device import Host
+from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.decoder import Decoder
+from unetc.runtime.encoder import Encoder
+from unetc.runtime.engine_pool import LoadedLater, StreamingLoader
 
 
 class Streamed(Host):
@@ -57,3 +61,26 @@ def test_latents_are_decoded_one_by_one_in_the_stream_of_their_device() -> None:
     np.testing.assert_array_equal(images, latents.repeat(2, axis=2).repeat(2, axis=3))
     assert backend.batches == [1, 1]
     assert not backend.device.inside
+
+
+class Streaming(Doubling):
+    """A backend that loads decoders for the time of a call."""
+
+    def open_weights(self, weights: bytes) -> StreamingLoader:  # type: ignore[override]
+        return StreamingLoader(self)  # type: ignore[arg-type]
+
+
+def test_a_decoder_that_is_loaded_later_is_released_after_every_call() -> None:
+    decoder = Decoder(b"", 2, Streaming())
+    assert isinstance(decoder._program, LoadedLater)
+    for _ in range(2):
+        decoder(np.zeros((1, 3, 2, 2), np.float32))
+        assert decoder._program._program is None
+
+
+@pytest.mark.parametrize("lets_go", [False, True])
+def test_an_encoder_is_released_after_every_call_to_save_memory(lets_go: bool) -> None:
+    encoder = Encoder(b"", 2, 4, open_backend("null", threads=1), lets_go=lets_go)
+    for _ in range(2):
+        encoder(np.zeros((2, 3, 4, 6), np.float32))
+        assert (encoder._program._program is None) == lets_go

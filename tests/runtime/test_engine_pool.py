@@ -19,6 +19,7 @@ from unetc.errors import SessionError
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.engine_pool import EnginePool, LoadedLater, StreamingLoader
+from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session, Step
 
 STEPS = 20
@@ -103,6 +104,14 @@ def pool(bundle: Bundle, loads: Loads) -> EnginePool:
 
 def nothing(inputs: object, output: Array) -> dict[str, object]:
     return {}
+
+
+def test_a_bundle_knows_whether_its_engines_are_streamed(bundle: Bundle) -> None:
+    backend = open_backend("onnxruntime:cpu", threads=1)
+    for own, streams in ((backend, False), (Counting(backend), True)):
+        loaded = LoadedBundle(bundle, own)
+        loaded.program(bundle.manifest.full)
+        assert loaded._streams == streams
 
 
 def test_streamed_engines_sample_the_same_bits(bundle: Bundle) -> None:

@@ -130,6 +130,15 @@ def test_every_backend_takes_tokens(exported: dict[str, Exported], kind: str, ta
         check_equal(encoded, expected)
 
 
+@pytest.mark.parametrize("lets_go", [False, True])
+def test_graphs_are_released_after_every_call_to_save_memory(exported: dict[str, Exported], lets_go: bool) -> None:
+    encoder = exported["sdxl"].encoder(lets_go=lets_go)
+    expected = exported["sdxl"].encoder()
+    for prompts in (["a red square"], ["a blue circle"]):
+        check_equal(encoder.encode(prompts), expected.encode(prompts))
+        assert [one._program._program is None for one in encoder._encoders] == [lets_go] * 2
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_negative_prompts_equal_those_of_the_pipeline(exported: dict[str, Exported], kind: str) -> None:
     one = exported[kind]
