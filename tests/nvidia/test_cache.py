@@ -136,6 +136,13 @@ def test_processes_that_draw_the_secret_together_get_the_same(tmp_path: Path) ->
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"secret"}
 
 
+def test_the_other_name_of_a_secret_is_deleted_if_its_writer_was_killed(cache: EngineCache) -> None:
+    seal = cache.seal(b"x")
+    os.link(cache.root / "secret", cache.root / ".secret.unetc-a1b2c3d4")
+    assert cache.seal(b"x") == seal
+    assert [path.name for path in cache.root.iterdir() if path.is_file()] == ["secret"]
+
+
 def test_a_secret_survives_who_deletes_its_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, cache = os.link, EngineCache(tmp_path / "cache")
 

@@ -264,6 +264,8 @@ class EngineCache:
                     pass  # another process was first
                 finally:
                     drawn.unlink(missing_ok=True)  # that process may have taken it for abandoned
+            elif path.stat().st_nlink > 1:  # who drew it was killed before it could delete the other name
+                delete_abandoned(self.root, prefix_for(path))
             secret = self.read(path, _SECRET_BYTES, hard_links=True)  # it has two names while it is being drawn
         except OSError as error:
             raise ArtifactError(f"cannot write {self.root}: {error.strerror}. Choose another with --cache.") from error
