@@ -49,8 +49,8 @@ def scheduler_for(name: str, model: Model) -> Scheduler:
         ModelError: As `make_scheduler` does, or if the scheduler needs a variance that the model does not predict.
     """
     scheduler = make_scheduler(name, model.scheduler_config, model.reference.pipeline)
-    known = model.denoiser_config.get("out_channels", ...) is not None  # a transformer may leave them open
-    if known and asks_variance(scheduler):
+    if asks_variance(scheduler) and model.denoiser_config.get("out_channels", ...) is not None:
+        # the configuration of a transformer may leave them open
         channels = model.sample_shape[0]
         _, predicted = denoiser_channels(model.reference.denoiser, model.denoiser_config)
         if predicted == channels:

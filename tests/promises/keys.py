@@ -91,7 +91,7 @@ def found(key: EngineKey, cache: EngineCache) -> str:
     asked = (key.graph_sha256, key.weights_sha256, key.precision, key.origin)
     if asked == (WIDE.graph_sha256, WIDE.weights_sha256, WIDE.precision, WIDE.origin):
         return ""  # sizes, rows and effort are not asked for: an engine says which calls it takes
-    return refused(lambda: cache.find(*asked)) and "found by a session"
+    return refused(lambda: cache.find(*asked, {})) and "found by a session"
 
 
 def problems_of(key: EngineKey, cache: EngineCache) -> Iterator[str]:
