@@ -93,9 +93,9 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         if fewer is not None:
             contenders[FEWER_STEPS] = partial(sample, session, full_model=True, steps=fewer)
             descriptions[FEWER_STEPS] = _describe_fewer(session, fewer)
-    made_again = session.non_finite_steps
+    non_finite_before = session.non_finite_steps
     times, sampled = _run(contenders, options.rounds, on_progress)
-    made_again = session.non_finite_steps - made_again
+    non_finite_steps = session.non_finite_steps - non_finite_before  # before further sampling
     outputs = {name: session.decode(latents) for name, latents in sampled.items()}
     ratios = {name: row / times["full"] for name, row in times.items()}
     groups = _groups(outputs)
@@ -123,7 +123,7 @@ def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ign
         time_ratio_p10=float(np.percentile(ratios["plan"], 10)),
         time_ratio_p90=float(np.percentile(ratios["plan"], 90)),
         damage=measure_damage(outputs["full"], outputs["plan"]),
-        non_finite_steps=made_again,
+        non_finite_steps=non_finite_steps,
         controls=_control_results(outputs, ratios, groups, descriptions),
         converged=converged,
         engines=_engine_uses(level, session, manifest.steps),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unetc.errors import ArtifactError
-from unetc.temporary import claim_folder, delete_abandoned, prefix_for
+from unetc.temporary import claim_folder, prefix_for
 
 _HERE, _EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
@@ -68,7 +68,6 @@ def written_whole(path: Path, what: str) -> Iterator[Path]:
     with contextlib.ExitStack() as lock:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            delete_abandoned(path.parent, prefix_for(path))
             temporary, handle = claim_folder(path.parent, prefix_for(path))
             lock.callback(os.close, handle)
             yield temporary

@@ -36,7 +36,6 @@ class PrivateFolder:
             OSError: If it cannot be made.
         """
         place = Path(tempfile.gettempdir())
-        delete_abandoned(place, _PREFIX)
         self.path, lock = claim_folder(place, _PREFIX)
         self._finalizer = weakref.finalize(self, _delete, self.path, lock)
 
@@ -61,9 +60,12 @@ def prefix_for(path: Path) -> str:
 def claim_file(place: Path, prefix: str) -> tuple[Path, int]:
     """Make a file in a folder and lock it; return its path, and the handle to write it and to end the lock.
 
+    Those of killed processes with the same prefix are deleted.
+
     Raises:
         OSError: If it cannot be made.
     """
+    delete_abandoned(place, prefix)
     while True:
         handle, name = tempfile.mkstemp(prefix=prefix, dir=place)
         _lock(handle)
@@ -75,9 +77,12 @@ def claim_file(place: Path, prefix: str) -> tuple[Path, int]:
 def claim_folder(place: Path, prefix: str) -> tuple[Path, int]:
     """Make a folder in another one and lock it; return its path, and the handle to end the lock.
 
+    Those of killed processes with the same prefix are deleted.
+
     Raises:
         OSError: If it cannot be made.
     """
+    delete_abandoned(place, prefix)
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         with contextlib.suppress(FileNotFoundError):  # another process found it before it was locked

@@ -247,46 +247,40 @@ def test_an_interrupt_leaves_what_was_there_before(
     assert tree(tmp_path) == before
 
 
-def test_an_older_bundle_survives_when_even_the_way_back_fails(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source.write(tmp_path / "bundle", "old")
-    before = tree(tmp_path / "bundle")
+def set_aside(source: Source, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a bundle twice; return where the older one lies after the second write failed between its two renames."""
+    source.write(path, "old")
     monkeypatch.setattr(whole_folder, "_exchanged", lambda *_: False)
-    original, calls = os.replace, 0
+    original, calls = os.replace, itertools.count()
 
     def fail(*arguments: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
+        if next(calls):  # the way back fails too
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         original(*arguments)
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(ArtifactError):
-        source.write(tmp_path / "bundle", "new")
-    (left,) = tmp_path.iterdir()
-    assert tree(left) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(ArtifactError):
+            source.write(path, "new")
+    (left,) = path.parent.iterdir()
+    return left
+
+
+def test_an_older_bundle_survives_when_even_the_way_back_fails(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "place").mkdir()
+    source.write(tmp_path / "twin" / "bundle", "old")
+    left = set_aside(source, tmp_path / "place" / "bundle", monkeypatch)
+    assert tree(left) == tree(tmp_path / "twin" / "bundle")
 
 
 def test_the_next_bundle_keeps_the_only_whole_copy_of_another(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two renames, an older bundle lies under another name; `bundle.old` would take its place."""
-    source.write(tmp_path / "bundle", "old")
-    monkeypatch.setattr(whole_folder, "_exchanged", lambda *_: False)
-    with monkeypatch.context() as patch:
-        original, calls = os.replace, itertools.count()
-
-        def stop(*arguments: Any) -> None:
-            if next(calls):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            original(*arguments)
-
-        patch.setattr(os, "replace", stop)
-        with pytest.raises(ArtifactError):
-            source.write(tmp_path / "bundle", "new")
-    (left,) = tmp_path.iterdir()
+    """`bundle.old` would take the place of the older bundle that lost its own."""
+    left = set_aside(source, tmp_path / "bundle", monkeypatch)
     source.write(tmp_path / "bundle.old", "other")
     assert Bundle.open(left).manifest.notes == ("old",)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import msgspec
 
 from unetc.errors import ArtifactError, CorruptArtifactError, SchemaVersionError
-from unetc.temporary import claim_file, delete_abandoned, prefix_for
+from unetc.temporary import claim_file, prefix_for
 
 from .reading import read_bounded, reason
 
@@ -186,7 +186,6 @@ def write_together(files: Mapping[Path, bytes]) -> None:
             for path, data in files.items():
                 _check_kind(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                delete_abandoned(path.parent, prefix_for(path))
                 written[path], handle = claim_file(path.parent, prefix_for(path))
                 file = locks.enter_context(os.fdopen(handle, "wb"))
                 file.write(data)

@@ -253,7 +253,6 @@ class EngineCache:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                delete_abandoned(self.root, prefix_for(path))
                 drawn, handle = claim_file(self.root, prefix_for(path))
                 try:
                     with os.fdopen(handle, "wb") as file:
