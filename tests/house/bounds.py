@@ -33,7 +33,7 @@ ENDS = {"lowest": "lowest-direct", "highest": "highest"}
 EXTRAS = {"full": ("cpu", "compile", "report"), "base": ("cpu",)}
 """Environments, with their extras."""
 
-TOOLS = ("hypothesis", "peft", "pytest", "pytest-xdist", "scikit-learn")
+TOOLS = ("hypothesis", "peft", "pytest", "pytest-xdist", "scikit-learn", "torchmetrics")
 """Packages of the extra dev that the checks need."""
 
 TORCH = "torch==2.13.0"

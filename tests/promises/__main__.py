@@ -73,7 +73,7 @@ def run(promise: Promise, trials: Sequence[int], journal: Journal, work: Path) -
     with promise.prepare(Place(shared=work.resolve(), own=own)) as trial:
         for count, number in enumerate(trials, 1):
             begun = time.monotonic()
-            outcome = without_place(attempted(trial, number), work)
+            outcome = without_place(promise.judged(attempted(trial, number)), work)
             journal.add(number, outcome, time.monotonic() - begun)
             say(f"{promise.name}: {count} of {len(trials)}{''.join(f', {one}' for one in outcome.broken)}")
     shutil.rmtree(own, ignore_errors=True)

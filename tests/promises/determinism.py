@@ -122,10 +122,11 @@ def prepare(place: Place) -> Iterator[Trial]:
 
 PROMISE = Promise(
     name="determinism",
-    promised="The same input gives the same bytes, but for measured times: captured graph, profile, plan, bundle, "
-    "repository and pictures.",
-    tried="Commands in two processes with different hash seeds and empty caches; with another number of threads, the "
-    "difference is measured.",
+    promised="The same input gives the same bytes, but for measured times and all that they choose: captured graph, "
+    "profile, plan, bundle, repository and pictures.",
+    tried="Commands in two processes with different hash seeds and empty caches: plan, export, sample, analyze "
+    "--exhaustive, and build --plan without repairs and controls, as measured times choose those. With another number "
+    "of threads, the difference is measured.",
     prepare=prepare,
     trials=28,
     short=2,

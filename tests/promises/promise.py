@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.tiny_build import build_tiny_bundle, once, save_tiny_model
@@ -86,10 +86,11 @@ class Promise:
     limits: Mapping[str, float] = field(default_factory=dict)
     """Largest value of a figure that keeps the promise."""
 
-    def exceeded(self, figures: Mapping[str, float]) -> tuple[str, ...]:
-        """Say which figures break the promise."""
-        return tuple(
-            f"{name} is {figures[name]:.4g}, above {limit:.4g}"
+    def judged(self, outcome: Outcome) -> Outcome:
+        """Count a trial with a figure above its limit as broken."""
+        exceeded = tuple(
+            f"{name} is {outcome.figures[name]:.4g}, above {limit:.4g}"
             for name, limit in self.limits.items()
-            if name in figures and figures[name] > limit
+            if outcome.figures.get(name, limit) > limit
         )
+        return replace(outcome, broken=outcome.broken or exceeded)

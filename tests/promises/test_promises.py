@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.promises.promise import Place, Promise
+from tests.promises.promise import Outcome, Place, Promise
 from tests.promises.promises import PROMISES
 
 EVERY_RUN = {"corruption", "paths", "code", "keys", "fuzz"}
@@ -23,7 +23,13 @@ EVERY_RUN = {"corruption", "paths", "code", "keys", "fuzz"}
 def test_it_is_kept(promise: Promise, shared: Path, tmp_path: Path) -> None:
     with promise.prepare(Place(shared=shared, own=tmp_path)) as trial:
         for number in range(promise.short):
-            outcome = trial(number)
+            outcome = promise.judged(trial(number))
             assert outcome.tries > 0
             assert outcome.broken == ()
-            assert promise.exceeded(outcome.figures) == ()
+
+
+def test_a_figure_above_its_limit_breaks_a_promise() -> None:
+    numerics = next(promise for promise in PROMISES if promise.name == "numerics")
+    name, limit = next(iter(numerics.limits.items()))
+    assert numerics.judged(Outcome(figures={name: limit})).broken == ()
+    assert len(numerics.judged(Outcome(figures={name: 9.0})).broken) == 1

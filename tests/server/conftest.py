@@ -20,5 +20,5 @@ def prompted_bundle(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def live(tiny_bundle: Path, prompted_bundle: Path) -> Iterator[Live]:
     """Serve a model without prompts as `plain`, and one with encoded prompts as `prompted`."""
-    with serving(*pair(tiny_bundle, prompted_bundle), "--degrade-to", "99%") as server:
+    with serving(*pair(tiny_bundle, prompted_bundle), "--degrade-to", "99%", "--deadline", "9999") as server:
         yield server

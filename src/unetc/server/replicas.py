@@ -48,8 +48,8 @@ _HEALTH_S = 1.0
 _TRIES = 3
 """Attempts to start a replica before a new deployment fails."""
 _ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Settings of Ray in a replica. Nothing in the application waits for an engine in its event loop, so it can share that of
-Ray; with two, every request wakes two threads that compete with the engines."""
+"""Settings of Ray in a replica. The application never waits for an engine in its event loop, so it can use that of Ray;
+with two, every request would wake two threads, which compete with the engines."""
 _AGAIN_S = 0.1
 """Seconds before another request to a replica that is about to end."""
 _JOBS = "/v1/jobs/"
