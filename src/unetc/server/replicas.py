@@ -47,9 +47,6 @@ _HEALTH_S = 1.0
 """Seconds between two looks at a replica; one that has died is replaced after that."""
 _TRIES = 3
 """Attempts to start a replica before a new deployment fails."""
-_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Settings of Ray in a replica. The application never waits for an engine in its event loop, so it can use that of Ray;
-with two, every request would wake two threads, which compete with the engines."""
 _AGAIN_S = 0.1
 """Seconds before another request to a replica that is about to end."""
 _JOBS = "/v1/jobs/"
@@ -290,7 +287,7 @@ def deployed(service: Service, replicas: ReplicaRange, owner: str = "") -> serve
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=DEPLOYMENT,
-        ray_actor_options={**needs(service), "runtime_env": {"env_vars": _ENVIRONMENT}},
+        ray_actor_options=needs(service),
         max_ongoing_requests=_MOST_REQUESTS,
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=longest,
