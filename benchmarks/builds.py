@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkout import commit
+from checkout import commit, sources_sha256
 
 from unetc.environment import describe
 
@@ -54,7 +55,10 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """The sources of a version, and a folder for the files that it makes; finished files are read again."""
+    """The sources of a version, and a folder for the files that it makes.
+
+    Finished files are read again if the same sources would make them with the same command from the same files.
+    """
 
     sources: Path
     folder: Path
@@ -89,14 +93,28 @@ class Workplace:
         return verified | {"model": named, "seconds": seconds}
 
     def make(self, made: Path, *command: str) -> float:
-        """Run a command that makes a file or a folder, unless it is there; return how many seconds it took."""
-        note = made.with_name(f"{made.name}.seconds")
-        if not note.exists():
+        """Run a command that makes a file or a folder, unless it has; return how many seconds it took."""
+        note = _note(made)
+        inputs = {word: json.loads(_note(Path(word)).read_text()) for word in command if _note(Path(word)).exists()}
+        asked = {
+            "command": list(command),
+            "sources": sources_sha256(self.sources, benchmarks=False),
+            "inputs": {word: own["made"] for word, own in inputs.items()},
+        }
+        known = json.loads(note.read_text()) if note.exists() else {}
+        if any(known.get(key) != value for key, value in asked.items()):
+            note.unlink(missing_ok=True)
             environment = {**os.environ, "PYTHONPATH": str(self.sources / "src")}
             start = time.monotonic()
             subprocess.run([sys.executable, "-m", "unetc", *command, "-o", str(made)], check=True, env=environment)
-            note.write_text(f"{time.monotonic() - start:.1f}")
-        return float(note.read_text())
+            known = asked | {"made": uuid.uuid4().hex, "seconds": round(time.monotonic() - start, 1)}
+            note.write_text(json.dumps(known))
+        return float(known["seconds"])
+
+
+def _note(made: Path) -> Path:
+    """Name the note on how a file or a folder was made."""
+    return made.with_name(f"{made.name}.made.json")
 
 
 def measured(rows: Mapping[Any, dict[str, Any]], regimes: Sequence[Regime]) -> list[dict[str, Any]]:

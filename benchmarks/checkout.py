@@ -36,10 +36,11 @@ def check_out(revision: str, folder: Path) -> None:
 
 
 @functools.cache
-def sources_sha256() -> str:
-    """Hash these sources, which works without git too."""
-    files = sorted(path for folder in _SOURCES for path in (ROOT / folder).rglob("*.py"))
+def sources_sha256(root: Path = ROOT, *, benchmarks: bool = True) -> str:
+    """Hash these sources or others, with or without the benchmarks; works without git too."""
+    folders = _SOURCES if benchmarks else _SOURCES[:-1]
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
     hashed = hashlib.sha256()
     for path in files:
-        hashed.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+        hashed.update(f"{path.relative_to(root).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return hashed.hexdigest()

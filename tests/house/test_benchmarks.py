@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import bench_heart
+import builds
+import pytest
 
 
 def heart_row(**controls: tuple[float, float]) -> dict[str, Any]:
@@ -32,3 +36,46 @@ def test_a_control_in_another_time_is_named_and_not_compared() -> None:
     assert "damage / best control" not in found
     assert found["no damage / chosen_steps, as the times differ; nearest time / the plan's"] == 0.5 / 0.7
     assert "goal" not in bench_heart.figures([heart_row(chosen_steps=(0.5, 0.1))])[1]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand in for the commands; return the files and folders that they have made."""
+    found: list[str] = []
+
+    def run(command: list[str], **_: object) -> None:
+        path = Path(command[-1])
+        path.write_text(json.dumps(command))
+        found.append(path.name)
+
+    monkeypatch.setattr(builds.subprocess, "run", run)
+    return found
+
+
+def test_files_are_made_again_by_other_options_sources_or_inputs(tmp_path: Path, made: list[str]) -> None:
+    sources = tmp_path / "sources"
+    (sources / "src").mkdir(parents=True)
+    (sources / "src/one.py").touch()
+    profile, bundle = tmp_path / "profile", tmp_path / "bundle"
+
+    def make(samples: str, place: builds.Workplace) -> list[str]:
+        place.make(profile, "analyze", "m", "--samples", samples)
+        place.make(bundle, "build", "m", "--profile", str(profile))
+        return [made.pop(0) for _ in [*made]]
+
+    place = builds.Workplace(sources, tmp_path)
+    assert make("8", place) == ["profile", "bundle"]
+    assert make("8", place) == []
+    assert make("4", place) == ["profile", "bundle"], "the bundle is made from the profile"
+    (sources / "src/two.py").touch()
+    builds.sources_sha256.cache_clear()
+    assert make("4", place) == ["profile", "bundle"]
+    place.make(profile, "analyze", "m", "--samples", "2")
+    assert made == ["profile"]
+
+
+def test_a_note_without_a_command_is_not_believed(tmp_path: Path, made: list[str]) -> None:
+    (tmp_path / "profile").touch()
+    (tmp_path / "profile.seconds").write_text("1.0")
+    builds.Workplace(tmp_path, tmp_path).make(tmp_path / "profile", "analyze", "m")
+    assert made == ["profile"]
