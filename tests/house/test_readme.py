@@ -90,6 +90,28 @@ def test_tables_show_losing_plans_and_both_distances(monkeypatch: pytest.MonkeyP
     )
     *_, last = readme.table_of(run, short=True)
     assert last.startswith("| **whole steps alone** |")
+    assert plan.startswith("| *the plan* |")
+    late, *_ = readme.table_of({**run, "verification": verified | {"time_ratio": 0.731}})[2:]
+    assert late.startswith("| *the plan* (missed its budget) |")
+
+
+def test_short_tables_show_the_best_control_in_the_place_of_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    readme = importlib.import_module("readme")
+
+    def shown(**controls: tuple[float, float]) -> set[str]:
+        made = {
+            name: {"time_ratio": time, "damage": {"relative_l2": {"mean": damage}}}
+            for name, (time, damage) in controls.items()
+        }
+        found: set[str] = readme.shown_of({"time_ratio_p90": 0.74, "controls": made})
+        return found
+
+    assert shown(removal_only=(0.7, 0.1), steps_only=(0.7, 0.2), uniform=(0.8, 0.01)) == {"removal_only"}
+    several = {"fewer_steps": (0.7, 0.3), "steps_only": (0.7, 0.2), "uniform": (0.74, 0.1), "random": (0.7, 1.0)}
+    assert shown(**several) == {"steps_only", "uniform"}
+    assert shown(fewer_steps=(0.7, 0.3), random=(0.7, 0.4)) == {"fewer_steps"}
+    assert shown(fewer_steps=(0.8, 0.3)) == {"fewer_steps"}
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
