@@ -121,24 +121,28 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the result of some rows."""
+    return {"figures": figures(rows), "rows": rows}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="time only the models whose names begin with this")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    rows = earlier(options.results, "costs", "model")
+    cases = [(name, batch) for name, batch in CASES if name.startswith(options.only)]
+    rows = earlier(options.results, "costs", "model", again={name for name, _ in cases})
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for name, batch in CASES:
-            if name.startswith(options.only):
-                model = name
-                if name == "terrain":
-                    make_pipeline(download(work)).save_pretrained(work / name)
-                    model = str(work / name)
-                rows[name] = measure(name, model, batch, work / "cache")
-                known = [rows[own] for own, _ in CASES if own in rows]
-                write(options.results, "costs", {"figures": figures(known), "rows": known})
+        for name, batch in cases:
+            model = name
+            if name == "terrain":
+                make_pipeline(download(work)).save_pretrained(work / name)
+                model = str(work / name)
+            rows[name] = measure(name, model, batch, work / "cache")
+            write(options.results, "costs", record_of([rows[own] for own, _ in CASES if own in rows]))
 
 
 if __name__ == "__main__":

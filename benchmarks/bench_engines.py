@@ -206,13 +206,20 @@ def table(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"title": f"{row['model']}: saved time", "columns": ["left out", OLDER, "now"], "rows": lines}
 
 
+def record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the result of some rows."""
+    tables = [table(row) for row in rows if row["saved"]["newer"]]
+    return {"figures": figures(rows), "tables": tables, "rows": rows}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="measure only the models whose names begin with this")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    rows = earlier(options.results, "engines", "model")
+    cases = [one for one in CASES if one.name.startswith(options.only)]
+    rows = earlier(options.results, "engines", "model", again={one.name for one in cases})
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         check_out(OLDER, work / OLDER)
@@ -220,12 +227,10 @@ def main() -> None:
             "older": Version(work / OLDER, "unetc.graph", "unetc.artifacts.profile"),
             "newer": Version(ROOT, "unetc.compiler.graph", "unetc.treatments"),
         }
-        for case in (one for one in CASES if one.name.startswith(options.only)):
+        for case in cases:
             rows[case.name] = measure(case, versions, work / "case")
             shutil.rmtree(work / "case")
-            known = [rows[one.name] for one in CASES if one.name in rows]
-            tables = [table(row) for row in known if row["saved"]["newer"]]
-            write(options.results, "engines", {"figures": figures(known), "tables": tables, "rows": known})
+            write(options.results, "engines", record_of([rows[one.name] for one in CASES if one.name in rows]))
 
 
 if __name__ == "__main__":

@@ -75,9 +75,10 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def record_of(rows: list[dict[str, Any]], settings: Mapping[str, object]) -> dict[str, Any]:
     """Make the result of some rows."""
-    return {"figures": figures(rows), "tables": [table(rows, {OLDER: "older", "plan": "plan"})], "rows": rows}
+    tables = [table(rows, {OLDER: "older", "plan": "plan"})]
+    return {"settings": settings, "figures": figures(rows), "tables": tables, "rows": rows}
 
 
 def main() -> None:
@@ -90,17 +91,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
     options = parser.parse_args()
     effort = Effort(analysis=("--samples", str(options.samples)), rounds=options.rounds)
+    regimes = [one for one in REGIMES if one.name.startswith(options.only)]
+    settings, again = {"samples": options.samples, "rounds": options.rounds}, {one.name for one in regimes}
+    rows = earlier(options.results, "heart", "regime", "budget", again=again, settings=settings)
     check_out(OLDER, options.work / OLDER)
     newer = Workplace(ROOT, options.work / f"newer-{commit()}")
     older = Workplace(options.work / OLDER, options.work / "older")
     for place in (newer, older):
         place.folder.mkdir(parents=True, exist_ok=True)
-    rows = earlier(options.results, "heart", "regime", "budget")
-    for regime in (one for one in REGIMES if one.name.startswith(options.only)):
+    for regime in regimes:
         for budget in regime.budgets:
             own, other = (place.measure(regime, budget, effort) for place in (newer, older))
-            rows[regime.name, budget] = row(regime, budget, own) | {"older": outcome(other)}
-            write(options.results, "heart", record_of(measured(rows, REGIMES)))
+            rows[regime.name, budget] = row(regime, budget, own) | {"older": outcome(other), "settings": settings}
+            write(options.results, "heart", record_of(measured(rows, REGIMES), settings))
 
 
 if __name__ == "__main__":

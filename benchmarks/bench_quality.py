@@ -50,6 +50,7 @@ BATCH = 50
 SEED = 4001
 """Seed that neither builds nor verifications use."""
 GROUPS = 10
+SETTINGS = {"samples": SAMPLES, "guidance_scale": GUIDANCE, "seed": SEED}
 Features = NDArray[np.float64]
 
 
@@ -154,6 +155,11 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make the result of some rows."""
+    return {"settings": SETTINGS, "figures": figures(rows), "tables": [table(rows)], "rows": rows}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,8 +169,10 @@ def main() -> None:
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())
     place.folder.mkdir(parents=True, exist_ok=True)
-    rows = earlier(options.results, "quality", "regime", "budget")
-    for regime in (one for one in REGIMES if one.name.startswith(options.only)):
+    regimes = [one for one in REGIMES if one.name.startswith(options.only)]
+    again = {one.name for one in regimes}
+    rows = earlier(options.results, "quality", "regime", "budget", again=again, settings=SETTINGS)
+    for regime in regimes:
         for budget in regime.budgets:
             verified = place.measure(regime, budget, EFFORT)
             pictures: dict[str, Any] = {}
@@ -174,13 +182,11 @@ def main() -> None:
                 "budget": budget,
                 "commit": commit(),
                 "environment": describe(),
+                "settings": SETTINGS,
                 "contenders": judged,
                 "verification": verified,
             }
-            known = measured(rows, REGIMES)
-            settings = {"samples": SAMPLES, "guidance_scale": GUIDANCE, "seed": SEED}
-            record = {"settings": settings, "figures": figures(known), "tables": [table(known)], "rows": known}
-            write(options.results, "quality", record)
+            write(options.results, "quality", record_of(measured(rows, REGIMES)))
             drawn = grid(np.concatenate([*pictures.values()]), columns=len(NAMES))
             PICTURE.write_bytes(png_bytes(drawn))
 

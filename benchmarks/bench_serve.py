@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from checkout import commit
-from result_file import write
+from result_file import earlier, write
 from serve_contenders import BATCH, WINDOW
 from serve_simulation import arrivals, simulate
 
@@ -48,6 +48,8 @@ PICTURE = HERE.parent / "docs" / "images" / "serve-latency.png"
 PROFILES = {"digits": "digits-ddim", "prompted-digits": "prompted-digits"}
 """Committed profiles by model."""
 STEPS = 20, 50
+NAMES = [f"{model}, {steps} steps" for model in PROFILES for steps in STEPS]
+"""The cases."""
 BUDGETS = "0.27,0.4,0.55"
 LEVEL = "27%"
 """Quality of all contenders but torch, unless a figure says otherwise."""
@@ -68,6 +70,11 @@ class Case:
     steps: int
     prompts: tuple[str, ...]
     guidance_scale: float
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return f"{self.model}, {self.steps} steps"
 
     def body(self, seed: int, quality: str = LEVEL, **more: object) -> dict[str, Any]:
         """Make the body of a request."""
@@ -347,6 +354,11 @@ def figures(results: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
     return rows
 
 
+def record_of(results: dict[str, dict[str, Any]], settings: Mapping[str, object]) -> dict[str, Any]:
+    """Make the result of some cases."""
+    return {"settings": settings, "figures": figures(results), "measured": results}
+
+
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw latency against load."""
     import matplotlib as mpl
@@ -377,13 +389,13 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 async def run(
-    bundles: Path, only: str, rounds: int, seconds: float, requests: int
+    bundles: Path, names: Collection[str], rounds: int, seconds: float, requests: int
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    """Measure the cases whose names begin with a text."""
+    """Measure the cases with some names."""
     for case in cases(bundles):
-        name = f"{case.model}, {case.steps} steps"
-        if not name.startswith(only):
+        if case.name not in names:
             continue
+        name = case.name
         print(f"{name} …", file=sys.stderr, flush=True)
         result = await measure(case, rounds, seconds, requests)
         if case.steps == STEPS[-1]:
@@ -411,12 +423,12 @@ async def write_all() -> None:
     options = parser.parse_args()
     settings = {"rounds": options.rounds, "seconds": options.seconds, "requests": options.requests}
     settings |= {"quality": LEVEL, "threads": THREADS}
-    path = options.results / "serve.json"
-    results = json.loads(path.read_text())["measured"] if path.exists() else {}
-    async for name, result in run(options.bundles, options.only, options.rounds, options.seconds, options.requests):
-        results[name] = result
+    names = [name for name in NAMES if name.startswith(options.only)]
+    results = earlier(options.results, "serve", again=names, settings=settings)
+    async for name, result in run(options.bundles, names, options.rounds, options.seconds, options.requests):
+        results[name] = {**result, "settings": settings}
         draw(results, PICTURE)
-        write(options.results, "serve", {"settings": settings, "figures": figures(results), "measured": results})
+        write(options.results, "serve", record_of(results, settings))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ def draw(bundle: Path, path: Path, *, count: int = 4) -> None:
     pyplot.close(figure)
 
 
+def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make the result of some rows."""
+    return {"figures": figures(rows), "tables": [table(rows, {"plan": "plan"})], "rows": rows}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,13 +92,12 @@ def main() -> None:
     pipeline = options.work / "terrain"
     with tempfile.TemporaryDirectory() as folder:
         make_pipeline(download(Path(folder))).save_pretrained(pipeline)
-    rows = earlier(options.results, "terrain", "regime", "budget")
-    for regime in (one for one in REGIMES if one.name.startswith(options.only)):
+    regimes = [one for one in REGIMES if one.name.startswith(options.only)]
+    rows = earlier(options.results, "terrain", "regime", "budget", again={one.name for one in regimes})
+    for regime in regimes:
         for budget in regime.budgets:
             rows[regime.name, budget] = row(regime, budget, place.measure(regime, budget, EFFORT, str(pipeline)))
-            known = measured(rows, REGIMES)
-            tables = [table(known, {"plan": "plan"})]
-            write(options.results, "terrain", {"figures": figures(known), "tables": tables, "rows": known})
+            write(options.results, "terrain", record_of(measured(rows, REGIMES)))
             if (regime, budget) == (REGIMES[0], REGIMES[0].budgets[0]):
                 draw(place.folder / f"{regime.slug}-{budget:g}", PICTURE)
 

@@ -5,18 +5,51 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from unetc.environment import describe
 
 
-def earlier(folder: Path, name: str, *keys: str) -> dict[Any, dict[str, Any]]:
-    """Read the rows of an earlier result, if there is one, by the value of a key or the values of several."""
+def earlier(
+    folder: Path, name: str, *keys: str, again: Collection[str], settings: Mapping[str, object] | None = None
+) -> dict[Any, dict[str, Any]]:
+    """Read the rows of an earlier result, if there is one, for a run that measures some of them again.
+
+    Args:
+        folder: Folder of the result.
+        name: Name of the benchmark.
+        keys: A key of the rows, or several, by whose values they are found; the first is the name of the case. Without
+            any, the cases are those under `measured`.
+        again: Names of the cases that the run measures.
+        settings: Settings of the run. Rows of other settings are left out where it measures them again.
+
+    Raises:
+        SystemExit: If another row would stay, and was measured with other settings.
+    """
     path = folder / f"{name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys)): row for row in rows}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    common, wanted = result.get("settings", {}), dict(settings or {})
+    rows = {tuple(row[key] for key in keys): row for row in result["rows"]} if keys and result else {}
+    if not keys:
+        rows = {(case,): row for case, row in result.get("measured", {}).items()}
+    kept = {}
+    for key, row in rows.items():
+        theirs = row.get("settings", common)
+        if theirs == wanted:
+            kept[key if len(key) > 1 else key[0]] = {**row, "settings": theirs} if wanted else row
+        elif key[0] not in again:
+            sys.exit(
+                f"{path} has {key[0]} with {shown(theirs)}, and this run has {shown(wanted)}. One result has the same "
+                "settings for all its rows: give these, or another folder with --results."
+            )
+    return kept
+
+
+def shown(settings: Mapping[str, object]) -> str:
+    """Write settings as pages do."""
+    return " · ".join(f"{key} {value}" for key, value in settings.items()) or "unknown settings"
 
 
 def write(folder: Path, name: str, measured: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import bench_heart
 import builds
 import pytest
+import result_file
 
 
 def heart_row(**controls: tuple[float, float]) -> dict[str, Any]:
@@ -79,3 +80,33 @@ def test_a_note_without_a_command_is_not_believed(tmp_path: Path, made: list[str
     (tmp_path / "profile.seconds").write_text("1.0")
     builds.Workplace(tmp_path, tmp_path).make(tmp_path / "profile", "analyze", "m")
     assert made == ["profile"]
+
+
+def test_all_rows_of_a_result_have_the_same_settings(tmp_path: Path) -> None:
+    rows = [{"model": "a", "settings": {"rounds": 3}}, {"model": "b"}]
+    (tmp_path / "x.json").write_text(json.dumps({"settings": {"rounds": 3}, "rows": rows}))
+    (tmp_path / "y.json").write_text(json.dumps({"rows": [{"model": "a"}]}))
+    (tmp_path / "z.json").write_text(json.dumps({"settings": {"rounds": 3}, "measured": {"a": {}, "b": {}}}))
+
+    def read(name: str, *keys: str, again: str, **settings: int) -> dict[Any, Any]:
+        return result_file.earlier(tmp_path, name, *keys, again=[*again], settings=settings)
+
+    assert [*read("x", "model", again="a", rounds=3)] == ["a", "b"]
+    assert [*read("z", again="a", rounds=3)] == ["a", "b"]
+    assert [*read("y", "model", again="")] == ["a"]
+    assert read("x", "model", again="ab", rounds=1) == {}
+    assert read("none", "model", again="", rounds=1) == {}
+    for name, keys in (("x", ("model",)), ("z", ())):
+        with pytest.raises(SystemExit, match=r"has b with rounds 3, and this run has rounds 1\."):
+            read(name, *keys, again="a", rounds=1)
+    with pytest.raises(SystemExit, match="unknown settings"):
+        read("y", "model", again="", rounds=1)
+
+
+@pytest.mark.parametrize("name", ["costs", "engines", "heart", "quality", "serve", "terrain"])
+def test_committed_results_can_be_resumed(name: str) -> None:
+    folder = Path(result_file.__file__).parent / "results"
+    result = json.loads((folder / f"{name}.json").read_text())
+    keys = [key for key in ("regime", "model", "budget") if "rows" in result and key in result["rows"][0]]
+    kept = result_file.earlier(folder, name, *keys, again=(), settings=result.get("settings"))
+    assert len(kept) == len(result.get("rows", result.get("measured")))
