@@ -26,7 +26,7 @@ from checkout import ROOT, commit
 from fashion_images import NAMES, UNSEEN, as_samples, read
 from image_classifier import ImageClassifier, frechet_distance
 from numpy.typing import NDArray
-from result_file import earlier, write
+from result_file import RESULTS, earlier, picture_of, write
 
 import unetc
 from unetc.analyzer.screen import Z_95
@@ -37,8 +37,6 @@ from unetc.runtime.bundle import Bundle
 from unetc.runtime.loaded_bundle import LoadedBundle
 from unetc.runtime.session import Session
 
-HERE = Path(__file__).parent
-PICTURE = HERE.parent / "docs/images/quality.png"
 GUIDANCE = 2.0
 REGIMES = tuple(
     Regime(model="fashion", scheduler="ddim", steps=steps, budgets=(0.27, 0.5), guidance=GUIDANCE)
@@ -164,7 +162,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/quality", help="caches and bundles")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())
@@ -188,7 +186,7 @@ def main() -> None:
             }
             write(options.results, "quality", record_of(measured(rows, REGIMES)))
             drawn = grid(np.concatenate([*pictures.values()]), columns=len(NAMES))
-            PICTURE.write_bytes(png_bytes(drawn))
+            picture_of(options.results, "quality.png").write_bytes(png_bytes(drawn))
 
 
 if __name__ == "__main__":

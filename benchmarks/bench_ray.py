@@ -33,13 +33,11 @@ from typing import Any
 import checkout  # noqa: F401 - makes unetc importable
 from ray_search import BUDGET, search
 from ray_simulation import SIZES, Work, simulate
-from result_file import write
+from result_file import RESULTS, picture_of, write
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.progress import Progress
 
-HERE = Path(__file__).parent
-PICTURE = HERE.parent / "docs/images/ray.png"
 THREADS = 1
 PAUSE_S = 10.0
 """Longest time between two kills: a job that is killed five times ends the analysis, and jobs take seconds."""
@@ -297,8 +295,7 @@ def main() -> None:
     """Measure, simulate, draw and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/ray", help="caches")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="the picture")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--terrain", type=Path, help="pipeline folder of terrain.py")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers, 1 among them")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each number of workers")
@@ -325,7 +322,6 @@ def main() -> None:
         work = Work.of(results[name]["first"]["stages"], results[name]["jobs"], results[name]["runs"][1])
         simulated[name] = simulate(work)
         simulated[f"{name}, ten times the jobs"] = simulate(work.times(10))
-    draw(simulated, results, options.picture)
     columns = ["analysis", "workers", "speed-up", "share of the time: timing", "trajectory", "screening", "ablations"]
     rows = [
         [name, row["workers"], f"{row['speedup']:.1f}", *(f"{row['shares'][stage]:.2f}" for stage in STAGES)]
@@ -345,6 +341,7 @@ def main() -> None:
             "simulated": simulated,
         },
     )
+    draw(simulated, results, picture_of(options.results, "ray.png"))
 
 
 if __name__ == "__main__":

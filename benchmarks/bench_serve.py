@@ -36,7 +36,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from checkout import commit
-from result_file import earlier, write
+from result_file import RESULTS, earlier, picture_of, write
 from serve_contenders import BATCH, WINDOW
 from serve_simulation import arrivals, simulate
 
@@ -44,7 +44,6 @@ import unetc
 from unetc.runtime.bundle import Bundle
 
 HERE = Path(__file__).parent
-PICTURE = HERE.parent / "docs" / "images" / "serve-latency.png"
 PROFILES = {"digits": "digits-ddim", "prompted-digits": "prompted-digits"}
 """Committed profiles by model."""
 STEPS = 20, 50
@@ -419,7 +418,7 @@ async def write_all() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
     parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement of capacity.")
     parser.add_argument("--requests", type=int, default=200, help="Requests of one measurement of latency.")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the result.")
     options = parser.parse_args()
     settings = {"rounds": options.rounds, "seconds": options.seconds, "requests": options.requests}
     settings |= {"quality": LEVEL, "threads": THREADS}
@@ -427,8 +426,9 @@ async def write_all() -> None:
     results = earlier(options.results, "serve", again=names, settings=settings)
     async for name, result in run(options.bundles, names, options.rounds, options.seconds, options.requests):
         results[name] = {**result, "settings": settings}
-        draw(results, PICTURE)
         write(options.results, "serve", record_of(results, settings))
+        if any(one["curve"] for one in results.values()):
+            draw(results, picture_of(options.results, "serve-latency.png"))
 
 
 if __name__ == "__main__":

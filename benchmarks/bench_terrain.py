@@ -19,19 +19,17 @@ import numpy as np
 from builds import Effort, Regime, Workplace, measured, row, table
 from checkout import ROOT, commit
 from matplotlib import pyplot
-from result_file import earlier, write
+from result_file import RESULTS, earlier, picture_of, write
 from terrain import download, make_pipeline
 
 import unetc
 
-HERE = Path(__file__).parent
 REGIMES = (
     Regime(model="terrain", scheduler="ddpm", steps=20, budgets=(0.27, 0.5)),
     Regime(model="terrain", scheduler="dpmsolver++", steps=10, budgets=(0.27, 0.5)),
     Regime(model="terrain", scheduler="ddpm", steps=50, budgets=(0.27, 0.5)),
 )
 EFFORT = Effort(analysis=("--samples", "4", "--bins", "5", "--batch", "2"), rounds=4)
-PICTURE = HERE.parent / "docs/images/terrain.png"
 GOAL = 0.5
 """Most damage of a plan / damage of the best control."""
 
@@ -84,7 +82,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/terrain", help="caches and bundles")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())
@@ -99,7 +97,7 @@ def main() -> None:
             rows[regime.name, budget] = row(regime, budget, place.measure(regime, budget, EFFORT, str(pipeline)))
             write(options.results, "terrain", record_of(measured(rows, REGIMES)))
             if (regime, budget) == (REGIMES[0], REGIMES[0].budgets[0]):
-                draw(place.folder / f"{regime.slug}-{budget:g}", PICTURE)
+                draw(place.folder / f"{regime.slug}-{budget:g}", picture_of(options.results, "terrain.png"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ from typing import Any
 
 from unetc.environment import describe
 
+RESULTS = Path(__file__).parent / "results"
+"""Folder of the committed results."""
+IMAGES = Path(__file__).parents[1] / "docs/images"
+"""Folder of the pictures that pages show, drawn from the committed results."""
+
 
 def earlier(
     folder: Path, name: str, *keys: str, again: Collection[str], settings: Mapping[str, object] | None = None
@@ -50,6 +55,11 @@ def earlier(
 def shown(settings: Mapping[str, object]) -> str:
     """Write settings as pages do."""
     return " · ".join(f"{key} {value}" for key, value in settings.items()) or "unknown settings"
+
+
+def picture_of(folder: Path, name: str) -> Path:
+    """Choose where to draw a picture: for pages with the committed results, next to other results."""
+    return (IMAGES if folder.resolve() == RESULTS.resolve() else folder) / name
 
 
 def write(folder: Path, name: str, measured: Mapping[str, object]) -> None:

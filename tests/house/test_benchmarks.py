@@ -110,3 +110,9 @@ def test_committed_results_can_be_resumed(name: str) -> None:
     keys = [key for key in ("regime", "model", "budget") if "rows" in result and key in result["rows"][0]]
     kept = result_file.earlier(folder, name, *keys, again=(), settings=result.get("settings"))
     assert len(kept) == len(result.get("rows", result.get("measured")))
+
+
+def test_pictures_are_drawn_next_to_the_result(tmp_path: Path) -> None:
+    root = Path(result_file.__file__).parents[1]
+    assert result_file.picture_of(tmp_path, "x.png") == tmp_path / "x.png"
+    assert result_file.picture_of(root / "benchmarks/../benchmarks/results", "x.png") == root / "docs/images/x.png"
