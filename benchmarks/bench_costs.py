@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from checkout import commit
+from command_line import add_only, chosen
 from result_file import earlier, write
 from scipy.stats import spearmanr
 from terrain import download, make_pipeline
@@ -129,14 +130,14 @@ def record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="time only the models whose names begin with this")
+    add_only(parser)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    cases = [(name, batch) for name, batch in CASES if name.startswith(options.only)]
-    rows = earlier(options.results, "costs", "model", again={name for name, _ in cases})
+    again = chosen(parser, options.only, (name for name, _ in CASES))
+    rows = earlier(options.results, "costs", "model", again=again)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for name, batch in cases:
+        for name, batch in ((name, batch) for name, batch in CASES if name in again):
             model = name
             if name == "terrain":
                 make_pipeline(download(work)).save_pretrained(work / name)

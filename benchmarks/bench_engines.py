@@ -26,6 +26,7 @@ import diffusers as untyped_diffusers
 import numpy as np
 import torch
 from checkout import ROOT, check_out, commit
+from command_line import add_only, chosen
 from result_file import earlier, write
 
 from unetc.backend import Array, SerialisedGraph
@@ -215,11 +216,11 @@ def record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="measure only the models whose names begin with this")
+    add_only(parser)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    cases = [one for one in CASES if one.name.startswith(options.only)]
-    rows = earlier(options.results, "engines", "model", again={one.name for one in cases})
+    again = chosen(parser, options.only, (one.name for one in CASES))
+    rows = earlier(options.results, "engines", "model", again=again)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         check_out(OLDER, work / OLDER)
@@ -227,7 +228,7 @@ def main() -> None:
             "older": Version(work / OLDER, "unetc.graph", "unetc.artifacts.profile"),
             "newer": Version(ROOT, "unetc.compiler.graph", "unetc.treatments"),
         }
-        for case in cases:
+        for case in (one for one in CASES if one.name in again):
             rows[case.name] = measure(case, versions, work / "case")
             shutil.rmtree(work / "case")
             write(options.results, "engines", record_of([rows[one.name] for one in CASES if one.name in rows]))

@@ -23,6 +23,7 @@ from typing import Any
 
 from builds import Effort, Regime, Workplace, measured, outcome, row, table
 from checkout import ROOT, check_out, commit
+from command_line import add_only, chosen
 from result_file import earlier, write
 
 HERE = Path(__file__).parent
@@ -88,18 +89,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
     parser.add_argument("--samples", type=int, default=4, help="trajectories of the analysis")
     parser.add_argument("--rounds", type=int, default=8, help="batches that every contender samples")
-    parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
+    add_only(parser)
     options = parser.parse_args()
     effort = Effort(analysis=("--samples", str(options.samples)), rounds=options.rounds)
-    regimes = [one for one in REGIMES if one.name.startswith(options.only)]
-    settings, again = {"samples": options.samples, "rounds": options.rounds}, {one.name for one in regimes}
+    again = chosen(parser, options.only, (one.name for one in REGIMES))
+    settings = {"samples": options.samples, "rounds": options.rounds}
     rows = earlier(options.results, "heart", "regime", "budget", again=again, settings=settings)
     check_out(OLDER, options.work / OLDER)
     newer = Workplace(ROOT, options.work / f"newer-{commit()}")
     older = Workplace(options.work / OLDER, options.work / "older")
     for place in (newer, older):
         place.folder.mkdir(parents=True, exist_ok=True)
-    for regime in regimes:
+    for regime in (one for one in REGIMES if one.name in again):
         for budget in regime.budgets:
             own, other = (place.measure(regime, budget, effort) for place in (newer, older))
             rows[regime.name, budget] = row(regime, budget, own) | {"older": outcome(other), "settings": settings}

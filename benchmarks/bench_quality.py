@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from builds import Effort, Regime, Workplace, measured
 from checkout import ROOT, commit
+from command_line import add_only, chosen
 from fashion_images import NAMES, UNSEEN, as_samples, read
 from image_classifier import ImageClassifier, frechet_distance
 from numpy.typing import NDArray
@@ -163,14 +164,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/quality", help="caches and bundles")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
+    add_only(parser)
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())
     place.folder.mkdir(parents=True, exist_ok=True)
-    regimes = [one for one in REGIMES if one.name.startswith(options.only)]
-    again = {one.name for one in regimes}
+    again = chosen(parser, options.only, (one.name for one in REGIMES))
     rows = earlier(options.results, "quality", "regime", "budget", again=again, settings=SETTINGS)
-    for regime in regimes:
+    for regime in (one for one in REGIMES if one.name in again):
         for budget in regime.budgets:
             verified = place.measure(regime, budget, EFFORT)
             pictures: dict[str, Any] = {}

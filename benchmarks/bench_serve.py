@@ -36,6 +36,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from checkout import commit
+from command_line import add_only, chosen
 from result_file import RESULTS, earlier, picture_of, write
 from serve_contenders import BATCH, WINDOW
 from serve_simulation import arrivals, simulate
@@ -414,7 +415,7 @@ async def write_all() -> None:
     """Measure; draw and write after every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, required=True, help="Folder of the bundles; missing ones are built.")
-    parser.add_argument("--only", default="", help="Measure only the cases whose names begin with this.")
+    add_only(parser)
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
     parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement of capacity.")
     parser.add_argument("--requests", type=int, default=200, help="Requests of one measurement of latency.")
@@ -422,9 +423,9 @@ async def write_all() -> None:
     options = parser.parse_args()
     settings = {"rounds": options.rounds, "seconds": options.seconds, "requests": options.requests}
     settings |= {"quality": LEVEL, "threads": THREADS}
-    names = [name for name in NAMES if name.startswith(options.only)]
-    results = earlier(options.results, "serve", again=names, settings=settings)
-    async for name, result in run(options.bundles, names, options.rounds, options.seconds, options.requests):
+    again = chosen(parser, options.only, NAMES)
+    results = earlier(options.results, "serve", again=again, settings=settings)
+    async for name, result in run(options.bundles, again, options.rounds, options.seconds, options.requests):
         results[name] = {**result, "settings": settings}
         write(options.results, "serve", record_of(results, settings))
         if any(one["curve"] for one in results.values()):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from builds import Effort, Regime, Workplace, measured, row, table
 from checkout import ROOT, commit
+from command_line import add_only, chosen
 from matplotlib import pyplot
 from result_file import RESULTS, earlier, picture_of, write
 from terrain import download, make_pipeline
@@ -83,16 +84,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/terrain", help="caches and bundles")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--only", default="", help="measure only the regimes whose names begin with this")
+    add_only(parser)
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())
     place.folder.mkdir(parents=True, exist_ok=True)
     pipeline = options.work / "terrain"
     with tempfile.TemporaryDirectory() as folder:
         make_pipeline(download(Path(folder))).save_pretrained(pipeline)
-    regimes = [one for one in REGIMES if one.name.startswith(options.only)]
-    rows = earlier(options.results, "terrain", "regime", "budget", again={one.name for one in regimes})
-    for regime in regimes:
+    again = chosen(parser, options.only, (one.name for one in REGIMES))
+    rows = earlier(options.results, "terrain", "regime", "budget", again=again)
+    for regime in (one for one in REGIMES if one.name in again):
         for budget in regime.budgets:
             rows[regime.name, budget] = row(regime, budget, place.measure(regime, budget, EFFORT, str(pipeline)))
             write(options.results, "terrain", record_of(measured(rows, REGIMES)))

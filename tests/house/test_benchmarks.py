@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import bench_heart
 import builds
+import command_line
 import pytest
 import result_file
 
@@ -116,3 +118,21 @@ def test_pictures_are_drawn_next_to_the_result(tmp_path: Path) -> None:
     root = Path(result_file.__file__).parents[1]
     assert result_file.picture_of(tmp_path, "x.png") == tmp_path / "x.png"
     assert result_file.picture_of(root / "benchmarks/../benchmarks/results", "x.png") == root / "docs/images/x.png"
+
+
+def test_only_chooses_cases_and_refuses_a_beginning_of_none(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command_line.add_only(parser)
+    names = ["digits, 20", "digits, 20", "digits, 50", "terrain"]
+    assert command_line.chosen(parser, parser.parse_args([]).only, names) == ["digits, 20", "digits, 50", "terrain"]
+    assert command_line.chosen(parser, "digits", names) == ["digits, 20", "digits, 50"]
+    with pytest.raises(SystemExit):
+        command_line.chosen(parser, "digit ", names)
+    assert "no case begins with 'digit '; the cases are: digits, 20; digits, 50; terrain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(Path(result_file.__file__).parent.glob("bench_*.py")), ids=lambda one: one.stem)
+def test_every_benchmark_with_only_shares_the_option(path: Path) -> None:
+    text = path.read_text()
+    assert '"--only"' not in text
+    assert ("add_only(" in text) == ("chosen(" in text)

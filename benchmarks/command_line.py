@@ -1,0 +1,22 @@
+"""Options that several benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Add the option that measures some cases alone."""
+    parser.add_argument(
+        "--only", default="", help="measure only the cases whose names begin with this; the result keeps its other rows"
+    )
+
+
+def chosen(parser: argparse.ArgumentParser, only: str, names: Iterable[str]) -> list[str]:
+    """List the names that begin with a text; end with a message if none does."""
+    known = list(dict.fromkeys(names))
+    found = [name for name in known if name.startswith(only)]
+    if not found:
+        parser.error(f"--only: no case begins with {only!r}; the cases are: {'; '.join(known)}")
+    return found
