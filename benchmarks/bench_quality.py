@@ -8,8 +8,9 @@ Fidelity compares with the full model's samples, and cannot say whether a differ
 benchmark can: it samples the class-conditional reference model, and measures the Fréchet distance between the
 classifier's features of these samples and of the 10,000 test images of Fashion-MNIST, and how often the classifier
 sees the class that was asked for. The distance is not FID. All contenders sample the same noise and the same classes.
-Intervals of 95 % are a jackknife over ten groups of samples. Times are those that `unetc verify` measures. Writes
-`results/quality.json`, and draws samples of the last row's contenders as `docs/images/quality.png`.
+Intervals of 95 % are a jackknife over ten groups of samples, with Student's t of nine degrees of freedom. Times are
+those that `unetc verify` measures. Writes `results/quality.json`, and draws samples of the last row's contenders as
+`docs/images/quality.png`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from fashion_images import NAMES, UNSEEN, as_samples, read
 from image_classifier import ImageClassifier, frechet_distance
 from numpy.typing import NDArray
 from result_file import RESULTS, earlier, picture_of, write
+from scipy.stats import t as student
 
 import unetc
-from unetc.analyzer.screen import Z_95
 from unetc.environment import describe
 from unetc.report.pictures import grid, png_bytes
 from unetc.runtime.backends.registry import open_backend
@@ -49,6 +50,8 @@ BATCH = 50
 SEED = 4001
 """Seed that neither builds nor verifications use."""
 GROUPS = 10
+T_95 = float(student.ppf(0.975, GROUPS - 1))
+"""Half the width of an interval in standard errors, which come from the groups."""
 SETTINGS = {"samples": SAMPLES, "guidance_scale": GUIDANCE, "seed": SEED}
 Features = NDArray[np.float64]
 
@@ -86,7 +89,7 @@ def judge(features: Features, of_full: Features, real: Features) -> dict[str, An
     group = np.arange(len(features)) * GROUPS // len(features)
     everything = distances(np.ones(len(features), bool))
     without = np.stack([distances(group != one) for one in range(GROUPS)])
-    errors = Z_95 * np.sqrt((GROUPS - 1) / GROUPS * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    errors = T_95 * np.sqrt((GROUPS - 1) / GROUPS * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
     return {
         name: {"mean": float(value), "low": float(value - error), "high": float(value + error)}
         for name, value, error in zip(("distance", "more_than_full"), everything, errors, strict=True)

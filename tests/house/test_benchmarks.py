@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import bench_heart
+import bench_quality
 import builds
 import command_line
+import numpy as np
 import pytest
 import result_file
 
@@ -136,3 +138,14 @@ def test_every_benchmark_with_only_shares_the_option(path: Path) -> None:
     text = path.read_text()
     assert '"--only"' not in text
     assert ("add_only(" in text) == ("chosen(" in text)
+
+
+def test_intervals_of_a_mean_of_groups_hold_it_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_quality, "frechet_distance", lambda own, _: own.mean())
+    rng, tries = np.random.default_rng(0), 2000
+    held = 0
+    for _ in range(tries):
+        drawn = rng.standard_normal((bench_quality.GROUPS, 1))
+        found = bench_quality.judge(drawn, np.zeros_like(drawn), drawn)["more_than_full"]
+        held += found["low"] <= 0 <= found["high"]
+    assert held / tries == pytest.approx(0.95, abs=0.012), "1.96 standard errors would hold it in 92 % of the tries"
