@@ -9,6 +9,7 @@ from typing import Any
 
 import bench_heart
 import bench_quality
+import bench_serve
 import builds
 import command_line
 import numpy as np
@@ -149,3 +150,26 @@ def test_intervals_of_a_mean_of_groups_hold_it_as_often_as_they_say(monkeypatch:
         found = bench_quality.judge(drawn, np.zeros_like(drawn), drawn)["more_than_full"]
         held += found["low"] <= 0 <= found["high"]
     assert held / tries == pytest.approx(0.95, abs=0.012), "1.96 standard errors would hold it in 92 % of the tries"
+
+
+def ladder_figures(ladder: dict[str, Any]) -> dict[str, Any]:
+    contenders = dict.fromkeys(("unetc", "serial", "whole", "diffusers"), 1.0)
+    case = {"capacity": contenders, "latency": {"serial": contenders, "whole": contenders}, "ladder": ladder}
+    case["engines_alone"] = {"images_per_s": 1.0, "p95": {"a": 1.0}}
+    rows = bench_serve.figures({"m": case})
+    return {str(row["figure"]).partition("capacity")[2]: row for row in rows if "full model" in str(row["figure"])}
+
+
+def test_the_ladder_is_compared_with_a_server_that_may_refuse() -> None:
+    answers = [
+        bench_serve.Answer(seconds=2.0, status=200, level="27%", relative_l2=0.1),
+        bench_serve.Answer(seconds=0.01, status=429),
+    ]
+    one = bench_serve.of_ladder(answers)
+    assert one == {"refused": 1, "p95_s": 2.0, "mean_relative_l2": 0.1, "levels": {"27%": 1.0}}
+    found = ladder_figures({"queue": 32, "target_s": 4.0, "with": one | {"refused": 0}, "without": one})
+    assert found[", queue of 32: refused, with the ladder"]["value"] == 0
+    assert found[", queue of 32: refused, without the ladder"]["value"] == 1
+    assert found[": p95 with the ladder / target"]["value"] == 0.5
+    old = ladder_figures({"target_s": 4.0, **one})
+    assert not any("refused" in figure for figure in old), "a long queue refuses nothing"
