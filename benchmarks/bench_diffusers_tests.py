@@ -25,6 +25,8 @@ from xml.etree import ElementTree
 from result_file import write
 
 HERE = Path(__file__).parent
+PIPELINES = "tests/pipelines"
+"""Folder of the files in a checkout."""
 FILES = (
     "stable_diffusion/test_stable_diffusion.py",
     "stable_diffusion/test_stable_diffusion_img2img.py",
@@ -51,7 +53,7 @@ def run(checkout: Path, cache: Path, files: Sequence[str], *, original: bool) ->
         "UNETC_SUITE_ORIGINAL": str(int(original)),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "diffusers_suite", "-k", FAST]
-    command += [*(f"tests/pipelines/{file}" for file in files), f"--junitxml={report}", "-o", "addopts="]
+    command += [*(f"{PIPELINES}/{file}" for file in files), f"--junitxml={report}", "-o", "addopts="]
     subprocess.run(command, cwd=checkout, env=environment, check=False)
     results = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -88,8 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="Folder of a checkout of diffusers.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
-    parser.add_argument("--file", action="append", help=f"Run this file alone; one of {', '.join(FILES)}.")
+    parser.add_argument("--file", action="append", choices=FILES, help="Run this file alone.")
     options = parser.parse_args()
+    if not (options.checkout / PIPELINES).is_dir():
+        parser.error(
+            f"{options.checkout} has no folder {PIPELINES}; expected a checkout of diffusers: git clone --depth 1 "
+            "--branch v0.40.0 https://github.com/huggingface/diffusers"
+        )
     files = options.file or FILES
     with tempfile.TemporaryDirectory() as folder:
         results = [run(options.checkout.resolve(), Path(folder), files, original=one) for one in (True, False)]

@@ -29,6 +29,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from bench_serve import LEVEL, ON_THEIR_WAY, Case, Server, saturate, serving
+from command_line import at_least_one
 from ray_processes import REPLICA, processes
 from result_file import write
 
@@ -200,10 +201,10 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True, help="Bundle of the model digits.")
-    parser.add_argument("--rounds", type=int, default=3, help="Turns of the throughput.")
+    parser.add_argument("--rounds", type=at_least_one, default=3, help="Turns of the throughput.")
     parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each server of the throughput.")
-    parser.add_argument("--kills", type=int, default=3, help="Replicas to kill, one after the other.")
+    parser.add_argument("--kills", type=at_least_one, default=3, help="Replicas to kill, one after the other.")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
     options = parser.parse_args()
     case = Case(model="digits", bundle=options.bundle, steps=STEPS, prompts=(), guidance_scale=1.0)

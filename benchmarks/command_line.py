@@ -20,3 +20,10 @@ def chosen(parser: argparse.ArgumentParser, only: str, names: Iterable[str]) -> 
     if not found:
         parser.error(f"--only: no case begins with {only!r}; the cases are: {'; '.join(known)}")
     return found
+
+
+def at_least_one(text: str) -> int:
+    """Read a whole number above zero, as a type of options."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

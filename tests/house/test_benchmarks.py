@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import bench_diffusers_tests
 import bench_heart
 import bench_quality
+import bench_ray_serve
 import bench_serve
 import builds
 import command_line
@@ -173,3 +176,21 @@ def test_the_ladder_is_compared_with_a_server_that_may_refuse() -> None:
     assert found[": p95 with the ladder / target"]["value"] == 0.5
     old = ladder_figures({"target_s": 4.0, **one})
     assert not any("refused" in figure for figure in old), "a long queue refuses nothing"
+
+
+def test_nothing_is_measured_with_no_replica_to_kill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_ray_serve.py", "--bundle", "b", "--kills", "0"])
+    with pytest.raises(SystemExit):
+        bench_ray_serve.main()
+    assert "--kills: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_a_folder_without_tests_of_diffusers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_diffusers_tests.py", str(tmp_path / "missing")])
+    with pytest.raises(SystemExit):
+        bench_diffusers_tests.main()
+    assert "missing has no folder tests/pipelines; expected a checkout of diffusers" in capsys.readouterr().err
