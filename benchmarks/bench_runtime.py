@@ -27,6 +27,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,8 @@ from unetc.treatments import Treatment
 HERE = Path(__file__).parent
 TIMESTEP = 500.0
 RANDOM_ASSIGNMENTS = 5
+RANDOM = "random "
+"""Beginning of their names."""
 REMOVED_SHARE = 0.25
 """Probability that a random assignment removes a component."""
 OTHERS_PER_FULL = 4
@@ -108,6 +111,10 @@ LARGE = {
 }
 """Configuration of a UNet2DModel with 95 MiB of weights."""
 
+COLUMNS = ["engine", "outermost removals", "ms", "expected ms", "ratio", "10th percentile", "90th percentile"]
+"""Columns of the table of additivity."""
+RATIO = COLUMNS.index("ratio")
+
 Treatments = Mapping[str, Treatment]
 
 
@@ -146,10 +153,30 @@ def assignments_of(gated: GatedGraph, seed: int) -> dict[str, dict[str, Treatmen
     for number in range(RANDOM_ASSIGNMENTS):
         removed = generator.random(len(names)) < REMOVED_SHARE
         kinds = generator.choice([Treatment.DROP, Treatment.MEAN], size=len(names))
-        chosen[f"random {number + 1}"] = {
+        chosen[f"{RANDOM}{number + 1}"] = {
             name: Treatment(kind) for name, kind, gone in zip(names, kinds, removed, strict=True) if gone
         }
     return chosen
+
+
+def additivity(rows: Sequence[Sequence[Any]]) -> list[dict[str, object]]:
+    """Judge the random engines; engines without a level, each timed against a second one like it, are the control."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        ratios[row[0].startswith(RANDOM)].append(row[RATIO])
+    goal = {"at_most": 1.03}
+    return [
+        {
+            "figure": "additivity: engine time / expected, median over the random engines",
+            "value": float(np.median(ratios[True])),
+            "goal": goal,
+        },
+        {"figure": "additivity: worst of the random engines", "value": max(ratios[True]), "goal": goal},
+        {
+            "figure": "additivity: the same of engines without a level (control: 1), farthest",
+            "value": max(ratios[False], key=lambda ratio: abs(ratio - 1)),
+        },
+    ]
 
 
 def additivity_and_emission(
@@ -171,26 +198,16 @@ def additivity_and_emission(
     is_whole = np.array([program is whole for program in alternating])
     full, others = np.median(times[:, is_whole], axis=1), times[:, ~is_whole]
     without = {single: others[:, 1 + i] for i, single in enumerate(singles)}
-    rows, ratios = [], []
+    rows: list[list[object]] = []
     for i, (label, own) in enumerate(assignments.items()):
         taken = others[:, 1 + len(singles) + i]
         outer = outermost(gated, own)
         expected = full - sum((full - without[name, own[name]] for name in outer), start=np.zeros(rounds))
-        ratios.append(spread(taken / expected)[0])
         rows.append([label, len(outer), float(np.median(taken)), float(np.median(expected)), *spread(taken / expected)])
-    columns = ["engine", "outermost removals", "ms", "expected ms", "ratio", "10th percentile", "90th percentile"]
-    table = {
-        "title": "Additivity: engine time, measured and expected from savings of parts",
-        "columns": columns,
-    }
+    table = {"title": "Additivity: engine time, measured and expected from savings of parts", "columns": COLUMNS}
     figures: list[dict[str, object]] = [
         {"figure": "full model, ms per call", "value": float(np.median(full))},
-        {
-            "figure": "additivity: engine time / expected, median over engines",
-            "value": float(np.median(ratios)),
-            "goal": {"at_most": 1.03},
-        },
-        {"figure": "additivity: worst engine", "value": max(ratios), "goal": {"at_most": 1.03}},
+        *additivity(rows),
         {"figure": "emission: full model that emits all / none", "value": spread(others[:, 0] / full)[0]},
     ]
     return figures, {**table, "rows": rows}
@@ -298,7 +315,7 @@ def memory(
     """Measure fresh processes with no engine, with the full model and with five engines."""
     folder = work / "resident" / label
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = [{}, *(own for name, own in assignments.items() if name.startswith("random"))][:5]
+    chosen = [{}, *(own for name, own in assignments.items() if name.startswith(RANDOM))][:5]
     paths = []
     for i, own in enumerate(chosen):
         graph = specialise(engines.gated, own, engines.means)

@@ -12,6 +12,7 @@ import bench_diffusers_tests
 import bench_heart
 import bench_quality
 import bench_ray_serve
+import bench_runtime
 import bench_serve
 import builds
 import command_line
@@ -194,3 +195,9 @@ def test_a_folder_without_tests_of_diffusers_is_refused(
     with pytest.raises(SystemExit):
         bench_diffusers_tests.main()
     assert "missing has no folder tests/pipelines; expected a checkout of diffusers" in capsys.readouterr().err
+
+
+def test_additivity_is_judged_by_the_random_engines() -> None:
+    ratios = {"level:a": 1.0, "random 1": 1.2, "level:b": 0.97, "level:c": 1.01, "random 2": 1.1}
+    rows = [[name, 1, 1.0, 1.0, ratio, 0.9, 1.3] for name, ratio in ratios.items()]
+    assert [own["value"] for own in bench_runtime.additivity(rows)] == [pytest.approx(1.15), 1.2, 0.97]
