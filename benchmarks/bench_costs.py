@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from checkout import commit
 from command_line import add_only, chosen
-from result_file import earlier, write
+from result_file import absent, earlier, write
 from scipy.stats import spearmanr
 from terrain import download, make_pipeline
 
@@ -124,7 +124,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Make the result of some rows."""
-    return {"figures": figures(rows), "rows": rows}
+    missing = absent((name for name, _ in CASES), [row["model"] for row in rows])
+    return {"figures": figures(rows), "absent": missing, "rows": rows}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from checkout import ROOT, check_out, commit
 from command_line import add_only, chosen
-from result_file import earlier, write
+from result_file import absent, earlier, write
 
 from unetc.backend import Array, SerialisedGraph
 from unetc.environment import describe
@@ -209,8 +209,9 @@ def table(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Make the result of some rows."""
+    missing = absent((one.name for one in CASES), [row["model"] for row in rows])
     tables = [table(row) for row in rows if row["saved"]["newer"]]
-    return {"figures": figures(rows), "tables": tables, "rows": rows}
+    return {"figures": figures(rows), "tables": tables, "absent": missing, "rows": rows}
 
 
 def main() -> None:

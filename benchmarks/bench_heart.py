@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builds import Effort, Regime, Workplace, measured, outcome, row, table
+from builds import Effort, Regime, Workplace, measured, outcome, row, table, unmeasured
 from checkout import ROOT, check_out, commit
 from command_line import add_only, chosen
 from result_file import earlier, write
@@ -79,7 +79,13 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def record_of(rows: list[dict[str, Any]], settings: Mapping[str, object]) -> dict[str, Any]:
     """Make the result of some rows."""
     tables = [table(rows, {OLDER: "older", "plan": "plan"})]
-    return {"settings": settings, "figures": figures(rows), "tables": tables, "rows": rows}
+    return {
+        "settings": settings,
+        "figures": figures(rows),
+        "tables": tables,
+        "absent": unmeasured(rows, REGIMES),
+        "rows": rows,
+    }
 
 
 def main() -> None:

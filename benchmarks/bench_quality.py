@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builds import Effort, Regime, Workplace, measured
+from builds import Effort, Regime, Workplace, measured, unmeasured
 from checkout import ROOT, commit
 from command_line import add_only, chosen
 from fashion_images import NAMES, UNSEEN, as_samples, read
@@ -159,7 +159,13 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Make the result of some rows."""
-    return {"settings": SETTINGS, "figures": figures(rows), "tables": [table(rows)], "rows": rows}
+    return {
+        "settings": SETTINGS,
+        "figures": figures(rows),
+        "tables": [table(rows)],
+        "absent": unmeasured(rows, REGIMES),
+        "rows": rows,
+    }
 
 
 def main() -> None:

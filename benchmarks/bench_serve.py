@@ -37,7 +37,7 @@ import httpx2
 import numpy as np
 from checkout import commit
 from command_line import add_only, chosen
-from result_file import RESULTS, earlier, picture_of, write
+from result_file import RESULTS, absent, earlier, picture_of, write
 from serve_contenders import BATCH, WINDOW
 from serve_simulation import arrivals, simulate
 
@@ -369,7 +369,7 @@ def figures(results: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
 
 def record_of(results: dict[str, dict[str, Any]], settings: Mapping[str, object]) -> dict[str, Any]:
     """Make the result of some cases."""
-    return {"settings": settings, "figures": figures(results), "measured": results}
+    return {"settings": settings, "figures": figures(results), "absent": absent(NAMES, results), "measured": results}
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:

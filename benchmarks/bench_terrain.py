@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builds import Effort, Regime, Workplace, measured, row, table
+from builds import Effort, Regime, Workplace, measured, row, table, unmeasured
 from checkout import ROOT, commit
 from command_line import add_only, chosen
 from matplotlib import pyplot
@@ -76,7 +76,12 @@ def draw(bundle: Path, path: Path, *, count: int = 4) -> None:
 
 def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Make the result of some rows."""
-    return {"figures": figures(rows), "tables": [table(rows, {"plan": "plan"})], "rows": rows}
+    return {
+        "figures": figures(rows),
+        "tables": [table(rows, {"plan": "plan"})],
+        "absent": unmeasured(rows, REGIMES),
+        "rows": rows,
+    }
 
 
 def main() -> None:

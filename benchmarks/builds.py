@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkout import commit, sources_sha256
+from result_file import absent
 
 from unetc.environment import describe
 
@@ -120,6 +121,12 @@ def _note(made: Path) -> Path:
 def measured(rows: Mapping[Any, dict[str, Any]], regimes: Sequence[Regime]) -> list[dict[str, Any]]:
     """List the rows that are there, by regime and budget, in the order of the regimes."""
     return [rows[one.name, budget] for one in regimes for budget in one.budgets if (one.name, budget) in rows]
+
+
+def unmeasured(rows: Sequence[Mapping[str, Any]], regimes: Sequence[Regime]) -> dict[str, str]:
+    """List the regimes and budgets that have no row."""
+    named = [f"{one.name}, budget {budget:g}" for one in regimes for budget in one.budgets]
+    return absent(named, [f"{one['regime']}, budget {one['budget']:g}" for one in rows])
 
 
 def row(regime: Regime, budget: float, verified: Mapping[str, Any]) -> dict[str, Any]:

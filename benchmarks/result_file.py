@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ def earlier(
                 "settings for all its rows: give these, or another folder with --results."
             )
     return kept
+
+
+def absent(names: Iterable[str], rows: Collection[str]) -> dict[str, str]:
+    """List the cases that have no row, in the way that pages show as not measured."""
+    return {name: "no row yet" for name in names if name not in rows}
 
 
 def shown(settings: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import command_line
 import numpy as np
 import pytest
 import result_file
+import tables
 
 
 def heart_row(**controls: tuple[float, float]) -> dict[str, Any]:
@@ -123,8 +125,8 @@ def test_committed_results_can_be_resumed(name: str) -> None:
 
 def test_pictures_are_drawn_next_to_the_result(tmp_path: Path) -> None:
     root = Path(result_file.__file__).parents[1]
-    assert result_file.picture_of(tmp_path, "x.png") == tmp_path / "x.png"
-    assert result_file.picture_of(root / "benchmarks/../benchmarks/results", "x.png") == root / "docs/images/x.png"
+    assert result_file.picture_of(tmp_path, "terrain.png") == tmp_path / "terrain.png"
+    assert result_file.picture_of(root / "benchmarks/../benchmarks/results", "a.png") == root / "docs/images" / "a.png"
 
 
 def test_only_chooses_cases_and_refuses_a_beginning_of_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,3 +203,15 @@ def test_additivity_is_judged_by_the_random_engines() -> None:
     ratios = {"level:a": 1.0, "random 1": 1.2, "level:b": 0.97, "level:c": 1.01, "random 2": 1.1}
     rows = [[name, 1, 1.0, 1.0, ratio, 0.9, 1.3] for name, ratio in ratios.items()]
     assert [own["value"] for own in bench_runtime.additivity(rows)] == [pytest.approx(1.15), 1.2, 0.97]
+
+
+@pytest.mark.parametrize("name", ["costs", "engines", "heart", "quality", "terrain"])
+def test_pages_say_which_cases_have_no_row(name: str) -> None:
+    record_of = importlib.import_module(f"bench_{name}").record_of
+    result = json.loads((result_file.RESULTS / f"{name}.json").read_text())
+    settings = (result["settings"],) if name == "heart" else ()
+    absent = record_of(result["rows"], *settings)["absent"]
+    assert result["absent"] == absent
+    fewer = record_of(result["rows"][1:], *settings)["absent"]
+    (left_out,) = fewer.keys() - absent.keys()
+    assert f"{left_out}: no row yet" in tables.section(name, result | {"absent": fewer})
