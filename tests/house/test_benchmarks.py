@@ -15,6 +15,7 @@ import bench_quality
 import bench_ray_serve
 import bench_runtime
 import bench_serve
+import bench_terrain
 import builds
 import command_line
 import numpy as np
@@ -215,3 +216,10 @@ def test_pages_say_which_cases_have_no_row(name: str) -> None:
     fewer = record_of(result["rows"][1:], *settings)["absent"]
     (left_out,) = fewer.keys() - absent.keys()
     assert f"{left_out}: no row yet" in tables.section(name, result | {"absent": fewer})
+
+
+def test_a_plan_without_a_control_in_its_time_has_a_figure_without_a_goal() -> None:
+    row = heart_row(uniform=(0.77, 0.01)) | {"verification": {"time_ratio_p90": 0.71, "seconds": {}}}
+    assert bench_terrain.figures([row]) == [
+        {"figure": "m, budget 0.3: no control in the plan's time; least time / the plan's", "value": 0.77 / 0.7}
+    ]
