@@ -38,15 +38,15 @@ def heart_figures(**controls: tuple[float, float]) -> dict[str, float]:
 
 def test_the_best_control_is_the_best_of_all_in_the_plans_time() -> None:
     found = heart_figures(random=(0.7, 1.0), other_solver=(0.72, 0.04), fewer_steps=(0.8, 0.01))
-    assert found["damage / best control"] == 0.5, "a slower control does not count"
-    assert heart_figures(uniform=(0.5, 0.03), random=(0.7, 1.0))["damage / best control"] == 0.02 / 0.03
-    assert heart_figures(uniform=(0.5, 0.05), random=(0.7, 1.0))["damage / best control"] == 0.02
+    assert found["damage / best peer"] == 0.5, "a slower control does not count"
+    assert heart_figures(uniform=(0.5, 0.03), random=(0.7, 1.0))["damage / best peer"] == 0.02 / 0.03
+    assert heart_figures(uniform=(0.5, 0.05), random=(0.7, 1.0))["damage / best peer"] == 0.02
 
 
 def test_a_control_in_another_time_is_named_and_not_compared() -> None:
     found = heart_figures(chosen_steps=(0.5, 0.1))
     assert "damage / chosen_steps" not in found
-    assert "damage / best control" not in found
+    assert "damage / best peer" not in found
     assert found["no damage / chosen_steps, as the times differ; nearest time / the plan's"] == 0.5 / 0.7
     assert "goal" not in bench_heart.figures([heart_row(chosen_steps=(0.5, 0.1))])[1]
 
