@@ -15,11 +15,11 @@ import numpy as np
 from filelock import FileLock
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
-from unetc.artifacts.record import read_cached, write_atomically
+from unetc.artifacts.record import Record, read_cached, write_atomically
 from unetc.compiler.graph.text import export_text
 from unetc.errors import ArtifactError, CompileError
 from unetc.models.model import Model
-from unetc.models.text import TextEncoders
+from unetc.models.text import TextEncoders, added_tokens
 from unetc.models.text_graphs import guidance_frequencies, text_parts, zero_negative
 from unetc.runtime.backends.registry import DEFAULT_TARGET, open_backend
 from unetc.runtime.text import OneEncoder, TextEncoder
@@ -43,6 +43,8 @@ PROBES = (
 
 _OWN = 3
 """Number of the model's own prompts to check on."""
+_ADDED = 16
+"""Number of tokens of textual inversions to check on."""
 _RECORD = "text.json"
 
 
@@ -53,6 +55,14 @@ class PreparedText:
     text: BundleText
     files: Mapping[str, Path]
     """Their files by the path in a bundle."""
+
+
+class _Exported(Record, frozen=True, kw_only=True):
+    """Record of exported text encoders in the cache."""
+
+    text: BundleText
+    sha256: dict[str, str]
+    """Hash of every file by its path in a bundle."""
 
 
 def prepare_text(prepared: Prepared) -> PreparedText | None:
@@ -72,7 +82,7 @@ def prepare_text(prepared: Prepared) -> PreparedText | None:
     folder = prepared.work / f"text-{key}"
     try:
         with FileLock(prepared.work / "text.lock"):
-            if (text := read_cached(folder / _RECORD, BundleText)) is None:
+            if (text := _read(folder)) is None:
                 loaded = model.load_text()
                 if loaded is None:
                     return None
@@ -80,6 +90,21 @@ def prepare_text(prepared: Prepared) -> PreparedText | None:
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror}. Choose another folder with --cache.") from error
     return PreparedText(text=text, files={path: folder / Path(path).name for path in files_of(text)})
+
+
+def _read(folder: Path) -> BundleText | None:
+    """Read what an earlier command exported; None if a file is missing or has changed."""
+    if (exported := read_cached(folder / _RECORD, _Exported)) is None:
+        return None
+    for path, expected in exported.sha256.items():
+        try:
+            with (folder / Path(path).name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
+        if found != expected:
+            return None
+    return exported.text
 
 
 def files_of(text: BundleText) -> tuple[str, ...]:
@@ -112,7 +137,8 @@ def _export(loaded: TextEncoders, model: Model, folder: Path) -> BundleText:
     )
     files = {path: (folder / Path(path).name).read_bytes() for path in files_of(text)}
     check_text(text, files, loaded, model.prompts())
-    write_atomically(folder / _RECORD, msgspec.json.encode(text))
+    hashes = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+    write_atomically(folder / _RECORD, msgspec.json.encode(_Exported(text=text, sha256=hashes)))
     return text
 
 
@@ -137,7 +163,8 @@ def check_text(text: BundleText, files: Mapping[str, bytes], loaded: TextEncoder
     ]
     scale = 4.0
     encoder = TextEncoder(text, encoders, calls=loaded.calls, size=loaded.size, guidance_scale=scale)
-    probes = [*PROBES, *prompts[:_OWN]]
+    added = added_tokens(loaded.pipeline)[:_ADDED]
+    probes = [*PROBES, *prompts[:_OWN], *(f"a photo of {token}, twice {token}" for token in added)]
     made, expected = encoder.encode(probes), loaded.encode(probes, scale)
     if made.notes != expected.notes:
         raise CompileError(f"the bundle's tokenizer cuts prompts as {made.notes}, the pipeline's as {expected.notes}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from threading import Lock
 from typing import Any
 
@@ -271,8 +272,22 @@ class OneEncoder:
 
     def _split(self, prompt: str) -> list[int]:
         """Split a prompt into tokens, with begin and end."""
-        tokens: list[int] = self._read().encode(prompt).ids
+        tokens: list[int] = self._read().encode(self._expanded(prompt)).ids
         return tokens
+
+    def _expanded(self, prompt: str) -> str:
+        """Write the further tokens of a textual inversion after its first: `<cat>` becomes `<cat> <cat>_1`.
+
+        Source:
+            `maybe_convert_prompt` in TextualInversionLoaderMixin of diffusers 0.42.1.
+        """
+        tokenizer = self._read()
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        for token in dict.fromkeys(tokenizer.encode(prompt, add_special_tokens=False).tokens):
+            if token in added:
+                further = takewhile(added.__contains__, (f"{token}_{i}" for i in count(1)))
+                prompt = prompt.replace(token, " ".join([token, *further]))
+        return prompt
 
     def _read(self) -> Any:
         """Read the tokenizer, once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +96,17 @@ def test_a_damaged_record_in_the_cache_is_made_again(tmp_path: Path) -> None:
     again = prepare_text(SimpleNamespace(model=model, work=tmp_path / "work"))  # type: ignore[arg-type]
     assert again is not None
     assert again.text == one.text
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1])])
+def test_a_missing_or_damaged_file_in_the_cache_is_made_again(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    one = export("prompted-digits", tmp_path / "work")
+    (weights,) = (tmp_path / "work").glob("text-*/encoder-0.safetensors")
+    change(weights)
+    model = find_model("prompted-digits")
+    again = prepare_text(SimpleNamespace(model=model, work=tmp_path / "work"))  # type: ignore[arg-type]
+    assert again is not None
+    assert {path: file.read_bytes() for path, file in again.files.items()} == one.files
 
 
 def check_equal(actual: Conditions, expected: Conditions) -> None:
@@ -198,6 +209,43 @@ def test_a_lora_is_fused_before_the_export(tmp_path: Path) -> None:
     encoded = styled.encoder().encode(PROMPTS)
     check_equal(encoded, styled.loaded.encode(PROMPTS, 5.0))
     assert np.abs(encoded.own[CONTEXT] - plain.encoder().encode(PROMPTS).own[CONTEXT]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def inverted(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Text encoders with a textual inversion of three vectors and one of a single vector."""
+    folder = tmp_path_factory.mktemp("inverted")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(save_stable_diffusion(folder / "sd"))
+    generator = torch.Generator().manual_seed(0)
+    pipeline.load_textual_inversion(torch.randn(3, 16, generator=generator), token="<cat>")
+    pipeline.load_textual_inversion(torch.randn(1, 16, generator=generator), token="<dog>")
+    pipeline.save_pretrained(folder / "inverted")
+    (folder / "inverted" / "prompts.txt").write_text("a <cat>\na red square\na blue circle\na <dog>\n")
+    return export(str(folder / "inverted"), folder / "work")
+
+
+@pytest.mark.parametrize("prompt", ["a <cat>", "<cat>", "a <dog>", "a <cat> red square", "<cat><cat> and <dog>"])
+def test_a_textual_inversion_is_read_with_all_its_vectors(inverted: Exported, prompt: str) -> None:
+    encoded = inverted.encoder().encode([prompt])
+    pipeline = inverted.loaded.pipeline
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt([prompt], "cpu", 1, False)
+    np.testing.assert_allclose(encoded.own[CONTEXT], expected.numpy(), atol=1e-5)
+    check_equal(encoded, inverted.loaded.encode([prompt], 5.0))
+
+
+def test_words_that_the_vectors_of_a_textual_inversion_push_out_are_noted(inverted: Exported) -> None:
+    for encoder in (inverted.encoder().encode, inverted.loaded.encode):
+        (note,) = encoder(["a <cat> red square"], guidance_scale=5.0).notes
+        assert "cut at 6 tokens; lost: 'red square'" in note
+
+
+def test_a_bundle_that_reads_one_vector_of_a_textual_inversion_is_refused(
+    inverted: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OneEncoder, "_expanded", lambda self, prompt: prompt)
+    with pytest.raises(CompileError, match="the bundle's"):
+        check_text(inverted.text, inverted.files, inverted.loaded, ("a red square",))
 
 
 def test_cut_prompts_are_noted_with_the_lost_words(exported: dict[str, Exported]) -> None:

@@ -21,6 +21,8 @@ from .quiet import quiet
 _ENCODING_PIPELINES: Mapping[bool, str] = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}
 """Pipeline that encodes prompts, by whether there are two text encoders; those for images encode in the same way."""
 
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+
 _NOT_FOR_TEXT = {"unet", "vae", "safety_checker", "feature_extractor", "image_encoder"}
 """Parts of a pipeline that encoding does not need."""
 
@@ -159,6 +161,13 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
     return loaded
 
 
+def added_tokens(pipeline: Any) -> tuple[str, ...]:
+    """List the tokens that textual inversions added to the tokenizers of a pipeline."""
+    tokenizers = (getattr(pipeline, name, None) for name in _TOKENIZERS)
+    added = [tokenizer.added_tokens_decoder.values() for tokenizer in tokenizers if tokenizer is not None]
+    return tuple(dict.fromkeys(token.content for tokens in added for token in tokens if not token.special))
+
+
 def _one_encoder(pipeline: Any, prompts: list[str], guided: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     own, negative = pipeline.encode_prompt(prompts, "cpu", 1, guided)
     return {CONTEXT: own}, {CONTEXT: negative}
@@ -174,13 +183,13 @@ def _two_encoders(pipeline: Any, prompts: list[str], guided: bool) -> tuple[dict
 def _cut_prompts(pipeline: Any, prompts: Sequence[str]) -> tuple[str, ...]:
     """Describe the prompts that have more tokens than a text encoder reads, with the words that are lost."""
     notes: dict[str, None] = {}
-    for part in ("tokenizer", "tokenizer_2"):
+    for part in _TOKENIZERS:
         tokenizer = getattr(pipeline, part, None)
         if tokenizer is None:
             continue
         most = tokenizer.model_max_length
         for prompt in prompts:
-            tokens = tokenizer(prompt, truncation=False).input_ids
+            tokens = tokenizer(pipeline.maybe_convert_prompt(prompt, tokenizer), truncation=False).input_ids
             if len(tokens) > most:
                 lost = " ".join(tokenizer.decode(tokens[most - 1 : -1], skip_special_tokens=True).split())
                 notes[cut_note(prompt, most, lost)] = None
