@@ -9,7 +9,7 @@ outputs stay float32 and are cast at the border. These nodes stay float32 too:
   of the norms that slicing spells out. Norms that are one operator compute their statistics in float32 anyway, because
   of their attribute stash_type;
 - the last layer with weights before the prediction;
-- the producers and readers of named values, which overflow when measured.
+- the producers and readers of named values, which overflow when measured, and attention whose products do.
 
 Lowered graphs of a bundle also share one weights file. It holds a weight once for each precision in which it is read.
 """
@@ -30,6 +30,9 @@ from unetc.precision import LARGEST, Precision
 from .element_types import infer_types
 from .slicing import PARTIAL
 from .weights import serialise, tensor_ranges, write_tensors
+
+LOGITS = ".logits"
+"""Ends the name of the products of queries and keys inside an attention operator, after the name of its result."""
 
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
 
@@ -234,6 +237,8 @@ def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]
     wide |= _last_layer(graph.outputs[0])
     for node in graph:
         touched = {str(v.name).removesuffix(PARTIAL) for v in (*node.inputs, *node.outputs) if v is not None}
+        if node.op_type == "Attention":
+            touched.add(f"{node.outputs[0].name}{LOGITS}")
         if not touched.isdisjoint(measured):
             wide.add(node)
     return frozenset(wide)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from unetc.errors import EngineBuildError, MissingDependency
 
 from .element_types import infer_types
+from .lowering import LOGITS
 from .nodes import add_initializer, add_node, add_reshape
 
 try:
@@ -25,6 +26,8 @@ except ImportError as error:
 
 LIMIT = 65504 / 8
 """Values on other inputs may be eight times as large before float16 overflows."""
+_PRODUCTS = 3
+"""Output of Attention with the scaled products of queries and keys."""
 _LARGEST, _INFINITY = "largest", "infinity"
 
 Values = Mapping[str, NDArray[Any]]
@@ -38,7 +41,8 @@ def overflowing(path: Path, probes: Sequence[Values]) -> tuple[frozenset[str], t
         probes: Inputs by name, one mapping per run; names that the graph does not read are ignored.
 
     Returns:
-        Names of these values, and the graph's own outputs in every run.
+        Names of these values, and the graph's own outputs in every run. The products of queries and keys inside an
+        attention operator have the name of its result, followed by `LOGITS`.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run the graph.
@@ -78,7 +82,26 @@ def _measure(model: ir.Model) -> list[str]:
         )
         size = add_node(graph, "ReduceMax", [magnitude], {"keepdims": 0})
         sizes.append(add_reshape(graph, size, 1))
+    attentions = [node for node in graph if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT]
+    sizes += [add_reshape(graph, _largest_logit(graph, node), 1) for node in attentions]
+    names = [str(value.name) for value in values] + [f"{node.outputs[0].name}{LOGITS}" for node in attentions]
     output = add_node(graph, "Concat", sizes, {"axis": 0})
-    output.name, output.dtype, output.shape = _LARGEST, ir.DataType.FLOAT, ir.Shape([len(values)])
+    output.name, output.dtype, output.shape = _LARGEST, ir.DataType.FLOAT, ir.Shape([len(names)])
     graph.outputs.append(output)
-    return [str(value.name) for value in values]
+    return names
+
+
+def _largest_logit(graph: ir.Graph, attention: ir.Node) -> ir.Value:
+    """Add nodes for the largest magnitude of the products of queries and keys inside an attention operator.
+
+    These are the largest values of many graphs, so they are reduced without a copy of their magnitudes. A NaN among
+    them comes from a query or a key, which are measured too.
+    """
+    attention.resize_outputs(_PRODUCTS + 1)
+    products = attention.outputs[_PRODUCTS]
+    products.name, products.dtype = f"{attention.outputs[0].name}{LOGITS}", ir.DataType.FLOAT
+    for unused in attention.outputs[1:_PRODUCTS]:
+        unused.name = unused.name or ""
+    highest = add_node(graph, "ReduceMax", [products], {"keepdims": 0})
+    lowest = add_node(graph, "ReduceMin", [products], {"keepdims": 0})
+    return add_node(graph, "Max", [highest, add_node(graph, "Neg", [lowest])])

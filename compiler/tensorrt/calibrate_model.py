@@ -12,6 +12,7 @@ from unetc.artifacts.record import MAX_JSON_BYTES, read_cached, write_atomically
 from unetc.compiler.engines import compile_full
 from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph
+from unetc.compiler.graph.lowering import LOGITS
 from unetc.compiler.graph.overflow import LIMIT, overflowing
 from unetc.compiler.prepare import Prepared
 from unetc.compiler.schedulers.extract import extract
@@ -49,7 +50,7 @@ def overflowing_in_model(
     """
     model, gated = prepared.model, prepared.gated
     conditions = conditions.take(range(SAMPLES))
-    question = repr((scheduler, SAMPLES, STEPS, LIMIT, conditions.sha256())).encode()
+    question = repr((scheduler, SAMPLES, STEPS, LIMIT, LOGITS, conditions.sha256())).encode()
     known = prepared.work / f"overflow-{hashlib.sha256(question).hexdigest()[:16]}.json"
     if (searched := read_cached(known, list[str], MAX_JSON_BYTES)) is not None:
         return frozenset(searched)

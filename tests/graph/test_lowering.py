@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors import safe_open
 from safetensors.numpy import save
@@ -147,6 +147,31 @@ def test_values_that_overflow_can_be_kept_wide(tmp_path: Path) -> None:
     for wide, finite in (((), False), (found, True)):
         lower_graphs(tmp_path, ["large.onnx"], Precision.FP16, tmp_path / "fp16", wide)
         assert np.isfinite(evaluate(tmp_path / "fp16" / "large.onnx", inputs)["out"]).all() == finite
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_attention_whose_products_overflow_stays_wide(tmp_path: Path, sign: int) -> None:
+    text = """<ir_version: 10, opset_import: ["": 23]>
+        attention (float[1, 2, 8] sample) => (float[1, 2, 8] out)
+        <float[8, 8] weight, float[8, 8] other> {
+        query = MatMul(sample, weight)  key = MatMul(sample, other)
+        seen = Attention <q_num_heads = 1, kv_num_heads = 1> (query, key, sample)  out = MatMul(seen, weight)
+        }"""
+    model = onnx.parser.parse_model(text)
+    for name, factor in (("weight", 300), ("other", 300 * sign)):
+        model.graph.initializer.append(numpy_helper.from_array(np.eye(8, dtype=np.float32) * factor, name))
+    (tmp_path / "attention.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / WEIGHTS).write_bytes(save({}))
+    inputs: Values = {"sample": np.ones((1, 2, 8), np.float32)}  # 8 * 300 * 300 / sqrt(8), about 250,000
+    found, (exact,) = overflowing(tmp_path / "attention.onnx", [inputs])
+    assert found == {"seen.logits"}
+    assert overflowing(tmp_path / "attention.onnx", [{"sample": inputs["sample"] / 10}])[0] == set()
+    lower_graphs(tmp_path, ["attention.onnx"], Precision.FP16, tmp_path / "fp16", found)
+    half = evaluate(tmp_path / "fp16" / "attention.onnx", inputs)
+    assert relative_error(half["out"], exact["out"]) < TOLERANCE
+    lowered = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fp16" / "attention.onnx"))
+    types = {value.name: value.type.tensor_type.elem_type for value in lowered.graph.value_info}
+    assert (types["query"], types["seen"]) == (TensorProto.FLOAT16, TensorProto.FLOAT)
 
 
 def test_the_statistics_of_a_norm_that_is_spelled_out_stay_wide(tmp_path: Path) -> None:
