@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from unetc.arguments import float_array
 from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.manifest import IMAGE_CHANNELS
 from unetc.backend import Array, Backend, SerialisedGraph
+from unetc.errors import ShapeMismatch
 from unetc.tensors import save_tensors
 
 from .engine_pool import let_go, tried
@@ -30,6 +32,7 @@ class Decoder:
         loader = backend.open_weights(save_tensors({}))
         self._device = backend.device
         self._program = tried(loader.load(SerialisedGraph(graph=graph, weights=frozenset(), call=call)))
+        self._channels = None if shape is None else shape[0]
         self.scale = scale
 
     def __call__(self, sampled: Array) -> Array:
@@ -42,7 +45,15 @@ class Decoder:
 
         Returns:
             Images, [batch, 3, height * scale, width * scale].
+
+        Raises:
+            SessionError: If the latents are not floats.
+            ShapeMismatch: If the latents have other axes or channels.
         """
+        sampled = float_array("latents", sampled)
+        channels = self._channels or "channel"
+        if sampled.ndim != 4 or min(sampled.shape[1:]) < 1 or self._channels not in (None, sampled.shape[1]):
+            raise ShapeMismatch(f"latents have shape {sampled.shape}. Expected [batch, {channels}, height, width].")
         batch, _, height, width = sampled.shape
         images = np.empty((batch, IMAGE_CHANNELS, height * self.scale, width * self.scale), dtype=np.float32)
         with self._device.stream():

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from unetc.arguments import float_array
 from unetc.artifacts.manifest import IMAGE_CHANNELS
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.errors import ShapeMismatch
 from unetc.tensors import save_tensors
 
 from .engine_pool import LoadedLater, let_go
+
+PIXELS = "floats in -1 to 1; bytes become such floats when they are divided by 127.5 and reduced by 1"
+"""Description of the elements of images."""
 
 IMAGE = "image"
 """Name of the graph's input."""
@@ -45,9 +49,12 @@ class Encoder:
             Latents, [batch, channel, height / scale, width / scale]: the mode of the encoder's distribution.
 
         Raises:
+            SessionError: If the images are not floats.
             ShapeMismatch: If the images have other channels, or sides that are not multiples of the scale.
         """
-        if images.ndim != 4 or images.shape[1] != IMAGE_CHANNELS or any(side % self.scale for side in images.shape[2:]):
+        images = float_array("images", images, expected=PIXELS)
+        sides = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != IMAGE_CHANNELS or any(n < 1 or n % self.scale for n in sides):
             raise ShapeMismatch(
                 f"images have shape {images.shape}. Expected [batch, {IMAGE_CHANNELS}, height, width], with sides that "
                 f"are multiples of {self.scale}."
@@ -57,7 +64,7 @@ class Encoder:
         with self._device.stream():
             latent = self._device.empty(latents[:1].shape)
             for i in range(batch):
-                image = np.ascontiguousarray(images[i : i + 1], dtype=np.float32)
+                image = np.ascontiguousarray(images[i : i + 1])
                 self._program({IMAGE: self._device.put(image)}, latent)
                 latents[i : i + 1] = self._device.to_array(latent)
         if self._lets_go:

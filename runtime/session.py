@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unetc.arguments import float_array, real_number, whole_number
 from unetc.artifacts.manifest import FULL, BundleEngine, Control, Manifest, image_shape
 from unetc.artifacts.plan import Plan, full_plan
 from unetc.backend import Backend, Program
@@ -29,7 +30,7 @@ from unetc.sampler.table import SchedulerTable, SchedulerTables
 
 from .bundle import Bundle
 from .decoder import Decoder
-from .encoder import Encoder
+from .encoder import PIXELS, Encoder
 from .engine_pool import EnginePool, LoadedLater
 from .loaded_bundle import LoadedBundle
 from .loop import Loop, Start, begin
@@ -262,7 +263,8 @@ class Session:
 
         Raises:
             SessionError: If the bundle has no scheduler table for this number of steps, its scheduler cannot start
-                from an image at this strength, or an image is given where the bundle's conditions hold others.
+                from an image at this strength, an image is given where the bundle's conditions hold others, or an
+                argument has another type.
             ShapeMismatch: If the noise or the image does not fit the model, or the conditions the noise.
             NonFiniteError: If the full model produces NaN or infinity, in place of an engine that did, or the decoder
                 or the scheduler does.
@@ -300,7 +302,19 @@ class Session:
         full_model: bool = False,
     ) -> Start:
         """Check the arguments of `sample` and draw the noise; see there."""
-        table = self.scheduler.table(self.steps if steps is None else steps)
+        batch, seed = whole_number("batch", batch), whole_number("seed", seed)
+        first_index = whole_number("first_index", first_index)
+        height = None if height is None else whole_number("height", height)
+        width = None if width is None else whole_number("width", width)
+        noise = None if noise is None else float_array("noise", noise)
+        image = None if image is None else float_array("image", image)
+        strength = real_number("strength", strength)
+        if not isinstance(conditions, Conditions | None):
+            raise SessionError(
+                f"conditions: got a {type(conditions).__name__}. Expected Conditions, as session.text.encode makes of "
+                "prompts and session.encode_labels of classes."
+            )
+        table = self.scheduler.table(self.steps if steps is None else whole_number("steps", steps))
         if self.tuned is not None and table.count == self.tuned.count and image is None and not full_model:
             table = self.tuned
         if image is None and strength != 1:
@@ -354,14 +368,14 @@ class Session:
         """Turn images, [batch, channel, height, width] in -1 to 1, into samples; they may be the same.
 
         Raises:
-            SessionError: If the bundle has no encoder.
+            SessionError: If the bundle has no encoder, or the images are not floats.
             ShapeMismatch: If the images do not fit it.
         """
         if self._encoder is not None:
             return self._encoder(images)
         if self._decoder is not None:
             raise SessionError("the bundle has no encoder for images. Build it again, from a model whose VAE has one.")
-        return images.astype(np.float32, copy=False)
+        return float_array("images", images, expected=PIXELS)
 
     def encode_labels(self, labels: Sequence[str | int], guidance_scale: float | None = None) -> Conditions:
         """Turn classes into conditions, for `sample`.
@@ -406,7 +420,7 @@ class Session:
                 raise ShapeMismatch(f"noise has shape {noise.shape}; expected [batch, {channels}, height, width].")
             if (height, width) != (None, None):
                 raise ShapeMismatch("noise and a height or width are given. Give one of them: noise has a size itself.")
-            return noise.astype(np.float32, copy=False)
+            return noise
         if batch < 1:
             raise ShapeMismatch(f"cannot sample a batch of {batch}; expected at least 1.")
         sides = own_height if height is None else self._sample_side("height", height)

@@ -19,6 +19,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 STAGES = {"analyzer", "compiler", "runtime"}
 GROUND = {
+    "arguments",
     "artifacts",
     "backend",
     "call",

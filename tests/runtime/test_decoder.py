@@ -10,6 +10,7 @@ import pytest
 
 from unetc.backend import Array, SerialisedGraph
 from unetc.device import Host
+from unetc.errors import SessionError, ShapeMismatch
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.decoder import Decoder
 from unetc.runtime.encoder import Encoder
@@ -61,6 +62,33 @@ def test_latents_are_decoded_one_by_one_in_the_stream_of_their_device() -> None:
     np.testing.assert_array_equal(images, latents.repeat(2, axis=2).repeat(2, axis=3))
     assert backend.batches == [1, 1]
     assert not backend.device.inside
+
+
+def test_latents_of_other_floats_are_converted() -> None:
+    decoder = Decoder(b"", 2, Doubling(), (3, 2, 2))
+    latents = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    for kind in (np.float64, np.float16):
+        np.testing.assert_array_equal(decoder(latents.astype(kind)), decoder(latents))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (3, 2, 2), (1, 3, 0, 2)])
+def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    decoder = Decoder(b"", 2, Doubling(), (3, 2, 2))
+    with pytest.raises(ShapeMismatch, match=r"Expected \[batch, 3, height, width\]"):
+        decoder(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("height", [0, 3])
+def test_images_without_pixels_or_of_odd_sides_are_refused(height: int) -> None:
+    encoder = Encoder(b"", 2, 4, open_backend("null", threads=1))
+    with pytest.raises(ShapeMismatch, match="with sides that are multiples of 2"):
+        encoder(np.zeros((1, 3, height, 4), np.float32))
+
+
+def test_an_encoder_takes_no_bytes() -> None:
+    encoder = Encoder(b"", 2, 4, open_backend("null", threads=1))
+    with pytest.raises(SessionError, match=r"images: got elements of type uint8\. Expected floats in -1 to 1"):
+        encoder(np.zeros((1, 3, 4, 4), np.uint8))  # type: ignore[arg-type]
 
 
 class Streaming(Doubling):

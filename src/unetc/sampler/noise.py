@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from unetc.arguments import whole_number
 from unetc.errors import SessionError
 
 ROUNDS = 10
@@ -120,8 +121,9 @@ def require_words(*numbers: int) -> None:
     """Refuse a seed or an index outside the range of the noise generator.
 
     Raises:
-        SessionError: If a number is out of range.
+        SessionError: If a number is out of range, or not whole.
     """
     for number in numbers:
+        whole_number("a seed or an index", number)
         if not 0 <= number < _WORD:
             raise SessionError(f"cannot draw noise for {number}. Seeds and indices must lie between 0 and 2^64 - 1.")
