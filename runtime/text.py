@@ -15,7 +15,7 @@ from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions, check_scale
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
-from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, check_prompts, cut_note, size_numbers
+from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, list_prompts, size_numbers
 from unetc.tensors import load_tensors
 
 from .backends.registry import takes_graphs
@@ -28,9 +28,16 @@ TOKENS = "input_ids"
 _END_OF_WORD = "</w>"
 """Ends the tokens of CLIP that end a word."""
 
-_NO_EFFECT = (
-    "the negative prompt has no effect: without guidance, which needs a scale above 1, the model does not read it"
-)
+_NO_EFFECT: Mapping[bool, str] = {
+    False: (
+        "the negative prompt has no effect: without guidance, which needs a scale above 1, the model does not read it"
+    ),
+    True: (
+        "the negative prompt has no effect: the model reads the guidance scale itself and takes no negative prompt at "
+        "any scale"
+    ),
+}
+"""Notes on a negative prompt, by whether the denoiser reads the guidance scale itself."""
 
 _KEPT = 256
 """Number of prompts whose states are kept."""
@@ -119,7 +126,7 @@ class TextEncoder:
         A denoiser that reads the guidance scale itself gets it as `timestep_cond`; there are no negative conditions.
 
         Args:
-            prompts: One prompt per row.
+            prompts: One prompt per row; a text alone is one prompt.
             negative: Negative prompts, one per row or one for all; the pipeline's own when not given. They need
                 guidance.
             guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance. The bundle's when not given.
@@ -139,6 +146,7 @@ class TextEncoder:
         check_scale(scale)
         reads_scale = TIMESTEP_COND in self._widths
         guided = scale > 1 and not reads_scale
+        prompts = list_prompts(prompts)
         others = self._negative(prompts, negative)
         size = self._size[0] if height is None else height, self._size[1] if width is None else width
         own = self._values(prompts, size, AESTHETIC_SCORE)
@@ -155,7 +163,7 @@ class TextEncoder:
         read = [*prompts, *(others or ())] if guided else prompts
         notes = [note for encoder in self._encoders for note in encoder.cut(read)]
         if any(others or ()) and not guided:
-            notes.append(_NO_EFFECT)
+            notes.append(_NO_EFFECT[reads_scale])
         return Conditions(
             own=own,
             negative=opposite,
@@ -167,16 +175,16 @@ class TextEncoder:
 
     def _negative(self, prompts: Sequence[str], negative: Sequence[str] | None) -> list[str] | None:
         """Repeat a single negative prompt for every row."""
-        check_prompts(prompts)
         if negative is None:
             return None
-        others = [*negative] * len(prompts) if len(negative) == 1 else [*negative]
+        others = [negative] if isinstance(negative, str) else [*negative]
+        if len(others) == 1:
+            others *= len(prompts)
         if len(others) != len(prompts):
             raise ShapeMismatch(
                 f"there are {len(others)} negative prompts for {len(prompts)} prompts. Give one, or one per prompt."
             )
-        check_prompts(others)
-        return others
+        return list_prompts(others)
 
     def _values(self, prompts: Sequence[str], size: tuple[int, int], score: float) -> dict[str, Any]:
         """Compute the conditions of prompts, by name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unetc.errors import SessionError, ShapeMismatch
-from unetc.models.prompts import check_prompts, cut_note, read_prompts
+from unetc.models.prompts import cut_note, list_prompts, read_prompts
 
 
 def test_a_file_has_a_prompt_per_line_however_it_was_written(tmp_path: Path) -> None:
@@ -25,7 +25,11 @@ def test_a_file_has_a_prompt_per_line_however_it_was_written(tmp_path: Path) -> 
 )
 def test_prompts_that_no_tokenizer_takes_are_refused(prompts: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        check_prompts(prompts)
+        list_prompts(prompts)
+
+
+def test_a_text_alone_is_one_prompt() -> None:
+    assert list_prompts("a red square") == list_prompts(("a red square",)) == ["a red square"]
 
 
 def test_a_note_shows_all_lost_words_if_they_are_few() -> None:

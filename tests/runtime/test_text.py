@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -349,6 +350,27 @@ def test_a_negative_prompt_without_guidance_is_noted(exported: dict[str, Exporte
         assert "the negative prompt has no effect" in note
     for negative, scale in ((["red"], 1.5), ([""], 1.0), (None, 1.0)):
         assert encoder.encode(["a"], negative=negative, guidance_scale=scale).notes == ()
+
+
+def test_a_model_that_reads_the_scale_takes_no_negative_prompt(exported: dict[str, Exported]) -> None:
+    for scale in (1.0, 8.5):
+        (note,) = exported["lcm"].encoder("null").encode(["a"], negative=["red"], guidance_scale=scale).notes
+        assert "has no effect: the model reads the guidance scale itself" in note
+
+
+def test_a_text_alone_is_one_prompt(exported: dict[str, Exported]) -> None:
+    one = exported["sd"]
+    check_equal(one.encoder().encode("a red", negative="blue"), one.encoder().encode(["a red"], negative=["blue"]))
+    check_equal(one.encoder().encode("a red", negative=""), one.encoder().encode(["a red"], negative=[""]))
+    check_equal(one.encoder().encode("a red"), one.loaded.encode("a red", 5.0))
+
+
+def test_a_text_encoder_that_knows_no_end_of_a_prompt_is_refused(tmp_path: Path) -> None:
+    folder = save_stable_diffusion(tmp_path / "sd")
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+    with pytest.raises(ModelError, match=r"text_encoder/config\.json: eos_token_id is null"):
+        find_model(str(folder)).load_text()
 
 
 def test_images_of_the_conditions_are_not_mixed_with_others() -> None:

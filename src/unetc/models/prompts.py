@@ -37,12 +37,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse prompts that no tokenizer takes.
+def list_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """List prompts, and refuse those that no tokenizer takes.
+
+    Args:
+        prompts: One prompt per row; a text alone is one prompt.
 
     Raises:
         SessionError: If there is none, or one is no text, or cannot be written in UTF-8.
     """
+    prompts = [prompts] if isinstance(prompts, str) else [*prompts]
     if not prompts:
         raise ShapeMismatch("there is no prompt. Give one per image.")
     for prompt in prompts:
@@ -53,6 +57,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
         except UnicodeEncodeError as error:
             shown = prompt[:40]
             raise SessionError(f"the prompt {shown!r} is not Unicode text: {error.reason}. Write it again.") from error
+    return prompts
 
 
 def cut_note(prompt: str, tokens: int, lost: str) -> str:

@@ -15,7 +15,7 @@ from unetc.conditions import Conditions, check_scale
 from unetc.errors import MissingDependency, ModelError, brief
 
 from .pipelines import PIPELINES, PipelineKind
-from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, check_prompts, cut_note, size_numbers
+from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, list_prompts, size_numbers
 from .quiet import quiet
 
 _ENCODING_PIPELINES: Mapping[bool, str] = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}
@@ -91,13 +91,13 @@ def encode_prompts(
     import transformers
 
     check_scale(guidance_scale)
-    check_prompts(prompts)
+    prompts = list_prompts(prompts)
     widths = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
     guided = guidance_scale > 1 and TIMESTEP_COND not in widths
     with torch.no_grad(), quiet(diffusers, transformers):
         encode = _two_encoders if kind.two_encoders else _one_encoder
         try:
-            own, negative = encode(pipeline, list(prompts), guided)
+            own, negative = encode(pipeline, prompts, guided)
         except (IndexError, OverflowError, ValueError) as error:
             raise ModelError(
                 f"the tokenizer does not fit the text encoder: {error}. Check that model_max_length is in "
@@ -155,6 +155,13 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
             )
     except Exception as error:  # diffusers and transformers raise many unrelated classes
         raise ModelError(f"cannot load the text encoders of {folder}: {brief(error)}.") from error
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(loaded, name, None)
+        if encoder is not None and getattr(encoder.config, "eos_token_id", 0) is None:  # CLIP looks for this token
+            raise ModelError(
+                f"{folder / name / 'config.json'}: eos_token_id is null. Expected the number of the token that ends a "
+                "prompt; give it, or remove the line."
+            )
     for part in loaded.components.values():
         if hasattr(part, "float"):  # weights in half precision would be computed with in half precision
             part.float()
