@@ -33,8 +33,10 @@ ENDS = {"lowest": "lowest-direct", "highest": "highest"}
 EXTRAS = {"full": ("cpu", "compile", "report"), "base": ("cpu",)}
 """Environments, with their extras."""
 
-TOOLS = ("hypothesis", "peft", "pytest", "pytest-xdist", "scikit-learn", "torchmetrics")
+TOOLS = ("hypothesis", "peft", "pytest", "pytest-xdist", "scikit-learn")
 """Packages of the extra dev that the checks need."""
+COMPARED = ("torchmetrics",)
+"""Packages that the checks compare results with, in any release."""
 
 TORCH = "torch==2.13.0"
 """The release that was tried. With UV_FIND_LINKS=FOLDER, uv takes a build for the CPU alone from a folder."""
@@ -113,7 +115,7 @@ def install(uv: Path, environment: str, end: str, folder: Path) -> Path:
     constraints = resolve(uv, environment, end, folder)
     run(uv, "venv", "--quiet", "--python", sys.executable, folder / "venv")
     programs = folder / "venv/bin"
-    tools = TOOLS if environment == "full" else ()
+    tools = (*TOOLS, *COMPARED) if environment == "full" else ()
     package = f".[{','.join(EXTRAS[environment])}]"
     python = programs / "python"
     run(uv, "pip", "install", "--quiet", "--python", python, "-c", constraints, "-e", package, *tools)
