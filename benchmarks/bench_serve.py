@@ -408,15 +408,14 @@ async def run(
     for case in cases(bundles):
         if case.name not in names:
             continue
-        name = case.name
-        print(f"{name} …", file=sys.stderr, flush=True)
+        print(f"{case.name} …", file=sys.stderr, flush=True)
         result = await measure(case, rounds, seconds, requests)
         if case.steps == STEPS[-1]:
             result["adds"] = await measure_alone(case, 5 * rounds)
             result["share"] = await measure_share(case, 2 * rounds)
             result["ladder"] = await measure_ladder(case, seconds, requests)
-        print(json.dumps({name: result}), file=sys.stderr, flush=True)
-        yield name, {**result, "commit": commit()}
+        print(json.dumps({case.name: result}), file=sys.stderr, flush=True)
+        yield case.name, {**result, "commit": commit()}
 
 
 def main() -> None:

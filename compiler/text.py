@@ -15,6 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
+from unetc.artifacts.reading import sha256_of
 from unetc.artifacts.record import Record, read_cached, write_atomically
 from unetc.compiler.graph.text import export_text
 from unetc.errors import ArtifactError, CompileError
@@ -96,15 +97,11 @@ def _read(folder: Path) -> BundleText | None:
     """Read what an earlier command exported; None if a file is missing or has changed."""
     if (exported := read_cached(folder / _RECORD, _Exported)) is None:
         return None
-    for path, expected in exported.sha256.items():
-        try:
-            with (folder / Path(path).name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return None
-        if found != expected:
-            return None
-    return exported.text
+    try:
+        same = all(sha256_of(folder / Path(path).name) == expected for path, expected in exported.sha256.items())
+    except OSError:
+        return None
+    return exported.text if same else None
 
 
 def files_of(text: BundleText) -> tuple[str, ...]:

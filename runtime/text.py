@@ -225,6 +225,8 @@ class OneEncoder:
         self._facts = facts
         self._json = tokenizer
         self._tokenizer: Any = None
+        self._inversions: dict[str, str] = {}
+        """Tokens of textual inversions with several vectors, and what to write in their place."""
         self._lock = Lock()
         self._kept: OrderedDict[str, tuple[Array, Array | None]] = OrderedDict()
         self._device = backend.device
@@ -280,7 +282,8 @@ class OneEncoder:
 
     def _split(self, prompt: str) -> list[int]:
         """Split a prompt into tokens, with begin and end."""
-        tokens: list[int] = self._read().encode(self._expanded(prompt)).ids
+        tokenizer = self._read()
+        tokens: list[int] = tokenizer.encode(self._expanded(prompt)).ids
         return tokens
 
     def _expanded(self, prompt: str) -> str:
@@ -289,12 +292,10 @@ class OneEncoder:
         Source:
             `maybe_convert_prompt` in TextualInversionLoaderMixin of diffusers 0.42.1.
         """
-        tokenizer = self._read()
-        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        for token in dict.fromkeys(tokenizer.encode(prompt, add_special_tokens=False).tokens):
-            if token in added:
-                further = takewhile(added.__contains__, (f"{token}_{i}" for i in count(1)))
-                prompt = prompt.replace(token, " ".join([token, *further]))
+        if not self._inversions:
+            return prompt
+        for token in dict.fromkeys(self._tokenizer.encode(prompt, add_special_tokens=False).tokens):
+            prompt = prompt.replace(token, self._inversions.get(token, token))
         return prompt
 
     def _read(self) -> Any:
@@ -312,8 +313,20 @@ class OneEncoder:
                 ) from error
             tokenizer.no_padding()
             tokenizer.no_truncation()
+            self._inversions = _inversions(tokenizer)
             self._tokenizer = tokenizer
         return self._tokenizer
+
+
+def _inversions(tokenizer: Any) -> dict[str, str]:
+    """List the added tokens that others continue, with all of them: `<cat>` with `<cat> <cat>_1`."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    found = {}
+    for token in added:
+        further = list(takewhile(added.__contains__, (f"{token}_{i}" for i in count(1))))
+        if further:
+            found[token] = " ".join([token, *further])
+    return found
 
 
 def no_text(bundle: Bundle) -> str:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from unetc.artifacts.profile import Component
+from unetc.artifacts.reading import sha256_of
 from unetc.artifacts.record import Artifact, write_atomically
 from unetc.artifacts.sizes import SampleSizes
 from unetc.backend import WEIGHTS, SerialisedGraph
@@ -153,7 +154,7 @@ class GatedGraph:
                 inputs=capture.inputs,
                 sizes=capture.sizes,
                 graph_sha256=hashlib.sha256(graph).hexdigest(),
-                weights_sha256=_hash(temporary / WEIGHTS),
+                weights_sha256=sha256_of(temporary / WEIGHTS),
             )
             write_atomically(temporary / _RECORD, record.to_json())
         return cls.load(folder)
@@ -167,7 +168,7 @@ class GatedGraph:
         """
         record = GatedRecord.load(folder / _RECORD)
         try:
-            hashes = _hash(folder / _GRAPH), _hash(folder / WEIGHTS)
+            hashes = sha256_of(folder / _GRAPH), sha256_of(folder / WEIGHTS)
         except OSError as error:
             raise ArtifactError(
                 f"cannot read the cached graph {folder}: {error.strerror}. Delete this folder; unetc builds it again."
@@ -233,8 +234,3 @@ def open_or_build(folder: Path, capture: Callable[[], Capture]) -> GatedGraph:
         return GatedGraph.load(folder)
     except ArtifactError:
         return GatedGraph.build(capture(), folder)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,7 +32,7 @@ from .slicing import PARTIAL
 from .weights import serialise, tensor_ranges, write_tensors
 
 LOGITS = ".logits"
-"""Ends the name of the products of queries and keys inside an attention operator, after the name of its result."""
+"""Ends the name of the products of queries and keys inside an attention operator."""
 
 _TYPES = {Precision.FP16: ir.DataType.FLOAT16, Precision.BF16: ir.DataType.BFLOAT16}
 
@@ -220,6 +220,11 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
+def logits_of(attention: ir.Node) -> str:
+    """Name the products of queries and keys inside an attention operator, after its result."""
+    return f"{attention.outputs[0].name}{LOGITS}"
+
+
 def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]:
     """Choose the nodes that stay float32."""
     wide = {node for node in graph if node.op_type in WIDE_OPERATORS or _squares(node)}
@@ -238,7 +243,7 @@ def _wide_nodes(graph: ir.Graph, measured: frozenset[str]) -> frozenset[ir.Node]
     for node in graph:
         touched = {str(v.name).removesuffix(PARTIAL) for v in (*node.inputs, *node.outputs) if v is not None}
         if node.op_type == "Attention":
-            touched.add(f"{node.outputs[0].name}{LOGITS}")
+            touched.add(logits_of(node))
         if not touched.isdisjoint(measured):
             wide.add(node)
     return frozenset(wide)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from unetc.errors import EngineBuildError, MissingDependency
 
 from .element_types import infer_types
-from .lowering import LOGITS
+from .lowering import logits_of
 from .nodes import add_initializer, add_node, add_reshape
 
 try:
@@ -42,7 +42,7 @@ def overflowing(path: Path, probes: Sequence[Values]) -> tuple[frozenset[str], t
 
     Returns:
         Names of these values, and the graph's own outputs in every run. The products of queries and keys inside an
-        attention operator have the name of its result, followed by `LOGITS`.
+        attention operator have the names of `logits_of`.
 
     Raises:
         EngineBuildError: If onnxruntime cannot run the graph.
@@ -84,7 +84,7 @@ def _measure(model: ir.Model) -> list[str]:
         sizes.append(add_reshape(graph, size, 1))
     attentions = [node for node in graph if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT]
     sizes += [add_reshape(graph, _largest_logit(graph, node), 1) for node in attentions]
-    names = [str(value.name) for value in values] + [f"{node.outputs[0].name}{LOGITS}" for node in attentions]
+    names = [str(value.name) for value in values] + [logits_of(node) for node in attentions]
     output = add_node(graph, "Concat", sizes, {"axis": 0})
     output.name, output.dtype, output.shape = _LARGEST, ir.DataType.FLOAT, ir.Shape([len(names)])
     graph.outputs.append(output)
@@ -99,7 +99,7 @@ def _largest_logit(graph: ir.Graph, attention: ir.Node) -> ir.Value:
     """
     attention.resize_outputs(_PRODUCTS + 1)
     products = attention.outputs[_PRODUCTS]
-    products.name, products.dtype = f"{attention.outputs[0].name}{LOGITS}", ir.DataType.FLOAT
+    products.name, products.dtype = logits_of(attention), ir.DataType.FLOAT
     for unused in attention.outputs[1:_PRODUCTS]:
         unused.name = unused.name or ""
     highest = add_node(graph, "ReduceMax", [products], {"keepdims": 0})

@@ -50,8 +50,13 @@ _LEFT_WITHIN_S = 10.0
 """Others have this time to leave a machine before all workers give way to one that waits for the whole machine."""
 
 
-_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-"""Settings of a cluster that is started: it does not report its use, and workers are timed like any other process."""
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+"""Settings of a cluster that is started. It does not report its use. Workers are timed like any other process. Servers
+run in Ray's event loop: with two loops, every request would wake two threads, which compete with the engines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ def heart_figures(**controls: tuple[float, float]) -> dict[str, float]:
     return {own["figure"].split(": ")[1]: own["value"] for own in bench_heart.figures([heart_row(**controls)])}
 
 
-def test_the_best_control_is_the_best_of_all_in_the_plans_time() -> None:
+def test_the_best_peer_is_the_best_of_all_in_the_plans_time() -> None:
     found = heart_figures(random=(0.7, 1.0), other_solver=(0.72, 0.04), fewer_steps=(0.8, 0.01))
     assert found["damage / best peer"] == 0.5, "a slower control does not count"
     assert heart_figures(uniform=(0.5, 0.03), random=(0.7, 1.0))["damage / best peer"] == 0.02 / 0.03

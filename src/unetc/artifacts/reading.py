@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
 
 from unetc.errors import ArtifactError, CorruptArtifactError
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file without reading it into memory.
+
+    Raises:
+        OSError: If it is missing or unreadable.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from unetc.artifacts.reading import sha256_of
 from unetc.errors import ModelError
 from unetc.temporary import PrivateFolder, no_room
 
@@ -169,8 +170,7 @@ def hash_file(path: Path, *, expected: str = "a file of a pipeline folder") -> b
     """
     refuse_pointer(path)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        return bytes.fromhex(sha256_of(path))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}. Expected {expected}.") from error
 

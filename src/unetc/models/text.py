@@ -14,6 +14,7 @@ from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
 from unetc.conditions import Conditions, check_scale
 from unetc.errors import MissingDependency, ModelError, brief
 
+from .lora_names import TEXT_ENCODERS
 from .pipelines import PIPELINES, PipelineKind
 from .prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, list_prompts, size_numbers
 from .quiet import quiet
@@ -155,7 +156,7 @@ def load_text_encoders(folder: Path, pipeline: str) -> Any:
             )
     except Exception as error:  # diffusers and transformers raise many unrelated classes
         raise ModelError(f"cannot load the text encoders of {folder}: {brief(error)}.") from error
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in TEXT_ENCODERS:
         encoder = getattr(loaded, name, None)
         if encoder is not None and getattr(encoder.config, "eos_token_id", 0) is None:  # CLIP looks for this token
             raise ModelError(

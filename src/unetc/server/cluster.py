@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import signal
 import threading
@@ -35,10 +34,6 @@ from .settings import ReplicaRange, ServerSettings
 _LOOPBACK = "127.0.0.1"
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
 """Names of resources in a cluster, by those in the needs of a replica."""
-_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Settings of a Ray that is started. The application never waits for an engine in its event loop, so it can use that of
-Ray; with two, every request would wake two threads, which compete with the engines. As `runtime_env` of the replicas,
-they would make Ray start a new process where one waits already."""
 _LOOK_S = 2.0
 """Seconds between two looks at the application."""
 _DRAIN_S = 0.2
@@ -127,11 +122,7 @@ def _start(settings: ServerSettings, proxies: str, on_note: Callable[[str], obje
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Join a cluster, or start one for this process alone; leave or end it afterwards."""
-    started: dict[str, Any] = {}
-    if address == LOCAL:
-        started = {"_node_ip_address": _LOOPBACK, "include_dashboard": False}
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    started: dict[str, Any] = {"_node_ip_address": _LOOPBACK, "include_dashboard": False} if address == LOCAL else {}
     try:
         connect(address, **started)
     except (OSError, RuntimeError, ValueError) as error:
