@@ -303,13 +303,15 @@ class _Crew:
         return self._run(self._working, chain((first,), jobs), shared, deadline)
 
     def spread_over_one(self, job: Job[Any, Any], shared: tuple[Any, ...]) -> Any:
-        """Run a job on a worker that has its machine for itself; others that have a bench keep it and wait."""
+        """Run a job on a worker that has its machine for itself; the others keep their benches and wait."""
+        if not self._working:
+            self._start(self._seats)
         if self._working is self._seats and self._settled():
             with self._rest_of(self._seats[0]) as taken:
                 if taken:
                     ((_, result),) = self._run(self._seats[:1], (job,), shared, math.inf)
                     return result
-        if self._working is self._seats or not self._working:
+        if self._working is self._seats:
             self._start([self._seats[0].alone()])
         ((_, result),) = self._run(self._working, (job,), shared, math.inf)
         return result
@@ -323,9 +325,13 @@ class _Crew:
             seat.start(self._recipe)
 
     def _settled(self) -> bool:
-        """Wait until no worker sets up its bench, which would disturb a timing; False if one does not end."""
+        """Wait until no worker of the first machine sets up its bench, which would disturb a timing.
+
+        Returns:
+            False if one does not end.
+        """
         deadline = time.monotonic() + _ANSWERS_WITHIN_S
-        while any(seat.answer is not None for seat in self._seats):
+        while any(seat.answer is not None for seat in self._seats if seat.node == self._seats[0].node):
             if time.monotonic() >= deadline:
                 return False
             self._ended(self._seats)

@@ -105,7 +105,7 @@ def test_a_job_that_runs_alone_has_the_machine_for_itself(tmp_path: Path) -> Non
     assert workers.run_alone(Mark(3)) == 9
     assert ray.available_resources().get("CPU", 0) == 0, "no CPU is left for others"
     assert dict(workers.run([Mark(number, 0.1) for number in range(10)])) == {n: n**2 for n in range(10)}
-    assert len({process for *_, process in marks(tmp_path)}) == 3, "the first one has gone, two others came"
+    assert len({process for *_, process in marks(tmp_path)}) <= 2, "the first one keeps its bench"
 
 
 @dataclass(frozen=True)
