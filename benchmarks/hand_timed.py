@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import checkout  # noqa: F401 - makes unetc importable
@@ -53,10 +53,15 @@ class HandTimed(Workers[SearchBench]):
                 result = {graph.graph: ((1, 1.0),) for plan in job.plans for graph in plan.graphs}
             case Measure():
                 measured = self.workers.run_alone(job)
-                result = msgspec.structs.replace(measured, time_ratio=self.times(job.engines).time_ratio)
+                ratio = self.sampled_ratio(self.times(job.engines).time_ratio)
+                result = replace(measured, measurement=msgspec.structs.replace(measured.measurement, time_ratio=ratio))
             case _:
                 raise AssertionError(f"{job.name} needs no machine for itself")
         return result
+
+    def sampled_ratio(self, by_engines: float) -> float:
+        """Make up the time ratio of a plan while it samples."""
+        return by_engines
 
     def times(self, engines: Engines) -> EngineTimes:
         """Make up the times of a plan's engines."""

@@ -21,7 +21,7 @@ from unetc.compiler.search.bench import SAMPLING_ROUNDS
 from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.controls import Controls, MadeControl, make_controls
 from unetc.compiler.search.find_plan import Found, choose_again, find_plan
-from unetc.compiler.search.fit import fit_plan
+from unetc.compiler.search.fit import aim_again, fit_plan
 from unetc.compiler.search.pareto import ParetoOptions, passing_points, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
@@ -40,6 +40,8 @@ from .store import check_destination, write_bundle
 from .text import prepare_text
 
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
+MOST_CORRECTIONS = 2
+"""Most times that another plan is chosen because the measured one misses the budget."""
 QUALITY_GATE_SEARCH_STEPS = 5
 """Halvings of the interval that holds the largest budget that passes a quality gate."""
 
@@ -102,6 +104,16 @@ class _Fitted:
     evaluated: tuple[Measurement, ...]
     whole_steps: Candidate | None = None
     """The best plan of whole steps alone that the search has found."""
+
+    @property
+    def sampled(self) -> float:
+        """Share of the time that was saved while it sampled."""
+        return 1 - self.measured.time_ratio
+
+    @property
+    def saved(self) -> float:
+        """Mean of the savings by the engines' times and while it sampled."""
+        return (self.candidate.saving + self.sampled) / 2
 
 
 def build(
@@ -313,30 +325,33 @@ def _fit(
     on_progress: OnProgress,
     emits: Collection[str],
 ) -> _Fitted:
-    """Fit by the engines' times and repair by sampling; aim higher once if the mean of both misses the budget.
+    """Fit by the engines' times, repair by sampling, and aim higher while the measured saving misses the budget.
 
-    Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few. The higher aim is met by
-    another schedule that was sampled, if one saves so much, and otherwise by another search.
+    A higher aim is met by another schedule that was sampled. If none saves enough, another search is made.
     """
     repair = options.repair
     found = find_plan(workbench, asked, repair, notes, seed, on_progress, emits=emits)
-    fitted = _measure_found(workbench, found, options, seed, notes)
-    budget = asked.budget
-    shortfall = budget - (fitted.candidate.saving + 1 - fitted.measured.time_ratio) / 2
-    if shortfall > 0 and budget > 0:  # without a budget noise is no shortfall
-        aim = replace(asked, budget=min(0.99, budget + shortfall + 0.01 * budget))
-        notes.append(
-            f"engines and sampling saved {percent(budget - shortfall)}; chosen again for {percent(aim.budget)}"
-        )
-        again = choose_again(workbench, found, aim.budget, repair, notes, seed, on_progress, emits=emits)
-        try:
-            if again is None:
-                correction = found.correction
-                again = find_plan(workbench, aim, repair, notes, seed, on_progress, correction=correction, emits=emits)
-            fitted = _measure_found(workbench, again, options, seed, notes)
-        except PlanError as error:
-            notes.append(f"kept the plan that is {percent(shortfall)} short: {error}")
-    plan = msgspec.structs.replace(fitted.candidate.plan, budget=budget)
+    tries = [_measure_found(workbench, found, options, seed, notes)]
+    for _ in range(MOST_CORRECTIONS):
+        last = tries[-1]
+        aim = aim_again(asked.budget, last.candidate.saving, last.sampled)
+        if aim is None:
+            break
+        notes.append(f"engines and sampling saved {percent(last.saved)}; chosen again for {percent(aim)}")
+        again = choose_again(workbench, found, aim, repair, notes, seed, on_progress, emits=emits)
+        if again is None:
+            further, correction = replace(asked, budget=min(0.99, aim)), found.correction
+            try:
+                again = find_plan(
+                    workbench, further, repair, notes, seed, on_progress, correction=correction, emits=emits
+                )
+            except PlanError as error:
+                notes.append(f"kept the plan that saves {percent(last.saved)}: {error}")
+                break
+        found = again
+        tries.append(_measure_found(workbench, found, options, seed, notes))
+    fitted = min(tries, key=lambda one: (one.saved < asked.budget, abs(one.saved - asked.budget)))
+    plan = msgspec.structs.replace(fitted.candidate.plan, budget=asked.budget)
     return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
 
 

@@ -31,6 +31,9 @@ ENGINE_ROUNDS = 15
 ENGINE_SECONDS = 5.0
 """Least time spent on engines with short calls: a disturbance of the machine may last a second or two."""
 SAMPLING_ROUNDS = 5
+"""Batches on which damage is measured, and least rounds of timing."""
+SAMPLING_SECONDS = 10.0
+"""Least time spent on plans with short sampling runs: a share of a budget is a small part of the full model's time."""
 LARGEST_BATCH = 32
 """Largest batch that engines are timed at, unless the profile's is larger."""
 LONGEST_CALL_MS = 250.0
@@ -237,19 +240,25 @@ class SearchBench:
             seed: Seed of the noise, one that neither the profile nor the search has seen.
         """
         batch, conditions, session = self._sampling.batch, self._sampling.conditions, self.session(engines)
-        ratios: list[float] = []
+        # the time of a ControlNet is no part of the denoiser's, so times are measured without one
+        without = replace(conditions, control=None)
         full: list[NDArray[np.float32]] = []
         pruned: list[NDArray[np.float32]] = []
-        for i in range(SAMPLING_ROUNDS):
-            # the time of a ControlNet is no part of the denoiser's, so times are measured without one
-            timed = replace(conditions, control=None).take(range(i * batch, (i + 1) * batch))
-            sample = partial(session.sample, batch, seed=seed, first_index=i * batch, conditions=timed, latents=True)
-            times = interleaved_ms(
-                [lambda s=sample: full.append(s(full_model=True)), lambda s=sample: pruned.append(s())],  # type: ignore[misc]
-                rounds=1,
-                warmup=0,
+
+        def sample(*, full_model: bool) -> None:
+            into = full if full_model else pruned
+            first = len(into) * batch
+            timed = without.take(range(first, first + batch))
+            into.append(
+                session.sample(
+                    batch, seed=seed, first_index=first, conditions=timed, latents=True, full_model=full_model
+                )
             )
-            ratios.append(float(times[0, 1] / times[0, 0]))
+
+        calls = [partial(sample, full_model=True), partial(sample, full_model=False)]
+        times = interleaved_ms(calls, rounds=SAMPLING_ROUNDS, warmup=0, seconds=SAMPLING_SECONDS)
+        ratios = times[:, 1] / times[:, 0]
+        del full[SAMPLING_ROUNDS:], pruned[SAMPLING_ROUNDS:]
         if conditions.control is not None:
             full, pruned = (
                 [self._sample(session, seed, i, full_model=full_model, latents=True) for i in range(SAMPLING_ROUNDS)]

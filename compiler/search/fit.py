@@ -25,6 +25,8 @@ from .workbench import Workbench
 TOLERANCE = 0.05
 """A saving may exceed the budget by this share of it."""
 
+_EDGE = 0.01
+"""A measured saving should exceed the budget by this share of it: what is measured again lies now above, now below."""
 ATTEMPTS = 6
 LONGEST_PERIOD = 10
 
@@ -96,6 +98,26 @@ def fit_plan(
 def middle_of(budget: float) -> float:
     """Return the middle of the accepted savings: half of all plans aimed at an edge would miss it."""
     return (1 + TOLERANCE / 2) * budget
+
+
+def aim_again(budget: float, by_engines: float, by_sampling: float) -> float | None:
+    """Decide whether a plan saves too little, and for which saving another should be chosen.
+
+    Both measurements are noisy: alternating engine calls are not a sampling run, and sampling runs are few. Their mean
+    decides. At the edge, a plan would miss the budget as often as not.
+
+    Args:
+        budget: Share of the time to save.
+        by_engines: Saving of the plan by the times of its engines.
+        by_sampling: Saving of the plan while it sampled.
+
+    Returns:
+        The saving by the times of engines; None if the plan meets the budget.
+    """
+    saved = (by_engines + by_sampling) / 2
+    if budget == 0 or saved >= (1 + _EDGE) * budget:  # without a budget noise is no shortfall
+        return None
+    return by_engines + middle_of(budget) - saved
 
 
 def _saved_by_steps(workbench: Workbench, candidate: Candidate) -> float:

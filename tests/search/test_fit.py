@@ -8,6 +8,8 @@ from typing import cast
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import STEP, Bin, Component, Cost, Damage, Effect, Estimate, ModelReference, Profile
@@ -17,6 +19,7 @@ from unetc.compiler.search.fit import (
     ATTEMPTS,
     LONGEST_PERIOD,
     TOLERANCE,
+    aim_again,
     fit_deep_hold,
     fit_plan,
     fit_random,
@@ -317,3 +320,23 @@ def test_the_fitted_plan_remembers_the_limits_it_was_made_for() -> None:
     assert candidate.plan.max_engines == 2
     assert len(candidate.plan.engines) <= 3
     assert msgspec.structs.replace(candidate.plan, budget=0.2).phases == candidate.plan.phases
+
+
+@given(st.floats(0.01, 0.9), st.floats(-0.2, 0.2))
+@example(0.27, -0.05)
+def test_an_aim_makes_up_for_the_difference_between_engine_calls_and_sampling(budget: float, offset: float) -> None:
+    """With a plan for every saving, one correction suffices."""
+    by_engines = middle_of(budget)
+    aim = aim_again(budget, by_engines, by_engines + offset)
+    if aim is None:
+        assert by_engines + offset / 2 > budget
+        return
+    assert aim > by_engines
+    assert (aim + aim + offset) / 2 == pytest.approx(middle_of(budget))
+    assert aim_again(budget, aim, aim + offset) is None
+
+
+def test_at_the_edge_another_plan_is_wanted_and_without_a_budget_none() -> None:
+    assert aim_again(0.2, 0.2005, 0.2005) == pytest.approx(middle_of(0.2))
+    assert aim_again(0.2, 0.2098, 0.2098) is None
+    assert aim_again(0.0, 0.0, -0.1) is None
