@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -180,7 +181,23 @@ def named(shared: Path) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ahead(request: pytest.FixtureRequest, shared: Path) -> None:
+def brief() -> Iterator[None]:
+    """Time engines in few rounds, and prepare few numbers of steps.
+
+    A build repeats the timing for seconds, as long as a disturbance of the machine may last, and prepares a hundred
+    schedules. A run makes dozens of builds; no test needs exact times, and the tiny bundle has all schedules. Nothing
+    is imported for tests that leave the compiler alone.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "unetc.compiler" in sys.modules:
+            patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (*range(1, 21), 50))
+            patch.setattr("unetc.compiler.search.bench.ENGINE_SECONDS", 0.0)
+            patch.setattr("unetc.compiler.search.bench.BATCH_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request: pytest.FixtureRequest, shared: Path, brief: None) -> None:
     """Begin a long run on several processes with the builds that most tests share, so that none waits for another."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if not worker or request.session.testscollected < LONG_RUN:

@@ -54,13 +54,19 @@ def save_tiny_model(folder: Path) -> None:
 
 
 def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
-    """Build a handwritten plan, so that the bundle does not depend on timing; only the controls are fitted."""
+    """Build a handwritten plan, so that the bundle does not depend on timing; only the controls are fitted.
+
+    It has the schedules of all numbers of steps that a build prepares.
+    """
+    import pytest
+
     import unetc
     from unetc.analyzer.analysis import AnalysisOptions
     from unetc.analyzer.analyze import analyze_model
     from unetc.artifacts import Assignment, Phase, Plan, Prediction
     from unetc.compiler.build import BuildOptions, build
     from unetc.compiler.planner.planner import PlanOptions
+    from unetc.compiler.schedulers.extract import STEP_COUNTS
     from unetc.models.find import find_model
     from unetc.treatments import Treatment
 
@@ -89,6 +95,8 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
         prediction=Prediction(time_ratio=0.6, relative_l2=0.5, memory=2.0),
     )
     options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4)
-    build(found, profile, folder / "bundle", options, cache=cache, plan=plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unetc.compiler.prepare.STEP_COUNTS", STEP_COUNTS)  # conftest leaves few for other builds
+        build(found, profile, folder / "bundle", options, cache=cache, plan=plan)
     profile.save(folder / "profile.json")
     plan.save(folder / "plan.json")

@@ -31,7 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def test_the_profile_is_the_same_as_in_this_process_though_workers_are_killed(tmp_path: Path) -> None:
-    reports = check_kills(2, options_of(), tmp_path)
+    reports = check_kills(2, options_of(samples=2), tmp_path)
     for stage in ("screen", "ablations"):
         done = [report.done for report in reports if report.stage == stage]
         assert done == sorted(done)

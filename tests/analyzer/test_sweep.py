@@ -39,6 +39,7 @@ from tests.analyzer.sweeps import (
     table_of,
     tiny,
 )
+from tests.every_day import every_nth
 from tests.models import shared_folder
 from unetc.analyzer.ablation import Ablation, PeriodicTreatment, ablations_of, treatments_for
 from unetc.analyzer.sweep import (
@@ -296,7 +297,7 @@ def test_means_are_the_branches_averaged_over_samples_positions_and_steps(measur
     np.testing.assert_allclose(measured.base.means, expected, atol=CLOSE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", REMOVALS + REUSES, ids=lambda kind: f"{kind.treatment}{kind.period}")
+@pytest.mark.parametrize("kind", every_nth(3, REMOVALS + REUSES), ids=lambda kind: f"{kind.treatment}{kind.period}")
 def test_effects_equal_a_loop_over_single_ablations(measured: Measured, kind: PeriodicTreatment) -> None:
     naive = naive_of(measured)
     full = naive.run()[-1]
@@ -361,7 +362,7 @@ def test_a_removal_touches_the_steps_of_its_bin_only(tmp_path: Path) -> None:
     assert next(calls, None) is None
 
 
-@pytest.mark.parametrize("kind", REUSES, ids=lambda kind: f"{kind.treatment}{kind.period}")
+@pytest.mark.parametrize("kind", every_nth(3, REUSES), ids=lambda kind: f"{kind.treatment}{kind.period}")
 def test_a_reuse_refreshes_with_its_period_and_touches_the_steps_of_its_bin_only(
     tmp_path: Path, kind: PeriodicTreatment
 ) -> None:

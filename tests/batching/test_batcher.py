@@ -129,7 +129,7 @@ requests = st.builds(
 )
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddpm", pytest.param("ddim", marks=pytest.mark.nightly)])
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_company_changes_no_image(levels: Levels, scheduler: str, data: st.DataObject) -> None:

@@ -144,7 +144,8 @@ def half_bundle(shared: Path, tiny_model: Path, tiny_build: Path, cache: Path) -
     def make(folder: Path) -> None:
         profile = msgspec.structs.replace(Profile.load(tiny_build / "profile.json"), target="torch:cpu:fp16")
         plan = msgspec.structs.replace(Plan.load(tiny_build / "plan.json"), profile_sha256=profile.sha256())
-        options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4, random_plans=1, repair=RepairOptions(tune=False))
+        repair = RepairOptions(evaluations=2, tune=False)
+        options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4, random_plans=1, repair=repair)
         build(find_model(str(tiny_model)), profile, folder, options, cache=cache, plan=plan)
 
     return once(shared / "half-bundle", make)

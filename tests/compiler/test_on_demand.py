@@ -17,6 +17,7 @@ from diffusers import DDPMPipeline
 from numpy.typing import NDArray
 from onnx import TensorProto, inliner
 
+from tests.every_day import every_nth
 from tests.graph.test_lowering import evaluate, run
 from tests.nvidia import test_cache as test_engine_cache
 from tests.nvidia.test_tensorrt_backend import backend_of
@@ -161,7 +162,7 @@ def folder(loud: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", every_nth(4, FORMS))
 def test_what_overflows_in_the_full_model_stays_wide_in_all_that_is_made_of_it(
     loud: Prepared, wide: frozenset[str], folder: Path, form: str
 ) -> None:
@@ -190,7 +191,7 @@ def build(
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("form", ["runnable", "observing", "remembering", "without a skip"])
+@pytest.mark.parametrize("form", every_nth(4, ["remembering", "runnable", "observing", "without a skip"]))
 def test_an_engine_of_float16_is_built_with_what_overflows_wide_and_is_never_served(
     loud: Prepared, wide: frozenset[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
@@ -228,7 +229,7 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("precision", every_nth(2, [Precision.FP32, Precision.BF16]))
 def test_what_cannot_overflow_is_not_looked_at_and_lies_apart_too(
     loud: Prepared, tmp_path: Path, precision: Precision
 ) -> None:

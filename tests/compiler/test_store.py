@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 import unetc
+from tests.every_day import every_nth
 from tests.tree import tree
 from unetc.artifacts.manifest import DIGEST, MANIFEST, Manifest
 from unetc.compiler import whole_folder
@@ -398,7 +399,7 @@ print(json.dumps({"calls": calls, "bytes": bytes_, "full": full}))
 
 @pytest.mark.parametrize(
     ("older", "how"),
-    [(False, "at once"), (True, "at once"), pytest.param(True, "by renames", marks=pytest.mark.nightly)],
+    every_nth(3, [(True, "at once"), (False, "at once"), (True, "by renames")]),
 )
 def test_a_killed_writer_leaves_the_old_or_the_new(tiny_bundle: Path, tmp_path: Path, older: bool, how: str) -> None:
     arguments = [str(tiny_bundle), str(tmp_path), "older" if older else "nothing", how]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.every_day import every_nth
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.backend import SerialisedGraph
@@ -49,7 +50,9 @@ def test_the_full_engine_counts_one(setup: Setup) -> None:
     assert Choices(setup.profile).memory([{}]) == 1
 
 
-@pytest.mark.parametrize("treatment", [Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST])
+@pytest.mark.parametrize(
+    "treatment", every_nth(2, [Treatment.DROP, Treatment.MEAN, Treatment.HOLD, Treatment.FORECAST])
+)
 def test_every_removal_frees_the_memory_that_the_profile_states(setup: Setup, treatment: Treatment) -> None:
     choices = Choices(setup.profile)
     for name in choices.names:
@@ -71,8 +74,7 @@ def test_the_prediction_bounds_the_memory_of_engines_without_several_components(
     assert shared < 60  # the bound is sometimes exact
 
 
-@pytest.mark.parametrize("planner", ["fast", "exact"])
-@pytest.mark.parametrize("max_memory", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize(("max_memory", "planner"), every_nth(5, [3.0, 2.0, 1.5], ["exact", "fast"]))
 def test_the_engines_of_a_plan_fit_into_the_requested_memory(setup: Setup, max_memory: float, planner: str) -> None:
     options = [
         PlanOptions(budget=budget, max_memory=max_memory, max_engines=3, planner=planner) for budget in (0.1, 0.3, 0.5)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipelines import save_stable_diffusion
-from tests.quick_build import CAPTURES, build_quickly
+from tests.server.bundles import PROMPTED_STEPS, make_prompted_server
 from unetc.analyzer.verify import VerifyOptions, verify
 from unetc.conditions import Conditions
 from unetc.errors import CorruptArtifactError, ModelError, ShapeMismatch
@@ -22,22 +21,20 @@ from unetc.runtime.session import Session, load
 
 diffusers: Any = untyped_diffusers
 
-STEPS = 6
+STEPS = PROMPTED_STEPS
 SCALE = 3.0
 IMAGE_TOLERANCE = 1e-3
-"""Largest difference between two images in -1..1: rounding of two runtimes over six steps and a decoder."""
+"""Largest difference between two images in -1..1: rounding of two runtimes over four steps and a decoder."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion") / "pipeline")
+def folder(shared: Path) -> Path:
+    return make_prompted_server(shared) / "model"
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path, shared: Path) -> Path:
-    path = folder.parent / "bundle"
-    build_quickly(folder, path, shared / CAPTURES, steps=STEPS, scale=SCALE, decisive=2, budget=0.2)
-    return path
+def bundle(shared: Path) -> Path:
+    return make_prompted_server(shared) / "bundle"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
-from tests.models import ARCHITECTURES, Block, Tiny, new_denoiser, tiny_of, toy_denoiser
+from tests.models import ARCHITECTURES, Block, Tiny, daily, new_denoiser, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component
 from unetc.compiler.graph.capture import Capture, capture
 from unetc.compiler.graph.denoisers import denoiser as denoisers
@@ -151,7 +151,7 @@ BELOW: Mapping[str, Mapping[str, tuple[str, str]]] = {
 """First and last component nested in each level."""
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=daily(ARCHITECTURES))
 def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 

@@ -46,7 +46,7 @@ def encoders_of(folder: Path, *targets: str) -> Iterator[Encoder]:
     ("pipeline", "changes"),
     [
         pytest.param("sd", {"scaling_factor": 0.4}, marks=pytest.mark.nightly),
-        ("sd", STATISTICS),
+        pytest.param("sd", STATISTICS, marks=pytest.mark.nightly),
         ("sdxl", STATISTICS),
         pytest.param("sd", {}, marks=pytest.mark.nightly),
         pytest.param("sdxl", {}, marks=pytest.mark.nightly),

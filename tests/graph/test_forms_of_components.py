@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -9,18 +10,19 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.models import ARCHITECTURES, Tiny, tiny_of
+from tests.models import ARCHITECTURES, Tiny, daily, tiny_of
 from unetc.backend import SerialisedGraph
 from unetc.compiler.graph.forms import removals_of
 from unetc.compiler.graph.specialise import specialise
 from unetc.treatments import Treatment
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=daily(ARCHITECTURES))
 def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 
 
+@functools.cache
 def engine_without(tiny: Tiny, *names: str) -> SerialisedGraph:
     none = np.zeros(tiny.gated.channels, np.float32)
     return specialise(tiny.gated, dict.fromkeys(names, Treatment.DROP), none)

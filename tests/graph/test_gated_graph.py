@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from tests.models import ARCHITECTURES, Block, Tiny, tiny_of, toy_denoiser
+from tests.models import ARCHITECTURES, Block, Tiny, daily, tiny_of, toy_denoiser
 from unetc.artifacts.profile import STEP, Component
 from unetc.backend import Array
 from unetc.compiler.graph import gated as gated_module
@@ -34,7 +34,7 @@ from unetc.treatments import Treatment
 FILES = ("gated.json", "gated.onnx", "weights.safetensors")
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=daily(ARCHITECTURES))
 def tiny(request: pytest.FixtureRequest, shared: Path) -> Tiny:
     return tiny_of(request.param, shared)
 

@@ -38,7 +38,7 @@ def test_its_classes_have_names() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("scale", [1.0, pytest.param(2.0, marks=pytest.mark.nightly)])
 def test_it_draws_the_class_of_its_label(scale: float) -> None:
     """Few steps of diffusers are nearly as right as the card's 50."""
     pipeline = diffusers.DDPMPipeline.from_pretrained(FOLDER, use_safetensors=True, local_files_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.every_day import every_nth
 from tests.loras import FORMATS, Factors, layers, load_unfused, lora_config, randomise, save_as, save_lora
 from tests.pipelines import save_stable_diffusion, save_stable_diffusion_2, save_stable_diffusion_xl
 from unetc.errors import ModelError
@@ -78,14 +80,21 @@ def values(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {f"{part}.{name}": own.data for part, model in parts.items() for name, own in model.named_parameters()}
 
 
-def places(folder: Path) -> dict[Place, tuple[int, ...]]:
+@functools.cache
+def plain_of(folder: Path) -> Mapping[str, Tensor]:
+    """Load the parameters of a pipeline without a LoRA, once for all tests."""
+    return values(models(folder))
+
+
+@functools.cache
+def places(folder: Path) -> Mapping[Place, tuple[int, ...]]:
     """List all layers of a pipeline with the shapes of their weights."""
     return {(part, path): shape for part, model in models(folder).items() for path, shape in layers(model)}
 
 
 def check(folder: Path, loras: tuple[Lora, ...], changes: Mapping[Place, Tensor], bias: Mapping[Place, Tensor]) -> None:
     """Check all parameters of a fused pipeline: those with a change, layer by layer, and all others bit by bit."""
-    plain, fused = values(models(folder)), values(models(folder, *loras))
+    plain, fused = plain_of(folder), values(models(folder, *loras))
     added = {f"{part}.{path}.weight": change for (part, path), change in changes.items()}
     added |= {f"{part}.{path}.bias": change for (part, path), change in bias.items()}
     assert added.keys() <= plain.keys()
@@ -109,8 +118,7 @@ def draw(
     }
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("pipeline", SAVE)
+@pytest.mark.parametrize(("pipeline", "form"), every_nth(4, SAVE, FORMATS))
 def test_every_layer_of_every_format_has_the_strength_of_the_definition(
     form: str, pipeline: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -123,8 +131,7 @@ def test_every_layer_of_every_format_has_the_strength_of_the_definition(
     check(folder, (Lora(path=path, scale=0.7),), changes, {})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "kind"), every_nth(7, FORMATS, KINDS))
 def test_one_layer_alone_is_changed(form: str, kind: str, folder: Path, tmp_path: Path) -> None:
     factors = draw({KINDS[kind]: places(folder)[KINDS[kind]]}, seed=1, alphas=(3.0,))
     path = save_as(form, tmp_path / "style.safetensors", factors)
@@ -240,7 +247,7 @@ def test_a_convolution_between_the_factors_is_multiplied_in(folder: Path, tmp_pa
     tensors = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.5)}
     path = tmp_path / "style.safetensors"
     save_file({f"{name}.{end}": value for end, value in tensors.items()}, path)
-    plain, fused = values(models(folder)), values(models(folder, Lora(path=path, scale=0.5)))
+    plain, fused = plain_of(folder), values(models(folder, Lora(path=path, scale=0.5)))
     weight = f"unet.{OBLONG[1]}.weight"
     change = (fused[weight] - plain[weight]).double()
     sample = torch.randn(1, 8, 6, 6, generator=generator).double()
@@ -300,7 +307,7 @@ def test_a_pattern_may_be_the_whole_path_of_a_layer(folder: Path, tmp_path: Path
     (name,) = (name for name in tensors if name.endswith("mlp.fc1.lora_A.weight"))
     product = tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
     key = f"text_encoder.{TEXT[1]}.weight"
-    change = values(models(folder, Lora(path=path)))[key] - values(models(folder))[key]
+    change = values(models(folder, Lora(path=path)))[key] - plain_of(folder)[key]
     torch.testing.assert_close(change.double(), 4.0 / 2 * product, rtol=0, atol=1e-5)
 
 
@@ -392,9 +399,7 @@ def dora(path: Path, place: Place, own: Factors, norms: Tensor, end: str) -> Pat
     return path
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.4])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("kind", ["linear", "1x1", "3x3", "oblong", "wide", "text encoder"])
+@pytest.mark.parametrize(("kind", "axis", "scale"), every_nth(5, KINDS, [0, 1], [1.0, 0.4]))
 def test_a_dora_has_the_norms_of_its_file(kind: str, axis: int, scale: float, folder: Path, tmp_path: Path) -> None:
     """LyCORIS and OneTrainer save the norms of rows or of columns: their shape tells."""
     place = KINDS[kind]
@@ -403,7 +408,7 @@ def test_a_dora_has_the_norms_of_its_file(kind: str, axis: int, scale: float, fo
     own = Factors.draw(shape, 3, 2.0, generator)
     norms = 1 + torch.rand([size if number == axis else 1 for number, size in enumerate(shape)], generator=generator)
     path = dora(tmp_path / "style.safetensors", place, own, norms, "dora_scale")
-    weight = values(models(folder))[f"{place[0]}.{place[1]}.weight"].double()
+    weight = plain_of(folder)[f"{place[0]}.{place[1]}.weight"].double()
     changed = weight + own.change(scale).reshape(shape)
     lengths = changed.movedim(axis, 0).flatten(1).pow(2).sum(1).sqrt()
     expected = torch.stack(
@@ -429,7 +434,7 @@ def test_a_dora_of_peft_is_fused_as_in_peft(scale: float, folder: Path, tmp_path
     expected.unload_lora_weights()
     for name, value in values({part: getattr(expected, part) for part in ("unet", "text_encoder")}).items():
         torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-5, msg=name)
-    assert any(not torch.equal(value, fused[name]) for name, value in values(models(folder)).items())
+    assert any(not torch.equal(value, fused[name]) for name, value in plain_of(folder).items())
 
 
 @pytest.mark.parametrize("first", ["plain", "dora"])

@@ -97,6 +97,12 @@ def sample(pipeline: Any, **options: Any) -> Tensor:
     return latents
 
 
+@pytest.fixture(scope="module")
+def full(pipeline: Any) -> Tensor:
+    """Sample with the full model."""
+    return sample(pipeline)
+
+
 CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
     "ZEUS": lambda pipeline: skipping(pipeline, Zeus(STEPS, 17)),
     "Spectrum": lambda pipeline: skipping(pipeline, Spectrum(STEPS, 14)),
@@ -109,9 +115,9 @@ CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_pictures_are_near_the_full_models_and_the_pipeline_is_restored(
-    pipeline: Any, context: Callable[[Any], AbstractContextManager[Any]]
+    pipeline: Any, full: Tensor, context: Callable[[Any], AbstractContextManager[Any]]
 ) -> None:
-    full, rows = sample(pipeline), []
+    rows = []
     handle = pipeline.unet.conv_in.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     with context(pipeline) as given:
         near = sample(pipeline, **(given if isinstance(given, dict) else {}))

@@ -46,7 +46,7 @@ def test_a_cluster_that_is_started_gets_a_token() -> None:
     assert alone(NEW.format(before="", address="local")) == "token 64"
 
 
-@pytest.mark.parametrize("address", ["local", "10.0.0.1:6379"])
+@pytest.mark.parametrize("address", ["local", pytest.param("10.0.0.1:6379", marks=pytest.mark.nightly)])
 def test_commands_that_measure_draw_it_before_they_import_ray(address: str) -> None:
     """Ray would not read it later."""
     code = """

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from tests.every_day import every_nth
 from unetc.compiler.prepare import prepare_scheduler
 from unetc.compiler.schedulers.extract import extract, extract_all, supports
 from unetc.compiler.schedulers.make import make_scheduler
@@ -33,7 +34,7 @@ SHAPE = (2, 3, 4, 4)
 DIFFUSION = ("ddim", "ddpm", "euler", "dpmsolver++")
 """Those with tests of their own here; `tests/compiler/schedulers` goes through all."""
 CASES = [
-    pytest.param(name, prediction_type, spacing, clip, id=f"{name}-{prediction_type}-{spacing}-{'clip' * clip}")
+    (name, prediction_type, spacing, clip)
     for name in DIFFUSION
     for prediction_type in ("epsilon", "v_prediction", "sample")
     for spacing in ("leading", "trailing")
@@ -94,7 +95,7 @@ def relative_difference(actual: list[NDArray[Any]], expected: list[NDArray[Any]]
     return max(float(abs(a - e).max() / abs(e).max()) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize(("name", "prediction_type", "spacing", "clip"), CASES)
+@pytest.mark.parametrize(("name", "prediction_type", "spacing", "clip"), every_nth(5, CASES))
 def test_table_follows_diffusers(name: str, prediction_type: str, spacing: str, clip: bool) -> None:
     beta_schedule = "squaredcos_cap_v2" if spacing == "leading" else "scaled_linear"
     scheduler = scheduler_of(
@@ -122,9 +123,10 @@ def test_table_follows_diffusers_from_nearly_pure_noise(name: str) -> None:
         assert relative_difference(sample_table(table), sample_diffusers(scheduler, steps)) < 1e-5
 
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(
+    ("beta_schedule", "spacing", "clip"),
+    every_nth(3, ["linear", "squaredcos_cap_v2"], ["leading", "trailing"], [True, False]),
+)
 def test_learned_variance_follows_diffusers(beta_schedule: str, spacing: str, clip: bool) -> None:
     scheduler = diffusers.DDPMScheduler(
         variance_type="learned_range", beta_schedule=beta_schedule, timestep_spacing=spacing, clip_sample=clip

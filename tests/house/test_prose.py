@@ -10,7 +10,9 @@ CALQUES_PER_THOUSAND_WORDS = 1.0
 WORDS_PER_SENTENCE = 17
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(
+    "body", [pytest.param(body, marks=[pytest.mark.nightly] * (body == "tests and benchmarks")) for body in BODIES]
+)
 def test_sentences_are_short_and_idiomatic(body: str) -> None:
     found = measure(BODIES[body]())
     assert found.words > 1000

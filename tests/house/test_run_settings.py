@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+QUICK = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+"""Leaves out plugins, whose imports take most of the time of a short run."""
 TESTS = """
 import pytest
 
@@ -31,7 +33,12 @@ def run(folder: Path, *options: str, gpu: bool) -> subprocess.CompletedProcess[s
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.run(
-        command, env=environment | {"PYTHONPATH": path}, cwd=folder, capture_output=True, text=True, check=False
+        command,
+        env=environment | {"PYTHONPATH": path, **QUICK},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

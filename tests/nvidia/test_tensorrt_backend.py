@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.every_day import every_nth
 from tests.models import tiny_of
 from unetc.compiler.measured_calls import MeasuredCalls
 from unetc.compiler.tensorrt.compile_bundle import compile_bundle
@@ -157,7 +158,7 @@ def test_the_range_of_a_built_engine_decides_what_it_takes(cache: Path, tiny_bun
 
 
 @pytest.mark.without_gpu
-@pytest.mark.parametrize("form", ["runnable", "observing", "remembering"])
+@pytest.mark.parametrize("form", every_nth(3, ["remembering", "runnable", "observing"]))
 def test_what_an_analysis_runs_is_built_once_and_reaches_the_library(
     shared: Path, cache: Path, tmp_path: Path, form: str
 ) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetc
+from tests.every_day import every_nth
 from tests.plans import plan_of
 from unetc.artifacts import Assignment, Phase
 from unetc.backend import Program
@@ -129,18 +130,20 @@ def check_alike(start: Start, rounding: float = ROUNDING) -> None:
         assert np.abs(got - expected).max() <= rounding * max(1.0, np.abs(expected).max())
 
 
-@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(
-    ("name", "changes"),
-    [("ddim", {}), ("ddpm", {}), ("ddpm", LEARNED), ("ddim", LEARNED), ("euler", {}), ("dpmsolver++", {})],
+    ("name", "changes", "guided"),
+    every_nth(
+        5,
+        [("ddim", {}), ("ddpm", {}), ("ddpm", LEARNED), ("ddim", LEARNED), ("euler", {}), ("dpmsolver++", {})],
+        [False, True],
+    ),
 )
 def test_a_fused_trajectory_is_the_plain_one(name: str, changes: dict[str, Any], guided: bool) -> None:
     table = extract(make_scheduler(name, CONFIG | changes), STEPS)
     check_alike(start_of(table, guided=guided, learned=bool(changes)))
 
 
-@pytest.mark.parametrize("first", [1, 2, 3])
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler-ancestral", "dpmsolver++"])
+@pytest.mark.parametrize(("name", "first"), every_nth(5, ["ddim", "ddpm", "euler-ancestral", "dpmsolver++"], [1, 2, 3]))
 def test_a_fused_trajectory_from_an_image_is_the_plain_one(name: str, first: int) -> None:
     table = extract(make_scheduler(name, CONFIG), STEPS)
     start = start_of(table, guided=True)
@@ -221,9 +224,9 @@ def test_noise_of_the_kernel_is_that_of_the_process() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    ("guided", "learned", "value"), every_nth(5, [False, True], [False, True], [np.nan, np.inf, -np.inf])
+)
 def test_what_is_not_finite_is_seen_wherever_it_is_and_the_step_can_be_made_again(
     guided: bool, learned: bool, value: float
 ) -> None:
@@ -375,6 +378,7 @@ class Late:
         return run
 
 
+@settings(max_examples=15)
 @given(non_finite=st.frozensets(st.tuples(st.integers(0, 2), st.integers(0, Late.STEPS - 1))))
 def test_what_is_asked_late_changes_nothing(non_finite: frozenset[tuple[int, int]]) -> None:
     results = []

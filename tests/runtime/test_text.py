@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,8 +78,13 @@ KINDS = ("prompted-digits", "sd", "sdxl", "refiner", "lcm")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    folder = tmp_path_factory.mktemp("text")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the folder of the exported text encoders."""
+    return tmp_path_factory.mktemp("text")
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> dict[str, Exported]:
     sources = {
         "prompted-digits": "prompted-digits",
         "sd": save_stable_diffusion(folder / "sd"),
@@ -89,24 +95,30 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     return {kind: export(str(source), folder / f"work-{kind}") for kind, source in sources.items()}
 
 
-def test_a_damaged_record_in_the_cache_is_made_again(tmp_path: Path) -> None:
-    one = export("prompted-digits", tmp_path / "work")
-    (record,) = (tmp_path / "work").glob(f"text-*/{_RECORD}")
-    record.write_text("{")
-    model = find_model("prompted-digits")
-    again = prepare_text(SimpleNamespace(model=model, work=tmp_path / "work"))  # type: ignore[arg-type]
+@pytest.fixture
+def work(exported: dict[str, Exported], folder: Path, tmp_path: Path) -> Path:
+    """Copy the cache of one model's text encoders."""
+    return Path(shutil.copytree(folder / "work-prompted-digits", tmp_path / "work"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (_RECORD, lambda file: file.write_text("{")),
+        ("encoder-0.safetensors", Path.unlink),
+        ("encoder-0.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-1])),
+    ],
+    ids=["damaged record", "missing weights", "damaged weights"],
+)
+def test_a_missing_or_damaged_file_in_the_cache_is_made_again(
+    exported: dict[str, Exported], work: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    one = exported["prompted-digits"]
+    (file,) = work.glob(f"text-*/{name}")
+    change(file)
+    again = prepare_text(SimpleNamespace(model=find_model("prompted-digits"), work=work))  # type: ignore[arg-type]
     assert again is not None
     assert again.text == one.text
-
-
-@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1])])
-def test_a_missing_or_damaged_file_in_the_cache_is_made_again(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    one = export("prompted-digits", tmp_path / "work")
-    (weights,) = (tmp_path / "work").glob("text-*/encoder-0.safetensors")
-    change(weights)
-    model = find_model("prompted-digits")
-    again = prepare_text(SimpleNamespace(model=model, work=tmp_path / "work"))  # type: ignore[arg-type]
-    assert again is not None
     assert {path: file.read_bytes() for path, file in again.files.items()} == one.files
 
 

@@ -180,7 +180,7 @@ def test_all_controls_are_made_and_the_others_are_noted(setup: Setup) -> None:
     assert controls.converged.tables[0].steps >= CONVERGED_STEPS
 
 
-@pytest.mark.parametrize("tune", [True, False])
+@pytest.mark.parametrize("tune", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_plan_is_never_worse_than_its_control_of_whole_steps(setup: Setup, tune: bool) -> None:
     """Both are judged on more batches than the search sees, and the control is the best that the search found."""
     workbench, options, notes = setup.workbench, RepairOptions(evaluations=20, patience=20, tune=tune), list[str]()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.analyzer.sweeps import estimate_of
+from tests.every_day import every_nth
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
 from unetc.artifacts.pareto import Pareto
@@ -153,8 +154,7 @@ class OutOfOrder(Workers[SearchBench]):
         raise AssertionError("a search shares nothing")
 
 
-@pytest.mark.parametrize("tune", [True, False])
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize(("count", "tune"), every_nth(5, [2, 3, 8], [True, False]))
 def test_searches_on_many_workers_sample_and_find_the_same(setup: Setup, count: int, tune: bool) -> None:
     workbench, options = setup.workbench, RepairOptions(evaluations=14, patience=6, tune=tune)
     candidates = [

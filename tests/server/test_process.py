@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.command import run_alone
+from tests.command import run, run_alone
 from tests.server.live import COMMAND, Live, serving, until
 from tests.server.local import in_loop, local
 from unetc.server.errors import NotReady
@@ -193,15 +193,15 @@ def test_without_room_for_a_thread_the_server_names_the_lack_of_memory(tiny_bund
 def test_what_cannot_be_served_is_refused_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("")
-    for arguments, problem in (
-        ((tmp_path,), "has no manifest.json: it is not a bundle"),
-        ((tiny_bundle, tiny_bundle), "two bundles are called"),
-        ((tiny_bundle, "--host", "192.0.2.1"), "cannot listen on 192.0.2.1, port 0"),
-        ((tiny_bundle, "--api-keys", keys), "has no API key"),
-        ((tiny_bundle, "--degrade-to", "low"), "'low' is not a quality level"),
-        ((tiny_bundle, "--target", "nothing"), "no backend for target 'nothing'"),
+    for serve, arguments, problem in (
+        (run_alone, (tmp_path,), "has no manifest.json: it is not a bundle"),
+        (run, (tiny_bundle, tiny_bundle), "two bundles are called"),
+        (run_alone, (tiny_bundle, "--host", "192.0.2.1"), "cannot listen on 192.0.2.1, port 0"),
+        (run, (tiny_bundle, "--api-keys", keys), "has no API key"),
+        (run, (tiny_bundle, "--degrade-to", "low"), "'low' is not a quality level"),
+        (run, (tiny_bundle, "--target", "nothing"), "no backend for target 'nothing'"),
     ):
-        refused = run_alone("serve", *arguments, "--port", "0")
+        refused = serve("serve", *arguments, "--port", "0")
         assert refused.code == 1
         assert problem in refused.err.splitlines()[-1]
         assert "Traceback" not in refused.err

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.every_day import every_nth
 from unetc.compiler.schedulers.classes import CLASSES, REFUSED, Family
 from unetc.compiler.schedulers.extract import extract, supports
 from unetc.compiler.schedulers.make import make_scheduler
@@ -39,7 +40,10 @@ def test_no_class_is_forgotten() -> None:
     assert not set(CLASSES) & set(REFUSED)
 
 
-@pytest.mark.parametrize("class_name", EXPORTED)
+@pytest.mark.parametrize(
+    "class_name",  # KDPM2 needs long to list its timesteps; test_every_key shortens them
+    [pytest.param(name, marks=[pytest.mark.nightly] * name.startswith("KDPM2")) for name in EXPORTED],
+)
 def test_a_class_equals_diffusers_or_is_refused_by_name(class_name: str) -> None:
     if class_name in REFUSED:
         for name in ("ddim", "edm-euler", "flow-euler"):
@@ -88,8 +92,7 @@ OWN = {
 """Configuration of a pipeline of each family."""
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("name", "prediction_type"), every_nth(4, SCHEDULERS, ["epsilon", "v_prediction", "sample"]))
 def test_a_name_equals_diffusers(name: str, prediction_type: str) -> None:
     class_name, overrides = SCHEDULERS[name]
     family = CLASSES[class_name].family

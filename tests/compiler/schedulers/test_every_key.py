@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.every_day import every_nth
 from unetc.compiler.schedulers.classes import CLASSES, Family
 from unetc.compiler.schedulers.extract import extract, extract_all, supports
 from unetc.compiler.schedulers.make import make_scheduler
@@ -139,11 +140,7 @@ WITHOUT_EFFECT_THERE = {
 }
 """Keys that change nothing in one class, and why."""
 
-CASES = [
-    pytest.param(class_name, key, id=f"{class_name}-{key}")
-    for class_name, row in CLASSES.items()
-    for key in sorted(row.keys)
-]
+CASES = [(class_name, key) for class_name, row in CLASSES.items() for key in sorted(row.keys)]
 
 
 def own(class_name: str, config: dict[str, Any]) -> Any:
@@ -166,7 +163,7 @@ def default_trajectory(class_name: str, needed: tuple[tuple[str, Any], ...]) -> 
     return by_diffusers(own(class_name, short(class_name) | dict(needed)), STEPS)
 
 
-@pytest.mark.parametrize(("class_name", "key"), CASES)
+@pytest.mark.parametrize(("class_name", "key"), every_nth(8, CASES))
 def test_a_key_is_used_or_refused_by_name(class_name: str, key: str) -> None:
     needed = {other: setting for other, setting in NEEDS.get(key, {}).items() if other in CLASSES[class_name].keys}
     default = {**short(class_name), **needed}
