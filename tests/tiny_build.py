@@ -94,7 +94,7 @@ def build_tiny_bundle(model: Path, folder: Path, cache: Path) -> None:
         phases=(Phase(low=noisy.low, high=noisy.high, cycle=(1,)), Phase(low=clean.low, high=clean.high, cycle=(2,))),
         prediction=Prediction(time_ratio=0.6, relative_l2=0.5, memory=2.0),
     )
-    options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4)
+    options = BuildOptions(plan=PlanOptions(budget=0.3), steps=4, random_plans=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unetc.compiler.prepare.STEP_COUNTS", STEP_COUNTS)  # conftest leaves few for other builds
         build(found, profile, folder / "bundle", options, cache=cache, plan=plan)

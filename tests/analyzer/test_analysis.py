@@ -459,6 +459,7 @@ print(json.dumps({"moments": moments, "all": finished()}))
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_killed_at_any_moment_ends_in_the_same_profile(tmp_path: Path) -> None:
     moments = random.Random(0)
     # the first kill hits loading or timing, the others hit the sweep or the writing of partial results

@@ -116,9 +116,10 @@ def broken_profile(work: Path, monkeypatch: pytest.MonkeyPatch, **effort: Any) -
     return analyze(gated, REFERENCE, table, workers, sample_shape=SHAPE, options=options, work=work)
 
 
-@pytest.fixture
-def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
-    return broken_profile(tmp_path, monkeypatch, decisive=4)
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    with pytest.MonkeyPatch.context() as patch:
+        return broken_profile(tmp_path_factory.mktemp("broken"), patch, decisive=4)
 
 
 def test_a_profile_names_them_and_no_plan_has_them(profile: Profile) -> None:

@@ -369,6 +369,7 @@ def test_the_typical_error_amplification_is_the_committed_measurement() -> None:
     assert pytest.approx(figures["log(damage / local error), standard deviation"], abs=0.05) == TYPICAL_SPREAD
 
 
+@pytest.mark.nightly
 def test_a_screen_takes_a_quarter_of_the_samples(tmp_path: Path) -> None:
     """Its local errors equal an analysis of only these samples, whatever fits in a batch."""
     many, few = (sweep_on(open_backend("onnxruntime:cpu", threads=1), samples=count) for count in (8, 2))

@@ -70,6 +70,7 @@ def test_values_of_all_engines_are_looked_at(
     assert names <= every
 
 
+@pytest.mark.nightly
 def test_engines_of_controls_are_looked_at_if_asked_for(bundle: Bundle, path_of: Callable[[str], Path]) -> None:
     read = {value.name for e in bundle.manifest.all_engines() for value in graph_of(bundle, e.graph).input}
     assert any(name.startswith(HELD) for name in read), "no control holds anything, so this test misses half"

@@ -265,7 +265,7 @@ def test_engines_that_were_measured_longest_ago_make_room_and_those_that_are_ser
 
 @pytest.mark.rtx
 @pytest.mark.without_gpu
-@pytest.mark.parametrize("command", ["analyze", "build"])
+@pytest.mark.parametrize("command", every_nth(2, ["analyze", "build"]))
 def test_commands_find_what_overflows_before_they_build_an_engine(
     tiny_build: Path, tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

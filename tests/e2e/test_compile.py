@@ -120,6 +120,7 @@ def test_every_engine_is_built_once(tiny_bundle: Path, tmp_path: Path, rtx: None
 
 
 @pytest.mark.rtx
+@pytest.mark.nightly
 def test_two_that_compile_a_bundle_at_once_build_every_engine_once(
     tiny_bundle: Path, tmp_path: Path, rtx: None
 ) -> None:
@@ -149,6 +150,7 @@ def test_half_precision_and_other_sizes_are_other_engines(tiny_bundle: Path, tmp
 
 
 @pytest.mark.rtx
+@pytest.mark.nightly
 def test_engines_of_others_are_built_again_unless_trusted(tiny_bundle: Path, tmp_path: Path, rtx: None) -> None:
     run("compile", tiny_bundle, *RTX, "--cache", tmp_path / "theirs")
     shutil.copytree(tmp_path / "theirs/engines", tmp_path / "ours/engines", ignore=shutil.ignore_patterns("secret"))

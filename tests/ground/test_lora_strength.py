@@ -420,7 +420,7 @@ def test_a_dora_has_the_norms_of_its_file(kind: str, axis: int, scale: float, fo
     torch.testing.assert_close(fused.movedim(axis, 0).flatten(1).norm(dim=1), norms.flatten(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("scale", every_nth(2, [0.4, 1.0]))
 def test_a_dora_of_peft_is_fused_as_in_peft(scale: float, folder: Path, tmp_path: Path) -> None:
     path = save_lora(folder, tmp_path / "style.safetensors", use_dora=True)
     norms = {name: own for name, own in load_file(path).items() if name.endswith("lora_magnitude_vector")}
@@ -437,7 +437,7 @@ def test_a_dora_of_peft_is_fused_as_in_peft(scale: float, folder: Path, tmp_path
     assert any(not torch.equal(value, fused[name]) for name, value in plain_of(folder).items())
 
 
-@pytest.mark.parametrize("first", ["plain", "dora"])
+@pytest.mark.parametrize("first", every_nth(2, ["dora", "plain"]))
 def test_a_dora_beside_other_loras_is_fused_as_in_peft(first: str, folder: Path, tmp_path: Path) -> None:
     """The norm is of the original weight with the change of the DoRA alone; the product with it is of all so far."""
     loras = [

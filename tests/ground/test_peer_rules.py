@@ -16,6 +16,7 @@ from peer_rules import AdaptiveDiffusion, HiCache, Rule, Spectrum, Zeus, guided_
 from torch import Tensor
 
 import unetc.models
+from tests.every_day import every_nth
 
 diffusers: Any = untyped_diffusers
 
@@ -113,7 +114,7 @@ CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize("context", every_nth(2, CONTEXTS.values()), ids=CONTEXTS)
 def test_pictures_are_near_the_full_models_and_the_pipeline_is_restored(
     pipeline: Any, full: Tensor, context: Callable[[Any], AbstractContextManager[Any]]
 ) -> None:

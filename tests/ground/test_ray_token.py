@@ -67,6 +67,7 @@ def test_settings_of_the_user_stay() -> None:
     assert alone(NEW.format(before="", address="local"), RAY_AUTH_MODE="disabled") == "disabled 0"
 
 
+@pytest.mark.nightly
 def test_it_does_nothing_where_it_would_come_too_late() -> None:
     assert alone(NEW.format(before="import ray", address="local")) == "None 0"
 

@@ -111,6 +111,7 @@ def test_a_plan_samples_the_same_from_a_prepared_folder_on_two_targets(whole: Fo
 
 @pytest.mark.rtx
 @pytest.mark.without_gpu
+@pytest.mark.nightly
 def test_tensorrt_engines_are_built_on_their_first_call(
     whole: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ main()
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.nightly
 def test_a_cluster_that_does_not_start_in_time_is_said_without_a_traceback() -> None:
     """Ray itself raises a bare `Exception` after half a minute; here its start fails at once."""
     code = """

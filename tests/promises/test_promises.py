@@ -9,8 +9,8 @@ import pytest
 from tests.promises.promise import Outcome, Place, Promise
 from tests.promises.promises import PROMISES
 
-EVERY_RUN = {"corruption", "paths", "code", "keys", "fuzz"}
-"""Promises whose trials take seconds. The others set up servers or many processes, and take turns in slices."""
+EVERY_RUN = {"corruption", "paths", "keys"}
+"""Promises whose trials take a second. The others set up servers or many processes, and take turns in slices."""
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def tolerance_of(target: str) -> Tolerance:
 GPU, WITHOUT_GPU = pytest.mark.gpu, pytest.mark.without_gpu
 TARGETS = [
     pytest.param(("onnxruntime:cpu", Memory.FAST), id="onnxruntime:cpu"),
-    pytest.param(("onnxruntime:cpu", Memory.LOW), id="onnxruntime:cpu-low"),
+    pytest.param(("onnxruntime:cpu", Memory.LOW), id="onnxruntime:cpu-low", marks=pytest.mark.nightly),
     pytest.param(("torch:cpu", Memory.FAST), id="torch:cpu"),
     pytest.param(("torch:cpu:fp16", Memory.FAST), id="torch:cpu:fp16", marks=pytest.mark.nightly),
     pytest.param(("torch:cpu:bf16", Memory.FAST), id="torch:cpu:bf16", marks=pytest.mark.nightly),
