@@ -13,12 +13,13 @@ from pathlib import Path
 import msgspec
 
 import unetc
+from unetc.arguments import plain_numbers
 from unetc.artifacts.profile import ImageSource, ModelReference, Profile, with_guidance
 from unetc.artifacts.record import read_cached, write_atomically
 from unetc.compiler.graph.forms import removals_of
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.measured_calls import CACHED_ROWS
-from unetc.conditions import UNCONDITIONAL, Conditions, check_scale
+from unetc.conditions import UNCONDITIONAL, Conditions, read_scale
 from unetc.environment import cores
 from unetc.errors import ProfileError
 from unetc.jobs import Advance, Workers, run_one
@@ -71,9 +72,10 @@ class AnalysisOptions:
         """Check the numbers.
 
         Raises:
-            ProfileError: If one is out of range.
+            ProfileError: If one is no number, or out of range.
             SessionError: If the guidance scale is out of range.
         """
+        plain_numbers(self, ProfileError)
         for name in ("steps", "samples", "bins", "threads", "batch", "rounds"):
             if getattr(self, name) < 1:
                 raise ProfileError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -82,7 +84,7 @@ class AnalysisOptions:
         if not self.time_limit_s > 0:
             raise ProfileError(f"a time limit must be above 0 seconds, got {self.time_limit_s}.")
         if self.guidance_scale is not None:
-            check_scale(self.guidance_scale)
+            read_scale(self.guidance_scale)
         if self.prompts and self.labels:
             raise ProfileError("prompts and labels are given. Give labels to a model with classes, prompts to others.")
         if not 0 <= self.seed < 2**63:

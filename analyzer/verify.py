@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unetc
+from unetc.arguments import plain_numbers
 from unetc.artifacts.manifest import FULL, Level, Manifest
 from unetc.artifacts.profile import Damage
 from unetc.artifacts.verification import ControlResult, Converged, EngineUse, Verification
@@ -53,6 +54,14 @@ class VerifyOptions:
     """Where engines run; the target the bundle was built for when not given."""
     converged: bool = True
     """Whether to compare with the converged trajectory too; it takes at least 500 calls per batch."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            SessionError: If one is no number.
+        """
+        plain_numbers(self, SessionError)
 
 
 def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ignore) -> Verification:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from unetc.arguments import plain_numbers
 from unetc.artifacts.manifest import Control, EnginePair, Level, Manifest, Measurement, level_name
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
@@ -68,16 +69,20 @@ class BuildOptions:
     """Whether to add the text encoders, so that the bundle takes any prompt."""
 
     def __post_init__(self) -> None:
-        """Check the ladder.
+        """Check the numbers and the ladder.
 
         Raises:
-            PlanError: If a budget is out of range, two levels would have the same name, or budgets do not rise.
+            PlanError: If a value is no number, a budget is out of range, two levels would have the same name, or
+                budgets do not rise.
         """
-        if not self.ladder:
+        plain_numbers(self, PlanError)
+        if not isinstance(self.ladder, tuple | list):
+            raise PlanError(f"ladder is {self.ladder!r}, a {type(self.ladder).__name__}. Expected several budgets.")
+        ladder = tuple(replace(self.plan, budget=budget).budget for budget in self.ladder)
+        object.__setattr__(self, "ladder", ladder)
+        if not ladder:
             return
         got = ", ".join(f"{budget:g}" for budget in self.budgets)
-        for budget in self.ladder:
-            replace(self.plan, budget=budget)
         if self.at is not None:
             raise PlanError(
                 f"{self.at} chooses one plan itself, but several budgets are given: {got}. Give one of them."

@@ -314,7 +314,7 @@ class Session:
                 f"conditions: got a {type(conditions).__name__}. Expected Conditions, as session.text.encode makes of "
                 "prompts and session.encode_labels of classes."
             )
-        table = self.scheduler.table(self.steps if steps is None else whole_number("steps", steps))
+        table = self.scheduler.table(self.steps if steps is None else steps)
         if self.tuned is not None and table.count == self.tuned.count and image is None and not full_model:
             table = self.tuned
         if image is None and strength != 1:

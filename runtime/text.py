@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from unetc.arguments import whole_number
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
-from unetc.conditions import Conditions, check_scale
+from unetc.conditions import Conditions, read_scale
 from unetc.errors import CorruptArtifactError, MissingDependency, SessionError, ShapeMismatch, brief
 from unetc.models.prompts import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, cut_note, list_prompts, size_numbers
 from unetc.tensors import load_tensors
@@ -139,16 +140,19 @@ class TextEncoder:
 
         Raises:
             ShapeMismatch: If there is no prompt, or another number of negative prompts.
-            SessionError: If the guidance scale is out of range, or a text encoder cannot be run.
+            SessionError: If the guidance scale is out of range, a value is no number, or a text encoder cannot be
+                run.
             MissingDependency: If the library `tokenizers` is not installed.
         """
-        scale = self._guidance_scale if guidance_scale is None else guidance_scale
-        check_scale(scale)
+        scale = read_scale(self._guidance_scale if guidance_scale is None else guidance_scale)
         reads_scale = TIMESTEP_COND in self._widths
         guided = scale > 1 and not reads_scale
         prompts = list_prompts(prompts)
         others = self._negative(prompts, negative)
-        size = self._size[0] if height is None else height, self._size[1] if width is None else width
+        size = (
+            self._size[0] if height is None else whole_number("height", height),
+            self._size[1] if width is None else whole_number("width", width),
+        )
         own = self._values(prompts, size, AESTHETIC_SCORE)
         if reads_scale:
             own[TIMESTEP_COND] = np.repeat(self._embedded(scale), len(prompts), axis=0)

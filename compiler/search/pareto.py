@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
+from unetc.arguments import plain_numbers
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.planner import PlanOptions
@@ -45,8 +46,9 @@ class ParetoOptions:
         """Check the numbers.
 
         Raises:
-            PlanError: If one is out of range.
+            PlanError: If one is no number, or out of range.
         """
+        plain_numbers(self, PlanError)
         if self.budgets < 1:
             raise PlanError(f"a curve needs at least 1 budget, got {self.budgets}.")
         self.plan(LEAST)

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from unetc.arguments import plain_numbers
 from unetc.artifacts.profile import Damage
+from unetc.errors import PlanError
 from unetc.progress import OnProgress, Progress
 from unetc.runtime.rollout import FULL_ENGINE
 
@@ -37,6 +39,14 @@ class RepairOptions:
     """Schedules in a row without gain after which the search ends."""
     tune: bool = True
     """Whether to tune the scheduler's rows to every schedule; without, damage is measured with the plain rows."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            PlanError: If one is no number.
+        """
+        plain_numbers(self, PlanError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

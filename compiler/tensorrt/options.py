@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from unetc.arguments import plain_numbers
 from unetc.environment import lacking
 from unetc.errors import EngineBuildError, MissingDependency
 from unetc.nvidia.library import LIBRARIES, Library, library_of
@@ -39,6 +40,14 @@ class CompileOptions:
     """Whether to build the engines of the control plans too."""
     fallback: bool = True
     """Whether to build the full model in float32 too; it repeats a step that overflows in half precision."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            EngineBuildError: If one is no number.
+        """
+        plain_numbers(self, EngineBuildError)
 
 
 def target_of(text: str, precision: str | None) -> tuple[str, Precision]:

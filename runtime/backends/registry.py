@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Self
 
+from unetc.arguments import whole_number
 from unetc.backend import Backend, EngineBackend, Loader, Preparation, TargetBackend
 from unetc.device import Device, Tensor
 from unetc.errors import MissingDependency, SessionError
@@ -90,9 +91,11 @@ def open_backend(target: str, *, threads: int, memory: Memory = Memory.FAST) -> 
         memory: How much memory to spend on weights.
 
     Raises:
-        SessionError: If no backend has this name, its device is missing, or the number of threads is out of range.
+        SessionError: If no backend has this name, its device is missing, or the number of threads is not whole or
+            out of range.
         MissingDependency: If its library is not installed.
     """
+    threads = whole_number("threads", threads)
     if not 0 <= threads <= MOST_THREADS:
         raise SessionError(
             f"cannot run with {threads} CPU threads. Expected 1 to {MOST_THREADS}, or 0 for the default."

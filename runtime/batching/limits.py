@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unetc.arguments import plain_numbers
+from unetc.errors import SessionError
+
 ROWS = 8
 SEATS = 16
 
@@ -20,6 +23,14 @@ class BatchLimits:
     """Most images that wait."""
     captured: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Rows of calls on a device that prepares for every shape; others are rounded up to these."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            SessionError: If one is no number.
+        """
+        plain_numbers(self, SessionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from unetc.arguments import plain_numbers
 from unetc.artifacts.manifest import FULL as FULL
 from unetc.conditions import Conditions
 from unetc.device import Array
+from unetc.errors import SessionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,14 @@ class SampleRequest:
     """Time on the monotonic clock from which the limit counts, if not from submission."""
     group: object = None
     """Requests with the same group get seats as one request would; None for a request alone."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            SessionError: If one is no number.
+        """
+        plain_numbers(self, SessionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

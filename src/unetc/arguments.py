@@ -1,37 +1,89 @@
-"""Arguments of sampling, read as the type that they must have or refused by name."""
+"""Arguments, read as the type that they must have or refused by name."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import operator
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SessionError, brief
+from .errors import SessionError, UnetcError, brief
 
 
-def whole_number(name: str, value: object) -> int:
-    """Read a whole number, of Python or numpy.
+def whole_number(name: str, value: object, refusal: type[UnetcError] = SessionError) -> int:
+    """Read a whole number, of Python, numpy or torch.
+
+    Args:
+        name: Name of the argument.
+        value: The argument.
+        refusal: The error that is raised.
 
     Raises:
-        SessionError: If the value is something else, such as a fraction or text.
+        UnetcError: If the value is something else, such as a fraction, text or a bool.
     """
+    number = _element(value)
     try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise SessionError(f"{name} is {value!r}, a {type(value).__name__}. Expected a whole number.") from error
+        if not isinstance(number, bool):
+            return operator.index(number)
+    except (TypeError, RuntimeError):  # the second from a tensor without memory
+        pass
+    raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected a whole number.")
 
 
-def real_number(name: str, value: object) -> float:
-    """Read a number.
+def real_number(name: str, value: object, refusal: type[UnetcError] = SessionError) -> float:
+    """Read a number, of Python, numpy or torch; one that is too large for a float becomes infinity.
+
+    Args:
+        name: Name of the argument.
+        value: The argument.
+        refusal: The error that is raised.
 
     Raises:
-        SessionError: If the value is something else, such as text.
+        UnetcError: If the value is something else, such as text, a bool or NaN.
     """
-    if not isinstance(value, Real):
-        raise SessionError(f"{name} is {value!r}, a {type(value).__name__}. Expected a number.")
-    return float(value)
+    number = _element(value)
+    if not isinstance(number, Real) or isinstance(number, bool) or math.isnan(plain := _as_float(number)):
+        raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected a number.")
+    return plain
+
+
+def plain_numbers(options: Any, refusal: type[UnetcError]) -> None:
+    """Replace all numbers in the fields of a frozen dataclass by plain ones; its `__post_init__` calls this first.
+
+    Files and hashes cannot take the numbers of numpy and torch.
+
+    Raises:
+        UnetcError: `refusal`, if a value is no number of the field's type.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        kind = str(field.type)  # text, as in every module whose annotations are not evaluated
+        if kind in _READERS and not (value is None and kind.endswith("None")):
+            object.__setattr__(options, field.name, _READERS[kind](field.name, value, refusal))
+
+
+_READERS = {"int": whole_number, "int | None": whole_number, "float": real_number, "float | None": real_number}
+"""Readers of fields, by annotation."""
+
+
+def _element(value: Any) -> Any:
+    """Return the element of an array or a tensor that has just one, as a number of Python; anything else as it is."""
+    item = getattr(value, "item", None)
+    try:
+        return value if item is None else item()
+    except (TypeError, ValueError, RuntimeError):  # there are more elements, or no memory
+        return value
+
+
+def _as_float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def float_array(name: str, value: object, *, expected: str = "floats") -> NDArray[np.float32]:

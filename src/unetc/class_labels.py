@@ -8,7 +8,7 @@ import numpy as np
 
 from .artifacts.classes import Classes
 from .call import CLASS_LABELS
-from .conditions import Conditions
+from .conditions import Conditions, read_scale
 from .errors import ModelError
 
 MOST_LABELS = 64
@@ -38,8 +38,9 @@ def encode_labels(name: str, labels: Sequence[str | int], classes: Classes, guid
 
     Raises:
         ModelError: If a label means no class of the model, or it cannot be guided.
-        SessionError: If the scale is out of range.
+        SessionError: If the scale is no number, or out of range.
     """
+    guidance_scale = read_scale(guidance_scale)
     found = []
     for label in labels:
         if (number := classes.find(str(label))) is None:

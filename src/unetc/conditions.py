@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import real_number, whole_number
 from .call import SIZE_NUMBERS, TIME_IDS
 from .controlnet import Control, ControlNetInput, zeros
 from .device import HOST, Device, Tensor
@@ -37,18 +38,20 @@ _OWN_SIZE, _TARGET_SIZE = slice(0, 2), slice(4, 6)
 _LARGEST_SCALE = 1000
 
 
-def check_scale(scale: float) -> None:
-    """Refuse a guidance scale that nobody means.
+def read_scale(value: object) -> float:
+    """Read a guidance scale, which may be a number of numpy or torch; refuse one that nobody means.
 
-    NaN and negative numbers compare as no guidance, and infinity makes NaN of a sample.
+    Negative numbers compare as no guidance, and infinity makes NaN of a sample.
 
     Raises:
-        SessionError: If it is out of range.
+        SessionError: If it is no number, or out of range.
     """
+    scale = real_number("a guidance scale", value)
     if not 0 <= scale < _LARGEST_SCALE:
         raise SessionError(
             f"a guidance scale lies in [0, {_LARGEST_SCALE}), and 0 to 1 turns guidance off; got {scale:g}."
         )
+    return scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class Conditions:
     Raises:
         ShapeMismatch: If inputs differ in their number of rows, if negative or middle conditions have other names or
             shapes, or if there are middle conditions without negative ones.
-        SessionError: If a guidance scale is out of range.
+        SessionError: If a guidance scale is no number, or out of range.
     """
 
     own: Values = field(default_factory=dict)
@@ -83,8 +86,8 @@ class Conditions:
 
     def __post_init__(self) -> None:
         """Check that all inputs have the same rows, and that guidance scales are finite."""
-        check_scale(self.scale)
-        check_scale(self.middle_scale)
+        for name in ("scale", "middle_scale"):  # plain floats: one of numpy would widen float32, and hash otherwise
+            object.__setattr__(self, name, read_scale(getattr(self, name)))
         if len({len(array) for array in self.own.values()}) > 1:
             rows = {name: len(array) for name, array in self.own.items()}
             raise ShapeMismatch(f"conditions have different numbers of rows: {rows}. Expected one row per sample.")
@@ -159,12 +162,16 @@ class Conditions:
             original: Original height and width in pixels.
             crop: Top and left of the crop in pixels.
             target: Target height and width in pixels; the original ones when not given. SDXL's refiner has none.
+
+        Raises:
+            SessionError: If a number is not whole.
         """
+        numbers = [whole_number("a size or a crop", number) for number in (*original, *crop, *(target or original))]
 
         def choose(times: NDArray[Any]) -> None:
-            times[:, :4] = *original, *crop
+            times[:, :4] = numbers[:4]
             if times.shape[1] == SIZE_NUMBERS:
-                times[:, _TARGET_SIZE] = target or original
+                times[:, _TARGET_SIZE] = numbers[4:]
 
         return replace(self._with_times(choose), size=None)
 
@@ -241,12 +248,11 @@ class Conditions:
             return prediction
         batch = len(prediction) // self.rows_per_sample
         negative, own = prediction[:batch], prediction[-batch:]
-        scale = float(self.scale)  # a numpy float would widen float32
         if self.middle:
             middle = prediction[batch:-batch]
-            guided = negative + scale * (own - middle) + float(self.middle_scale) * (middle - negative)
+            guided = negative + self.scale * (own - middle) + self.middle_scale * (middle - negative)
         else:
-            guided = negative + scale * (own - negative)
+            guided = negative + self.scale * (own - negative)
         if own.shape[1] > channels:
             guided[:, channels:] = own[:, channels:]
         return guided

@@ -16,7 +16,9 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from unetc.arguments import plain_numbers
 from unetc.artifacts.record import write_atomically
+from unetc.errors import WorkerError
 
 Bench = TypeVar("Bench")
 Other = TypeVar("Other")
@@ -107,6 +109,14 @@ class Cluster:
     """Address of its head, `auto`, or `local`: a cluster on this machine that lasts as long as the work."""
     most_workers: int | None = None
     """Most workers; None for as many as there is room for."""
+
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            WorkerError: If it is not whole.
+        """
+        plain_numbers(self, WorkerError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -758,11 +758,11 @@ def test_budgets_that_differ_by_a_tenth_of_a_percent_are_told_apart() -> None:
         ({"budget": -0.01}, r"\[0, 1\); got -0\.01"),
         ({"budget": 1.0}, r"\[0, 1\); got 1\.0"),
         ({"budget": 27}, r"\[0, 1\); got 27"),
-        ({"budget": float("nan")}, "got nan"),
+        ({"budget": float("nan")}, "budget is nan"),
         ({"budget": 0.2, "max_engines": 0}, "max-engines must be at least 1, got 0"),
         ({"budget": 0.2, "max_phases": 0}, "max-phases must be at least 1, got 0"),
         ({"budget": 0.2, "max_memory": 0.99}, "max-memory must be at least 1, .* got 0.99"),
-        ({"budget": 0.2, "max_memory": float("nan")}, "got nan"),
+        ({"budget": 0.2, "max_memory": float("nan")}, "max_memory is nan"),
         ({"budget": 0.2, "planner": "greedy"}, "unknown planner 'greedy'. Expected exact or fast"),
     ],
 )

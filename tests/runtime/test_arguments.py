@@ -44,6 +44,9 @@ def session(tiny_bundle: Path) -> Session:
         ({"steps": "4"}, SessionError, "steps is '4', a str"),
         ({"image": SAMPLE, "strength": None}, SessionError, "strength is None, a NoneType. Expected a number"),
         ({"strength": "0.5"}, SessionError, "strength is '0.5', a str"),
+        ({"image": SAMPLE, "strength": float("nan")}, SessionError, "strength is nan, a float. Expected a number"),
+        ({"seed": True}, SessionError, "seed is True, a bool. Expected a whole number"),
+        ({"batch": np.True_}, SessionError, "batch is .*True_?, a bool"),
         ({"noise": [[1]]}, SessionError, "noise: got elements of type int64. Expected floats"),
         ({"noise": [[1.0], [1.0, 2.0]]}, SessionError, "cannot read noise as an array"),
         ({"image": SAMPLE.astype(np.uint8)}, SessionError, "image: got elements of type uint8"),
@@ -53,6 +56,22 @@ def session(tiny_bundle: Path) -> Session:
 def test_they_are_refused(session: Session, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         session.sample(**arguments)
+
+
+def test_a_number_of_steps_and_a_strength_are_read_everywhere(session: Session) -> None:
+    table = session.scheduler.table(session.steps)
+    assert session.schedule(np.int64(session.steps)) == session.schedule(session.steps)  # type: ignore[arg-type]
+    assert session.first_step(table, np.float32(0.5)) == session.first_step(table, 0.5)  # type: ignore[arg-type]
+    for other in ("4", None, True):
+        with pytest.raises(SessionError, match=r"^steps is "):
+            session.schedule(other)  # type: ignore[arg-type]
+        with pytest.raises(SessionError, match=r"strength is .* Expected a number"):
+            session.first_step(table, other)  # type: ignore[arg-type]
+
+
+def test_threads_are_a_whole_number(tiny_bundle: Path) -> None:
+    with pytest.raises(SessionError, match=r"threads is '2', a str. Expected a whole number"):
+        unetc.load(tiny_bundle, target="null", threads="2")  # type: ignore[arg-type]
 
 
 def test_labels_are_refused_by_a_model_without_classes(session: Session) -> None:
@@ -73,7 +92,7 @@ def test_images_of_bytes_are_refused(session: Session) -> None:
         session.encode(SAMPLE.astype(np.uint8))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", [1.5, "1", None])
+@pytest.mark.parametrize("seed", [1.5, "1", None, True])
 def test_a_seed_that_is_not_whole_draws_no_noise(seed: Any) -> None:
     for draw in (lambda: initial_noise(seed, [0], (1, 2, 2)), lambda: step_noise(seed, [0], 0, (1, 2, 2))):
         with pytest.raises(SessionError, match="Expected a whole number"):

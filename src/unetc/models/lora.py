@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from unetc.arguments import plain_numbers
 from unetc.errors import ModelError
 
 SUFFIX = ".safetensors"
@@ -20,6 +21,16 @@ class Lora:
     path: Path
     scale: float = 1.0
     """Factor of its change to the weights; dimensionless. The model is unchanged at 0."""
+
+    def __post_init__(self) -> None:
+        """Check the scale.
+
+        Raises:
+            ModelError: If it is no finite number.
+        """
+        plain_numbers(self, ModelError)
+        if math.isinf(self.scale):
+            raise ModelError(f"the scale of LoRA {self.path} must be a finite number, got {self.scale}.")
 
     @classmethod
     def parse(cls, text: str) -> Lora:

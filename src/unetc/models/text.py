@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from unetc.call import CONTEXT, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
-from unetc.conditions import Conditions, check_scale
+from unetc.conditions import Conditions, read_scale
 from unetc.errors import MissingDependency, ModelError, brief
 
 from .lora_names import TEXT_ENCODERS
@@ -91,7 +91,7 @@ def encode_prompts(
     import torch
     import transformers
 
-    check_scale(guidance_scale)
+    guidance_scale = read_scale(guidance_scale)
     prompts = list_prompts(prompts)
     widths = {item.name: item.axes[-1] for item in calls.conditions if item.axes}
     guided = guidance_scale > 1 and TIMESTEP_COND not in widths

@@ -38,7 +38,7 @@ class Range(Record, frozen=True, kw_only=True):
         """
         wanted = "expected N, LEAST,MOST or LEAST,USUAL,MOST, each at least 1 and in this order"
         try:
-            sizes = [int(part) for part in text.split(",")] if text is not None else [least or own, own]
+            sizes = [int(part) for part in str(text).split(",")] if text is not None else [least or own, own]
         except ValueError as error:
             raise EngineBuildError(f"cannot read the sizes {text!r}; {wanted}.") from error
         if not 1 <= len(sizes) <= 3 or sizes != sorted(sizes) or not 1 <= sizes[0] <= sizes[-1] <= MOST:

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from unetc.arguments import real_number, whole_number
 from unetc.device import HOST, Device, Tensor
 from unetc.errors import SessionError
 
@@ -160,6 +161,7 @@ class SchedulerTable:
         Source:
             `get_timesteps` in diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_img2img.py.
         """
+        strength = real_number("strength", strength)
         if not 0 < strength <= 1:
             raise SessionError(f"strength is {strength:g}. Expected a number above 0 and up to 1.")
         made = min(int(self.count * strength), self.count)
@@ -356,6 +358,7 @@ class SchedulerTables:
         Raises:
             SessionError: If there is no such table; the message names the nearest step counts.
         """
+        steps = whole_number("steps", steps)
         position = bisect.bisect_left(self.counts, steps)
         if steps in self.counts[position : position + 1]:
             return self.tables[position]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from unetc.arguments import plain_numbers
 from unetc.artifacts.reading import read_bounded
 from unetc.errors import SessionError
 from unetc.runtime.batching.ladder import saving_of
@@ -141,11 +142,12 @@ class ServerSettings:
     """Most bytes of images of finished jobs."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other.
+        """Refuse settings that contradict each other, and values that are no numbers.
 
         Raises:
-            SessionError: If they do.
+            SessionError: If there are such settings.
         """
+        plain_numbers(self, SessionError)
         if not self.bundles:
             raise SessionError("there is nothing to serve. Name the folder of a bundle.")
         if self.degrade_to is not None:
