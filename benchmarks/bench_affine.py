@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from command_line import add_results
 from numpy.typing import NDArray
 from result_file import write
 
@@ -44,7 +45,6 @@ from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.branch_cache import BranchCache
 from unetc.treatments import COMPUTED, Treatment
 
-HERE = Path(__file__).parent
 TRUNK = "trunk."
 """Prefix of a trunk among the outputs of the traced graph; the index of the component follows."""
 WAYS = ("drop", "mean", "affine", "forecast")
@@ -247,7 +247,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=16, help="trajectories of calibration, and again of evaluation")
     parser.add_argument("--bins", type=int, default=8)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from command_line import add_results
 from result_file import write
 
 from unetc.analyzer.ablation import entry_of
@@ -30,14 +31,12 @@ from unetc.jobs import InProcess
 from unetc.models.find import find_model
 from unetc.runtime.backends.registry import open_backend
 
-HERE = Path(__file__).parent
-
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--bins", type=int, default=8)

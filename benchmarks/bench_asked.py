@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from command_line import add_results
 from result_file import write
 
 from unetc.analyzer.analysis import AnalysisOptions
@@ -29,7 +30,6 @@ from unetc.progress import OnProgress
 from unetc.runtime.backends.registry import OFFERED
 from unetc.runtime.bundle import Bundle
 
-HERE = Path(__file__).parent
 BUDGETS = (0.27, 0.5)
 GOAL = {"at_least": 1.0, "at_most": 1.05}
 
@@ -49,7 +49,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache and bundles")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--samples", type=int, default=8, help="trajectories of the analysis")
     parser.add_argument("--rounds", type=int, default=6, help="batches that full model and plan sample alternately")
     parser.add_argument("--passes", type=int, default=5, help="passes over all bundles")

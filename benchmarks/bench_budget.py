@@ -10,11 +10,12 @@ samples) and the README's pictures. Full model, plan and controls sample the sam
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+from command_line import add_results
 from image_classifier import ImageClassifier
+from result_file import picture_of, write
 
 import unetc
 from unetc.analyzer.analysis import AnalysisOptions
@@ -33,11 +34,9 @@ from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.bundle import Bundle
 from unetc.runtime.session import Session
 
-HERE = Path(__file__).parent
 ANALYSIS = AnalysisOptions(samples=8)
 BUDGETS = (0.27, 0.5)
 ROUNDS = 12
-PICTURES = HERE.parent / "docs/images"
 JUDGED_SAMPLES = 256
 CONFIDENT = 0.9
 
@@ -60,18 +59,24 @@ def judge(session: Session, seed: int) -> dict[str, float]:
     }
 
 
-def draw(session: Session, profile: Profile, seed: int) -> None:
-    """Draw the README's pictures: full, pruned and difference for the same noise, and the damage map with the plan."""
+def draw(session: Session, profile: Profile, seed: int, results: Path) -> None:
+    """Draw the README's pictures: full, pruned and difference for the same noise, and the damage map with the plan.
+
+    Args:
+        session: The bundle.
+        profile: The profile that it was built from.
+        seed: Seed of the noise.
+        results: Folder of the result.
+    """
     full = session.sample(8, seed=seed, full_model=True)
     pruned = session.sample(8, seed=seed)
-    PICTURES.mkdir(parents=True, exist_ok=True)
     sheet = grid(np.concatenate([full, pruned, np.clip(4 * (pruned - full), -1, 1)]), columns=8)
-    (PICTURES / "samples.png").write_bytes(png_bytes(sheet))
-    (PICTURES / "damage.svg").write_text(heatmap.draw(profile, session.plan))
+    picture_of(results, "samples.png").write_bytes(png_bytes(sheet))
+    picture_of(results, "damage.svg").write_text(heatmap.draw(profile, session.plan))
 
 
-def run(budget: float, work: Path) -> dict[str, object]:
-    """Build, verify and judge at one budget."""
+def run(budget: float, work: Path, results: Path) -> dict[str, object]:
+    """Build, verify and judge at one budget; draw the pictures at the first one."""
     path = work / f"bundle-{budget:g}"
     with progress() as on_progress:
         model = find_model("digits")
@@ -82,7 +87,7 @@ def run(budget: float, work: Path) -> dict[str, object]:
         write_report(path, work / f"report-{budget:g}.html", verification=result, on_progress=on_progress)
     session = Session.of(bundle, open_backend(bundle.manifest.target, threads=bundle.manifest.threads))
     if budget == BUDGETS[0]:
-        draw(session, profile, result.seed)
+        draw(session, profile, result.seed, results)
     print(f"report: {work / f'report-{budget:g}.html'}")
     return {
         "verification": to_builtins(result),
@@ -100,13 +105,10 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache and bundles")
+    add_results(parser)
     options = parser.parse_args()
-    record = {
-        "command": "python benchmarks/bench_budget.py",
-        "budgets": {f"{budget:g}": run(budget, options.work) for budget in BUDGETS},
-    }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results/budget.json").write_text(json.dumps(record, indent=1) + "\n")
+    budgets = {f"{budget:g}": run(budget, options.work, options.results) for budget in BUDGETS}
+    write(options.results, "budget", {"budgets": budgets})
 
 
 if __name__ == "__main__":

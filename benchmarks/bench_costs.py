@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from checkout import commit
-from command_line import add_only, chosen
+from command_line import add_only, add_results, chosen
 from result_file import absent, earlier, write
 from scipy.stats import spearmanr
 from terrain import download, make_pipeline
@@ -38,7 +38,6 @@ from unetc.runtime.backends.registry import open_backend
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
-HERE = Path(__file__).parent
 TARGET = "onnxruntime:cpu"
 ROUNDS = AnalysisOptions().rounds
 LEAST_SHARE = 0.01
@@ -132,7 +131,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_only(parser)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     options = parser.parse_args()
     again = chosen(parser, options.only, (name for name, _ in CASES))
     rows = earlier(options.results, "costs", "model", again=again)

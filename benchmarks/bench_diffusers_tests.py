@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from command_line import add_results
 from result_file import write
 
 HERE = Path(__file__).parent
@@ -89,7 +90,7 @@ def main() -> None:
     """Run both and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="Folder of a checkout of diffusers.")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
+    add_results(parser)
     parser.add_argument("--file", action="append", choices=FILES, help="Run this file alone.")
     options = parser.parse_args()
     if not (options.checkout / PIPELINES).is_dir():

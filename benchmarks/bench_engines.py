@@ -26,7 +26,7 @@ import diffusers as untyped_diffusers
 import numpy as np
 import torch
 from checkout import ROOT, check_out, commit
-from command_line import add_only, chosen
+from command_line import add_only, add_results, chosen
 from result_file import absent, earlier, write
 
 from unetc.backend import Array, SerialisedGraph
@@ -36,7 +36,6 @@ from unetc.timing import interleaved_ms
 
 diffusers: Any = untyped_diffusers
 
-HERE = Path(__file__).parent
 OLDER = "a993132"
 TARGET = "onnxruntime:cpu"
 FULL = "full model"
@@ -218,7 +217,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_only(parser)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     options = parser.parse_args()
     again = chosen(parser, options.only, (one.name for one in CASES))
     rows = earlier(options.results, "engines", "model", again=again)

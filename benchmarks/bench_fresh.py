@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from builds import VERIFIED_SEED, Workplace
 from checkout import ROOT
+from command_line import add_results
 from result_file import write
 
-HERE = Path(__file__).parent
 MODEL, SCHEDULER, BUDGET = "digits", "ddim", 0.27
 STEPS = 50, 20
 BUILDS = 10
@@ -74,7 +74,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/fresh", help="profiles and bundles")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--rounds", type=int, default=30, help="batches that full model and plan sample alternately")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,9 @@ from typing import Any
 
 from builds import Effort, Regime, Workplace, measured, outcome, row, table, unmeasured
 from checkout import ROOT, check_out, commit
-from command_line import add_only, chosen
+from command_line import add_only, add_results, chosen
 from result_file import earlier, write
 
-HERE = Path(__file__).parent
 OLDER = "a993132"
 GOALS = {
     OLDER: 0.5,
@@ -94,7 +93,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/heart", help="caches and bundles")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--samples", type=int, default=4, help="trajectories of the analysis")
     parser.add_argument("--rounds", type=int, default=8, help="batches that every contender samples")
     add_only(parser)

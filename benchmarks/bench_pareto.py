@@ -10,8 +10,10 @@ fastest plan with a PSNR of at least 30 dB again, on held-out seeds, alternating
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from command_line import add_results
+from result_file import picture_of, write
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.analyzer.analyze import analyze_model
@@ -24,7 +26,6 @@ from unetc.compiler.search.set_up import set_up
 from unetc.models.find import find_model
 from unetc.report.curve import draw
 
-HERE = Path(__file__).parent
 ANALYSIS = AnalysisOptions(samples=8)
 GATE = QualityGate(metric="psnr", bound=30.0)
 
@@ -33,6 +34,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
+    add_results(parser)
     options = parser.parse_args()
     with progress() as on_progress:
         model = find_model("digits")
@@ -43,7 +45,6 @@ def main() -> None:
             candidate = setup.workbench.compile(fastest.plan)
             checked = setup.workbench.measure(candidate, seed=curve.seed + HELD_OUT).measurement
     record = {
-        "command": "python benchmarks/bench_pareto.py",
         "environment": curve.environment,
         "target": curve.target,
         "samples": curve.samples,
@@ -57,9 +58,8 @@ def main() -> None:
             "plan": to_builtins(fastest.plan),
         },
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results/pareto.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE.parent / "docs/images/pareto.svg").write_text(draw(curve))
+    write(options.results, "pareto", record)
+    picture_of(options.results, "pareto.svg").write_text(draw(curve))
     print(f"fastest with {GATE}: {1 / checked.time_ratio:.2f} x, PSNR {checked.damage.psnr.mean:.1f} dB on new seeds")
 
 

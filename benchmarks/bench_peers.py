@@ -27,7 +27,6 @@ full model in the same runtime, sampled alternately. Writes `results/peers.json`
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,6 +37,7 @@ import numpy as np
 import torch
 from captioned_digits import PICTURES, new_ruler
 from captioned_digits import draw as draw_pictures
+from command_line import add_results
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from image_classifier import ImageClassifier
@@ -45,6 +45,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from peer_rules import AdaptiveDiffusion, HiCache, Rule, Spectrum, Zeus, guided_until, skipping, taylorseer
 from prompt_following import Request, followed, full_requests
+from result_file import picture_of, write
 from tgate import gated
 
 import unetc
@@ -60,7 +61,7 @@ from unetc.compiler.planner.emissions import with_emissions
 from unetc.compiler.planner.planner import PlanOptions
 from unetc.compiler.search.set_up import Setup, set_up
 from unetc.conditions import Conditions
-from unetc.environment import cores, describe
+from unetc.environment import cores
 from unetc.jobs import InProcess
 from unetc.metrics.damage import measure_damage
 from unetc.metrics.distances import relative_l2
@@ -74,7 +75,6 @@ from unetc.sampler.noise import initial_noise
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
-HERE = Path(__file__).parent
 MODEL = "prompted-digits"
 STEPS = 50
 BATCH = 8
@@ -490,6 +490,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache and bundles")
+    add_results(parser)
     options = parser.parse_args()
     torch.set_num_threads(cores())
     model = find_model(MODEL)
@@ -514,17 +515,14 @@ def main() -> None:
     )
     tables.append(table_of(f"At a budget of {BUDGET}, {at_budget[0]['samples']} samples", at_budget))
     record = {
-        "command": "python benchmarks/bench_peers.py",
-        "environment": describe(),
         "settings": settings,
         "figures": figures(rows, at_budget),
         "tables": tables,
         "contenders": rows,
         "at_budget": at_budget,
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results/peers.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE.parent / "docs/images/peers.svg").write_text(draw(rows))
+    write(options.results, "peers", record)
+    picture_of(options.results, "peers.svg").write_text(draw(rows))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from builds import Effort, Regime, Workplace, measured, unmeasured
 from checkout import ROOT, commit
-from command_line import add_only, chosen
+from command_line import add_only, add_results, chosen
 from fashion_images import NAMES, UNSEEN, as_samples, read
 from image_classifier import ImageClassifier, frechet_distance
 from numpy.typing import NDArray
-from result_file import RESULTS, earlier, picture_of, write
+from result_file import earlier, picture_of, write
 from scipy.stats import t as student
 
 import unetc
@@ -172,7 +172,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/quality", help="caches and bundles")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    add_results(parser)
     add_only(parser)
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())

@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401 - makes unetc importable
+from command_line import add_results
 from ray_search import BUDGET, search
 from ray_simulation import SIZES, Work, simulate
-from result_file import RESULTS, picture_of, write
+from result_file import picture_of, write
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.progress import Progress
@@ -295,7 +296,7 @@ def main() -> None:
     """Measure, simulate, draw and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/ray", help="caches")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    add_results(parser)
     parser.add_argument("--terrain", type=Path, help="pipeline folder of terrain.py")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers, 1 among them")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each number of workers")

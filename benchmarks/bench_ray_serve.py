@@ -29,11 +29,10 @@ from typing import Any
 import httpx2
 import numpy as np
 from bench_serve import LEVEL, ON_THEIR_WAY, Case, Server, saturate, serving
-from command_line import at_least_one
+from command_line import add_results, at_least_one
 from ray_processes import REPLICA, processes
 from result_file import write
 
-HERE = Path(__file__).parent
 STEPS = 20
 CLIENTS = 16
 """Clients while a replica is killed."""
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each server of the throughput.")
     parser.add_argument("--kills", type=at_least_one, default=3, help="Replicas to kill, one after the other.")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="Folder of the result.")
+    add_results(parser)
     options = parser.parse_args()
     case = Case(model="digits", bundle=options.bundle, steps=STEPS, prompts=(), guidance_scale=1.0)
     measured = asyncio.run(run(case, options))

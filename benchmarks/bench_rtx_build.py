@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,9 @@ from typing import Any
 import diffusers as untyped_diffusers
 import numpy as np
 import torch
+from command_line import add_results
 from gpu_folder import FULL, PLANNED, REFRESH, Folder, open_folders
+from result_file import write
 
 from unetc.artifacts.profile import Component
 from unetc.backend import WEIGHTS
@@ -35,7 +35,6 @@ from unetc.compiler.graph.lowering import lower_graphs
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.tensorrt.messages import BuildRequest
 from unetc.compiler.tensorrt.supervise import build_engine
-from unetc.environment import describe
 from unetc.models.find import find_model
 from unetc.nvidia.key import Effort
 from unetc.nvidia.library import library_of
@@ -185,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for captures and graphs")
     parser.add_argument("--prepared", type=Path, help="folder written by gpu_prepare.py")
+    add_results(parser)
     options = parser.parse_args()
     version = library_of(TARGET).load().__version__
     results = []
@@ -195,13 +195,11 @@ def main() -> None:
         results.append(case)
         print(json.dumps(case), flush=True)
     record = {
-        "command": shlex.join(["python", "benchmarks/bench_rtx_build.py", *sys.argv[1:]]),
         "settings": {"tensorrt_rtx": version, "batch": str(BATCH), "optimization level": Effort().optimization_level},
-        "environment": describe(),
         "figures": together(results),
         "results": results,
     }
-    (HERE / "results/rtx_build.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(options.results, "rtx_build", record)
 
 
 if __name__ == "__main__":

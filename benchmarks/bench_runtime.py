@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from clock import HostClock, Timed
+from command_line import add_results
 from diffusers import UNet2DModel
 from result_file import write
 from rounds import spread, switch_cost
@@ -60,7 +61,6 @@ from unetc.sampler.table import SchedulerTables
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
-HERE = Path(__file__).parent
 TIMESTEP = 500.0
 RANDOM_ASSIGNMENTS = 5
 RANDOM = "random "
@@ -352,7 +352,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(

@@ -88,17 +88,20 @@ def measure(folder: Path) -> dict[str, object]:
 
 def main() -> None:
     """Run the benchmark."""
+    from command_line import add_results
+
     from unetc.environment import describe
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("sd15", "sd21", "sdxl"), default=["sd15", "sd21", "sdxl"])
     parser.add_argument("--work", type=Path, help="folder for weights [default: the system's temporary folder]")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options.child)))
         return
+    options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / "scale.json"
     known = {case["model"]: case for case in json.loads(path.read_text())["results"]} if path.exists() else {}
     for name in options.models:

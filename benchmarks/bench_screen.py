@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from command_line import add_results
 from result_file import write
 from scipy import stats
 
@@ -31,7 +32,6 @@ from unetc.cli.output import progress
 from unetc.models.find import find_model
 from unetc.treatments import Treatment
 
-HERE = Path(__file__).parent
 DECISIVE_SHARE = 0.25
 
 Entry = tuple[str, Treatment, int, int]
@@ -122,7 +122,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=4, help="trajectories of both analyses")
     parser.add_argument("--bins", type=int, default=8)

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from command_line import add_results
 from result_file import write
 from scipy import stats
 
@@ -32,7 +33,6 @@ from unetc.models.find import find_model
 from unetc.progress import OnProgress
 from unetc.runtime.backends.registry import open_backend
 
-HERE = Path(__file__).parent
 MODELS = ("digits", "prompted-digits")
 COUNTS = (1, 2, 4, 8)
 ALL = 16
@@ -80,7 +80,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/screened", help="caches")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     options = parser.parse_args()
     screen.SCREENED_SHARE = screen.LEAST_SCREENED = 1  # screens all samples of a sweep
     with progress() as on_progress:

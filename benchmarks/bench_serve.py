@@ -36,8 +36,8 @@ from typing import Any
 import httpx2
 import numpy as np
 from checkout import commit
-from command_line import add_only, chosen
-from result_file import RESULTS, absent, earlier, picture_of, write
+from command_line import add_only, add_results, chosen
+from result_file import absent, earlier, picture_of, write
 from serve_contenders import BATCH, WINDOW
 from serve_simulation import arrivals, simulate
 
@@ -431,7 +431,7 @@ async def write_all() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
     parser.add_argument("--seconds", type=float, default=12.0, help="Length of one measurement of capacity.")
     parser.add_argument("--requests", type=int, default=200, help="Requests of one measurement of latency.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the result.")
+    add_results(parser)
     options = parser.parse_args()
     settings = {"rounds": options.rounds, "seconds": options.seconds, "requests": options.requests}
     settings |= {"quality": LEVEL, "threads": THREADS}

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from command_line import add_results
+from result_file import write
 
 from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import Component
@@ -29,7 +31,6 @@ from unetc.compiler.graph.gate import OPSET
 from unetc.compiler.graph.gated import GatedGraph
 from unetc.compiler.graph.specialise import specialise
 from unetc.compiler.graph.weights import serialise
-from unetc.environment import describe
 from unetc.runtime.backends.registry import Memory, open_backend
 from unetc.tensors import save_tensors
 from unetc.timing import interleaved_ms
@@ -158,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=25)
+    add_results(parser)
     options = parser.parse_args()
     results = []
     for memory in Memory:
@@ -165,13 +167,10 @@ def main() -> None:
             results.append(measure(case, memory=memory, threads=options.threads, rounds=options.rounds))
             print(json.dumps(results[-1]))
     record = {
-        "command": f"python benchmarks/bench_slicing.py --threads {options.threads} --rounds {options.rounds}",
-        "environment": describe(),
         "load_average": os.getloadavg(),  # over the last 1, 5 and 15 minutes; each thread of this process counts as 1
         "results": results,
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results/slicing.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(options.results, "slicing", record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ all tests marked with it pass. Writes `results/support.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,8 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from pathlib import Path
 
-from unetc.environment import describe
+from command_line import add_results
+from result_file import write
 
 HERE = Path(__file__).parent
 ASPECTS = ("capture", "law", "export", "sample", "drop-in")
@@ -66,14 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--processes", type=int, default=2)
     parser.add_argument("--report", type=Path, help="read this report of `pytest --junitxml` instead of running tests")
+    add_results(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         report = options.report or Path(work) / "report.xml"
         status = 0 if options.report else run_tests(report, options.processes)
         found = outcomes(report)
     record = {
-        "command": "python benchmarks/bench_support.py",
-        "environment": describe(),
         "tables": [
             {
                 "title": "Results of the tests",
@@ -85,7 +84,7 @@ def main() -> None:
             }
         ],
     }
-    (HERE / "results/support.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write(options.results, "support", record)
     sys.exit(status)
 
 

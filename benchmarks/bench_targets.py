@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from bench_runtime import plan_of
 from clock import HostClock, Timed
+from command_line import add_results
 from result_file import write
 
 from unetc.cli.output import progress
@@ -43,7 +44,6 @@ from unetc.runtime.session import Session
 from unetc.timing import interleaved_ms
 from unetc.treatments import Treatment
 
-HERE = Path(__file__).parent
 ENGINES = ("full", "dropped", "held")
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/bench", help="cache")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result")
+    add_results(parser)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20, help="timed repetitions; sampling takes a quarter of them")

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from builds import Effort, Regime, Workplace, measured, row, table, unmeasured
 from checkout import ROOT, commit
-from command_line import add_only, chosen
+from command_line import add_only, add_results, chosen
 from matplotlib import pyplot
-from result_file import RESULTS, earlier, picture_of, write
+from result_file import earlier, picture_of, write
 from terrain import download, make_pipeline
 
 import unetc
@@ -92,7 +92,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/terrain", help="caches and bundles")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    add_results(parser)
     add_only(parser)
     options = parser.parse_args()
     place = Workplace(ROOT, options.work / commit())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
+
+from result_file import RESULTS
 
 
 def add_only(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +14,11 @@ def add_only(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", default="", help="measure only the cases whose names begin with this; the result keeps its other rows"
     )
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Add the option that writes the result, and the pictures drawn from it, elsewhere."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
 
 
 def chosen(parser: argparse.ArgumentParser, only: str, names: Iterable[str]) -> list[str]:

@@ -63,12 +63,17 @@ def shown(settings: Mapping[str, object]) -> str:
 
 
 def picture_of(folder: Path, name: str) -> Path:
-    """Choose where to draw a picture: for pages with the committed results, next to other results."""
-    return (IMAGES if folder.resolve() == RESULTS.resolve() else folder) / name
+    """Choose where to draw a picture: for pages with the committed results, next to other results.
+
+    The folder is made, since a picture may be drawn before the result is written.
+    """
+    place = IMAGES if folder.resolve() == RESULTS.resolve() else folder
+    place.mkdir(parents=True, exist_ok=True)
+    return place / name
 
 
 def write(folder: Path, name: str, measured: Mapping[str, object]) -> None:
-    """Write `name.json` with the command of bench_`name`.py and the environment; print the figures or the tables.
+    """Write `name.json` with the command of bench_`name`.py and the environment; print its figures or its tables.
 
     Args:
         folder: Folder of the result; created if it is missing.
@@ -79,4 +84,5 @@ def write(folder: Path, name: str, measured: Mapping[str, object]) -> None:
     record = {"command": command, "environment": describe(), **measured}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(measured.get("figures", measured.get("tables")), indent=1))
+    if shows := measured.get("figures", measured.get("tables")):
+        print(json.dumps(shows, indent=1))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_budget
 import bench_diffusers_tests
 import bench_heart
 import bench_quality
@@ -22,6 +25,10 @@ import numpy as np
 import pytest
 import result_file
 import tables
+
+import unetc
+from unetc.artifacts.profile import Profile
+from unetc.runtime.bundle import Bundle
 
 
 def heart_row(**controls: tuple[float, float]) -> dict[str, Any]:
@@ -128,6 +135,59 @@ def test_pictures_are_drawn_next_to_the_result(tmp_path: Path) -> None:
     root = Path(result_file.__file__).parents[1]
     assert result_file.picture_of(tmp_path, "terrain.png") == tmp_path / "terrain.png"
     assert result_file.picture_of(root / "benchmarks/../benchmarks/results", "a.png") == root / "docs/images" / "a.png"
+
+
+BENCHMARKS = sorted(Path(result_file.__file__).parent.glob("bench_*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda one: one.stem)
+def test_every_benchmark_writes_its_result_and_pictures_where_it_is_told(path: Path) -> None:
+    source = path.read_text()
+    code = source.replace(ast.get_docstring(ast.parse(source), clean=False) or "", "")
+    assert "    add_results(parser)\n" in code
+    for elsewhere in ('"--results"', '/ "results', '"results/', "docs/images", "IMAGES"):
+        assert elsewhere not in code
+
+
+def test_a_result_and_its_picture_make_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "results"
+    result_file.picture_of(folder, "a.svg").write_text("<svg/>")
+    result_file.write(folder, "a", {"budgets": {"0.5": 1}})
+    assert sorted(one.name for one in folder.iterdir()) == ["a.json", "a.svg"]
+    assert capsys.readouterr().out == "", "a result without figures and tables prints none"
+    result_file.write(folder, "a", {"figures": [1], "tables": [2]})
+    assert json.loads(capsys.readouterr().out) == [1]
+
+
+@pytest.fixture
+def committed() -> Iterator[None]:
+    """Check that neither the committed results nor the pictures of pages change."""
+
+    def state() -> dict[Path, int]:
+        return {one: one.stat().st_mtime_ns for one in (*result_file.RESULTS.iterdir(), *result_file.IMAGES.iterdir())}
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.mark.usefixtures("committed")
+def test_a_run_with_its_own_results_leaves_the_committed_ones(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(budget: float, work: Path, results: Path) -> dict[str, object]:
+        session = unetc.load(tiny_bundle)
+        profile = Profile.from_json(Bundle.open(tiny_bundle).profile, "the bundle's profile")
+        bench_budget.draw(session, profile, 5, results)
+        return {"work": str(work)}
+
+    monkeypatch.setattr(bench_budget, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench_budget.py", "--work", "w", "--results", str(tmp_path / "own")])
+    bench_budget.main()
+    assert sorted(one.name for one in (tmp_path / "own").iterdir()) == ["budget.json", "damage.svg", "samples.png"]
+    result = json.loads((tmp_path / "own/budget.json").read_text())
+    assert result["budgets"] == {"0.27": {"work": "w"}, "0.5": {"work": "w"}}
+    assert result["command"].startswith("python benchmarks/bench_budget.py --work w --results ")
 
 
 def test_only_chooses_cases_and_refuses_a_beginning_of_none(capsys: pytest.CaptureFixture[str]) -> None:
