@@ -6,9 +6,7 @@
 Both versions analyse, build and verify every regime through their command lines, in turn, on the same machine. The
 older one is checked out next to this one. Both verify on the same seed, so they start from the same noise.
 
-A damage is compared with another only if both took the same measured time: within 5 % more or less. A faster contender
-counts too where the plan misses the goal even so. The best peer does the least damage of all `PEERS` that count. Where
-none counts, the figure gives the times in place of the damages, without a goal.
+`same_time.py` says which contenders took the plan's time. The best peer does the least damage of all `PEERS` that did.
 
 Writes `results/heart.json`: damages and times of both, and of every control of the newer one. Each row names its commit
 and its machine.
@@ -25,6 +23,7 @@ from builds import Effort, Regime, Workplace, measured, outcome, row, table, unm
 from checkout import ROOT, check_out, commit
 from command_line import add_only, add_results, chosen
 from result_file import earlier, write
+from same_time import in_time, nearest_time
 
 OLDER = "a993132"
 GOALS = {
@@ -36,8 +35,6 @@ GOALS = {
 """Most damage of a plan / damage of the contender."""
 PEERS = ("fewer_steps", "other_solver", "uniform", "deep-hold", "random")
 """Controls of other kinds than the plan. The others are special cases of it, chosen by the same planner."""
-SAME_TIME = 0.05
-"""Largest difference between two times that count as the same, relative to the plan's."""
 
 REGIMES = (
     Regime(model="digits", scheduler="dpmsolver++", steps=20, budgets=(0.27, 0.5)),
@@ -49,12 +46,6 @@ REGIMES = (
 )
 
 
-def counts(plan: Mapping[str, float], other: Mapping[str, float], goal: float) -> bool:
-    """Check whether a contender took the plan's time, or took less and the plan misses the goal even so."""
-    more = other["time"] / plan["time"] - 1
-    return abs(more) <= SAME_TIME or (more < 0 and plan["damage"] > goal * other["damage"])
-
-
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare every row with the goals."""
     found = []
@@ -64,13 +55,12 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         others["best peer"] = [controls[name] for name in PEERS if name in controls]
         for name, goal in GOALS.items():
             those = others.get(name, [])
-            if counting := [other for other in those if counts(plan, other, goal)]:
+            if counting := [other for other in those if in_time(plan, other, goal)]:
                 value = plan["damage"] / min(other["damage"] for other in counting)
                 found.append({"figure": f"{what}: damage / {name}", "value": value, "goal": {"at_most": goal}})
             elif those:
-                nearest = min((other["time"] / plan["time"] for other in those), key=lambda ratio: abs(ratio - 1))
                 unlike = f"{what}: no damage / {name}, as the times differ; nearest time / the plan's"
-                found.append({"figure": unlike, "value": nearest})
+                found.append({"figure": unlike, "value": nearest_time(plan, those)})
         found.append(
             {"figure": f"{what}: saved / asked", "value": one["asked"], "goal": {"at_least": 1.0, "at_most": 1.05}}
         )

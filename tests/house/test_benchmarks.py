@@ -279,7 +279,25 @@ def test_pages_say_which_cases_have_no_row(name: str) -> None:
 
 
 def test_a_plan_without_a_control_in_its_time_has_a_figure_without_a_goal() -> None:
-    row = heart_row(uniform=(0.77, 0.01)) | {"verification": {"time_ratio_p90": 0.71, "seconds": {}}}
+    row = heart_row(uniform=(0.77, 0.01), random=(0.5, 1.0)) | {"verification": {"seconds": {}}}
     assert bench_terrain.figures([row]) == [
-        {"figure": "m, budget 0.3: no control in the plan's time; least time / the plan's", "value": 0.77 / 0.7}
+        {"figure": "m, budget 0.3: no control in the plan's time; nearest time / the plan's", "value": 0.77 / 0.7}
     ]
+
+
+@pytest.mark.parametrize(
+    ("time", "damage", "counts"),
+    [
+        (0.73, 0.05, True),
+        (0.67, 0.05, True),
+        (0.74, 0.01, False),
+        (0.66, 0.05, False),
+        (0.66, 0.03, True),
+        (0.5, 0.03, True),
+    ],
+)
+def test_all_benchmarks_have_one_rule_for_a_control_in_the_plans_time(time: float, damage: float, counts: bool) -> None:
+    row = heart_row(chosen_steps=(time, damage)) | {"verification": {"seconds": {}}}
+    own = bench_terrain.figures([row])[0]
+    assert ("goal" in own) == ("damage / chosen_steps" in heart_figures(chosen_steps=(time, damage))) == counts
+    assert own["value"] == (0.02 / damage if counts else time / 0.7)
