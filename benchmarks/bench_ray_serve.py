@@ -23,6 +23,7 @@ import signal
 import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ CROWD = 128
 QUEUE = 16
 """Images that wait per replica in the overload."""
 TRIES = 100
+REFUSAL = "overload: seconds of a refusal, p95"
+"""A figure that is not measured where nothing is refused."""
 TWO = "--ray", "local", "--replicas", "2", "--threads", "1"
 READY = re.compile(r'^unetc_ready\{replica="\w+"\} 1\.0$', re.MULTILINE)
 
@@ -147,11 +150,18 @@ async def overload(case: Case, seconds: float) -> dict[str, Any]:
         load = Load(client, server, CROWD)
         await asyncio.sleep(seconds)
         await load.stop()
+    return of_crowd(load.statuses, load.lost, load.refusals, load.answers)
+
+
+def of_crowd(
+    statuses: Mapping[int, int], lost: int, refusals: Sequence[float], answers: Sequence[float]
+) -> dict[str, Any]:
+    """Describe an overload; what its answers are too few for is None."""
     return {
-        "statuses": dict(load.statuses),
-        "lost": load.lost,
-        "refused_p95_s": float(np.quantile(load.refusals, 0.95)),
-        "images_per_s": len(load.answers) / (load.answers[-1] - load.answers[0]),
+        "statuses": dict(statuses),
+        "lost": lost,
+        "refused_p95_s": float(np.quantile(refusals, 0.95)) if refusals else None,
+        "images_per_s": len(answers) / (answers[-1] - answers[0]) if len(answers) > 1 else None,
     }
 
 
@@ -177,7 +187,8 @@ def figures(result: dict[str, Any]) -> list[dict[str, object]]:
     add("a killed replica: requests lost after retries", sum(one["lost"] for one in kills), at_most=0)
     statuses = crowd["statuses"]
     add("overload: refused with 429 / all answers", statuses.get(429, 0) / sum(statuses.values()))
-    add("overload: seconds of a refusal, p95", crowd["refused_p95_s"])
+    if crowd["refused_p95_s"] is not None:
+        add(REFUSAL, crowd["refused_p95_s"])
     add(
         "overload: accepted requests lost, or refused by Ray",
         sum(count for status, count in statuses.items() if status not in (200, 429)),
@@ -185,6 +196,12 @@ def figures(result: dict[str, Any]) -> list[dict[str, object]]:
     )
     add("overload: requests lost after retries", crowd["lost"], at_most=0)
     return rows
+
+
+def record_of(measured: dict[str, Any], settings: dict[str, object]) -> dict[str, Any]:
+    """Make the result."""
+    missing = {REFUSAL: "nothing was refused"} if measured["overload"]["refused_p95_s"] is None else {}
+    return {"settings": settings, "figures": figures(measured), "absent": missing, "measured": measured}
 
 
 async def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +227,7 @@ def main() -> None:
     measured = asyncio.run(run(case, options))
     settings = {name: getattr(options, name) for name in ("rounds", "seconds", "threads", "kills")}
     settings |= {"quality": LEVEL, "steps": STEPS, "clients": ON_THEIR_WAY, "crowd": CROWD, "queue": QUEUE}
-    write(options.results, "ray_serve", {"settings": settings, "figures": figures(measured), "measured": measured})
+    write(options.results, "ray_serve", record_of(measured, settings))
 
 
 if __name__ == "__main__":

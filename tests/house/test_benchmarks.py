@@ -251,6 +251,25 @@ def test_nothing_is_measured_with_no_replica_to_kill(
     assert "--kills: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
 
 
+def ray_serve_measured(overload: dict[str, Any]) -> dict[str, Any]:
+    kill = {"recovered_s": 5.0, "longest_silence_s": 0.5, "statuses": {200: 9, 503: 1}, "lost": 0}
+    return {"throughput": {"plain": [2.0], "ray": [1.9]}, "kills": [kill], "overload": overload}
+
+
+def test_an_overload_that_refuses_nothing_says_what_is_not_measured() -> None:
+    refusing = bench_ray_serve.of_crowd({200: 3, 429: 1}, 0, [0.5], [1.0, 2.0, 3.0])
+    calm = bench_ray_serve.of_crowd({200: 1}, 0, [], [1.0])
+    assert (refusing["refused_p95_s"], refusing["images_per_s"]) == (0.5, 1.5)
+    assert (calm["refused_p95_s"], calm["images_per_s"]) == (None, None)
+    full, short = (bench_ray_serve.record_of(ray_serve_measured(own), {}) for own in (refusing, calm))
+    values = {str(row["figure"]): row["value"] for row in short["figures"]}
+    assert values["overload: refused with 429 / all answers"] == 0
+    missing = {str(row["figure"]) for row in full["figures"]} - values.keys()
+    assert (missing, full["absent"]) == ({bench_ray_serve.REFUSAL}, {})
+    page = tables.section("ray_serve", short | {"command": "c", "environment": {"cores": "2"}})
+    assert f"Not measured: {bench_ray_serve.REFUSAL}: nothing was refused" in page
+
+
 def test_a_folder_without_tests_of_diffusers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
