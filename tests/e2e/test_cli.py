@@ -40,6 +40,8 @@ from unetc.artifacts.pareto import Pareto
 from unetc.cli.diagnosis import Finding
 from unetc.compiler.search.pareto import ParetoOptions
 from unetc.compiler.search.repair import RepairOptions
+from unetc.models.find import ModelSource, find_model
+from unetc.models.model import Model
 
 COMMANDS = ("analyze", "plan", "build", "pareto", "sample", "compile", "verify", "report", "inspect", "doctor", "demo")
 LIMITS = ("--budget", "0.2", "--max-engines", "2", "--max-memory", "2.5")
@@ -795,14 +797,22 @@ def test_every_noise_level_that_an_analysis_will_have_is_accepted(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, steps: int, bin: int
 ) -> None:
     """A scheduler may make more calls than steps, and noise levels are cut by calls."""
+    opened: list[object] = []
+
+    def open_once(source: ModelSource) -> Model:
+        opened.append(source)
+        return find_model(source)
 
     def analyze(*_: object, **__: object) -> None:
         raise unetc.UnetcError("the work begins")
 
-    monkeypatch.setattr("unetc.api.analyze", analyze)
+    monkeypatch.setattr("unetc.models.find.find_model", open_once)
+    monkeypatch.setattr("unetc.analyzer.analyze.analyze_model", analyze)
     command = ("analyze", tiny_model, "--scheduler", scheduler, "--steps", steps, "--bin")
     assert "the work begins" in run(*command, bin).error
+    assert len(opened) == 1, "opening hashes the weights"
     assert f"there is no noise level {bin + 1}. Expected 1, the noisiest, to {bin}" in run(*command, bin + 1).error
+    assert len(opened) == (1 if steps >= 8 else 2), "a model with a call in each noise level need not be opened"
 
 
 @pytest.mark.parametrize("gate", ["--quality-gate", "--at"])

@@ -13,7 +13,7 @@ from ..options import AnalysisGroup, Cache, ClusterGroup, Json, ModelGroup, Rank
 
 if TYPE_CHECKING:
     from unetc.analyzer.analysis import AnalysisOptions
-    from unetc.models.find import ModelSource
+    from unetc.models.model import Model
 
 
 class EffortGroup(Group, panel="Effort"):
@@ -63,8 +63,10 @@ def analyze(
 
     Interrupted, the same command continues.
     """
-    from unetc.api import analyze as measure
+    from unetc.analyzer.analyze import analyze_model
     from unetc.artifacts.record import check_writable
+    from unetc.environment import cache_folder
+    from unetc.models.find import find_model
 
     from .. import summary
     from ..output import OUT, print_json, progress, say
@@ -77,10 +79,13 @@ def analyze(
         decisive=effort.decisive(),
         time_limit_s=effort.time_limit or math.inf,
     )
-    if ranking.bin is not None:
-        summary.check_bin(ranking.bin, _bins_of(source, options))
+    if options.bins <= options.steps:  # every step has a denoiser call, so the model need not be opened
+        summary.check_bin(ranking.bin, options.bins)
+    found = find_model(source)
+    if ranking.bin is not None and options.bins > options.steps:
+        summary.check_bin(ranking.bin, min(options.bins, _calls_of(found, options)))
     with progress() as on_progress:
-        profile = measure(source, options, cache=cache, cluster=cluster, on_progress=on_progress)
+        profile = analyze_model(found, options, cache=cache or cache_folder(), cluster=cluster, on_progress=on_progress)
     profile.save(output)
     if as_json:
         print_json(summary.profile_facts(profile, output, by=by, top=ranking.top, bin=ranking.bin))
@@ -89,12 +94,9 @@ def analyze(
         say(f"wrote {output}")
 
 
-def _bins_of(source: ModelSource, options: AnalysisOptions) -> int:
-    """Count the noise levels that an analysis will have: there is a denoiser call in each."""
-    if options.bins <= options.steps:  # every step has a call, so the model need not be opened
-        return options.bins
+def _calls_of(model: Model, options: AnalysisOptions) -> int:
+    """Count the denoiser calls of an analysis: there is at least one in each noise level."""
     from unetc.compiler.schedulers.make import scheduler_for
     from unetc.compiler.schedulers.walk import calls_of
-    from unetc.models.find import find_model
 
-    return min(options.bins, calls_of(scheduler_for(options.scheduler, find_model(source)), options.steps))
+    return calls_of(scheduler_for(options.scheduler, model), options.steps)
