@@ -26,10 +26,11 @@ import onnx_ir.passes.common as common
 
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.precision import LARGEST, Precision
+from unetc.tensors import tensor_ranges
 
 from .element_types import infer_types
 from .slicing import PARTIAL
-from .weights import serialise, tensor_ranges, write_tensors
+from .weights import serialise, write_tensors
 
 LOGITS = ".logits"
 """Ends the name of the products of queries and keys inside an attention operator."""

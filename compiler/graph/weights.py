@@ -1,4 +1,4 @@
-"""Write and read weights files tensor by tensor, because all tensors together may not fit in memory.
+"""Write weights files tensor by tensor, because all tensors together may not fit in memory.
 
 Source:
     https://huggingface.co/docs/safetensors/index#format
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from unetc.backend import WEIGHTS, SerialisedGraph
 from unetc.errors import CompileError
+from unetc.tensors import tensor_ranges
 
 _TYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32", ir.DataType.DOUBLE: "F64"}
 _INLINE_BELOW_BYTES = 64
@@ -58,19 +59,6 @@ def write_tensors(path: Path, tensors: Mapping[str, ir.TensorProtocol]) -> None:
         file.write(text)
         for name in names:
             file.write(tensors[name].tobytes())  # little-endian in both formats
-
-
-def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Read the range of each tensor in a safetensors file, in bytes from the start of the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    first = 8 + length
-    return {
-        name: (first + entry["data_offsets"][0], first + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def externalise(model: ir.Model, path: Path) -> None:

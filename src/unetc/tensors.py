@@ -1,4 +1,4 @@
-"""The one way to read and write numpy arrays as safetensors.
+"""The one way to read and write numpy arrays as safetensors, and to find tensors in such a file.
 
 safetensors 0.8.0 itself copies every array that it reads. Where memory runs out, the copy does not fail: it can wait
 for ever. Arrays that are read here are views of the content.
@@ -6,10 +6,12 @@ for ever. Arrays that are read here are views of the content.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -63,25 +65,54 @@ def load_tensors(data: bytes) -> dict[str, NDArray[Any]]:
 
     Raises:
         ValueError: If the content is malformed, or has values of a type that numpy lacks.
+    """
+    begin, places = _read_header(io.BytesIO(data), len(data))
+    return {name: _view(data, begin, name, place) for name, place in places.items()}
+
+
+def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Read the range of each tensor in a safetensors file, in bytes from the start of the file; read no values.
+
+    Raises:
+        ValueError: If the file is malformed.
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        begin, places = _read_header(file, path.stat().st_size)
+    return {name: (begin + place.data_offsets[0], begin + place.data_offsets[1]) for name, place in places.items()}
+
+
+def _read_header(file: BinaryIO, size: int) -> tuple[int, dict[str, _Place]]:
+    """Read the header of safetensors.
+
+    Args:
+        file: The content, from its start.
+        size: Bytes of the whole content.
+
+    Returns:
+        Byte at which the values of all arrays begin, and the place of each array by name.
+
+    Raises:
+        ValueError: If the header is malformed, or the arrays do not fill the rest of the content.
 
     Source:
         https://huggingface.co/docs/safetensors/index#format
     """
-    begin = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if begin > len(data):
-        raise ValueError(f"a header of {begin} bytes does not fit into {len(data)} bytes of safetensors")
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    begin = _LENGTH_BYTES + length
+    if begin > size:
+        raise ValueError(f"a header of {begin} bytes does not fit into {size} bytes of safetensors")
     try:
-        entries = msgspec.json.decode(memoryview(data)[_LENGTH_BYTES:begin], type=dict[str, msgspec.Raw])
+        entries = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         entries.pop(_METADATA, None)
         places = {name: msgspec.json.decode(entry, type=_Place) for name, entry in entries.items()}
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"the header of safetensors is malformed: {error}") from error
-    arrays = {name: _view(data, begin, name, place) for name, place in places.items()}
-    values = len(data) - begin
+    values = size - begin
     ranges = [(0, 0), *sorted(place.data_offsets for place in places.values()), (values, values)]
     if any(left[1] != right[0] for left, right in pairwise(ranges)):
         raise ValueError(f"the arrays of safetensors leave gaps in {values} bytes of values, or overlap")
-    return arrays
+    return begin, places
 
 
 def _view(data: bytes, begin: int, name: str, place: _Place) -> NDArray[Any]:

@@ -26,9 +26,8 @@ from unetc.compiler.graph.capture import Capture, capture
 from unetc.compiler.graph.gate import GATES, MEANS, gate_values
 from unetc.compiler.graph.gated import GatedGraph, open_or_build
 from unetc.compiler.graph.specialise import specialise
-from unetc.compiler.graph.weights import tensor_ranges
 from unetc.errors import ArtifactError, CompileError, SchemaVersionError
-from unetc.tensors import load_tensors
+from unetc.tensors import load_tensors, tensor_ranges
 from unetc.treatments import Treatment
 
 FILES = ("gated.json", "gated.onnx", "weights.safetensors")

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from unetc.compiler.graph.weights import tensor_ranges, write_tensors
+from unetc.compiler.graph.weights import write_tensors
 from unetc.errors import CompileError
+from unetc.tensors import tensor_ranges
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:

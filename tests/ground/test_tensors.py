@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from tests.house.test_layout import modules, scripts
 from tests.promises.mutation import documents
 from unetc.conditions import Conditions
-from unetc.tensors import load_tensors, save_tensors
+from unetc.tensors import load_tensors, save_tensors, tensor_ranges
 
 TYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "|u1", "|b1", ">f4", ">i8")
 
@@ -92,6 +93,37 @@ MALFORMED = {
 def test_malformed_content_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"safetensors|array 'a'"):
         load_tensors(content)
+
+
+HEADERS = (
+    "nothing",
+    "a header without its end",
+    "a header that is no JSON",
+    "a header that is a list",
+    "an array that is a number",
+    "a deep header",
+    "values after the last array",
+    "arrays that overlap",
+    "too few values",
+    "bytes before the first one",
+)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_ranges_in_a_malformed_file_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "weights").write_bytes(MALFORMED[name])
+    with pytest.raises(ValueError, match="safetensors"):
+        tensor_ranges(tmp_path / "weights")
+
+
+def test_ranges_hold_the_values_of_a_file(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(6.0), "b": np.zeros((0, 3)), "c": np.arange(3, dtype=np.int8)}
+    content = save(arrays, metadata={"format": "np"})
+    (tmp_path / "weights").write_bytes(content)
+    ranges = tensor_ranges(tmp_path / "weights")
+    assert {name: content[slice(*own)] for name, own in ranges.items()} == {
+        name: array.tobytes() for name, array in arrays.items()
+    }
 
 
 @given(documents(json.dumps(entry())), st.binary(max_size=9))
