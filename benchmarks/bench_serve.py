@@ -48,8 +48,8 @@ HERE = Path(__file__).parent
 PROFILES = {"digits": "digits-ddim", "prompted-digits": "prompted-digits"}
 """Committed profiles by model."""
 STEPS = 20, 50
-NAMES = [f"{model}, {steps} steps" for model in PROFILES for steps in STEPS]
-"""The cases."""
+NAMES = {f"{model}, {steps} steps": (model, steps) for model in PROFILES for steps in STEPS}
+"""Model and number of steps of each case."""
 BUDGETS = "0.27,0.4,0.55"
 LEVEL = "27%"
 """Quality of all contenders but torch, unless a figure says otherwise."""
@@ -311,19 +311,18 @@ def of_ladder(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def cases(bundles: Path) -> Iterator[Case]:
-    """Open the bundles; build those that are missing."""
-    for model, profile in PROFILES.items():
+def cases(bundles: Path, names: Collection[str]) -> Iterator[Case]:
+    """Open the bundles of the cases with some names; build those that are missing."""
+    for model, steps in (own for name, own in NAMES.items() if name in names):
         bundle = bundles / model
         if not bundle.exists():
-            measured = HERE.parent / "tests" / "planner" / "profiles" / f"{profile}.json"
+            measured = HERE.parent / "tests" / "planner" / "profiles" / f"{PROFILES[model]}.json"
             options = ["--profile", str(measured), "--budget", BUDGETS, "--no-controls", "-o", str(bundle)]
             subprocess.run([*UNETC, "build", model, *options], check=True)
         conditioning = Bundle.open(bundle).manifest.conditioning
         prompts = () if conditioning is None else conditioning.prompts
         scale = 1.0 if conditioning is None else conditioning.guidance_scale
-        for steps in STEPS:
-            yield Case(model=model, bundle=bundle, steps=steps, prompts=prompts, guidance_scale=scale)
+        yield Case(model=model, bundle=bundle, steps=steps, prompts=prompts, guidance_scale=scale)
 
 
 def figures(results: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
@@ -405,9 +404,7 @@ async def run(
     bundles: Path, names: Collection[str], rounds: int, seconds: float, requests: int
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     """Measure the cases with some names."""
-    for case in cases(bundles):
-        if case.name not in names:
-            continue
+    for case in cases(bundles, names):
         print(f"{case.name} …", file=sys.stderr, flush=True)
         result = await measure(case, rounds, seconds, requests)
         if case.steps == STEPS[-1]:
