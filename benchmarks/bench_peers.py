@@ -46,6 +46,7 @@ from matplotlib.ticker import FuncFormatter
 from peer_rules import AdaptiveDiffusion, HiCache, Rule, Spectrum, Zeus, guided_until, skipping, taylorseer
 from prompt_following import Request, followed, full_requests
 from result_file import picture_of, write
+from spread_out import spread_out
 from tgate import gated
 
 import unetc
@@ -405,24 +406,43 @@ def accuracy(model: PipelineModel, judge: Judge, work: Path, guidance: float) ->
     ]
 
 
+_SETTINGS = re.compile(r", (interval|gate|from step|threshold|budget) [\d.]+|, \d+ guided steps| \(.*\)")
+"""What differs between the contenders of one method."""
+_LABEL_GAP = 0.042
+"""Least distance between two names in the picture, as a share of its height."""
+
+
 @styled
 def draw(rows: list[dict[str, Any]]) -> str:
-    """Draw damage against time, one line per method."""
-    figure = Figure((WIDTH, 4.4))
-    axes = figure.add_axes((0.07, 0.12, 0.86, 0.8))
+    """Draw damage against time, one line per method, with the names of all methods in a column on the right."""
+    figure = Figure((WIDTH, 5.2))
+    axes = figure.add_axes((0.07, 0.1, 0.68, 0.87))
     axes.set(yscale="log", xlabel="time / time of the full model in the same runtime", ylabel="damage, relative L2")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.grid(axis="y", which="major", color=FAINT, linewidth=0.5)
     methods: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if (damage := row["damage"]["relative_l2"]["mean"]) > 0:
-            method = re.split(r", | \(", row["contender"])[0]  # the name without its settings
-            methods.setdefault(method, []).append((row["time_ratio"], damage))
+            methods.setdefault(_SETTINGS.sub("", row["contender"]), []).append((row["time_ratio"], damage))
+    colors = {method: PLAN if method.startswith("unetc") else MUTED for method in methods}
     for method, points in methods.items():
-        color, marker = (PLAN, "D-") if method == "unetc" else (MUTED, "o-")
-        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, linewidth=1.2)
-        axes.annotate(method, max(points), (7, 4), textcoords="offset points", color=color, fontsize=7.5)
-    axes.set_xlim(right=1.05 * axes.get_xlim()[1])  # room for the last label
+        marker = "D-" if method.startswith("unetc") else "o-"
+        axes.plot(*zip(*points, strict=True), marker, color=colors[method], markersize=4, linewidth=1)
+    highest_first = sorted(methods, key=lambda method: -max(methods[method])[1])
+    axes.autoscale_view()  # the places of names depend on the limits
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [float(to_axes.transform(max(methods[method]))[1]) for method in highest_first]
+    for method, height in zip(highest_first, spread_out(wanted, _LABEL_GAP), strict=True):
+        axes.annotate(
+            method,
+            max(methods[method]),
+            (1.03, height),
+            textcoords="axes fraction",
+            color=colors[method],
+            fontsize=7.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 4},
+        )
     return inline(figure, "Damage against time of unetc and its peers")
 
 
@@ -449,6 +469,10 @@ def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list
                 f"interval {interval}",
                 "value": _damage_of(mine) / _damage_of(best),
                 "goal": {"at_most": 0.5},
+            },
+            {
+                "figure": f"time of unetc / time of that peer (both ratios to full), interval {interval}",
+                "value": mine["time_ratio"] / best["time_ratio"],
             },
             {
                 "figure": f"time of unetc / time of DeepCache (both ratios to full), interval {interval}",

@@ -198,9 +198,13 @@ def reading_of(run: dict[str, Any]) -> str:
 def peers(result: dict[str, Any]) -> str:
     """Write the contenders at the time of DeepCache, with a short reading."""
     settings, (first, *_), (full, planned) = result["settings"], result["tables"], result["at_budget"]
-    ratios = [own["value"] for own in result["figures"] if own["figure"].startswith("damage")]
     intervals = [str(own["interval"]) for own in result["contenders"] if own["contender"].startswith("DeepCache 0")]
     at_full, at_plan = (percent(own["followed"]["everything"]) for own in (full, planned))
+
+    def ratios(figure: str) -> str:
+        found = [own["value"] for own in result["figures"] if own["figure"].startswith(figure)]
+        return " and ".join(f"{value:.3f} ×" for value in found)
+
     return "\n".join(
         [
             f"`{settings['model']}` is a Stable Diffusion in miniature: DDIM with {settings['steps']} steps, guidance "
@@ -209,9 +213,12 @@ def peers(result: dict[str, Any]) -> str:
             "",
             table(first["columns"], first["rows"]),
             "",
-            f"In the time of DeepCache, the plan does {' and '.join(f'{ratio:.3f} ×' for ratio in ratios)} its damage "
-            f"(intervals {' and '.join(intervals)}). At a budget of 0.27, {at_plan} of {planned['samples']} pictures "
-            f"show everything that their prompt asks for. The full model's share is {at_full}.",
+            f"In the time of DeepCache with intervals {' and '.join(intervals)}, the plan does "
+            f"{ratios('damage of unetc / damage of DeepCache')} its damage, and "
+            f"{ratios('damage of unetc / damage of the best peer')} the damage of the best peer in that time. It takes "
+            f"{ratios('time of unetc / time of that peer')} the time of that peer. At a budget of 0.27, {at_plan} of "
+            f"{planned['samples']} pictures show everything that their prompt asks for. The full model's share is "
+            f"{at_full}.",
         ]
     )
 

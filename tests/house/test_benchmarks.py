@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ import numpy as np
 import pytest
 import result_file
 import tables
+from hypothesis import given
+from hypothesis import strategies as st
+from spread_out import spread_out
 
 import unetc
 from unetc.artifacts.profile import Profile
@@ -320,3 +324,14 @@ def test_all_benchmarks_have_one_rule_for_a_control_in_the_plans_time(time: floa
     own = bench_terrain.figures([row])[0]
     assert ("goal" in own) == ("damage / chosen_steps" in heart_figures(chosen_steps=(time, damage))) == counts
     assert own["value"] == (0.02 / damage if counts else time / 0.7)
+
+
+@given(st.lists(st.integers(0, 100).map(lambda height: height / 100), max_size=12))
+def test_names_in_a_picture_do_not_overlap_and_stay_near_their_points(heights: list[float]) -> None:
+    heights.sort(reverse=True)
+    placed = spread_out(heights, 0.05)
+    assert len(placed) == len(heights)
+    assert all(upper - lower >= 0.05 - 1e-9 for upper, lower in pairwise(placed))
+    assert sum(placed) == pytest.approx(sum(heights))
+    if all(upper - lower >= 0.05 for upper, lower in pairwise(heights)):
+        assert placed == pytest.approx(heights)
