@@ -1,16 +1,16 @@
 """How does an analysis scale over workers of a Ray cluster, and what do killed workers cost?
 
-    python benchmarks/bench_ray.py                          # about a quarter of an hour on two cores
-    python benchmarks/bench_ray.py --terrain terrain/       # also the pipeline of terrain.py, some components
-    python benchmarks/bench_ray.py --workers 1 2 4          # on four cores
+    python benchmarks/bench_ray.py --only digits              # about a quarter of an hour on two cores
+    python benchmarks/bench_ray.py --terrain terrain/         # also the pipeline of terrain.py, some components
+    python benchmarks/bench_ray.py --only terrain --terrain terrain/    # it alone; the result keeps the other rows
 
 Each model is analysed in this process with one thread, by one worker of a local Ray cluster, and by two, in turns. All
 start from the same measured costs, so they carry the same ablations to the final output, and their profiles must be
 equal byte for byte. Seconds count without the start of the cluster. The components were timed once, which is the same
 work everywhere; figures say where it is included. Then workers are killed at random moments while they run a job.
 
-The search for a plan is measured alike, from one profile and with times of engines that are made up, because real ones
-would lead every search elsewhere. All searches must sample the same schedules and find the same plan.
+The search for a plan of `digits` is measured alike, from one profile and with times of engines that are made up: real
+ones would lead every search elsewhere. All searches must sample the same schedules and find the same plan.
 
 Larger clusters are *simulated*: `ray_simulation.py` hands out jobs of the measured durations to workers, some of which
 are slow. Writes `results/ray.json` and docs/images/ray.png.
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401 - makes unetc importable
-from command_line import add_results
+from command_line import add_only, add_results, chosen
 from ray_search import BUDGET, search
 from ray_simulation import SIZES, Work, simulate
-from result_file import picture_of, write
+from result_file import absent, earlier, picture_of, write
 
 from unetc.analyzer.analysis import AnalysisOptions
 from unetc.progress import Progress
@@ -44,6 +44,18 @@ PAUSE_S = 10.0
 """Longest time between two kills: a job that is killed five times ends the analysis, and jobs take seconds."""
 NUMBERS = {2: "two", 4: "four"}
 """Numbers of workers in words."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "digits": {"steps": 50, "samples": 16, "decisive": 7, "rounds": 4, "components": []},
+    "terrain": {
+        "steps": 10,
+        "samples": 2,
+        "decisive": 7,
+        "rounds": 4,
+        "bins": 2,
+        "components": ["down_blocks.3.*", "mid_block.*"],
+    },
+}
+"""Options of the analysis of each model."""
 STAGES = ("timing", "full model", "screen", "ablations")
 
 
@@ -143,6 +155,7 @@ def measure(
     workers: Sequence[int],
     rounds: int,
     kills: int,
+    searches_too: bool,
 ) -> dict[str, Any]:
     """Measure one model.
 
@@ -154,14 +167,15 @@ def measure(
         workers: Numbers of workers, rising from 1.
         rounds: Turns of each number of workers.
         kills: Most workers to kill.
+        searches_too: Whether to measure the search for a plan.
     """
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     case = {"model": model, "options": options, "kills": 0}
     first = run({**case, "workers": 0, "cache": str(folder / "first"), "profile": str(folder / "first.json")})
     expected = (folder / "first.json").read_bytes()
-    runs: dict[int, list[dict[str, Any]]] = {count: [] for count in (0, *workers)}
-    searches: dict[int, list[dict[str, Any]]] = {count: [] for count in (0, *workers)}
+    runs: dict[str, list[dict[str, Any]]] = {str(count): [] for count in (0, *workers)}
+    searches: dict[str, list[dict[str, Any]]] = {str(count): [] for count in (0, *workers) if searches_too}
     equal = True
 
     def again(count: int, kills: int = 0) -> dict[str, Any]:
@@ -185,17 +199,20 @@ def measure(
 
     for _ in range(rounds):
         for count in (0, *workers):
-            runs[count].append(again(count))
-            whole = {"model": model, "workers": count, "kills": 0, "cache": str(folder / "first")}
-            searches[count].append(run({**whole, "profile": str(folder / "first.json"), "search": True}))
+            runs[str(count)].append(again(count))
+            if searches_too:
+                whole = {"model": model, "workers": count, "kills": 0, "cache": str(folder / "first")}
+                searches[str(count)].append(run({**whole, "profile": str(folder / "first.json"), "search": True}))
     killed = again(workers[-1], kills) if kills else None
+    jobs = Work.of(first["stages"], jobs_of(folder / "first"), runs["0"], runs["1"])
     return {
+        "options": options,
         "first": first,
         "runs": runs,
         "searches": searches,
         "killed": killed,
         "equal": equal,
-        "jobs": jobs_of(folder / "first"),
+        "simulated": {name: simulate(jobs), f"{name}, ten times the jobs": simulate(jobs.times(10))},
     }
 
 
@@ -204,7 +221,7 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
     timing = result["first"]["stages"]["timing"]
 
     def median(of: Callable[[Mapping[str, Any]], float], above: int, below: int, kind: str = "runs") -> float:
-        runs = zip(result[kind][above], result[kind][below], strict=True)
+        runs = zip(result[kind][str(above)], result[kind][str(below)], strict=True)
         ratios = [of(one) / of(other) for one, other in runs]
         return float(statistics.median(ratios))
 
@@ -222,19 +239,23 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
         {"figure": f"{name}: seconds with one worker / in one process, timing included", "value": median(whole, 1, 0)}
         | most,
         {"figure": f"{name}: seconds of the jobs with one worker / in one process", "value": median(jobs, 1, 0)},
-        {"figure": f"{name}: seconds to start a cluster", "value": result["runs"][1][0]["start_s"]},
+        {"figure": f"{name}: seconds to start a cluster", "value": result["runs"]["1"][0]["start_s"]},
         {"figure": f"{name}: profiles equal byte for byte", "value": float(result["equal"]), "goal": {"at_least": 1}},
-        {
-            "figure": f"{name}: seconds of a search for a plan with one worker / in one process",
-            "value": median(alone, 1, 0, "searches"),
-        },
-        {
-            "figure": f"{name}: plans equal byte for byte",
-            "value": float(len({run["plan"] for runs in result["searches"].values() for run in runs}) == 1),
-            "goal": {"at_least": 1},
-        },
     ]
-    for count in (count for count in result["runs"] if count > 1):
+    if result["searches"]:
+        rows += [
+            {
+                "figure": f"{name}: seconds of a search for a plan with one worker / in one process",
+                "value": median(alone, 1, 0, "searches"),
+            },
+            {
+                "figure": f"{name}: plans equal byte for byte",
+                "value": float(len({run["plan"] for runs in result["searches"].values() for run in runs}) == 1),
+                "goal": {"at_least": 1},
+            },
+        ]
+    counts = sorted(map(int, result["runs"]))
+    for count in (count for count in counts if count > 1):
         many, goal = NUMBERS.get(count, str(count)), least if count == 2 else {}
         rows += [
             {"figure": f"{name}: seconds of the jobs with one worker / with {many}", "value": median(jobs, 1, count)}
@@ -243,13 +264,12 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
                 "figure": f"{name}: seconds with one worker / with {many}, timing included",
                 "value": median(whole, 1, count),
             },
-            {
-                "figure": f"{name}: seconds of a search for a plan with one worker / with {many}",
-                "value": median(alone, 1, count, "searches"),
-            },
         ]
+        if result["searches"]:
+            searching = f"{name}: seconds of a search for a plan with one worker / with {many}"
+            rows.append({"figure": searching, "value": median(alone, 1, count, "searches")})
     if (killed := result["killed"]) is not None:
-        undisturbed = statistics.median(run["seconds"] for run in result["runs"][max(result["runs"])])
+        undisturbed = statistics.median(run["seconds"] for run in result["runs"][str(counts[-1])])
         rows += [
             {"figure": f"{name}: workers killed", "value": killed["kills"]},
             {"figure": f"{name}: jobs repeated / workers killed", "value": killed["repeats"] / max(1, killed["kills"])},
@@ -261,7 +281,7 @@ def figures_of(name: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
     return rows
 
 
-def draw(simulated: Mapping[str, list[dict[str, Any]]], results: Mapping[str, Any], path: Path) -> None:
+def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw the speed-up against the number of workers."""
     import matplotlib as mpl
 
@@ -270,11 +290,14 @@ def draw(simulated: Mapping[str, list[dict[str, Any]]], results: Mapping[str, An
 
     figure, axis = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
     axis.plot(SIZES, SIZES, color="#9aa0a6", linestyle=":", label="linear")
-    for colour, (name, rows) in zip(("#2a6fdb", "#e08e45", "#3a9d5d", "#8e5fbf"), simulated.items(), strict=False):
+    simulated = [(name, rows) for result in results.values() for name, rows in result["simulated"].items()]
+    for colour, (name, rows) in zip(("#2a6fdb", "#e08e45", "#3a9d5d", "#8e5fbf"), simulated, strict=False):
         speedups = [row["speedup"] for row in rows]
         axis.plot([row["workers"] for row in rows], speedups, marker="o", color=colour, label=f"{name}, simulated")
     for name, result in results.items():
-        seconds = {count: statistics.median(run["seconds"] for run in runs) for count, runs in result["runs"].items()}
+        seconds = {
+            int(count): statistics.median(run["seconds"] for run in runs) for count, runs in result["runs"].items()
+        }
         counts = [count for count in seconds if count]
         axis.scatter(
             counts,
@@ -292,57 +315,63 @@ def draw(simulated: Mapping[str, list[dict[str, Any]]], results: Mapping[str, An
     pyplot.close(figure)
 
 
+def record_of(results: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, Any]:
+    """Make the result of the measured models."""
+    columns = ["analysis", "workers", "speed-up", "share of the time: timing", "trajectory", "screening", "ablations"]
+    rows = [
+        [name, row["workers"], f"{row['speedup']:.1f}", *(f"{row['shares'][stage]:.2f}" for stage in STAGES)]
+        for result in results.values()
+        for name, own in result["simulated"].items()
+        for row in own
+    ]
+    return {
+        "settings": settings,
+        "figures": [row for name, result in results.items() for row in figures_of(name, result)],
+        "absent": absent(OPTIONS, results),
+        "tables": [{"title": "Simulated, with the measured durations of jobs", "columns": columns, "rows": rows}],
+        "measured": results,
+    }
+
+
 def main() -> None:
     """Measure, simulate, draw and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/unetc/ray", help="caches")
-    add_results(parser)
     parser.add_argument("--terrain", type=Path, help="pipeline folder of terrain.py")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers, 1 among them")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each number of workers")
-    parser.add_argument("--kills", type=int, default=50, help="most workers to kill")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--decisive", type=int, default=7)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of workers, 1 among them")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each number of workers")
+    parser.add_argument("--kills", type=int, default=50, help="most workers to kill in an analysis of digits")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    add_only(parser)
+    add_results(parser)
     options = parser.parse_args()
     if options.child:
         case = json.loads(options.child)
         print(json.dumps(search(case) if "search" in case else child(case)))
         return
+    names = chosen(parser, options.only, OPTIONS)
+    if options.terrain is None and options.only == "":
+        names.remove("terrain")
+    if options.terrain is None and "terrain" in names:
+        parser.error("terrain needs its pipeline: give --terrain, a folder that terrain.py has made")
     workers = sorted({1, *options.workers})
-    effort = {"steps": options.steps, "samples": options.samples, "decisive": options.decisive, "rounds": 4}
-    cases: dict[str, tuple[str, dict[str, Any]]] = {"digits": ("digits", {**effort, "components": []})}
-    if options.terrain:
-        some = {**effort, "steps": 10, "samples": 2, "bins": 4, "components": ["down_blocks.3.*", "mid_block.*"]}
-        cases["terrain"] = (str(options.terrain), some)
-    results, simulated = {}, {}
-    for name, (model, own) in cases.items():
-        kills = options.kills if name == "digits" else 0
-        results[name] = measure(name, model, own, options.work, workers=workers, rounds=options.rounds, kills=kills)
-        work = Work.of(results[name]["first"]["stages"], results[name]["jobs"], results[name]["runs"][1])
-        simulated[name] = simulate(work)
-        simulated[f"{name}, ten times the jobs"] = simulate(work.times(10))
-    columns = ["analysis", "workers", "speed-up", "share of the time: timing", "trajectory", "screening", "ablations"]
-    rows = [
-        [name, row["workers"], f"{row['speedup']:.1f}", *(f"{row['shares'][stage]:.2f}" for stage in STAGES)]
-        for name, own in simulated.items()
-        for row in own
-    ]
-    table = {"title": "Simulated, with the measured durations of jobs", "columns": columns, "rows": rows}
-    measured = {name: {key: own for key, own in result.items() if key != "jobs"} for name, result in results.items()}
-    write(
-        options.results,
-        "ray",
-        {
-            "settings": effort | {"rounds of each": options.rounds, "threads": THREADS, "budget of a search": BUDGET},
-            "figures": [row for name, result in results.items() for row in figures_of(name, result)],
-            "tables": [table],
-            "measured": measured,
-            "simulated": simulated,
-        },
-    )
-    draw(simulated, results, picture_of(options.results, "ray.png"))
+    settings = {"workers": workers, "rounds of each": options.rounds, "threads": THREADS, "budget of a search": BUDGET}
+    results = earlier(options.results, "ray", again=names, settings=settings)
+    for name in names:
+        own = name == "digits"
+        results[name] = measure(
+            name,
+            name if own else str(options.terrain.resolve()),
+            OPTIONS[name],
+            options.work,
+            workers=workers,
+            rounds=options.rounds,
+            kills=options.kills if own else 0,
+            searches_too=own,
+        ) | {"settings": settings}
+        results = {name: results[name] for name in OPTIONS if name in results}
+        write(options.results, "ray", record_of(results, settings))
+        draw(results, picture_of(options.results, "ray.png"))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,23 @@ class Work:
         cls,
         stages: Mapping[str, float],
         jobs: Mapping[str, Sequence[Mapping[str, Any]]],
+        none: Sequence[Mapping[str, Any]],
         one: Sequence[Mapping[str, Any]],
     ) -> Work:
-        """Take the stages and jobs of an analysis in one process, and runs with one worker."""
+        """Take the stages and jobs of an analysis in one process.
+
+        Args:
+            stages: Seconds of its stages.
+            jobs: Its jobs by stage.
+            none: Runs in one process from the same measured costs.
+            one: The same runs with one worker, which starts in the first stages.
+        """
         screen, ablations = (tuple(job["seconds"] for job in jobs[kind]) for kind in ("screen", "ablations"))
-        added = [run["stages"]["full model"] - stages["full model"] for run in one]
+        first = "timing", "full model"
+        added = [
+            sum(with_worker["stages"][stage] - run["stages"][stage] for stage in first)
+            for run, with_worker in zip(none, one, strict=True)
+        ]
         return cls(
             start=max(0.0, statistics.median(added)),
             timing=stages["timing"],
