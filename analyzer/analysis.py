@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.profile import ImageSource, ModelReference, Profile, with_guidance
 from unetc.artifacts.record import read_cached, write_atomically
 from unetc.compiler.graph.forms import removals_of
@@ -75,7 +75,7 @@ class AnalysisOptions:
             ProfileError: If one is no number, or out of range.
             SessionError: If the guidance scale is out of range.
         """
-        plain_numbers(self, ProfileError)
+        plain_fields(self, ProfileError)
         for name in ("steps", "samples", "bins", "threads", "batch", "rounds"):
             if getattr(self, name) < 1:
                 raise ProfileError(f"{name} must be at least 1, got {getattr(self, name)}.")

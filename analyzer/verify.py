@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import unetc
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.manifest import FULL, Level, Manifest
 from unetc.artifacts.profile import Damage
 from unetc.artifacts.verification import ControlResult, Converged, EngineUse, Verification
@@ -59,9 +59,9 @@ class VerifyOptions:
         """Check the numbers.
 
         Raises:
-            SessionError: If one is no number.
+            SessionError: If one has another type.
         """
-        plain_numbers(self, SessionError)
+        plain_fields(self, SessionError)
 
 
 def verify(bundle: Bundle, options: VerifyOptions, on_progress: OnProgress = ignore) -> Verification:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.manifest import Control, EnginePair, Level, Manifest, Measurement, level_name
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
@@ -72,10 +72,12 @@ class BuildOptions:
         """Check the numbers and the ladder.
 
         Raises:
-            PlanError: If a value is no number, a budget is out of range, two levels would have the same name, or
-                budgets do not rise.
+            PlanError: If a value has another type, a number or a budget is out of range, two levels would have the same
+                name, or budgets do not rise.
         """
-        plain_numbers(self, PlanError)
+        plain_fields(self, PlanError)
+        if self.random_plans < 0:
+            raise PlanError(f"the number of random plans must be at least 0, got {self.random_plans}.")
         if not isinstance(self.ladder, tuple | list):
             raise PlanError(f"ladder is {self.ladder!r}, a {type(self.ladder).__name__}. Expected several budgets.")
         ladder = tuple(replace(self.plan, budget=budget).budget for budget in self.ladder)

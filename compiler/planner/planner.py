@@ -14,7 +14,7 @@ from itertools import groupby
 from math import inf
 
 import unetc
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.plan import Phase, Plan
 from unetc.artifacts.profile import Profile
 from unetc.errors import PlanError
@@ -54,7 +54,7 @@ class PlanOptions:
         Raises:
             PlanError: If one is no number, or out of range.
         """
-        plain_numbers(self, PlanError)
+        plain_fields(self, PlanError)
         if not 0 <= self.budget < 1:
             raise PlanError(f"a budget is the share of time to save, in [0, 1); got {self.budget}. Try 0.27.")
         if self.max_engines < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 import unetc
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.pareto import Pareto, Point
 from unetc.artifacts.profile import Profile
 from unetc.compiler.planner.planner import PlanOptions
@@ -48,7 +48,7 @@ class ParetoOptions:
         Raises:
             PlanError: If one is no number, or out of range.
         """
-        plain_numbers(self, PlanError)
+        plain_fields(self, PlanError)
         if self.budgets < 1:
             raise PlanError(f"a curve needs at least 1 budget, got {self.budgets}.")
         self.plan(LEAST)

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.profile import Damage
 from unetc.errors import PlanError
 from unetc.metrics.distances import PSNR_CAP_DB
@@ -33,7 +33,7 @@ class QualityGate:
         Raises:
             PlanError: If the metric is unknown, or its value can never be the bound.
         """
-        plain_numbers(self, PlanError)
+        plain_fields(self, PlanError)
         if self.metric not in _RANGES:
             raise PlanError(f"no quality gate has the metric {self.metric!r}. Expected psnr, ssim or relative-l2.")
         low, high, expected = _RANGES[self.metric]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.profile import Damage
 from unetc.errors import PlanError
 from unetc.progress import OnProgress, Progress
@@ -44,9 +44,9 @@ class RepairOptions:
         """Check the numbers.
 
         Raises:
-            PlanError: If one is no number.
+            PlanError: If one has another type.
         """
-        plain_numbers(self, PlanError)
+        plain_fields(self, PlanError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.environment import lacking
 from unetc.errors import EngineBuildError, MissingDependency
 from unetc.nvidia.library import LIBRARIES, Library, library_of
@@ -45,9 +45,9 @@ class CompileOptions:
         """Check the numbers.
 
         Raises:
-            EngineBuildError: If one is no number.
+            EngineBuildError: If one has another type.
         """
-        plain_numbers(self, EngineBuildError)
+        plain_fields(self, EngineBuildError)
 
 
 def target_of(text: str, precision: str | None) -> tuple[str, Precision]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.errors import SessionError
 
 ROWS = 8
@@ -28,9 +28,9 @@ class BatchLimits:
         """Check the numbers.
 
         Raises:
-            SessionError: If one is no number.
+            SessionError: If one has another type.
         """
-        plain_numbers(self, SessionError)
+        plain_fields(self, SessionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

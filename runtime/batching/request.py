@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.manifest import FULL as FULL
 from unetc.conditions import Conditions
 from unetc.device import Array
@@ -49,9 +49,9 @@ class SampleRequest:
         """Check the numbers.
 
         Raises:
-            SessionError: If one is no number.
+            SessionError: If one has another type.
         """
-        plain_numbers(self, SessionError)
+        plain_fields(self, SessionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -51,13 +52,30 @@ def real_number(name: str, value: object, refusal: type[UnetcError] = SessionErr
     return plain
 
 
-def plain_numbers(options: Any, refusal: type[UnetcError]) -> None:
-    """Replace all numbers in the fields of a frozen dataclass by plain ones; its `__post_init__` calls this first.
+def flag(name: str, value: object, refusal: type[UnetcError] = SessionError) -> bool:
+    """Read True or False, of Python, numpy or torch.
 
-    Files and hashes cannot take the numbers of numpy and torch.
+    Args:
+        name: Name of the argument.
+        value: The argument.
+        refusal: The error that is raised.
 
     Raises:
-        UnetcError: `refusal`, if a value is no number of the field's type.
+        UnetcError: If the value is something else, such as text or a number.
+    """
+    plain = _element(value)
+    if not isinstance(plain, bool):
+        raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected True or False.")
+    return plain
+
+
+def plain_fields(options: Any, refusal: type[UnetcError]) -> None:
+    """Make numbers and flags in the fields of a frozen dataclass plain ones; its `__post_init__` calls this first.
+
+    Files and hashes cannot take the numbers of numpy and torch, and the text "no" would count as yes.
+
+    Raises:
+        UnetcError: `refusal`, if a value is not of the field's type.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -66,7 +84,13 @@ def plain_numbers(options: Any, refusal: type[UnetcError]) -> None:
             object.__setattr__(options, field.name, _READERS[kind](field.name, value, refusal))
 
 
-_READERS = {"int": whole_number, "int | None": whole_number, "float": real_number, "float | None": real_number}
+_READERS: dict[str, Callable[[str, Any, type[UnetcError]], object]] = {
+    "int": whole_number,
+    "int | None": whole_number,
+    "float": real_number,
+    "float | None": real_number,
+    "bool": flag,
+}
 """Readers of fields, by annotation."""
 
 

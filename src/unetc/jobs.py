@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.record import write_atomically
 from unetc.errors import WorkerError
 
@@ -116,7 +116,7 @@ class Cluster:
         Raises:
             WorkerError: If it is not whole.
         """
-        plain_numbers(self, WorkerError)
+        plain_fields(self, WorkerError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

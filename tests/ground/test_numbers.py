@@ -61,6 +61,19 @@ NUMBERS = [
 ]
 
 
+FLAGS = [(options, field.name) for options in OPTIONS for field in fields(options) if str(field.type) == "bool"]
+
+
+@pytest.mark.parametrize(("options", "name"), FLAGS)
+def test_flags_are_true_or_false(options: type[Any], name: str) -> None:
+    given, error = OPTIONS[options]
+    for other in ("no", 1, 0.0, None, []):
+        with pytest.raises(error, match=rf"^{name} is .*, a {type(other).__name__}\. Expected True or False\.$"):
+            options(**given | {name: other})
+    for value in (False, np.False_, torch.tensor(False)):
+        assert getattr(options(**given | {name: value}), name) is False
+
+
 def test_every_kind_of_options_has_numbers() -> None:
     assert {options for options, _, _ in NUMBERS} == set(OPTIONS)
 
@@ -105,6 +118,12 @@ def test_budgets_of_a_ladder_are_numbers_too() -> None:
     for alone in (0.3, "0.3"):
         with pytest.raises(PlanError, match=f"^ladder is {alone!r}, a .* Expected several budgets"):
             unetc.BuildOptions(plan=PLAN, ladder=alone)  # type: ignore[arg-type]
+
+
+def test_a_build_makes_no_negative_number_of_random_plans() -> None:
+    assert unetc.BuildOptions(plan=PLAN, random_plans=0).random_plans == 0
+    with pytest.raises(PlanError, match="random plans must be at least 0, got -1"):
+        unetc.BuildOptions(plan=PLAN, random_plans=-1)
 
 
 def test_an_infinite_scale_of_a_lora_is_refused() -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.errors import ModelError
 
 SUFFIX = ".safetensors"
@@ -28,7 +28,7 @@ class Lora:
         Raises:
             ModelError: If it is no finite number.
         """
-        plain_numbers(self, ModelError)
+        plain_fields(self, ModelError)
         if math.isinf(self.scale):
             raise ModelError(f"the scale of LoRA {self.path} must be a finite number, got {self.scale}.")
 

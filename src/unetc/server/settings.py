@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from unetc.arguments import plain_numbers
+from unetc.arguments import plain_fields
 from unetc.artifacts.reading import read_bounded
 from unetc.errors import SessionError
 from unetc.runtime.batching.ladder import saving_of
@@ -147,7 +147,7 @@ class ServerSettings:
         Raises:
             SessionError: If there are such settings.
         """
-        plain_numbers(self, SessionError)
+        plain_fields(self, SessionError)
         if not self.bundles:
             raise SessionError("there is nothing to serve. Name the folder of a bundle.")
         if self.degrade_to is not None:
