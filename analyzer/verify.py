@@ -56,7 +56,7 @@ class VerifyOptions:
     """Whether to compare with the converged trajectory too; it takes at least 500 calls per batch."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check numbers and flags.
 
         Raises:
             SessionError: If one has another type.

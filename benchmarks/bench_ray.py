@@ -4,10 +4,11 @@
     python benchmarks/bench_ray.py --terrain terrain/         # also the pipeline of terrain.py, some components
     python benchmarks/bench_ray.py --only terrain --terrain terrain/    # it alone; the result keeps the other rows
 
-Each model is analysed in this process with one thread, by one worker of a local Ray cluster, and by two, in turns. All
-start from the same measured costs, so they carry the same ablations to the final output, and their profiles must be
-equal byte for byte. Seconds count without the start of the cluster. The components were timed once, which is the same
-work everywhere; figures say where it is included. Then workers are killed at random moments while they run a job.
+Each model is analysed in this process with one thread, and by one, two and four workers of a local Ray cluster, in
+turns. All start from the same measured costs, so they carry the same ablations to the final output, and their profiles
+must be equal byte for byte. Seconds count without the start of the cluster. The components were timed once, which is
+the same work everywhere; figures say where it is included. Then, with `digits`, workers are killed at random moments
+while they run a job.
 
 The search for a plan of `digits` is measured alike, from one profile and with times of engines that are made up: real
 ones would lead every search elsewhere. All searches must sample the same schedules and find the same plan.
@@ -37,6 +38,7 @@ from ray_simulation import SIZES, Work, simulate
 from result_file import absent, earlier, picture_of, write
 
 from unetc.analyzer.analysis import AnalysisOptions
+from unetc.environment import cores
 from unetc.progress import Progress
 
 THREADS = 1
@@ -294,7 +296,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for colour, (name, rows) in zip(("#2a6fdb", "#e08e45", "#3a9d5d", "#8e5fbf"), simulated, strict=False):
         speedups = [row["speedup"] for row in rows]
         axis.plot([row["workers"] for row in rows], speedups, marker="o", color=colour, label=f"{name}, simulated")
-    for name, result in results.items():
+    for marker, (name, result) in zip("x+", results.items(), strict=False):
         seconds = {
             int(count): statistics.median(run["seconds"] for run in runs) for count, runs in result["runs"].items()
         }
@@ -302,10 +304,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axis.scatter(
             counts,
             [seconds[1] / seconds[count] for count in counts],
-            marker="x",
+            marker=marker,
             color="black",
             zorder=3,
-            label=f"{name}, measured",
+            label=f"{name}, measured on {cores()} cores",
         )
     axis.set(xlabel="workers", ylabel="speed-up over one worker", xscale="log", yscale="log")
     axis.set_xticks(SIZES, [str(size) for size in SIZES])

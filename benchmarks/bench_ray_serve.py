@@ -156,7 +156,7 @@ async def overload(case: Case, seconds: float) -> dict[str, Any]:
 def of_crowd(
     statuses: Mapping[int, int], lost: int, refusals: Sequence[float], answers: Sequence[float]
 ) -> dict[str, Any]:
-    """Describe an overload; what its answers are too few for is None."""
+    """Describe an overload; a figure without enough answers is None."""
     return {
         "statuses": dict(statuses),
         "lost": lost,

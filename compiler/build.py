@@ -22,7 +22,7 @@ from unetc.compiler.search.bench import SAMPLING_ROUNDS
 from unetc.compiler.search.candidate import Candidate
 from unetc.compiler.search.controls import Controls, MadeControl, make_controls
 from unetc.compiler.search.find_plan import Found, choose_again, find_plan
-from unetc.compiler.search.fit import aim_again, fit_plan
+from unetc.compiler.search.fit import aim_again, budget_of, fit_plan
 from unetc.compiler.search.pareto import ParetoOptions, passing_points, refine, trace
 from unetc.compiler.search.quality_gate import QualityGate
 from unetc.compiler.search.repair import RepairOptions, repair
@@ -42,7 +42,7 @@ from .text import prepare_text
 
 SEARCH_REPAIR = RepairOptions(evaluations=10, patience=5)
 MOST_CORRECTIONS = 2
-"""Most times that another plan is chosen because the measured one misses the budget."""
+"""Most times that another plan is chosen because the measured one misses the budget or lies at its edge."""
 QUALITY_GATE_SEARCH_STEPS = 5
 """Halvings of the interval that holds the largest budget that passes a quality gate."""
 
@@ -79,7 +79,10 @@ class BuildOptions:
         if self.random_plans < 0:
             raise PlanError(f"the number of random plans must be at least 0, got {self.random_plans}.")
         if not isinstance(self.ladder, tuple | list):
-            raise PlanError(f"ladder is {self.ladder!r}, a {type(self.ladder).__name__}. Expected several budgets.")
+            raise PlanError(
+                f"ladder is {self.ladder!r}, a {type(self.ladder).__name__}. Expected a tuple or a list of "
+                "budgets, as (0.4, 0.55)."
+            )
         ladder = tuple(replace(self.plan, budget=budget).budget for budget in self.ladder)
         object.__setattr__(self, "ladder", ladder)
         if not ladder:
@@ -119,8 +122,15 @@ class _Fitted:
 
     @property
     def saved(self) -> float:
-        """Mean of the savings by the engines' times and while it sampled."""
+        """Mean of the savings by the engines' times and while it sampled.
+
+        Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few.
+        """
         return (self.candidate.saving + self.sampled) / 2
+
+    def aim_again(self, budget: float) -> float | None:
+        """Return the saving to ask for next, see `aim_again` of the search."""
+        return aim_again(budget, self.candidate.saving, self.saved)
 
 
 def build(
@@ -332,34 +342,38 @@ def _fit(
     on_progress: OnProgress,
     emits: Collection[str],
 ) -> _Fitted:
-    """Fit by the engines' times, repair by sampling, and aim higher while the measured saving misses the budget.
+    """Fit by the engines' times, repair by sampling, and aim higher while too little is saved; keep the best try.
 
     A higher aim is met by another schedule that was sampled. If none saves enough, another search is made.
     """
     repair = options.repair
     found = find_plan(workbench, asked, repair, notes, seed, on_progress, emits=emits)
     tries = [_measure_found(workbench, found, options, seed, notes)]
-    for _ in range(MOST_CORRECTIONS):
-        last = tries[-1]
-        aim = aim_again(asked.budget, last.candidate.saving, last.sampled)
-        if aim is None:
-            break
-        notes.append(f"engines and sampling saved {percent(last.saved)}; chosen again for {percent(aim)}")
+    while len(tries) <= MOST_CORRECTIONS and (aim := tries[-1].aim_again(asked.budget)) is not None:
+        aim = min(0.99, aim)
+        notes.append(f"engines and sampling saved {percent(tries[-1].saved)}; chosen again for {percent(aim)}")
         again = choose_again(workbench, found, aim, repair, notes, seed, on_progress, emits=emits)
         if again is None:
-            further, correction = replace(asked, budget=min(0.99, aim)), found.correction
+            further, correction = replace(asked, budget=budget_of(aim)), found.correction
             try:
                 again = find_plan(
                     workbench, further, repair, notes, seed, on_progress, correction=correction, emits=emits
                 )
             except PlanError as error:
-                notes.append(f"kept the plan that saves {percent(last.saved)}: {error}")
+                notes.append(f"no other plan was found: {error}")
                 break
         found = again
         tries.append(_measure_found(workbench, found, options, seed, notes))
-    fitted = min(tries, key=lambda one: (one.saved < asked.budget, abs(one.saved - asked.budget)))
+    fitted = min(tries, key=partial(_rank, budget=asked.budget))
+    if fitted is not tries[-1]:
+        notes.append(f"kept the plan that saves {percent(fitted.saved)}")
     plan = msgspec.structs.replace(fitted.candidate.plan, budget=asked.budget)
     return replace(fitted, candidate=replace(fitted.candidate, plan=plan))
+
+
+def _rank(fitted: _Fitted, budget: float) -> tuple[bool, bool, float]:
+    """Order tries: first those that save enough, then those at the edge of the budget, each by their distance to it."""
+    return fitted.aim_again(budget) is not None, fitted.saved < budget, abs(fitted.saved - budget)
 
 
 def _measure_found(workbench: Workbench, found: Found, options: BuildOptions, seed: int, notes: list[str]) -> _Fitted:

@@ -193,6 +193,7 @@ def brief() -> Iterator[None]:
             patch.setattr("unetc.compiler.prepare.STEP_COUNTS", (*range(1, 21), 50))
             patch.setattr("unetc.compiler.search.bench.ENGINE_SECONDS", 0.0)
             patch.setattr("unetc.compiler.search.bench.BATCH_SECONDS", 0.0)
+            patch.setattr("unetc.compiler.search.bench.SAMPLING_SECONDS", 0.0)
         yield
 
 

@@ -26,7 +26,7 @@ TOLERANCE = 0.05
 """A saving may exceed the budget by this share of it."""
 
 _EDGE = 0.01
-"""A measured saving should exceed the budget by this share of it: what is measured again lies now above, now below."""
+"""A saving should exceed the budget by this share of it, because a second measurement may be a little lower."""
 ATTEMPTS = 6
 LONGEST_PERIOD = 10
 
@@ -100,21 +100,22 @@ def middle_of(budget: float) -> float:
     return (1 + TOLERANCE / 2) * budget
 
 
-def aim_again(budget: float, by_engines: float, by_sampling: float) -> float | None:
-    """Decide whether a plan saves too little, and for which saving another should be chosen.
+def budget_of(middle: float) -> float:
+    """Return the budget whose accepted savings have this middle."""
+    return middle / (1 + TOLERANCE / 2)
 
-    Both measurements are noisy: alternating engine calls are not a sampling run, and sampling runs are few. Their mean
-    decides. At the edge, a plan would miss the budget as often as not.
+
+def aim_again(budget: float, by_engines: float, saved: float) -> float | None:
+    """Decide whether a plan saves too little, and for which saving another should be chosen.
 
     Args:
         budget: Share of the time to save.
         by_engines: Saving of the plan by the times of its engines.
-        by_sampling: Saving of the plan while it sampled.
+        saved: Best estimate of its saving, which says by how much the times of engines are wrong.
 
     Returns:
-        The saving by the times of engines; None if the plan meets the budget.
+        The saving by the times of engines to ask for; None if the plan saves enough.
     """
-    saved = (by_engines + by_sampling) / 2
     if budget == 0 or saved >= (1 + _EDGE) * budget:  # without a budget noise is no shortfall
         return None
     return by_engines + middle_of(budget) - saved

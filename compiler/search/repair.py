@@ -41,7 +41,7 @@ class RepairOptions:
     """Whether to tune the scheduler's rows to every schedule; without, damage is measured with the plain rows."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check numbers and flags.
 
         Raises:
             PlanError: If one has another type.

@@ -42,7 +42,7 @@ class CompileOptions:
     """Whether to build the full model in float32 too; it repeats a step that overflows in half precision."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check numbers and flags.
 
         Raises:
             EngineBuildError: If one has another type.

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 _WARMUP_CALLS = 3
 """Calls before a capture: libraries choose their kernels and allocate their workspaces in the first calls."""
-_KEPT_GRAPHS = 4
-"""CUDA graphs kept per engine; the least recently used ones are deleted."""
+_KEPT_GRAPHS = 6
+"""CUDA graphs kept per engine, one more than a server prepares; the least recently used ones are deleted."""
 
 
 @runtime_checkable

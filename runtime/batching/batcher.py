@@ -211,13 +211,15 @@ class Batcher:
 
     def warm_up(self) -> Future[None]:
         """Call every engine once, so that the first request need not wait for what engines prepare in a first call."""
-        captured = [rows for rows in self._limits.captured if rows <= self._limits.rows]
-        sizes = captured if self._device.captures_shapes else sorted({1, self._limits.seats // 2})
 
         def call() -> None:
             known: dict[Program, Cost] = {}
             for session in self._sessions.values():
-                known |= warm_up(session, sizes, known)
+                sizes = {1, self._limits.seats // 2}
+                if self._device.captures_shapes:
+                    of_sample = session.conditions.rows_per_sample
+                    sizes = {max(1, rows // of_sample) for rows in self._limits.prepared}
+                known |= warm_up(session, sorted(sizes), known)
             for program, cost in known.items():
                 self._pace.measured(program, cost)
 
@@ -537,7 +539,7 @@ class Batcher:
         """Count the rows that are added so that a call has a shape that the device is prepared for."""
         if not self._device.captures_shapes:
             return 0
-        return next((size - rows for size in self._limits.captured if size >= rows), 0)
+        return next((size - rows for size in self._limits.prepared if size >= rows), 0)
 
     def _report(self, order: Order) -> None:
         """Tell a request's owner about its progress, or hand over its images."""

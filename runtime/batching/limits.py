@@ -32,6 +32,11 @@ class BatchLimits:
         """
         plain_fields(self, SessionError)
 
+    @property
+    def prepared(self) -> tuple[int, ...]:
+        """Rows of the calls on such a device, rising: none has more than a call may have."""
+        return (*sorted(size for size in self.captured if size < self.rows), self.rows)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecord:

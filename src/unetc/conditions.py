@@ -164,9 +164,9 @@ class Conditions:
             target: Target height and width in pixels; the original ones when not given. SDXL's refiner has none.
 
         Raises:
-            SessionError: If a number is not whole.
+            SessionError: If one is not two whole numbers.
         """
-        numbers = [whole_number("a size or a crop", number) for number in (*original, *crop, *(target or original))]
+        numbers = [number for pair in (original, crop, target or original) for number in _pair(pair)]
 
         def choose(times: NDArray[Any]) -> None:
             times[:, :4] = numbers[:4]
@@ -305,3 +305,11 @@ class Conditions:
 
 UNCONDITIONAL = Conditions()
 """No conditions: the denoiser receives only noise and timestep."""
+
+
+def _pair(values: Any) -> list[int]:
+    """Read a size or a place of a crop."""
+    pair = [whole_number("a size or a crop", value) for value in values]
+    if len(pair) != 2:
+        raise SessionError(f"a size or a crop is {values!r}. Expected two whole numbers.")
+    return pair

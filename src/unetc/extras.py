@@ -10,7 +10,7 @@ from unetc.errors import MissingDependency
 EXTRAS = {
     "onnxruntime": "cpu",
     **dict.fromkeys(
-        ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy", "filelock", "huggingface_hub"),
+        ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "scipy", "filelock", "huggingface_hub"),
         "compile",
     ),
     "tokenizers": "text",

@@ -304,9 +304,11 @@ class _Crew:
 
     def spread_over_one(self, job: Job[Any, Any], shared: tuple[Any, ...]) -> Any:
         """Run a job on a worker that has its machine for itself; the others keep their benches and wait."""
+        longest = _ANSWERS_WITHIN_S
         if not self._working:
             self._start(self._seats)
-        if self._working is self._seats and self._settled():
+            longest = math.inf  # a worker alone would take as long
+        if self._working is self._seats and self._settled(longest):
             with self._rest_of(self._seats[0]) as taken:
                 if taken:
                     ((_, result),) = self._run(self._seats[:1], (job,), shared, math.inf)
@@ -324,13 +326,16 @@ class _Crew:
         for seat in seats:
             seat.start(self._recipe)
 
-    def _settled(self) -> bool:
+    def _settled(self, longest: float) -> bool:
         """Wait until no worker of the first machine sets up its bench, which would disturb a timing.
 
+        Args:
+            longest: Most seconds to wait.
+
         Returns:
-            False if one does not end.
+            False if one does not end in time.
         """
-        deadline = time.monotonic() + _ANSWERS_WITHIN_S
+        deadline = time.monotonic() + longest
         while any(seat.answer is not None for seat in self._seats if seat.node == self._seats[0].node):
             if time.monotonic() >= deadline:
                 return False

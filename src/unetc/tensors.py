@@ -110,7 +110,7 @@ def _read_header(file: BinaryIO, size: int) -> tuple[int, dict[str, _Place]]:
         raise ValueError(f"the header of safetensors is malformed: {error}") from error
     values = size - begin
     ranges = [(0, 0), *sorted(place.data_offsets for place in places.values()), (values, values)]
-    if any(left[1] != right[0] for left, right in pairwise(ranges)):
+    if any(first > last for first, last in ranges) or any(left[1] != right[0] for left, right in pairwise(ranges)):
         raise ValueError(f"the arrays of safetensors leave gaps in {values} bytes of values, or overlap")
     return begin, places
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +250,7 @@ def test_holding_right_after_a_refresh_at_the_same_input_changes_nothing(tiny: T
     inputs, _ = inputs_at(tiny, 0, (2, 2 * tiny.stride, 2 * tiny.stride))
     full, emitted = tiny.run_emitting(load(tiny, specialise(tiny.gated, {}, means, tiny.names)), inputs)
     assert len(emitted) == len(tiny.names)
-    for component, treatment in zip(tiny.gated.components, cycle((HOLD, FORECAST)), strict=False):
+    for component, treatment in product(tiny.gated.components, (HOLD, FORECAST)):
         engine = load(tiny, specialise(tiny.gated, {component.name: treatment}, means))
         key = str(component.index)
         held = {HELD + key: emitted[COMPUTED + key]}

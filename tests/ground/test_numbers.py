@@ -116,7 +116,7 @@ def test_budgets_of_a_ladder_are_numbers_too() -> None:
         with pytest.raises(PlanError, match=r"^budget is "):
             unetc.BuildOptions(plan=PLAN, ladder=(other,))  # type: ignore[arg-type]
     for alone in (0.3, "0.3"):
-        with pytest.raises(PlanError, match=f"^ladder is {alone!r}, a .* Expected several budgets"):
+        with pytest.raises(PlanError, match=f"^ladder is {alone!r}, a .* Expected a tuple or a list"):
             unetc.BuildOptions(plan=PLAN, ladder=alone)  # type: ignore[arg-type]
 
 
@@ -196,3 +196,10 @@ def test_a_tensor_without_memory_is_no_number() -> None:
     for read in (whole_number, real_number):
         with pytest.raises(SessionError, match=r"^one is "):
             read("one", torch.tensor(3, device="meta"))
+
+
+@pytest.mark.parametrize("size", [(512,), (512, 512, 3), ()])
+def test_sizes_in_conditions_are_two_numbers(size: Any) -> None:
+    for sizes in ((size,), ((4, 4), size), ((4, 4), (0, 0), size or (1,))):
+        with pytest.raises(SessionError, match="Expected two whole numbers"):
+            CROPPED.with_sizes(*sizes)

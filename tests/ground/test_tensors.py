@@ -79,6 +79,9 @@ MALFORMED = {
     "values that no array has": encoded({}),
     "values after the last array": encoded(entry(), bytes(9)),
     "values between two arrays": encoded(entry() | {"b": entry(data_offsets=[9, 17])["a"]}, bytes(17)),
+    "an array that ends before it begins": encoded(
+        entry(data_offsets=[0, 5]) | {"b": entry(data_offsets=[5, 3])["a"]}, bytes(3)
+    ),
     "arrays that overlap": encoded(entry() | {"b": entry(data_offsets=[4, 12])["a"]}, bytes(12)),
     "too few values": encoded(entry(), bytes(7)),
     "fewer bytes than values": encoded(entry(data_offsets=[0, 4])),
@@ -103,6 +106,7 @@ HEADERS = (
     "an array that is a number",
     "a deep header",
     "values after the last array",
+    "an array that ends before it begins",
     "arrays that overlap",
     "too few values",
     "bytes before the first one",

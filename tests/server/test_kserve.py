@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import threading
@@ -168,7 +169,8 @@ def test_compressed_requests_are_unpacked_within_the_limit(client: Any, live: Li
     options = {"request_compression_algorithm": "gzip"}
     message = refusal(client, "plain.denoiser", tensors(sample=large, timestep=np.float32(1)), 413, **options)
     assert f"{16 * 2**20} bytes" in message
-    for encoding, body in (("br", b"{}"), ("gzip", b"{}"), ("gzip", b"")):
+    followed = gzip.compress(json.dumps({"inputs": []}).encode()) + b"more"
+    for encoding, body in (("br", b"{}"), ("gzip", b"{}"), ("gzip", b""), ("gzip", followed)):
         answer = live.post("/v2/models/plain/infer", headers={"Content-Encoding": encoding}, content=body)
         assert answer.status_code == 400
 

@@ -16,7 +16,7 @@ from unetc.precision import Precision
 from unetc.runtime.backends.registry import DEFAULT_TARGET, OFFERED, open_backend
 
 _STAGES = {
-    "analyze, plan, build, verify": ("torch", "diffusers", "onnx", "onnxscript", "onnx_ir", "scipy"),
+    "analyze, plan, build, verify": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "scipy"),
     "report": ("matplotlib", "jinja2"),
 }
 

@@ -98,7 +98,7 @@ _ADVICE: Mapping[str, str] = {
     "attn_processors": f"{_ORIGINAL} for perturbed attention (PAG) and other attention processors",
     "_load_ip_adapter_weights": f"{_ORIGINAL} for an IP-Adapter",
     "encoder_hid_proj": f"{_ORIGINAL} for an IP-Adapter",
-    "dequantize": "choose a target that ends with :fp16 or :int8 when you build the bundle",
+    "dequantize": "choose a target that ends with :fp16 when you build the bundle",
     "enable_layerwise_casting": "choose a target that ends with :fp16 when you build the bundle",
     "enable_group_offload": 'load the bundle with memory="low"',
     "push_to_hub": "upload the folder of the bundle",

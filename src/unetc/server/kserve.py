@@ -151,6 +151,8 @@ def _decompressed(body: bytes, headers: Mapping[str, str], limit: int) -> bytes:
         raise HTTPException(413, f"the body exceeds the limit of {limit} bytes when it is unpacked. Send less.")
     if not unpack.eof:
         raise RequestError(f"the body is not valid {encoding}: it is cut off.")
+    if unpack.unused_data:
+        raise RequestError(f"the body is not valid {encoding}: {len(unpack.unused_data)} bytes follow its end.")
     return data
 
 

@@ -184,7 +184,9 @@ class Service:
         return running
 
     def _known(self, model: str | None) -> str:
-        """Return a model's name as a label of metrics, which no client can make up."""
+        """Return a model's name as a label of metrics, which no client can make up; the only one needs no name."""
+        if model is None and len(self.models) == 1:
+            return next(iter(self.models))
         return model if model in self.models else "-"
 
     async def _submitted(self, request: ImageRequest, *, watch: bool) -> Running:
