@@ -471,7 +471,8 @@ def figures(rows: list[dict[str, Any]], at_budget: list[dict[str, Any]]) -> list
                 "goal": {"at_most": 0.5},
             },
             {
-                "figure": f"time of unetc / time of that peer (both ratios to full), interval {interval}",
+                "figure": f"time of unetc / time of the best peer in that time ({best['contender']}), "
+                f"interval {interval}",
                 "value": mine["time_ratio"] / best["time_ratio"],
             },
             {

@@ -31,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401 - makes unetc importable
+from checkout import commit
 from command_line import add_only, add_results, chosen
 from ray_search import BUDGET, search
 from ray_simulation import SIZES, Work, simulate
@@ -370,7 +370,7 @@ def main() -> None:
             rounds=options.rounds,
             kills=options.kills if own else 0,
             searches_too=own,
-        ) | {"settings": settings}
+        ) | {"settings": settings, "commit": commit()}
         results = {name: results[name] for name in OPTIONS if name in results}
         write(options.results, "ray", record_of(results, settings))
         draw(results, picture_of(options.results, "ray.png"))

@@ -203,6 +203,8 @@ def peers(result: dict[str, Any]) -> str:
 
     def ratios(figure: str) -> str:
         found = [own["value"] for own in result["figures"] if own["figure"].startswith(figure)]
+        if not found:
+            raise KeyError(figure)
         return " and ".join(f"{value:.3f} ×" for value in found)
 
     return "\n".join(
@@ -216,8 +218,8 @@ def peers(result: dict[str, Any]) -> str:
             f"In the time of DeepCache with intervals {' and '.join(intervals)}, the plan does "
             f"{ratios('damage of unetc / damage of DeepCache')} its damage, and "
             f"{ratios('damage of unetc / damage of the best peer')} the damage of the best peer in that time. It takes "
-            f"{ratios('time of unetc / time of that peer')} the time of that peer. At a budget of 0.27, {at_plan} of "
-            f"{planned['samples']} pictures show everything that their prompt asks for. The full model's share is "
+            f"{ratios('time of unetc / time of the best peer')} the time of that peer. At a budget of 0.27, {at_plan} "
+            f"of {planned['samples']} pictures show everything that their prompt asks for. The full model's share is "
             f"{at_full}.",
         ]
     )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests import slices
+from tests.every_day import AT_NIGHT
 from tests.tiny_build import build_tiny_bundle, once, save_tiny_model
 
 # One thread per process: -n 2 does not oversubscribe two cores, and sums are the same with and without -n. torch reads
@@ -47,12 +48,14 @@ CHOSEN = pytest.StashKey[slices.Slice]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the slice; run Triton kernels in its interpreter without a GPU.
+    """Read the slice; run Triton kernels in its interpreter without a GPU; draw more examples in a nightly run.
 
-    Triton reads that setting when kernels are imported.
+    Triton reads its setting when kernels are imported.
     """
     if not finds_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("markexpr") != "not nightly":
+        os.environ[AT_NIGHT] = "1"  # modules of tests read it
     if text := config.getoption("nightly_slice"):
         if config.getoption("markexpr") != "nightly":
             raise pytest.UsageError("--nightly-slice takes only nightly tests: add -m nightly")

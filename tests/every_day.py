@@ -1,13 +1,22 @@
-"""Choice of the cases of a test that run every day; the nightly suite runs the others."""
+"""Choice of the cases of a test that run every day, and of its examples; the nightly suite has the others."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
+
+AT_NIGHT = "UNETC_TESTS_AT_NIGHT"
+"""Environment variable that is set while nightly tests run."""
+
+
+def examples(every_day: int, *, at_night: int) -> int:
+    """Return the number of examples of a property test."""
+    return at_night if AT_NIGHT in os.environ else every_day
 
 
 def every_nth(n: int, *axes: Iterable[Any]) -> list[ParameterSet]:

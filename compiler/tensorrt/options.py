@@ -22,11 +22,11 @@ class CompileOptions:
 
     target: str
     precision: Precision = Precision.FP32
-    batch: str | None = None
-    """One size, or least and most, or least, usual and most, as '1,2,8'; None for 1 up to the bundle's batch."""
-    height: str | None = None
+    batch: str | int | None = None
+    """One size as 4, or least and most, or least, usual and most, as '1,2,8'; None for 1 up to the bundle's batch."""
+    height: str | int | None = None
     """The same for the samples' height; None for the bundle's height."""
-    width: str | None = None
+    width: str | int | None = None
     """The same for the samples' width; None for the bundle's width."""
     time_limit_s: float = 3600.0
     """Limit for one engine."""

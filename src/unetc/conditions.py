@@ -85,8 +85,8 @@ class Conditions:
     """Device of the conditions and of the calls made with them."""
 
     def __post_init__(self) -> None:
-        """Check that all inputs have the same rows, and that guidance scales are finite."""
-        for name in ("scale", "middle_scale"):  # plain floats: one of numpy would widen float32, and hash otherwise
+        """Check that all inputs have the same rows; guidance scales are in range, and become plain floats."""
+        for name in ("scale", "middle_scale"):  # a float of numpy would widen float32 and give another hash
             object.__setattr__(self, name, read_scale(getattr(self, name)))
         if len({len(array) for array in self.own.values()}) > 1:
             rows = {name: len(array) for name, array in self.own.items()}

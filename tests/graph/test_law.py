@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from tests.every_day import examples
 from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.profile import STEP
 from unetc.backend import DOMAIN, GROUP_NORM, Array, SerialisedGraph
@@ -160,7 +161,7 @@ def check_self_contained(tiny: Tiny, engine: SerialisedGraph) -> None:
         assert trace.encode() not in engine.graph
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10, at_night=20))
 @given(data=st.data())
 def test_gated_graph_computes_in_onnx_what_it_computes_in_torch(tiny: Tiny, data: st.DataObject) -> None:
     # torch traces some denoisers as if there were never fewer positions on the lowest level than two
@@ -169,7 +170,7 @@ def test_gated_graph_computes_in_onnx_what_it_computes_in_torch(tiny: Tiny, data
     assert relative_error(tiny.run(tiny.program, inputs), tiny.run_reference(inputs)) < LIBRARIES_AGREE
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10, at_night=20))
 @given(data=st.data())
 def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataObject) -> None:
     case = data.draw(cases(tiny))
@@ -182,7 +183,7 @@ def test_engine_holds_exactly_the_weights_that_matter(tiny: Tiny, data: st.DataO
 
 
 @pytest.mark.shows("capture", "export", "law")
-@settings(max_examples=15)
+@settings(max_examples=examples(15, at_night=30))
 @given(data=st.data())
 def test_engine_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:
     case = data.draw(cases(tiny))

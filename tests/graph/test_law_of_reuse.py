@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.every_day import examples
 from tests.models import ARCHITECTURES, Tiny, daily, relative_error, tiny_of
 from unetc.artifacts.call_input import SAMPLE
 from unetc.artifacts.profile import STEP
@@ -161,7 +162,7 @@ class Reference:
         return {int(name.removeprefix(COMPUTED)): np.full_like(value, np.nan) for name, value in computed.items()}
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8, at_night=15))
 @given(data=st.data())
 def test_a_sequence_of_engines_computes_what_the_gated_graph_computes(tiny: Tiny, data: st.DataObject) -> None:
     assignments: list[dict[str, Treatment]] = [{}]  # the first step computes everything

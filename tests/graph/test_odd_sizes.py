@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import models
-from tests.every_day import every_nth
+from tests.every_day import every_nth, examples
 from tests.graph import test_law, test_law_of_reuse
 from tests.models import CONTEXT_WIDTH, Tiny, condition_well, relative_error, tiny_of
 from unetc.artifacts.call_input import SAMPLE
@@ -60,7 +60,7 @@ def test_an_engine_computes_what_the_gated_graph_computes_at_any_size(tiny: Tiny
     assert relative_error(tiny.run(engine, case.inputs())[0], expected[0]) < test_law.ENGINES_AGREE
 
 
-@settings(max_examples=5)
+@settings(max_examples=examples(5, at_night=10))
 @given(data=st.data())
 def test_branches_are_reused_at_any_size(tiny: Tiny, data: st.DataObject) -> None:
     treatments = [Treatment.KEEP, Treatment.HOLD, Treatment.FORECAST, Treatment.DROP]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.every_day import every_nth
+from tests.every_day import AT_NIGHT, every_nth, examples
 
 
 def test_every_third_case_runs_every_day_and_the_others_at_night() -> None:
@@ -21,3 +22,10 @@ def test_the_first_case_and_one_of_n_run_every_day(n: int, first: int, last: int
     assert cases[0] in daily
     assert len(daily) == -(-first * last // n)
     assert len({case.values for case in cases}) == first * last
+
+
+def test_a_property_has_more_examples_at_night(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(AT_NIGHT, raising=False)
+    assert examples(3, at_night=7) == 3
+    monkeypatch.setenv(AT_NIGHT, "1")
+    assert examples(3, at_night=7) == 7

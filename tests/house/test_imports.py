@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import unetc
+from tests.every_day import every_nth
 
 BASE = [
     "unetc",
@@ -74,6 +75,11 @@ def run(code: str) -> str:
 
 def test_the_base_installation_is_enough() -> None:
     run(f"{BLOCK}\nimport {', '.join(BASE)}")
+
+
+@pytest.mark.parametrize("module", every_nth(6, BASE))
+def test_every_module_can_be_imported_first(module: str) -> None:
+    run(f"import {module}")
 
 
 def test_help_needs_no_extra() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetc
-from tests.every_day import every_nth
+from tests.every_day import every_nth, examples
 from tests.plans import plan_of
 from unetc.artifacts import Assignment, Phase
 from unetc.backend import Program
@@ -378,7 +378,7 @@ class Late:
         return run
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15, at_night=30))
 @given(non_finite=st.frozensets(st.tuples(st.integers(0, 2), st.integers(0, Late.STEPS - 1))))
 def test_what_is_asked_late_changes_nothing(non_finite: frozenset[tuple[int, int]]) -> None:
     results = []

@@ -25,7 +25,7 @@ class Range(Record, frozen=True, kw_only=True):
         require(0 < self.least <= self.usual <= self.most <= MOST, f"not in order, or not in 1..{MOST}: {self}")
 
     @classmethod
-    def parse(cls, text: str | None, own: int, least: int | None = None) -> Range:
+    def parse(cls, text: str | int | None, own: int, least: int | None = None) -> Range:
         """Parse one size, two (least and most) or three (least, usual and most), as in '1,2,8'.
 
         Args:

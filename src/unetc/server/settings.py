@@ -142,10 +142,10 @@ class ServerSettings:
     """Most bytes of images of finished jobs."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other, and values that are no numbers.
+        """Refuse values of another type, and settings that contradict each other.
 
         Raises:
-            SessionError: If there are such settings.
+            SessionError: If there are any.
         """
         plain_fields(self, SessionError)
         if not self.bundles:
