@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 _WARMUP_CALLS = 3
 """Calls before a capture: libraries choose their kernels and allocate their workspaces in the first calls."""
-_KEPT_GRAPHS = 6
-"""CUDA graphs kept per engine, one more than a server prepares; the least recently used ones are deleted."""
+KEPT_GRAPHS = 6
+"""CUDA graphs kept per engine, as many as a server prepares; the least recently used ones are deleted."""
 
 
 @runtime_checkable
@@ -192,7 +192,7 @@ class CapturedModule:
 
     def _capture(self, inputs: Sequence[Tensor]) -> Module:
         """Capture the module for inputs of another shape; if there are too many graphs, delete the oldest in use."""
-        while len(self._modules) >= _KEPT_GRAPHS:
+        while len(self._modules) >= KEPT_GRAPHS:
             self._pool.wait()  # it may still be running
             del self._modules[next(iter(self._modules))]
         module = self._make()

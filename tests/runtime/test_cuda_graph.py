@@ -19,9 +19,10 @@ from tests.models import Reuse, Tiny, relative_error, tiny_of
 from tests.stand_ins.cuda_on_cpu import DEVICE, PRIVATE, Cuda, Stream
 from unetc.backend import Array, Backend
 from unetc.compiler.graph.specialise import specialise
-from unetc.runtime.backends.cuda_graph import CapturedModule, Pool
+from unetc.runtime.backends.cuda_graph import KEPT_GRAPHS, CapturedModule, Pool
 from unetc.runtime.backends.registry import open_backend
 from unetc.runtime.backends.torch_device import Module, TorchDevice, gpu_of
+from unetc.runtime.batching.limits import BatchLimits
 from unetc.treatments import Treatment
 
 CPU = torch.device("cpu")
@@ -68,15 +69,20 @@ def test_what_cannot_be_captured_is_called_and_logged_once(caplog: pytest.LogCap
 def test_every_shape_has_a_module_of_its_own_and_those_used_last_are_kept() -> None:
     modules = Modules()
     captured = CapturedModule(modules, Pool(CPU))
-    for size in (1, 2, 3, 4, 4, 3, 2, 1):
+    sizes = range(1, KEPT_GRAPHS + 1)
+    for size in (*sizes, *reversed(sizes)):
         captured(torch.ones(size))
-    assert modules.made == 4
-    captured(torch.ones(5))
-    for size in (1, 2, 3):
+    assert modules.made == KEPT_GRAPHS
+    captured(torch.ones(KEPT_GRAPHS + 1))
+    for size in sizes[:-1]:
         captured(torch.ones(size))
-    assert modules.made == 5
-    captured(torch.ones(4))
-    assert modules.made == 6
+    assert modules.made == KEPT_GRAPHS + 1
+    captured(torch.ones(KEPT_GRAPHS))
+    assert modules.made == KEPT_GRAPHS + 2
+
+
+def test_graphs_of_all_calls_that_a_server_prepares_are_kept() -> None:
+    assert len(BatchLimits(rows=64).prepared) <= KEPT_GRAPHS
 
 
 @pytest.mark.without_gpu
@@ -111,10 +117,10 @@ def test_turns_in_several_streams_follow_each_other(cuda: Cuda) -> None:
 @pytest.mark.without_gpu
 def test_a_graph_runs_to_its_end_before_it_goes(cuda: Cuda) -> None:
     captured = CapturedModule(Modules(), Pool(DEVICE))
-    for size in (1, 2, 3, 4, 5):
+    for size in range(1, KEPT_GRAPHS + 2):
         captured(torch.ones(size))
     assert cuda.log == [
-        *["a graph is captured"] * 4,
+        *["a graph is captured"] * KEPT_GRAPHS,
         "the process waits",
         "a graph is deleted",
         "a graph is captured",
