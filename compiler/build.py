@@ -116,17 +116,12 @@ class _Fitted:
     """The best plan of whole steps alone that the search has found."""
 
     @property
-    def sampled(self) -> float:
-        """Share of the time that was saved while it sampled."""
-        return 1 - self.measured.time_ratio
-
-    @property
     def saved(self) -> float:
         """Mean of the savings by the engines' times and while it sampled.
 
         Both are noisy: alternating engine calls are not a sampling run, and sampling runs are few.
         """
-        return (self.candidate.saving + self.sampled) / 2
+        return (self.candidate.saving + 1 - self.measured.time_ratio) / 2
 
     def aim_again(self, budget: float) -> float | None:
         """Return the saving to ask for next, see `aim_again` of the search."""

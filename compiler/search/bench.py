@@ -193,11 +193,22 @@ class SearchBench:
         return self._references[seed, batch]
 
     def _sample(
-        self, session: Session, seed: int, batch: int, *, full_model: bool = False, latents: bool = False
+        self,
+        session: Session,
+        seed: int,
+        batch: int,
+        *,
+        full_model: bool = False,
+        latents: bool = False,
+        conditions: Conditions | None = None,
     ) -> NDArray[np.float32]:
-        """Sample one batch of a seed."""
+        """Sample one batch of a seed, perhaps under other conditions."""
         size = self._sampling.batch
-        return session.sample(size, seed=seed, first_index=batch * size, full_model=full_model, latents=latents)
+        first = batch * size
+        taken = None if conditions is None else conditions.take(range(first, first + size))
+        return session.sample(
+            size, seed=seed, first_index=first, full_model=full_model, latents=latents, conditions=taken
+        )
 
     def tune(self, engines: Engines, *, seed: int, batches: int) -> tuple[SchedulerTable | None, Damage]:
         """Tune the rows of the scheduler table to a plan.
@@ -239,7 +250,7 @@ class SearchBench:
             engines: The plan with its engines.
             seed: Seed of the noise, one that neither the profile nor the search has seen.
         """
-        batch, conditions, session = self._sampling.batch, self._sampling.conditions, self.session(engines)
+        conditions, session = self._sampling.conditions, self.session(engines)
         # the time of a ControlNet is no part of the denoiser's, so times are measured without one
         without = replace(conditions, control=None)
         full: list[NDArray[np.float32]] = []
@@ -247,13 +258,7 @@ class SearchBench:
 
         def sample(*, full_model: bool) -> None:
             into = full if full_model else pruned
-            first = len(into) * batch
-            timed = without.take(range(first, first + batch))
-            into.append(
-                session.sample(
-                    batch, seed=seed, first_index=first, conditions=timed, latents=True, full_model=full_model
-                )
-            )
+            into.append(self._sample(session, seed, len(into), full_model=full_model, latents=True, conditions=without))
 
         calls = [partial(sample, full_model=True), partial(sample, full_model=False)]
         times = interleaved_ms(calls, rounds=SAMPLING_ROUNDS, warmup=0, seconds=SAMPLING_SECONDS)
