@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import aiohttp
 import numpy as np
 from bench_serve import LEVEL, ON_THEIR_WAY, Case, Server, saturate, serving
 from command_line import add_results, at_least_one
@@ -48,9 +48,10 @@ TWO = "--ray", "local", "--replicas", "2", "--threads", "1"
 READY = re.compile(r'^unetc_ready\{replica="\w+"\} 1\.0$', re.MULTILINE)
 
 
-async def ready(client: Any, server: Server) -> int:
+async def ready(client: aiohttp.ClientSession, server: Server) -> int:
     """Count the replicas that are ready."""
-    return len(READY.findall((await client.get(f"{server.address}/metrics")).text))
+    async with client.get(f"{server.address}/metrics") as answer:
+        return len(READY.findall(await answer.text()))
 
 
 async def throughput(case: Case, rounds: int, seconds: float, threads: int) -> dict[str, list[float]]:
@@ -69,7 +70,7 @@ async def throughput(case: Case, rounds: int, seconds: float, threads: int) -> d
 class Load:
     """Clients that ask until they are told to stop, and ask again after errors."""
 
-    def __init__(self, client: Any, server: Server, clients: int) -> None:
+    def __init__(self, client: aiohttp.ClientSession, server: Server, clients: int) -> None:
         """Start the clients."""
         self._client = client
         self._server = server
@@ -103,18 +104,18 @@ class Load:
         """Ask once; after a failure, wait as long as the answer says."""
         began = time.perf_counter()
         try:
-            answer = await self._server.post(self._client, self._server.case.body(seed))
-        except httpx2.TransportError:
+            status, headers, _ = await self._server.post(self._client, self._server.case.body(seed))
+        except aiohttp.ClientError:
             self.statuses[0] += 1
             await asyncio.sleep(0.2)
             return False
-        self.statuses[answer.status_code] += 1
-        if answer.status_code == 200:
+        self.statuses[status] += 1
+        if status == 200:
             self.answers.append(time.perf_counter())
             return True
-        if answer.status_code == 429:
+        if status == 429:
             self.refusals.append(time.perf_counter() - began)
-        await asyncio.sleep(float(answer.headers.get("Retry-After", 0.2)))
+        await asyncio.sleep(float(headers.get("Retry-After", 0.2)))
         return False
 
 

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import aiohttp
 import numpy as np
 from checkout import commit
 from command_line import add_only, add_results, chosen
@@ -115,34 +115,36 @@ class Server:
             command = [sys.executable, str(HERE / "serve_contenders.py"), name, what, str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
-    async def wait(self, client: httpx2.AsyncClient) -> None:
+    async def wait(self, client: aiohttp.ClientSession) -> None:
         """Wait until it is ready, and make two requests."""
         for _ in range(600):
             if self.process.poll() is not None:
                 raise SystemExit(f"{self.name} ended with {self.process.returncode}")
             try:
-                if (await client.get(f"{self.address}/health/ready")).status_code == 200:
-                    break
-            except httpx2.HTTPError:
+                async with client.get(f"{self.address}/health/ready") as answer:
+                    if answer.status == 200:
+                        break
+            except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.1)
         await asyncio.gather(*(self.ask(client, self.case.body(seed)) for seed in range(2)))
 
-    async def post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> httpx2.Response:
-        """Send a request, and return the answer as it is."""
+    async def post(self, client: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        """Send a request, and return the status, the headers and the body of the answer."""
         sent = body if self.name == "unetc" else self.case.for_contender(body)
-        return await client.post(f"{self.address}/v1/images/generations", json=sent)
+        async with client.post(f"{self.address}/v1/images/generations", json=sent) as answer:
+            return answer.status, answer.headers, await answer.read()
 
-    async def ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
+    async def ask(self, client: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
         """Send a request and wait for the answer."""
         began = time.perf_counter()
-        response = await self.post(client, body)
+        status, _, answer = await self.post(client, body)
         seconds = time.perf_counter() - began
-        told = response.json().get("unetc", {}) if response.status_code == 200 else {}
+        told = json.loads(answer).get("unetc", {}) if status == 200 else {}
         damage = told.get("damage") or {"relative_l2": 0.0}
         return Answer(
             seconds=seconds,
-            status=response.status_code,
+            status=status,
             level=told.get("level", ""),
             relative_l2=damage["relative_l2"],
         )
@@ -158,13 +160,15 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(case: Case, *names: str, extra: Sequence[str] = ()) -> AsyncIterator[tuple[Any, list[Server]]]:
+async def serving(
+    case: Case, *names: str, extra: Sequence[str] = ()
+) -> AsyncIterator[tuple[aiohttp.ClientSession, list[Server]]]:
     """Run servers; only one of them gets requests at a time."""
     ports = itertools.count(18000 + os.getpid() % 2000)
     servers = [Server(name, case, next(ports), extra if name == "unetc" else ()) for name in names]
-    limits = httpx2.Limits(max_connections=600, max_keepalive_connections=600)
+    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
     try:
-        async with httpx2.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
             for server in servers:
                 await server.wait(client)
             yield client, servers
@@ -173,7 +177,7 @@ async def serving(case: Case, *names: str, extra: Sequence[str] = ()) -> AsyncIt
             server.stop()
 
 
-async def saturate(client: Any, server: Server, seconds: float, quality: str = LEVEL) -> float:
+async def saturate(client: aiohttp.ClientSession, server: Server, seconds: float, quality: str = LEVEL) -> float:
     """Measure images per second with many requests on their way."""
     seeds, finished = itertools.count(1), []
     end = time.perf_counter() + seconds
@@ -190,7 +194,12 @@ async def saturate(client: Any, server: Server, seconds: float, quality: str = L
 
 
 async def arrive(
-    client: Any, server: Server, rate: float, count: int, seed: int, body: Callable[[int], dict[str, Any]]
+    client: aiohttp.ClientSession,
+    server: Server,
+    rate: float,
+    count: int,
+    seed: int,
+    body: Callable[[int], dict[str, Any]],
 ) -> list[Answer]:
     """Send requests at Poisson times; return all answers, in the order of arrival."""
     began, tasks = time.perf_counter(), []
@@ -248,17 +257,23 @@ async def in_turns(rounds: int, runs: Mapping[str, Callable[[], Any]]) -> dict[s
 
 
 async def measure_alone(case: Case, rounds: int) -> float:
-    """Measure what the server adds to a session's time, one request at a time."""
+    """Measure what the server adds to a session's time, one request at a time, in turns."""
     session = unetc.load(case.bundle)
     ratios = []
     async with serving(case, "unetc") as (client, (server,)):
-        for seed in range(rounds):
+
+        async def own(seed: int) -> float:
             conditions = session.conditions.take([seed])
             began = time.perf_counter()
             session.sample(1, seed=seed, steps=case.steps, conditions=conditions)
-            own = time.perf_counter() - began
-            answer = await server.ask(client, case.body(seed))
-            ratios.append(answer.seconds / own)
+            return time.perf_counter() - began
+
+        async def served(seed: int) -> float:
+            return (await server.ask(client, case.body(seed))).seconds
+
+        for seed in range(rounds):
+            seconds = {one: await one(seed) for one in ((own, served) if seed % 2 else (served, own))}
+            ratios.append(seconds[served] / seconds[own])
     return statistics.median(ratios)
 
 
@@ -408,7 +423,7 @@ async def run(
         print(f"{case.name} …", file=sys.stderr, flush=True)
         result = await measure(case, rounds, seconds, requests)
         if case.steps == STEPS[-1]:
-            result["adds"] = await measure_alone(case, 5 * rounds)
+            result["adds"] = await measure_alone(case, 20 * rounds)
             result["share"] = await measure_share(case, 2 * rounds)
             result["ladder"] = await measure_ladder(case, seconds, requests)
         print(json.dumps({case.name: result}), file=sys.stderr, flush=True)

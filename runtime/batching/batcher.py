@@ -12,9 +12,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -86,6 +87,7 @@ class Batcher:
         self.crashed: BaseException | None = None
         """The error that ended the engine thread; None while it runs."""
         self._turn = 0
+        self._owners: dict[Member, Order] = {}
         self._last_turn: dict[Member, int] = {}
         self._last_program: Program | None = None
         self._complained: set[Program] = set()
@@ -215,15 +217,29 @@ class Batcher:
         def call() -> None:
             known: dict[Program, Cost] = {}
             for session in self._sessions.values():
-                sizes = {1, self._limits.seats // 2}
-                if self._device.captures_shapes:
-                    of_sample = session.conditions.rows_per_sample
-                    sizes = {max(1, rows // of_sample) for rows in self._limits.prepared}
-                known |= warm_up(session, sorted(sizes), known)
+                known |= self._warm_up(session, known)
             for program, cost in known.items():
                 self._pace.measured(program, cost)
 
         return self._errand(call)
+
+    def _warm_up(self, session: Session, known: Collection[Program]) -> Mapping[Program, Cost]:
+        """Call the engines of a session at the sizes of later calls, and make none that is too large for them."""
+        of_sample = session.conditions.rows_per_sample
+        while True:
+            sizes = {1, min(self._limits.seats // 2, self._limits.rows // of_sample) or 1}
+            if self._device.captures_shapes:
+                sizes = {max(1, rows // of_sample) for rows in self._limits.prepared}
+            try:
+                return warm_up(session, sorted(sizes), known)
+            except ShapeMismatch as error:
+                smaller = sizes - {max(sizes)}
+                if not smaller:
+                    raise
+                rows = of_sample * max(smaller)
+                logger.warning("no call has more than %d rows, as engines refuse more: %s", rows, error)
+                self._limits = replace(self._limits, rows=rows)
+                self._largest = {program: min(most, rows) for program, most in self._largest.items()}
 
     def drain(self, seconds: float) -> bool:
         """Accept no more requests, and wait for those that were accepted.
@@ -383,7 +399,7 @@ class Batcher:
     def _remove(self, order: Order) -> None:
         self._orders.remove(order)
         for member in order.members:
-            self._last_turn.pop(member, None)
+            del self._last_turn[member], self._owners[member]
         self._changed.notify_all()
 
     def _seat(self) -> list[tuple[Order, Start]]:
@@ -392,6 +408,8 @@ class Batcher:
         Requests with few images on their way come first. In the turns that an image takes, a request becomes entitled
         to one more, so small requests that keep coming do not starve a large one.
         """
+        if not any(order.starts for order in self._orders):
+            return []
         running: Counter[object] = Counter()
         for order in self._orders:
             running[order.owner] += order.running
@@ -417,42 +435,39 @@ class Batcher:
                 self._remove(order)
             return
         order.members.append(member)
-        self._last_turn[member] = self._turn
+        self._owners[member], self._last_turn[member] = order, self._turn
 
     def _make_turn(self) -> None:
         """Make one call, and advance its members."""
         self._turn += 1
         program, members = self._choose()
-        owners = {member: order for order in self._orders for member in order.members}
-        failed = self._advance(program, members, owners)
-        for member, error in failed.items():
-            if owners[member] in self._orders:
+        orders = dict.fromkeys(self._owners[member] for member in members)
+        for member, error in self._advance(program, members).items():
+            if (order := self._owners.get(member)) is not None:  # else another image of the same request has failed too
                 with self._changed:
-                    fail(owners[member], error)
-                    self._remove(owners[member])
-        for order in dict.fromkeys(owners[member] for member in members):
+                    fail(order, error)
+                    self._remove(order)
+        for order in orders:
             if order in self._orders:
                 self._report(order)
 
     def _choose(self) -> tuple[Program, list[Member]]:
         """Choose the program and the members of the next call."""
-        now, waiting = time.monotonic(), []
-        for order in self._orders:
-            late = order.deadline < math.inf
-            alone = self._pace.alone(order.programs, order.units) if late else 0.0
-            for member in order.members:
-                if not member.finished:
-                    left = (1 - member.share) * alone
-                    waiting.append((member, order, order.deadline - now < 2 * left))
-        programs = {member.call.program for member, _, _ in waiting}
+        waiting = [(member, order) for order in self._orders for member in order.members if not member.finished]
+        if len(waiting) == 1:  # of one image alone, a choice would take as long as its step of the scheduler
+            member, _ = waiting[0]
+            return member.call.program, [member]
+        programs = {member.call.program for member, _ in waiting}
 
         def runs(program: Program) -> Program:
             """Run the full model as an engine that emits branches too, if that engine is called anyway."""
             return next((one for one in self._stand_ins.get(program, ()) if one in programs), program)
 
-        units = min(order.units for _, order, _ in waiting)  # one size for all, or small images always went first
+        units = min(order.units for _, order in waiting)  # one size for all, or small images always went first
+        now, limited = time.monotonic(), [order for order in self._orders if order.deadline < math.inf]
+        alone = {order: self._pace.alone(order.programs, order.units) for order in limited}
         candidates = []
-        for member, _, urgent in waiting:
+        for member, order in waiting:
             program = runs(member.call.program)
             candidates.append(
                 Waiting(
@@ -461,7 +476,7 @@ class Batcher:
                     rows=member.rows,
                     age=self._turn - self._last_turn[member],
                     seconds=self._pace.call(program, units),
-                    urgent=urgent,
+                    urgent=order in alone and order.deadline - now < 2 * (1 - member.share) * alone[order],
                 )
             )
         (program, _), members = choose(candidates, self._most)
@@ -471,12 +486,10 @@ class Batcher:
         """Return the most rows of a call."""
         return self._largest.get(key[0], self._limits.rows)
 
-    def _advance(
-        self, program: Program, members: Sequence[Member], owners: Mapping[Member, Order]
-    ) -> dict[Member, UnetcError]:
+    def _advance(self, program: Program, members: Sequence[Member]) -> dict[Member, UnetcError]:
         """Call a program for some members and advance them; return the members that cannot go on."""
         rows = sum(member.rows for member in members)
-        units = sum(owners[member].units * member.part for member in members)
+        units = sum(self._owners[member].units * member.part for member in members)
         padding = self._padding(rows)
         engine, phase = members[0].engine, members[0].phase
         began = time.perf_counter()
@@ -492,7 +505,7 @@ class Batcher:
                 logger.warning("a call of %d rows failed and is made again for each member: %s", rows, error)
             failed: dict[Member, UnetcError] = {}
             for member in members:
-                failed |= self._advance(program, [member], owners)
+                failed |= self._advance(program, [member])
             return failed
         failed = self._share(program, members, prediction, emitted, rows + padding)
         seconds = time.perf_counter() - began
@@ -501,7 +514,7 @@ class Batcher:
         if self._on_call is not None:
             self._on_call(
                 CallRecord(
-                    level=owners[members[0]].ticket.request.level,
+                    level=self._owners[members[0]].ticket.request.level,
                     engine=engine,
                     phase=phase,
                     rows=rows,

@@ -590,6 +590,56 @@ def test_one_call_of_the_full_model_runs_on_the_engine_thread(plain: Levels, ses
     assert relative_error(prediction, plain.tiny.run_denoiser(inputs)) < ROUNDING
 
 
+@dataclass
+class Small:
+    """A program that takes few rows, as an engine does that was built for few."""
+
+    program: Program
+    most: int
+    refusals: list[int]
+
+    def __call__(self, inputs: Mapping[str, Tensor], output: Array) -> Mapping[str, Tensor]:
+        if len(output) > self.most:
+            self.refusals.append(len(output))
+            raise ShapeMismatch(f"the engine takes 1 to {self.most} rows, got {len(output)}.")
+        return self.program(inputs, output)
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(("device", "most"), [(Capturing(), 4), (OnnxRuntimeHost(), 1)])
+def test_no_call_is_larger_than_its_engine_takes(
+    plain: Levels, caplog: pytest.LogCaptureFixture, device: OnnxRuntimeHost, most: int
+) -> None:
+    refusals: list[int] = []
+    sessions = plain.sessions("ddim", lambda program: Small(program, 6, refusals))
+    largest = {program: 8 for session in sessions.values() for program in session.programs}
+    for session in sessions.values():
+        session._device = device
+    calls: list[CallRecord] = []
+    batcher = Batcher(sessions, limits=BatchLimits(rows=8, seats=16), largest=largest, on_call=calls.append)
+    try:
+        batcher.warm_up().result(timeout=60)
+        assert refusals == [8]
+        request = SampleRequest(level="fast", count=9)
+        images = batcher.submit(request).future.result(timeout=60).images
+    finally:
+        batcher.close()
+    assert refusals == [8], "only the warm-up tries"
+    assert max(call.rows + call.padding for call in calls) == most
+    assert f"no call has more than {most} rows" in caplog.text
+    assert relative_error(images, alone(plain.opened("ddim")["fast"], request)) < ROUNDING
+
+
+def test_engines_that_take_no_image_are_refused(plain: Levels) -> None:
+    batcher = Batcher(plain.sessions("ddim", lambda program: Small(program, 0, [])))
+    try:
+        with pytest.raises(ShapeMismatch, match="got 1"):
+            batcher.warm_up().result(timeout=60)
+    finally:
+        batcher.close()
+
+
 def test_an_estimate_follows_the_backlog(sessions: Mapping[str, Session]) -> None:
     batcher = Batcher(sessions)
     try:

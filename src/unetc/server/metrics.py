@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Protocol
@@ -98,6 +99,7 @@ class Metrics:
             "batch",
             buckets=_STEP_SECONDS,
         )
+        self._of_call = functools.cache(self._of_calls)
         self._queued = Gauge("unetc_queued_images", "Images that wait.", model, registry=registry)
         self._running = Gauge("unetc_running_images", "Images on their way.", model, registry=registry)
         self._ready = Gauge("unetc_ready", "1 if requests are taken, otherwise 0.", registry=registry)
@@ -113,11 +115,23 @@ class Metrics:
 
     def call(self, model: str, call: Call) -> None:
         """Count an engine call."""
-        phase = FULL_MODEL if call.phase is None else str(call.phase)
-        self._step_seconds.labels(model, phase, str(call.rollouts)).observe(call.seconds)
-        self._rows.labels(model).inc(call.rows)
-        self._padding.labels(model).inc(call.padding)
-        self._switches.labels(model).inc(int(call.switched))
+        seconds, rows, padding, switches = self._of_call(model, call.phase, call.rollouts)
+        seconds.observe(call.seconds)
+        rows.inc(call.rows)
+        if call.padding:
+            padding.inc(call.padding)
+        if call.switched:
+            switches.inc()
+
+    def _of_calls(self, model: str, phase: int | None, rollouts: int) -> tuple[Histogram, Counter, Counter, Counter]:
+        """Look up the metrics that a call changes; engine threads do it at every step, so results are kept."""
+        named = FULL_MODEL if phase is None else str(phase)
+        return (
+            self._step_seconds.labels(model, named, str(rollouts)),
+            self._rows.labels(model),
+            self._padding.labels(model),
+            self._switches.labels(model),
+        )
 
     def ended(self, model: str, outcome: Outcome) -> None:
         """Count the end of a request; `-` stands for the model where a request names none."""
