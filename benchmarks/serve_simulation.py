@@ -29,7 +29,7 @@ def arrivals(rate: float, count: int, seed: int) -> list[float]:
 def simulate(
     schedule: Sequence[int], batch_ms: Sequence[Sequence[tuple[int, float]]], *, batch: int, window_s: float
 ) -> dict[str, object]:
-    """Compare step batching with batches of whole requests.
+    """Compare step batching with batches of whole requests, and with one request after the other.
 
     Args:
         schedule: Engine of every step.
@@ -38,24 +38,29 @@ def simulate(
         window_s: Seconds for which the first request of a batch waits for others.
 
     Returns:
-        `images_per_s`: ratio of images per second to whole requests, with as many seats as the largest measured call.
-        `p95`: 95th percentiles of the latency at 0.8 of the capacity of whole requests / theirs, by number of seats.
+        `images_per_s`: ratio of images per second to whole requests, with the best number of seats.
+        `p95` and `p95_serial`: 95th percentiles of the latency at 0.8 of the capacity of whole requests, and of one
+        request after the other, / theirs, by number of seats.
     """
 
     def cost(engine: int, samples: int) -> float:
         sizes, times = zip(*batch_ms[engine], strict=True)
         return float(np.interp(samples, sizes, times)) / 1e3
 
-    whole = batch / sum(cost(engine, batch) for engine in schedule)
-    full = [0.0] * (8 * SEATS[-1])
-    ended = max(shared(schedule, cost, full, SEATS[-1]))
-    queues = [arrivals(0.8 * whole, REQUESTS, seed) for seed in range(SEEDS)]
+    def capacity(batch: int) -> float:
+        return batch / sum(cost(engine, batch) for engine in schedule)
 
-    theirs = _p95([in_batches(schedule, cost, queue, batch, window_s) for queue in queues])
-    own = {seats: _p95([shared(schedule, cost, queue, seats) for queue in queues]) for seats in SEATS}
+    def p95(batch: int, window_s: float) -> dict[int, float]:
+        queues = [arrivals(0.8 * capacity(batch), REQUESTS, seed) for seed in range(SEEDS)]
+        theirs = _p95([in_batches(schedule, cost, queue, batch, window_s) for queue in queues])
+        return {seats: _p95([shared(schedule, cost, queue, seats) for queue in queues]) / theirs for seats in SEATS}
+
+    full = [0.0] * (8 * SEATS[-1])
+    ended = min(max(shared(schedule, cost, full, seats)) for seats in SEATS)
     return {
-        "images_per_s": len(full) / ended / whole,
-        "p95": {seats: value / theirs for seats, value in own.items()},
+        "images_per_s": len(full) / ended / capacity(batch),
+        "p95": p95(batch, window_s),
+        "p95_serial": p95(1, 0.0),
     }
 
 

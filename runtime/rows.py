@@ -20,6 +20,8 @@ class Rows:
 
     def take(self, device: Device) -> Tensor:
         """Return the rows as a tensor, which may share memory."""
+        if self.stop - self.start == self.of:
+            return self.tensor
         return device.rows(self.tensor, self.start, self.stop)
 
 

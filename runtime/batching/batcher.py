@@ -33,7 +33,7 @@ from unetc.sampler.table import SchedulerTable
 
 from .estimates import Estimate, Estimates, Work
 from .limits import BatchLimits, CallRecord, Load
-from .member import Joined, Member
+from .member import Member, join
 from .orders import Errand, Order, fail, single_starts
 from .pace import Cost, Pace
 from .request import FULL, Progress, SampleRequest, SampleResult, Ticket
@@ -496,7 +496,7 @@ class Batcher:
         try:
             with taking_memory():
                 prediction = self._device.empty((rows + padding, *members[0].prediction_shape))
-                emitted = program(Joined(members, padding, self._device), prediction)
+                emitted = program(join(members, padding, self._device), prediction)
         except UnetcError as error:
             if len(members) == 1:
                 return {members[0]: error}

@@ -16,6 +16,8 @@ AUTO = "auto"
 
 HEADROOM = 0.75
 """Share of the target that an estimate may take; the rest is for errors, and for requests that come later."""
+CROWD = 0.5
+"""Share of the queue from which on it is crowded; the rest is for bursts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,20 +87,22 @@ def steps_down(levels: Sequence[str], start: str, floor: str | None) -> tuple[st
     return (start, *sorted(between, key=saving_of))
 
 
-def choose_level(estimates: Mapping[str, Estimate], *, target: float, deadline: float) -> Choice:
+def choose_level(estimates: Mapping[str, Estimate], *, target: float, deadline: float, crowded: bool = False) -> Choice:
     """Choose the best level that is fast enough.
 
     Without a level within the target, the fastest one serves: under load, a request is degraded rather than refused.
-    A level that is not faster than a better one is never chosen. The target is for all requests, so it is compared
-    with the time that the request takes if others keep coming. The deadline is for this one.
+    So it does where the queue is crowded, or requests would soon be refused for want of room. A level that is not
+    faster than a better one is never chosen. The target is for all requests, so it is compared with the time that the
+    request takes if others keep coming. The deadline is for this one.
 
     Args:
         estimates: When the request would be finished, by level, from the best one.
         target: Seconds in which most requests are to be finished.
         deadline: Seconds after which its answer is of no use.
+        crowded: Whether more than `CROWD` of the queue is taken.
     """
     fits = (name for name, own in estimates.items() if own.under_load <= HEADROOM * target and own.seconds <= deadline)
-    level = next(fits, None)
+    level = None if crowded else next(fits, None)
     if level is None:
         level = min(estimates, key=lambda name: estimates[name].seconds)  # the first of equals, which is the best one
     seconds = estimates[level].seconds

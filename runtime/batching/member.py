@@ -11,7 +11,7 @@ from unetc.backend import Program
 from unetc.device import Device, Tensor
 from unetc.runtime.loop import Start
 from unetc.runtime.rollout import EngineCall, Rollout, not_finite
-from unetc.runtime.rows import Rows
+from unetc.runtime.rows import Rows, Taken
 from unetc.runtime.session import Session
 from unetc.runtime.trajectory import Trajectory
 
@@ -143,6 +143,19 @@ class Member:
         table = self._start.table
         timestep, log_snr = table.timesteps.item(self.step), table.log_snr.item(self.step)
         self.call = self._rollout.choose(timestep, log_snr, paired=self._conditions.paired)
+
+
+def join(members: Sequence[Member], padding: int, device: Device) -> Mapping[str, Tensor]:
+    """Join the inputs of a call of some members.
+
+    Args:
+        members: Members that share the call.
+        padding: Rows to add, copies of the last member's first row.
+        device: Device of the inputs.
+    """
+    if len(members) == 1 and not padding:
+        return Taken(members[0].inputs(), device)
+    return Joined(members, padding, device)
 
 
 class Joined(Mapping[str, Tensor]):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import SessionError, UnetcError, brief
+
+T = TypeVar("T")
 
 
 def whole_number(name: str, value: object, refusal: type[UnetcError] = SessionError) -> int:
@@ -70,7 +72,7 @@ def flag(name: str, value: object, refusal: type[UnetcError] = SessionError) -> 
 
 
 def plain_fields(options: Any, refusal: type[UnetcError]) -> None:
-    """Make numbers and flags in the fields of a frozen dataclass plain ones; its `__post_init__` calls this first.
+    """Make numbers, flags and lists of them in a frozen dataclass plain ones; its `__post_init__` calls this first.
 
     Files and hashes cannot take the numbers of numpy and torch, and the text "no" would count as yes.
 
@@ -84,12 +86,53 @@ def plain_fields(options: Any, refusal: type[UnetcError]) -> None:
             object.__setattr__(options, field.name, _READERS[kind](field.name, value, refusal))
 
 
+def text(name: str, value: object, refusal: type[UnetcError] = SessionError) -> str:
+    """Read text.
+
+    Args:
+        name: Name of the argument.
+        value: The argument.
+        refusal: The error that is raised.
+
+    Raises:
+        UnetcError: If the value is something else, such as a number or bytes.
+    """
+    if not isinstance(value, str):
+        raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected text.")
+    return str(value)
+
+
+def label(name: str, value: object, refusal: type[UnetcError] = SessionError) -> str | int:
+    """Read the label of a class, a number or text; see `whole_number` and `text`."""
+    return text(name, value, refusal) if isinstance(value, str) else whole_number(name, value, refusal)
+
+
+def several(
+    read: Callable[[str, object, type[UnetcError]], T],
+) -> Callable[[str, object, type[UnetcError]], tuple[T, ...]]:
+    """Make a reader of several values: one alone is a list of one, and text is not a list of letters."""
+
+    def read_all(name: str, values: object, refusal: type[UnetcError]) -> tuple[T, ...]:
+        alone = isinstance(values, str | bytes) or not isinstance(values, Iterable)
+        listed: Iterable[object] = [values] if alone else cast(Iterable[object], values)
+        return tuple(read(name, value, refusal) for value in listed)
+
+    return read_all
+
+
+texts = several(text)
+"""Reads texts, such as prompts."""
+labels = several(label)
+"""Reads labels of classes."""
+
 _READERS: dict[str, Callable[[str, Any, type[UnetcError]], object]] = {
     "int": whole_number,
     "int | None": whole_number,
     "float": real_number,
     "float | None": real_number,
     "bool": flag,
+    "tuple[str, ...]": texts,
+    "tuple[str | int, ...]": labels,
 }
 """Readers of fields, by annotation."""
 

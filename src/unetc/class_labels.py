@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from . import arguments
 from .artifacts.classes import Classes
 from .call import CLASS_LABELS
 from .conditions import Conditions, read_scale
-from .errors import ModelError
+from .errors import ModelError, SessionError
 
 MOST_LABELS = 64
 """Most labels that a model is measured with by default."""
@@ -32,20 +33,20 @@ def encode_labels(name: str, labels: Sequence[str | int], classes: Classes, guid
 
     Args:
         name: Name of the model, for error messages.
-        labels: One class per row, by number or by name.
+        labels: One class per row, by number or by name; one alone is a list of one.
         classes: Classes of the model.
         guidance_scale: Scale of classifier-free guidance; 1 or less means no guidance.
 
     Raises:
         ModelError: If a label means no class of the model, or it cannot be guided.
-        SessionError: If the scale is no number, or out of range.
+        SessionError: If a label is neither a number nor text, or the scale is no number, or out of range.
     """
     guidance_scale = read_scale(guidance_scale)
     found = []
-    for label in labels:
-        if (number := classes.find(str(label))) is None:
+    for one in arguments.labels("labels", labels, SessionError):
+        if (number := classes.find(str(one))) is None:
             raise ModelError(
-                f"{name} takes labels of its {len(classes.labels)} classes, got {str(label)!r}. Expected "
+                f"{name} takes labels of its {len(classes.labels)} classes, got {str(one)!r}. Expected "
                 f"{classes.describe()}: pass them with --labels."
             )
         found.append(number)

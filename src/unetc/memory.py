@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .errors import OutOfMemory, UnetcError, brief
 
@@ -53,19 +51,22 @@ def _is_short() -> bool:
     return False
 
 
-@contextmanager
-def taking_memory() -> Iterator[None]:
+class taking_memory:  # noqa: N801 (used as a function; a generator would cost engine threads twice the time)
     """Turn a lack of memory in the enclosed code into an error of unetc.
 
     Raises:
         OutOfMemory: In place of an error that follows from it; one of unetc that speaks of memory stays.
     """
-    try:
-        yield
-    except Exception as error:
-        if not lacks_memory(error) or (isinstance(error, UnetcError) and "memory" in str(error).lower()):
-            raise
-        raise out_of_memory(error) from error
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raise the error of unetc, if one is due."""
+        if not isinstance(error, Exception) or not lacks_memory(error):
+            return
+        if not (isinstance(error, UnetcError) and "memory" in str(error).lower()):
+            raise out_of_memory(error) from error
 
 
 def out_of_memory(error: Exception) -> OutOfMemory:

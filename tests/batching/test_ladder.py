@@ -84,6 +84,12 @@ def test_more_load_never_raises_the_quality_while_a_level_meets_the_target(
         assert LEVELS.index(after.level) >= LEVELS.index(before.level)
 
 
+@given(ESTIMATES, SECONDS, SECONDS)
+def test_in_a_crowd_the_fastest_level_is_chosen(estimates: dict[str, Estimate], target: float, deadline: float) -> None:
+    choice = choose_level(estimates, target=target, deadline=deadline, crowded=True)
+    assert choice.seconds == min(own.seconds for own in estimates.values())
+
+
 def test_a_level_that_is_not_faster_is_not_chosen() -> None:
     equal = {"full": Estimate(5.0, 5.0), "27%": Estimate(5.0, 5.0)}
     assert choose_level(equal, target=1.0, deadline=9.0).level == "full"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unetc.artifacts.classes import Classes
+from unetc.call import CLASS_LABELS
 from unetc.class_labels import MOST_LABELS, encode_labels, spread_labels
-from unetc.errors import ModelError
+from unetc.errors import ModelError, SessionError
 from unetc.models.labels import LABELS, read_classes
 
 
@@ -39,6 +42,18 @@ def test_spread_labels_are_classes(classes: Classes) -> None:
     assert len({*spread}) == len(spread) == min(MOST_LABELS, len(classes.labels))
     assert {*spread} <= {*classes.words}
     assert spread == spread_labels(classes)
+
+
+@pytest.mark.parametrize("labels", ["10", 10, np.int64(10), ["10"], (10,), np.array([10])])
+def test_a_label_alone_is_a_list_of_one(labels: Any) -> None:
+    conditions = encode_labels("the model", labels, Classes(count=12))
+    assert conditions.own[CLASS_LABELS].tolist() == [10]
+
+
+@pytest.mark.parametrize("labels", [1.5, True, None, [None], b"1"])
+def test_what_is_no_label_is_refused(labels: Any) -> None:
+    with pytest.raises(SessionError, match=r"^labels is .*Expected a whole number"):
+        encode_labels("the model", labels, Classes(count=12))
 
 
 def test_a_name_without_a_class_is_refused() -> None:

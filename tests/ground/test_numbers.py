@@ -74,6 +74,22 @@ def test_flags_are_true_or_false(options: type[Any], name: str) -> None:
         assert getattr(options(**given | {name: value}), name) is False
 
 
+@pytest.mark.parametrize("name", ["components", "prompts", "labels"])
+def test_lists_of_texts_are_tuples_of_them(name: str) -> None:
+    for value in ("step", ["step"], ("step",), iter(["step"]), np.str_("step"), np.array(["step"])):
+        got = getattr(unetc.AnalysisOptions(**{name: value}), name)
+        assert got == ("step",)
+        assert type(got[0]) is str
+    for other in (1.5, None, [None], b"step", [True]):
+        with pytest.raises(ProfileError, match=rf"^{name} is .* Expected (text|a whole number)\.$"):
+            unetc.AnalysisOptions(**{name: other})
+
+
+def test_labels_may_be_numbers() -> None:
+    assert unetc.AnalysisOptions(labels=np.int64(3)).labels == (3,)  # type: ignore[arg-type]
+    assert unetc.AnalysisOptions(labels=[np.int64(3), "cat"]).labels == (3, "cat")  # type: ignore[arg-type]
+
+
 def test_every_kind_of_options_has_numbers() -> None:
     assert {options for options, _, _ in NUMBERS} == set(OPTIONS)
 

@@ -19,7 +19,8 @@ def test_a_file_has_a_prompt_per_line_however_it_was_written(tmp_path: Path) -> 
     ("prompts", "error", "message"),
     [
         ([], ShapeMismatch, "there is no prompt"),
-        (["a", 3], SessionError, "the prompt 3 is a int"),
+        (["a", 3], SessionError, "prompts is 3, a int. Expected text"),
+        (3, SessionError, "prompts is 3, a int. Expected text"),
         (["a \udcff b"], SessionError, "is not Unicode text: surrogates not allowed"),
     ],
 )

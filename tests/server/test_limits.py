@@ -183,6 +183,30 @@ async def test_half_a_character_is_refused_and_named(tiny_bundle: Path, prompted
 
 
 @in_loop
+async def test_requests_that_are_refused_as_their_bodies_are_read_are_counted(tiny_bundle: Path) -> None:
+    """Once each, for every API, and for the only model."""
+    refused: list[tuple[str, dict[str, Any]]] = [
+        (GENERATIONS, {"json": {"n": "many"}}),
+        (GENERATIONS, {"json": {"size": "1x1x1"}}),
+        ("/v2/models/plain/infer", {"json": {"inputs": "none"}}),
+        ("/v2/models/plain/infer", {"content": b"", "headers": {"Content-Encoding": "br"}}),
+        (
+            "/v2/models/plain/infer",
+            {"json": {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}},
+        ),
+        ("/sdapi/v1/txt2img", {"content": b"{"}),
+        ("/sdapi/v1/txt2img", {"json": {"steps": "many"}}),
+        ("/v1/jobs", {"json": {"n": "many"}}),
+    ]
+    async with local(tiny_bundle) as (client, _):
+        for number, (path, sent) in enumerate(refused, start=1):
+            answer = await client.post(path, **sent)
+            assert answer.status_code == 400, (path, answer.text)
+            counted = f'unetc_requests_total{{model="plain",outcome="invalid"}} {number}.0'
+            assert counted in (await client.get("/metrics")).text, path
+
+
+@in_loop
 async def test_a_failure_of_the_server_is_counted_and_named(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -366,6 +390,29 @@ async def test_the_server_steps_down_under_load_as_far_as_it_may(
         assert refused.status_code == 429
         metrics = (await client.get("/metrics")).text
         assert f'unetc_degraded_requests_total{{level="{fast}",model="plain"}} 3.0' in metrics
+
+
+@pytest.mark.parametrize(("waiting", "degraded"), [(8, False), (9, True)])
+@in_loop
+async def test_the_server_steps_down_before_its_queue_is_full(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, degraded: bool
+) -> None:
+    async with local(tiny_bundle, degrade_to="99%", queue=16, images=16) as (client, service):
+        served = service.models["plain"]
+        monkeypatch.setattr(served.batcher, "_limits", BatchLimits(seats=1, queue=16))
+        full, fast = served.levels
+        seconds = {full: 0.5, fast: 0.2}
+        monkeypatch.setattr(
+            served.batcher, "estimate", lambda request: Estimate(seconds[request.level], seconds[request.level])
+        )
+        accepted = [asyncio.create_task(post(client, **LONG, n=1 + waiting, quality=full))]
+        await busy(service)
+        accepted.append(asyncio.create_task(post(client, seed=2, quality=full, degrade=True)))
+        await busy(service, running=2)
+        assert {running.level.name for running in service.running} == ({full, fast} if degraded else {full})
+        for running in tuple(service.running):
+            running.cancel()
+        await asyncio.gather(*accepted)
 
 
 @in_loop

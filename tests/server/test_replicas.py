@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -26,6 +27,7 @@ from tests.command import run_alone
 from tests.server.live import Live, serving, until
 from unetc.errors import SessionError
 from unetc.server.metrics import Metrics, Outcome, Together
+from unetc.server.process import Ending
 from unetc.server.settings import ReplicaRange
 
 pytest.importorskip("ray")
@@ -111,8 +113,9 @@ def test_streams_pass_the_proxy_as_they_come(pair_of_replicas: Live) -> None:
 def test_a_client_that_goes_away_frees_its_place_behind_the_proxy(pair_of_replicas: Live) -> None:
     host, port = pair_of_replicas.host.split(":")
 
-    def running() -> float:
-        return sum(of_replicas(pair_of_replicas, "unetc_running_images").values())
+    def unfinished() -> float:
+        counts = (of_replicas(pair_of_replicas, f"unetc_{state}_images") for state in ("running", "queued"))
+        return sum(sum(count.values()) for count in counts)
 
     for stream in ("false", "true"):
         body = f'{{"n": 8, "num_inference_steps": 1000, "stream": {stream}, "partial_images": 1}}'
@@ -121,8 +124,8 @@ def test_a_client_that_goes_away_frees_its_place_behind_the_proxy(pair_of_replic
                 f"POST {IMAGES} HTTP/1.1\r\nHost: {pair_of_replicas.host}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
             )
-            until(lambda: running() == 8)
-        until(lambda: running() == 0, seconds=5)
+            until(lambda: unfinished() == 8)
+        until(lambda: unfinished() == 0, seconds=5)
 
 
 @pytest.mark.nightly
@@ -292,6 +295,46 @@ print(json.dumps([*serve.status().applications]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found: list[str] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+class Replicas:
+    """Two replicas as the command sees them, with prepared answers: real ones are not too busy when a test wants it."""
+
+    def __init__(self, unfinished: list[list[int | Exception] | Exception]) -> None:
+        self.unfinished, self.questions = unfinished, list[str]()
+
+    def broadcast(self, question: str) -> Replicas:
+        self.questions.append(question)
+        return self
+
+    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[int | Exception]:
+        answers = self.unfinished.pop(0)
+        if isinstance(answers, Exception):
+            raise answers
+        return answers
+
+
+@pytest.mark.parametrize("silence", [TimeoutError(), [0, TimeoutError()]])
+def test_a_silent_replica_is_not_taken_for_a_finished_one(
+    monkeypatch: pytest.MonkeyPatch, silence: list[int | Exception] | Exception
+) -> None:
+    from unetc.server.cluster import _until_the_end
+
+    deleted: list[str] = []
+    monkeypatch.setattr("ray.serve.delete", deleted.append)
+    replicas, signals = Replicas([silence, [0, 3], [0, 0]]), threading.Semaphore(1)
+    ending = _until_the_end(cast(Any, replicas), "owner", signals, drain=30)
+    assert replicas.questions == ["drain"] * 3
+    assert ending == Ending(given_up=0, threads_left=False)
+    assert len(deleted) == 1
+
+
+def test_what_replicas_give_up_is_counted_without_the_silent_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unetc.server.cluster import _until_the_end
+
+    monkeypatch.setattr("ray.serve.delete", lambda name: None)
+    replicas, signals = Replicas([[2, 3], [2, TimeoutError()]]), threading.Semaphore(2)
+    assert _until_the_end(cast(Any, replicas), "owner", signals, drain=30).given_up == 2
 
 
 def test_ranges_of_replicas() -> None:

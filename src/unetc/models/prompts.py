@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from unetc.arguments import texts
 from unetc.call import AESTHETIC_NUMBERS
 from unetc.errors import ModelError, SessionError, ShapeMismatch
 
@@ -46,18 +47,16 @@ def list_prompts(prompts: str | Sequence[str]) -> list[str]:
     Raises:
         SessionError: If there is none, or one is no text, or cannot be written in UTF-8.
     """
-    prompts = [prompts] if isinstance(prompts, str) else [*prompts]
-    if not prompts:
+    listed = texts("prompts", prompts, SessionError)
+    if not listed:
         raise ShapeMismatch("there is no prompt. Give one per image.")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise SessionError(f"the prompt {prompt!r} is a {type(prompt).__name__}. Expected text.")
+    for prompt in listed:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             shown = prompt[:40]
             raise SessionError(f"the prompt {shown!r} is not Unicode text: {error.reason}. Write it again.") from error
-    return prompts
+    return [*listed]
 
 
 def cut_note(prompt: str, tokens: int, lost: str) -> str:

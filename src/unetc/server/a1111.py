@@ -97,7 +97,8 @@ def make_router(service: Service) -> APIRouter:
         """Return the model of a client's requests that name none."""
         return chosen.get(tasks.client(request), next(iter(service.models)))
 
-    async def make(request: Request, *, with_image: bool) -> dict[str, Any]:
+    async def read(request: Request, *, with_image: bool) -> tuple[Served, A1111Request]:
+        """Read the fields of a request for images."""
         body = await _object(request)
         served = service.find(_model_of(body) or usual(request), field=_NAMES["model"])
         wanted, problems = read_fields(body, _sampler(served), with_image=with_image)
@@ -109,6 +110,11 @@ def make_router(service: Service) -> APIRouter:
         if problems:
             text = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise RequestError(f"{text}.", next(iter(problems)))
+        return served, wanted
+
+    async def make(request: Request, *, with_image: bool) -> dict[str, Any]:
+        with service.reading():
+            served, wanted = await read(request, with_image=with_image)
         seed = secrets.randbelow(DRAWN_SEEDS) if wanted.seed is None else wanted.seed
         seeds = tuple(seed + k for k in range(wanted.count))
         running = await service.submit(_image_request(served, wanted, seeds))

@@ -27,7 +27,6 @@ from .door import Door
 from .errors import Problem, Unauthorized, problem_of
 from .keys import key_of
 from .limits import MOST_DIGITS
-from .metrics import Outcome
 from .service import Service, State
 from .settings import ServerSettings
 
@@ -89,7 +88,7 @@ def make_app(
 
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
-            service.metrics.ended("-", Outcome.INVALID)
+            service.count_refused(error)
         problem = problem_of(error)
         name = request.state.request_id
         if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:

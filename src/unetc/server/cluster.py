@@ -89,7 +89,7 @@ def _withdrawing(owner: str) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(RayError, RayServeException, RuntimeError):
-            owners = _ask_all(serve.get_app_handle(APPLICATION), "owner")
+            owners = set(_ask_all(serve.get_app_handle(APPLICATION), "owner")) - {None}
             if not owners or owner in owners:
                 serve.delete(APPLICATION)
         raise
@@ -197,25 +197,29 @@ def _until_the_end(handle: DeploymentHandle, owner: str, signals: threading.Sema
         drain: Seconds for accepted requests.
     """
     while not signals.acquire(timeout=_LOOK_S):
-        owners = _ask_all(handle, "owner")
+        owners = set(_ask_all(handle, "owner")) - {None}
         if (owners and owner not in owners) or APPLICATION not in serve.status().applications:
             return Ending(given_up=0, threads_left=False)
     ends = time.monotonic() + drain
-    while left := sum(_ask_all(handle, "drain")):
+    left = 0
+    while any(answer != 0 for answer in _ask_all(handle, "drain")):  # a silent replica may have accepted requests
         if signals.acquire(timeout=_DRAIN_S) or time.monotonic() >= ends:
-            left = sum(_ask_all(handle, "give_up"))
+            left = sum(answer or 0 for answer in _ask_all(handle, "give_up"))
             break
     serve.delete(APPLICATION)
     return Ending(given_up=left, threads_left=False)
 
 
 def _ask_all(handle: DeploymentHandle, question: str) -> list[Any]:
-    """Ask all replicas, and return the answers of those that live."""
+    """Ask all replicas, and return the answers of those that live, with None for one that is too busy."""
     try:
         answers = handle.broadcast(question).results(timeout_s=LAST_ANSWERS_S, return_exceptions=True)
-    except (RayServeException, TimeoutError):  # there is none, or none answers
+    except RayServeException:  # there is no replica
         return []
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
+    except TimeoutError:
+        return [None]
+    timely = (None if isinstance(answer, TimeoutError) else answer for answer in answers)
+    return [answer for answer in timely if not isinstance(answer, BaseException)]
 
 
 def _last_line(error: Exception) -> str:

@@ -141,7 +141,9 @@ class Jobs:
             )
         self._submitted.append(size)
         try:
-            running = await self._service.submit(body.to_request(), watch=True)
+            with self._service.reading(body.model):
+                wanted = body.to_request()
+            running = await self._service.submit(wanted, watch=True)
         finally:
             self._submitted.remove(size)
         while len(self._jobs) >= limits.jobs:  # only now, as a refused request must cost nobody's images

@@ -93,18 +93,18 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/models/{model}/versions/{version}/infer")
     async def infer(model: str, request: Request, version: str = VERSION) -> Response:
         """Sample images, or call the denoiser once."""
-        served, denoiser = _find(service, model, version)
+        with service.reading(model):
+            served, denoiser = _find(service, model, version)
         body, limit = await request.body(), service.settings.body_bytes
-        try:
+        if denoiser:
             asked = await service.in_thread(_asked, body, request.headers, limit)
-            if denoiser:
-                outputs, facts = await _call(service, served, asked)
-            else:
-                running = await service.submit(await service.in_thread(_image_request, asked, served))
-                answer = await answer_unless_gone(request, running)
-                outputs, facts = await service.in_thread(_images_of, answer, asked)
-        except BodyError as error:
-            raise RequestError(f"{error}.", next(iter(error.problems))) from error
+            outputs, facts = await _call(service, served, asked)
+        else:
+            with service.reading(model):
+                asked = await service.in_thread(_asked, body, request.headers, limit)
+                wanted = await service.in_thread(_image_request, asked, served)
+            answer = await answer_unless_gone(request, await service.submit(wanted))
+            outputs, facts = await service.in_thread(_images_of, answer, asked)
         data, header = await service.in_thread(write_infer, asked, model, outputs, facts)
         if header is None:
             return Response(data, media_type="application/json")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unetc.errors import brief
+from unetc.errors import RequestError, brief
 
 from .limits import MOST_DIGITS
 
@@ -51,12 +51,13 @@ _MOST_TENSORS = 64
 _MOST_AXES = 8
 
 
-class BodyError(ValueError):
+class BodyError(RequestError):
     """A body does not follow the protocol; `problems` describes each wrong field by its name."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:
         """Keep the problems."""
-        super().__init__("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
+        text = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        super().__init__(f"{text}.", next(iter(problems)))
         self.problems = dict(problems)
 
 

@@ -73,7 +73,9 @@ def make_router(service: Service) -> APIRouter:
     async def generations(body: GenerationBody, request: Request) -> Response:
         """Make images."""
         partial = body.partial_images or 0
-        running = await service.submit(body.to_request(), watch=bool(body.stream and partial))
+        with service.reading(body.model):
+            wanted = body.to_request()
+        running = await service.submit(wanted, watch=bool(body.stream and partial))
         if body.stream:
             return EventStream(_events(service, running, body, partial), running.cancel)
         answer = await answer_unless_gone(request, running)

@@ -16,8 +16,9 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from typing import Any, ParamSpec, TypeVar
@@ -28,7 +29,7 @@ from unetc.call import EXTRA_CHANNELS
 from unetc.device import Array
 from unetc.errors import BatcherStopped, DeadlineExceeded, QueueFull, RequestError, SessionError, UnetcError
 from unetc.progress import OnProgress, ignore
-from unetc.runtime.batching.ladder import AUTO, choose_level, find_level, saving_of, steps_down
+from unetc.runtime.batching.ladder import AUTO, CROWD, choose_level, find_level, saving_of, steps_down
 from unetc.runtime.batching.request import FULL, SampleRequest
 from unetc.runtime.bundle import Bundle
 
@@ -164,24 +165,28 @@ class Service:
             QueueFull: If the queue is full, or the request could not be finished in time.
             DeadlineExceeded: If its preparation took longer than its time limit.
         """
-        try:
+        with self.reading(request.model):
             running = await self._submitted(request, watch=watch)
-        except (RequestError, UnknownModel):
-            self.metrics.ended(self._known(request.model), Outcome.INVALID)
-            raise
-        except (QueueFull, NotReady):
-            self.metrics.ended(self._known(request.model), Outcome.REFUSED)
-            raise
-        except DeadlineExceeded:
-            self.metrics.ended(self._known(request.model), Outcome.DEADLINE)
-            raise
-        except Exception as error:
-            failed = problem_of(error).status >= 500
-            self.metrics.ended(self._known(request.model), Outcome.FAILED if failed else Outcome.INVALID)
-            raise
         self.running.add(running)
         running.when_done(lambda answer: self._ended(running, answer))
         return running
+
+    @contextmanager
+    def reading(self, model: str | None = None) -> Iterator[None]:
+        """Count a request that is refused in the enclosed code, such as the part of a door that reads its body.
+
+        Args:
+            model: The model that it names.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.count_refused(error, model)
+            raise
+
+    def count_refused(self, error: Exception, model: str | None = None) -> None:
+        """Count a request that was not accepted, because of an error."""
+        self.metrics.ended(self._known(model), _outcome_of(error))
 
     def _known(self, model: str | None) -> str:
         """Return a model's name as a label of metrics, which no client can make up; the only one needs no name."""
@@ -443,7 +448,8 @@ class Service:
         allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
         estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
         target = math.inf if self.settings.target_p95 is None else self.settings.target_p95
-        choice = choose_level(estimates, target=target, deadline=deadline)
+        crowded = served.batcher.load().waiting > CROWD * self.settings.queue
+        choice = choose_level(estimates, target=target, deadline=deadline, crowded=crowded)
         if not choice.in_time:
             raise QueueFull(
                 f"the request would take about {choice.seconds:.1f} s, and {max(0.0, deadline):.1f} s are left of its "
@@ -479,6 +485,17 @@ class Service:
         if not may or self.settings.degrade_to is None:
             return None
         return _slower(self.settings.degrade_to, least)
+
+
+def _outcome_of(error: Exception) -> Outcome:
+    """Tell how a request has ended that was not accepted."""
+    match error:
+        case QueueFull() | NotReady():
+            return Outcome.REFUSED
+        case DeadlineExceeded():
+            return Outcome.DEADLINE
+        case _:
+            return Outcome.FAILED if problem_of(error).status >= 500 else Outcome.INVALID
 
 
 async def _at_once(_: str) -> None:
