@@ -238,15 +238,21 @@ async def measure(case: Case, rounds: int, seconds: float, requests: int) -> dic
                 if rate < 0.97 * capacity[name]:
                     found = await arrive(client, by_name[name], rate, requests, 99, case.body)
                     curve.append({"server": name, "load": load, "images_per_s": rate, "p95_s": p95(found)})
-    return {"capacity": capacity, "latency": latency, "curve": curve, "engines_alone": engines_alone(case)}
+    return {
+        "capacity": capacity,
+        "latency": latency,
+        "curve": curve,
+        "engines_alone": engines_alone(case, rounds, requests),
+    }
 
 
-def engines_alone(case: Case) -> dict[str, Any]:
-    """Queue requests before calls that take the measured times, and nothing else."""
+def engines_alone(case: Case, rounds: int, requests: int) -> dict[str, Any]:
+    """Queue the same requests before calls that take the measured times, and nothing else."""
     session = unetc.load(case.bundle)
     level = next(one for one in Bundle.open(case.bundle).manifest.levels if one.name == LEVEL)
     schedule = session.plan.schedule(session.scheduler.table(case.steps).log_snr.tolist())
-    return simulate(schedule, [engine.batch_ms for engine in level.engines], batch=BATCH, window_s=WINDOW)
+    batch_ms = [engine.batch_ms for engine in level.engines]
+    return simulate(schedule, batch_ms, batch=BATCH, window_s=WINDOW, requests=requests, rounds=rounds)
 
 
 async def in_turns(rounds: int, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:

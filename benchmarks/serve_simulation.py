@@ -14,7 +14,6 @@ import numpy as np
 from unetc.runtime.batching.turns import Waiting, choose
 
 SEATS = 4, 8, 12, 16, 32
-REQUESTS, SEEDS = 1000, 3
 
 Cost = Callable[[int, int], float]
 """Returns the seconds of a call, for an engine and a number of samples."""
@@ -27,7 +26,13 @@ def arrivals(rate: float, count: int, seed: int) -> list[float]:
 
 
 def simulate(
-    schedule: Sequence[int], batch_ms: Sequence[Sequence[tuple[int, float]]], *, batch: int, window_s: float
+    schedule: Sequence[int],
+    batch_ms: Sequence[Sequence[tuple[int, float]]],
+    *,
+    batch: int,
+    window_s: float,
+    requests: int,
+    rounds: int,
 ) -> dict[str, object]:
     """Compare step batching with batches of whole requests, and with one request after the other.
 
@@ -36,6 +41,8 @@ def simulate(
         batch_ms: Measured samples and milliseconds of calls, by engine.
         batch: Most requests of a whole batch.
         window_s: Seconds for which the first request of a batch waits for others.
+        requests: Requests of one round.
+        rounds: Rounds; each has other arrivals, and begins without requests.
 
     Returns:
         `images_per_s`: ratio of images per second to whole requests, with the best number of seats.
@@ -51,7 +58,7 @@ def simulate(
         return batch / sum(cost(engine, batch) for engine in schedule)
 
     def p95(batch: int, window_s: float) -> dict[int, float]:
-        queues = [arrivals(0.8 * capacity(batch), REQUESTS, seed) for seed in range(SEEDS)]
+        queues = [arrivals(0.8 * capacity(batch), requests, turn) for turn in range(rounds)]
         theirs = _p95([in_batches(schedule, cost, queue, batch, window_s) for queue in queues])
         return {seats: _p95([shared(schedule, cost, queue, seats) for queue in queues]) / theirs for seats in SEATS}
 

@@ -211,11 +211,21 @@ class Echo:
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
+        self.negative: list[Sequence[str] | None] = []
 
-    def encode(self, prompts: Sequence[str], **given: Any) -> Conditions:
+    def encode(self, prompts: Sequence[str], *, negative: Sequence[str] | None, **given: Any) -> Conditions:
         self.prompts += prompts
+        self.negative.append(negative)
         own = {"x": np.arange(len(prompts))[:, None]}
         return Conditions(own=own, negative=own, notes=("a note",))
+
+
+def test_an_empty_negative_prompt_is_encoded_as_in_diffusers(prompted_bundle: Path) -> None:
+    """Some models have zeros in place of a negative prompt that is not given."""
+    bundle, echo = Bundle.open(prompted_bundle), Echo()
+    for negative in ("", "dogs", None):
+        PromptReader(bundle, echo).read(wanted(prompt="a cat", negative_prompt=negative))
+    assert echo.negative == [[""], ["dogs"], None]
 
 
 def test_a_negative_prompt_alone_keeps_the_prompts_of_the_bundle(prompted_bundle: Path) -> None:

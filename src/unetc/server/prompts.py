@@ -145,7 +145,8 @@ class PromptReader:
         height, width = wanted.size
         return encoder.encode(
             prompts,
-            negative=[wanted.negative_prompt] if wanted.negative_prompt else None,
+            # an empty one is encoded too, as in diffusers: without one, some models have zeros in its place
+            negative=None if wanted.negative_prompt is None else [wanted.negative_prompt],
             guidance_scale=wanted.guidance_scale,
             height=height,
             width=width,
