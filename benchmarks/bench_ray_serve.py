@@ -105,7 +105,7 @@ class Load:
         began = time.perf_counter()
         try:
             status, headers, _ = await self._server.post(self._client, self._server.case.body(seed))
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, TimeoutError):
             self.statuses[0] += 1
             await asyncio.sleep(0.2)
             return False

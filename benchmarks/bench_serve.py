@@ -8,8 +8,8 @@ other; batches of whole requests, which wait 50 ms for up to 8; and the model's 
 one request after the other). Requests come from this process, in turns for all contenders, at the same times. Arrivals
 are Poisson and do not wait for answers. A 95th percentile is taken over the requests of all rounds together, as many
 for every contender. Turns are short, so that a machine whose speed drifts is as fast for one contender as for the
-others. Saturation is measured with 48 requests on their way. Missing bundles are built from the committed profiles.
-Writes `results/serve.json` and a picture of latency against load.
+others. Saturation is measured with 48 requests on their way, and with two for torch, where each takes seconds. Missing
+bundles are built from the committed profiles. Writes `results/serve.json` and a picture of latency against load.
 
 The engines themselves set a limit: `serve_simulation.py` queues requests before calls that take the times measured by
 the build, and nothing else.
@@ -125,7 +125,7 @@ class Server:
                 async with client.get(f"{self.address}/health/ready") as answer:
                     if answer.status == 200:
                         break
-            except aiohttp.ClientError:
+            except (aiohttp.ClientError, TimeoutError):
                 pass
             await asyncio.sleep(0.1)
         await asyncio.gather(*(self.ask(client, self.case.body(seed)) for seed in range(2)))
@@ -179,7 +179,7 @@ async def serving(
 
 
 async def saturate(client: aiohttp.ClientSession, server: Server, seconds: float, quality: str = LEVEL) -> float:
-    """Measure images per second with many requests on their way, or with two where each takes seconds alone."""
+    """Measure images per second with many requests on their way, and with two for torch, where each takes seconds."""
     seeds, finished = itertools.count(1), []
     end = time.perf_counter() + seconds
 

@@ -1,7 +1,8 @@
 """Queues before calls that take the times measured by the build, and nothing else: for bench_serve.py.
 
 They show the limits that the engines set, without servers, Python and noise. Whole requests share batches, as in
-`serve_contenders.py`; the others share calls, in the turns that the batcher chooses.
+`serve_contenders.py`; one request after the other is a batch of one. The others share calls, in the turns that the
+batcher chooses.
 """
 
 from __future__ import annotations

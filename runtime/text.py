@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unetc.arguments import whole_number
+from unetc.arguments import texts, whole_number
 from unetc.artifacts.manifest import BundleText, BundleTextEncoder
 from unetc.backend import Array, Backend, SerialisedGraph
 from unetc.call import CONTEXT, EXTRA_CHANNELS, POOLED, TIME_IDS, TIMESTEP_COND, CallSignature
@@ -181,7 +181,7 @@ class TextEncoder:
         """Repeat a single negative prompt for every row."""
         if negative is None:
             return None
-        others = [negative] if isinstance(negative, str) else [*negative]
+        others = [*texts("negative", negative, SessionError)]
         if len(others) == 1:
             others *= len(prompts)
         if len(others) != len(prompts):

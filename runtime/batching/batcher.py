@@ -230,13 +230,14 @@ class Batcher:
             sizes = {1, min(self._limits.seats // 2, self._limits.rows // of_sample) or 1}
             if self._device.captures_shapes:
                 sizes = {max(1, rows // of_sample) for rows in self._limits.prepared}
+            least, largest = min(sizes), max(sizes)
             try:
                 return warm_up(session, sorted(sizes), known)
             except ShapeMismatch as error:
-                smaller = sizes - {max(sizes)}
-                if not smaller:
+                if largest == least:
                     raise
-                rows = of_sample * max(smaller)
+                warm_up(session, [least], known)  # fails again unless it is the number of rows that is refused
+                rows = of_sample * max(least, largest // 2)
                 logger.warning("no call has more than %d rows, as engines refuse more: %s", rows, error)
                 self._limits = replace(self._limits, rows=rows)
                 self._largest = {program: min(most, rows) for program, most in self._largest.items()}
@@ -360,6 +361,8 @@ class Batcher:
                 for order in self._orders:
                     fail(order, stopped)
                 self._orders.clear()
+                self._owners.clear()
+                self._last_turn.clear()
                 errands, self._errands = self._errands, []
                 self._changed.notify_all()
             for errand in errands:
@@ -454,7 +457,7 @@ class Batcher:
     def _choose(self) -> tuple[Program, list[Member]]:
         """Choose the program and the members of the next call."""
         waiting = [(member, order) for order in self._orders for member in order.members if not member.finished]
-        if len(waiting) == 1:  # of one image alone, a choice would take as long as its step of the scheduler
+        if len(waiting) == 1:  # one image needs no choice, which would take as long as a step of its scheduler
             member, _ = waiting[0]
             return member.call.program, [member]
         programs = {member.call.program for member, _ in waiting}
@@ -535,7 +538,7 @@ class Batcher:
             finite = self._device.is_finite(prediction)
         for member in members:
             stop = start + member.rows
-            own = prediction if stop - start == of else self._device.rows(prediction, start, stop)
+            own = Rows(prediction, start, stop, of).take(self._device)
             try:
                 with taking_memory():
                     if finite or self._device.is_finite(own):

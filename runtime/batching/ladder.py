@@ -17,7 +17,7 @@ AUTO = "auto"
 HEADROOM = 0.75
 """Share of the target that an estimate may take; the rest is for errors, and for requests that come later."""
 CROWD = 0.5
-"""Share of the queue from which on it is crowded; the rest is for bursts."""
+"""Share of the queue above which it is crowded; the rest is for bursts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +91,9 @@ def choose_level(estimates: Mapping[str, Estimate], *, target: float, deadline: 
     """Choose the best level that is fast enough.
 
     Without a level within the target, the fastest one serves: under load, a request is degraded rather than refused.
-    So it does where the queue is crowded, or requests would soon be refused for want of room. A level that is not
-    faster than a better one is never chosen. The target is for all requests, so it is compared with the time that the
-    request takes if others keep coming. The deadline is for this one.
+    It also serves where the queue is crowded, because requests would soon be refused for want of room. A level that is
+    not faster than a better one is never chosen. The target is for all requests, so it is compared with the time that
+    the request takes if others keep coming. The deadline is for this one.
 
     Args:
         estimates: When the request would be finished, by level, from the best one.

@@ -159,7 +159,7 @@ def join(members: Sequence[Member], padding: int, device: Device) -> Mapping[str
 
 
 class Joined(Mapping[str, Tensor]):
-    """Inputs of a call of several members; only those that the engine reads are joined."""
+    """Inputs of a call of several rows, made by `join`; only those that the engine reads are joined."""
 
     def __init__(self, members: Sequence[Member], padding: int, device: Device) -> None:
         """Collect the inputs.
@@ -181,7 +181,7 @@ class Joined(Mapping[str, Tensor]):
         device = self._device
         tensors = [part.take(device) if isinstance(part, Rows) else part for part in parts]
         tensors += [device.rows(tensors[-1], 0, 1)] * self._padding
-        return tensors[0] if len(tensors) == 1 else device.concatenate(tensors)
+        return device.concatenate(tensors)
 
     def __contains__(self, name: object) -> bool:
         """Check whether all members have an input."""

@@ -104,7 +104,12 @@ def text(name: str, value: object, refusal: type[UnetcError] = SessionError) -> 
 
 def label(name: str, value: object, refusal: type[UnetcError] = SessionError) -> str | int:
     """Read the label of a class, a number or text; see `whole_number` and `text`."""
-    return text(name, value, refusal) if isinstance(value, str) else whole_number(name, value, refusal)
+    if isinstance(value, str):
+        return str(value)
+    try:
+        return whole_number(name, value, refusal)
+    except UnetcError as error:
+        raise refusal(str(error).replace("a whole number", "the number or the name of a class")) from error
 
 
 def several(
@@ -113,7 +118,8 @@ def several(
     """Make a reader of several values: one alone is a list of one, and text is not a list of letters."""
 
     def read_all(name: str, values: object, refusal: type[UnetcError]) -> tuple[T, ...]:
-        alone = isinstance(values, str | bytes) or not isinstance(values, Iterable)
+        scalar = not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0  # of numpy or torch
+        alone = scalar or isinstance(values, str | bytes)
         listed: Iterable[object] = [values] if alone else cast(Iterable[object], values)
         return tuple(read(name, value, refusal) for value in listed)
 

@@ -44,7 +44,7 @@ def test_spread_labels_are_classes(classes: Classes) -> None:
     assert spread == spread_labels(classes)
 
 
-@pytest.mark.parametrize("labels", ["10", 10, np.int64(10), ["10"], (10,), np.array([10])])
+@pytest.mark.parametrize("labels", ["10", 10, np.int64(10), ["10"], (10,), np.array([10]), np.array(10)])
 def test_a_label_alone_is_a_list_of_one(labels: Any) -> None:
     conditions = encode_labels("the model", labels, Classes(count=12))
     assert conditions.own[CLASS_LABELS].tolist() == [10]
@@ -52,7 +52,7 @@ def test_a_label_alone_is_a_list_of_one(labels: Any) -> None:
 
 @pytest.mark.parametrize("labels", [1.5, True, None, [None], b"1"])
 def test_what_is_no_label_is_refused(labels: Any) -> None:
-    with pytest.raises(SessionError, match=r"^labels is .*Expected a whole number"):
+    with pytest.raises(SessionError, match=r"^labels is .*Expected the number or the name of a class"):
         encode_labels("the model", labels, Classes(count=12))
 
 

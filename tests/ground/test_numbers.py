@@ -81,7 +81,7 @@ def test_lists_of_texts_are_tuples_of_them(name: str) -> None:
         assert got == ("step",)
         assert type(got[0]) is str
     for other in (1.5, None, [None], b"step", [True]):
-        with pytest.raises(ProfileError, match=rf"^{name} is .* Expected (text|a whole number)\.$"):
+        with pytest.raises(ProfileError, match=rf"^{name} is .* Expected (text|the number or the name of a class)\.$"):
             unetc.AnalysisOptions(**{name: other})
 
 

@@ -279,6 +279,8 @@ def test_a_wrong_number_of_prompts_is_refused(exported: dict[str, Exported], neg
     encoder = exported["sd"].encoder()
     with pytest.raises(ShapeMismatch, match=f"{len(negative)} negative prompts for 3 prompts. Give one, or one per"):
         encoder.encode(["a", "b", "c"], negative=negative)
+    with pytest.raises(SessionError, match="negative is 3, a int"):
+        encoder.encode(["a"], negative=3)  # type: ignore[arg-type]
     for encode in (encoder.encode, lambda prompts: exported["sd"].loaded.encode(prompts, 7.5)):
         with pytest.raises(ShapeMismatch, match="there is no prompt"):
             encode([])

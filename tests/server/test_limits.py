@@ -195,6 +195,7 @@ async def test_requests_that_are_refused_as_their_bodies_are_read_are_counted(ti
             {"json": {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}},
         ),
         ("/sdapi/v1/txt2img", {"content": b"{"}),
+        ("/sdapi/v1/img2img", {"json": {"init_images": ["?"]}}),
         ("/sdapi/v1/txt2img", {"json": {"steps": "many"}}),
         ("/v1/jobs", {"json": {"n": "many"}}),
     ]
@@ -392,7 +393,7 @@ async def test_the_server_steps_down_under_load_as_far_as_it_may(
         assert f'unetc_degraded_requests_total{{level="{fast}",model="plain"}} 3.0' in metrics
 
 
-@pytest.mark.parametrize(("waiting", "degraded"), [(8, False), (9, True)])
+@pytest.mark.parametrize(("waiting", "degraded"), [(8, False), (12, True)])
 @in_loop
 async def test_the_server_steps_down_before_its_queue_is_full(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, degraded: bool

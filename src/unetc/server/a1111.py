@@ -97,9 +97,9 @@ def make_router(service: Service) -> APIRouter:
         """Return the model of a client's requests that name none."""
         return chosen.get(tasks.client(request), next(iter(service.models)))
 
-    async def read(request: Request, *, with_image: bool) -> tuple[Served, A1111Request]:
+    def read(request: Request, data: bytes, *, with_image: bool) -> tuple[Served, A1111Request]:
         """Read the fields of a request for images."""
-        body = await _object(request)
+        body = _object(data)
         served = service.find(_model_of(body) or usual(request), field=_NAMES["model"])
         wanted, problems = read_fields(body, _sampler(served), with_image=with_image)
         if len(wanted.images) > 1:
@@ -113,11 +113,13 @@ def make_router(service: Service) -> APIRouter:
         return served, wanted
 
     async def make(request: Request, *, with_image: bool) -> dict[str, Any]:
+        data = await request.body()
         with service.reading():
-            served, wanted = await read(request, with_image=with_image)
-        seed = secrets.randbelow(DRAWN_SEEDS) if wanted.seed is None else wanted.seed
-        seeds = tuple(seed + k for k in range(wanted.count))
-        running = await service.submit(_image_request(served, wanted, seeds))
+            served, wanted = read(request, data, with_image=with_image)
+            seed = secrets.randbelow(DRAWN_SEEDS) if wanted.seed is None else wanted.seed
+            seeds = tuple(seed + k for k in range(wanted.count))
+            asked = _image_request(served, wanted, seeds)
+        running = await service.submit(asked)
         answer: ImageAnswer | None = None
         with tasks.added(request, running, with_image=with_image) as task:
             try:
@@ -216,7 +218,7 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/options")
     async def set_options(request: Request) -> dict[str, Any]:
         """Choose the model of the client's requests that name none; clients may send all settings back."""
-        wanted = await _object(request)
+        wanted = _object(await request.body())
         name = wanted.get("sd_model_checkpoint", usual(request))
         if not isinstance(name, str):
             raise RequestError("sd_model_checkpoint: expected a string.", "sd_model_checkpoint")
@@ -239,10 +241,10 @@ def error_body(problem: Problem) -> dict[str, Any]:
 DOOR = Door(prefixes=("/sdapi",), router=make_router, error=error_body)
 
 
-async def _object(request: Request) -> dict[str, Any]:
+def _object(data: bytes) -> dict[str, Any]:
     """Read the body of a request."""
     try:
-        body = json.loads(await request.body())
+        body = json.loads(data)
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # the answer repeats it
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {brief(error)}.") from error

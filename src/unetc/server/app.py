@@ -87,8 +87,8 @@ def make_app(
         app.include_router(door.router(service))
 
     async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, RequestValidationError):
-            service.count_refused(error)
+        if isinstance(error, RequestValidationError) and request.method == "POST":
+            service.count_refused(error, _model_of(error.body))
         problem = problem_of(error)
         name = request.state.request_id
         if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -101,6 +101,12 @@ def make_app(
         app.add_exception_handler(kind, failed)
     app.add_middleware(Gate, service=service, doors=doors)
     return app
+
+
+def _model_of(body: object) -> str | None:
+    """Return the model that a body with wrong fields names."""
+    model = body.get("model") if isinstance(body, dict) else None
+    return model if isinstance(model, str) else None
 
 
 def _load(service: Service, on_progress: OnProgress) -> None:

@@ -127,32 +127,38 @@ class Jobs:
             QueueFull: If too many jobs are unfinished, or images in bodies take too much memory.
             UnetcError: If the request cannot be submitted.
         """
-        self._forget()
-        limits = self._service.settings
-        unfinished = len(self._submitted) + sum(job.finished is None for job in self._jobs.values())
-        if unfinished >= limits.jobs:
-            raise QueueFull(f"{unfinished} jobs are unfinished. Try again later.", 1.0)
         size = len(body.image or "")
-        if self._submitted and sum(self._submitted) + size > limits.job_bytes:
-            raise QueueFull(
-                f"the images of {len(self._submitted)} jobs wait to be read, and with this one they exceed "
-                f"{limits.job_bytes} bytes. Try again later.",
-                1.0,
-            )
+        with self._service.reading(body.model):
+            self._check_room(size)
+            wanted = body.to_request()
         self._submitted.append(size)
         try:
-            with self._service.reading(body.model):
-                wanted = body.to_request()
             running = await self._service.submit(wanted, watch=True)
         finally:
             self._submitted.remove(size)
-        while len(self._jobs) >= limits.jobs:  # only now, as a refused request must cost nobody's images
+        while (
+            len(self._jobs) >= self._service.settings.jobs
+        ):  # only now, as a refused request must cost nobody's images
             del self._jobs[self._finished()[0].id]
         name = self._service.job_prefix + secrets.token_hex(16)
         job = Job(id=name, running=running, form=body.form, compression=body.output_compression)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._finish(job))
         return job
+
+    def _check_room(self, size: int) -> None:
+        """Refuse a job for which there is no room; `size` counts the bytes of its image."""
+        self._forget()
+        limits = self._service.settings
+        unfinished = len(self._submitted) + sum(job.finished is None for job in self._jobs.values())
+        if unfinished >= limits.jobs:
+            raise QueueFull(f"{unfinished} jobs are unfinished. Try again later.", 1.0)
+        if self._submitted and sum(self._submitted) + size > limits.job_bytes:
+            raise QueueFull(
+                f"the images of {len(self._submitted)} jobs wait to be read, and with this one they exceed "
+                f"{limits.job_bytes} bytes. Try again later.",
+                1.0,
+            )
 
     def find(self, name: str) -> Job:
         """Look up a job.

@@ -93,8 +93,7 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/models/{model}/versions/{version}/infer")
     async def infer(model: str, request: Request, version: str = VERSION) -> Response:
         """Sample images, or call the denoiser once."""
-        with service.reading(model):
-            served, denoiser = _find(service, model, version)
+        served, denoiser = _find(service, model, version)
         body, limit = await request.body(), service.settings.body_bytes
         if denoiser:
             asked = await service.in_thread(_asked, body, request.headers, limit)

@@ -99,7 +99,7 @@ class Metrics:
             "batch",
             buckets=_STEP_SECONDS,
         )
-        self._of_call = functools.cache(self._of_calls)
+        self._metrics_of = functools.cache(self._find_metrics)
         self._queued = Gauge("unetc_queued_images", "Images that wait.", model, registry=registry)
         self._running = Gauge("unetc_running_images", "Images on their way.", model, registry=registry)
         self._ready = Gauge("unetc_ready", "1 if requests are taken, otherwise 0.", registry=registry)
@@ -115,7 +115,7 @@ class Metrics:
 
     def call(self, model: str, call: Call) -> None:
         """Count an engine call."""
-        seconds, rows, padding, switches = self._of_call(model, call.phase, call.rollouts)
+        seconds, rows, padding, switches = self._metrics_of(model, call.phase, call.rollouts)
         seconds.observe(call.seconds)
         rows.inc(call.rows)
         if call.padding:
@@ -123,7 +123,9 @@ class Metrics:
         if call.switched:
             switches.inc()
 
-    def _of_calls(self, model: str, phase: int | None, rollouts: int) -> tuple[Histogram, Counter, Counter, Counter]:
+    def _find_metrics(
+        self, model: str, phase: int | None, rollouts: int
+    ) -> tuple[Histogram, Counter, Counter, Counter]:
         """Look up the metrics that a call changes; engine threads do it at every step, so results are kept."""
         named = FULL_MODEL if phase is None else str(phase)
         return (

@@ -448,7 +448,7 @@ class Service:
         allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
         estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
         target = math.inf if self.settings.target_p95 is None else self.settings.target_p95
-        crowded = served.batcher.load().waiting > CROWD * self.settings.queue
+        crowded = len(allowed) > 1 and served.batcher.load().waiting > CROWD * self.settings.queue
         choice = choose_level(estimates, target=target, deadline=deadline, crowded=crowded)
         if not choice.in_time:
             raise QueueFull(
