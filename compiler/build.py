@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from unetc.arguments import plain_fields
+from unetc.arguments import plain_fields, wrong_type
 from unetc.artifacts.manifest import Control, EnginePair, Level, Manifest, Measurement, level_name
 from unetc.artifacts.plan import Plan
 from unetc.artifacts.profile import Damage, Profile
@@ -79,10 +79,7 @@ class BuildOptions:
         if self.random_plans < 0:
             raise PlanError(f"the number of random plans must be at least 0, got {self.random_plans}.")
         if not isinstance(self.ladder, tuple | list):
-            raise PlanError(
-                f"ladder is {self.ladder!r}, a {type(self.ladder).__name__}. Expected a tuple or a list of "
-                "budgets, as (0.4, 0.55)."
-            )
+            raise wrong_type("ladder", self.ladder, "a tuple or a list of budgets, as (0.4, 0.55)", PlanError)
         ladder = tuple(replace(self.plan, budget=budget).budget for budget in self.ladder)
         object.__setattr__(self, "ladder", ladder)
         if not ladder:

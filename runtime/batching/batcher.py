@@ -183,12 +183,17 @@ class Batcher:
         with self._changed:
             return self._estimates.both(self._orders, work)
 
+    @property
+    def waiting(self) -> int:
+        """Number of images that have no seat yet."""
+        with self._changed:
+            return sum(len(order.starts) for order in self._orders)
+
     def load(self) -> Load:
         """Return how busy the batcher is."""
         with self._changed:
-            waiting = sum(len(order.starts) for order in self._orders)
             running = sum(order.running for order in self._orders)
-            return Load(waiting=waiting, running=running, seconds=self._backlog())
+            return Load(waiting=self.waiting, running=running, seconds=self._backlog())
 
     def call(self, inputs: Mapping[str, Array]) -> Future[Array]:
         """Run the full model once.
@@ -270,7 +275,7 @@ class Batcher:
             QueueFull: If too many images wait.
         """
         with self._changed:
-            waiting = sum(len(order.starts) for order in self._orders) + images
+            waiting = self.waiting + images
             if waiting > self._limits.queue:
                 raise QueueFull(
                     f"{waiting} images would wait, but the queue holds {self._limits.queue}. Try again later.",

@@ -17,6 +17,11 @@ from .errors import SessionError, UnetcError, brief
 T = TypeVar("T")
 
 
+def wrong_type(name: str, value: object, expected: str, refusal: type[UnetcError]) -> UnetcError:
+    """Make the error for an argument of another type than the one that was expected."""
+    return refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected {expected}.")
+
+
 def whole_number(name: str, value: object, refusal: type[UnetcError] = SessionError) -> int:
     """Read a whole number, of Python, numpy or torch.
 
@@ -28,13 +33,9 @@ def whole_number(name: str, value: object, refusal: type[UnetcError] = SessionEr
     Raises:
         UnetcError: If the value is something else, such as a fraction, text or a bool.
     """
-    number = _element(value)
-    try:
-        if not isinstance(number, bool):
-            return operator.index(number)
-    except (TypeError, RuntimeError):  # the second from a tensor without memory
-        pass
-    raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected a whole number.")
+    if (number := _index(value)) is None:
+        raise wrong_type(name, value, "a whole number", refusal)
+    return number
 
 
 def real_number(name: str, value: object, refusal: type[UnetcError] = SessionError) -> float:
@@ -50,7 +51,7 @@ def real_number(name: str, value: object, refusal: type[UnetcError] = SessionErr
     """
     number = _element(value)
     if not isinstance(number, Real) or isinstance(number, bool) or math.isnan(plain := _as_float(number)):
-        raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected a number.")
+        raise wrong_type(name, value, "a number", refusal)
     return plain
 
 
@@ -67,7 +68,7 @@ def flag(name: str, value: object, refusal: type[UnetcError] = SessionError) -> 
     """
     plain = _element(value)
     if not isinstance(plain, bool):
-        raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected True or False.")
+        raise wrong_type(name, value, "True or False", refusal)
     return plain
 
 
@@ -98,18 +99,16 @@ def text(name: str, value: object, refusal: type[UnetcError] = SessionError) -> 
         UnetcError: If the value is something else, such as a number or bytes.
     """
     if not isinstance(value, str):
-        raise refusal(f"{name} is {value!r}, a {type(value).__name__}. Expected text.")
+        raise wrong_type(name, value, "text", refusal)
     return str(value)
 
 
 def label(name: str, value: object, refusal: type[UnetcError] = SessionError) -> str | int:
     """Read the label of a class, a number or text; see `whole_number` and `text`."""
-    if isinstance(value, str):
-        return str(value)
-    try:
-        return whole_number(name, value, refusal)
-    except UnetcError as error:
-        raise refusal(str(error).replace("a whole number", "the number or the name of a class")) from error
+    read = str(value) if isinstance(value, str) else _index(value)
+    if read is None:
+        raise wrong_type(name, value, "the number or the name of a class", refusal)
+    return read
 
 
 def several(
@@ -150,6 +149,15 @@ def _element(value: Any) -> Any:
         return value if item is None else item()
     except (TypeError, ValueError, RuntimeError):  # there are more elements, or no memory
         return value
+
+
+def _index(value: object) -> int | None:
+    """Return a whole number as one of Python; None for anything else."""
+    number = _element(value)
+    try:
+        return None if isinstance(number, bool) else operator.index(number)
+    except (TypeError, RuntimeError):  # the second from a tensor without memory
+        return None
 
 
 def _as_float(number: Any) -> float:

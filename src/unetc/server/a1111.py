@@ -114,7 +114,7 @@ def make_router(service: Service) -> APIRouter:
 
     async def make(request: Request, *, with_image: bool) -> dict[str, Any]:
         data = await request.body()
-        with service.reading():
+        with service.counting_refusals():
             served, wanted = read(request, data, with_image=with_image)
             seed = secrets.randbelow(DRAWN_SEEDS) if wanted.seed is None else wanted.seed
             seeds = tuple(seed + k for k in range(wanted.count))

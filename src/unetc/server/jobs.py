@@ -128,7 +128,7 @@ class Jobs:
             UnetcError: If the request cannot be submitted.
         """
         size = len(body.image or "")
-        with self._service.reading(body.model):
+        with self._service.counting_refusals(body.model):
             self._check_room(size)
             wanted = body.to_request()
         self._submitted.append(size)
@@ -136,9 +136,8 @@ class Jobs:
             running = await self._service.submit(wanted, watch=True)
         finally:
             self._submitted.remove(size)
-        while (
-            len(self._jobs) >= self._service.settings.jobs
-        ):  # only now, as a refused request must cost nobody's images
+        # only now, as a refused request must cost nobody's images
+        while len(self._jobs) >= self._service.settings.jobs:
             del self._jobs[self._finished()[0].id]
         name = self._service.job_prefix + secrets.token_hex(16)
         job = Job(id=name, running=running, form=body.form, compression=body.output_compression)

@@ -99,7 +99,7 @@ def make_router(service: Service) -> APIRouter:
             asked = await service.in_thread(_asked, body, request.headers, limit)
             outputs, facts = await _call(service, served, asked)
         else:
-            with service.reading(model):
+            with service.counting_refusals(model):
                 asked = await service.in_thread(_asked, body, request.headers, limit)
                 wanted = await service.in_thread(_image_request, asked, served)
             answer = await answer_unless_gone(request, await service.submit(wanted))

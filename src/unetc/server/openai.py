@@ -73,7 +73,7 @@ def make_router(service: Service) -> APIRouter:
     async def generations(body: GenerationBody, request: Request) -> Response:
         """Make images."""
         partial = body.partial_images or 0
-        with service.reading(body.model):
+        with service.counting_refusals(body.model):
             wanted = body.to_request()
         running = await service.submit(wanted, watch=bool(body.stream and partial))
         if body.stream:

@@ -128,7 +128,7 @@ class Served:
         self._batcher = batcher
         on_progress(Progress(stage=f"loading {self.name}", done=1, total=2))
         batcher.warm_up().result()
-        metrics.show_load(self.name, lambda: batcher.load().waiting, lambda: batcher.load().running)
+        metrics.show_load(self.name, lambda: batcher.waiting, lambda: batcher.load().running)
         on_progress(Progress(stage=f"loading {self.name}", done=2, total=2))
 
     def to_samples(self, request: ImageRequest, height: int, width: int, most_pixels: int | None) -> Array | None:

@@ -165,15 +165,15 @@ class Service:
             QueueFull: If the queue is full, or the request could not be finished in time.
             DeadlineExceeded: If its preparation took longer than its time limit.
         """
-        with self.reading(request.model):
+        with self.counting_refusals(request.model):
             running = await self._submitted(request, watch=watch)
         self.running.add(running)
         running.when_done(lambda answer: self._ended(running, answer))
         return running
 
     @contextmanager
-    def reading(self, model: str | None = None) -> Iterator[None]:
-        """Count a request that is refused in the enclosed code, such as the part of a door that reads its body.
+    def counting_refusals(self, model: str | None = None) -> Iterator[None]:
+        """Count a request that the enclosed code refuses, as the part of a door does that reads a body.
 
         Args:
             model: The model that it names.
@@ -448,7 +448,7 @@ class Service:
         allowed = steps_down(tuple(served.levels), asked, self._floor(served, request))
         estimates = {level: served.batcher.estimate(_at(whole, served.levels[level])) for level in allowed}
         target = math.inf if self.settings.target_p95 is None else self.settings.target_p95
-        crowded = len(allowed) > 1 and served.batcher.load().waiting > CROWD * self.settings.queue
+        crowded = len(allowed) > 1 and served.batcher.waiting > CROWD * self.settings.queue
         choice = choose_level(estimates, target=target, deadline=deadline, crowded=crowded)
         if not choice.in_time:
             raise QueueFull(
